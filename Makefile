@@ -1,0 +1,48 @@
+# The only task runner: every target makes what it needs, on a fresh machine with Python >= 3.10.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+BUNDLE = bundles/pretrain_vq_ssl
+RUN = $(BIN)/python -m monai.bundle run --config_file
+
+.PHONY: demo test lint type bench results clean
+
+$(BIN)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(BIN)/.dev: $(BIN)/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(BIN)/.bench: $(BIN)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+demo: $(BIN)/.runtime  ## pretrain on generated X-rays, then look
+	$(RUN) $(BUNDLE)/configs/train.json
+	@echo
+	@echo "The encoder is in $(BUNDLE)/models/model.pt. Look at the curves, views and code maps:"
+	@echo "    $(BIN)/tensorboard --logdir $(BUNDLE)/eval"
+
+test: $(BIN)/.dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(BIN)/.dev
+	$(BIN)/mypy
+
+bench: $(BIN)/.bench  ## measure speed and memory against other libraries (DEVICE=cuda for a GPU)
+	for script in quantizer augment step; do $(BIN)/python benchmarks/$$script.py --device $(or $(DEVICE),cpu) || exit 1; done
+
+results: $(BIN)/.runtime  ## make the README's tables from results/results.csv
+	$(BIN)/python scripts/render_results.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,31 @@
+"""Self-supervised learning on medical images: vector-quantised and hierarchical, for MONAI bundles."""
+
+from dissect_monai.augment import BatchAugment as BatchAugment
+from dissect_monai.augment import Corrupt as Corrupt
+from dissect_monai.augment import TwoViews as TwoViews
+from dissect_monai.data import Datalist as Datalist
+from dissect_monai.data import cached_dataset as cached_dataset
+from dissect_monai.data import labelled as labelled
+from dissect_monai.data import read_datalist as read_datalist
+from dissect_monai.data import select_fraction as select_fraction
+from dissect_monai.evaluation import KNNHandler as KNNHandler
+from dissect_monai.evaluation import ProbeHandler as ProbeHandler
+from dissect_monai.handlers import EpochSeedHandler as EpochSeedHandler
+from dissect_monai.handlers import ProgressHandler as ProgressHandler
+from dissect_monai.handlers import TargetMomentumHandler as TargetMomentumHandler
+from dissect_monai.handlers import TrainingCheckpoint as TrainingCheckpoint
+from dissect_monai.handlers import load_encoder as load_encoder
+from dissect_monai.handlers import newest_checkpoint as newest_checkpoint
+from dissect_monai.inferers import AutocastInferer as AutocastInferer
+from dissect_monai.losses import VQSSLLoss as VQSSLLoss
+from dissect_monai.monitors import SSLMonitor as SSLMonitor
+from dissect_monai.networks import VQSSLNet as VQSSLNet
+from dissect_monai.optimizers import ssl_optimizer as ssl_optimizer
+from dissect_monai.preflight import bundle_root as bundle_root
+from dissect_monai.preflight import checked as checked
+from dissect_monai.preflight import is_true as is_true
+from dissect_monai.preflight import refuse_unknown_overrides as refuse_unknown_overrides
+from dissect_monai.quantizers import EMACodebook as EMACodebook
+from dissect_monai.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
+from dissect_monai.readers import ImageFileReader as ImageFileReader
+from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms

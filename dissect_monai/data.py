@@ -1,0 +1,379 @@
+"""Data lists (read, check, merge, draw a fraction by subject) and data sets that decode each image once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
+from tqdm import tqdm
+
+from dissect_monai.readers import DICOM_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, image_format
+
+Item = dict[str, Any]
+PATH_KEYS = ("image", "label")  # the label is a path in segmentation
+SPLITS = ("training", "validation", "test")
+VOLUME_SUFFIXES = DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
+logger = logging.getLogger(__name__)
+
+
+class Datalist(NamedTuple):
+    """What `read_datalist` found; read it by name."""
+
+    training: list[Item]  # "image": absolute path; "label": floats 1, 0, NaN (unknown) or a path; "subject": str
+    validation: list[Item]
+    test: list[Item]
+    label_names: list[str]  # one per value of a label; empty when there are no such labels
+
+
+def read_datalist(dataset_dir: str | Path | Sequence[str | Path], spatial_dims: int = 2) -> Datalist:
+    """Read one or several data folders: with a Decathlon-style dataset.json, or with nothing but images.
+
+    dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...}, or of
+    image paths, relative to its folder; all but `training` and "image" may be missing. A label is a list of 0, 1 or
+    null (unknown), one such value, a mapping of names to values, or the path of a label map; `label_names` names the
+    values, else they are called finding_0, finding_1, ... `task` and `group` of the whole set are copied to its items.
+
+    Without dataset.json, every image in the folder and below, sorted, becomes a training item without subject, which
+    counts as a subject of its own; hidden files are skipped.
+
+    Several folders are merged: label names are united, what another set does not label is unknown (NaN), and
+    subjects become "<folder name>/<subject>", since the numbering of different data sets may coincide.
+
+    Args:
+        dataset_dir: the folder or folders.
+        spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item and
+            leaves out PNG, JPEG, TIFF and BMP.
+
+    Returns:
+        The three splits and the names of the label values.
+
+    Raises:
+        FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no images.
+        ValueError: if dataset.json is malformed, or splits share a subject or an image.
+    """
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
+    given = [dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir
+    folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in given]
+    if not folders or len(set(folders)) < len(folders):
+        raise ValueError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
+    datalists = [_read_folder(folder, spatial_dims) for folder in folders]
+    datalist = datalists[0] if len(datalists) == 1 else _merge(datalists, folders)
+    _refuse_leaks(datalist)
+    return datalist
+
+
+def select_fraction(
+    items: list[Item], fraction: float, seed: int, label_names: Sequence[str] | None = None
+) -> list[Item]:
+    """Draw a fraction of the subjects, at least one; all items of a drawn subject stay, in their order.
+
+    For one seed, a smaller fraction is a subset of every larger one. Findings that lose their last positive are
+    logged as a warning, as no classifier can learn them.
+
+    Args:
+        items: items of a data list; one without "subject" is a subject of its own.
+        fraction: share of the subjects in (0, 1].
+        seed: draws other subjects.
+        label_names: names for the warning; finding_0, finding_1, ... if missing.
+
+    Raises:
+        ValueError: if `fraction` is outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+    subjects = [item.get("subject", index) for index, item in enumerate(items)]
+    unique = list(dict.fromkeys(subjects))
+    order = np.random.default_rng(seed).permutation(len(unique))
+    drawn = {unique[index] for index in order[: max(1, round(fraction * len(unique)))]}
+    selected = [item for item, subject in zip(items, subjects, strict=True) if subject in drawn]
+    lost = [_name(label_names, index) for index in sorted(_positives(items) - _positives(selected))]
+    if lost:
+        logger.warning("A fraction of %g (seed %d) leaves no positive of: %s.", fraction, seed, ", ".join(lost))
+    return selected
+
+
+def labelled(items: list[Item]) -> list[Item]:
+    """The items that have a label map, or a label with at least one known value."""
+    return [item for item in items if not np.isnan(_values(item)).all() or isinstance(item.get("label"), str)]
+
+
+def label_matrix(items: list[Item], label_names: Sequence[str]) -> np.ndarray:
+    """Labels as a float array of shape (N, C), 1, 0 or NaN (unknown); an item without label is unknown throughout.
+
+    Raises:
+        ValueError: if a label has another length than `label_names`.
+    """
+    matrix = np.full((len(items), len(label_names)), np.nan)
+    for row, item in zip(matrix, items, strict=True):
+        values = _values(item)
+        if values and len(values) != len(label_names):
+            raise ValueError(f"The label of {item['image']} must have {len(label_names)} values, got {len(values)}.")
+        row[: len(values)] = values
+    return matrix
+
+
+def cached_dataset(
+    data: list[Item],
+    transform: Callable[..., Any],
+    cache_dir: str | Path | None = None,
+    on_corrupt: str = "raise",
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Dataset:
+    """A data set that decodes and preprocesses every image once, now, and finds all unreadable files at that.
+
+    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. In
+    `cache_dir`, files are found again by item and by the transforms' settings; empty it when images change in place.
+
+    Args:
+        data: items of a data list.
+        transform: MONAI transforms, usually a `Compose`.
+        cache_dir: folder for the cache, kept between runs; None keeps it in memory.
+        on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
+        num_workers: threads that fill the cache; at least one.
+        progress: show a progress bar.
+
+    Returns:
+        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`; `.data` is the list of the items
+        that could be read. What is taken from memory is not copied: do not change it in place.
+
+    Raises:
+        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
+    """
+    if on_corrupt not in ("raise", "skip"):
+        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
+    if not data:
+        raise ValueError("`data` must hold at least one item, got none.")
+    steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
+    first_random = steps.get_index_of_first(
+        lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
+    )
+    preprocessing = Compose(steps.transforms[:first_random])
+    if cache_dir is None:
+        contents, errors = _load_all(Dataset(data, preprocessing), num_workers, progress)
+    else:
+        stored = PersistentDataset(data, preprocessing, cache_dir, hash_transform=pickle_hashing)
+        contents, errors = _load_all(stored, num_workers, progress, keep=False)
+    if errors:
+        _report(errors, data, skip=on_corrupt == "skip")
+    good = [item for index, item in enumerate(data) if index not in errors]
+    if cache_dir is None:
+        return CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
+    return PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+
+
+def _read_folder(folder: Path, spatial_dims: int) -> Datalist:
+    if not folder.exists():
+        raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
+    if not folder.is_dir():
+        raise ValueError(f"`dataset_dir` must be a folder, got the file {folder}. Name the folder that holds it.")
+    if (folder / "dataset.json").exists():
+        return _read_json(folder / "dataset.json")
+    images = sorted(_find_images(folder, spatial_dims))
+    if not images:
+        suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 else ()) + VOLUME_SUFFIXES)
+        raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.")
+    return Datalist([{"image": image} for image in images], [], [], [])
+
+
+def _find_images(folder: Path, spatial_dims: int) -> Iterator[str]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        formats = {path: image_format(path) for path in paths}
+        if spatial_dims == 2:
+            yield from (path for path in paths if formats[path])
+        else:
+            yield from (path for path in paths if formats[path] in ("itk", "nifti"))
+            if "dicom" in formats.values():
+                yield parent
+
+
+def _read_json(path: Path) -> Datalist:
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
+    if not isinstance(spec, dict) or "training" not in spec:
+        got = f"the keys {list(spec)}" if isinstance(spec, dict) else f"a {type(spec).__name__}"
+        raise ValueError(f"{path} must be a JSON object with a list `training`, got {got}.")
+    shared = {key: spec[key] for key in ("task", "group") if key in spec}
+    splits = {split: _read_items(spec.get(split, []), split, path, shared) for split in SPLITS}
+    items = [item for split in SPLITS for item in splits[split]]
+    _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
+    names = _label_names(items, spec.get("label_names"), path)
+    for split in SPLITS:
+        for index, item in enumerate(splits[split]):
+            if not isinstance(item.get("label", ""), str):
+                item["label"] = _read_label(item["label"], names, f"{path}: `{split}`[{index}] ({item['image']})")
+    return Datalist(**splits, label_names=names)
+
+
+def _read_items(given: Any, split: str, path: Path, shared: Item) -> list[Item]:
+    if not isinstance(given, list):
+        raise ValueError(f"{path}: `{split}` must be a list of items, got a {type(given).__name__}.")
+    items = []
+    for index, entry in enumerate(given):
+        entry = {"image": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise ValueError(f'{path}: `{split}`[{index}] must have the path of an "image", got {entry}.')
+        item = {**shared, **entry}
+        for key in ("label", "subject"):
+            if item.get(key) is None:
+                item.pop(key, None)
+        for key in PATH_KEYS:
+            if isinstance(item.get(key), str):
+                item[key] = os.path.abspath(os.path.join(path.parent, item[key]))
+        if "subject" in item:
+            item["subject"] = str(item["subject"])
+        items.append(item)
+    return items
+
+
+def _refuse_missing(paths: list[str], datalist: Path) -> None:
+    @cache
+    def listing(folder: str) -> set[str]:
+        try:
+            return set(os.listdir(folder))
+        except OSError:
+            return set()
+
+    # One listing per folder is much faster than asking for each of 100,000 files, above all on a network drive.
+    unlisted = [path for path in paths if os.path.basename(path) not in listing(os.path.dirname(path))]
+    missing = [path for path in unlisted if not os.path.exists(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"{datalist} must list existing files, got {len(missing)} missing: {_few(missing, 3)}. "
+            "Correct the paths, which are relative to its folder, or remove the items."
+        )
+
+
+def _label_names(items: list[Item], given: Any, path: Path) -> list[str]:
+    given = [] if given is None else given
+    if not isinstance(given, list) or len({name for name in given if isinstance(name, str)}) < len(given):
+        raise ValueError(f"{path}: `label_names` must be a list of different names, got {given}.")
+    labels = [item["label"] for item in items if "label" in item and not isinstance(item["label"], str)]
+    if given or not labels:
+        return list(given) if labels else []
+    named = dict.fromkeys(name for label in labels if isinstance(label, dict) for name in label)
+    length = len(labels[0]) if isinstance(labels[0], list) else 1
+    return list(named) or [_name(None, index) for index in range(length)]
+
+
+def _read_label(label: Any, names: list[str], where: str) -> list[float]:
+    if isinstance(label, dict):
+        if not set(label) <= set(names):
+            raise ValueError(f"{where}: the label must use the names {names}, got {list(label)}.")
+        label = [label.get(name) for name in names]
+    label = label if isinstance(label, list) else [label]
+    if len(label) != len(names):
+        raise ValueError(f"{where}: the label must have {len(names)} values ({_few(names, 3)}), got {len(label)}.")
+    # NaN, which Python's JSON reads, is the one value that differs from itself.
+    values = [float("nan") if value is None or value != value else value for value in label]
+    if not all(isinstance(value, (int, float)) and (value in (0, 1) or value != value) for value in values):
+        raise ValueError(f"{where}: label values must be 1, 0 or null (unknown), got {label}.")
+    return [float(value) for value in values]
+
+
+def _merge(datalists: list[Datalist], folders: list[Path]) -> Datalist:
+    label_names = list(dict.fromkeys(name for datalist in datalists for name in datalist.label_names))
+    short = [folder.name for folder in folders]
+    prefixes = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    merged: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for datalist, prefix in zip(datalists, prefixes, strict=True):
+        for split in SPLITS:
+            for item in getattr(datalist, split):
+                if "subject" in item:
+                    item["subject"] = f"{prefix}/{item['subject']}"
+                if isinstance(item.get("label"), list):
+                    values = dict(zip(datalist.label_names, item["label"], strict=True))
+                    item["label"] = [values.get(name, float("nan")) for name in label_names]
+                merged[split].append(item)
+    return Datalist(**merged, label_names=label_names)
+
+
+def _refuse_leaks(datalist: Datalist) -> None:
+    for key in ("subject", "image"):
+        values = {split: {item[key] for item in getattr(datalist, split) if key in item} for split in SPLITS}
+        for first, second in itertools.combinations(SPLITS, 2):
+            shared = sorted(values[first] & values[second])
+            if shared:
+                raise ValueError(
+                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {_few(shared, 5)}. "
+                    "Move each to one split, else the evaluation is on training data."
+                )
+
+
+def _load_all(
+    dataset: Dataset, num_workers: int, progress: bool, keep: bool = True
+) -> tuple[list[Any], dict[int, str]]:
+    """Contents of the items that can be read (none if not `keep`), and the error of each index that cannot."""
+
+    def load(index: int) -> tuple[Any, str | None]:
+        try:
+            content = dataset[index]
+        except Exception as error:
+            cause: BaseException = error
+            while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # MONAI's "applying transform"
+                cause = cause.__cause__
+            if isinstance(cause, ImportError):  # a missing package is no fault of the file
+                raise cause from None
+            return None, f"{cause}" or type(cause).__name__
+        return (convert_to_contiguous(content) if keep else None), None
+
+    torch_threads = torch.get_num_threads()
+    try:
+        # One image gains nothing from torch's own threads; beside ours they cost a factor of ten on a busy machine.
+        with ThreadPool(max(1, num_workers), torch.set_num_threads, (1,)) as pool:
+            results = pool.imap(load, range(len(dataset)))
+            attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
+    finally:
+        torch.set_num_threads(torch_threads)
+    contents = [content for content, error in attempts if error is None]
+    return contents, {index: error for index, (_, error) in enumerate(attempts) if error is not None}
+
+
+def _report(errors: dict[int, str], data: list[Item], skip: bool) -> None:
+    lines = []
+    for index, error in errors.items():
+        image = str(data[index].get("image", f"item {index}"))
+        lines.append(error if image in error else f"{image}: {error}")
+    if skip and len(errors) < len(data):
+        for line in lines:
+            logger.warning("Skipped: %s", line)
+        return
+    raise ValueError(
+        f"`data` must hold images that can be read, got {len(errors)} of {len(data)} that cannot:\n  "
+        + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
+        + '\nRepair them, remove them from the data list, or pass `on_corrupt` = "skip".'
+    )
+
+
+def _values(item: Item) -> list[float]:
+    label = item.get("label")
+    return label if isinstance(label, list) else []
+
+
+def _positives(items: list[Item]) -> set[int]:
+    return {index for item in items for index, value in enumerate(_values(item)) if value == 1}
+
+
+def _name(label_names: Sequence[str] | None, index: int) -> str:
+    return label_names[index] if label_names else f"finding_{index}"
+
+
+def _few(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

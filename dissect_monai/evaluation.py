@@ -1,0 +1,291 @@
+"""Frozen features judged by k-NN and linear probe: during training, and once on the test split."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.metrics import EmbeddingCollapseMetric
+from numpy.typing import NDArray
+from torch import nn
+
+from dissect_monai.data import SPLITS, Datalist, Item, label_matrix
+from dissect_monai.metrics import auroc, average_precision, bootstrap, macro_auroc, paired_bootstrap
+from dissect_monai.networks import feature_maps
+from dissect_monai.probes import extract_features, grouped_cross_val_scores, knn_scores, linear_probe, pixel_pca
+
+Array = NDArray[np.floating[Any]]
+Loader = Iterable[Mapping[str, Any]]
+logger = logging.getLogger(__name__)
+NO_FINDING = "No finding"
+MACRO = "macro"
+
+
+class Task(NamedTuple):
+    """A set of binary questions to frozen features."""
+
+    name: str
+    columns: list[str]
+    labels: list[Array]  # one (N, C) per split: training, validation, test; 1, 0 or NaN
+
+
+class Judged(NamedTuple):
+    """The scores of one probe on one kind of features for one task."""
+
+    task: Task
+    source: str  # name of an encoder, or "pixels"
+    features: str  # "last", "stages" (all stages side by side) or "pca"
+    probe: str  # "knn" or "linear"
+    scores: Array  # (N, C)
+
+
+class Row(NamedTuple):
+    """One line of findings.csv: a question, or `macro`, the mean over the questions of a task."""
+
+    source: str
+    features: str
+    probe: str
+    finding: str
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    ap: float
+    ap_low: float
+    ap_high: float
+    n: int
+    positives: int
+
+
+class Difference(NamedTuple):
+    """One line of differences.csv: macro AUROC of the pretrained encoder less that of a baseline."""
+
+    task: str
+    features: str
+    probe: str
+    baseline: str
+    difference: float
+    low: float
+    high: float
+
+
+class KNNHandler:
+    """Logs the k-NN AUROC and the collapse of the embedding at the end of every validation.
+
+    Attached to an evaluator whose network is the encoder. It sets the metrics `knn_auroc` (last stage),
+    `knn_auroc_stages` (all stages) and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
+
+    Args:
+        encoder: encoder as it trains.
+        training: loader of the labelled training images, in the order of `training_items`.
+        training_items: their data list.
+        validation: loader of the labelled validation images.
+        validation_items: their data list.
+        label_names: names of the findings.
+        k: number of neighbours.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        training: Loader,
+        training_items: list[Item],
+        validation: Loader,
+        validation_items: list[Item],
+        label_names: Sequence[str],
+        k: int = 20,
+    ) -> None:
+        self.encoder = encoder
+        self.loaders = training, validation
+        self.labels = [label_matrix(items, label_names) for items in (training_items, validation_items)]
+        self.label_names = label_names
+        self.k = k
+        self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+
+    def attach(self, engine: Engine) -> None:
+        """Run when `engine` has seen the validation split."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Extract, vote, and leave the metrics in the engine's state."""
+        train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
+        for name, bank, queries in (("knn_auroc", train.last, val.last), ("knn_auroc_stages", train.stages, val.stages)):
+            scores = knn_scores(bank, self.labels[0], queries, self.k)
+            engine.state.metrics[name] = macro_auroc(self.labels[1], scores, self.label_names).value
+        collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
+        engine.state.metrics["embedding_collapse"] = float(collapse)
+
+
+class ProbeHandler:
+    """Judges frozen encoders and the pixel baseline by linear probe and k-NN, with 95 % intervals by subject.
+
+    C of the linear probe is chosen on validation; the test split is scored once. With `num_folds` the probe is
+    cross-validated over all labelled images instead, folds grouped by subject, for small test splits. It writes
+    findings.csv and differences.csv (paired bootstrap) and leaves every AUROC in the engine's metrics, which MONAI's
+    `MetricsSaver` writes to metrics.csv.
+
+    Args:
+        encoders: encoders by name; the first is compared with all others.
+        loaders: loaders of the splits `training`, `validation` and `test`, in the order of `datalist`.
+        datalist: the labelled items of the three splits.
+        output_dir: folder for the tables.
+        findings: findings to score, of `datalist.label_names` or "No finding" (all labels 0); None is all of them.
+        shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
+        num_folds: 0 for the given splits, else the number of folds.
+        num_samples: bootstrap resamples.
+        seed: seed of folds and resamples.
+
+    Raises:
+        ValueError: if a split has no labelled items, a finding is unknown, or the shortcut has not two values.
+
+    Reference:
+        Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        loaders: Mapping[str, Loader],
+        datalist: Datalist,
+        output_dir: str | Path,
+        findings: Sequence[str] | None = None,
+        shortcut: str | None = None,
+        num_folds: int = 0,
+        num_samples: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.encoders = encoders
+        self.loaders = [loaders[split] for split in SPLITS]
+        self.output_dir = Path(output_dir)
+        self.num_folds, self.num_samples, self.seed = num_folds, num_samples, seed
+        splits = [getattr(datalist, split) for split in SPLITS]
+        names = list(findings or datalist.label_names)
+        self.tasks = [Task("findings", names, [_labels(items, datalist.label_names, names) for items in splits])]
+        if shortcut is not None:
+            self.tasks.append(_shortcut_task(splits, shortcut))
+        scored = [item for items in (splits if num_folds else splits[2:]) for item in items]
+        self.subjects = [str(item.get("subject", item["image"])) for item in scored]
+
+    def attach(self, engine: Engine) -> None:
+        """Run when `engine` has seen the test split."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Extract features, probe them, write the tables and leave the metrics."""
+        judged = [
+            result
+            for source, kind, features in self._features(engine.state.device)
+            for task in self.tasks
+            for result in self._probe(task, source, kind, features)
+        ]
+        rows = [row for result in judged for row in self._rows(result)]
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        _write_csv(self.output_dir / "findings.csv", Row._fields, rows)
+        _write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(judged))
+        for row in rows:
+            name = f"{row.source}_{row.features}_{row.probe}_auroc_{row.finding.replace(' ', '_')}"
+            engine.state.metrics |= {name: row.auroc, f"{name}_low": row.auroc_low, f"{name}_high": row.auroc_high}
+            if row.finding == MACRO or row.finding in self.tasks[-1].columns:
+                logger.info("%-10s %-6s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:7])
+
+    def _features(self, device: torch.device) -> Iterator[tuple[str, str, list[Array]]]:
+        for source, encoder in self.encoders.items():
+            splits = [extract_features(encoder, loader, device, feature_maps) for loader in self.loaders]
+            yield source, "last", [split.last for split in splits]
+            yield source, "stages", [split.stages for split in splits]
+        images = [torch.cat([torch.as_tensor(batch["image"]) for batch in loader]) for loader in self.loaders]
+        if images[0].ndim == 4:
+            yield "pixels", "pca", list(pixel_pca(*images))
+
+    def _probe(self, task: Task, source: str, kind: str, x: list[Array]) -> Iterator[Judged]:
+        y = task.labels
+        if self.num_folds:
+            pooled = grouped_cross_val_scores(
+                np.concatenate(x), np.concatenate(y), self.subjects, self.num_folds, self.seed
+            )
+            yield Judged(task, source, kind, "linear", pooled)
+            return
+        yield Judged(task, source, kind, "linear", linear_probe(x[0], y[0], x[1], y[1], x[2]).scores)
+        yield Judged(task, source, kind, "knn", knn_scores(x[0], y[0], x[2]))
+
+    def _truth(self, task: Task) -> Array:
+        return np.concatenate(task.labels) if self.num_folds else task.labels[2]
+
+    def _usable(self, result: Judged) -> list[int]:
+        columns = zip(self._truth(result.task).T, result.scores.T, strict=True)
+        return [index for index, (label, score) in enumerate(columns) if not np.isnan(auroc(label, score))]
+
+    def _statistic(self, result: Judged, metric: Callable[..., Array], columns: Sequence[int]) -> Callable[[Array], Array]:
+        truth = self._truth(result.task)
+
+        def mean(weight: Array) -> Array:
+            values = np.stack([metric(truth[:, i], result.scores[:, i], weight) for i in columns])
+            return np.nanmean(values, axis=0)
+
+        return mean
+
+    def _rows(self, result: Judged) -> Iterator[Row]:
+        truth, usable = self._truth(result.task), self._usable(result)
+        left_out = [name for index, name in enumerate(result.task.columns) if index not in usable]
+        if left_out:
+            logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(left_out))
+        groups = {result.task.columns[index]: [index] for index in usable}
+        if len(groups) > 1:
+            groups = {MACRO: usable, **groups}
+        for name, columns in groups.items():
+            intervals = [
+                bootstrap(self._statistic(result, metric, columns), self.subjects, self.num_samples, self.seed)
+                for metric in (auroc, average_precision)
+            ]
+            known = int((~np.isnan(truth[:, columns])).any(1).sum())
+            positives = int(np.nansum(truth[:, columns]))
+            yield Row(result.source, result.features, result.probe, name, *intervals[0], *intervals[1], known, positives)
+
+    def _differences(self, judged: Sequence[Judged]) -> Iterator[Difference]:
+        main = next(iter(self.encoders))
+        for result in judged:
+            for other in judged:
+                same = other.task is result.task and other.probe == result.probe
+                comparable = other.features in (result.features, "pca")
+                if result.source != main or other.source == main or not same or not comparable:
+                    continue
+                columns = [index for index in self._usable(result) if index in self._usable(other)]
+                statistics = [self._statistic(each, auroc, columns) for each in (result, other)]
+                interval = paired_bootstrap(*statistics, self.subjects, self.num_samples, self.seed)
+                yield Difference(result.task.name, result.features, result.probe, other.source, *interval)
+
+
+def _labels(items: list[Item], label_names: Sequence[str], findings: Sequence[str]) -> Array:
+    """Columns of the label matrix by name; "No finding" is 1 where every label is 0, unknown where one is unknown."""
+    labels = label_matrix(items, label_names)
+    columns = dict(zip(label_names, labels.T, strict=True))
+    columns.setdefault(NO_FINDING, np.where(np.isnan(labels).any(1), np.nan, (labels == 0).all(1)))
+    unknown = [name for name in findings if name not in columns]
+    if unknown:
+        raise ValueError(f"`findings` must be among {', '.join(columns)}, got {', '.join(unknown)}.")
+    if not len(items):
+        raise ValueError("evaluation needs labelled items in `training`, `validation` and `test` of dataset.json.")
+    return np.stack([columns[name] for name in findings], axis=1)
+
+
+def _shortcut_task(splits: Sequence[list[Item]], key: str) -> Task:
+    values = sorted({str(item[key]) for items in splits for item in items if key in item})
+    if len(values) != 2:
+        raise ValueError(f"`shortcut` must name a key of the items with two values, got {key!r} with {values}.")
+    labels = [
+        np.array([[float(str(item[key]) == values[0]) if key in item else np.nan] for item in items]) for items in splits
+    ]
+    return Task("shortcut", [f"{key}={values[0]}"], labels)
+
+
+def _write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(fields)
+        for row in rows:
+            writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in row])

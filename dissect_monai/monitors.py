@@ -1,0 +1,126 @@
+"""What a pretraining run shows while it runs, and when it must stop."""
+
+from __future__ import annotations
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from dissect_monai.figures import code_figure, view_figure
+from dissect_monai.handlers import TargetMomentumHandler
+from dissect_monai.losses import VQSSLLoss
+from dissect_monai.metrics import code_usage, effective_rank, feature_std, perplexity
+from dissect_monai.networks import SSLOutput, VQSSLNet
+
+COLLAPSED_STD = 0.01  # on a scale on which isotropic features have 1
+NUM_PICTURES = 4
+
+
+class SSLMonitor:
+    """Writes every loss term, rates, codebook and collapse indicators and pictures; stops a run that is lost.
+
+    Args:
+        network: the pretraining network, not its wrapper.
+        loss: its loss, for the terms by name.
+        optimizer: for the learning rate.
+        momentum: for the momentum of the target.
+        writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
+        interval: iterations between looks; each waits for the device.
+        patience: looks in a row at which the features must be collapsed before the run stops.
+
+    Raises:
+        RuntimeError: during the run, if the loss is not finite or the features have collapsed.
+    """
+
+    def __init__(
+        self,
+        network: VQSSLNet,
+        loss: VQSSLLoss,
+        optimizer: Optimizer,
+        momentum: TargetMomentumHandler,
+        writer: SummaryWriter | None = None,
+        interval: int = 10,
+        patience: int = 5,
+    ) -> None:
+        if interval < 1 or patience < 1:
+            raise ValueError(f"`interval` and `patience` must be at least 1, got {interval} and {patience}.")
+        self.network = network
+        self.loss = loss
+        self.optimizer = optimizer
+        self.momentum = momentum
+        self.writer = writer
+        self.interval = interval
+        self.patience = patience
+        self.collapsed = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Look every `interval` iterations, draw at the end of every epoch."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._draw)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Look at the last iteration."""
+        output, views = engine.state.output["pred"], engine.state.output["label"]
+        scalars = {f"loss/{name}": term for name, term in self.loss.terms(output, views).items()}
+        scalars["loss/total"] = engine.state.output["loss"]
+        self._refuse_nonfinite(engine, scalars)
+        scalars |= {
+            "collapse/feature_std": feature_std(output.embedding),
+            "collapse/target_std": feature_std(output.targets),
+            "collapse/effective_rank": effective_rank(output.embedding),
+        }
+        self._refuse_collapse(engine, scalars)
+        for stage, scale, codebook in self._scales(output):
+            scalars[f"codes/perplexity_stage{stage}"] = perplexity(scale, len(codebook))
+            scalars[f"codes/usage_stage{stage}"] = code_usage(scale, len(codebook))
+        if self.writer is not None:
+            iteration = engine.state.iteration
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, float(value), iteration)
+            self.writer.add_scalar("schedule/learning_rate", self.optimizer.param_groups[0]["lr"], iteration)
+            self.writer.add_scalar("schedule/target_momentum", self.momentum.momentum_at(iteration), iteration)
+
+    def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
+        books = [codebook.embedding.weight for codebook in self.network.quantizer.codebooks]
+        indices = [scale.indices for scale in output.quantized]
+        return list(zip(self.network.stages, indices, books, strict=True))
+
+    def _refuse_nonfinite(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
+        bad = [f"{name} = {float(value)}" for name, value in scalars.items() if not torch.isfinite(value)]
+        if bad:
+            raise RuntimeError(
+                f"the loss is not finite in epoch {engine.state.epoch}, iteration {engine.state.iteration}: "
+                f"{', '.join(bad)}. Lower --learning_rate, lengthen --warmup_epochs, or set --amp false; "
+                "the last checkpoint is intact."
+            )
+
+    def _refuse_collapse(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
+        spread = float(scalars["collapse/target_std"])
+        self.collapsed = self.collapsed + 1 if spread < COLLAPSED_STD else 0
+        if self.collapsed >= self.patience:
+            raise RuntimeError(
+                f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: the "
+                f"targets' standard deviation is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
+                f"{float(scalars['collapse/effective_rank']):.1f}, at {self.patience} looks in a row. "
+                "Raise --momentum, lower --learning_rate or enlarge --batch_size."
+            )
+
+    @torch.no_grad()
+    def _draw(self, engine: Engine) -> None:
+        if self.writer is None:
+            return
+        epoch, output = engine.state.epoch, engine.state.output["pred"]
+        seen, clean = engine.state.output["image"], engine.state.output["label"]
+        first = slice(0, min(NUM_PICTURES, len(seen) // 2))
+        second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
+        self.writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
+        if output.reconstruction is not None:
+            columns = [seen[first], clean[first], output.reconstruction[first]]
+            self.writer.add_image("reconstruction", view_figure(columns), epoch)
+        _, indices, books = zip(*self._scales(output), strict=True)
+        figure = code_figure(seen[first], [scale[first] for scale in indices], books)
+        self.writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
+        self.writer.flush()

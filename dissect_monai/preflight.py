@@ -1,0 +1,125 @@
+"""What a run checks before it starts: one clear line instead of a traceback, and no misspelt knob passes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from monai.bundle import ConfigParser
+from monai.bundle.scripts import run as bundle_run
+from monai.utils import ensure_tuple
+
+T = TypeVar("T")
+# What an override may add to a component although its config does not show it.
+COMPONENT_KEYS = ("_disabled_", "_desc_", "_requires_", "_mode_")
+
+
+def checked(function: Callable[..., T], **kwargs: Any) -> T:
+    """Call `function`; bad input ends the process with its one-line message and exit status 1.
+
+    MONAI wraps what a config raises into a chain of tracebacks; `SystemExit` passes it unchanged.
+
+    Args:
+        function: anything that refuses bad input by `ValueError`, `OSError` or `ImportError`.
+        kwargs: its arguments.
+    """
+    try:
+        return function(**kwargs)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def is_true(value: bool | str) -> bool:
+    """A switch as the command line gives it: `--resume true` arrives as text.
+
+    Raises:
+        SystemExit: if it is neither true nor false.
+    """
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    raise SystemExit(f"error: a switch must be true or false, got {value!r}.")
+
+
+def bundle_root(name: str) -> str:
+    """Folder of the bundle that runs: the current one, `bundles/<name>` below it, or where its config file lies.
+
+    Args:
+        name: name of the bundle's folder.
+
+    Raises:
+        SystemExit: if none of the three holds configs/metadata.json.
+    """
+    candidates = [Path(), Path("bundles", name)]
+    arguments = _run_arguments()
+    if arguments is not None:
+        candidates += [Path(file).absolute().parent.parent for file in ensure_tuple(arguments["config_file"])]
+    for folder in candidates:
+        if (folder / "configs" / "metadata.json").is_file():
+            return str(folder)
+    raise SystemExit(f"error: cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
+
+
+def refuse_unknown_overrides() -> None:
+    """Refuse an override of `monai.bundle run` that names nothing in the config files; MONAI would ignore it.
+
+    An argument that a component's class takes may be added even if the config does not show it.
+
+    Raises:
+        ValueError: naming the override and the nearest id.
+    """
+    arguments = _run_arguments()
+    if arguments is None:
+        return  # built through the Python API, whose callers (MONAI Label, FL) may add ids of their own
+    parser = ConfigParser()
+    parser.read_config(ensure_tuple(arguments["config_file"]))
+    known = [identifier for identifier in _ids(parser.config) if not identifier.startswith("_")]
+    for identifier in arguments["override"]:
+        name = str(identifier).replace("#", "::")
+        if name.startswith("_meta_") or name in parser or _is_argument(parser, name):
+            continue
+        near = get_close_matches(name, known, n=1, cutoff=0)
+        raise ValueError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
+
+
+def _run_arguments() -> dict[str, Any] | None:
+    """Arguments of the `monai.bundle.run` call that this code runs under: MONAI hands them to nobody."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not bundle_run.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    arguments = dict(frame.f_locals)
+    if arguments["args_file"]:
+        own = ("run_id", "init_id", "final_id", "meta_file", "logging_file", "tracking", "workflow_type")
+        given = ConfigParser.load_config_file(arguments["args_file"])
+        arguments["config_file"] = arguments["config_file"] or given.pop("config_file", None)
+        given = {key: value for key, value in given.items() if key not in (*own, "config_file")}
+        arguments["override"] = {**given, **arguments["override"]}
+    return arguments
+
+
+def _ids(config: Any, prefix: str = "") -> list[str]:
+    if not isinstance(config, Mapping):
+        return []
+    found = []
+    for key, value in config.items():
+        found.append(f"{prefix}{key}")
+        found += _ids(value, f"{prefix}{key}::")
+    return found
+
+
+def _is_argument(parser: ConfigParser, name: str) -> bool:
+    parent, _, key = name.rpartition("::")
+    component = parser.get(parent) if parent and parent in parser else None
+    if not isinstance(component, Mapping) or "_target_" not in component:
+        return False
+    if key in COMPONENT_KEYS:
+        return True
+    target = ConfigParser({"component": dict(component, _mode_="callable")}).get_parsed_content("component")
+    parameters = inspect.signature(getattr(target, "func", target)).parameters
+    return key in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

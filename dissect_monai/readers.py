@@ -1,0 +1,229 @@
+"""One MONAI image reader for X-rays and volumes: pillow, SimpleITK and nibabel behind `LoadImage`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.data import ImageReader, NibabelReader
+from monai.utils import MetaKeys, SpaceKeys
+from PIL import Image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+# ITU-R 601, as pillow's mode "L".
+LUMINANCE = (0.299, 0.587, 0.114)
+
+
+def image_format(path: str | PathLike[str]) -> str | None:
+    """Which kind of image a file name promises.
+
+    A name without a suffix, or with a number for one as in a DICOM UID, is DICOM if the file says so.
+
+    Args:
+        path: file name; read only if it has no suffix.
+
+    Returns:
+        "picture" (pillow), "dicom", "itk" (MHA, MHD, NRRD), "nifti", or None for anything else.
+
+    Example:
+        >>> image_format("lung.nii.gz"), image_format("IM0001.DCM"), image_format("report.pdf")
+        ('nifti', 'dicom', None)
+    """
+    name = Path(path).name.lower()
+    kinds = {"picture": PICTURE_SUFFIXES, "dicom": DICOM_SUFFIXES, "itk": ITK_SUFFIXES, "nifti": NIFTI_SUFFIXES}
+    for kind, suffixes in kinds.items():
+        if name.endswith(suffixes):
+            return kind
+    suffix = Path(name).suffix[1:]
+    # A DICOMDIR is an index in DICOM's own format: it holds no pixels.
+    return "dicom" if (not suffix or suffix.isdigit()) and name != "dicomdir" and _has_dicom_magic(path) else None
+
+
+class ImageFileReader(ImageReader):
+    """Reads PNG, JPEG, TIFF, BMP, DICOM, MHA/MHD, NRRD and NIfTI for MONAI's `LoadImage`.
+
+    Arrays are (x, y) or (x, y, z), whatever the format, so that a PNG and a DICOM of one X-ray agree; volumes carry
+    an RAS affine that equals the one of the same volume as NIfTI, which MONAI's `NibabelReader` reads. Colour becomes
+    luminance, 16-bit pictures keep their values, of several pages the first is read. A folder is read as one DICOM
+    series. ITK rescales the values of DICOM by slope and intercept and inverts MONOCHROME1 within its stored range.
+
+    Args:
+        window: clip a single DICOM file to its first window (centre and width), as a viewer shows it. A series folder
+            is never clipped, since its values (HU) are quantities.
+        spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse what has another one.
+            None takes images as they are.
+
+    Raises:
+        ValueError: if a file is corrupt or has another number of spatial dimensions; names the file.
+        ImportError: if a DICOM, MHA or NRRD file is met and SimpleITK is not installed.
+    """
+
+    def __init__(self, window: bool = True, spatial_dims: int | None = None) -> None:
+        if spatial_dims not in (None, 2, 3):
+            raise ValueError(f"`spatial_dims` must be 2, 3 or None, got {spatial_dims!r}.")
+        self.window = window
+        self.spatial_dims = spatial_dims
+
+    def verify_suffix(self, filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> bool:
+        """Whether this is the reader of choice for one file: not for NIfTI, which MONAI reads itself."""
+        path = _single_path(filename)
+        return path is not None and (path.is_dir() or image_format(path) not in (None, "nifti"))
+
+    def read(self, data: Sequence[str | PathLike[str]] | str | PathLike[str], **kwargs: Any) -> Path:
+        """Accept one file or series folder; it is decoded by `get_data`.
+
+        `LoadImage` answers any error of `read` by trying every other reader, and so would bury why a file is corrupt.
+        """
+        path = _single_path(data)
+        if path is None:
+            raise ValueError(f"`data` must be one file, got {data!r}; several are left to MONAI's own readers.")
+        if path.exists() and not path.is_dir() and image_format(path) is None:
+            raise ValueError(f"`data` must be an image file, got {path}.")
+        return path
+
+    def get_data(self, img: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """Decode what `read` accepted into the array and MONAI's metadata."""
+        if not img.exists():
+            raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
+        try:
+            array, meta = self._decode(img)
+        except ImportError:
+            raise
+        except Exception as error:
+            # SimpleITK names its own source file and line first.
+            reason = (str(error).split("ERROR: ")[-1].strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{img} must be an intact image of the format that its name says, got: {reason}. "
+                "Replace it or remove it from the data list."
+            ) from error
+        return self._fit_spatial_dims(array, meta, img)
+
+    def _decode(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        if path.is_dir():
+            return _read_dicom_series(path, self.window)
+        kind = image_format(path)
+        if kind == "picture":
+            return _with_meta(_read_picture(path))
+        if kind == "nifti":
+            reader = NibabelReader(squeeze_non_spatial_dims=True)
+            return reader.get_data(reader.read(path))
+        if kind == "dicom":
+            return _read_dicom(path, self.window)
+        return _from_itk(_simpleitk(path).ReadImage(fspath(path)))
+
+    def _fit_spatial_dims(
+        self, array: np.ndarray, meta: dict[str, Any], path: Path
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
+        if self.spatial_dims is None or has_channels:
+            return array, meta
+        while array.ndim > self.spatial_dims and array.shape[-1] == 1:
+            array = array[..., 0]
+        if array.ndim != self.spatial_dims:
+            raise ValueError(f"{path} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
+        return array, {**meta, MetaKeys.SPATIAL_SHAPE: np.array(array.shape)}
+
+
+def _single_path(filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Path | None:
+    if isinstance(filename, (str, PathLike)):
+        return Path(filename)
+    return Path(filename[0]) if len(filename) == 1 else None
+
+
+def _has_dicom_magic(path: str | PathLike[str]) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _simpleitk(path: Path) -> Any:
+    try:
+        import SimpleITK
+    except ImportError:
+        raise ImportError(
+            f"Reading {path} needs SimpleITK: `pip install SimpleITK`, or convert the images to PNG or NIfTI."
+        ) from None
+    return SimpleITK
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        # Pillow would clip 16-bit and float pictures to 255 on converting them to "L".
+        is_grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
+        array = np.asarray(image if is_grey else image.convert("L"))
+    return array.astype(array.dtype.newbyteorder("="), copy=False).T
+
+
+def _read_dicom_series(folder: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    sitk = _simpleitk(folder)
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(fspath(folder))
+    if len(series) != 1:
+        raise ValueError(f"the folder must hold one DICOM series, got {len(series)}; give each a folder of its own.")
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(fspath(folder), series[0])
+    return _read_dicom(Path(files[0]), window) if len(files) == 1 else _from_itk(sitk.ReadImage(files))
+
+
+def _read_dicom(path: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    image = _simpleitk(path).ReadImage(fspath(path), imageIO="GDCMImageIO")
+    array, meta = _from_itk(image)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array, meta = _with_meta(array[..., 0])
+    center, width = _tag(image, "0028|1050"), _tag(image, "0028|1051")
+    if window and center is not None and width is not None and width >= 1:
+        # DICOM PS3.3 C.11.2.1.2.1, the linear function: the window is width - 1 wide, about center - 0.5.
+        low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
+        if image.HasMetaDataKey("0028|0004") and image.GetMetaData("0028|0004").strip() == "MONOCHROME1":
+            # ITK has inverted the values, but the window speaks of those in the file.
+            low, high = _inversion_sum(image) - high, _inversion_sum(image) - low
+        array = array.clip(low, high)
+    return array, meta
+
+
+def _inversion_sum(image: Any) -> float:
+    """Lowest plus highest value that the stored bits can express: ITK inverts by subtracting from it."""
+    bits, signed = int(_tag(image, "0028|0101") or 8), int(_tag(image, "0028|0103") or 0)
+    slope, intercept = _tag(image, "0028|1053"), _tag(image, "0028|1052") or 0.0
+    return (-1 if signed else 2**bits - 1) * (1.0 if slope is None else slope) + 2 * intercept
+
+
+def _tag(image: Any, key: str) -> float | None:
+    """First number of a DICOM tag that may hold several; None if it is missing or empty."""
+    first = image.GetMetaData(key).split("\\")[0].strip() if image.HasMetaDataKey(key) else ""
+    return float(first) if first else None
+
+
+def _from_itk(image: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    from SimpleITK import GetArrayFromImage
+
+    array = GetArrayFromImage(image)
+    components = image.GetNumberOfComponentsPerPixel()
+    if components in (3, 4) and array.dtype == np.uint8:
+        array = np.rint(array[..., :3] @ np.array(LUMINANCE)).astype(np.uint8)
+    elif components != 1:
+        raise ValueError(f"it must be grey or 8-bit RGB, got {components} components of {array.dtype} per pixel.")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"it must have 2 or 3 dimensions, got shape {array.shape[::-1]}.")
+    return _with_meta(array.T, _ras_affine(image) if array.ndim == 3 else None)
+
+
+def _ras_affine(image: Any) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    # ITK's world is LPS, NIfTI's and MONAI's is RAS.
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _with_meta(array: np.ndarray, affine: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    meta = {MetaKeys.SPATIAL_SHAPE: np.array(array.shape), MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan")}
+    if affine is not None:
+        meta.update({MetaKeys.AFFINE: affine, MetaKeys.ORIGINAL_AFFINE: affine.copy(), MetaKeys.SPACE: SpaceKeys.RAS})
+    return array, meta
