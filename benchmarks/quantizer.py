@@ -10,6 +10,7 @@ over the rounds, with its extremes.
 """
 
 import argparse
+import math
 import sys
 from functools import partial, reduce
 from operator import add
@@ -147,7 +148,9 @@ def main() -> None:
     report("sum of the four levels", total)
     report(f"{VOLUME}, not in the sum", measure(VOLUME, args.device, args.rounds))
 
-    print(f"extra peak memory at {LEVELS[0]}, floor: one copy of the input is {4 * 32 * 64 * 56 * 56 / 2**20:.0f} MiB")
+    print(
+        f"extra peak memory at {LEVELS[0]}; one copy of the input is {4 * math.prod(LEVELS[0].shape) / 2**20:.0f} MiB"
+    )
     peaks = {
         lib: peak_memory(partial(build, lib, LEVELS[0], args.device), train_step, args.device) for lib in LIBRARIES
     }

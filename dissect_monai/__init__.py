@@ -8,6 +8,8 @@ from dissect_monai.data import cached_dataset as cached_dataset
 from dissect_monai.data import labelled as labelled
 from dissect_monai.data import read_datalist as read_datalist
 from dissect_monai.data import select_fraction as select_fraction
+from dissect_monai.embeddings import EmbeddingSaver as EmbeddingSaver
+from dissect_monai.embeddings import load_quantizer as load_quantizer
 from dissect_monai.evaluation import KNNHandler as KNNHandler
 from dissect_monai.evaluation import ProbeHandler as ProbeHandler
 from dissect_monai.handlers import EpochSeedHandler as EpochSeedHandler
@@ -21,10 +23,13 @@ from dissect_monai.losses import VQSSLLoss as VQSSLLoss
 from dissect_monai.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.networks import VQSSLNet as VQSSLNet
 from dissect_monai.optimizers import ssl_optimizer as ssl_optimizer
+from dissect_monai.preflight import announce as announce
 from dissect_monai.preflight import bundle_root as bundle_root
 from dissect_monai.preflight import checked as checked
 from dissect_monai.preflight import is_true as is_true
+from dissect_monai.preflight import refuse_small_data as refuse_small_data
 from dissect_monai.preflight import refuse_unknown_overrides as refuse_unknown_overrides
+from dissect_monai.preflight import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.quantizers import EMACodebook as EMACodebook
 from dissect_monai.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.readers import ImageFileReader as ImageFileReader

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from ignite.engine import Engine, Events
+from monai.handlers import CheckpointLoader
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -100,31 +101,35 @@ class EpochSeedHandler:
 
 
 class TrainingCheckpoint:
-    """Saves everything a run needs to go on, and the encoder's weights, at the end of epochs.
+    """Saves everything a run needs to go on, and the encoder's weights, at the end of epochs; resumes from it.
 
     Both are written to a temporary file and renamed, so a run killed at any moment leaves the newest complete files
-    intact. MONAI's `CheckpointSaver` writes in place; its `CheckpointLoader` reads what this writes.
+    intact; MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`.
 
     Args:
         ckpt_dir: folder for `checkpoint_epoch=N.pt`.
-        save_dict: objects with `state_dict`, by name.
-        weights: module whose plain state dict other bundles load, or None.
+        save_dict: objects with `state_dict`, by name; the engine's own state is added as `trainer`.
+        weights: module whose plain state dict other bundles load.
         weights_path: where `weights` go, such as `models/model.pt`.
         interval: epochs between checkpoints; the last epoch is always saved.
         num_kept: how many checkpoints of this run stay.
+        resume_from: checkpoint to load when the run starts, or None.
+        rank: rank of this process; all load, rank 0 saves.
 
     Raises:
-        ValueError: if `interval` or `num_kept` is not positive.
+        ValueError: if `interval` or `num_kept` is not positive, or the checkpoint is beyond the last epoch.
     """
 
     def __init__(
         self,
         ckpt_dir: str | Path,
         save_dict: Mapping[str, Any],
-        weights: nn.Module | None = None,
-        weights_path: str | Path = "models/model.pt",
+        weights: nn.Module,
+        weights_path: str | Path,
         interval: int = 1,
         num_kept: int = 2,
+        resume_from: str | None = None,
+        rank: int = 0,
     ) -> None:
         if interval < 1 or num_kept < 1:
             raise ValueError(f"`interval` and `num_kept` must be at least 1, got {interval} and {num_kept}.")
@@ -134,11 +139,17 @@ class TrainingCheckpoint:
         self.weights_path = Path(weights_path)
         self.interval = interval
         self.num_kept = num_kept
+        self.resume_from = resume_from
+        self.rank = rank
         self.saved: list[Path] = []
 
     def attach(self, engine: Engine) -> None:
-        """Run at the end of every epoch of `engine`; attach after all handlers that change what is saved."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        """Load at the start, save at the end of epochs; attach after all handlers that change what is saved."""
+        if self.resume_from is not None:
+            objects = {**self.save_dict, "trainer": engine}
+            CheckpointLoader(self.resume_from, objects, map_location=engine.state.device).attach(engine)
+        if self.rank == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         """Save if it is due."""
@@ -146,10 +157,10 @@ class TrainingCheckpoint:
         if epoch % self.interval and epoch != engine.state.max_epochs:
             return
         path = self.ckpt_dir / f"checkpoint_epoch={epoch}.pt"
-        save_atomically({name: item.state_dict() for name, item in self.save_dict.items()}, path)
-        if self.weights is not None:
-            save_atomically(self.weights.state_dict(), self.weights_path)
-        self.saved = [old for old in self.saved if old != path] + [path]
+        objects = {**self.save_dict, "trainer": engine}
+        save_atomically({name: item.state_dict() for name, item in objects.items()}, path)
+        save_atomically(self.weights.state_dict(), self.weights_path)
+        self.saved = [*(old for old in self.saved if old != path), path]
         while len(self.saved) > self.num_kept:
             self.saved.pop(0).unlink(missing_ok=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sized
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,9 @@ from monai.bundle import ConfigParser
 from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 
+from dissect_monai.data import SPLITS, Datalist
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # What an override may add to a component although its config does not show it.
 COMPONENT_KEYS = ("_disabled_", "_desc_", "_requires_", "_mode_")
@@ -62,6 +66,19 @@ def bundle_root(name: str) -> str:
         if (folder / "configs" / "metadata.json").is_file():
             return str(folder)
     raise SystemExit(f"error: cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
+
+
+def announce(smoke: bool, data_dir: object) -> None:
+    """Say in one line what the run trains on.
+
+    Args:
+        smoke: whether it runs on generated phantoms.
+        data_dir: folder or folders of the images.
+    """
+    if smoke:
+        logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to train on your images.", data_dir)
+    else:
+        logger.info("Training on the images in %s.", data_dir)
 
 
 def refuse_unknown_overrides() -> None:
@@ -123,3 +140,32 @@ def _is_argument(parser: ConfigParser, name: str) -> bool:
     target = ConfigParser({"component": dict(component, _mode_="callable")}).get_parsed_content("component")
     parameters = inspect.signature(getattr(target, "func", target)).parameters
     return key in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> None:
+    """Refuse a training set that does not fill one batch per process.
+
+    Raises:
+        ValueError: saying how many images there are and what to do.
+    """
+    if batch_size < 2:
+        raise ValueError(f"`batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
+    if len(dataset) < batch_size * world_size:
+        raise ValueError(
+            f"`training` holds {len(dataset)} images, fewer than one batch of {batch_size} on {world_size} process(es): "
+            "lower --batch_size."
+        )
+
+
+def refuse_unlabelled(datalist: Datalist) -> None:
+    """Refuse an evaluation without labels.
+
+    Raises:
+        ValueError: naming the splits without labelled items.
+    """
+    empty = [split for split in SPLITS if not getattr(datalist, split)]
+    if empty:
+        raise ValueError(
+            f"evaluation needs labelled images in training, validation and test; {', '.join(empty)} has none. "
+            "Give --dataset_dir a folder whose dataset.json has the three lists with a `label` per item."
+        )

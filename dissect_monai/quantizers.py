@@ -11,7 +11,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Scores of one chunk of rows: on CPU they stay in the second-level cache, on GPU they fill the device.
+# Scores of one chunk of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**27}
 
 
@@ -85,51 +85,58 @@ class EMACodebook(nn.Module):
         self.revive_fraction = revive_fraction
 
         self.embedding = nn.Embedding(num_embeddings, embedding_dim).requires_grad_(False)
-        self.embedding.weight.copy_(self._on_manifold(self.embedding.weight))
+        self.embedding.weight.copy_(self._normalised(self.embedding.weight))
         self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings))
         self.register_buffer("ema_w", self.embedding.weight.detach().clone())
         self._seeded = False  # remembered, because a look at the cluster sizes waits for the GPU
 
     def forward(self, inputs: Tensor) -> Quantized:
-        """Quantise a feature map, and in training mode move the codes.
+        """Quantise a feature map, then, in training mode, move the codes.
 
         Args:
-            inputs: features of shape (B, embedding_dim, *spatial), any float dtype; fastest in channels_last, which
-                needs no copy.
+            inputs: features of shape (B, embedding_dim, *spatial), any float dtype; channels_last spares a copy.
 
         Returns:
-            features, indices, commitment and the (normalised) input. Gradients of `features` pass to the input
-            unchanged; `commitment` draws the input to its code. The codes get no gradient.
+            Maps of the size of the input. The gradient of `features` passes to the input unchanged, `commitment` draws
+            the input to its code, and the codes get no gradient.
 
         Raises:
             ValueError: if the number of channels is not `embedding_dim`.
         """
-        if inputs.ndim < 2 or inputs.shape[1] != self.embedding_dim:
-            raise ValueError(f"`inputs` must be (B, {self.embedding_dim}, *spatial), got {tuple(inputs.shape)}.")
+        if self.training and self.data_init and not self._seeded:
+            self._seed(self._rows(inputs.detach()))
+        output = self.lookup(inputs)
+        if self.training:
+            self._update(self._rows(output.projected.detach()), output.indices.flatten())
+        return output
+
+    def lookup(self, inputs: Tensor) -> Quantized:
+        """Quantise as `forward` does, but never move the codes; for a target network in training mode."""
         with torch.autocast(inputs.device.type, enabled=False):
-            channels_last = inputs.float().movedim(1, -1)
-            rows = self._on_manifold(channels_last.reshape(-1, self.embedding_dim))
-            if self.training and self.data_init and not self._seeded:
-                self._seed(rows.detach())
-            codes = self._on_manifold(self.embedding.weight.float())
+            rows = self._normalised(self._rows(inputs))
+            codes = self._normalised(self.embedding.weight.float())
             indices = _nearest(rows.detach(), codes)
             features, commitment = _StraightThrough.apply(rows, codes, indices, self.commitment_cost)
-            if self.training:
-                self._update(rows.detach(), indices)
+        size = (len(inputs), *inputs.shape[2:])
         return Quantized(
-            features=features.view(channels_last.shape).movedim(-1, 1),
-            indices=indices.view(channels_last.shape[:-1]),
+            features=features.view(*size, -1).movedim(-1, 1),
+            indices=indices.view(size),
             commitment=commitment,
-            projected=rows.view(channels_last.shape).movedim(-1, 1),
+            projected=rows.view(*size, -1).movedim(-1, 1),
         )
 
-    def _on_manifold(self, vectors: Tensor) -> Tensor:
+    def _rows(self, inputs: Tensor) -> Tensor:
+        if inputs.ndim < 2 or inputs.shape[1] != self.embedding_dim:
+            raise ValueError(f"`inputs` must be (B, {self.embedding_dim}, *spatial), got {tuple(inputs.shape)}.")
+        return inputs.float().movedim(1, -1).reshape(-1, self.embedding_dim)
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=1) if self.metric == "cosine" else vectors
 
     @torch.no_grad()
     def _seed(self, rows: Tensor) -> None:
         if not self.ema_cluster_size.any():
-            seeds = _spread_rows(rows, self.num_embeddings, shift=0)
+            seeds = self._normalised(_spread_rows(rows, self.num_embeddings, shift=0))
             self.embedding.weight.copy_(seeds)
             # As if each seed were one feature seen, so that the first batches soon outweigh it.
             self.ema_w.copy_(seeds)
@@ -147,7 +154,7 @@ class EMACodebook(nn.Module):
             self._revive(rows, counts)
         total = self.ema_cluster_size.sum()
         sizes = (self.ema_cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
-        self.embedding.weight.copy_(self._on_manifold(self.ema_w / sizes.unsqueeze(1)))
+        self.embedding.weight.copy_(self._normalised(self.ema_w / sizes.unsqueeze(1)))
 
     def _revive(self, rows: Tensor, counts: Tensor) -> None:
         # The sum of all indices differs from batch to batch; unshifted, a code would always be offered the same place.

@@ -125,7 +125,7 @@ def write_xray_phantoms(
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = output_dir.with_name(f".{output_dir.name}-{uuid4().hex}")
     try:
-        _write_set(partial, counts, image_size, seed, spec)
+        _write_set(partial, spec)
         partial.rename(output_dir)
     except OSError:
         if not _holds(output_dir, spec):  # else another process was faster
@@ -148,20 +148,20 @@ def _holds(folder: Path, spec: dict[str, int]) -> bool:
     return True
 
 
-def _write_set(folder: Path, counts: dict[str, int], image_size: int, seed: int, spec: dict[str, int]) -> None:
+def _write_set(folder: Path, spec: dict[str, int]) -> None:
     (folder / "images").mkdir(parents=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(spec["seed"])
     splits: dict[str, list[dict[str, object]]] = {}
     num_subjects = 0
-    for split, count in counts.items():
+    for split in ("training", "validation", "test"):
+        count = spec[split]
         subjects = np.repeat(np.arange(count), np.resize(_IMAGES_PER_SUBJECT, count))[:count]
         labels = _balanced_labels(len(np.unique(subjects)), rng)
         subject_seeds = rng.integers(2**62, size=len(labels))
         splits[split] = []
         for index, subject in enumerate(subjects):
-            phantom = xray_phantom(
-                int(rng.integers(2**62)), image_size, subject_seed=int(subject_seeds[subject]), label=labels[subject]
-            )
+            image_seed, subject_seed = int(rng.integers(2**62)), int(subject_seeds[subject])
+            phantom = xray_phantom(image_seed, spec["image_size"], subject_seed=subject_seed, label=labels[subject])
             name = f"images/{split}_{index:05d}.png"
             Image.fromarray((phantom.image[0] * 255).round().astype(np.uint8)).save(folder / name)
             item = {"image": name, "label": phantom.label.astype(int).tolist()}
@@ -198,7 +198,7 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
 
 def _attenuation(anatomy: _Anatomy, view: str, findings: set[str], image_size: int, rng: np.random.Generator) -> Array:
     """Attenuation along each ray, (H, W): tissue, less the air in the lungs, plus bone."""
-    # Of its own, so that equal seeds give the same image with and without a finding.
+    # Findings draw from a stream of their own, so that the rest of the image is the same without them.
     (finding_rng,) = rng.spawn(1)
     ap = view == "AP"
     x, y = _pose(image_size, 1.06 if ap else 1.0, rng)

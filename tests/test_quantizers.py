@@ -181,6 +181,16 @@ def test_eval_mode_moves_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
 
 
+def test_lookup_moves_nothing_even_in_training_mode() -> None:
+    codebook = EMACodebook(16, 8)
+    inputs = torch.randn(2, 8, 4, 4)
+    codebook(inputs)
+    before = copy.deepcopy(codebook.state_dict())
+    looked_up = codebook.lookup(inputs)
+    assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
+    assert torch.equal(looked_up.features, codebook(inputs).features)
+
+
 def test_gradient_is_straight_through() -> None:
     inputs = torch.randn(2, 8, 4, 4, requires_grad=True)
     gradient = torch.randn(2, 8, 4, 4)
@@ -226,6 +236,19 @@ def test_runs_compiled_and_with_deterministic_algorithms() -> None:
             torch.testing.assert_close(right.grad, left.grad)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu() -> None:
+    codebook = EMACodebook(16, 8).cuda()
+    inputs = torch.randn(2, 8, 4, 4, device="cuda", requires_grad=True)
+    codebook(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        codebook(inputs).commitment.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def train_one_rank(rank: int, directory: Path, parts: list[list[Tensor]]) -> None:
