@@ -59,8 +59,9 @@ class TargetMomentumHandler:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Update the target with the momentum of this iteration."""
-        self.network.update_target(self.momentum_at(engine.state.iteration))
+        """Update the target with the momentum of this iteration, left as `engine.state.target_momentum`."""
+        engine.state.target_momentum = self.momentum_at(engine.state.iteration)
+        self.network.update_target(engine.state.target_momentum)
 
     def momentum_at(self, iteration: int) -> float:
         """τ after `iteration` iterations."""

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.figures import code_figure, view_figure
-from dissect_monai.handlers import TargetMomentumHandler
 from dissect_monai.losses import VQSSLLoss
 from dissect_monai.metrics import code_usage, effective_rank, feature_std, perplexity
 from dissect_monai.networks import SSLOutput, VQSSLNet
@@ -21,11 +20,12 @@ NUM_PICTURES = 4
 class SSLMonitor:
     """Writes every loss term, rates, codebook and collapse indicators and pictures; stops a run that is lost.
 
+    Attach it after `TargetMomentumHandler`, whose momentum it writes.
+
     Args:
         network: the pretraining network, not its wrapper.
         loss: its loss, for the terms by name.
         optimizer: for the learning rate.
-        momentum: for the momentum of the target.
         writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
         interval: iterations between looks; each waits for the device.
         patience: looks in a row at which the features must be collapsed before the run stops.
@@ -39,7 +39,6 @@ class SSLMonitor:
         network: VQSSLNet,
         loss: VQSSLLoss,
         optimizer: Optimizer,
-        momentum: TargetMomentumHandler,
         writer: SummaryWriter | None = None,
         interval: int = 10,
         patience: int = 5,
@@ -49,7 +48,6 @@ class SSLMonitor:
         self.network = network
         self.loss = loss
         self.optimizer = optimizer
-        self.momentum = momentum
         self.writer = writer
         self.interval = interval
         self.patience = patience
@@ -81,7 +79,7 @@ class SSLMonitor:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, float(value), iteration)
             self.writer.add_scalar("schedule/learning_rate", self.optimizer.param_groups[0]["lr"], iteration)
-            self.writer.add_scalar("schedule/target_momentum", self.momentum.momentum_at(iteration), iteration)
+            self.writer.add_scalar("schedule/target_momentum", engine.state.target_momentum, iteration)
 
     def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
         books = [codebook.embedding.weight for codebook in self.network.quantizer.codebooks]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 
@@ -59,9 +60,10 @@ def bundle_root(name: str) -> str:
         SystemExit: if none of the three holds configs/metadata.json.
     """
     candidates = [Path(), Path("bundles", name)]
-    arguments = _run_arguments()
-    if arguments is not None:
-        candidates += [Path(file).absolute().parent.parent for file in ensure_tuple(arguments["config_file"])]
+    for frame in _callers():
+        workflow = frame.f_locals.get("self")
+        if isinstance(workflow, ConfigWorkflow) and hasattr(workflow, "config_root_path"):
+            candidates.append(Path(workflow.config_root_path).absolute().parent)
     for folder in candidates:
         if (folder / "configs" / "metadata.json").is_file():
             return str(folder)
@@ -105,9 +107,7 @@ def refuse_unknown_overrides() -> None:
 
 def _run_arguments() -> dict[str, Any] | None:
     """Arguments of the `monai.bundle.run` call that this code runs under: MONAI hands them to nobody."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not bundle_run.__code__:
-        frame = frame.f_back
+    frame = next((frame for frame in _callers() if frame.f_code is bundle_run.__code__), None)
     if frame is None:
         return None
     arguments = dict(frame.f_locals)
@@ -118,6 +118,13 @@ def _run_arguments() -> dict[str, Any] | None:
         given = {key: value for key, value in given.items() if key not in (*own, "config_file")}
         arguments["override"] = {**given, **arguments["override"]}
     return arguments
+
+
+def _callers() -> Iterator[FrameType]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _ids(config: Any, prefix: str = "") -> list[str]:
