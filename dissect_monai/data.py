@@ -155,13 +155,13 @@ def cached_dataset(
     """
     if on_corrupt not in ("raise", "skip"):
         raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
-    if not data:
-        raise ValueError("`data` must hold at least one item, got none.")
     steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
     first_random = steps.get_index_of_first(
         lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
     )
     preprocessing = Compose(steps.transforms[:first_random])
+    if not data:
+        return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:
         contents, errors = _load_all(Dataset(data, preprocessing), num_workers, progress)
     else:

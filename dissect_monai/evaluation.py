@@ -22,6 +22,7 @@ from dissect_monai.probes import extract_features, grouped_cross_val_scores, knn
 
 Array = NDArray[np.floating[Any]]
 Loader = Iterable[Mapping[str, Any]]
+Metric = Callable[..., Array]
 logger = logging.getLogger(__name__)
 NO_FINDING = "No finding"
 MACRO = "macro"
@@ -114,7 +115,8 @@ class KNNHandler:
     def __call__(self, engine: Engine) -> None:
         """Extract, vote, and leave the metrics in the engine's state."""
         train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
-        for name, bank, queries in (("knn_auroc", train.last, val.last), ("knn_auroc_stages", train.stages, val.stages)):
+        banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
+        for name, (bank, queries) in banks.items():
             scores = knn_scores(bank, self.labels[0], queries, self.k)
             engine.state.metrics[name] = macro_auroc(self.labels[1], scores, self.label_names).value
         collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
@@ -184,6 +186,7 @@ class ProbeHandler:
             for result in self._probe(task, source, kind, features)
         ]
         rows = [row for result in judged for row in self._rows(result)]
+        self._name_left_out(judged)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         _write_csv(self.output_dir / "findings.csv", Row._fields, rows)
         _write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(judged))
@@ -220,20 +223,26 @@ class ProbeHandler:
         columns = zip(self._truth(result.task).T, result.scores.T, strict=True)
         return [index for index, (label, score) in enumerate(columns) if not np.isnan(auroc(label, score))]
 
-    def _statistic(self, result: Judged, metric: Callable[..., Array], columns: Sequence[int]) -> Callable[[Array], Array]:
+    def _name_left_out(self, judged: Sequence[Judged]) -> None:
+        left_out = {
+            name: None for each in judged for i, name in enumerate(each.task.columns) if i not in self._usable(each)
+        }
+        if left_out:
+            logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(left_out))
+
+    def _statistic(self, result: Judged, metric: Metric, columns: Sequence[int]) -> Callable[[Array], Array]:
         truth = self._truth(result.task)
 
         def mean(weight: Array) -> Array:
             values = np.stack([metric(truth[:, i], result.scores[:, i], weight) for i in columns])
-            return np.nanmean(values, axis=0)
+            # A resample may leave a finding without positives, and the only one without a mean.
+            with np.errstate(invalid="ignore"):
+                return np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
 
         return mean
 
     def _rows(self, result: Judged) -> Iterator[Row]:
         truth, usable = self._truth(result.task), self._usable(result)
-        left_out = [name for index, name in enumerate(result.task.columns) if index not in usable]
-        if left_out:
-            logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(left_out))
         groups = {result.task.columns[index]: [index] for index in usable}
         if len(groups) > 1:
             groups = {MACRO: usable, **groups}
@@ -242,9 +251,9 @@ class ProbeHandler:
                 bootstrap(self._statistic(result, metric, columns), self.subjects, self.num_samples, self.seed)
                 for metric in (auroc, average_precision)
             ]
-            known = int((~np.isnan(truth[:, columns])).any(1).sum())
+            n = int((~np.isnan(truth[:, columns])).any(1).sum())
             positives = int(np.nansum(truth[:, columns]))
-            yield Row(result.source, result.features, result.probe, name, *intervals[0], *intervals[1], known, positives)
+            yield Row(result.source, result.features, result.probe, name, *intervals[0], *intervals[1], n, positives)
 
     def _differences(self, judged: Sequence[Judged]) -> Iterator[Difference]:
         main = next(iter(self.encoders))
@@ -255,16 +264,19 @@ class ProbeHandler:
                 if result.source != main or other.source == main or not same or not comparable:
                     continue
                 columns = [index for index in self._usable(result) if index in self._usable(other)]
-                statistics = [self._statistic(each, auroc, columns) for each in (result, other)]
-                interval = paired_bootstrap(*statistics, self.subjects, self.num_samples, self.seed)
+                if not columns:
+                    continue
+                ours, baseline = (self._statistic(each, auroc, columns) for each in (result, other))
+                interval = paired_bootstrap(ours, baseline, self.subjects, self.num_samples, self.seed)
                 yield Difference(result.task.name, result.features, result.probe, other.source, *interval)
 
 
 def _labels(items: list[Item], label_names: Sequence[str], findings: Sequence[str]) -> Array:
-    """Columns of the label matrix by name; "No finding" is 1 where every label is 0, unknown where one is unknown."""
+    """Columns of the label matrix by name; "No finding" is 1 where every label is 0, and 0 where one is 1."""
     labels = label_matrix(items, label_names)
     columns = dict(zip(label_names, labels.T, strict=True))
-    columns.setdefault(NO_FINDING, np.where(np.isnan(labels).any(1), np.nan, (labels == 0).all(1)))
+    any_unknown = np.where(np.isnan(labels).any(1), np.nan, 1.0)
+    columns.setdefault(NO_FINDING, np.where((labels == 1).any(1), 0.0, any_unknown))
     unknown = [name for name in findings if name not in columns]
     if unknown:
         raise ValueError(f"`findings` must be among {', '.join(columns)}, got {', '.join(unknown)}.")
@@ -277,9 +289,8 @@ def _shortcut_task(splits: Sequence[list[Item]], key: str) -> Task:
     values = sorted({str(item[key]) for items in splits for item in items if key in item})
     if len(values) != 2:
         raise ValueError(f"`shortcut` must name a key of the items with two values, got {key!r} with {values}.")
-    labels = [
-        np.array([[float(str(item[key]) == values[0]) if key in item else np.nan] for item in items]) for items in splits
-    ]
+    truth = {value: float(value == values[0]) for value in values}
+    labels = [np.array([[truth[str(item[key])] if key in item else np.nan] for item in items]) for items in splits]
     return Task("shortcut", [f"{key}={values[0]}"], labels)
 
 

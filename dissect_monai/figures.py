@@ -29,7 +29,7 @@ def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[T
     """Images beside their code maps, one row an image, one column a scale, fine to coarse.
 
     Args:
-        images: (B, 1, *spatial) in [0, 1]; of volumes the middle slice is shown.
+        images: (B, C, *spatial) in [0, 1], three channels as colours, else the first; of volumes the middle slice.
         indices: per scale, codes of shape (B, *spatial_i).
         codebooks: per scale, codes of shape (num_embeddings, embedding_dim).
 
@@ -48,7 +48,7 @@ def view_figure(columns: Sequence[Tensor]) -> Tensor:
     """Batches of equal shape side by side, one row an image: the two views, or images and their reconstructions.
 
     Args:
-        columns: batches (B, 1, *spatial) in [0, 1].
+        columns: batches (B, C, *spatial) in [0, 1].
 
     Returns:
         picture of shape (3, rows, columns) in [0, 1].
@@ -61,7 +61,8 @@ def _pictures(images: Tensor) -> Tensor:
     images = images.detach().float().cpu()
     if images.ndim == 5:
         images = images[..., images.shape[-1] // 2]
-    return images[:, :3].expand(-1, 3, -1, -1).transpose(2, 3)
+    channels = 3 if images.shape[1] >= 3 else 1
+    return images[:, :channels].expand(-1, 3, -1, -1).transpose(2, 3)
 
 
 def _tile(columns: Sequence[Tensor]) -> Tensor:

@@ -70,10 +70,10 @@ class TargetMomentumHandler:
 
 
 class EpochSeedHandler:
-    """Makes every random draw of an epoch a function of seed, rank and epoch alone.
+    """Makes the draws of python, torch and `epoch_seeded` in an epoch a function of seed, rank and epoch alone.
 
     A run resumed at epoch n thereby draws what an uninterrupted run draws, on any number of ranks, without random
-    state in the checkpoint.
+    state in the checkpoint. MONAI's random transforms keep a state of their own, which this leaves alone.
 
     Args:
         seed: seed of the run.
@@ -106,6 +106,8 @@ class TrainingCheckpoint:
 
     Both are written to a temporary file and renamed, so a run killed at any moment leaves the newest complete files
     intact; MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`.
+    Attach it before handlers that look at the network when the run starts, such as a `ValidationHandler`, and after
+    those that change what is saved at the end of epochs.
 
     Args:
         ckpt_dir: folder for `checkpoint_epoch=N.pt`.
@@ -145,10 +147,9 @@ class TrainingCheckpoint:
         self.saved: list[Path] = []
 
     def attach(self, engine: Engine) -> None:
-        """Load at the start, save at the end of epochs; attach after all handlers that change what is saved."""
+        """Load at the start, save at the end of epochs."""
         if self.resume_from is not None:
-            objects = {**self.save_dict, "trainer": engine}
-            CheckpointLoader(self.resume_from, objects, map_location=engine.state.device).attach(engine)
+            engine.add_event_handler(Events.STARTED, self._resume, self.resume_from)
         if self.rank == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
@@ -164,6 +165,16 @@ class TrainingCheckpoint:
         self.saved = [*(old for old in self.saved if old != path), path]
         while len(self.saved) > self.num_kept:
             self.saved.pop(0).unlink(missing_ok=True)
+
+    def _resume(self, engine: Engine, path: str) -> None:
+        epoch_length = engine.state.epoch_length
+        CheckpointLoader(path, {**self.save_dict, "trainer": engine}, map_location=engine.state.device)(engine)
+        # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
+        if engine.state.epoch_length != epoch_length:
+            raise ValueError(
+                f"{path} is of a run with {engine.state.epoch_length} iterations an epoch, this one has "
+                f"{epoch_length}: resume with the same images, --batch_size and number of processes."
+            )
 
 
 def save_atomically(state: Any, path: str | Path) -> None:
@@ -221,7 +232,7 @@ class ProgressHandler:
             return
         self.bar.update()
         if engine.state.iteration % self.interval == 0:
-            loss = float(engine.state.output["loss"])
+            loss = float(engine.state.output["loss"].detach())
             self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
 
     def _open(self, engine: Engine) -> None:

@@ -31,6 +31,7 @@ class SSLMonitor:
         patience: looks in a row at which the features must be collapsed before the run stops.
 
     Raises:
+        ValueError: if `interval` or `patience` is not positive.
         RuntimeError: during the run, if the loss is not finite or the features have collapsed.
     """
 
@@ -54,16 +55,16 @@ class SSLMonitor:
         self.collapsed = 0
 
     def attach(self, engine: Engine) -> None:
-        """Look every `interval` iterations, draw at the end of every epoch."""
+        """Look every `interval` iterations, draw at the end of every epoch; attach before what saves the network."""
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._draw)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
         """Look at the last iteration."""
         output, views = engine.state.output["pred"], engine.state.output["label"]
         scalars = {f"loss/{name}": term for name, term in self.loss.terms(output, views).items()}
-        scalars["loss/total"] = engine.state.output["loss"]
+        scalars["loss/total"] = engine.state.output["loss"].detach()
         self._refuse_nonfinite(engine, scalars)
         scalars |= {
             "collapse/feature_std": feature_std(output.embedding),
@@ -82,7 +83,7 @@ class SSLMonitor:
             self.writer.add_scalar("schedule/target_momentum", engine.state.target_momentum, iteration)
 
     def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
-        books = [codebook.embedding.weight for codebook in self.network.quantizer.codebooks]
+        books = [codebook.embedding.weight for codebook in self.network.codebooks]
         indices = [scale.indices for scale in output.quantized]
         return list(zip(self.network.stages, indices, books, strict=True))
 
@@ -107,18 +108,22 @@ class SSLMonitor:
             )
 
     @torch.no_grad()
-    def _draw(self, engine: Engine) -> None:
-        if self.writer is None:
-            return
+    def _end_epoch(self, engine: Engine) -> None:
+        # Once more, because an epoch may be shorter than the interval, and its checkpoint is written next.
+        self._refuse_nonfinite(engine, {"loss/total": engine.state.output["loss"].detach()})
+        if self.writer is not None:
+            self._draw(engine, self.writer)
+
+    def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
         epoch, output = engine.state.epoch, engine.state.output["pred"]
         seen, clean = engine.state.output["image"], engine.state.output["label"]
         first = slice(0, min(NUM_PICTURES, len(seen) // 2))
         second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
-        self.writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
+        writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
         if output.reconstruction is not None:
             columns = [seen[first], clean[first], output.reconstruction[first]]
-            self.writer.add_image("reconstruction", view_figure(columns), epoch)
+            writer.add_image("reconstruction", view_figure(columns), epoch)
         _, indices, books = zip(*self._scales(output), strict=True)
         figure = code_figure(seen[first], [scale[first] for scale in indices], books)
-        self.writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
-        self.writer.flush()
+        writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
+        writer.flush()

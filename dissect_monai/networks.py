@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import NamedTuple
+from math import log
+from typing import NamedTuple, cast
 
 import torch
 from monai.networks.blocks import Convolution
@@ -13,7 +14,7 @@ from monai.networks.nets import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect_monai.quantizers import MultiScaleQuantizer, Quantized
+from dissect_monai.quantizers import EMACodebook, MultiScaleQuantizer, Quantized
 
 FUSIONS = ("attention", "add", "concat", "replace")
 
@@ -52,7 +53,8 @@ def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
         for layer in (encoder.layer2, encoder.layer3, encoder.layer4):
             maps.append(layer(maps[-1]))
         return maps
-    maps = encoder.encode(images)[1] if hasattr(encoder, "encode") else encoder(images)
+    encode = getattr(encoder, "encode", None)
+    maps = encoder(images) if encode is None else encode(images)[1]
     if not isinstance(maps, (list, tuple)):
         raise ValueError(
             f"`encoder` must be a MONAI ResNet, have `encode`, or return a list of feature maps, "
@@ -99,7 +101,7 @@ class Fusion(nn.Module):
                 "change it or use another `fusion`."
             )
         self.mode = mode
-        self.mix: nn.Module | None = None
+        self.mix: nn.Module = nn.Identity()
         if mode == "attention":
             self.mix = nn.MultiheadAttention(embedding_dim, num_heads, batch_first=True)
         elif mode == "concat":
@@ -116,7 +118,7 @@ class Fusion(nn.Module):
         if isinstance(self.mix, nn.MultiheadAttention):
             tokens = query + self.mix(query, value, value, need_weights=False)[0]
         else:
-            tokens = self.mix(torch.cat([query, value], dim=2))  # type: ignore[misc]
+            tokens = self.mix(torch.cat([query, value], dim=2))
         return tokens.transpose(1, 2).reshape_as(quantized)
 
 
@@ -155,7 +157,9 @@ class Decoder(nn.Module):
 class _Branch(nn.Module):
     """What the online network and its momentum target have in common: everything but codebooks and predictors."""
 
-    def __init__(self, encoder: nn.Module, projections: nn.ModuleList, fusions: nn.ModuleList, heads: nn.ModuleDict):
+    def __init__(
+        self, encoder: nn.Module, projections: nn.ModuleList, fusions: nn.ModuleList, heads: nn.ModuleDict
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projections = projections
@@ -229,19 +233,18 @@ class VQSSLNet(nn.Module):
             metric=metric,
         )
         self.fusions = nn.ModuleList(Fusion(embedding_dim, fusion) for _ in stages)
-        self.projectors = nn.ModuleDict({
-            "continuous": mlp(channels[-1], hidden_dim, out_dim),
-            "discrete": mlp(embedding_dim * len(stages), hidden_dim, out_dim),
-        })
+        widths = {"continuous": channels[-1], "discrete": embedding_dim * len(stages)}
+        self.projectors = nn.ModuleDict({name: mlp(width, hidden_dim, out_dim) for name, width in widths.items()})
         self.predictors = nn.ModuleDict({name: mlp(out_dim, hidden_dim, out_dim) for name in self.projectors})
         self.decoder = Decoder(spatial_dims, embedding_dim, in_channels, len(stages)) if decode else None
         self.encoder = encoder
         self.target = _Branch(*deepcopy((encoder, self.quantizer.projections, self.fusions, self.projectors)))
         self.target.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> VQSSLNet:
-        """Set the mode; only the online features ever move the codebooks."""
-        return super().train(mode)
+    @property
+    def codebooks(self) -> list[EMACodebook]:
+        """One codebook per chosen stage, fine to coarse; only online features in training mode move them."""
+        return cast("list[EMACodebook]", list(self.quantizer.codebooks))
 
     def forward(self, images: Tensor) -> SSLOutput:
         """Embed V views with the online and the target network.
@@ -271,18 +274,19 @@ class VQSSLNet(nn.Module):
 
     def _target(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         maps = feature_maps(self.target.encoder, images)
-        chosen = zip(self.quantizer.codebooks, self.target.projections, self.stages, strict=True)
+        chosen = zip(self.codebooks, self.target.projections, self.stages, strict=True)
         quantized = [codebook.lookup(projection(maps[stage - 1])) for codebook, projection, stage in chosen]
         discrete = _embed(_fuse(self.target.fusions, quantized), weights)
         return self.target.heads["continuous"](pool(maps[-1])), self.target.heads["discrete"](discrete)
 
     @torch.no_grad()
     def scale_weights(self) -> Tensor:
-        """Weight of each scale, (num_stages,), mean 1: softmax of the entropy of its codebook's use."""
+        """Weight of each scale, (num_stages,), mean 1: softmax of the relative entropy of its codebook's use."""
         entropies = []
-        for codebook in self.quantizer.codebooks:
+        for codebook in self.codebooks:
             usage = codebook.ema_cluster_size / codebook.ema_cluster_size.sum().clamp(min=1e-12)
-            entropies.append(torch.special.entr(usage).sum() / max(1.0, torch.tensor(len(usage)).log().item()))
+            # One code has entropy 0, and log 1 = 0 cannot divide it.
+            entropies.append(torch.special.entr(usage).sum() / log(max(2, len(usage))))
         return torch.stack(entropies).softmax(0) * len(entropies)
 
     @torch.no_grad()
@@ -307,8 +311,7 @@ def _embed(fused: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _stage_channels(encoder: nn.Module, spatial_dims: int, in_channels: int) -> list[int]:
-    training = encoder.training
+    # A copy, because its modules need not all be in one mode, nor on the CPU.
     with torch.no_grad():
-        maps = feature_maps(encoder.eval(), torch.zeros(1, in_channels, *[64] * spatial_dims))
-    encoder.train(training)
+        maps = feature_maps(deepcopy(encoder).cpu().eval(), torch.zeros(1, in_channels, *[64] * spatial_dims))
     return [stage.shape[1] for stage in maps]

@@ -51,7 +51,7 @@ def is_true(value: bool | str) -> bool:
 
 
 def bundle_root(name: str) -> str:
-    """Folder of the bundle that runs: the current one, `bundles/<name>` below it, or where its config file lies.
+    """Folder of the bundle that runs: that of its config file, the current one, or `bundles/<name>` below it.
 
     Args:
         name: name of the bundle's folder.
@@ -59,12 +59,9 @@ def bundle_root(name: str) -> str:
     Raises:
         SystemExit: if none of the three holds configs/metadata.json.
     """
-    candidates = [Path(), Path("bundles", name)]
-    for frame in _callers():
-        workflow = frame.f_locals.get("self")
-        if isinstance(workflow, ConfigWorkflow) and hasattr(workflow, "config_root_path"):
-            candidates.append(Path(workflow.config_root_path).absolute().parent)
-    for folder in candidates:
+    workflows = [frame.f_locals["self"] for frame in _callers() if "self" in frame.f_locals]
+    roots = [each.config_root_path for each in workflows if isinstance(each, ConfigWorkflow)]
+    for folder in (*(Path(root).absolute().parent for root in roots), Path(), Path("bundles", name)):
         if (folder / "configs" / "metadata.json").is_file():
             return str(folder)
     raise SystemExit(f"error: cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
@@ -94,30 +91,33 @@ def refuse_unknown_overrides() -> None:
     arguments = _run_arguments()
     if arguments is None:
         return  # built through the Python API, whose callers (MONAI Label, FL) may add ids of their own
+    config_file, overrides = arguments
     parser = ConfigParser()
-    parser.read_config(ensure_tuple(arguments["config_file"]))
+    parser.read_config(ensure_tuple(config_file))
     known = [identifier for identifier in _ids(parser.config) if not identifier.startswith("_")]
-    for identifier in arguments["override"]:
+    for identifier, value in overrides.items():
         name = str(identifier).replace("#", "::")
-        if name.startswith("_meta_") or name in parser or _is_argument(parser, name):
+        if name.startswith("_meta_"):
             continue
-        near = get_close_matches(name, known, n=1, cutoff=0)
-        raise ValueError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
+        if name not in parser and not _is_argument(parser, name):
+            near = get_close_matches(name, known, n=1, cutoff=0)
+            raise ValueError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
+        parser[name] = value
 
 
-def _run_arguments() -> dict[str, Any] | None:
-    """Arguments of the `monai.bundle.run` call that this code runs under: MONAI hands them to nobody."""
+def _run_arguments() -> tuple[Any, dict[str, Any]] | None:
+    """Config files and overrides of the `monai.bundle.run` that this code runs under: MONAI hands them to nobody."""
     frame = next((frame for frame in _callers() if frame.f_code is bundle_run.__code__), None)
     if frame is None:
         return None
-    arguments = dict(frame.f_locals)
+    arguments = frame.f_locals
+    given = dict(arguments["override"])
     if arguments["args_file"]:
-        own = ("run_id", "init_id", "final_id", "meta_file", "logging_file", "tracking", "workflow_type")
-        given = ConfigParser.load_config_file(arguments["args_file"])
-        arguments["config_file"] = arguments["config_file"] or given.pop("config_file", None)
-        given = {key: value for key, value in given.items() if key not in (*own, "config_file")}
-        arguments["override"] = {**given, **arguments["override"]}
-    return arguments
+        given = {**ConfigParser.load_config_file(arguments["args_file"]), **given}
+    config_file = arguments["config_file"] or given["config_file"]
+    signatures = inspect.signature(bundle_run), inspect.signature(ConfigWorkflow)
+    options = {"workflow_name", *signatures[0].parameters, *signatures[1].parameters}
+    return config_file, {name: value for name, value in given.items() if name not in options}
 
 
 def _callers() -> Iterator[FrameType]:
@@ -144,8 +144,12 @@ def _is_argument(parser: ConfigParser, name: str) -> bool:
         return False
     if key in COMPONENT_KEYS:
         return True
-    target = ConfigParser({"component": dict(component, _mode_="callable")}).get_parsed_content("component")
-    parameters = inspect.signature(getattr(target, "func", target)).parameters
+    target = component["_target_"]
+    if str(target).startswith("@"):
+        target = parser.get_parsed_content(target[1:])
+    # Without its arguments, which may refer to data and networks that nobody wants to build for this.
+    callable_only = ConfigParser({"component": {"_target_": target, "_mode_": "callable"}})
+    parameters = inspect.signature(callable_only.get_parsed_content("component")).parameters
     return key in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
@@ -159,8 +163,8 @@ def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> N
         raise ValueError(f"`batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
     if len(dataset) < batch_size * world_size:
         raise ValueError(
-            f"`training` holds {len(dataset)} images, fewer than one batch of {batch_size} on {world_size} process(es): "
-            "lower --batch_size."
+            f"`training` holds {len(dataset)} images, fewer than one batch of {batch_size} on {world_size} "
+            "process(es): lower --batch_size."
         )
 
 
