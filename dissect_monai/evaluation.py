@@ -128,7 +128,7 @@ class ProbeHandler:
 
     C of the linear probe is chosen on validation; the test split is scored once. With `num_folds` the probe is
     cross-validated over all labelled images instead, folds grouped by subject, for small test splits. It writes
-    findings.csv and differences.csv (paired bootstrap) and leaves every AUROC in the engine's metrics, which MONAI's
+    findings.csv, differences.csv (paired bootstrap) and scores.npz (all scores) and leaves every AUROC in the engine's metrics, which MONAI's
     `MetricsSaver` writes to metrics.csv.
 
     Args:
@@ -190,11 +190,18 @@ class ProbeHandler:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         _write_csv(self.output_dir / "findings.csv", Row._fields, rows)
         _write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(judged))
+        self._save_scores(judged)
         for row in rows:
             name = f"{row.source}_{row.features}_{row.probe}_auroc_{row.finding.replace(' ', '_')}"
             engine.state.metrics |= {name: row.auroc, f"{name}_low": row.auroc_low, f"{name}_high": row.auroc_high}
             if row.finding == MACRO or row.finding in self.tasks[-1].columns:
                 logger.info("%-10s %-6s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:7])
+
+    def _save_scores(self, judged: Sequence[Judged]) -> None:
+        """Every score and label in scores.npz, so that runs can be compared pairwise later."""
+        arrays = {f"labels/{task.name}": self._truth(task) for task in self.tasks}
+        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.task.name}": r.scores for r in judged}
+        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
 
     def _features(self, device: torch.device) -> Iterator[tuple[str, str, list[Array]]]:
         for source, encoder in self.encoders.items():
