@@ -3,10 +3,11 @@
 import multiprocessing
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -75,6 +76,13 @@ def peak_memory(build: Callable[[], Any], step: Callable[[Any], object], device:
         used = pool.apply(_peak, (build, step, device))
         baseline = pool.apply(_peak, (build, None, device))
     return used - baseline
+
+
+def conclude(gates: Mapping[str, bool]) -> NoReturn:
+    """Say which gates hold; the exit status is 1 if one is missed."""
+    for gate, holds in gates.items():
+        print(f"{'holds' if holds else 'MISSED'}: {gate}")
+    sys.exit(not all(gates.values()))
 
 
 def _cpu_milliseconds(variant: Callable[[], object]) -> float:

@@ -3,121 +3,133 @@
     python benchmarks/step.py --device cpu
     python benchmarks/step.py --device cuda --encoder resnet50
 
-The step: two views of decoded uint8 images (`TwoViews`), `VQSSLNet`, `VQSSLLoss`, backward, fused AdamW, EMA target.
-Its four codebooks have the sizes of benchmarks/quantizer.py, behind the network's projections to 64 channels; maps are
-fused by adding, since attention over 56x56 positions would cost more than the encoder. There is no decoder.
+The step: two views of decoded uint8 images (`TwoViews`), `VQSSLNet` without a decoder, `VQSSLLoss`, backward, fused
+AdamW, EMA target. It has the network's default codebooks: stages 2, 3, 4 (strides 8, 16, 32), 64 channels, 1,024 codes.
+Two defaults are changed: the lookup is Euclidean, the only one that MONAI has, and maps are fused by "add", because
+attention would add to all variants alike and hide the codebooks; `--fusion attention` measures it.
 
 "monai" and "vqp" are the same step with `EMAQuantizer` (what MONAI's `VectorQuantizer` wraps) or `VectorQuantize` in
-the place of every codebook, online and target, with the flags of benchmarks/quantizer.py. They run twice: in torch's
-contiguous layout, which a network has unless asked otherwise, and in channels_last like ours. A gate is held against
-the faster of the two. "encoder" is the floor: online encoder forward and backward, target encoder forward, on
-finished views; heads, projections, codebooks, loss, augmentation, optimiser and EMA are what the step adds to it.
+the place of every codebook, online and target, with the flags of benchmarks/quantizer.py. Each runs in torch's default
+contiguous layout, and once more in channels_last like ours; a gate is held against the faster of the two. "encoder" is
+the floor: online encoder forward and backward and target encoder forward, on finished views. All else is what the step
+adds to it: projections, codebooks, heads, loss, augmentation, optimiser, EMA.
 
-"loader" adds the data: uint8 images from a `CacheDataset`, augmented on the device. "monai loader" is what it replaces:
-cached float images, MONAI's dict transforms of two views in 16 workers, and the step with MONAI's codebooks, otherwise
-as ours. On CPU, where this is exercised but no gate is held, loaders have no workers.
+"loader" adds the data: uint8 images from a cache, augmented on the device. "monai loader" is what it replaces: float
+images from a `CacheDataset`, MONAI's dict transforms of two views in 16 workers, and the step with MONAI's codebooks in
+channels_last. On CPU it runs with `--loader` only, without workers and without a gate.
 
 On CPU one thread, float32 and process time; on CUDA bfloat16 autocast and events. A ratio is the median over the
 rounds, with its extremes.
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from augment import monai_transform
-from common import Timings, compare
+from common import Timings, compare, conclude
 from monai import transforms as mt
-from monai.data import CacheDataset, DataLoader, set_track_meta
+from monai.data import CacheDataset, DataLoader, Dataset, set_track_meta
 from monai.networks import nets
 from quantizer import make_module
 from torch import Tensor, nn
 
 from dissect_monai.augment import BatchAugment, TwoViews
+from dissect_monai.data import cached_dataset
 from dissect_monai.losses import VQSSLLoss
-from dissect_monai.networks import VQSSLNet, feature_maps
+from dissect_monai.networks import FUSIONS, VQSSLNet, feature_maps
 from dissect_monai.optimizers import ssl_optimizer
 from dissect_monai.quantizers import Quantized
 
-NUM_EMBEDDINGS = (512, 512, 1024, 1024)  # of the four stages, as in LEVELS of quantizer.py
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Batch = dict[str, Tensor]
+
+STEP_GATES = {"monai": 1.25, "vqp": 1.3}  # times as fast, on CPU
+MAX_SHARE = 0.1  # of the step, outside the encoder, on CPU
+LOADER_GATES = {"resnet18": 0.75, "resnet50": 0.85}  # of the encoder's images per second, on CUDA
+MONAI_LOADER_GATE = 3  # times as fast, on CUDA
+NUM_BATCHES = {"cpu": 2, "cuda": 20}  # per epoch of a loader
 
 
-class Settings(NamedTuple):
-    """What all variants have in common."""
+class MonaiCodebook(nn.Module):
+    """MONAI's quantiser behind the interface that `VQSSLNet` expects of an `EMACodebook`."""
 
-    device: str
-    encoder: str
-    batch: int
-    image_size: int
+    quantizer: Any
 
-    def autocast(self) -> torch.autocast:
-        """Bfloat16 on CUDA, nothing on CPU."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
-
-
-class LibraryCodebook(nn.Module):
-    """A library's quantiser with the interface that `VQSSLNet` expects of an `EMACodebook`."""
-
-    def __init__(self, library: str, codes: Tensor) -> None:
+    def __init__(self, codes: Tensor) -> None:
         super().__init__()
-        self.library = library
-        module = make_module(library, codes, spatial_dims=2)
-        self.quantizer = module.quantizer if library == "monai" else module
+        self.quantizer = make_module("monai", codes, spatial_dims=2).quantizer
 
     @property
     def ema_cluster_size(self) -> Tensor:
-        return self.quantizer._codebook.cluster_size[0] if self.library == "vqp" else self.quantizer.ema_cluster_size
+        return self.quantizer.ema_cluster_size
 
     def forward(self, inputs: Tensor) -> Quantized:
-        if self.library == "vqp":
-            features, indices, commitment = self.quantizer(inputs)
-            return Quantized(features, indices, commitment, inputs)
         features, commitment, indices = self.quantizer(inputs)
         return Quantized(features, indices, commitment, inputs)
 
     def lookup(self, inputs: Tensor) -> Quantized:
-        """The cheapest call of each library that leaves the codes alone."""
-        zero = inputs.new_zeros(())
-        if self.library == "vqp":
-            self.quantizer.eval()
-            features, indices, _ = self.quantizer(inputs)
-            self.quantizer.train()
-            return Quantized(features, indices, zero, inputs)
+        """Quantise by the cheapest public calls that leave the codes alone."""
         indices = self.quantizer.quantize(inputs)[2]
-        return Quantized(self.quantizer.embed(indices), indices, zero, inputs)
+        return Quantized(self.quantizer.embed(indices), indices, inputs.new_zeros(()), inputs)
+
+
+class VqpCodebook(nn.Module):
+    """vector-quantize-pytorch's quantiser behind the same interface."""
+
+    quantizer: Any
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__()
+        self.quantizer = make_module("vqp", codes, spatial_dims=2)
+
+    @property
+    def ema_cluster_size(self) -> Tensor:
+        return self.quantizer._codebook.cluster_size[0]
+
+    def forward(self, inputs: Tensor) -> Quantized:
+        features, indices, commitment = self.quantizer(inputs)
+        return Quantized(features, indices, commitment, inputs)
+
+    def lookup(self, inputs: Tensor) -> Quantized:
+        """Quantise in eval mode, which is faster than `freeze_codebook`."""
+        features, indices, commitment = self.quantizer.eval()(inputs)
+        self.quantizer.train()
+        return Quantized(features, indices, commitment, inputs)
+
+
+CODEBOOKS = {"ours": partial(make_module, "ours", spatial_dims=2), "monai": MonaiCodebook, "vqp": VqpCodebook}
 
 
 class Step:
-    """A network with the codebooks of one library, and all that trains it."""
+    """A network with the codebooks of one library, and all that trains it; called with a batch of uint8 images."""
 
-    def __init__(self, library: str, memory_format: torch.memory_format, settings: Settings) -> None:
+    def __init__(
+        self, library: str, memory_format: torch.memory_format, batch: Batch, args: argparse.Namespace
+    ) -> None:
         torch.manual_seed(0)
-        self.settings, self.memory_format = settings, memory_format
-        encoder = getattr(nets, settings.encoder)(
-            spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False
-        )
-        network = VQSSLNet(encoder, stages=(1, 2, 3, 4), num_embeddings=NUM_EMBEDDINGS, metric="euclidean", fusion="add")
+        self.device, self.memory_format = args.device, memory_format
+        self.augment = TwoViews(BatchAugment(image_size=args.image_size))
+        encoder = getattr(nets, args.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+        network: Any = VQSSLNet(encoder, metric="euclidean", fusion=args.fusion)
+        self.network = network.to(args.device, memory_format=memory_format)
         with torch.no_grad():
-            network(torch.rand(2, 1, settings.image_size, settings.image_size))  # seeds the codes
-        for i, codebook in enumerate(network.quantizer.codebooks):
-            network.quantizer.codebooks[i] = make_codebook(library, codebook.embedding.weight.clone())
-        self.network = network.to(settings.device, memory_format=memory_format)
+            self.network(self.augment(batch, args.device).images)  # seeds the codes from the data
+        for i, codebook in enumerate(self.network.codebooks):
+            self.network.quantizer.codebooks[i] = make_codebook(library, codebook.embedding.weight)
         self.loss = VQSSLLoss()
         self.optimizer = ssl_optimizer(self.network, "adamw", learning_rate=1e-3, weight_decay=0.05)
-        self.augment = TwoViews(BatchAugment(image_size=settings.image_size))
 
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """One step from uint8 images; returns the loss."""
-        return self.train(self.augment(batch, self.settings.device, non_blocking=True).images)
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step from images; returns the loss."""
+        return self.train(self.augment(batch, self.device, non_blocking=True).images)
 
     def train(self, views: Tensor) -> Tensor:
         """One step from finished views; returns the loss."""
-        with self.settings.autocast():
-            output = self.network(views.contiguous(memory_format=self.memory_format))
+        views = views.contiguous(memory_format=self.memory_format)
+        with self.autocast():
+            output = self.network(views)
         loss = self.loss(output, views)
         self.optimizer.zero_grad()
         loss.backward()
@@ -127,14 +139,174 @@ class Step:
 
     def encoder_only(self, views: Tensor) -> None:
         """The floor of a step."""
-        with self.settings.autocast():
+        with self.autocast():
             maps = feature_maps(self.network.encoder, views)
             with torch.no_grad():
                 feature_maps(self.network.target.encoder, views)
         self.network.encoder.zero_grad()
         maps[-1].float().mean().backward()
 
+    def autocast(self) -> torch.autocast:
+        """As the bundles train: bfloat16 on CUDA only."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
-def make_codebook(library: str, codes: Tensor) -> nn.Module:
-    """A codebook that `VQSSLNet` can use, holding the given codes."""
-    return make_module(library, codes, spatial_dims=2) if library == "ours" else LibraryCodebook(library, codes)
+
+def make_codebook(library: str, codes: Tensor) -> Any:
+    """A codebook for `VQSSLNet` that holds the given codes."""
+    return CODEBOOKS[library](codes.detach().clone()).to(codes.device).train()
+
+
+def make_images(num: int) -> Tensor:
+    """Smooth random uint8 images of 256 px."""
+    return F.interpolate(torch.rand(num, 1, 16, 16), size=(256, 256), mode="bilinear").mul(255).byte()
+
+
+def check(steps: dict[str, Step], batch: Batch) -> None:
+    """All steps must begin with the same loss, and all codebooks quantise alike."""
+    losses = {name: step(batch) for name, step in steps.items()}
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, losses["ours"], rtol=1e-3, atol=0, msg=partial("{}: {}".format, name))
+    ours = steps["ours"]
+    with torch.no_grad():
+        maps = feature_maps(ours.network.encoder, ours.augment(batch, ours.device).images)[1:]
+        for features, projection, codebook in zip(
+            maps, ours.network.quantizer.projections, ours.network.codebooks, strict=True
+        ):
+            check_codebooks(projection(features), codebook.embedding.weight)
+
+
+def check_codebooks(inputs: Tensor, codes: Tensor) -> None:
+    """The same features of all libraries, but for codes that are equally near up to rounding."""
+    expected = make_codebook("ours", codes)(inputs)
+    for library in STEP_GATES:
+        codebook = make_codebook(library, codes)
+        for output in (codebook.lookup(inputs), codebook(inputs)):
+            same = (output.features - expected.features).abs().amax(1) < 1e-4
+            assert same.float().mean() > 0.999, (library, same.float().mean())
+        torch.testing.assert_close(output.commitment.squeeze(), expected.commitment, rtol=1e-4, atol=0)
+
+
+def measure_steps(args: argparse.Namespace) -> Timings:
+    """Time whole steps and their floor side by side."""
+    batch = {"image": make_images(args.batch).to(args.device)}
+    steps = {"ours": Step("ours", torch.channels_last, batch, args)}
+    for library in STEP_GATES:
+        steps[library] = Step(library, torch.contiguous_format, batch, args)
+        steps[f"{library} channels_last"] = Step(library, torch.channels_last, batch, args)
+    check(steps, batch)
+    variants = {name: partial(step, batch) for name, step in steps.items()}
+    views = torch.rand(2 * args.batch, 1, args.image_size, args.image_size, device=args.device)
+    return compare({**variants, "encoder": partial(steps["ours"].encoder_only, views)}, args.rounds, args.device)
+
+
+def our_loader(images: Tensor, args: argparse.Namespace) -> DataLoader:
+    """Cached uint8 images, as the bundles load them."""
+    keep_bytes = mt.EnsureTyped("image", dtype=torch.uint8, track_meta=False)
+    return make_loader(cached_dataset([{"image": image} for image in images], keep_bytes), 8, args)
+
+
+def monai_loader(images: Tensor, args: argparse.Namespace) -> DataLoader:
+    """Cached float images and two views of each by dict transforms, without metadata."""
+    set_track_meta(False)
+    steps = [
+        mt.ScaleIntensityRanged("image", 0, 255, 0, 1),
+        mt.CopyItemsd("image", names="image_2"),
+        *monai_transform(one_affine=True, size=args.image_size).transforms,
+        *monai_transform(one_affine=True, size=args.image_size, key="image_2").transforms,
+    ]
+    items = [{"image": image} for image in images]
+    return make_loader(CacheDataset(items, mt.Compose(steps), progress=False), 16, args)
+
+
+def make_loader(dataset: Dataset, num_workers: int, args: argparse.Namespace) -> DataLoader:
+    """On CPU without workers, whose time the clock of this process would miss."""
+    on_gpu = args.device == "cuda"
+    return DataLoader(
+        dataset,
+        batch_size=args.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=num_workers if on_gpu else 0,
+        persistent_workers=on_gpu,
+        pin_memory=on_gpu,
+        multiprocessing_context="fork" if on_gpu else None,  # keeps `set_track_meta`
+    )
+
+
+def measure_loaders(args: argparse.Namespace) -> Timings:
+    """Time an epoch of each loader with its step, and as many steps of the encoder alone."""
+    num_batches = NUM_BATCHES[args.device]
+    images = make_images(num_batches * args.batch)
+    batch = {"image": images[: args.batch]}
+    ours, monai = (Step(library, torch.channels_last, batch, args) for library in ("ours", "monai"))
+    loader, dict_loader = our_loader(images, args), monai_loader(images, args)
+    synthetic = torch.rand(2 * args.batch, 1, args.image_size, args.image_size, device=args.device)
+
+    def with_loader() -> None:
+        for batch in loader:
+            ours(batch)
+
+    def with_monai_loader() -> None:
+        for batch in dict_loader:
+            views = [batch[key].to(args.device, non_blocking=True) for key in ("image", "image_2")]
+            monai.train(torch.cat(views))
+
+    def encoder() -> None:
+        for _ in range(num_batches):
+            ours.encoder_only(synthetic)
+
+    variants = {"loader": with_loader, "monai loader": with_monai_loader, "encoder": encoder}
+    return compare(variants, args.rounds, args.device)
+
+
+def report_steps(timings: Timings, args: argparse.Namespace) -> dict[str, bool]:
+    """Print times, ratios and the share outside the encoder; the gates hold on CPU."""
+    for name in timings.rounds:
+        print(f"{name:20s} {timings.median(name):8.0f} ms   / ours {timings.ratio(name, 'ours')}")
+    share = 1 - timings.ratio("encoder", "ours").median
+    print(f"share of our step outside the encoder: {share:.1%}")
+    if args.device != "cpu":
+        return {}
+    gates = {}
+    for library, gate in STEP_GATES.items():
+        ratio = min(timings.ratio(name, "ours").median for name in timings.rounds if name.startswith(library))
+        gates[f"time, step with {library} / ours >= {gate}"] = ratio >= gate
+    return {**gates, f"share of our step outside the encoder <= {MAX_SHARE:.0%}": share <= MAX_SHARE}
+
+
+def report_loaders(timings: Timings, args: argparse.Namespace) -> dict[str, bool]:
+    """Print images per second and ratios; the gates hold on CUDA."""
+    for name in timings.rounds:
+        speed = 1e3 * NUM_BATCHES[args.device] * args.batch / timings.median(name)
+        print(f"{name:20s} {speed:8.0f} images/s   time / loader {timings.ratio(name, 'loader')}")
+    if args.device != "cuda":
+        return {}
+    efficiency, gain = (timings.ratio(name, "loader").median for name in ("encoder", "monai loader"))
+    gate = LOADER_GATES[args.encoder]
+    return {
+        f"images/s, loader / {args.encoder} alone >= {gate}": efficiency >= gate,
+        f"images/s, loader / monai loader >= {MONAI_LOADER_GATE}": gain >= MONAI_LOADER_GATE,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--encoder", choices=LOADER_GATES, default="resnet18")
+    parser.add_argument("--batch", type=int, help="default: 16 on CPU, 256 on CUDA")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--fusion", choices=FUSIONS, default="add")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--loader", action="store_true", help="measure the loaders on CPU as well")
+    args = parser.parse_args()
+    args.batch = args.batch or {"cpu": 16, "cuda": 256}[args.device]
+
+    torch.manual_seed(0)
+    gates = report_steps(measure_steps(args), args)
+    if args.loader or args.device == "cuda":
+        gates |= report_loaders(measure_loaders(args), args)
+    conclude(gates)
+
+
+if __name__ == "__main__":
+    main()

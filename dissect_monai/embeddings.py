@@ -68,7 +68,7 @@ class EmbeddingSaver:
         if self.quantizer is None or self.encoder is None:
             return
         with torch.inference_mode():
-            maps = feature_maps(self.encoder, engine.state.output["image"])
+            maps = feature_maps(self.encoder, engine.state.output["image"].as_subclass(Tensor))
             quantized = self.quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in self.stages])
         for stage, scale in zip(self.stages, quantized, strict=True):
             self._keep(f"codes_stage{stage}", scale.indices.int())

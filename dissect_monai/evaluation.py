@@ -128,8 +128,8 @@ class ProbeHandler:
 
     C of the linear probe is chosen on validation; the test split is scored once. With `num_folds` the probe is
     cross-validated over all labelled images instead, folds grouped by subject, for small test splits. It writes
-    findings.csv, differences.csv (paired bootstrap) and scores.npz (all scores) and leaves every AUROC in the engine's metrics, which MONAI's
-    `MetricsSaver` writes to metrics.csv.
+    findings.csv, differences.csv (paired bootstrap) and scores.npz (all scores), and leaves every AUROC in the
+    engine's metrics, which MONAI's `MetricsSaver` writes to metrics.csv.
 
     Args:
         encoders: encoders by name; the first is compared with all others.

@@ -91,6 +91,8 @@ class Probed:
         self.metrics = probe(folder, **kwargs)
         self.findings = table(folder / "findings.csv")
         self.differences = table(folder / "differences.csv")
+        with np.load(folder / "scores.npz") as arrays:
+            self.arrays = dict(arrays)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,13 @@ def test_values_are_those_of_sklearn(probed: Probed) -> None:
     assert int(row["positives"]) == np.nansum(truth)
 
 
+def test_scores_are_kept_for_later_comparisons(probed: Probed) -> None:
+    assert len(probed.arrays["subjects"]) == SIZES["test"]
+    label, score = (probed.arrays[name] for name in ("labels/shortcut", "scores/pixels/pca/knn/shortcut"))
+    row = pick(probed.findings, source="pixels", probe="knn", finding="view=AP")
+    assert float(row["auroc"]) == pytest.approx(roc_auc_score(label[:, 0], score[:, 0]), abs=1e-4)
+
+
 def test_no_finding_is_known_where_one_finding_is(probed: Probed) -> None:
     truth = label_matrix(make_datalist()[0].test, NAMES)
     clear, ill = (truth == 0).all(1).sum(), (truth == 1).any(1).sum()
@@ -198,7 +207,7 @@ def test_no_finding_is_known_where_one_finding_is(probed: Probed) -> None:
 
 
 def test_the_shortcut_is_asked_of_the_same_features(probed: Probed) -> None:
-    row = pick(probed.findings, source="pixels", probe="linear", finding="view=AP")
+    row = pick(probed.findings, source="pretrained", features="stages", probe="linear", finding="view=AP")
     assert float(row["auroc"]) > 0.9
     assert int(row["n"]) == SIZES["test"]
     assert "shortcut" in {row["task"] for row in probed.differences}

@@ -228,12 +228,17 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_former_checkpoint(
 
 
 def test_newest_checkpoint_is_the_one_written_last(tmp_path: Path) -> None:
-    for age, name in enumerate(["checkpoint_epoch=3.pt", "checkpoint_epoch=20.pt", "checkpoint_epoch=best.pt"]):
+    for age, name in enumerate(["checkpoint_epoch=10.pt", "checkpoint_epoch=3.pt", "checkpoint_epoch=20.pt"]):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    for foreign in ("model.pt", ".checkpoint_epoch=30.pt.7.tmp", "checkpoint_epoch=9.pt.bak"):
+    for foreign in (
+        "model.pt",
+        "checkpoint_epoch=best.pt",
+        ".checkpoint_epoch=30.pt.7.tmp",
+        "checkpoint_epoch=9.pt.bak",
+    ):
         (tmp_path / foreign).touch()
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint_epoch=3.pt")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint_epoch=10.pt")
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])
