@@ -52,54 +52,39 @@ MONAI_LOADER_GATE = 3  # times as fast, on CUDA
 NUM_BATCHES = {"cpu": 2, "cuda": 20}  # per epoch of a loader
 
 
-class MonaiCodebook(nn.Module):
-    """MONAI's quantiser behind the interface that `VQSSLNet` expects of an `EMACodebook`."""
+class LibraryCodebook(nn.Module):
+    """MONAI's or vector-quantize-pytorch's quantiser, as `VQSSLNet` expects an `EMACodebook` to behave."""
 
     quantizer: Any
 
-    def __init__(self, codes: Tensor) -> None:
+    def __init__(self, library: str, codes: Tensor) -> None:
         super().__init__()
-        self.quantizer = make_module("monai", codes, spatial_dims=2).quantizer
+        module: Any = make_module(library, codes, spatial_dims=2)
+        self.library = library
+        self.quantizer = module.quantizer if library == "monai" else module
 
     @property
     def ema_cluster_size(self) -> Tensor:
-        return self.quantizer.ema_cluster_size
+        """Running cluster sizes, by which the network weighs its scales."""
+        return self.quantizer.ema_cluster_size if self.library == "monai" else self.quantizer._codebook.cluster_size[0]
 
     def forward(self, inputs: Tensor) -> Quantized:
-        features, commitment, indices = self.quantizer(inputs)
+        """Quantise and move the codes."""
+        if self.library == "monai":
+            features, commitment, indices = self.quantizer(inputs)
+        else:
+            features, indices, commitment = self.quantizer(inputs)
         return Quantized(features, indices, commitment, inputs)
 
     def lookup(self, inputs: Tensor) -> Quantized:
-        """Quantise by the cheapest public calls that leave the codes alone."""
-        indices = self.quantizer.quantize(inputs)[2]
-        return Quantized(self.quantizer.embed(indices), indices, inputs.new_zeros(()), inputs)
-
-
-class VqpCodebook(nn.Module):
-    """vector-quantize-pytorch's quantiser behind the same interface."""
-
-    quantizer: Any
-
-    def __init__(self, codes: Tensor) -> None:
-        super().__init__()
-        self.quantizer = make_module("vqp", codes, spatial_dims=2)
-
-    @property
-    def ema_cluster_size(self) -> Tensor:
-        return self.quantizer._codebook.cluster_size[0]
-
-    def forward(self, inputs: Tensor) -> Quantized:
-        features, indices, commitment = self.quantizer(inputs)
-        return Quantized(features, indices, commitment, inputs)
-
-    def lookup(self, inputs: Tensor) -> Quantized:
-        """Quantise in eval mode, which is faster than `freeze_codebook`."""
-        features, indices, commitment = self.quantizer.eval()(inputs)
-        self.quantizer.train()
-        return Quantized(features, indices, commitment, inputs)
-
-
-CODEBOOKS = {"ours": partial(make_module, "ours", spatial_dims=2), "monai": MonaiCodebook, "vqp": VqpCodebook}
+        """Quantise by the fastest calls that leave the codes alone."""
+        if self.library == "monai":
+            indices = self.quantizer.quantize(inputs)[2]
+            features = self.quantizer.embed(indices)
+        else:
+            features, indices, _ = self.quantizer.eval()(inputs)
+            self.quantizer.train()
+        return Quantized(features, indices, inputs.new_zeros(()), inputs)
 
 
 class Step:
@@ -153,7 +138,9 @@ class Step:
 
 def make_codebook(library: str, codes: Tensor) -> Any:
     """A codebook for `VQSSLNet` that holds the given codes."""
-    return CODEBOOKS[library](codes.detach().clone()).to(codes.device).train()
+    codes = codes.detach().clone()
+    codebook = make_module(library, codes, spatial_dims=2) if library == "ours" else LibraryCodebook(library, codes)
+    return codebook.to(codes.device).train()
 
 
 def make_images(num: int) -> Tensor:

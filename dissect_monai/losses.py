@@ -39,6 +39,25 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(predictions.float(), other_view.float(), dim=1).mean()
 
 
+def unexplained_variance(reconstruction: Tensor, views: Tensor) -> Tensor:
+    """Squared error of each reconstruction over the variance of its view, averaged over the views.
+
+    Args:
+        reconstruction: shape (V, C, *spatial).
+        views: the same shape; a view of one value counts with a variance of 1e-4.
+
+    Returns:
+        scalar, 0 for a perfect reconstruction and 1 for one by the mean.
+
+    Example:
+        >>> views = torch.rand(4, 1, 8, 8)
+        >>> unexplained_variance(views, views)
+        tensor(0.)
+    """
+    error = (reconstruction - views).flatten(1).square().mean(1)
+    return (error / views.flatten(1).var(1, correction=0).clamp_min(1e-4)).mean()
+
+
 class VQSSLLoss(nn.Module):
     """Weighted sum of the continuous, discrete, commitment and reconstruction terms.
 
@@ -49,7 +68,7 @@ class VQSSLLoss(nn.Module):
         discrete_weight: mean of three regressions across the views that touch the discrete embedding: discrete on
             continuous, continuous on discrete and discrete on discrete.
         commitment_weight: sum over scales of the quantisers' commitment, which pulls features to their codes.
-        reconstruction_weight: mean squared error of the decoded image against the uncorrupted view.
+        reconstruction_weight: share of the uncorrupted view's variance that the decoded image leaves unexplained.
 
     Raises:
         ValueError: if a weight is negative or all are 0.
@@ -99,7 +118,7 @@ class VQSSLLoss(nn.Module):
             "commitment": torch.stack([scale.commitment for scale in output.quantized]).sum(),
         }
         if output.reconstruction is not None:
-            terms["reconstruction"] = F.mse_loss(output.reconstruction, views)
+            terms["reconstruction"] = unexplained_variance(output.reconstruction, views)
         elif self.weights["reconstruction"]:
             raise ValueError("`reconstruction_weight` is positive but the network has no decoder: set `decode`.")
         return terms

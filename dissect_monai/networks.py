@@ -123,7 +123,7 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Reconstructs the image from the fused discrete maps, coarse to fine.
+    """Reconstructs the image from the quantised maps alone, coarse to fine: all it sees went through the bottleneck.
 
     Args:
         spatial_dims: 2 or 3.
@@ -269,7 +269,9 @@ class VQSSLNet(nn.Module):
             discrete_targets=discrete_targets,
             quantized=quantized,
             embedding=embedding.detach(),
-            reconstruction=None if self.decoder is None else self.decoder(fused, images.shape[2:]),
+            reconstruction=None
+            if self.decoder is None
+            else self.decoder([scale.features for scale in quantized], images.shape[2:]),
         )
 
     def _target(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

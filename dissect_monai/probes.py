@@ -88,7 +88,7 @@ def pixel_pca(
     Args:
         train_images: shape (N, C, H, W), any real dtype.
         other_images: further sets, to be projected on the same components.
-        num_components: number of components, at most N and C·size².
+        num_components: number of components, cut to N − 1 and C·size².
         size: height and width to which images are averaged first.
 
     Returns:
@@ -97,7 +97,8 @@ def pixel_pca(
     pixels = [
         F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in (train_images, *other_images)
     ]
-    pca = PCA(min(num_components, *pixels[0].shape), random_state=0).fit(pixels[0])
+    # One less than the images: the last component of as many would be rounding error, blown up by the probe.
+    pca = PCA(min(num_components, len(pixels[0]) - 1, pixels[0].shape[1]), random_state=0).fit(pixels[0])
     return [pca.transform(each) for each in pixels]
 
 

@@ -96,9 +96,18 @@ def summarise(study: Mapping[str, Any], runs: Path) -> Iterator[dict[str, Any]]:
             scores[baseline] = [read_scores(folder, baseline) for folder in folders[recipes[0]]]
         for name, by_seed in scores.items():
             for task, kind, probe in by_seed[0]:
-                values = [float(macro(labels[task], each[task, kind, probe])(np.ones((1, len(subjects))))[0]) for each in by_seed]
+                values = [
+                    float(macro(labels[task], each[task, kind, probe])(np.ones((1, len(subjects))))[0])
+                    for each in by_seed
+                ]
                 metric = f"{protocol}/{task}/{probe}/{kind}/auroc"
-                yield {"recipe": name, "metric": metric, "mean": np.mean(values), "std": np.std(values, ddof=1), "n": len(values)}
+                yield {
+                    "recipe": name,
+                    "metric": metric,
+                    "mean": np.mean(values),
+                    "std": np.std(values, ddof=1),
+                    "n": len(values),
+                }
         yield from differences(recipes[0], scores, labels, subjects, protocol)
 
 
@@ -116,8 +125,11 @@ def differences(
                 subjects,
             )
             yield {
-                "recipe": f"{first} - {other}", "metric": f"{protocol}/{task}/{probe}/{kind}/auroc", "mean": interval.value,
-                "std": f"{interval.low:.4f}..{interval.high:.4f}", "n": len(ours),
+                "recipe": f"{first} - {other}",
+                "metric": f"{protocol}/{task}/{probe}/{kind}/auroc",
+                "mean": interval.value,
+                "std": f"{interval.low:.4f}..{interval.high:.4f}",
+                "n": len(ours),
             }
 
 
@@ -141,8 +153,12 @@ def main(study_file: str, data: str, output_dir: str = "runs/cxr_study") -> None
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
     shared = {
-        "bundle": BUNDLE, "dataset": study["name"], "commit": commit, "hardware": study["hardware"] or platform.processor(),
-        "date": date.today().isoformat(), "command": f"python scripts/compare_pretraining.py {study_file} --data DIR",
+        "bundle": BUNDLE,
+        "dataset": study["name"],
+        "commit": commit,
+        "hardware": study["hardware"] or platform.processor(),
+        "date": date.today().isoformat(),
+        "command": f"python scripts/compare_pretraining.py {study_file} --data DIR",
     }
     table = ROOT / "results" / "results.csv"
     is_new = not table.exists()

@@ -1,6 +1,6 @@
 """Write the README's results table from results/results.csv; with --check, only say whether it is up to date.
 
-    python scripts/render_results.py [--check]
+python scripts/render_results.py [--check]
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def cell(row: dict[str, str] | None) -> str:
 def table(rows: dict[tuple[str, str], dict[str, str]], protocol: str, recipes: Sequence[str]) -> list[str]:
     """Markdown lines of one protocol; empty if it was not run."""
     metrics = {title: metric.format(protocol=protocol) for title, metric in COLUMNS.items()}
-    present = {title: metric for title, metric in metrics.items() if any((recipe, metric) in rows for recipe in recipes)}
+    present = {
+        title: metric for title, metric in metrics.items() if any((recipe, metric) in rows for recipe in recipes)
+    }
     if not present:
         return []
     lines = [f"**{PROTOCOLS[protocol]}**", "", f"| | {' | '.join(present)} |", "|---" * (len(present) + 1) + "|"]
@@ -72,7 +74,9 @@ def render() -> str:
     lines = [line for protocol in PROTOCOLS for line in table(rows, protocol, recipes)]
     if rows:
         row = list(rows.values())[-1]
-        lines.append(f"n = {row['n']} seeds, commit {row['commit']}, {row['date']}, {row['hardware']}: `{row['command']}`")
+        lines.append(
+            f"n = {row['n']} seeds, commit {row['commit']}, {row['date']}, {row['hardware']}: `{row['command']}`"
+        )
     return "\n".join(lines)
 
 

@@ -95,7 +95,13 @@ def network_state(ckpt_dir: Path) -> dict[str, Any]:
 
 @every_bundle
 def test_has_the_files_that_the_zoo_demands(bundle: Path) -> None:
-    for name in ("LICENSE", "configs/metadata.json", "configs/inference.json", "docs/README.md", "docs/data_license.txt"):
+    for name in (
+        "LICENSE",
+        "configs/metadata.json",
+        "configs/inference.json",
+        "docs/README.md",
+        "docs/data_license.txt",
+    ):
         assert (bundle / name).is_file(), name
     metadata = read(bundle / "configs" / "metadata.json")
     assert metadata["version"] in metadata["changelog"]
@@ -154,7 +160,10 @@ def test_metadata_and_network_pass_the_verify_commands(bundle: Path) -> None:
     schema = ROOT / "tests" / "meta_schema_20240725.json"
     verify_metadata(meta_file=str(configs / "metadata.json"), filepath=str(schema))
     verify_net_in_out(
-        "network_def", meta_file=str(configs / "metadata.json"), config_file=str(configs / "inference.json"), device="cpu"
+        "network_def",
+        meta_file=str(configs / "metadata.json"),
+        config_file=str(configs / "inference.json"),
+        device="cpu",
     )
 
 
@@ -244,7 +253,9 @@ def test_byol_is_the_same_config_with_the_discrete_weights_at_zero(dataset_dir: 
     assert not any(key.startswith("decoder") for key in network_state(tmp_path / "checkpoints"))
 
 
-@pytest.mark.parametrize("knobs", [{"fusion": "concat", "metric": "euclidean"}, {"optimizer_name": "lars", "stages": [4]}])
+@pytest.mark.parametrize(
+    "knobs", [{"fusion": "concat", "metric": "euclidean"}, {"optimizer_name": "lars", "stages": [4]}]
+)
 def test_knobs_change_the_run(dataset_dir: Path, tmp_path: Path, knobs: dict[str, Any]) -> None:
     train(dataset_dir, tmp_path, **knobs)
     assert (tmp_path / "models" / "model.pt").is_file()
@@ -372,7 +383,9 @@ def test_refuses_bad_data_before_training(case: str, tmp_path: Path) -> None:
         ({"batch_size": 4096}, "4096"),
     ],
 )
-def test_refuses_bad_knobs_before_training(dataset_dir: Path, tmp_path: Path, knob: dict[str, Any], message: str) -> None:
+def test_refuses_bad_knobs_before_training(
+    dataset_dir: Path, tmp_path: Path, knob: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SystemExit, match=message):
         train(dataset_dir, tmp_path / "out", **knob)
     assert not (tmp_path / "out" / "models").exists()
