@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from typing import Any
 import fire
 import numpy as np
 
-from dissect_monai.metrics import auroc, bootstrap
+from dissect_monai.metrics import auroc, paired_bootstrap
 
+Statistic = Callable[[Any], Any]  # weights of the items → values, as metrics.bootstrap takes it
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = "pretrain_vq_ssl"
 CONFIGS = ROOT / "bundles" / BUNDLE / "configs"
@@ -79,7 +79,7 @@ def truth_of(folder: Path) -> tuple[dict[str, Any], Any]:
         return labels, file["subjects"]
 
 
-def macro(labels: Any, scores: Any) -> Any:
+def macro(labels: Any, scores: Any) -> Statistic:
     """Weights → macro AUROC over the columns that have one."""
     usable = [i for i in range(labels.shape[1]) if not np.isnan(auroc(labels[:, i], scores[:, i]))]
     return lambda weight: np.nanmean([auroc(labels[:, i], scores[:, i], weight) for i in usable], axis=0)
@@ -96,18 +96,11 @@ def summarise(study: Mapping[str, Any], runs: Path) -> Iterator[dict[str, Any]]:
             scores[baseline] = [read_scores(folder, baseline) for folder in folders[recipes[0]]]
         for name, by_seed in scores.items():
             for task, kind, probe in by_seed[0]:
-                values = [
-                    float(macro(labels[task], each[task, kind, probe])(np.ones((1, len(subjects))))[0])
-                    for each in by_seed
-                ]
+                once = np.ones((1, len(subjects)))
+                values = [float(macro(labels[task], each[task, kind, probe])(once)[0]) for each in by_seed]
                 metric = f"{protocol}/{task}/{probe}/{kind}/auroc"
-                yield {
-                    "recipe": name,
-                    "metric": metric,
-                    "mean": np.mean(values),
-                    "std": np.std(values, ddof=1),
-                    "n": len(values),
-                }
+                mean, std = np.mean(values), np.std(values, ddof=1)
+                yield {"recipe": name, "metric": metric, "mean": mean, "std": std, "n": len(values)}
         yield from differences(recipes[0], scores, labels, subjects, protocol)
 
 
@@ -118,19 +111,21 @@ def differences(
     for other in list(scores)[1:]:
         for task, kind, probe in scores[first][0]:
             key = (task, "pca" if other == "pixels" else kind, probe)
-            ours = [macro(labels[task], each[task, kind, probe]) for each in scores[first]]
-            theirs = [macro(labels[task], each[key]) for each in scores[other]]
-            interval = bootstrap(
-                lambda w, a=ours, b=theirs: np.mean([s(w) for s in a], axis=0) - np.mean([s(w) for s in b], axis=0),
-                subjects,
-            )
+            ours = mean_over_seeds([macro(labels[task], each[task, kind, probe]) for each in scores[first]])
+            theirs = mean_over_seeds([macro(labels[task], each[key]) for each in scores[other]])
+            interval = paired_bootstrap(ours, theirs, subjects)
             yield {
                 "recipe": f"{first} - {other}",
                 "metric": f"{protocol}/{task}/{probe}/{kind}/auroc",
                 "mean": interval.value,
                 "std": f"{interval.low:.4f}..{interval.high:.4f}",
-                "n": len(ours),
+                "n": len(scores[first]),
             }
+
+
+def mean_over_seeds(statistics: Sequence[Statistic]) -> Statistic:
+    """Weights → mean of several statistics."""
+    return lambda weight: np.mean([statistic(weight) for statistic in statistics], axis=0)
 
 
 def main(study_file: str, data: str, output_dir: str = "runs/cxr_study") -> None:
@@ -156,7 +151,7 @@ def main(study_file: str, data: str, output_dir: str = "runs/cxr_study") -> None
         "bundle": BUNDLE,
         "dataset": study["name"],
         "commit": commit,
-        "hardware": study["hardware"] or platform.processor(),
+        "hardware": study["hardware"],
         "date": date.today().isoformat(),
         "command": f"python scripts/compare_pretraining.py {study_file} --data DIR",
     }

@@ -30,9 +30,19 @@ BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
 PRETRAIN = ROOT / "bundles" / "pretrain_vq_ssl" / "configs"
 TINY = {
-    "encoder": "resnet18", "image_size": 32, "batch_size": 8, "hidden_dim": 32, "num_embeddings": 16, "embedding_dim": 16, "max_epochs": 1,
-    "warmup_epochs": 0, "num_workers": 0, "log_interval": 1, "amp": False, "val_interval": 100,
-}  # fmt: skip
+    "encoder": "resnet18",
+    "image_size": 32,
+    "batch_size": 8,
+    "hidden_dim": 32,
+    "num_embeddings": 16,
+    "embedding_dim": 16,
+    "max_epochs": 1,
+    "warmup_epochs": 0,
+    "num_workers": 0,
+    "log_interval": 1,
+    "amp": False,
+    "val_interval": 100,
+}
 
 every_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
@@ -291,9 +301,16 @@ def test_two_processes_hold_one_network(dataset_dir: Path, tmp_path: Path) -> No
 
 def test_evaluation_writes_metrics_per_finding_with_intervals(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
     run(
-        config_file=str(PRETRAIN / "evaluate.json"), dataset_dir=str(dataset_dir), output_dir=str(tmp_path),
-        pretrained=str(trained / "models" / "model.pt"), encoder="resnet18", image_size=32, num_samples=20, num_workers=0, shortcut="view",
-    )  # fmt: skip
+        config_file=str(PRETRAIN / "evaluate.json"),
+        dataset_dir=str(dataset_dir),
+        output_dir=str(tmp_path),
+        pretrained=str(trained / "models" / "model.pt"),
+        encoder="resnet18",
+        image_size=32,
+        num_samples=20,
+        num_workers=0,
+        shortcut="view",
+    )
     with open(tmp_path / "eval" / "findings.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["source"] for row in rows} == {"pretrained", "random", "pixels"}
@@ -308,10 +325,17 @@ def test_inference_writes_one_embedding_per_image(
     trained: Path, dataset_dir: Path, tmp_path: Path, output_format: str, codes: bool
 ) -> None:
     run(
-        config_file=str(PRETRAIN / "inference.json"), dataset_dir=str(dataset_dir), output_dir=str(tmp_path),
-        pretrained=str(trained / "models" / "model.pt"), checkpoint=newest_checkpoint(trained / "checkpoints"),
-        encoder="resnet18", image_size=32, num_workers=0, output_format=output_format, codes=codes,
-    )  # fmt: skip
+        config_file=str(PRETRAIN / "inference.json"),
+        dataset_dir=str(dataset_dir),
+        output_dir=str(tmp_path),
+        pretrained=str(trained / "models" / "model.pt"),
+        checkpoint=newest_checkpoint(trained / "checkpoints"),
+        encoder="resnet18",
+        image_size=32,
+        num_workers=0,
+        output_format=output_format,
+        codes=codes,
+    )
     path = tmp_path / "eval" / f"embeddings.{output_format}"
     if output_format == "csv":
         rows = list(csv.reader(path.open(encoding="utf-8")))
