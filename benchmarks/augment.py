@@ -35,6 +35,11 @@ SIZE = 224
 GATES = {"monai": 2.2, "kornia": 1.3}
 
 
+def make_images(num: int) -> Tensor:
+    """Smooth random uint8 images of 256 px."""
+    return F.interpolate(torch.rand(num, 1, 16, 16), size=(256, 256), mode="bilinear").mul(255).byte()
+
+
 def monai_transform(one_affine: bool, size: int = SIZE, key: str = "image") -> mt.Compose:
     """The dict transforms of one view, without metadata."""
     affine = [
@@ -138,8 +143,7 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     torch.manual_seed(0)
-    noise = torch.rand(args.batch, 1, 16, 16)
-    images = F.interpolate(noise, size=(256, 256), mode="bilinear").mul(255).byte()
+    images = make_images(args.batch)
     variants = make_variants(images, args.device)
     check(variants, images, args.device)
     report(compare(variants, args.rounds, args.device), args.batch)

@@ -27,8 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from augment import monai_transform
+from augment import make_images, monai_transform
 from common import Timings, compare, conclude
 from monai import transforms as mt
 from monai.data import CacheDataset, DataLoader, Dataset, set_track_meta
@@ -94,7 +93,7 @@ class Step:
         self, library: str, memory_format: torch.memory_format, batch: Batch, args: argparse.Namespace
     ) -> None:
         torch.manual_seed(0)
-        self.device, self.memory_format = args.device, memory_format
+        self.device = args.device
         self.augment = TwoViews(BatchAugment(image_size=args.image_size))
         encoder = getattr(nets, args.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
         network: Any = VQSSLNet(encoder, metric="euclidean", fusion=args.fusion)
@@ -112,7 +111,6 @@ class Step:
 
     def train(self, views: Tensor) -> Tensor:
         """One step from finished views; returns the loss."""
-        views = views.contiguous(memory_format=self.memory_format)
         with self.autocast():
             output = self.network(views)
         loss = self.loss(output, views)
@@ -143,17 +141,13 @@ def make_codebook(library: str, codes: Tensor) -> Any:
     return codebook.to(codes.device).train()
 
 
-def make_images(num: int) -> Tensor:
-    """Smooth random uint8 images of 256 px."""
-    return F.interpolate(torch.rand(num, 1, 16, 16), size=(256, 256), mode="bilinear").mul(255).byte()
-
-
 def check(steps: dict[str, Step], batch: Batch) -> None:
     """All steps must begin with the same loss, and all codebooks quantise alike."""
-    losses = {name: step(batch) for name, step in steps.items()}
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, losses["ours"], rtol=1e-3, atol=0, msg=partial("{}: {}".format, name))
     ours = steps["ours"]
+    losses = {name: step(batch) for name, step in steps.items()}
+    rtol = 1e-3 if ours.device == "cpu" else 0.03  # layouts round bfloat16 differently
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, losses["ours"], rtol=rtol, atol=0, msg=partial("{}: {}".format, name))
     with torch.no_grad():
         maps = feature_maps(ours.network.encoder, ours.augment(batch, ours.device).images)[1:]
         for features, projection, codebook in zip(
@@ -250,8 +244,9 @@ def report_steps(timings: Timings, args: argparse.Namespace) -> dict[str, bool]:
     """Print times, ratios and the share outside the encoder; the gates hold on CPU."""
     for name in timings.rounds:
         print(f"{name:20s} {timings.median(name):8.0f} ms   / ours {timings.ratio(name, 'ours')}")
-    share = 1 - timings.ratio("encoder", "ours").median
-    print(f"share of our step outside the encoder: {share:.1%}")
+    encoder = timings.ratio("encoder", "ours")
+    share = 1 - encoder.median
+    print(f"share of our step outside the encoder {share:.1%} ({1 - encoder.high:.1%} to {1 - encoder.low:.1%})")
     if args.device != "cpu":
         return {}
     gates = {}

@@ -26,7 +26,9 @@ from dissect_monai.optimizers import ssl_optimizer as ssl_optimizer
 from dissect_monai.preflight import announce as announce
 from dissect_monai.preflight import bundle_root as bundle_root
 from dissect_monai.preflight import checked as checked
+from dissect_monai.preflight import explain_errors as explain_errors
 from dissect_monai.preflight import is_true as is_true
+from dissect_monai.preflight import refuse_bad_knobs as refuse_bad_knobs
 from dissect_monai.preflight import refuse_small_data as refuse_small_data
 from dissect_monai.preflight import refuse_unknown_overrides as refuse_unknown_overrides
 from dissect_monai.preflight import refuse_unlabelled as refuse_unlabelled

@@ -139,6 +139,7 @@ class ProbeHandler:
         findings: findings to score, of `datalist.label_names` or "No finding" (all labels 0); None is all of them.
         shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
         num_folds: 0 for the given splits, else the number of folds.
+        pixels: whether to judge the principal components of the pixels, too; of volumes there are none.
         num_samples: bootstrap resamples.
         seed: seed of folds and resamples.
 
@@ -158,13 +159,14 @@ class ProbeHandler:
         findings: Sequence[str] | None = None,
         shortcut: str | None = None,
         num_folds: int = 0,
+        pixels: bool = True,
         num_samples: int = 1000,
         seed: int = 0,
     ) -> None:
         self.encoders = encoders
         self.loaders = [loaders[split] for split in SPLITS]
         self.output_dir = Path(output_dir)
-        self.num_folds, self.num_samples, self.seed = num_folds, num_samples, seed
+        self.num_folds, self.pixels, self.num_samples, self.seed = num_folds, pixels, num_samples, seed
         splits = [getattr(datalist, split) for split in SPLITS]
         names = list(findings or datalist.label_names)
         self.tasks = [Task("findings", names, [_labels(items, datalist.label_names, names) for items in splits])]
@@ -208,6 +210,8 @@ class ProbeHandler:
             splits = [extract_features(encoder, loader, device, feature_maps) for loader in self.loaders]
             yield source, "last", [split.last for split in splits]
             yield source, "stages", [split.stages for split in splits]
+        if not self.pixels:
+            return
         images = [torch.cat([torch.as_tensor(batch["image"]) for batch in loader]) for loader in self.loaders]
         if images[0].ndim == 4:
             yield "pixels", "pca", list(pixel_pca(*images))

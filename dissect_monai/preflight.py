@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
+from traceback import walk_tb
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import run as bundle_run
+from monai.networks import nets
 from monai.utils import ensure_tuple
 
 from dissect_monai.data import SPLITS, Datalist
@@ -35,6 +38,27 @@ def checked(function: Callable[..., T], **kwargs: Any) -> T:
         return function(**kwargs)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def explain_errors() -> None:
+    """Let `monai.bundle run` end with one line where this package refuses its input deep inside MONAI's calls.
+
+    Only for errors that this package raises; all others keep their traceback, as do callers of the Python API.
+    """
+    if _run_arguments() is None:
+        return
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(cause.__traceback__)]
+        if frames and frames[-1].startswith("dissect_monai."):
+            sys.stderr.write(f"error: {cause}\n")
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain
 
 
 def is_true(value: bool | str) -> bool:
@@ -151,6 +175,20 @@ def _is_argument(parser: ConfigParser, name: str) -> bool:
     callable_only = ConfigParser({"component": {"_target_": target, "_mode_": "callable"}})
     parameters = inspect.signature(callable_only.get_parsed_content("component")).parameters
     return key in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def refuse_bad_knobs(encoder: str, **counts: object) -> None:
+    """Refuse an encoder that MONAI lacks, and counts that are no positive whole numbers.
+
+    Raises:
+        ValueError: naming the knob.
+    """
+    encoders = [name for name in dir(nets) if name.startswith("resnet") and name != "resnet"]
+    if encoder not in encoders:
+        raise ValueError(f"`encoder` must be one of {', '.join(sorted(encoders))}, got {encoder!r}.")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
 
 
 def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> None:

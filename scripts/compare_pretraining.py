@@ -56,12 +56,14 @@ def pretrain(study: Mapping[str, Any], data: Path, recipe: str, seed: int, folde
     return weights
 
 
-def evaluate(study: Mapping[str, Any], data: Path, weights: Path, seed: int, protocol: str, folder: Path) -> None:
-    """Judge one encoder by one protocol, unless its table is there."""
+def evaluate(study: Mapping[str, Any], data: Path, weights: Path, recipe: str, seed: int, protocol: str) -> None:
+    """Judge one encoder by one protocol, unless its table is there; baselines are the same beside every recipe."""
+    folder = weights.parent.parent / protocol
     if (folder / "eval" / "scores.npz").exists():
         return
     knobs = {**study["evaluation"], **study["protocols"][protocol], "seed": seed, "output_dir": folder}
     knobs |= {"dataset_dir": data / study["evaluation_data"], "pretrained": weights}
+    knobs["baselines"] = recipe == next(iter(study["recipes"]))
     run_bundle("evaluate.json", knobs, folder / "evaluate.log")
 
 
@@ -143,7 +145,7 @@ def main(study_file: str, data: str, output_dir: str = "runs/cxr_study") -> None
             folder = runs / recipe / f"seed{seed}"
             weights = pretrain(study, Path(data).absolute(), recipe, seed, folder)
             for protocol in study["protocols"]:
-                evaluate(study, Path(data).absolute(), weights, seed, protocol, folder / protocol)
+                evaluate(study, Path(data).absolute(), weights, recipe, seed, protocol)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
