@@ -211,7 +211,7 @@ class VQSSLNet(nn.Module):
         metric: str = "cosine",
         commitment_cost: float = 0.25,
         decay: float = 0.99,
-        fusion: str = "attention",
+        fusion: str = "add",
         hidden_dim: int = 4096,
         out_dim: int = 256,
         decode: bool = False,

@@ -287,30 +287,36 @@ def _bones(anatomy: _Anatomy, x: Array, y: Array) -> Array:
 
 
 def _effusion(anatomy: _Anatomy, base: float, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Fluid in the costophrenic angle of one side, its level rising towards the chest wall."""
-    side = int(rng.choice((-1, 1)))
-    depth = rng.uniform(0.06, 0.3)
-    level = anatomy.domes[side > 0] + base + 0.12 - depth * (0.4 + 1.4 * (side * x / anatomy.width - 0.3))
-    return rng.uniform(0.5, 0.9) * _inside(level - y, 0.05) * (side * x > 0)
+    """Fluid in the costophrenic angle of one side or both, its level rising towards the chest wall."""
+    sides = ((-1,), (1,), (-1, 1))[rng.integers(3)]
+    opacity = np.zeros_like(x)
+    for side in sides:
+        depth = rng.uniform(0.15, 0.5)
+        level = anatomy.domes[side > 0] + base + 0.12 - depth * (0.4 + 1.4 * (side * x / anatomy.width - 0.3))
+        opacity += rng.uniform(0.6, 0.95) * _inside(level - y, 0.05) * (side * x > 0)
+    return opacity
 
 
 def _nodules(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """One to three round shadows with a sharp edge."""
+    """Many small round shadows with a sharp edge, scattered over both lungs."""
     opacity = np.zeros_like(x)
-    for _ in range(rng.integers(1, 4)):
+    strength = rng.uniform(0.35, 0.8)
+    for _ in range(rng.integers(8, 25)):
         x0, y0 = _place(visible, x, y, rng)
-        radius = rng.uniform(0.05, 0.1)
-        opacity += rng.uniform(0.4, 0.8) * _inside(np.hypot(x - x0, y - y0) - radius, 0.02)
+        radius = rng.uniform(0.03, 0.07)
+        opacity += strength * rng.uniform(0.7, 1.3) * _inside(np.hypot(x - x0, y - y0) - radius, 0.02)
     return opacity
 
 
 def _consolidation(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """A mottled patch with a vague edge."""
-    x0, y0 = _place(visible, x, y, rng)
-    width, height = rng.uniform(0.14, 0.3, size=2)
-    patch = _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5)
+    """Two to four faint mottled patches with vague edges."""
+    patches = np.zeros_like(x)
+    for _ in range(rng.integers(2, 5)):
+        x0, y0 = _place(visible, x, y, rng)
+        width, height = rng.uniform(0.25, 0.5, size=2)
+        patches = np.maximum(patches, _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5))
     mottle = np.clip(1 + 0.8 * _smooth_noise(0.05, len(x), rng), 0, 2)
-    return rng.uniform(0.3, 0.6) * patch * mottle
+    return rng.uniform(0.25, 0.55) * patches * mottle
 
 
 def _place(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> tuple[float, float]:
