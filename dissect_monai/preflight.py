@@ -43,7 +43,8 @@ def checked(function: Callable[..., T], **kwargs: Any) -> T:
 def explain_errors() -> None:
     """Let `monai.bundle run` end with one line where this package refuses its input deep inside MONAI's calls.
 
-    Only for errors that this package raises; all others keep their traceback, as do callers of the Python API.
+    Only for errors that this package or the file system raises; all others keep their traceback, as do callers of the
+    Python API.
     """
     if _run_arguments() is None:
         return
@@ -53,7 +54,7 @@ def explain_errors() -> None:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(cause.__traceback__)]
-        if frames and frames[-1].startswith("dissect_monai."):
+        if isinstance(cause, OSError) or (frames and frames[-1].startswith("dissect_monai.")):
             sys.stderr.write(f"error: {cause}\n")
         else:
             sys.__excepthook__(kind, error, trace)

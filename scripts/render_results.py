@@ -74,9 +74,7 @@ def render() -> str:
     lines = [line for protocol in PROTOCOLS for line in table(rows, protocol, recipes)]
     if rows:
         row = list(rows.values())[-1]
-        lines.append(
-            f"n = {row['n']} seeds, commit {row['commit']}, {row['date']}, {row['hardware']}: `{row['command']}`"
-        )
+        lines.append(f"{row['n']} seeds, commit {row['commit']}, {row['date']}, {row['hardware']}: `{row['command']}`")
     return "\n".join(lines)
 
 
