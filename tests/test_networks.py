@@ -291,7 +291,7 @@ def test_rejects_an_unknown_fusion() -> None:
 
 def test_rejects_a_width_that_the_heads_do_not_divide() -> None:
     with pytest.raises(ValueError, match="`embedding_dim` must be a multiple of the 8 attention heads, got 12"):
-        small_net(embedding_dim=12)
+        small_net(embedding_dim=12, fusion="attention")
     assert small_net(embedding_dim=12, fusion="add")(views()).predictions.shape == (6, 12)
 
 
