@@ -356,7 +356,11 @@ def test_finds_itself_from_any_directory(place: str, tmp_path: Path) -> None:
     cwd = {"root": ROOT, "bundle": PRETRAIN.parent, "elsewhere": tmp_path}[place]
     config = {"root": PRETRAIN.relative_to(ROOT), "bundle": Path("configs"), "elsewhere": PRETRAIN}[place]
     result = command_line(
-        config / "train.json", cwd=cwd, dataset_dir=tmp_path / "missing", run="['$print(chr(10) + str(@bundle_root))']"
+        config / "train.json",
+        cwd=cwd,
+        dataset_dir=tmp_path / "missing",
+        run="['$print(chr(10) + str(@bundle_root))']",
+        finalize="[]",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert (cwd / result.stdout.splitlines()[-1] / "configs" / "metadata.json").samefile(PRETRAIN / "metadata.json")
