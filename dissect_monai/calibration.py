@@ -1,0 +1,214 @@
+"""How far probabilities and thresholds can be trusted: calibration, temperature, operating points; pure functions."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.floating[Any]]
+
+TEMPERATURES = (0.05, 20.0)  # `fit_temperature` stays within; separable labels would drive it to 0
+
+
+class Reliability(NamedTuple):
+    """Probability against frequency, in the B bins that hold an item."""
+
+    confidence: Array  # (B,), mean probability
+    frequency: Array  # (B,), share of positives
+    num_items: NDArray[np.intp]  # (B,), items in the bin
+
+
+def expected_calibration_error(
+    label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None = None, num_bins: int = 15
+) -> Array:
+    """Expected calibration error of one finding: how far its probability is from its frequency, on average.
+
+    With equal-width bins b of the probability p, ECE = Σ_b |Σ_{i∈b} w_i (y_i − p_i)| / Σ_i w_i. Chance adds to it, the
+    more so the fewer the items, and resampling adds chance: a bootstrap interval can lie above a small value.
+
+    Args:
+        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
+        probability: shape (N,), in [0, 1].
+        weight: how often each item counts, shape (N,) or, for many resamples at once, (R, N); 1 by default.
+        num_bins: number of bins.
+
+    Returns:
+        A scalar in [0, 1], 0 is best, or shape (R,). NaN where nothing is known or a probability is NaN.
+
+    Raises:
+        ValueError: if the shapes disagree, a label is not 1, 0 or NaN, or a probability is outside [0, 1].
+
+    Reference:
+        Guo et al., On calibration of modern neural networks, ICML 2017, Eq. 3. Their bins are of the confidence in the
+        likelier class; ours of the probability of the finding, which says more of a rare one.
+
+    Example:
+        >>> round(float(expected_calibration_error([0, 0, 0, 1], [0.1, 0.1, 0.9, 0.9])), 4)
+        0.25
+    """
+    label, probability, weight = _known(label, probability, weight)
+    gap = np.zeros((len(label), num_bins))
+    gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
+    return _ratio(np.abs(weight @ gap).sum(-1), weight.sum(-1))
+
+
+def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
+    """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies.
+
+    Args:
+        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
+        probability: shape (N,), in [0, 1].
+        num_bins: number of equal-width bins, those of `expected_calibration_error`.
+
+    Returns:
+        Mean probability, share of positives and number of items of each bin that holds any, by rising probability.
+
+    Raises:
+        ValueError: as for `expected_calibration_error`.
+    """
+    label, probability, _ = _known(label, probability, None)
+    index = _bin(probability, num_bins)
+    num_items = np.bincount(index, minlength=num_bins)
+    filled = num_items > 0
+    confidence, frequency = (np.bincount(index, part, num_bins)[filled] for part in (probability, label))
+    num_items = num_items[filled]
+    return Reliability(confidence / num_items, frequency / num_items, num_items)
+
+
+def sensitivity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
+    """Share of the positives whose score reaches the threshold.
+
+    Args:
+        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
+        score: shape (N,), larger for positives.
+        threshold: an item is called positive if its score is equal or larger; choose it on other items.
+        weight: how often each item counts, shape (N,) or, for many resamples at once, (R, N); 1 by default.
+
+    Returns:
+        A scalar in [0, 1], or shape (R,). NaN where it is undefined: no positives, or a score or the threshold is NaN.
+
+    Raises:
+        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
+
+    Example:
+        >>> float(sensitivity([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], threshold=0.5))
+        0.5
+    """
+    return _called_positive(1, label, score, threshold, weight)
+
+
+def specificity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
+    """Share of the negatives whose score stays below the threshold; otherwise as `sensitivity`."""
+    return 1 - _called_positive(0, label, score, threshold, weight)
+
+
+def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
+    """Threshold of the largest sensitivity + specificity − 1, halfway between the scores that it parts.
+
+    Of equal optima it is the lowest, which misses fewest. If no cut is better than chance, all are called positive.
+
+    Args:
+        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored. Use validation items, not test items.
+        score: shape (N,), larger for positives.
+
+    Returns:
+        The threshold, for scores that are equal or larger; NaN if a class is missing or a score is NaN.
+
+    Raises:
+        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
+
+    Reference:
+        Youden, Index for rating diagnostic tests, Cancer 1950.
+
+    Example:
+        >>> youden_threshold([0, 0, 1, 1], [0.0, 0.25, 0.75, 1.0])
+        0.5
+    """
+    label, score, _ = _known(label, score, None)
+    positives, negatives = label.sum(), (1 - label).sum()
+    if not positives or not negatives:
+        return float("nan")
+    levels, level = np.unique(score, return_inverse=True)
+    missed, rejected = (np.bincount(level, part).cumsum()[:-1] for part in (label, 1 - label))
+    # Youden's index × positives × negatives is a whole number, so that ties are ties.
+    gain = np.append(0, rejected * positives - missed * negatives)
+    cuts = np.append(levels[0], (levels[:-1] + levels[1:]) / 2)
+    return float(cuts[gain.argmax()])
+
+
+def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
+    """One temperature T for all findings, such that sigmoid(logit / T) has the least negative log-likelihood.
+
+    The likelihood is convex in 1 / T, so its slope is followed by bisection of log T. No ranking changes by it.
+
+    Args:
+        logit: any shape, such as (N, C), of validation items.
+        label: the same shape, 1, 0 or NaN; unknown (NaN) labels are ignored.
+
+    Returns:
+        T in [0.05, 20]: above 1 for an overconfident model. Labels that the sign of the logit gets all right, or worse
+        than chance, have no optimum and give an end of that range.
+
+    Raises:
+        ValueError: if the shapes disagree, a label is not 1, 0 or NaN, none is known, or a logit is not finite.
+
+    Reference:
+        Guo et al., On calibration of modern neural networks, ICML 2017, Sec. 4.2; for sigmoids instead of a softmax.
+    """
+    logit, label = np.asarray(logit, dtype=float), np.asarray(label, dtype=float)
+    if logit.shape != label.shape:
+        raise ValueError(f"`logit` and `label` must have the same shape, got {logit.shape} and {label.shape}.")
+    label, logit, _ = _known(label.ravel(), logit.ravel(), None)
+    if not len(label) or not np.isfinite(logit).all():
+        raise ValueError("`logit` must be finite where `label` is known, and some must be, got NaN, infinity or none.")
+    low, high = np.log(TEMPERATURES)
+    for _ in range(40):  # to 1e-11 of T
+        middle = (low + high) / 2
+        probability = (1 + np.tanh(logit / np.exp(middle) / 2)) / 2
+        slope = ((probability - label) * logit).mean()  # of the negative log-likelihood over 1 / T
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return float(np.exp(middle))
+
+
+def _called_positive(
+    truth: int, label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None
+) -> Array:
+    """Share of the items of one class whose score reaches the threshold."""
+    label, score, drawn = _known(label, score, weight)
+    called = np.where(np.isnan(threshold), np.nan, score >= threshold)
+    of_class = drawn * (label == truth)
+    return _ratio(of_class @ called, of_class.sum(-1))
+
+
+def _known(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None) -> tuple[Array, Array, Array]:
+    """The items of known label: (K,), (K,) and (..., K); none of them if one lacks its score."""
+    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
+    weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
+    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
+        raise ValueError(
+            "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
+            f"got {label.shape}, {score.shape} and {weight.shape}."
+        )
+    known = ~np.isnan(label)
+    if not np.isin(label[known], (0, 1)).all():
+        raise ValueError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
+    if np.isnan(score[known]).any():
+        known = np.zeros_like(known)
+    return label[known], score[known], weight[..., known]
+
+
+def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:
+    """Index of the bin (b / num_bins, (b + 1) / num_bins] of each probability; the first holds 0, too."""
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+    if len(probability) and not 0 <= probability.min() <= probability.max() <= 1:
+        raise ValueError(
+            f"`probability` must be in [0, 1], got {probability.min():g} to {probability.max():g}. "
+            "Apply a sigmoid to logits."
+        )
+    return np.maximum(np.ceil(probability * num_bins).astype(np.intp) - 1, 0)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return part / whole

@@ -1,0 +1,245 @@
+"""A trained classifier judged once on the test split: tables, predictions and a report to look at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dissect_monai.calibration import (
+    expected_calibration_error,
+    fit_temperature,
+    sensitivity,
+    specificity,
+    youden_threshold,
+)
+from dissect_monai.data import Item
+from dissect_monai.evaluation import MACRO, write_csv
+from dissect_monai.inferers import prepare_images
+from dissect_monai.metrics import Interval, auroc, average_precision, bootstrap, mean_statistic
+from dissect_monai.plots import figure_to_png, reliability_plot, roc_plot
+from dissect_monai.report import Case, FindingRow, Picture, write_report
+from dissect_monai.saliency import overlay_png, saliency_maps
+from dissect_monai.validation import OutputCollector, Outputs, left_out, metric_name, usable_findings
+
+Array = NDArray[np.floating[Any]]
+Statistic = Callable[[Array], Array]
+logger = logging.getLogger(__name__)
+METRICS = ("auroc", "ap", "sensitivity", "specificity", "ece")
+
+
+class ClassifierEvaluation:
+    """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
+
+    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, test_predictions.csv,
+    scores.npz (laid out as that of `ProbeHandler`) and report.html; the metrics `auroc`, `ap`, `sensitivity`,
+    `specificity` and `ece` (means over the findings, and `<metric>_<finding>`; with `_low` and `_high`) stay with the
+    evaluator for MONAI's `MetricsSaver`. Findings without positives or negatives in the test split are left out and
+    named; those without in validation have no threshold, and so no sensitivity and specificity.
+
+    Args:
+        validation: loader of the labelled validation images.
+        label_names: names of the C findings.
+        output_dir: folder for all files.
+        mode: name of the scores in scores.npz, such as "finetune".
+        temperature_scaling: whether to divide the logits by the temperature that fits validation best.
+        num_samples: bootstrap resamples.
+        num_worst: cases in the report, at most: those furthest on the wrong side of the threshold.
+        facts: headline facts of the report by name, such as the data and the weights.
+        seed: seed of the resamples.
+    """
+
+    def __init__(
+        self,
+        validation: Iterable[Mapping[str, Any]],
+        label_names: Sequence[str],
+        output_dir: str | Path,
+        mode: str = "finetune",
+        temperature_scaling: bool = False,
+        num_samples: int = 1000,
+        num_worst: int = 6,
+        facts: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.validation = validation
+        self.label_names = list(label_names)
+        self.output_dir = Path(output_dir)
+        self.mode = mode
+        self.temperature_scaling = temperature_scaling
+        self.num_samples, self.seed = num_samples, seed
+        self.num_worst = num_worst
+        self.facts = dict(facts or {})
+        self.collector = OutputCollector()
+
+    def attach(self, engine: Engine) -> None:
+        """Run when `engine` has seen the test split, on the network and data set of `engine`."""
+        self.collector.attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Fit on validation, score the test split, write the files and leave the metrics."""
+        validation, test = self._validate(engine), self.collector.outputs()
+        dataset = engine.data_loader.dataset
+        temperature = fit_temperature(*validation) if self.temperature_scaling else 1.0
+        probabilities = test.probabilities(temperature)
+        pairs = zip(validation.labels.T, validation.probabilities(temperature).T, strict=True)
+        thresholds = [youden_threshold(*pair) for pair in pairs]
+        subjects = [str(item.get("subject", item["image"])) for item in dataset.data]
+        rows = self._rows(test.labels, probabilities, thresholds, subjects)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        _write_findings(self.output_dir / "findings.csv", rows)
+        self._write_predictions(dataset.data, subjects, test.labels, probabilities)
+        engine.state.metrics |= {"temperature": temperature, **_metrics(rows)}
+        if rows:
+            facts = {"images": len(subjects), "subjects": len(set(subjects)), "temperature": temperature}
+            cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
+            self._write_report(rows, cases, test.labels, probabilities, facts)
+
+    def _validate(self, engine: Any) -> Outputs:
+        """The network's outputs on validation, run as the test split is."""
+        collector = OutputCollector()
+        SupervisedEvaluator(
+            device=engine.state.device,
+            val_data_loader=self.validation,
+            network=engine.network,
+            inferer=engine.inferer,
+            prepare_batch=engine.prepare_batch,
+            val_handlers=[collector],
+            decollate=False,
+        ).run()
+        return collector.outputs()
+
+    def _rows(
+        self, labels: Array, probabilities: Array, thresholds: Sequence[float], subjects: Sequence[str]
+    ) -> list[FindingRow]:
+        """A line for the mean over all findings, and one for each."""
+        usable = usable_findings(labels, probabilities)
+        if names := left_out(self.label_names, usable):
+            logger.warning("Left out, for lack of positives or negatives in the test split: %s.", ", ".join(names))
+        statistics = {i: _statistics(labels[:, i], probabilities[:, i], thresholds[i]) for i in usable}
+
+        def row(finding: str, columns: Sequence[int], threshold: float) -> FindingRow:
+            intervals = {
+                name: self._interval(mean_statistic([statistics[i][name] for i in columns]), subjects)
+                for name in METRICS
+            }
+            known = ~np.isnan(labels[:, columns]).all(1)
+            positives = int(np.nansum(labels[:, columns]))
+            return FindingRow(finding, int(known.sum()), positives, threshold=threshold, **intervals)
+
+        singles = [row(self.label_names[i], [i], thresholds[i]) for i in usable]
+        return [row(MACRO, usable, float("nan")), *singles] if usable else []
+
+    def _interval(self, statistic: Statistic, subjects: Sequence[str]) -> Interval:
+        if np.isnan(statistic(np.ones((1, len(subjects))))).any():
+            return Interval(float("nan"), float("nan"), float("nan"))
+        return bootstrap(statistic, subjects, self.num_samples, self.seed)
+
+    def _write_predictions(
+        self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
+    ) -> None:
+        columns = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
+        lines = [
+            [item["image"], subject, *(text for pair in zip(*row, strict=True) for text in _texts(*pair))]
+            for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True)
+        ]
+        write_csv(self.output_dir / "test_predictions.csv", ["image", "subject", *columns], lines)
+        arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
+        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
+
+    def _worst_cases(self, engine: Any, labels: Array, probabilities: Array, thresholds: Sequence[float]) -> list[Case]:
+        """The worst false alarms and the worst misses, as many of each, with their saliency."""
+        dataset = engine.data_loader.dataset
+        excess = np.where(labels == 1, -1, 1) * (_logit(probabilities) - _logit(np.asarray(thresholds)))
+        cases = []
+        for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
+            (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
+            image = image.as_subclass(Tensor)
+            saliency = saliency_maps(engine.network, image[None], column)[0]
+            cases.append(
+                Case(
+                    image_png=overlay_png(image, torch.zeros_like(image)),
+                    overlay_png=overlay_png(image, saliency),
+                    name=Path(dataset.data[row]["image"]).name,
+                    finding=self.label_names[column],
+                    truth=labels[row, column],
+                    probability=probabilities[row, column],
+                )
+            )
+        return cases
+
+    def _write_report(
+        self,
+        rows: Sequence[FindingRow],
+        cases: Sequence[Case],
+        labels: Array,
+        probabilities: Array,
+        facts: Mapping[str, Any],
+    ) -> None:
+        plots = {"ROC curves": roc_plot, "Reliability of the probabilities": reliability_plot}
+        figures = [
+            Picture(figure_to_png(plot(labels, probabilities, self.label_names)), f"{name} on the test split.")
+            for name, plot in plots.items()
+        ]
+        summary = {**self.facts, **facts, "mode": self.mode, "thresholds": "Youden's index on validation"}
+        write_report(self.output_dir / "report.html", "Evaluation of the classifier", summary, rows, figures, cases)
+
+
+def _statistics(label: Array, probability: Array, threshold: float) -> dict[str, Statistic]:
+    """The metrics of one finding as functions of the items' weights, for the bootstrap."""
+    return {
+        "auroc": partial(auroc, label, probability),
+        "ap": partial(average_precision, label, probability),
+        "sensitivity": partial(sensitivity, label, probability, threshold),
+        "specificity": partial(specificity, label, probability, threshold),
+        "ece": partial(expected_calibration_error, label, probability),
+    }
+
+
+def _metrics(rows: Sequence[FindingRow]) -> dict[str, float]:
+    """`auroc`, `auroc_low`, `auroc_high`, `auroc_<finding>`, ... of the table's lines."""
+    found: dict[str, float] = {}
+    for row in rows:
+        for metric in METRICS:
+            name = metric if row.finding == MACRO else metric_name(metric, row.finding)
+            interval: Interval = getattr(row, metric)
+            found |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return found
+
+
+def _write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
+    ends = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    values = [[value for metric in METRICS for value in getattr(row, metric)] for row in rows]
+    lines = [
+        [row.finding, *own, f"{row.threshold:.6g}", row.n, row.positives] for row, own in zip(rows, values, strict=True)
+    ]
+    write_csv(path, ["finding", *ends, "threshold", "n", "positives"], lines)
+
+
+def _texts(probability: float, label: float) -> tuple[str, str]:
+    """Both as the table of predictions has them; an unknown label is blank."""
+    return f"{probability:.6f}", "" if np.isnan(label) else f"{label:.0f}"
+
+
+def _logit(probability: Array) -> Array:
+    tiny = np.finfo(np.float64).tiny
+    return np.log(probability.clip(tiny)) - np.log((1 - probability).clip(tiny))
+
+
+def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
+    """Row and column of the largest positive values, `count` with label 0 and as many with label 1, largest first."""
+    places = []
+    for truth in (0, 1):
+        values = np.where((labels == truth) & (excess > 0), excess, 0)
+        order = np.argsort(-values, axis=None)[:count]
+        places += [divmod(int(place), labels.shape[1]) for place in order if values.flat[place]]
+    return sorted(places, key=lambda place: -excess[place])

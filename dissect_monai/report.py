@@ -1,0 +1,209 @@
+"""A one-page report of an evaluation: one HTML file that needs nothing else, for a browser or A4 paper."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dissect_monai.metrics import Interval
+
+LIMITS = (
+    "For research; not a medical device, and not for diagnosis.",
+    "Intervals are 95 %, from resampling whole subjects of these data. They say nothing of other hospitals, scanners, "
+    "populations or ways of labelling: validate there first.",
+    "Saliency shows what moved the output, not where a finding is or why it was made.",
+)
+HEADINGS = {"auroc": "AUROC", "ap": "AP", "ece": "ECE", "n": "n"}  # of fields that are not plain words
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{body}
+<footer>{footer}</footer>
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+@page { size: A4; margin: 12mm; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #111827; font: 14px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 28px 24px; }
+h1 { margin: 0 0 14px; font-size: 26px; letter-spacing: -0.01em; }
+h2 { margin: 28px 0 12px; padding-bottom: 4px; font-size: 17px; border-bottom: 2px solid #0072b2; break-after: avoid; }
+dl, dd, figure { margin: 0; }
+dt, small, figcaption, footer { color: #6b7280; font-size: 12px; }
+small { display: block; font-size: 11px; font-weight: 400; white-space: nowrap; }
+img { display: block; width: 100%; height: auto; }
+.facts, .figures, .cases { display: flex; flex-wrap: wrap; gap: 16px; }
+.facts { gap: 10px 28px; padding: 12px 16px; background: #f3f4f6; border-radius: 6px; }
+.facts dd { font-size: 15px; font-weight: 600; overflow-wrap: anywhere; }
+.results { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid #e5e7eb; }
+th { color: #6b7280; font-size: 12px; border-bottom-color: #9ca3af; }
+th:first-child, .text { text-align: left; }
+tr, figure, .case { break-inside: avoid; }
+figure { flex: 1 1 320px; max-width: 620px; }
+figcaption { padding-left: 4px; }
+.case { width: calc((100% - 32px) / 3); min-width: 300px; border: 1px solid #e5e7eb; border-radius: 6px; }
+.pictures { display: flex; align-items: center; gap: 2px; background: #000; overflow: hidden;
+  border-radius: 5px 5px 0 0; }
+.pictures div { flex: 1 1 0; }
+.case dl { padding: 8px 10px; font-size: 13px; }
+.case dl div { display: flex; align-items: baseline; gap: 8px; }
+.case dt { flex: 0 0 72px; }
+.case dd { min-width: 0; overflow-wrap: anywhere; }
+footer { margin-top: 28px; padding-top: 8px; border-top: 1px solid #e5e7eb; }
+footer p { margin: 2px 0; }
+@media print {
+  body { font-size: 10px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  main { max-width: none; padding: 0; }
+  h1 { font-size: 18px; } h2 { margin: 14px 0 8px; font-size: 13px; }
+  th, td { padding: 2px 4px; white-space: nowrap; } .text { white-space: normal; }
+  small { display: inline; margin-left: 4px; } th, dt, small, figcaption, footer { font-size: 8.5px; }
+  .facts { padding: 8px 12px; } .facts dd { font-size: 11px; }
+  figure { flex-basis: 40%; } .case { min-width: 0; } .case dl { font-size: 9px; } .case dt { flex-basis: 48px; }
+}
+"""
+
+
+class FindingRow(NamedTuple):
+    """One line of a classifier's table."""
+
+    finding: str
+    n: int  # items whose label is known
+    positives: int
+    auroc: Interval
+    ap: Interval
+    sensitivity: Interval
+    specificity: Interval
+    threshold: float
+    ece: Interval
+
+
+class Picture(NamedTuple):
+    """A figure of the report, such as ROC curves."""
+
+    png: bytes
+    caption: str
+
+
+class Case(NamedTuple):
+    """An item that was judged wrongly, and its pictures."""
+
+    image_png: bytes
+    overlay_png: bytes  # the same image under its saliency
+    name: str  # file name
+    finding: str
+    truth: float
+    probability: float
+
+
+def write_report(
+    path: str | Path,
+    title: str,
+    summary: Mapping[str, Any],
+    metrics_rows: Sequence[NamedTuple],
+    figures: Sequence[Picture] = (),
+    cases: Sequence[NamedTuple] = (),
+    limits: Sequence[str] = LIMITS,
+) -> None:
+    """Write an evaluation as one HTML file: headline facts, table, figures, worst cases, limits.
+
+    Rows and cases may be `NamedTuple`s of any fields: a field's name is its heading, its value a text, a number, an
+    `Interval` or, in a case, a PNG. NaN and None are shown as a dash. All text is escaped, and the file loads nothing.
+
+    Args:
+        path: file to write; its folder is made.
+        title: heading of the page.
+        summary: headline facts by name: data, n, positives, weights, where the thresholds come from.
+        metrics_rows: lines of the table, such as `FindingRow`, all of the same fields.
+        figures: pictures, shown two in a row.
+        cases: items to look at, such as `Case`, worst first.
+        limits: sentences of the footer.
+
+    Raises:
+        ValueError: if there are no rows, or their fields differ.
+    """
+    fields = {row._fields for row in metrics_rows}
+    if len(fields) != 1:
+        raise ValueError(f"`metrics_rows` must not be empty and have the same fields, got {sorted(fields)}.")
+    body = [
+        f'<dl class="facts">{_facts(summary)}</dl>',
+        _section("Results", "results", [_table(metrics_rows)]),
+        _section("Figures", "figures", map(_figure, figures)),
+        _section("Worst cases", "cases", map(_case, cases)),
+    ]
+    footer = "".join(f"<p>{escape(limit)}</p>" for limit in limits)
+    page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body), footer=footer)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # File names need not be valid text.
+    path.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _section(heading: str, css_class: str, parts: Iterable[str]) -> str:
+    content = "\n".join(parts)
+    return f'<h2>{heading}</h2>\n<div class="{css_class}">\n{content}\n</div>' if content else ""
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    return "".join(f"<div><dt>{_heading(name)}</dt><dd>{_value(value)}</dd></div>" for name, value in values.items())
+
+
+def _table(rows: Sequence[NamedTuple]) -> str:
+    head = "".join(f'<th scope="col">{_heading(field)}</th>' for field in rows[0]._fields)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _cell(value: Any) -> str:
+    css_class = ' class="text"' if isinstance(value, str) else ""
+    return f"<td{css_class}>{_value(value)}</td>"
+
+
+def _figure(figure: Picture) -> str:
+    caption = escape(figure.caption)
+    return f"<figure>{_image(figure.png, caption)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _case(case: NamedTuple) -> str:
+    fields = case._asdict()
+    images = {name: fields.pop(name) for name in case._fields if isinstance(fields[name], bytes)}
+    pictures = "".join(f"<div>{_image(png, _heading(name.removesuffix('_png')))}</div>" for name, png in images.items())
+    return f'<div class="case"><div class="pictures">{pictures}</div><dl>{_facts(fields)}</dl></div>'
+
+
+def _image(png: bytes, alt: str) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{alt}">'
+
+
+def _heading(name: str) -> str:
+    return escape(HEADINGS.get(name) or name[:1].upper() + name[1:].replace("_", " "))
+
+
+def _value(value: Any) -> str:
+    """A value as escaped HTML."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Interval):
+        middle, ends = f"{value.value:.3f}", f"{value.low:.3f}–{value.high:.3f}"
+        return "–" if math.isnan(value.value) else f"{middle}<small>{ends}</small>"
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.3f}"

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from dissect_monai.calibration import expected_calibration_error, reliability
+from dissect_monai.plots import (
+    COLORS,
+    NUM_BINS,
+    figure_to_png,
+    figure_to_tensor,
+    image_to_png,
+    reliability_plot,
+    roc_plot,
+    saliency_overlay,
+)
+
+NAMES = ["Effusion", "Mass", "Hernia"]
+both_plots = pytest.mark.parametrize("plot", [roc_plot, reliability_plot])
+
+
+def toy(num_findings: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, some unknown, and probabilities; the last finding has no positives."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random((60, num_findings))
+    labels = (rng.random(probabilities.shape) < probabilities).astype(float)
+    labels[:, -1] = 0
+    labels[::7] = np.nan
+    return labels, probabilities
+
+
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def curve(figure: Any, name: str) -> Any:
+    return next(line for line in figure.axes[0].get_lines() if str(line.get_label()).startswith(name))
+
+
+@both_plots
+@pytest.mark.parametrize("num_findings", [1, 30])
+def test_a_figure_is_900_pixels_wide_for_any_number_of_findings(plot: Any, num_findings: int) -> None:
+    figure = plot(*toy(num_findings), [f"finding {index}" for index in range(num_findings)])
+    picture = figure_to_tensor(figure)
+    assert picture.shape[::2] == (3, 900)
+    assert picture.min() >= 0
+    assert picture.max() == 1
+
+
+def test_roc_curves_agree_with_sklearn() -> None:
+    labels, scores = toy()
+    figure = roc_plot(labels, scores, NAMES)
+    known = ~np.isnan(labels[:, 1])
+    expected = roc_curve(labels[known, 1], scores[known, 1])[:2]
+    np.testing.assert_allclose(curve(figure, "Mass").get_data(), expected)
+    area = roc_auc_score(labels[known, 1], scores[known, 1])
+    assert f"Mass  {area:.3f}" in legend(figure)
+
+
+def test_roc_names_findings_best_first_and_leaves_out_those_without_both_classes() -> None:
+    labels, scores = toy()
+    scores[:, 1] = np.nan_to_num(labels[:, 1])
+    figure = roc_plot(labels, scores, NAMES)
+    assert [entry.split()[0] for entry in legend(figure)] == ["Mass", "Effusion"]
+    assert legend(figure)[0] == "Mass  1.000"
+    assert figure.axes[0].get_title("left").startswith("ROC of 2 of 3 findings, mean AUROC")
+
+
+def test_reliability_curves_agree_with_their_bins() -> None:
+    labels, probabilities = toy()
+    figure = reliability_plot(labels, probabilities, NAMES)
+    bins = reliability(labels[:, 0], probabilities[:, 0], NUM_BINS)
+    np.testing.assert_allclose(curve(figure, "Effusion").get_data(), bins[:2])
+    errors = [expected_calibration_error(*columns) for columns in zip(labels.T, probabilities.T, strict=True)]
+    entries = [f"{name}  {error:.3f}" for name, error in zip(NAMES, errors, strict=True)]
+    pooled = expected_calibration_error(labels.ravel(), probabilities.ravel())
+    assert legend(figure) == [f"All findings  {pooled:.3f}", *entries]
+
+
+def test_intervals_of_the_pooled_curve_agree_with_wilsons_formula() -> None:
+    figure = reliability_plot([[0]] * 8 + [[1]] * 2, [[0.55]] * 10, ["Mass"])
+    (interval,) = figure.axes[0].collections[0].get_segments()
+    np.testing.assert_allclose(interval, [[0.55, 0.0567], [0.55, 0.5098]], atol=1e-4)  # of 2 in 10
+
+
+def test_the_histogram_counts_every_known_label() -> None:
+    labels, probabilities = toy()
+    figure = reliability_plot(labels, probabilities, NAMES)
+    texts = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert texts == [f"negative ({(labels == 0).sum()})", f"positive ({(labels == 1).sum()})"]
+
+
+def test_a_finding_has_one_colour_in_both_figures() -> None:
+    labels, probabilities = toy(10)
+    names = list("abcdefghij")
+    styles = [
+        [(curve(plot(labels, probabilities, names), name + " ").get_color(), index) for index, name in enumerate("bgh")]
+        for plot in (roc_plot, reliability_plot)
+    ]
+    assert styles[0] == styles[1]
+    assert styles[0] == [(COLORS[1], 0), (COLORS[6], 1), (COLORS[0], 2)]
+
+
+@both_plots
+def test_without_labels_a_figure_is_empty(plot: Any) -> None:
+    figure = plot(np.full((4, 2), np.nan), np.zeros((4, 2)), ["a", "b"])
+    assert "of 0 of 2 findings" in figure.axes[0].get_title("left")
+    assert not figure.legends
+
+
+def test_reliability_leaves_out_findings_without_probabilities() -> None:
+    labels, probabilities = toy()
+    probabilities[:, 1] = np.nan
+    figure = reliability_plot(labels, probabilities, NAMES)
+    assert [entry.split()[0] for entry in legend(figure)] == ["All", "Effusion", "Hernia"]
+
+
+def test_an_overlay_shows_the_image_where_nothing_is_salient() -> None:
+    image = np.linspace(0, 1, 12).reshape(3, 4)
+    overlay = saliency_overlay(image, np.zeros((3, 4)))
+    assert overlay.dtype == np.uint8
+    np.testing.assert_array_equal(overlay, np.repeat((255 * image).round()[..., None], 3, axis=2))
+
+
+def test_an_overlay_departs_from_grey_the_more_the_larger_the_saliency() -> None:
+    saliency = np.linspace(0, 1, 6)[None]
+    overlay = saliency_overlay(np.full((1, 6), 0.5), saliency).astype(int)[0]
+    colourfulness = overlay.max(1) - overlay.min(1)
+    assert (np.diff(colourfulness[:5]) > 0).all()
+    assert colourfulness[5] > 40
+    assert overlay[5].argmin() == 2  # the salient end of the map is yellow
+
+
+def test_an_overlay_keeps_rows_and_columns_and_clips() -> None:
+    saliency = np.zeros((2, 3))
+    saliency[1, 0] = 5
+    overlay = saliency_overlay(np.full((2, 3), 2.0), saliency)
+    assert overlay.shape == (2, 3, 3)
+    np.testing.assert_array_equal((overlay != 255).any(-1), saliency > 0)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)])
+def test_a_picture_survives_its_png(shape: tuple[int, ...]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image_to_png(picture)))), picture)
+
+
+def test_a_figure_is_the_same_as_png_and_as_tensor() -> None:
+    png, tensor = (convert(roc_plot(*toy(), NAMES)) for convert in (figure_to_png, figure_to_tensor))
+    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
+    assert torch.equal((tensor * 255).round().byte(), picture.permute(2, 0, 1))
+
+
+@both_plots
+def test_rejects_columns_without_a_name(plot: Any) -> None:
+    with pytest.raises(ValueError, match=r"must have shape \(N, 2\), one column a finding, got \(4, 3\) and \(4, 3\)"):
+        plot(np.zeros((4, 3)), np.zeros((4, 3)), ["a", "b"])
+
+
+def test_rejects_logits_in_a_reliability_diagram() -> None:
+    with pytest.raises(ValueError, match=r"`probability` must be in \[0, 1\]"):
+        reliability_plot([[0], [1]], [[-3], [2]], ["a"])
+
+
+def test_rejects_an_overlay_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"same shape \(H, W\), got \(2, 3\), \(3, 2\)"):
+        saliency_overlay(np.zeros((2, 3)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"same shape \(H, W\), got \(1, 2, 3\)"):
+        saliency_overlay(np.zeros((1, 2, 3)), np.zeros((1, 2, 3)))

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator
+from monai.networks.nets import resnet10
+from monai.transforms import Activationsd, Compose, DeleteItemsd, LoadImaged, ScaleIntensityd
+from PIL import Image
+from torch import nn
+
+from dissect_monai.datasets import ReadableLoader
+from dissect_monai.predictions import PredictionSaver
+from dissect_monai.readers import ImageFileReader
+
+NAMES = ["Opacity", "Pleural Thickening"]
+
+
+def folder_of(folder: Path, num_images: int = 5, corrupt: tuple[int, ...] = (1, 4)) -> Dataset:
+    """Small pictures, of which some are cut off, under the preprocessing of an inference."""
+    items = []
+    for index in range(num_images):
+        path = folder / f"image {index}.png"
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 24), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        if index in corrupt:
+            path.write_bytes(path.read_bytes()[:200])
+        items.append({"image": str(path)})
+    reader = ImageFileReader(spatial_dims=2)
+    steps = [LoadImaged("image", ensure_channel_first=True, reader=reader), ScaleIntensityd("image")]
+    return Dataset(items, Compose(steps))
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return resnet10(
+        spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.125, num_classes=len(NAMES)
+    ).eval()
+
+
+def infer(loader: ReadableLoader, saver: PredictionSaver, network: nn.Module) -> None:
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=loader,
+        network=network,
+        postprocessing=Compose(
+            [Activationsd(keys="pred", sigmoid=True), DeleteItemsd(keys=["image", "image_meta_dict"])]
+        ),
+        val_handlers=[saver],
+        decollate=False,
+    )
+    evaluator.logger.setLevel(logging.CRITICAL)
+    evaluator.run()
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- loader ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_yields_the_readable_images_and_names_the_others(tmp_path: Path, num_workers: int) -> None:
+    loader = ReadableLoader(folder_of(tmp_path), batch_size=2, num_workers=num_workers)
+    batches = list(loader)
+    assert [batch["index"].tolist() for batch in batches] == [[0], [2, 3]]
+    assert [tuple(batch["image"].shape) for batch in batches] == [(1, 1, 24, 32), (2, 1, 24, 32)]
+    assert set(loader.errors) == {1, 4}
+    assert "image 4.png must be an intact image" in loader.errors[4]
+
+
+def test_gives_what_a_stock_loader_gives_when_all_is_well(tmp_path: Path) -> None:
+    dataset = folder_of(tmp_path, corrupt=())
+    pairs = zip(ReadableLoader(dataset, batch_size=2), DataLoader(dataset, batch_size=2), strict=True)
+    assert all(torch.equal(ours["image"], theirs["image"]) for ours, theirs in pairs)
+
+
+def test_every_pass_names_the_unreadable_afresh(tmp_path: Path) -> None:
+    loader = ReadableLoader(folder_of(tmp_path))
+    list(loader)
+    Image.fromarray(np.zeros((32, 24), dtype=np.uint8)).save(tmp_path / "image 1.png")
+    list(loader)
+    assert set(loader.errors) == {4}
+
+
+def test_a_missing_package_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    def transform(item: dict[str, Any]) -> None:
+        raise ImportError("SimpleITK is not installed")
+
+    with pytest.raises(ImportError, match="SimpleITK is not installed"):
+        list(ReadableLoader(Dataset(folder_of(tmp_path).data, transform)))
+
+
+# ---- predictions -------------------------------------------------------------------------------------------------
+
+
+def test_writes_the_probabilities_of_every_image(tmp_path: Path) -> None:
+    dataset, network = folder_of(tmp_path, corrupt=()), classifier()
+    loader = ReadableLoader(dataset, batch_size=2)
+    infer(loader, PredictionSaver(loader, NAMES, tmp_path / "eval"), network)
+    rows = table(tmp_path / "eval" / "predictions.csv")
+    assert list(rows[0]) == ["image", *NAMES, "error"]
+    assert [row["image"] for row in rows] == [item["image"] for item in dataset.data]
+    images = torch.stack([item["image"] for item in dataset]).as_tensor()
+    with torch.no_grad():
+        expected = network(images).sigmoid()
+    written = torch.tensor([[float(row[name]) for name in NAMES] for row in rows])
+    torch.testing.assert_close(written, expected, atol=1e-6, rtol=0)
+    assert {row["error"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_corrupt_files_are_named_do_not_stop_the_rest_and_end_the_run_with_an_error(
+    tmp_path: Path, num_workers: int
+) -> None:
+    loader = ReadableLoader(folder_of(tmp_path), batch_size=2, num_workers=num_workers)
+    saver = PredictionSaver(loader, NAMES, tmp_path)
+    with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*predictions\.csv names them"):
+        infer(loader, saver, classifier())
+    rows = table(tmp_path / "predictions.csv")
+    assert [bool(row["error"]) for row in rows] == [False, True, False, False, True]
+    assert [row["Opacity"] == "" for row in rows] == [False, True, False, False, True]
+
+
+def test_a_folder_of_nothing_but_corrupt_files_is_written_down_too(tmp_path: Path) -> None:
+    loader = ReadableLoader(folder_of(tmp_path, corrupt=(0, 1, 2, 3, 4)), batch_size=2)
+    with pytest.raises(ValueError, match="5 of 5 images could not be read"):
+        infer(loader, PredictionSaver(loader, NAMES, tmp_path), classifier())
+    assert all(row["error"] for row in table(tmp_path / "predictions.csv"))
+
+
+@pytest.mark.parametrize(("overlays", "number"), [("none", 0), ("top", 3), ("all", 6)])
+def test_draws_the_overlays_that_are_wanted(tmp_path: Path, overlays: str, number: int) -> None:
+    loader, network = ReadableLoader(folder_of(tmp_path, corrupt=(1, 4)), batch_size=2), classifier()
+    with pytest.raises(ValueError, match="2 of 5"):
+        infer(loader, PredictionSaver(loader, NAMES, tmp_path, overlays, network), network)
+    pictures = sorted((tmp_path / "overlays").glob("*.png"))
+    assert len(pictures) == number
+    for path in pictures:
+        assert Image.open(path).size == (24, 32)  # as wide and high as the file
+    if overlays == "all":
+        assert pictures[1].name == "00000_image_0_Pleural_Thickening.png"
+
+
+def test_rejects_unknown_overlays() -> None:
+    with pytest.raises(ValueError, match="`overlays` must be one of none, top, all, got 'best'"):
+        PredictionSaver(ReadableLoader(Dataset([{}])), NAMES, "nowhere", "best")
+
+
+def test_rejects_overlays_without_a_network() -> None:
+    with pytest.raises(ValueError, match="`network` must be given for `overlays`, got None"):
+        PredictionSaver(ReadableLoader(Dataset([{}])), NAMES, "nowhere", "top")
+
+
+def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -> None:
+    loader = ReadableLoader(folder_of(tmp_path))
+    with pytest.raises(ValueError, match="`label_names` must name the network's 2 outputs, got 1"):
+        infer(loader, PredictionSaver(loader, NAMES[:1], tmp_path), classifier())
+
+
+# ---- label names -------------------------------------------------------------------------------------------------
