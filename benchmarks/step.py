@@ -36,7 +36,7 @@ from quantizer import make_module
 from torch import Tensor, nn
 
 from dissect_monai.augment import BatchAugment, TwoViews
-from dissect_monai.data import cached_dataset
+from dissect_monai.datasets import cached_dataset
 from dissect_monai.losses import VQSSLLoss
 from dissect_monai.networks import FUSIONS, VQSSLNet, feature_maps
 from dissect_monai.optimizers import ssl_optimizer

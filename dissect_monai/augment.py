@@ -331,14 +331,17 @@ def _expand(values: Tensor, trailing: int) -> Tensor:
 
 
 def _checked(name: str, value: float, highest: float = math.inf) -> float:
-    if not 0 <= value <= highest:
-        raise ValueError(f"`{name}` must be in [0, {highest}], got {value}.")
+    if not isinstance(value, (int, float)) or not 0 <= value <= highest:
+        raise ValueError(f"`{name}` must be a number in [0, {highest}], got {value!r}.")
     return value
 
 
 def _checked_range(name: str, values: Sequence[float] | None, highest: float = math.inf) -> _Range:
-    low, high = _OFF if values is None else values
-    if not 0 < low <= high <= highest:
+    values = _OFF if values is None else values
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
+        raise ValueError(f"`{name}` must be two numbers, got {values!r}.")
+    low, high = values
+    if not all(isinstance(value, (int, float)) for value in values) or not 0 < low <= high <= highest:
         raise ValueError(f"`{name}` must be two increasing numbers in (0, {highest}], got {values}.")
     return low, high
 

@@ -1,4 +1,4 @@
-"""Data lists (read, check, merge, draw a fraction by subject) and data sets that decode each image once."""
+"""Data lists: read, check, merge, and draw a fraction by subject."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from monai.data import CacheDataset, Dataset, PersistentDataset
-from monai.data.utils import pickle_hashing
-from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
-from tqdm import tqdm
 
 from dissect_monai.readers import DICOM_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, image_format
 
 Item = dict[str, Any]
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
+NO_FINDING = "No finding"
 VOLUME_SUFFIXES = DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
 logger = logging.getLogger(__name__)
 
@@ -45,8 +41,8 @@ def read_datalist(dataset_dir: str | Path | Sequence[str | Path], spatial_dims: 
     null (unknown), one such value, a mapping of names to values, or the path of a label map; `label_names` names the
     values, else they are called finding_0, finding_1, ... `task` and `group` of the whole set are copied to its items.
 
-    Without dataset.json, every image in the folder and below, sorted, becomes a training item without subject, which
-    counts as a subject of its own; hidden files are skipped.
+    Without dataset.json, every image in the folder and below, sorted, or the image named instead of a folder, becomes a
+    training item without subject, which counts as a subject of its own; hidden files are skipped.
 
     Several folders are merged: label names are united, what another set does not label is unknown (NaN), and
     subjects become "<folder name>/<subject>", since the numbering of different data sets may coincide.
@@ -106,8 +102,8 @@ def select_fraction(
 
 
 def labelled(items: list[Item]) -> list[Item]:
-    """The items that have a label map, or a label with at least one known value."""
-    return [item for item in items if not np.isnan(_values(item)).all() or isinstance(item.get("label"), str)]
+    """The items with a known value in their label: those that findings can be learnt from."""
+    return [item for item in items if not np.isnan(_values(item)).all()]
 
 
 def label_matrix(items: list[Item], label_names: Sequence[str]) -> np.ndarray:
@@ -125,61 +121,76 @@ def label_matrix(items: list[Item], label_names: Sequence[str]) -> np.ndarray:
     return matrix
 
 
-def cached_dataset(
-    data: list[Item],
-    transform: Callable[..., Any],
-    cache_dir: str | Path | None = None,
-    on_corrupt: str = "raise",
-    num_workers: int = 0,
-    progress: bool = False,
-) -> Dataset:
-    """A data set that decodes and preprocesses every image once, now, and finds all unreadable files at that.
+def finding_matrix(items: list[Item], label_names: Sequence[str], findings: Sequence[str]) -> np.ndarray:
+    """Columns of the label matrix by name, (N, len(findings)); "No finding" is derived if it is no label itself.
 
-    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. In
-    `cache_dir`, files are found again by item and by the transforms' settings; empty it when images change in place.
-
-    Args:
-        data: items of a data list.
-        transform: MONAI transforms, usually a `Compose`.
-        cache_dir: folder for the cache, kept between runs; None keeps it in memory.
-        on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
-        num_workers: threads that fill the cache; at least one.
-        progress: show a progress bar.
-
-    Returns:
-        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`; `.data` is the list of the items
-        that could be read. What is taken from memory is not copied: do not change it in place.
+    It is 1 where every label is 0, 0 where one is 1, and else NaN (unknown).
 
     Raises:
-        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
+        ValueError: if a finding is unknown.
     """
-    if on_corrupt not in ("raise", "skip"):
-        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
-    steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
-    first_random = steps.get_index_of_first(
-        lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
-    )
-    preprocessing = Compose(steps.transforms[:first_random])
-    if not data:
-        return Dataset(data, steps)  # the validation split of unlabelled images, say
-    if cache_dir is None:
-        contents, errors = _load_all(Dataset(data, preprocessing), num_workers, progress)
+    columns = dict(zip(label_names, label_matrix(items, label_names).T, strict=True))
+    own = next((name for name in label_names if name.lower() == NO_FINDING.lower()), None)
+    if own is None:
+        labels = label_matrix(items, label_names)
+        any_unknown = np.where(np.isnan(labels).any(1), np.nan, 1.0)
+        columns[NO_FINDING] = np.where((labels == 1).any(1), 0.0, any_unknown)
     else:
-        stored = PersistentDataset(data, preprocessing, cache_dir, hash_transform=pickle_hashing)
-        contents, errors = _load_all(stored, num_workers, progress, keep=False)
-    if errors:
-        _report(errors, data, skip=on_corrupt == "skip")
-    good = [item for index, item in enumerate(data) if index not in errors]
-    if cache_dir is None:
-        return CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
-    return PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+        columns.setdefault(NO_FINDING, columns[own])  # CheXpert writes "No Finding"
+    unknown = [name for name in findings if name not in columns]
+    if unknown:
+        raise ValueError(f"`findings` must be among {', '.join(columns)}, got {', '.join(unknown)}.")
+    return np.stack([columns[name] for name in findings], axis=1)
+
+
+def with_findings(
+    datalist: Datalist, findings: str | Sequence[str] | None = None, allow_missing: bool = False
+) -> Datalist:
+    """The labelled items of a data list, their labels holding some findings in a given order.
+
+    Args:
+        datalist: as `read_datalist` gives it.
+        findings: names of its labels, or "No finding"; None keeps all.
+        allow_missing: whether findings that the data list lacks are unknown instead of refused.
+
+    Raises:
+        ValueError: if the data list lacks a finding, or all of them.
+    """
+    names = list(datalist.label_names) if findings is None else [findings] if isinstance(findings, str) else [*findings]
+    if not datalist.label_names:
+        raise ValueError(
+            "labels are needed, and there are none: give a --dataset_dir whose dataset.json has a `label`."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"`findings` must be different, got {', '.join(names)}.")
+    known = [name for name in names if name in datalist.label_names]
+    # "No finding" of a model that knows more findings than these labels is unknown.
+    if NO_FINDING in names and NO_FINDING not in known and {*names} - {NO_FINDING} <= {*known}:
+        known.append(NO_FINDING)
+    if not known or (len(known) < len(names) and not allow_missing):
+        lacking = ", ".join(name for name in names if name not in known)
+        raise ValueError(f"the labels must know {lacking}, got {', '.join(datalist.label_names)}.")
+
+    def relabelled(items: list[Item]) -> list[Item]:
+        items = labelled(items)
+        values = dict(zip(known, finding_matrix(items, datalist.label_names, known).T, strict=True))
+        unknown = np.full(len(items), np.nan)
+        columns = np.stack([values.get(name, unknown) for name in names], axis=1)
+        return labelled([{**item, "label": row} for item, row in zip(items, columns.tolist(), strict=True)])
+
+    splits = {split: relabelled(getattr(datalist, split)) for split in SPLITS}
+    return datalist._replace(**splits, label_names=names)
 
 
 def _read_folder(folder: Path, spatial_dims: int) -> Datalist:
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
+    if folder.name == "dataset.json":
+        return _read_json(folder)
     if not folder.is_dir():
-        raise ValueError(f"`dataset_dir` must be a folder, got the file {folder}. Name the folder that holds it.")
+        if image_format(folder) is None:
+            raise ValueError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
+        return Datalist([{"image": str(folder)}], [], [], [])
     if (folder / "dataset.json").exists():
         return _read_json(folder / "dataset.json")
     images = sorted(_find_images(folder, spatial_dims))
@@ -210,6 +221,9 @@ def _read_json(path: Path) -> Datalist:
     if not isinstance(spec, dict) or "training" not in spec:
         got = f"the keys {list(spec)}" if isinstance(spec, dict) else f"a {type(spec).__name__}"
         raise ValueError(f"{path} must be a JSON object with a list `training`, got {got}.")
+    for key in spec.keys() - set(SPLITS) - {"label_names"}:
+        if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
+            raise ValueError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
     shared = {key: spec[key] for key in ("task", "group") if key in spec}
     splits = {split: _read_items(spec.get(split, []), split, path, shared) for split in SPLITS}
     items = [item for split in SPLITS for item in splits[split]]
@@ -307,59 +321,22 @@ def _merge(datalists: list[Datalist], folders: list[Path]) -> Datalist:
 
 def _refuse_leaks(datalist: Datalist) -> None:
     for key in ("subject", "image"):
-        values = {split: {item[key] for item in getattr(datalist, split) if key in item} for split in SPLITS}
+        where = {
+            split: {item[key]: item["image"] for item in getattr(datalist, split) if key in item} for split in SPLITS
+        }
         for first, second in itertools.combinations(SPLITS, 2):
-            shared = sorted(values[first] & values[second])
+            shared = sorted(where[first].keys() & where[second].keys())
             if shared:
+                example = " and ".join(sorted({where[split][shared[0]] for split in (first, second)}))
                 raise ValueError(
-                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {_few(shared, 5)}. "
-                    "Move each to one split, else the evaluation is on training data."
+                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {_few(shared, 5)} "
+                    f"(see {example}). Move each to one split of dataset.json, else the evaluation is on training data."
                 )
-
-
-def _load_all(
-    dataset: Dataset, num_workers: int, progress: bool, keep: bool = True
-) -> tuple[list[Any], dict[int, str]]:
-    """Contents of the items that can be read (none if not `keep`), and the error of each index that cannot."""
-
-    def load(index: int) -> tuple[Any, str | None]:
-        try:
-            content = dataset[index]
-        except Exception as error:
-            cause: BaseException = error
-            while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # MONAI's "applying transform"
-                cause = cause.__cause__
-            if isinstance(cause, ImportError):  # a missing package is no fault of the file
-                raise cause from None
-            return None, f"{cause}" or type(cause).__name__
-        return (convert_to_contiguous(content) if keep else None), None
-
-    torch_threads = torch.get_num_threads()
-    try:
-        # One image gains nothing from torch's own threads; beside ours they cost a factor of ten on a busy machine.
-        with ThreadPool(max(1, num_workers), torch.set_num_threads, (1,)) as pool:
-            results = pool.imap(load, range(len(dataset)))
-            attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
-    finally:
-        torch.set_num_threads(torch_threads)
-    contents = [content for content, error in attempts if error is None]
-    return contents, {index: error for index, (_, error) in enumerate(attempts) if error is not None}
-
-
-def _report(errors: dict[int, str], data: list[Item], skip: bool) -> None:
-    lines = []
-    for index, error in errors.items():
-        image = str(data[index].get("image", f"item {index}"))
-        lines.append(error if image in error else f"{image}: {error}")
-    if skip and len(errors) < len(data):
-        for line in lines:
-            logger.warning("Skipped: %s", line)
-        return
-    raise ValueError(
-        f"`data` must hold images that can be read, got {len(errors)} of {len(data)} that cannot:\n  "
-        + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
-        + '\nRepair them, remove them from the data list, or pass `on_corrupt` = "skip".'
-    )
+    for split in SPLITS:
+        images = [item["image"] for item in getattr(datalist, split)]
+        if len(set(images)) < len(images):
+            repeated = [image for image, count in Counter(images).items() if count > 1]
+            logger.warning("`%s` lists %d images more than once: %s.", split, len(repeated), _few(repeated, 3))
 
 
 def _values(item: Item) -> list[float]:

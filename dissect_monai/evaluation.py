@@ -1,30 +1,31 @@
-"""Frozen features judged by k-NN and linear probe: during training, and once on the test split."""
+"""Frozen features judged once on the test split, by k-NN and linear probe."""
 
 from __future__ import annotations
 
 import csv
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.metrics import EmbeddingCollapseMetric
+from monai.utils import ensure_tuple
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dissect_monai.data import SPLITS, Datalist, Item, label_matrix
-from dissect_monai.metrics import auroc, average_precision, bootstrap, macro_auroc, paired_bootstrap
+from dissect_monai.data import SPLITS, Datalist, Item, finding_matrix
+from dissect_monai.datasets import items_of
+from dissect_monai.metrics import auroc, average_precision, bootstrap, mean_statistic, paired_bootstrap
 from dissect_monai.networks import feature_maps
 from dissect_monai.probes import extract_features, grouped_cross_val_scores, knn_scores, linear_probe, pixel_pca
 
 Array = NDArray[np.floating[Any]]
-Loader = Iterable[Mapping[str, Any]]
 Metric = Callable[..., Array]
 logger = logging.getLogger(__name__)
-NO_FINDING = "No finding"
 MACRO = "macro"
 
 
@@ -75,54 +76,6 @@ class Difference(NamedTuple):
     high: float
 
 
-class KNNHandler:
-    """Logs the k-NN AUROC and the collapse of the embedding at the end of every validation.
-
-    Attached to an evaluator whose network is the encoder. It sets the metrics `knn_auroc` (last stage),
-    `knn_auroc_stages` (all stages) and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
-
-    Args:
-        encoder: encoder as it trains.
-        training: loader of the labelled training images, in the order of `training_items`.
-        training_items: their data list.
-        validation: loader of the labelled validation images.
-        validation_items: their data list.
-        label_names: names of the findings.
-        k: number of neighbours.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        training: Loader,
-        training_items: list[Item],
-        validation: Loader,
-        validation_items: list[Item],
-        label_names: Sequence[str],
-        k: int = 20,
-    ) -> None:
-        self.encoder = encoder
-        self.loaders = training, validation
-        self.labels = [label_matrix(items, label_names) for items in (training_items, validation_items)]
-        self.label_names = label_names
-        self.k = k
-        self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
-
-    def attach(self, engine: Engine) -> None:
-        """Run when `engine` has seen the validation split."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Extract, vote, and leave the metrics in the engine's state."""
-        train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
-        banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
-        for name, (bank, queries) in banks.items():
-            scores = knn_scores(bank, self.labels[0], queries, self.k)
-            engine.state.metrics[name] = macro_auroc(self.labels[1], scores, self.label_names).value
-        collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
-        engine.state.metrics["embedding_collapse"] = float(collapse)
-
-
 class ProbeHandler:
     """Judges frozen encoders and the pixel baseline by linear probe and k-NN, with 95 % intervals by subject.
 
@@ -133,10 +86,10 @@ class ProbeHandler:
 
     Args:
         encoders: encoders by name; the first is compared with all others.
-        loaders: loaders of the splits `training`, `validation` and `test`, in the order of `datalist`.
-        datalist: the labelled items of the three splits.
+        loaders: loaders of the splits `training`, `validation` and `test`, of data sets with a data list `data`.
+        label_names: names of the values of a label.
         output_dir: folder for the tables.
-        findings: findings to score, of `datalist.label_names` or "No finding" (all labels 0); None is all of them.
+        findings: findings to score, of `label_names` or "No finding" (all labels 0); None is all of them.
         shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
         num_folds: 0 for the given splits, else the number of folds.
         pixels: whether to judge the principal components of the pixels, too; of volumes there are none.
@@ -144,7 +97,7 @@ class ProbeHandler:
         seed: seed of folds and resamples.
 
     Raises:
-        ValueError: if a split has no labelled items, a finding is unknown, or the shortcut has not two values.
+        ValueError: if a finding is unknown or the shortcut has not two values.
 
     Reference:
         Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
@@ -153,10 +106,10 @@ class ProbeHandler:
     def __init__(
         self,
         encoders: Mapping[str, nn.Module],
-        loaders: Mapping[str, Loader],
-        datalist: Datalist,
+        loaders: Mapping[str, DataLoader[Any]],
+        label_names: Sequence[str],
         output_dir: str | Path,
-        findings: Sequence[str] | None = None,
+        findings: str | Sequence[str] | None = None,
         shortcut: str | None = None,
         num_folds: int = 0,
         pixels: bool = True,
@@ -167,13 +120,16 @@ class ProbeHandler:
         self.loaders = [loaders[split] for split in SPLITS]
         self.output_dir = Path(output_dir)
         self.num_folds, self.pixels, self.num_samples, self.seed = num_folds, pixels, num_samples, seed
-        splits = [getattr(datalist, split) for split in SPLITS]
-        names = list(findings or datalist.label_names)
-        self.tasks = [Task("findings", names, [_labels(items, datalist.label_names, names) for items in splits])]
+        splits = [items_of(loader.dataset) for loader in self.loaders]
+        names = list(ensure_tuple(findings) if findings else label_names)
+        self.tasks = [Task("findings", names, [finding_matrix(items, label_names, names) for items in splits])]
         if shortcut is not None:
             self.tasks.append(_shortcut_task(splits, shortcut))
         scored = [item for items in (splits if num_folds else splits[2:]) for item in items]
         self.subjects = [str(item.get("subject", item["image"])) for item in scored]
+
+        if num_folds > len(set(self.subjects)):
+            raise ValueError(f"`--num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split."""
@@ -190,8 +146,8 @@ class ProbeHandler:
         rows = [row for result in judged for row in self._rows(result)]
         self._name_left_out(judged)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        _write_csv(self.output_dir / "findings.csv", Row._fields, rows)
-        _write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(judged))
+        write_csv(self.output_dir / "findings.csv", Row._fields, rows)
+        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(judged))
         self._save_scores(judged)
         for row in rows:
             name = f"{row.source}_{row.features}_{row.probe}_auroc_{row.finding.replace(' ', '_')}"
@@ -212,7 +168,7 @@ class ProbeHandler:
             yield source, "stages", [split.stages for split in splits]
         if not self.pixels:
             return
-        images = [torch.cat([torch.as_tensor(batch["image"]) for batch in loader]) for loader in self.loaders]
+        images = [torch.cat([torch.as_tensor(batch["image"]).float() for batch in loader]) for loader in self.loaders]
         if images[0].ndim == 4:
             yield "pixels", "pca", list(pixel_pca(*images))
 
@@ -243,14 +199,7 @@ class ProbeHandler:
 
     def _statistic(self, result: Judged, metric: Metric, columns: Sequence[int]) -> Callable[[Array], Array]:
         truth = self._truth(result.task)
-
-        def mean(weight: Array) -> Array:
-            values = np.stack([metric(truth[:, i], result.scores[:, i], weight) for i in columns])
-            # A resample may leave a finding without positives, and the only one without a mean.
-            with np.errstate(invalid="ignore"):
-                return np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
-
-        return mean
+        return mean_statistic([partial(metric, truth[:, i], result.scores[:, i]) for i in columns])
 
     def _rows(self, result: Judged) -> Iterator[Row]:
         truth, usable = self._truth(result.task), self._usable(result)
@@ -282,18 +231,36 @@ class ProbeHandler:
                 yield Difference(result.task.name, result.features, result.probe, other.source, *interval)
 
 
-def _labels(items: list[Item], label_names: Sequence[str], findings: Sequence[str]) -> Array:
-    """Columns of the label matrix by name; "No finding" is 1 where every label is 0, and 0 where one is 1."""
-    labels = label_matrix(items, label_names)
-    columns = dict(zip(label_names, labels.T, strict=True))
-    any_unknown = np.where(np.isnan(labels).any(1), np.nan, 1.0)
-    columns.setdefault(NO_FINDING, np.where((labels == 1).any(1), 0.0, any_unknown))
-    unknown = [name for name in findings if name not in columns]
-    if unknown:
-        raise ValueError(f"`findings` must be among {', '.join(columns)}, got {', '.join(unknown)}.")
-    if not len(items):
-        raise ValueError("evaluation needs labelled items in `training`, `validation` and `test` of dataset.json.")
-    return np.stack([columns[name] for name in findings], axis=1)
+def refuse_unlabelled(
+    datalist: Datalist, findings: str | Sequence[str] | None = None, splits: Sequence[str] = SPLITS
+) -> None:
+    """Refuse data without labels, or whose labels leave nothing to learn or to score.
+
+    Args:
+        datalist: the labelled items of the three splits.
+        findings: the findings to learn and to score; None is all of them.
+        splits: the splits that are needed.
+
+    Raises:
+        ValueError: naming the splits without labelled items, or those without both classes of any finding.
+    """
+    empty = [split for split in splits if not getattr(datalist, split)]
+    if empty:
+        raise ValueError(
+            f"labelled images are needed in {', '.join(splits)}; {', '.join(empty)} has none. "
+            "Give --dataset_dir a folder whose dataset.json has these lists with a `label` per item."
+        )
+    names = list(ensure_tuple(findings) if findings else datalist.label_names)
+    judged = [split for split in splits if split != "validation"]
+    usable = np.ones(len(names), dtype=bool)
+    for split in judged:
+        labels = finding_matrix(getattr(datalist, split), datalist.label_names, names)
+        usable &= (labels == 1).any(0) & (labels == 0).any(0)
+    if not usable.any():
+        raise ValueError(
+            f"no finding ({', '.join(names)}) has both a 1 and a 0 in {' and in '.join(judged)}: nothing can be learnt "
+            "or scored. Correct the labels, or raise --label_fraction."
+        )
 
 
 def _shortcut_task(splits: Sequence[list[Item]], key: str) -> Task:
@@ -305,7 +272,14 @@ def _shortcut_task(splits: Sequence[list[Item]], key: str) -> Task:
     return Task("shortcut", [f"{key}={values[0]}"], labels)
 
 
-def _write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, floats with four decimals.
+
+    Args:
+        path: file to write.
+        fields: names of the columns.
+        rows: values in the order of `fields`.
+    """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(fields)

@@ -245,6 +245,26 @@ def paired_bootstrap(
     return bootstrap(lambda weight: statistic(weight) - baseline(weight), subjects, num_samples, seed)
 
 
+def mean_statistic(statistics: Sequence[Callable[[Array], ArrayLike]]) -> Callable[[Array], Array]:
+    """Mean of several statistics for `bootstrap`, such as one per finding.
+
+    A resample may leave a finding without positives: it then counts for nothing in the mean of that resample.
+
+    Args:
+        statistics: each maps weights of shape (R, N) to R values, NaN where it is undefined.
+
+    Returns:
+        Such a map; NaN where all are undefined.
+    """
+
+    def mean(weight: Array) -> Array:
+        values = np.stack([np.asarray(statistic(weight)) for statistic in statistics])
+        with np.errstate(invalid="ignore"):
+            return np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
+
+    return mean
+
+
 def _counts(indices: Tensor, num_embeddings: int) -> Tensor:
     if indices.numel() == 0:
         raise ValueError("`indices` must not be empty, got a tensor without elements.")

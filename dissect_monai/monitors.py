@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isnan
+from typing import Any
+
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor
+from monai.metrics import EmbeddingCollapseMetric
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from dissect_monai.data import label_matrix
+from dissect_monai.datasets import items_of
 from dissect_monai.figures import code_figure, view_figure
 from dissect_monai.losses import VQSSLLoss
-from dissect_monai.metrics import code_usage, effective_rank, feature_std, perplexity
-from dissect_monai.networks import SSLOutput, VQSSLNet
+from dissect_monai.metrics import code_usage, effective_rank, feature_std, macro_auroc, perplexity
+from dissect_monai.networks import SSLOutput, VQSSLNet, feature_maps
+from dissect_monai.probes import extract_features, knn_scores
 
 COLLAPSED_STD = 0.01  # on a scale on which isotropic features have 1
 NUM_PICTURES = 4
@@ -93,7 +102,7 @@ class SSLMonitor:
             raise RuntimeError(
                 f"the loss is not finite in epoch {engine.state.epoch}, iteration {engine.state.iteration}: "
                 f"{', '.join(bad)}. Lower --learning_rate, lengthen --warmup_epochs, or set --amp false; "
-                "the last checkpoint is intact."
+                "checkpoints of earlier epochs are intact."
             )
 
     def _refuse_collapse(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
@@ -127,3 +136,49 @@ class SSLMonitor:
         figure = code_figure(seen[first], [scale[first] for scale in indices], books)
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
         writer.flush()
+
+
+class KNNHandler:
+    """Logs the k-NN AUROC and the collapse of the embedding at the end of every validation.
+
+    Attached to an evaluator whose network is the encoder. It sets the metrics `knn_auroc` (last stage),
+    `knn_auroc_stages` (all stages) and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
+
+    Args:
+        encoder: encoder as it trains.
+        training: loader of the labelled training images, a part of a data set with a data list (see `labelled_part`).
+        validation: loader of the labelled validation images, of a data set with a data list.
+        label_names: names of the findings.
+        k: number of neighbours.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        training: DataLoader[Any],
+        validation: DataLoader[Any],
+        label_names: Sequence[str],
+        k: int = 20,
+    ) -> None:
+        self.encoder = encoder
+        self.loaders = training, validation
+        self.labels = [label_matrix(items_of(each.dataset), label_names) for each in self.loaders]
+        self.label_names = label_names
+        self.k = k
+        self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+
+    def attach(self, engine: Engine) -> None:
+        """Run when `engine` has seen the validation split."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Extract, vote, and leave the metrics in the engine's state."""
+        train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
+        banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
+        for name, (bank, queries) in banks.items():
+            scores = knn_scores(bank, self.labels[0], queries, self.k)
+            value = macro_auroc(self.labels[1], scores, self.label_names).value
+            if not isnan(value):  # else no finding has both classes here, and there is nothing to log
+                engine.state.metrics[name] = value
+        collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
+        engine.state.metrics["embedding_collapse"] = float(collapse)

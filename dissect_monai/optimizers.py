@@ -38,10 +38,7 @@ def ssl_optimizer(network: nn.Module, name: str, learning_rate: float, weight_de
         You et al., Large batch training of convolutional networks (LARS), arXiv 1708.03888; values for LARS from
         Grill et al., BYOL, NeurIPS 2020, Sec. 3.3.
     """
-    if learning_rate <= 0 or weight_decay < 0:
-        raise ValueError(
-            f"`learning_rate` must be positive and `weight_decay` not negative, got {learning_rate} and {weight_decay}."
-        )
+    refuse_bad_rates(learning_rate, weight_decay)
     groups = parameter_groups(network, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr=learning_rate, fused=True)
@@ -50,3 +47,15 @@ def ssl_optimizer(network: nn.Module, name: str, learning_rate: float, weight_de
 
         return LARS(groups, lr=learning_rate)
     raise ValueError(f"`optimizer_name` must be adamw or lars, got {name!r}.")
+
+
+def refuse_bad_rates(learning_rate: float, weight_decay: float) -> None:
+    """Refuse what no optimiser can use.
+
+    Raises:
+        ValueError: if `learning_rate` is not positive or `weight_decay` is negative.
+    """
+    if learning_rate <= 0 or weight_decay < 0:
+        raise ValueError(
+            f"`learning_rate` must be positive and `weight_decay` not negative, got {learning_rate} and {weight_decay}."
+        )

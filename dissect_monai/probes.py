@@ -15,6 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from dissect_monai.inferers import prepare_images
+
 Array = NDArray[np.floating[Any]]
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,7 @@ def extract_features(
     try:
         with torch.inference_mode():
             for batch in loader:
-                image = torch.as_tensor(batch["image"]).to(device, non_blocking=True)
-                image = image.float() / 255 if image.dtype == torch.uint8 else image
+                image, _ = prepare_images(batch, device, non_blocking=True)
                 pooled.append([stage.flatten(2).mean(2).float() for stage in stages_fn(encoder, image)])
     finally:
         for module, mode in modes.items():
@@ -118,7 +119,7 @@ def knn_scores(
         temperature: smaller lets the nearest count for more.
 
     Returns:
-        Scores in [0, 1] of shape (M, C), NaN for a finding without a known label.
+        Scores in [0, 1] of shape (M, C), NaN for a finding that lacks a class in training.
 
     Raises:
         ValueError: if `k` or `temperature` is not positive, shapes disagree or a label is not 1, 0 or NaN.
@@ -229,7 +230,7 @@ def _vote(similarity: Array, train_y: Array, k: int, temperature: float) -> Arra
     scores = np.full((len(similarity), train_y.shape[1]), np.nan)
     for finding, label in enumerate(train_y.T):
         known = np.flatnonzero(~np.isnan(label))
-        if len(known):
+        if _has_both_classes(label):  # else every score would be the same, and its AUROC a meaningless 0.5
             near, index = torch.from_numpy(similarity[:, known]).topk(min(k, len(known)))
             weight = (near / temperature).softmax(1).numpy()
             scores[:, finding] = (weight * label[known][index.numpy()]).sum(1)

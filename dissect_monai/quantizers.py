@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 # Scores of one chunk of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**27}
+SEED_SIZE = 1e-3  # cluster size of a code before any feature has been assigned to it
 
 
 class Quantized(NamedTuple):
@@ -138,9 +139,9 @@ class EMACodebook(nn.Module):
         if not self.ema_cluster_size.any():
             seeds = self._normalised(_spread_rows(rows, self.num_embeddings, shift=0))
             self.embedding.weight.copy_(seeds)
-            # As if each seed were one feature seen, so that the first batches soon outweigh it.
-            self.ema_w.copy_(seeds)
-            self.ema_cluster_size.fill_(1)
+            # Next to nothing, so that the first batches say which codes are used: features move fast at the start.
+            self.ema_w.copy_(SEED_SIZE * seeds)
+            self.ema_cluster_size.fill_(SEED_SIZE)
         self._seeded = True
 
     @torch.no_grad()
@@ -160,10 +161,11 @@ class EMACodebook(nn.Module):
         # The sum of all indices differs from batch to batch; unshifted, a code would always be offered the same place.
         shift = (counts.long() * torch.arange(len(counts), device=counts.device)).sum()
         offers = _spread_rows(rows, self.num_embeddings, shift)
-        mean = self.ema_cluster_size.mean()
-        dead = self.ema_cluster_size < self.revive_fraction * mean
-        self.ema_w.copy_(torch.where(dead.unsqueeze(1), mean * offers, self.ema_w))
-        self.ema_cluster_size.copy_(torch.where(dead, mean, self.ema_cluster_size))
+        least = self.revive_fraction * self.ema_cluster_size.mean()
+        dead = self.ema_cluster_size < least
+        # Twice the least: a code that finds no features soon gets another place, one that does moves to them fast.
+        self.ema_w.copy_(torch.where(dead.unsqueeze(1), 2 * least * offers, self.ema_w))
+        self.ema_cluster_size.copy_(torch.where(dead, 2 * least, self.ema_cluster_size))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -97,11 +97,15 @@ class ImageFileReader(ImageReader):
             raise
         except Exception as error:
             # SimpleITK names its own source file and line first.
-            reason = (str(error).split("ERROR: ")[-1].strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).split("ERROR: ")[-1].strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ValueError(
                 f"{img} must be an intact image of the format that its name says, got: {reason}. "
                 "Replace it or remove it from the data list."
             ) from error
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(
+                f"{img} must hold finite values, got NaN or infinity. Repair it or remove it from the list."
+            )
         return self._fit_spatial_dims(array, meta, img)
 
     def _decode(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:

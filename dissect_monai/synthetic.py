@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-XRAY_FINDINGS = ("effusion", "nodule", "cardiomegaly", "consolidation")
+# Diffuse ones: a finding that a crop can lose is one that two views need not agree on.
+XRAY_FINDINGS = ("nodules", "reticulation", "cysts", "consolidation")
 XRAY_VIEWS = ("PA", "AP")
 
 Array = NDArray[np.float64]
 
 _PREVALENCE = 0.3
-_VERSION = 1  # raise it when the drawing changes, so that a folder written before is not taken for the same set
+_VERSION = 2  # raise it when the drawing changes, so that a folder written before is not taken for the same set
 _IMAGES_PER_SUBJECT = (1, 2, 1, 3)
 
 
@@ -203,20 +204,16 @@ def _attenuation(anatomy: _Anatomy, view: str, findings: set[str], image_size: i
     ap = view == "AP"
     x, y = _pose(image_size, 1.06 if ap else 1.0, rng)
     base = rng.normal(-0.05 if ap else 0.0, 0.04)  # a shallow breath raises the diaphragm
-    enlarged = finding_rng.uniform(1.08, 1.35) if "cardiomegaly" in findings else 1.0
-    centre = np.maximum(_heart(anatomy, enlarged * (1.08 if ap else 1.0), base, x, y), _mediastinum(anatomy, x, y))
+    centre = np.maximum(_heart(anatomy, 1.08 if ap else 1.0, base, x, y), _mediastinum(anatomy, x, y))
     lungs = [_lung(anatomy, side, base, x, y) for side in (-1, 1)]
 
     hila = np.exp(-((np.abs(x) - 0.2) ** 2 + (y + 0.05) ** 2) / 0.1)
     opacity = 0.08 * _smooth_noise(0.15, image_size, rng) + (0.05 + 0.12 * hila) * _smooth_noise(0.03, image_size, rng)
     opacity += 0.25 * hila
     visible = (lungs[0] + lungs[1]) * (1 - centre)
-    if "consolidation" in findings:
-        opacity += _consolidation(visible, x, y, finding_rng)
-    if "nodule" in findings:
-        opacity += _nodules(visible, x, y, finding_rng)
-    if "effusion" in findings:
-        opacity += _effusion(anatomy, base, x, y, finding_rng)
+    for name, draw in _DRAWN.items():
+        if name in findings:
+            opacity += draw(visible, x, y, finding_rng)
     air = visible * np.clip(1 - opacity, 0, 1)
     return anatomy.thickness * _body(anatomy, x, y) * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y))
 
@@ -286,21 +283,10 @@ def _bones(anatomy: _Anatomy, x: Array, y: Array) -> Array:
     return 0.07 * ribs * cage * (np.abs(x) > 0.1) + 0.15 * clavicles + 0.06 * spine
 
 
-def _effusion(anatomy: _Anatomy, base: float, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Fluid in the costophrenic angle of one side or both, its level rising towards the chest wall."""
-    sides = ((-1,), (1,), (-1, 1))[rng.integers(3)]
-    opacity = np.zeros_like(x)
-    for side in sides:
-        depth = rng.uniform(0.15, 0.5)
-        level = anatomy.domes[side > 0] + base + 0.12 - depth * (0.4 + 1.4 * (side * x / anatomy.width - 0.3))
-        opacity += rng.uniform(0.6, 0.95) * _inside(level - y, 0.05) * (side * x > 0)
-    return opacity
-
-
 def _nodules(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
     """Many small round shadows with a sharp edge, scattered over both lungs."""
     opacity = np.zeros_like(x)
-    strength = rng.uniform(0.35, 0.8)
+    strength = rng.uniform(0.45, 1.0)
     for _ in range(rng.integers(8, 25)):
         x0, y0 = _place(visible, x, y, rng)
         radius = rng.uniform(0.03, 0.07)
@@ -316,13 +302,37 @@ def _consolidation(visible: Array, x: Array, y: Array, rng: np.random.Generator)
         width, height = rng.uniform(0.25, 0.5, size=2)
         patches = np.maximum(patches, _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5))
     mottle = np.clip(1 + 0.8 * _smooth_noise(0.05, len(x), rng), 0, 2)
-    return rng.uniform(0.25, 0.55) * patches * mottle
+    return rng.uniform(0.35, 0.7) * patches * mottle
+
+
+def _reticulation(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """A net of fine lines over a part of the lungs: where a smooth random field crosses zero."""
+    x0, y0 = _place(visible, x, y, rng)
+    width, height = rng.uniform(0.5, 1.2, size=2)
+    region = _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5)
+    lines = np.exp(-((_smooth_noise(rng.uniform(0.03, 0.06), len(x), rng) / 0.3) ** 2))
+    return rng.uniform(0.5, 1.15) * region * lines
+
+
+def _cysts(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """Several rings: a thin wall around air."""
+    opacity = np.zeros_like(x)
+    strength = rng.uniform(0.65, 1.3)
+    for _ in range(rng.integers(6, 18)):
+        x0, y0 = _place(visible, x, y, rng)
+        from_wall = np.hypot(x - x0, y - y0) - rng.uniform(0.06, 0.12)
+        ring = np.exp(-((from_wall / 0.025) ** 2)) - 0.3 * _inside(from_wall, 0.02)
+        opacity += strength * rng.uniform(0.7, 1.3) * ring
+    return opacity
 
 
 def _place(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> tuple[float, float]:
     """A point where a lung is seen."""
     pixel = rng.choice(np.flatnonzero(visible > 0.5 * visible.max()))
     return x.flat[pixel], y.flat[pixel]
+
+
+_DRAWN = {"nodules": _nodules, "reticulation": _reticulation, "cysts": _cysts, "consolidation": _consolidation}
 
 
 def _expose(attenuation: Array, rng: np.random.Generator) -> Array:

@@ -389,15 +389,15 @@ def test_nothing_waits_for_the_gpu(shape: tuple[int, ...]) -> None:
             {"flip_prob": (0.5, 0.5, 0.5)},
             r"`flip_prob` must be one number or one per axis \(2\), got \(0.5, 0.5, 0.5\)",
         ),
-        ({"flip_prob": 2}, r"`flip_prob` must be in \[0, 1\], got 2"),
-        ({"rotation": -1}, r"`rotation` must be in \[0, 180\], got -1"),
+        ({"flip_prob": 2}, r"`flip_prob` must be a number in \[0, 1\], got 2"),
+        ({"rotation": -1}, r"`rotation` must be a number in \[0, 180\], got -1"),
         ({"gamma": (0, 1)}, r"`gamma` must be two increasing numbers"),
-        ({"brightness": 2}, r"`brightness` must be in \[0, 1\]"),
+        ({"brightness": 2}, r"`brightness` must be a number in \[0, 1\]"),
         ({"contrast": (-1, 1)}, r"`contrast` must be two increasing numbers"),
         ({"blur_sigma": (0, 1)}, r"`blur_sigma` must be two increasing numbers"),
-        ({"blur_prob": 1.5}, r"`blur_prob` must be in \[0, 1\]"),
-        ({"noise_std": -0.1}, r"`noise_std` must be in \[0, inf\]"),
-        ({"erase_prob": -0.1}, r"`erase_prob` must be in \[0, 1\]"),
+        ({"blur_prob": 1.5}, r"`blur_prob` must be a number in \[0, 1\]"),
+        ({"noise_std": -0.1}, r"`noise_std` must be a number in \[0, inf\]"),
+        ({"erase_prob": -0.1}, r"`erase_prob` must be a number in \[0, 1\]"),
         ({"erase_scale": (0.5, 2)}, r"`erase_scale` must be two increasing numbers"),
     ],
 )
@@ -420,9 +420,9 @@ def test_rejects_bad_images() -> None:
 def test_rejects_bad_corruption_and_views() -> None:
     with pytest.raises(ValueError, match=r"`mask_size` must be at least 1 pixel, got 0"):
         Corrupt(mask_size=0)
-    with pytest.raises(ValueError, match=r"`mask_fraction` must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"`mask_fraction` must be a number in \[0, 1\], got 1.5"):
         Corrupt(mask_fraction=1.5)
-    with pytest.raises(ValueError, match=r"`noise_std` must be in \[0, inf\], got -1"):
+    with pytest.raises(ValueError, match=r"`noise_std` must be a number in \[0, inf\], got -1"):
         Corrupt(noise_std=-1)
     with pytest.raises(ValueError, match=r"`num_views` must be at least 1, got 0"):
         TwoViews(BatchAugment(), num_views=0)

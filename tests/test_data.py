@@ -11,15 +11,13 @@ from monai.transforms import (
     Compose,
     EnsureTyped,
     LoadImaged,
-    RandGaussianNoised,
     Resized,
     ScaleIntensityRangePercentilesd,
     SelectItemsd,
 )
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from dissect_monai.data import cached_dataset, label_matrix, labelled, read_datalist, select_fraction
+from dissect_monai.data import label_matrix, labelled, read_datalist, select_fraction, with_findings
 from dissect_monai.readers import ImageFileReader
 
 NAN = float("nan")
@@ -104,7 +102,7 @@ def test_label_maps_are_paths(tmp_path: Path) -> None:
     datalist = read_datalist(folder, spatial_dims=3)
     assert labels(datalist.training) == [str(folder / "1.png")]
     assert datalist.label_names == []
-    assert labelled(datalist.training) == datalist.training
+    assert labelled(datalist.training) == []  # no finding can be learnt from a map
 
 
 def test_a_folder_of_images_becomes_sorted_training_items(tmp_path: Path) -> None:
@@ -118,6 +116,52 @@ def test_a_folder_of_images_becomes_sorted_training_items(tmp_path: Path) -> Non
     assert names == ["a.TIF", "b/c/0.png", "b/c/1.png", "b/dicom", "slice.dcm", "z.nii.gz"]
     assert all(set(item) == {"image"} for item in datalist.training)
     assert (datalist.validation, datalist.test, datalist.label_names) == ([], [], [])
+
+
+def test_a_file_may_be_named_instead_of_its_folder(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "a", training=[{"image": "0.png"}])
+    assert read_datalist(folder / "dataset.json") == read_datalist(folder)
+    assert images(read_datalist(folder / "1.png").training) == ["1.png"]
+
+
+def labels_of(items: list[dict[str, Any]]) -> list[list[float]]:
+    return [item["label"] for item in items]
+
+
+def test_findings_are_chosen_ordered_and_derived(tmp_path: Path) -> None:
+    items = [{"image": "0.png", "label": [1, 0]}, {"image": "1.png", "label": [0, 0]}, {"image": "1.png"}]
+    datalist = read_datalist(write_set(tmp_path / "a", training=items, label_names=["x", "y"]))
+    chosen = with_findings(datalist, ["No finding", "y", "x"])
+    assert chosen.label_names == ["No finding", "y", "x"]
+    assert labels_of(chosen.training) == [[0, 0, 1], [1, 0, 0]]  # without the item that has no label
+    assert labels_of(with_findings(datalist).training) == [[1, 0], [0, 0]]
+    assert labels_of(with_findings(datalist, "x").training) == [[1], [0]]
+    assert labels_of(datalist.training[:1]) == [[1, 0]]  # the given items are left alone
+
+
+def test_a_column_of_no_finding_is_taken_as_it_is(tmp_path: Path) -> None:
+    items = [{"image": "0.png", "label": [1, 0]}, {"image": "1.png", "label": [0, 1]}]
+    datalist = read_datalist(write_set(tmp_path / "a", training=items, label_names=["No Finding", "x"]))
+    assert labels_of(with_findings(datalist, ["No finding", "x"]).training) == [[1, 0], [0, 1]]
+
+
+def test_no_finding_of_more_findings_than_are_labelled_is_unknown(tmp_path: Path) -> None:
+    items = [{"image": "0.png", "label": [0]}]
+    datalist = read_datalist(write_set(tmp_path / "a", training=items, label_names=["x"]))
+    chosen = with_findings(datalist, ["x", "y", "No finding"], allow_missing=True)
+    np.testing.assert_equal(labels_of(chosen.training), [[0, NAN, NAN]])
+
+
+def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "a", training=[{"image": "0.png", "label": [1, 0]}], label_names=["x", "y"])
+    datalist = read_datalist(folder)
+    with pytest.raises(ValueError, match="the labels must know z, got x, y"):
+        with_findings(datalist, ["x", "z"])
+    np.testing.assert_equal(labels_of(with_findings(datalist, ["z", "x"], allow_missing=True).training), [[NAN, 1]])
+    with pytest.raises(ValueError, match="the labels must know z, got x, y"):
+        with_findings(datalist, ["z"], allow_missing=True)
+    with pytest.raises(ValueError, match="labels are needed, and there are none"):
+        with_findings(datalist._replace(label_names=[]))
 
 
 def test_in_three_dimensions_a_folder_of_slices_is_one_item(tmp_path: Path) -> None:
@@ -200,127 +244,7 @@ def test_label_matrix_has_nan_for_unknown() -> None:
     assert label_matrix([], ["x", "y"]).shape == (0, 2)
 
 
-# --- data sets
-
-
-def items_of(folder: Path, count: int = 6) -> list[dict[str, Any]]:
-    names = write_images(folder, count)
-    return [{"image": str(folder / name), "label": [1.0, NAN], "subject": name} for name in names]
-
-
-@pytest.fixture(params=["memory", "disk"])
-def cache_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    return tmp_path / "cache" if request.param == "disk" else None
-
-
-def test_cached_items_are_what_the_transform_gives(tmp_path: Path, cache_dir: Path | None) -> None:
-    data = items_of(tmp_path)
-    dataset = cached_dataset(data, preprocessing(), cache_dir, num_workers=2)
-    assert len(dataset) == 6
-    for item, cached in zip(data, dataset, strict=True):
-        expected = preprocessing()(item)
-        assert set(cached) == {"image", "label"}
-        assert type(cached["image"]) is torch.Tensor
-        assert cached["image"].dtype == torch.uint8
-        assert cached["label"].dtype == torch.float32
-        torch.testing.assert_close(cached["image"], expected["image"], rtol=0, atol=0)
-        np.testing.assert_equal(cached["label"].numpy(), [1, NAN])
-
-
-def test_images_are_decoded_once(tmp_path: Path, cache_dir: Path | None) -> None:
-    data = items_of(tmp_path)
-    dataset = cached_dataset(data, preprocessing(), cache_dir)
-    for item in data:
-        Path(item["image"]).unlink()
-    assert dataset[5]["image"].shape == (1, 8, 8)
-
-
-def test_a_disk_cache_is_found_again_but_not_by_other_settings(tmp_path: Path) -> None:
-    data, cache_dir = items_of(tmp_path / "images"), tmp_path / "cache"
-    for size, expected in ((8, 6), (8, 6), (9, 12)):
-        dataset = cached_dataset(data, preprocessing(size), cache_dir)
-        assert dataset[0]["image"].shape == (1, size, size)
-        assert len(list(cache_dir.iterdir())) == expected
-
-
-def test_random_transforms_stay_random(tmp_path: Path, cache_dir: Path | None) -> None:
-    transform = Compose([*preprocessing().transforms[:3], RandGaussianNoised("image", prob=1.0, std=9.0)])
-    dataset = cached_dataset(items_of(tmp_path, 1), transform, cache_dir)
-    assert not torch.equal(dataset[0]["image"], dataset[0]["image"])
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_can_load_it(tmp_path: Path, cache_dir: Path | None, context: str) -> None:
-    dataset = cached_dataset(items_of(tmp_path), preprocessing(), cache_dir)
-    batch = next(iter(DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context=context)))
-    assert batch["image"].shape == (6, 1, 8, 8)
-    assert batch["label"].shape == (6, 2)
-
-
-def test_a_constant_image_becomes_zeros(tmp_path: Path) -> None:
-    Image.new("L", (10, 12), 7).save(tmp_path / "a.png")
-    with pytest.warns(Warning, match="Divide by zero"):
-        dataset = cached_dataset([{"image": str(tmp_path / "a.png")}], preprocessing())
-    assert dataset[0]["image"].unique().tolist() == [0]
-
-
-def test_torch_keeps_its_threads(tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    cached_dataset(items_of(tmp_path), preprocessing(), num_workers=2)
-    assert torch.get_num_threads() == before
-
-
-def test_corrupt_items_can_be_skipped(tmp_path: Path, cache_dir: Path | None, caplog: pytest.LogCaptureFixture) -> None:
-    data = items_of(tmp_path)
-    Path(data[1]["image"]).write_bytes(b"broken")
-    dataset = cached_dataset(data, preprocessing(), cache_dir, on_corrupt="skip")
-    assert images(dataset.data) == ["0.png", "2.png", "3.png", "4.png", "5.png"]
-    torch.testing.assert_close(dataset[1]["image"], preprocessing()(data[2])["image"])
-    assert "1.png must be an intact image" in caplog.text
-
-
 # --- errors
-
-
-def test_all_corrupt_items_are_named_with_their_cause(tmp_path: Path, cache_dir: Path | None) -> None:
-    data = items_of(tmp_path)
-    for index in (1, 4):
-        Path(data[index]["image"]).write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"(?s)got 2 of 6.*1\.png .*4\.png .*`on_corrupt`") as caught:
-        cached_dataset(data, preprocessing(), cache_dir)
-    assert str(caught.value).count("1.png") == 2  # once by us, once by pillow
-
-
-def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
-    data = [{"image": str(tmp_path / f"{index}.png")} for index in range(7)]
-    with pytest.raises(ValueError, match=r"(?s)got 7 of 7.*0\.png does not exist.*4\.png.*\.\.\.") as caught:
-        cached_dataset(data, preprocessing(), on_corrupt="skip")
-    assert "5.png" not in str(caught.value)
-
-
-def test_a_volume_in_a_two_dimensional_run_is_named(tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
-
-    sitk.WriteImage(sitk.Image(4, 5, 6, sitk.sitkUInt8), tmp_path / "v.nii.gz")
-    with pytest.raises(ValueError, match=r"v\.nii\.gz must have `spatial_dims` = 2 axes, got shape \(4, 5, 6\)"):
-        cached_dataset(read_datalist(tmp_path).training, preprocessing())
-
-
-def test_a_missing_package_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
-    (tmp_path / "a.dcm").touch()
-    data = [*items_of(tmp_path), {"image": str(tmp_path / "a.dcm")}]
-    with pytest.raises(ImportError, match="pip install SimpleITK"):
-        cached_dataset(data, preprocessing(), on_corrupt="skip")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"on_corrupt": "ignore"}, '`on_corrupt` must be "raise" or "skip"')],
-)
-def test_cached_dataset_rejects(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cached_dataset(**{"data": items_of(tmp_path, 1), "transform": preprocessing(), **arguments})
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
@@ -354,7 +278,7 @@ def test_label_matrix_rejects_other_lengths() -> None:
         ({"label_names": ["x", "x"], "training": []}, "`label_names` must be a list of different names"),
         (
             {"training": [{"image": "0.png", "subject": 1}], "test": [{"image": "1.png", "subject": "1"}]},
-            "`training` and `test` must share no subject, got 1 in both: 1. Move",
+            "`training` and `test` must share no subject, got 1 in both: 1 \\(see .*0.png and .*1.png\\). Move",
         ),
         ({"training": ["0.png"], "validation": ["./0.png"]}, r"must share no image, got 1 in both: .*0\.png"),
     ],
@@ -376,7 +300,7 @@ def test_wrong_folders_are_explained(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"existing folder, got .*no"):
         read_datalist(tmp_path / "no")
-    with pytest.raises(ValueError, match=r"must be a folder, got the file .*notes\.txt"):
+    with pytest.raises(ValueError, match=r"must be a folder or an image, got the file .*notes\.txt"):
         read_datalist(tmp_path / "notes.txt")
     with pytest.raises(FileNotFoundError, match=r"dataset\.json or images \(\.png .* \.nii\.gz\), got neither"):
         read_datalist(tmp_path)

@@ -16,7 +16,7 @@ from monai.networks.nets import resnet10
 from monai.transforms import Compose, RandomizableTrait
 from torch import Tensor, nn
 
-from dissect_monai.data import Datalist, read_datalist, select_fraction
+from dissect_monai.data import read_datalist, select_fraction
 from dissect_monai.evaluation import ProbeHandler
 from dissect_monai.losses import VQSSLLoss
 from dissect_monai.metrics import code_usage
@@ -52,6 +52,8 @@ def test_1_the_commitment_term_alone_trains_the_encoder() -> None:
 
 def test_2_cluster_sizes_are_running_counts() -> None:
     net, images = small_net(decay=0.9), views()
+    for codebook in net.codebooks:
+        codebook.revive_fraction = 0  # which sets sizes, too
     net(images)
     before = [codebook.ema_cluster_size.clone() for codebook in net.codebooks]
     quantized = net(images).quantized
@@ -89,6 +91,19 @@ def test_4_codes_do_not_collapse_and_dead_ones_come_back() -> None:
         assert usage(metric, 40) >= 0.75
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_4_codes_that_the_features_have_left_find_them_again(metric: str) -> None:
+    codebook = EMACodebook(32, 8, decay=0.95, metric=metric)
+    generator = torch.Generator().manual_seed(0)
+    first, then = torch.randn((2, 1, 8, 1, 1), generator=generator)
+    for step in range(60):
+        features = 4 * (first if step < 5 else then) + torch.randn((8, 8, 8, 8), generator=generator)
+        used = code_usage(codebook(features).indices, 32).item()
+        if step == 5:
+            assert used < 0.25  # the features have moved, the codes not yet
+    assert used >= 0.6
+
+
 def test_5_tokens_keep_their_places() -> None:
     torch.manual_seed(0)
     quantized, projected = torch.rand(2, 8, 3, 4), torch.rand(2, 8, 3, 4)
@@ -117,13 +132,14 @@ def test_6_selection_never_uses_the_test_split(tmp_path: Path) -> None:
     loaders = {}
     for split, items in splits.items():
         images = rng.random((20, 1, 32, 32)) + 0.1 * np.array([item["label"] for item in items])[..., None, None]
-        loaders[split] = DataLoader(
-            Dataset([{"image": torch.from_numpy(each).float()} for each in images]), batch_size=10
-        )
+        decoded = {
+            item["image"]: {"image": torch.from_numpy(each).float()} for item, each in zip(items, images, strict=True)
+        }
+        loaders[split] = DataLoader(Dataset(items, lambda item, decoded=decoded: decoded[item["image"]]), batch_size=10)
 
     def aurocs(test: list[Any]) -> dict[str, float]:
-        datalist = Datalist(splits["training"], splits["validation"], test, ["finding"])
-        handler = ProbeHandler({"only": encoder()}, loaders, datalist, tmp_path, num_samples=1)
+        loaders["test"].dataset.data = test
+        handler = ProbeHandler({"only": encoder()}, loaders, ["finding"], tmp_path, num_samples=1)
         evaluator = SupervisedEvaluator("cpu", loaders["test"], encoder(), val_handlers=[handler], decollate=False)
         evaluator.run()
         return {name: value for name, value in evaluator.state.metrics.items() if name.endswith("_finding")}

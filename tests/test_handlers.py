@@ -26,6 +26,7 @@ from dissect_monai.handlers import (
     TrainingCheckpoint,
     load_encoder,
     newest_checkpoint,
+    read_settings,
     save_atomically,
 )
 from dissect_monai.losses import VQSSLLoss
@@ -243,7 +244,7 @@ def test_newest_checkpoint_is_the_one_written_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_says_that_there_is_nothing_to_resume_from(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt in .* to resume from"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt in .*: check --output_dir"):
         newest_checkpoint(tmp_path / folder)
 
 
@@ -254,8 +255,42 @@ def test_refuses_to_resume_a_run_with_other_batches(tmp_path: Path) -> None:
     engine = counting_engine()
     engine.state.epoch_length = 5
     checkpoint(tmp_path, module, resume_from=newest_checkpoint(tmp_path)).attach(engine)
-    with pytest.raises(ValueError, match="of a run with 3 iterations an epoch, this one has 5: resume with"):
+    with pytest.raises(ValueError, match=r"of a run with iterations an epoch 3 \(now 5\): resume with the same knobs"):
         engine.run(range(5), max_epochs=2)
+
+
+def test_refuses_to_resume_a_run_with_other_knobs(tmp_path: Path) -> None:
+    engine, module = counting_engine(), nn.Linear(1, 1)
+    checkpoint(tmp_path, module, settings={"encoder": "resnet18", "stages": [2, 3]}).attach(engine)
+    engine.run(range(3), max_epochs=1)
+    newest = newest_checkpoint(tmp_path)
+    engine = counting_engine()
+    checkpoint(tmp_path, module, settings={"encoder": "resnet50", "stages": [2, 3]}, resume_from=newest).attach(engine)
+    with pytest.raises(ValueError, match=r"is of a run with encoder resnet18 \(now resnet50\): resume with"):
+        engine.run(range(3), max_epochs=2)
+
+
+def test_what_the_weights_depend_on_lies_beside_them(tmp_path: Path) -> None:
+    engine, settings = counting_engine(), {"encoder": "resnet18", "image_size": 48, "stages": [2, 3]}
+    checkpoint(tmp_path, nn.Linear(1, 1), settings=settings).attach(engine)
+    engine.run(range(3), max_epochs=1)
+    assert read_settings(tmp_path / "models" / "model.pt") == settings
+
+
+def test_without_weights_there_are_no_settings(tmp_path: Path) -> None:
+    assert read_settings(tmp_path / "model.pt") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, r"there is no model\.json beside"), ("{", "must be JSON"), ("[]", "must hold a JSON object, got a list")],
+)
+def test_weights_without_readable_settings_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    (tmp_path / "model.pt").touch()
+    if text is not None:
+        (tmp_path / "model.json").write_text(text)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        read_settings(tmp_path / "model.pt")
 
 
 def test_refuses_to_resume_beyond_the_last_epoch(tmp_path: Path) -> None:
@@ -264,7 +299,7 @@ def test_refuses_to_resume_beyond_the_last_epoch(tmp_path: Path) -> None:
     engine.run(range(3), max_epochs=3)
     engine = counting_engine(max_epochs=2)
     checkpoint(tmp_path, module, resume_from=newest_checkpoint(tmp_path)).attach(engine)
-    with pytest.raises(ValueError, match=r"Epoch count \(3\) in checkpoint is larger than"):
+    with pytest.raises(ValueError, match="has done 3 epochs, more than --max_epochs 2: raise it"):
         engine.run(range(3), max_epochs=2)
 
 

@@ -14,6 +14,7 @@ from dissect_monai.metrics import (
     feature_std,
     macro_auroc,
     macro_average_precision,
+    mean_statistic,
     paired_bootstrap,
     perplexity,
 )
@@ -176,6 +177,11 @@ def test_bootstrap_draws_every_resample_size() -> None:
 def test_undefined_resamples_are_left_out() -> None:
     interval = bootstrap(lambda w: auroc([0, 1, 1], [0, 1, 1], w), np.arange(3), 100)
     assert interval == (1, 1, 1)
+
+
+def test_mean_statistic_leaves_out_what_a_resample_leaves_undefined() -> None:
+    mean = mean_statistic([lambda weight: np.array([1.0, np.nan, np.nan]), lambda weight: np.array([3.0, 5.0, np.nan])])
+    np.testing.assert_array_equal(mean(np.ones((3, 1))), [2, 5, np.nan])
 
 
 def test_paired_bootstrap_uses_the_same_resamples() -> None:

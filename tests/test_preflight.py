@@ -2,22 +2,16 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from monai.bundle import ConfigWorkflow, run
+import torch
+from monai.bundle import run
 
-from dissect_monai.data import Datalist
-from dissect_monai.preflight import (
-    announce,
-    bundle_root,
-    checked,
-    is_true,
-    refuse_small_data,
-    refuse_unknown_overrides,
-    refuse_unlabelled,
-)
+from dissect_monai.preflight import announce, bad_input, bundle_root, process_device, refuse_small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 CONFIG = {
@@ -29,7 +23,6 @@ CONFIG = {
     "loss": {"_target_": "@loss_name", "sigmoid": True, "weight": "@data"},
     "metric": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
     "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "initialize": ["$preflight.checked(preflight.refuse_unknown_overrides)"],
     "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
 }
 
@@ -52,107 +45,6 @@ def write(path: Path, content: Any) -> Path:
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run(config_file=str(bundle / "configs" / "train.json"), **overrides)
-
-
-# ---- one line instead of a traceback -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ImportError])
-def test_bad_input_ends_with_one_line_and_a_status(error: type[Exception]) -> None:
-    def refuse(value: int) -> None:
-        raise error(f"`value` must be 1, got {value}.")
-
-    with pytest.raises(SystemExit) as ended:
-        checked(refuse, value=2)
-    # Python prints a text to stderr and makes the status 1.
-    assert ended.value.code == "error: `value` must be 1, got 2."
-
-
-def test_good_input_passes() -> None:
-    assert checked(dict, value=2) == {"value": 2}
-
-
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        checked(lambda: 1 // 0)
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"), [(True, True), (False, False), ("true", True), ("True", True), ("false", False)]
-)
-def test_a_switch_is_true_or_false(given: bool | str, meant: bool) -> None:
-    assert is_true(given) is meant
-
-
-@pytest.mark.parametrize("given", ["yes", "1", "", 1, None])
-def test_a_switch_is_nothing_else(given: Any) -> None:
-    with pytest.raises(SystemExit, match="error: a switch must be true or false, got"):
-        is_true(given)
-
-
-# ---- overrides ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"learning_rate": 0.2},
-        {"train#trainer#max_epochs": 2},
-        {"train::trainer::max_epochs": 2},
-        {"train#handlers#0#iteration_log": True},
-        {"train#handlers#0#epoch_log": False},
-        {"loss#squared_pred": True},
-        {"loss#_disabled_": True},
-        {"loss_name": "monai.losses.TverskyLoss", "loss#alpha": 0.3},
-        {"metric#include_background": False},
-        {"run_id": "run", "workflow_type": "infer"},
-    ],
-)
-def test_overrides_that_name_something_pass(bundle: Path, overrides: dict[str, Any]) -> None:
-    run_bundle(bundle, **overrides)
-    assert Path("ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("typo", "meant"),
-    [
-        ("learning_rat", "learning_rate"),
-        ("train#trainer#max_epoch", "train#trainer#max_epochs"),
-        ("train::trainer::max_epoch", "train#trainer#max_epochs"),
-        ("loss#sigmoids", "loss#sigmoid"),
-        ("metric#reductoin", "metric#reduction"),
-        ("loss#alpha", "loss"),  # an argument of another loss
-    ],
-)
-def test_overrides_that_name_nothing_are_refused(bundle: Path, typo: str, meant: str) -> None:
-    with pytest.raises(SystemExit, match=f"error: there is no --{typo} to override; did you mean --{meant}"):
-        run_bundle(bundle, **{typo: 1})
-    assert not Path("ran").exists()
-
-
-def test_overrides_in_an_args_file_are_checked_too(bundle: Path) -> None:
-    config_file = str(bundle / "configs" / "train.json")
-    good = write(Path("good.json"), {"config_file": config_file, "learning_rate": 1, "run_id": "run"})
-    run(args_file=str(good))
-    assert Path("ran").exists()
-    bad = write(Path("bad.json"), {"config_file": config_file, "lerning_rate": 1})
-    with pytest.raises(SystemExit, match="there is no --lerning_rate to override; did you mean --learning_rate"):
-        run(args_file=str(bad))
-
-
-def test_overrides_may_name_what_a_second_config_adds(bundle: Path) -> None:
-    more = write(bundle / "configs" / "more.json", {"world_size": 1})
-    run(config_file=[str(bundle / "configs" / "train.json"), str(more)], world_size=2)
-    assert Path("ran").exists()
-
-
-def test_callers_of_the_python_api_may_add_ids(bundle: Path) -> None:
-    workflow = ConfigWorkflow(str(bundle / "configs" / "train.json"), extra=1)
-    workflow.initialize()
-    workflow.run()
-    assert Path("ran").exists()
-    refuse_unknown_overrides()
 
 
 # ---- folder of the bundle ----------------------------------------------------------------------------------------
@@ -181,22 +73,20 @@ def test_finds_the_bundle_without_a_config(bundle: Path, monkeypatch: pytest.Mon
 
 
 def test_says_that_there_is_no_bundle(bundle: Path) -> None:
-    with pytest.raises(
-        SystemExit, match=r"error: cannot find the bundle large from .*: add --bundle_root <its folder>"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"cannot find the bundle large from .*: add --bundle_root"):
         bundle_root("large")
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
-def test_says_what_the_run_trains_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_says_which_images_the_run_uses(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dissect_monai")
     announce(smoke=True, data_dir="phantoms")
     announce(smoke=False, data_dir="images")
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert "Smoke run on generated phantoms in phantoms" in caplog.text
-    assert "Training on the images in images" in caplog.text
+    assert "Using the images in images" in caplog.text
 
 
 def test_one_full_batch_per_process_is_enough() -> None:
@@ -209,12 +99,63 @@ def test_refuses_less_than_a_batch_per_process() -> None:
 
 
 def test_refuses_batches_of_one() -> None:
-    with pytest.raises(ValueError, match="`batch_size` must be at least 2 for batch normalisation, got 1"):
+    with pytest.raises(ValueError, match="`--batch_size` must be at least 2 for batch normalisation, got 1"):
         refuse_small_data(range(7), batch_size=1)
 
 
-def test_refuses_an_evaluation_without_labels() -> None:
-    item = {"image": "a.png", "label": [1.0]}
-    refuse_unlabelled(Datalist([item], [item], [item], ["finding"]))
-    with pytest.raises(ValueError, match="validation, test has none"):
-        refuse_unlabelled(Datalist([item], [], [], ["finding"]))
+def test_refuses_an_empty_training_list() -> None:
+    with pytest.raises(ValueError, match="`training` holds no images: list some there"):
+        refuse_small_data([], batch_size=4)
+
+
+def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match=r"python -m torch\.distributed\.run --nproc_per_node"):
+        process_device()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert process_device().type in ("cpu", "cuda")
+
+
+# ---- one line instead of a traceback -----------------------------------------------------------------------------
+
+
+def run_in_a_process(bundle: Path, expression: str) -> subprocess.CompletedProcess[str]:
+    config = {"imports": CONFIG["imports"], "initialize": ["$preflight.explain_errors()"], "run": [f"${expression}"]}
+    write(bundle / "configs" / "train.json", config)
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs" / "train.json")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_what_the_package_refuses_ends_with_one_line_and_a_status(bundle: Path) -> None:
+    result = run_in_a_process(bundle, "preflight.refuse_small_data([], 4)")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: `training` holds no images")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback(bundle: Path) -> None:
+    result = run_in_a_process(bundle, "preflight.refuse_small_data(None, 4)")  # a TypeError inside this package
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "TypeError" in result.stderr
+
+
+def test_what_torch_raises_inside_this_package_keeps_its_traceback(bundle: Path) -> None:
+    from dissect_monai.metrics import feature_std
+
+    with pytest.raises(RuntimeError) as raised:
+        feature_std(torch.zeros(2, 2, device="meta")).item()
+    assert bad_input(raised.value) is None
+    with pytest.raises(ValueError, match="must have shape") as refused:
+        feature_std(torch.zeros(2))
+    assert bad_input(refused.value) is refused.value
+
+
+def test_the_message_of_a_refusal_that_has_a_cause_is_its_own() -> None:
+    from monai.bundle import ConfigParser
+
+    from dissect_monai.knobs import refuse_bad_knobs
+
+    with pytest.raises(ValueError, match="device") as raised:
+        refuse_bad_knobs(ConfigParser({"device": "abacus"}))
+    assert str(bad_input(raised.value)).startswith("`--device` must be")

@@ -117,7 +117,7 @@ def test_dead_codes_become_current_features_and_the_others_stay() -> None:
     torch.testing.assert_close(offered.amin(1), torch.zeros(6), atol=2e-3, rtol=0)
     assert len(offered.argmin(1).unique()) == 6
     assert torch.equal(revived.ema_w[:10], kept.ema_w[:10])
-    torch.testing.assert_close(revived.ema_cluster_size[10:], kept.ema_cluster_size.mean().expand(6))
+    torch.testing.assert_close(revived.ema_cluster_size[10:], 0.2 * kept.ema_cluster_size.mean().expand(6))
 
 
 @every_metric

@@ -226,3 +226,11 @@ def test_a_missing_simpleitk_is_named_and_png_needs_none(tmp_path: Path, monkeyp
 def test_rejects_other_numbers_of_dimensions(spatial_dims: object) -> None:
     with pytest.raises(ValueError, match="`spatial_dims` must be 2, 3 or None"):
         ImageFileReader(spatial_dims=spatial_dims)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    pixels = np.ones((8, 8), dtype=np.float32)
+    pixels[2, 3] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif must hold finite values, got NaN or infinity"):
+        ImageFileReader().get_data(tmp_path / "a.tif")

@@ -61,7 +61,7 @@ def test_a_finding_adds_density_and_changes_nothing_else(finding: int) -> None:
     label = np.eye(len(XRAY_FINDINGS))[finding]
     changes = [xray_phantom(s, 48, label=label).image - xray_phantom(s, 48, label=NONE).image for s in range(30)]
     for change in changes:
-        assert 0 < (np.abs(change) > 0.005).mean() < 0.3
+        assert 0 < (np.abs(change) > 0.005).mean() < 0.35
     assert np.mean(changes) > 0.001
 
 

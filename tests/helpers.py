@@ -1,0 +1,68 @@
+"""What the tests of several bundles share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import run
+
+from dissect_monai.handlers import newest_checkpoint
+from dissect_monai.preflight import bad_input
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {  # knobs that all training configs have
+    "encoder": "resnet18",
+    "image_size": 32,
+    "batch_size": 8,
+    "max_epochs": 1,
+    "warmup_epochs": 0,
+    "num_workers": 0,
+    "log_interval": 1,
+    "amp": False,
+}
+
+
+def run_config(config: Path, **knobs: Any) -> None:
+    """`monai.bundle run` in this process."""
+    run(config_file=str(config), **{name: _plain(value) for name, value in knobs.items()})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def command_line(
+    config: str | Path, cwd: Path = ROOT, launcher: tuple[str, ...] = (), threads: int | None = 1, **knobs: Any
+) -> Any:
+    arguments = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, *(launcher or ("-m",)), "monai.bundle", "run", "--config_file", str(config), *arguments]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, env=environment)
+
+
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """The run ends with an error that `explain_errors` shortens to one message."""
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        yield
+    cause = bad_input(raised.value)
+    assert cause is not None, raised.value
+    assert re.search(message, str(cause)), cause
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def network_state(ckpt_dir: Path) -> dict[str, Any]:
+    return torch.load(newest_checkpoint(ckpt_dir), weights_only=True)["network"]
