@@ -1,0 +1,386 @@
+"""Run an experiment, recipes × variants × seeds of one bundle, and append its table to results/results.csv.
+
+    python scripts/run_experiments.py scripts/experiments/NAME.json --data DIR [--runs runs/NAME] [--jobs 1]
+
+Every run is a call of `monai.bundle run` in a folder of its own, where it leaves its log and, when it has finished,
+done.json with the command, the commit and the seconds. Finished runs are kept, all others start anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import fire
+import numpy as np
+from study_statistics import Array, Key, Measure, Scores, macro, partner, read_scores, resample, rows_of, usable_columns
+
+from dissect_monai.metrics import auroc, average_precision
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "results" / "results.csv"
+FIELDS = ("bundle", "recipe", "dataset", "metric", "mean", "std", "n", "commit", "hardware", "date", "command")
+CODE = ("dissect_monai", "bundles", "scripts")
+
+
+class StudyError(Exception):
+    """What is wrong with a study, its data or one of its runs, in one line."""
+
+
+class Study(NamedTuple):
+    """A study file; its keys are these.
+
+    Values of knobs may hold {data} and {runs} (the folders of the command line), {seed}, {folder} (of the training run)
+    and {is_first} (whether the recipe is the first). The seed and `output_dir` are passed to every run.
+    """
+
+    bundle: str
+    dataset: str  # its name in results.csv
+    hardware: str
+    seeds: list[int]
+    training: dict[str, Any]  # knobs of train.json that all runs share
+    recipes: dict[str, dict[str, Any]]  # name → knobs of train.json; the first is compared with all others
+    variants_change: str  # "training": each variant is trained; "evaluation": one training, evaluated in each variant
+    variants: dict[str, dict[str, Any]]  # name → knobs
+    evaluation: dict[str, Any]  # knobs of evaluate.json that all runs share
+    titles: Mapping[str, str] = MappingProxyType({})  # variant → its title in the README
+    columns: Mapping[str, str] = MappingProxyType({})  # metric, without the variant → its title; all metrics if empty
+
+
+class Run(NamedTuple):
+    """One call of `monai.bundle run`."""
+
+    config: Path
+    folder: Path  # its output_dir
+    knobs: dict[str, Any]  # as in the study, templates unfilled
+    fields: dict[str, str]  # what the templates stand for
+
+    def command(self) -> list[str]:
+        """The call, with the templates filled."""
+        knobs = {**self.knobs, "seed": self.fields["seed"], "output_dir": str(self.folder)}
+        filled = [f"--{name}={filled_in(value, self.fields)}" for name, value in knobs.items()]
+        return ["python", "-m", "monai.bundle", "run", f"--config_file={self.config.relative_to(ROOT)}", *filled]
+
+
+def read_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        StudyError: if it can't be read, or a key is missing, unknown or senseless.
+    """
+    try:
+        content = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise StudyError(f"{path} is not a study file: {error}") from error
+    unknown = sorted(set(content) - set(Study._fields))
+    missing = [name for name in Study._fields if name not in content and name not in Study._field_defaults]
+    if unknown or missing:
+        raise StudyError(
+            f"{path} has unknown keys: {', '.join(unknown) or 'none'}; missing keys: {', '.join(missing) or 'none'}. "
+            f"A study file holds {', '.join(Study._fields)}."
+        )
+    study = Study(**content)
+    if study.variants_change not in ("training", "evaluation"):
+        raise StudyError(f"`variants_change` must be training or evaluation, got {study.variants_change} in {path}.")
+    if len(set(study.seeds)) < max(2, len(study.seeds)):
+        raise StudyError(f"`seeds` must hold two different numbers or more, got {study.seeds} in {path}.")
+    if not study.recipes or not study.variants or "/" in "".join([*study.recipes, *study.variants]):
+        raise StudyError(f"`recipes` and `variants` must hold names without a slash in {path}: they name folders.")
+    return study
+
+
+def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
+    """The runs of a study, in chains: a training run, then the evaluations of what it trained."""
+    train, evaluate = (ROOT / "bundles" / study.bundle / "configs" / name for name in ("train.json", "evaluate.json"))
+    # What each chain trains: its folder, its knobs, and the variants that it is evaluated in.
+    trained: list[tuple[str, dict[str, Any], list[str]]] = [("", {}, list(study.variants))]
+    trains = study.variants_change == "training"
+    if trains:
+        trained = [(name, knobs, [name]) for name, knobs in study.variants.items()]
+    chains = []
+    for seed, recipe, (name, knobs, variants) in product(study.seeds, study.recipes, trained):
+        folder = runs / recipe / f"seed{seed}" / name
+        fields = {"data": str(data), "runs": str(runs), "seed": str(seed), "folder": str(folder)}
+        fields["is_first"] = str(recipe == next(iter(study.recipes)))
+        chain = [Run(train, folder, {**study.training, **study.recipes[recipe], **knobs}, fields)]
+        for variant in variants:
+            evaluation = {**study.evaluation, **({} if trains else study.variants[variant])}
+            chain.append(Run(evaluate, evaluation_folder(runs, recipe, seed, variant), evaluation, fields))
+        chains.append(chain)
+    return chains
+
+
+def evaluation_folder(runs: Path, recipe: str, seed: int, variant: str) -> Path:
+    """Where a recipe, trained with a seed, is evaluated in a variant."""
+    return runs / recipe / f"seed{seed}" / variant / "evaluation"
+
+
+def filled_in(value: Any, fields: Mapping[str, str]) -> str:
+    """A knob's value as the command line takes it, with its templates filled, in lists, too.
+
+    Raises:
+        StudyError: if a template is unknown.
+    """
+    if isinstance(value, list):
+        return json.dumps([filled_in(item, fields) if isinstance(item, str) else item for item in value])
+    text = str(value)
+    unknown = [name for name in re.findall(r"{(\w+)}", text) if name not in fields]
+    if unknown:
+        raise StudyError(f"{text!r} holds {{{unknown[0]}}}: the templates are {', '.join(fields)}.")
+    return re.sub(r"{(\w+)}", lambda match: fields[match[1]], text)
+
+
+def refuse_missing(run: Run) -> None:
+    """Refuse a run whose config, data or weights from another study are not there.
+
+    Raises:
+        StudyError: naming the path and the knob.
+    """
+    if not run.config.is_file():
+        raise StudyError(f"{run.config} is not there: `bundle` must name a folder of bundles/.")
+    for knob, value in run.knobs.items():
+        for text in value if isinstance(value, list) else [value]:
+            path = filled_in(text, run.fields)
+            if str(text).startswith(("{data}", "{runs}")) and not Path(path).exists():
+                remedy = "give the right --data" if text.startswith("{data}") else "run the study that makes it first"
+                raise StudyError(f"`{knob}` of {run.folder} is {path}, which is not there: {remedy}.")
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run has finished.
+
+    Raises:
+        StudyError: if it has, but with other knobs than the study now gives it.
+    """
+    done = run.folder / "done.json"
+    if not done.exists():
+        return False
+    if json.loads(done.read_text(encoding="utf-8"))["knobs"] != run.knobs:
+        raise StudyError(f"{run.folder} was run with other knobs than the study has now: delete it or change --runs.")
+    return True
+
+
+def execute(run: Run, environment: Mapping[str, str]) -> None:
+    """Run what is not done yet, in an empty folder.
+
+    Raises:
+        StudyError: if it fails, with its log and the last error there.
+    """
+    if is_done(run):
+        return
+    shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True)
+    commit, dirty = code_state()
+    log, start = run.folder / f"{run.config.stem}.log", time.perf_counter()
+    status = call(run.command(), log, environment)
+    if status:
+        raise StudyError(f"{run.folder} failed with status {status}, see {log}: {last_error(log)}")
+    seconds = round(time.perf_counter() - start, 1)
+    record = {"command": shlex.join(run.command()), "commit": commit, "dirty": dirty, "seconds": seconds}
+    content = json.dumps({**record, "knobs": run.knobs}, indent=4)
+    (run.folder / "done.json").write_text(content, encoding="utf-8")
+    print(f"{run.config.stem} {run.folder}: {seconds} s", flush=True)
+
+
+def call(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+    """Run a Python command from the repository's root, its output in a log, and return its status."""
+    with open(log, "w", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        arguments = [sys.executable, *command[1:]]
+        return subprocess.run(
+            arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+
+
+def last_error(log: Path) -> str:
+    """The last error in a log, less those in which MONAI wraps it, or just the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*error: ", line, re.IGNORECASE) and "Failed to" not in line]
+    return (errors or lines or ["no output"])[-1]
+
+
+def code_state() -> tuple[str, bool]:
+    """The commit of the code, and whether a tracked file differs from it."""
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *CODE])
+    try:
+        commit, status = (
+            subprocess.run(["git", *each], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            for each in commands
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StudyError(f"each run records its commit, so this must be a git clone: {error}") from error
+    return commit.strip(), bool(status.strip())
+
+
+def execute_all(chains: Iterable[Sequence[Run]], jobs: int) -> None:
+    """Run chains, `jobs` at a time; after a failure those that run still finish their chain, but no other starts."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
+
+    def execute_chain(chain: Sequence[Run]) -> None:
+        for run in chain:
+            execute(run, environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(execute_chain, chain) for chain in chains]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def common_commit(runs: Iterable[Run], allow_mixed: bool) -> str:
+    """The commit of all runs, or "mixed" if it is allowed that they have none in common.
+
+    Raises:
+        StudyError: if runs come from several commits or changed code, naming them.
+    """
+    states: dict[str, list[str]] = {}
+    for run in runs:
+        done = json.loads((run.folder / "done.json").read_text(encoding="utf-8"))
+        states.setdefault(done["commit"][:7] + (" with changes" if done["dirty"] else ""), []).append(str(run.folder))
+    if len(states) == 1 and "with changes" not in next(iter(states)):
+        return next(iter(states))
+    if allow_mixed:
+        return "mixed"
+    rare = sorted(states.items(), key=lambda item: len(item[1]))
+    named = "; ".join(f"{state}: {', '.join(folders[:3])}{', ...' * (len(folders) > 3)}" for state, folders in rare)
+    raise StudyError(
+        f"no row is written, for the runs are not all of one commit ({named}). Delete those to repeat from committed "
+        "code and run again, or say --allow_mixed true."
+    )
+
+
+def collect(study: Study, runs: Path, variant: str) -> tuple[Scores, dict[str, dict[Key, Array]]]:
+    """Scores of shape (S, N, C), over seeds, of each recipe in a variant, and of the baselines beside the first recipe.
+
+    Returns:
+        One evaluation, for its subjects and labels, and the scores by recipe or baseline.
+
+    Raises:
+        StudyError: if the runs scored different images.
+    """
+    scores: dict[str, dict[Key, Array]] = {}
+    for recipe in study.recipes:
+        by_seed = [read_scores(evaluation_folder(runs, recipe, seed, variant)) for seed in study.seeds]
+        if not scores:
+            first = by_seed
+            network, *baselines = first[0].sources
+        if any(each.subjects.tolist() != first[0].subjects.tolist() for each in by_seed):
+            raise StudyError(f"the runs of {variant} scored different images, which can't be compared in pairs.")
+        # Recipes may name their probe differently (finetune, scratch); the names of the first one are everybody's.
+        found = next(iter(by_seed[0].sources))
+        names = {key: partner(key, by_seed[0].sources[found]) for key in first[0].sources[network]}
+        scores[recipe] = {
+            key: np.stack([each.sources[found][name] for each in by_seed]) for key, name in names.items() if name
+        }
+    for baseline in baselines:
+        keys = first[0].sources[baseline]
+        scores.setdefault(baseline, {key: np.stack([each.sources[baseline][key] for each in first]) for key in keys})
+    return first[0], scores
+
+
+def summarise(study: Study, runs: Path) -> Iterator[dict[str, Any]]:
+    """Rows: mean and std over seeds per recipe, variant and metric; then the differences of the first recipe.
+
+    Raises:
+        StudyError: if runs can't be compared, or no finding can be scored.
+    """
+    measures: dict[str, Measure] = {"auroc": auroc}
+    if study.variants_change == "training":
+        measures["ap"] = average_precision
+    for variant in study.variants:
+        one, scores = collect(study, runs, variant)
+        weights, seed_share = resample(one.subjects, len(study.seeds))
+        for task, labels in one.labels.items():
+            of_task = {name: {k: s for k, s in each.items() if k.task == task} for name, each in scores.items()}
+            columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
+            if not columns:
+                raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
+            if len(columns) < labels.shape[1]:
+                print(f"{variant}: only columns {columns} of {task} have both classes and scores of every run")
+            for suffix, measure in measures.items():
+                values = {
+                    name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
+                    for name, by_key in of_task.items()
+                }
+                for key, row in rows_of(values, seed_share):
+                    yield {**row, "metric": f"{variant}/{task}/{key.probe}/{key.features}/{suffix}"}
+
+
+def append_rows(study: Study, rows: Iterable[Mapping[str, Any]], commit: str, command: str) -> None:
+    """Append rows to results/results.csv; readers take the latest row of a bundle, data set, recipe and metric."""
+    shared = {"bundle": study.bundle, "dataset": study.dataset, "hardware": study.hardware, "commit": commit}
+    shared |= {"date": date.today().isoformat(), "command": command}
+    is_new = not TABLE.exists()
+    with open(TABLE, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows({**shared, **row, "mean": f"{row['mean']:.4f}"} for row in rows)
+
+
+def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: bool) -> None:
+    """Run what is missing of a study and append its rows.
+
+    Raises:
+        StudyError: if anything is wrong with the study or a run.
+    """
+    study = read_study(study_file)
+    if not isinstance(jobs, int) or jobs < 1:
+        raise StudyError(f"`--jobs` must be at least 1, got {jobs}.")
+    runs.mkdir(parents=True, exist_ok=True)
+    chains = plan(study, data, runs)
+    every = [run for chain in chains for run in chain]
+    for run in every:
+        refuse_missing(run)
+    print(f"{sum(is_done(run) for run in every)} of {len(every)} runs are done", flush=True)
+    if not allow_mixed and code_state()[1]:
+        print(
+            f"warning: {', '.join(CODE)} have uncommitted changes: no row of what runs now will be written", flush=True
+        )
+    execute_all(chains, jobs)
+    commit = common_commit(every, allow_mixed)
+    shown = study_file.resolve()
+    shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else study_file
+    rows = list(summarise(study, runs))
+    append_rows(study, rows, commit, f"python scripts/run_experiments.py {shown} --data DIR")
+    print(f"{len(rows)} rows appended to {TABLE}")
+
+
+def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1, allow_mixed: bool | str = False) -> None:
+    """Run what is missing of a study and append its table to results/results.csv.
+
+    Args:
+        study_file: a file of scripts/experiments/; its keys are those of `Study` in this script.
+        data: folder that holds the data folders.
+        runs: folder for the runs, runs/NAME by default; runs/ is ignored by git.
+        jobs: how many trainings run side by side. With 2 and more each has OMP_NUM_THREADS=1, because PyTorch takes all
+            cores for each of them otherwise, and threads that outnumber the cores wait for each other.
+        allow_mixed: true to write rows of runs of several commits or of uncommitted code; their commit is "mixed".
+    """
+    folder = Path(runs) if runs else ROOT / "runs" / Path(study_file).stem
+    try:
+        run_study(Path(study_file), Path(data).absolute(), folder.absolute(), jobs, str(allow_mixed).lower() == "true")
+    except StudyError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
