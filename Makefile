@@ -34,6 +34,7 @@ test: $(BIN)/.dev  ## the whole test suite
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/render_results.py --check
 
 type: $(BIN)/.dev
 	$(BIN)/mypy
