@@ -41,6 +41,7 @@ from dissect_monai.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.networks import VQSSLNet as VQSSLNet
 from dissect_monai.optimizers import ssl_optimizer as ssl_optimizer
 from dissect_monai.predictions import PredictionSaver as PredictionSaver
+from dissect_monai.predictions import read_calibration as read_calibration
 from dissect_monai.preflight import announce as announce
 from dissect_monai.preflight import bundle_root as bundle_root
 from dissect_monai.preflight import claim_output as claim_output

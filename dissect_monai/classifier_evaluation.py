@@ -27,6 +27,7 @@ from dissect_monai.evaluation import MACRO, write_csv
 from dissect_monai.inferers import prepare_images
 from dissect_monai.metrics import Interval, auroc, average_precision, bootstrap, mean_statistic
 from dissect_monai.plots import figure_to_png, reliability_plot, roc_plot
+from dissect_monai.predictions import Calibration, write_calibration
 from dissect_monai.report import Case, FindingRow, Picture, write_report
 from dissect_monai.saliency import overlay_png, saliency_maps
 from dissect_monai.validation import OutputCollector, Outputs, left_out, metric_name, usable_findings
@@ -41,10 +42,11 @@ class ClassifierEvaluation:
     """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
 
     Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, test_predictions.csv,
-    scores.npz (laid out as that of `ProbeHandler`) and report.html; the metrics `auroc`, `ap`, `sensitivity`,
-    `specificity` and `ece` (means over the findings, and `<metric>_<finding>`; with `_low` and `_high`) stay with the
-    evaluator for MONAI's `MetricsSaver`. Findings without positives or negatives in the test split are left out and
-    named; those without in validation have no threshold, and so no sensitivity and specificity.
+    calibration.json (temperature and thresholds, for predictions), scores.npz (laid out as that of `ProbeHandler`) and
+    report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
+    `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator for MONAI's `MetricsSaver`. Findings without
+    positives or negatives in the test split are left out and named; those without in validation have no threshold, and
+    so no sensitivity and specificity.
 
     Args:
         validation: loader of the labelled validation images.
@@ -94,9 +96,11 @@ class ClassifierEvaluation:
         pairs = zip(validation.labels.T, validation.probabilities(temperature).T, strict=True)
         thresholds = [youden_threshold(*pair) for pair in pairs]
         subjects = [str(item.get("subject", item["image"])) for item in dataset.data]
+        named = dict(zip(self.label_names, thresholds, strict=True))
         rows = self._rows(test.labels, probabilities, thresholds, subjects)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         _write_findings(self.output_dir / "findings.csv", rows)
+        write_calibration(self.output_dir / "calibration.json", Calibration(temperature, named), engine.network)
         self._write_predictions(dataset.data, subjects, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **_metrics(rows)}
         if rows:

@@ -33,7 +33,9 @@ class Datalist(NamedTuple):
     label_names: list[str]  # one per value of a label; empty when there are no such labels
 
 
-def read_datalist(dataset_dir: str | Path | Sequence[str | Path], spatial_dims: int = 2) -> Datalist:
+def read_datalist(
+    dataset_dir: str | Path | Sequence[str | Path], spatial_dims: int = 2, check: bool = True
+) -> Datalist:
     """Read one or several data folders: with a Decathlon-style dataset.json, or with nothing but images.
 
     dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...}, or of
@@ -51,13 +53,15 @@ def read_datalist(dataset_dir: str | Path | Sequence[str | Path], spatial_dims: 
         dataset_dir: the folder or folders.
         spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item and
             leaves out PNG, JPEG, TIFF and BMP.
+        check: False lets listed files be missing and splits share subjects, for predictions, which name each image
+            that cannot be read and do the rest.
 
     Returns:
         The three splits and the names of the label values.
 
     Raises:
-        FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no images.
-        ValueError: if dataset.json is malformed, or splits share a subject or an image.
+        FileNotFoundError: if a folder or (with `check`) a listed file does not exist, or a folder holds no images.
+        ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image.
     """
     if spatial_dims not in (2, 3):
         raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
@@ -65,9 +69,10 @@ def read_datalist(dataset_dir: str | Path | Sequence[str | Path], spatial_dims: 
     folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in given]
     if not folders or len(set(folders)) < len(folders):
         raise ValueError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
-    datalists = [_read_folder(folder, spatial_dims) for folder in folders]
+    datalists = [_read_folder(folder, spatial_dims, check) for folder in folders]
     datalist = datalists[0] if len(datalists) == 1 else _merge(datalists, folders)
-    _refuse_leaks(datalist)
+    if check:
+        _refuse_leaks(datalist)
     return datalist
 
 
@@ -182,17 +187,17 @@ def with_findings(
     return datalist._replace(**splits, label_names=names)
 
 
-def _read_folder(folder: Path, spatial_dims: int) -> Datalist:
+def _read_folder(folder: Path, spatial_dims: int, check: bool) -> Datalist:
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
     if folder.name == "dataset.json":
-        return _read_json(folder)
+        return _read_json(folder, check)
     if not folder.is_dir():
         if image_format(folder) is None:
             raise ValueError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
         return Datalist([{"image": str(folder)}], [], [], [])
     if (folder / "dataset.json").exists():
-        return _read_json(folder / "dataset.json")
+        return _read_json(folder / "dataset.json", check)
     images = sorted(_find_images(folder, spatial_dims))
     if not images:
         suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 else ()) + VOLUME_SUFFIXES)
@@ -213,7 +218,7 @@ def _find_images(folder: Path, spatial_dims: int) -> Iterator[str]:
                 yield parent
 
 
-def _read_json(path: Path) -> Datalist:
+def _read_json(path: Path, check: bool) -> Datalist:
     try:
         spec = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -227,7 +232,8 @@ def _read_json(path: Path) -> Datalist:
     shared = {key: spec[key] for key in ("task", "group") if key in spec}
     splits = {split: _read_items(spec.get(split, []), split, path, shared) for split in SPLITS}
     items = [item for split in SPLITS for item in splits[split]]
-    _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
+    if check:
+        _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
     names = _label_names(items, spec.get("label_names"), path)
     for split in SPLITS:
         for index, item in enumerate(splits[split]):

@@ -87,6 +87,7 @@ RULES = {
     "batch_size": _whole(1),
     "class_balance": _one_of("none", "weighted"),
     "cache_dir": _optional(PATH),
+    "calibration": _optional(PATH),
     "checkpoint": _optional(PATH),
     "ckpt_interval": _whole(1),
     "codes": SWITCH,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
@@ -17,8 +21,65 @@ from dissect_monai.saliency import overlay_png, saliency_maps
 OVERLAYS = ("none", "top", "all")
 
 
+class Calibration(NamedTuple):
+    """What an evaluation has fitted on validation."""
+
+    temperature: float = 1.0  # the logits are divided by it
+    thresholds: Mapping[str, float] = MappingProxyType({})  # finding → probability to call it; NaN: unknown
+
+
+def write_calibration(path: str | Path, calibration: Calibration, network: nn.Module) -> None:
+    """Write a calibration as JSON, with the fingerprint of the weights that it is for."""
+    thresholds = {name: None if isnan(value) else value for name, value in calibration.thresholds.items()}
+    content = {"temperature": calibration.temperature, "thresholds": thresholds, "weights": _fingerprint(network)}
+    Path(path).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def read_calibration(path: str | Path | None, label_names: Sequence[str], network: nn.Module) -> Calibration:
+    """Read what `write_calibration` wrote, for a network that has its weights.
+
+    Args:
+        path: the calibration.json of an evaluation; None is a temperature of 1, and no thresholds.
+        label_names: names of the network's outputs, in order.
+        network: the network of the predictions, its weights loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no calibration, or one of other findings or weights.
+    """
+    if path is None:
+        return Calibration()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no calibration at {path.absolute()}: evaluate first, or check the path.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names, weights = list(content["thresholds"]), content["weights"]
+        given = [nan if value is None else float(value) for value in content["thresholds"].values()]
+        calibration = Calibration(float(content["temperature"]), dict(zip(names, given, strict=True)))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
+        ) from error
+    if names != list(label_names) or weights != _fingerprint(network):
+        what = "weights" if names == list(label_names) else f"findings ({', '.join(names)})"
+        raise ValueError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
+    return calibration
+
+
+def _fingerprint(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class PredictionSaver:
     """Writes predictions.csv: for every image its path, the probability of each finding, and why it cannot be read.
+
+    With thresholds there is a column "<finding> called" for each finding: 1 if it reaches its threshold, else 0.
+    Overlays of an earlier run are deleted when a run starts.
 
     The evaluator's output must hold probabilities (a sigmoid is the last of its postprocessing) and have
     `decollate=False`. When all is written, images that could not be read end the run with an error.
@@ -30,6 +91,8 @@ class PredictionSaver:
         overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the likeliest
             finding) or "all"; for 2-D images.
         network: the evaluator's network, for the overlays.
+        thresholds: probability from which on a finding is called, by name, as `read_calibration` gives them; with NaN
+            it is neither called nor not.
 
     Raises:
         ValueError: if `overlays` is unknown or has no network; during the run, if there are more or fewer probabilities
@@ -43,6 +106,7 @@ class PredictionSaver:
         output_dir: str | Path,
         overlays: str = "none",
         network: nn.Module | None = None,
+        thresholds: Mapping[str, float] | None = None,
     ) -> None:
         if overlays not in OVERLAYS:
             raise ValueError(f"`overlays` must be one of {', '.join(OVERLAYS)}, got {overlays!r}.")
@@ -51,12 +115,14 @@ class PredictionSaver:
         self.loader = loader
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
+        self.thresholds = dict(thresholds or {})
         self.overlays = overlays
         self.network = network
         self.probabilities: dict[int, list[float]] = {}
 
     def attach(self, engine: Engine) -> None:
         """Collect and draw after every batch, write at the end."""
+        engine.add_event_handler(Events.STARTED, self._remove_old)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._write)
 
@@ -71,6 +137,10 @@ class PredictionSaver:
         self.probabilities |= dict(zip(indices, probabilities.tolist(), strict=True))
         if self.network is not None and self.overlays != "none":
             self._draw(self.network, indices, engine.state.output["image"].as_subclass(Tensor), probabilities)
+
+    def _remove_old(self, engine: Engine) -> None:
+        for path in (self.output_dir / "overlays").glob("[0-9][0-9][0-9][0-9][0-9]*_*.png"):
+            path.unlink()
 
     def _draw(self, network: nn.Module, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
         folder = self.output_dir / "overlays"
@@ -92,10 +162,19 @@ class PredictionSaver:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["image", *self.label_names, "error"])
+            called = [f"{name} called" for name in self.label_names if name in self.thresholds]
+            writer.writerow(["image", *self.label_names, *called, "error"])
             for index, item in enumerate(items):
-                values = self.probabilities.get(index, [np.nan] * len(self.label_names))
-                numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-                writer.writerow([item["image"], *numbers, errors.get(index, "")])
+                values = self.probabilities.get(index, [nan] * len(self.label_names))
+                writer.writerow([item["image"], *self._texts(values), errors.get(index, "")])
         engine.logger.info("Wrote the predictions of %d images to %s.", len(items) - len(errors), path)
         self.loader.refuse_unreadable(path)
+
+    def _texts(self, probabilities: Sequence[float]) -> list[str]:
+        """The probabilities of an image, then its calls; blank is unknown."""
+        calls = []
+        for name, probability in zip(self.label_names, probabilities, strict=True):
+            if name in self.thresholds:
+                threshold = self.thresholds[name]
+                calls.append("" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}")
+        return [*("" if isnan(value) else f"{value:.6f}" for value in probabilities), *calls]

@@ -76,6 +76,7 @@ def test_training_leaves_the_best_weights_and_what_they_depend_on(trained: Path)
         "label_names": list(XRAY_FINDINGS),
         "mode": "scratch",
     }
+    assert settings["pretrained"] is None
     assert weights(trained)["fc.weight"].shape == (4, 512)
 
 
@@ -218,6 +219,40 @@ def test_prediction_names_what_it_cannot_read_and_does_the_rest(
     assert [row["image"] for row in rows if row["error"]] == [str(broken)]
     assert all(0 <= float(row["cysts"]) <= 1 for row in rows if not row["error"])
     assert len(list((tmp_path / "eval" / "overlays").glob("*.png"))) == 55
+
+
+def test_prediction_uses_what_the_evaluation_has_fitted(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    knobs = {"dataset_dir": dataset_dir, "output_dir": tmp_path, "pretrained": trained / "models" / "model.pt"}
+    run_config(CONFIGS / "evaluate.json", **knobs, num_samples=5, num_workers=0, temperature_scaling=True)
+    run_config(CONFIGS / "inference.json", **knobs, num_workers=0, calibration=tmp_path / "eval" / "calibration.json")
+    evaluated = {row["image"]: row for row in table(tmp_path / "eval" / "test_predictions.csv")}
+    predicted = {row["image"]: row for row in table(tmp_path / "eval" / "predictions.csv")}
+    thresholds = read(tmp_path / "eval" / "calibration.json")["thresholds"]
+    assert len(evaluated) == 16
+    for image, row in evaluated.items():
+        for name in XRAY_FINDINGS:
+            probability = float(row[f"{name} probability"])
+            assert float(predicted[image][name]) == pytest.approx(probability, abs=1e-4)
+            if abs(probability - thresholds[name]) > 1e-4:
+                assert predicted[image][f"{name} called"] == str(int(probability > thresholds[name]))
+
+
+def test_prediction_does_not_stop_at_a_listed_file_that_is_missing(
+    trained: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    present = str(next((dataset_dir / "images").glob("*.png")))
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": [present, "gone.png"], "test": [present]}))
+    with refused("1 of 3 images could not be read"):
+        run_config(
+            CONFIGS / "inference.json",
+            dataset_dir=tmp_path,
+            output_dir=tmp_path,
+            pretrained=trained / "models" / "model.pt",
+            num_workers=0,
+        )
+    rows = table(tmp_path / "eval" / "predictions.csv")
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert "gone.png" in rows[1]["error"]
 
 
 def test_one_dicom_file_is_enough(trained: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from dissect_monai.datasets import ReadableLoader
-from dissect_monai.predictions import PredictionSaver
+from dissect_monai.predictions import Calibration, PredictionSaver, read_calibration, write_calibration
 from dissect_monai.readers import ImageFileReader
 
 NAMES = ["Opacity", "Pleural Thickening"]
@@ -167,3 +167,57 @@ def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -
 
 
 # ---- label names -------------------------------------------------------------------------------------------------
+
+
+# ---- calibration -------------------------------------------------------------------------------------------------
+
+
+def test_calls_what_reaches_its_threshold(tmp_path: Path) -> None:
+    loader = ReadableLoader(folder_of(tmp_path), batch_size=2)
+    saver = PredictionSaver(loader, NAMES, tmp_path, thresholds={NAMES[0]: 0.5, NAMES[1]: float("nan")})
+    with pytest.raises(ValueError, match="2 of 5"):
+        infer(loader, saver, classifier())
+    rows = table(tmp_path / "predictions.csv")
+    assert list(rows[0]) == ["image", *NAMES, "Opacity called", "Pleural Thickening called", "error"]
+    readable = [row for row in rows if not row["error"]]
+    assert [row["Opacity called"] for row in readable] == [str(int(float(row["Opacity"]) >= 0.5)) for row in readable]
+    assert all(row["Pleural Thickening called"] == "" for row in rows)
+    assert all(row["Opacity called"] == "" for row in rows if row["error"])
+
+
+def test_overlays_of_an_earlier_run_go(tmp_path: Path) -> None:
+    old, own = tmp_path / "overlays" / "00009_gone_Opacity.png", tmp_path / "overlays" / "notes.png"
+    old.parent.mkdir()
+    for path in (old, own):
+        path.write_bytes(b"")
+    loader = ReadableLoader(folder_of(tmp_path, corrupt=()))
+    infer(loader, PredictionSaver(loader, NAMES, tmp_path), classifier())
+    assert not old.exists()
+    assert own.exists()
+
+
+def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+    network, written = classifier(), Calibration(1.5, {NAMES[0]: 0.25, NAMES[1]: float("nan")})
+    write_calibration(tmp_path / "calibration.json", written, network)
+    found = read_calibration(tmp_path / "calibration.json", NAMES, network)
+    assert found.temperature == 1.5
+    assert found.thresholds[NAMES[0]] == 0.25
+    assert np.isnan(found.thresholds[NAMES[1]])
+    assert read_calibration(None, NAMES, network) == Calibration(1.0, {})
+
+
+def test_refuses_a_calibration_of_other_weights_or_findings(tmp_path: Path) -> None:
+    path, network = tmp_path / "calibration.json", classifier()
+    write_calibration(path, Calibration(1.0, dict.fromkeys(NAMES, 0.5)), network)
+    with pytest.raises(ValueError, match=r"other findings \(Opacity, Pleural Thickening\)"):
+        read_calibration(path, NAMES[::-1], network)
+    with torch.no_grad():
+        network.fc.bias += 0.1  # type: ignore[union-attr,operator]
+    with pytest.raises(ValueError, match="other weights: evaluate these weights"):
+        read_calibration(path, NAMES, network)
+    with pytest.raises(FileNotFoundError, match=r"there is no calibration at .*evaluate first"):
+        read_calibration(tmp_path / "none.json", NAMES, network)
+    for content in ("{", "[]", '{"temperature": 1}', '{"temperature": 1, "weights": "", "thresholds": {"x": "y"}}'):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"must be the calibration\.json of an evaluation"):
+            read_calibration(path, NAMES, network)
