@@ -16,8 +16,11 @@ import csv
 import io
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 
 import fire
@@ -292,6 +295,21 @@ def columns(given: str | Sequence[str]) -> list[str]:
     return [str(name).strip() for name in names if str(name).strip()]
 
 
+def refuse_misspelt(arguments: Sequence[str]) -> None:
+    """Refuse a knob that no source has: Fire would take it for a part of the result, and say so.
+
+    Raises:
+        ValueError: naming the nearest knob.
+    """
+    method = next((getattr(Sources, name) for name in arguments if name in vars(Sources)), Sources)
+    known = {"help", *(field.name for field in fields(Sources)), *signature(method).parameters} - {"self", "folders"}
+    for argument in arguments:
+        name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+        if argument.startswith("--") and name and name not in known:
+            (near,) = get_close_matches(name, known, n=1, cutoff=0)
+            raise ValueError(f"there is no --{name}; did you mean --{near}?")
+
+
 def main(command: Sequence[str] | None = None) -> None:
     """Run one subcommand.
 
@@ -299,7 +317,7 @@ def main(command: Sequence[str] | None = None) -> None:
         command: the arguments; those of the process by default.
     """
     try:
-        # Fire refuses a misspelt knob only after its call, which therefore must not write anything.
+        refuse_misspelt(sys.argv[1:] if command is None else command)
         source = fire.Fire(Sources, command, serialize=lambda got: None if isinstance(got, Source) else got)
         if isinstance(source, Source):
             make_datalist(source)

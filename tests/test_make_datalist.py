@@ -470,9 +470,10 @@ def test_refuses_too_few_subjects_for_the_splits(tmp_path: Path) -> None:
 
 def test_a_misspelt_knob_writes_nothing(tmp_path: Path) -> None:
     classes(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        run("folders", tmp_path, "--test_fractoin", 0.5)
-    assert caught.value.code == 2
+    refused(
+        tmp_path, "there is no --test_fractoin; did you mean --test_fraction", "folders", tmp_path, "--test_fractoin=1"
+    )
+    refused(tmp_path, "there is no --wokers; did you mean --workers", "folders", tmp_path, "--wokers", 2)
     assert not (tmp_path / "dataset.json").exists()
 
 
