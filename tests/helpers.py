@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.bundle import run
 
-from dissect_monai.handlers import newest_checkpoint
+from dissect_monai.checkpoints import newest_checkpoint
 from dissect_monai.preflight import bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,14 @@ def refused(message: str) -> Iterator[None]:
     cause = bad_input(raised.value)
     assert cause is not None, raised.value
     assert re.search(message, str(cause)), cause
+
+
+def counting_engine(max_epochs: int = 4) -> Engine:
+    engine = Engine(lambda engine, batch: {"loss": torch.ones((), requires_grad=True)})
+    engine.state.device = torch.device("cpu")
+    engine.state.max_epochs = max_epochs
+    engine.state.epoch_length = 3
+    return engine
 
 
 def read(path: Path) -> Any:

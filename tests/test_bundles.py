@@ -31,7 +31,7 @@ from monai.bundle import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dissect_monai
-from dissect_monai.handlers import newest_checkpoint
+from dissect_monai.checkpoints import newest_checkpoint
 from dissect_monai.synthetic import write_xray_phantoms
 
 BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())

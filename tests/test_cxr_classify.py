@@ -16,8 +16,8 @@ from monai.networks.nets import resnet18
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dissect_monai.handlers import save_weights
 from dissect_monai.synthetic import XRAY_FINDINGS, write_xray_phantoms
+from dissect_monai.weights import save_weights
 
 CONFIGS = ROOT / "bundles" / "cxr_classify" / "configs"
 TINY = {**TINY, "patience": 9}
