@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -16,14 +17,19 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-def save_atomically(state: Any, path: str | Path) -> None:
-    """`torch.save` to a temporary file beside `path`, flush it to disk, then rename it to `path`."""
+@contextmanager
+def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to beside `path`; at the end it is flushed to disk and renamed to `path`, or deleted on an error.
+
+    Args:
+        path: the file that a killed process leaves as it was; its folder is made if need be.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -31,13 +37,17 @@ def save_atomically(state: Any, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def save_atomically(state: Any, path: str | Path) -> None:
+    """`torch.save` that leaves `path` whole at any moment."""
+    with written_atomically(path) as file:
+        torch.save(state, file)
+
+
 def save_weights(weights: nn.Module, path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write a plain state dict, and beside it as JSON what it depends on: `models/model.pt` and `models/model.json`."""
     save_atomically(weights.state_dict(), path)
-    described = Path(path).with_suffix(".json")
-    temporary = described.with_name(f".{described.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-    temporary.replace(described)
+    with written_atomically(Path(path).with_suffix(".json")) as file:
+        file.write((json.dumps(settings, indent=4) + "\n").encode())
 
 
 def read_settings(weights_path: str | Path) -> dict[str, Any]:

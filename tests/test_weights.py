@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from monai.networks.nets import resnet10, resnet18
 from torch import nn
 
-from dissect_monai.weights import load_encoder, read_settings, save_atomically
+from dissect_monai.weights import load_encoder, read_settings, save_atomically, save_weights
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -28,6 +29,23 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_former_checkpoint(
         save_atomically({"weight": torch.zeros(2)}, path)
     assert torch.equal(torch.load(path)["weight"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_reach_the_disk_or_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(nn.Linear(1, 1), tmp_path / "model.pt", {"encoder": "resnet18"})
+    flush, flushed = os.fsync, []
+
+    def fail_at_the_settings(descriptor: int) -> None:
+        flushed.append(descriptor)
+        if len(flushed) == 2:
+            raise OSError("the disk is full")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_at_the_settings)
+    with pytest.raises(OSError, match="the disk is full"):
+        save_weights(nn.Linear(1, 1), tmp_path / "model.pt", {"encoder": "resnet50"})
+    assert read_settings(tmp_path / "model.pt") == {"encoder": "resnet18"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "model.json"}
 
 
 def test_without_weights_there_are_no_settings(tmp_path: Path) -> None:
