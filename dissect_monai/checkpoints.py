@@ -104,8 +104,7 @@ class TrainingCheckpoint:
         max_epochs = engine.state.max_epochs
         Checkpoint.load_objects({**self.save_dict, "trainer": engine}, checkpoint)
         engine.state.max_epochs = max_epochs
-        own = [found for found in Path(path).parent.glob("checkpoint_epoch=*.pt") if CHECKPOINT.fullmatch(found.name)]
-        self.saved = sorted(own, key=lambda found: found.stat().st_mtime_ns)
+        self.saved = checkpoints_in(Path(path).parent)
 
     def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:
         # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
@@ -129,19 +128,24 @@ class TrainingCheckpoint:
             )
 
 
+def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder, which need not exist, in the order in which they were written."""
+    found = [path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 def newest_checkpoint(ckpt_dir: str | Path) -> str:
     """Path of the checkpoint written last in `ckpt_dir`.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    folder = Path(ckpt_dir)
-    found = [path for path in folder.glob("checkpoint_epoch=*.pt") if CHECKPOINT.fullmatch(path.name)]
+    found = checkpoints_in(ckpt_dir)
     if not found:
         raise FileNotFoundError(
-            f"there is no checkpoint_epoch=N.pt in {folder.absolute()}: check --output_dir, or train first."
+            f"there is no checkpoint_epoch=N.pt in {Path(ckpt_dir).absolute()}: check --output_dir, or train first."
         )
-    return str(max(found, key=lambda path: path.stat().st_mtime_ns))
+    return str(found[-1])
 
 
 def _epoch_length(checkpoint: Mapping[str, Any]) -> int:
