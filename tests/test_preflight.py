@@ -11,7 +11,15 @@ import pytest
 import torch
 from monai.bundle import run
 
-from dissect_monai.preflight import announce, bad_input, bundle_root, process_device, refuse_small_data
+from dissect_monai.preflight import (
+    announce,
+    bad_input,
+    bundle_root,
+    claim_output,
+    process_device,
+    refuse_overwriting,
+    refuse_small_data,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 CONFIG = {
@@ -114,6 +122,29 @@ def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) ->
         process_device()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert process_device().type in ("cpu", "cuda")
+
+
+# ---- output ------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_is_claimed_with_its_folders(tmp_path: Path) -> None:
+    claim_output(tmp_path / "out", "eval", "models")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["eval", "models"]
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`--output_dir` must be a folder that can be written, got .*file: "):
+        claim_output(tmp_path / "file", "eval")
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
+    refuse_overwriting(tmp_path / "nowhere")
+    (tmp_path / "checkpoint_epoch=best.pt").touch()  # no name that a run would write
+    refuse_overwriting(tmp_path)
+    (tmp_path / "checkpoint_epoch=3.pt").touch()
+    with pytest.raises(ValueError, match=r"holds the checkpoints of another run: go on .* by --resume true, or give"):
+        refuse_overwriting(tmp_path)
 
 
 # ---- one line instead of a traceback -----------------------------------------------------------------------------
