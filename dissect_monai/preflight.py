@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from dissect_monai.checkpoints import checkpoints_in
-from dissect_monai.knobs import run_arguments, running_workflow
+from dissect_monai.overrides import run_arguments, running_workflow
 
 logger = logging.getLogger(__name__)
 BAD_INPUT = (ValueError, RuntimeError, ImportError)  # what this package raises on purpose; the rest are its faults

@@ -32,6 +32,24 @@ TINY = {  # knobs that all training configs have
     "amp": False,
 }
 
+TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
+    "imports": [
+        "$from pathlib import Path",
+        "$from dissect_monai import knobs",
+        "$from dissect_monai import preflight",
+    ],
+    "root": "$preflight.bundle_root('tiny')",
+    "learning_rate": 0.1,
+    "data": "$1 / 0",
+    "loss_name": "DiceLoss",
+    "loss": {"_target_": "@loss_name", "sigmoid": True, "weight": "@data"},
+    "network": {"_target_": "monai.networks.nets.resnet10", "widen_factor": 0.5},
+    "metric_name": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
+    "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
+    "initialize": ["$knobs.check_knobs()"],
+    "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
+}
+
 
 def run_config(config: Path, **knobs: Any) -> None:
     """`monai.bundle run` in this process."""
@@ -75,3 +93,13 @@ def read(path: Path) -> Any:
 
 def network_state(ckpt_dir: Path) -> dict[str, Any]:
     return torch.load(newest_checkpoint(ckpt_dir), weights_only=True)["network"]
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def run_bundle(bundle: Path, **overrides: Any) -> None:
+    run(config_file=str(bundle / "configs" / "train.json"), **overrides)

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import TINY_BUNDLE, run_bundle, write
 from monai.bundle import run
 
 from dissect_monai.preflight import (
@@ -22,38 +21,6 @@ from dissect_monai.preflight import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
-CONFIG = {
-    "imports": ["$from pathlib import Path", "$from dissect_monai import preflight"],
-    "root": "$preflight.bundle_root('tiny')",
-    "learning_rate": 0.1,
-    "data": "$1 / 0",
-    "loss_name": "DiceLoss",
-    "loss": {"_target_": "@loss_name", "sigmoid": True, "weight": "@data"},
-    "metric": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
-    "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
-}
-
-
-@pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle, run from the folder above `bundles`."""
-    folder = tmp_path / "bundles" / "tiny"
-    write(folder / "configs" / "train.json", CONFIG)
-    write(folder / "configs" / "metadata.json", {"version": "0.1.0"})
-    monkeypatch.chdir(tmp_path)
-    return folder
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def run_bundle(bundle: Path, **overrides: Any) -> None:
-    run(config_file=str(bundle / "configs" / "train.json"), **overrides)
-
 
 # ---- folder of the bundle ----------------------------------------------------------------------------------------
 
@@ -151,7 +118,11 @@ def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def run_in_a_process(bundle: Path, expression: str) -> subprocess.CompletedProcess[str]:
-    config = {"imports": CONFIG["imports"], "initialize": ["$preflight.explain_errors()"], "run": [f"${expression}"]}
+    config = {
+        "imports": TINY_BUNDLE["imports"],
+        "initialize": ["$preflight.explain_errors()"],
+        "run": [f"${expression}"],
+    }
     write(bundle / "configs" / "train.json", config)
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs" / "train.json")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
