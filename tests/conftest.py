@@ -14,7 +14,7 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle, run from the folder above `bundles`."""
     folder = tmp_path / "bundles" / "tiny"
     write(folder / "configs" / "train.json", TINY_BUNDLE)

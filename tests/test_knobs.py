@@ -62,9 +62,9 @@ def test_a_knob_may_be_an_expression() -> None:
         refuse_bad_knobs(ConfigParser({"max_epochs": "$2 - 2 + 5", "batch_size": "$@max_epochs - 5"}))
 
 
-def test_the_running_bundle_is_held_to_the_rules(bundle: Path) -> None:
+def test_the_running_bundle_is_held_to_the_rules(tiny_bundle: Path) -> None:
     with refused("`--learning_rate` must be a number over 0, got 'fast'"):
-        run_bundle(bundle, learning_rate="fast")
+        run_bundle(tiny_bundle, learning_rate="fast")
     assert not Path("ran").exists()
 
 

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's
         {"run_id": "run", "workflow_type": "infer"},
     ],
 )
-def test_overrides_that_name_something_pass(bundle: Path, overrides: dict[str, Any]) -> None:
-    run_bundle(bundle, **overrides)
+def test_overrides_that_name_something_pass(tiny_bundle: Path, overrides: dict[str, Any]) -> None:
+    run_bundle(tiny_bundle, **overrides)
     assert Path("ran").exists()
 
 
@@ -46,14 +46,14 @@ def test_overrides_that_name_something_pass(bundle: Path, overrides: dict[str, A
         ("network#widen_facto", "network#widen_factor"),  # resnet10 takes any keyword
     ],
 )
-def test_overrides_that_name_nothing_are_refused(bundle: Path, typo: str, meant: str) -> None:
+def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, meant: str) -> None:
     with refused(f"there is no --{typo} to override; did you mean --{meant}"):
-        run_bundle(bundle, **{typo: 1})
+        run_bundle(tiny_bundle, **{typo: 1})
     assert not Path("ran").exists()
 
 
-def test_overrides_in_an_args_file_are_checked_too(bundle: Path) -> None:
-    config_file = str(bundle / "configs" / "train.json")
+def test_overrides_in_an_args_file_are_checked_too(tiny_bundle: Path) -> None:
+    config_file = str(tiny_bundle / "configs" / "train.json")
     good = write(Path("good.json"), {"config_file": config_file, "learning_rate": 1, "run_id": "run"})
     run(args_file=str(good))
     assert Path("ran").exists()
@@ -62,14 +62,14 @@ def test_overrides_in_an_args_file_are_checked_too(bundle: Path) -> None:
         run(args_file=str(bad))
 
 
-def test_overrides_may_name_what_a_second_config_adds(bundle: Path) -> None:
-    more = write(bundle / "configs" / "more.json", {"world_size": 1})
-    run(config_file=[str(bundle / "configs" / "train.json"), str(more)], world_size=2)
+def test_overrides_may_name_what_a_second_config_adds(tiny_bundle: Path) -> None:
+    more = write(tiny_bundle / "configs" / "more.json", {"world_size": 1})
+    run(config_file=[str(tiny_bundle / "configs" / "train.json"), str(more)], world_size=2)
     assert Path("ran").exists()
 
 
-def test_callers_of_the_python_api_may_add_ids(bundle: Path) -> None:
-    workflow = ConfigWorkflow(str(bundle / "configs" / "train.json"), extra=1)
+def test_callers_of_the_python_api_may_add_ids(tiny_bundle: Path) -> None:
+    workflow = ConfigWorkflow(str(tiny_bundle / "configs" / "train.json"), extra=1)
     workflow.initialize()
     workflow.run()
     assert Path("ran").exists()

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import TINY_BUNDLE, run_bundle, write
+from helpers import TINY_BUNDLE, command_line, run_bundle, write
 from monai.bundle import run
 
 from dissect_monai.preflight import (
@@ -26,28 +25,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's
 
 
 @pytest.mark.parametrize("place", [".", "bundles/tiny", "bundles/tiny/configs", "elsewhere", "bundles/other"])
-def test_finds_the_bundle_from_anywhere(bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    write(bundle.parent / "other" / "configs" / "metadata.json", {})
-    cwd = bundle.parent.parent / place
+def test_finds_the_bundle_from_anywhere(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    write(tiny_bundle.parent / "other" / "configs" / "metadata.json", {})
+    cwd = tiny_bundle.parent.parent / place
     cwd.mkdir(exist_ok=True)
     monkeypatch.chdir(cwd)
-    run_bundle(bundle)
-    assert Path("ran").read_text() == str(bundle)
+    run_bundle(tiny_bundle)
+    assert Path("ran").read_text() == str(tiny_bundle)
 
 
-def test_finds_a_relative_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bundle / "configs")
+def test_finds_a_relative_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_bundle / "configs")
     run(config_file="train.json")
-    assert Path("ran").read_text() == str(bundle)
+    assert Path("ran").read_text() == str(tiny_bundle)
 
 
-def test_finds_the_bundle_without_a_config(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_bundle_without_a_config(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundle_root("tiny") == str(Path("bundles", "tiny"))
-    monkeypatch.chdir(bundle)
+    monkeypatch.chdir(tiny_bundle)
     assert bundle_root("tiny") == "."
 
 
-def test_says_that_there_is_no_bundle(bundle: Path) -> None:
+def test_says_that_there_is_no_bundle(tiny_bundle: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot find the bundle large from .*: add --bundle_root"):
         bundle_root("large")
 
@@ -117,32 +116,27 @@ def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
 # ---- one line instead of a traceback -----------------------------------------------------------------------------
 
 
-def run_in_a_process(bundle: Path, expression: str) -> subprocess.CompletedProcess[str]:
-    config = {
-        "imports": TINY_BUNDLE["imports"],
-        "initialize": ["$preflight.explain_errors()"],
-        "run": [f"${expression}"],
-    }
-    write(bundle / "configs" / "train.json", config)
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs" / "train.json")]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_in_a_process(tiny_bundle: Path, expression: str) -> Any:
+    initialize = ["$preflight.explain_errors()"]
+    config = {"imports": TINY_BUNDLE["imports"], "initialize": initialize, "run": [f"${expression}"]}
+    return command_line(write(tiny_bundle / "configs" / "train.json", config), cwd=Path())
 
 
-def test_what_the_package_refuses_ends_with_one_line_and_a_status(bundle: Path) -> None:
-    result = run_in_a_process(bundle, "preflight.refuse_small_data([], 4)")
+def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "preflight.refuse_small_data([], 4)")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: `training` holds no images")
     assert "Traceback" not in result.stderr
 
 
-def test_a_fault_of_ours_keeps_its_traceback(bundle: Path) -> None:
-    result = run_in_a_process(bundle, "preflight.refuse_small_data(None, 4)")  # a TypeError inside this package
+def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "preflight.refuse_small_data(None, 4)")  # a TypeError inside this package
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "TypeError" in result.stderr
 
 
-def test_what_torch_raises_inside_this_package_keeps_its_traceback(bundle: Path) -> None:
+def test_what_torch_raises_inside_this_package_keeps_its_traceback(tiny_bundle: Path) -> None:
     from dissect_monai.metrics import feature_std
 
     with pytest.raises(RuntimeError) as raised:
