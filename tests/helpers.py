@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
 from monai.bundle import run
+from PIL import Image
 
 from dissect_monai.checkpoints import newest_checkpoint
 from dissect_monai.preflight import bad_input
@@ -103,3 +105,16 @@ def write(path: Path, content: Any) -> Path:
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run(config_file=str(bundle / "configs" / "train.json"), **overrides)
+
+
+def write_images(folder: Path, count: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{index}.png" for index in range(count)]
+    for index, name in enumerate(names):
+        pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return names
+
+
+def images(items: list[dict[str, Any]]) -> list[str]:
+    return [Path(item["image"]).name for item in items]

@@ -32,8 +32,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dissect_monai
 from dissect_monai.checkpoints import newest_checkpoint
-from dissect_monai.synthetic import write_xray_phantoms
 
+pytestmark = pytest.mark.usefixtures("_in_root")
 BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
 PRETRAIN = ROOT / "bundles" / "pretrain_vq_ssl" / "configs"
@@ -44,21 +44,11 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{pa
 
 
 @pytest.fixture(scope="session")
-def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_xray_phantoms(tmp_path_factory.mktemp("phantoms") / "set", 24, 16, 16, image_size=32)
-
-
-@pytest.fixture(scope="session")
 def trained(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run of two epochs."""
     output_dir = tmp_path_factory.mktemp("trained")
     train(dataset_dir, output_dir, max_epochs=2, schedule_epochs=4, val_interval=2)
     return output_dir
-
-
-@pytest.fixture(autouse=True)
-def _in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:

@@ -16,16 +16,12 @@ from monai.networks.nets import resnet18
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dissect_monai.synthetic import XRAY_FINDINGS, write_xray_phantoms
+from dissect_monai.synthetic import XRAY_FINDINGS
 from dissect_monai.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("_in_root")
 CONFIGS = ROOT / "bundles" / "cxr_classify" / "configs"
 TINY = {**TINY, "patience": 9}
-
-
-@pytest.fixture(scope="session")
-def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_xray_phantoms(tmp_path_factory.mktemp("phantoms") / "set", 24, 16, 16, image_size=32)
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +40,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "model.pt"
     save_weights(network, path, {"encoder": "resnet18", "image_size": 32})
     return path
-
-
-@pytest.fixture(autouse=True)
-def _in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import images, write_images
 from monai.transforms import (
     Compose,
     EnsureTyped,
@@ -25,15 +26,6 @@ from dissect_monai.readers import ImageFileReader
 NAN = float("nan")
 
 
-def write_images(folder: Path, count: int) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{index}.png" for index in range(count)]
-    for index, name in enumerate(names):
-        pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return names
-
-
 def preprocessing(size: int = 8) -> Compose:
     """The deterministic transforms of the X-ray bundles."""
     return Compose(
@@ -46,10 +38,6 @@ def preprocessing(size: int = 8) -> Compose:
             SelectItemsd(["image", "label"], allow_missing_keys=True),
         ]
     )
-
-
-def images(items: list[dict[str, Any]]) -> list[str]:
-    return [Path(item["image"]).name for item in items]
 
 
 def make_items(folder: Path, count: int = 6) -> list[dict[str, Any]]:
