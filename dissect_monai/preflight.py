@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sized
 from dis import opname
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-
-import torch
 
 from dissect_monai.checkpoints import checkpoints_in
 from dissect_monai.overrides import run_arguments, running_workflow
@@ -73,20 +70,6 @@ def bundle_root(name: str) -> str:
         if (folder / "configs" / "metadata.json").is_file():
             return str(folder)
     raise FileNotFoundError(f"cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
-
-
-def process_device() -> torch.device:
-    """Device of this process among those that torchrun started on this machine.
-
-    Raises:
-        ValueError: if torchrun did not start it.
-    """
-    if "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            "multi_gpu_train.json needs one process per GPU: start it by "
-            "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
-        )
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def announce(smoke: bool, data_dir: object) -> None:

@@ -71,6 +71,12 @@ def command_line(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
+def two_processes(*configs: Path, cwd: Path, **knobs: Any) -> Any:
+    """`monai.bundle run` of a training by two processes."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    return command_line(f"[{','.join(repr(str(config)) for config in configs)}]", cwd=cwd, launcher=launcher, **knobs)
+
+
 @contextmanager
 def refused(message: str) -> Iterator[None]:
     """The run ends with an error that `explain_errors` shortens to one message."""

@@ -14,7 +14,6 @@ from dissect_monai.preflight import (
     bad_input,
     bundle_root,
     claim_output,
-    process_device,
     refuse_overwriting,
     refuse_small_data,
 )
@@ -80,14 +79,6 @@ def test_refuses_batches_of_one() -> None:
 def test_refuses_an_empty_training_list() -> None:
     with pytest.raises(ValueError, match="`training` holds no images: list some there"):
         refuse_small_data([], batch_size=4)
-
-
-def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match=r"python -m torch\.distributed\.run --nproc_per_node"):
-        process_device()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert process_device().type in ("cpu", "cuda")
 
 
 # ---- output ------------------------------------------------------------------------------------------------------
