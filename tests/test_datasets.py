@@ -170,6 +170,15 @@ def test_a_missing_package_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: py
         cached_dataset(data, preprocessing(), on_corrupt="skip")
 
 
+def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space left on device"):
+        cached_dataset(make_items(tmp_path), preprocessing(), tmp_path / "cache", on_corrupt="skip")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"on_corrupt": "ignore"}, '`on_corrupt` must be "raise" or "skip"')],
