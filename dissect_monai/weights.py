@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -124,21 +124,34 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if keys are missing, unexpected or of another shape; up to five of each are named.
+        ValueError: if keys are missing, unexpected, no tensors or of another shape, or tensors hold NaN or infinity; up
+            to five of each are named.
     """
     state = load_torch(path, "pretrain first, or check the path")
     kept = {key: value for key, value in encoder.state_dict().items() if key.startswith(tuple(without))}
     own = {key: value for key, value in encoder.state_dict().items() if key not in kept}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
-        "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "not a tensor": [key for key in own if key in state and key not in tensors],
+        "of another shape": [key for key in own if key in tensors and own[key].shape != tensors[key].shape],
     }
-    found = [f"{len(keys)} {what} ({', '.join(keys[:5])})" for what, keys in problems.items() if keys]
+    found = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in problems.items() if keys]
     if found:
         headless = {key for key in own if key not in state} == {"fc.weight", "fc.bias"}
         remedy = "They have no head: train the classifier first." if headless else "Is it the same encoder (--encoder)?"
         raise ValueError(f"the weights in {path} do not fit the {type(encoder).__name__}: {'; '.join(found)}. {remedy}")
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"the weights in {path} must be finite, got NaN or infinity in {len(broken)} of {len(state)} tensors "
+            f"({_few(broken)}): train again or take an older checkpoint."
+        )
     encoder.load_state_dict(state | kept)
     logger.info("Loaded all %d tensors of %s.", len(state), path)
     return encoder
+
+
+def _few(keys: Sequence[Any]) -> str:
+    return ", ".join(map(str, keys[:5]))

@@ -93,3 +93,25 @@ def test_names_no_more_than_five_weights(tmp_path: Path) -> None:
     torch.save(resnet18(spatial_dims=2, feed_forward=False).state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"unexpected \(([\w.]+, ){4}[\w.]+\)\. Is it the same encoder"):
         load_encoder(resnet10(spatial_dims=2, n_input_channels=3, feed_forward=False), tmp_path / "model.pt")
+
+
+def test_names_what_is_no_tensor(tmp_path: Path) -> None:
+    torch.save({"weight": [[1.0, 2.0], [3.0, 4.0]], "bias": torch.ones(2), 7: "note"}, tmp_path / "model.pt")
+    named = r"the Linear: 1 unexpected \(7\); 1 not a tensor \(weight\)"
+    with pytest.raises(ValueError, match=named):
+        load_encoder(nn.Linear(2, 2), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    saved = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
+    with torch.no_grad():
+        for layer in saved[1:]:
+            layer.weight[1, 0] = value
+    torch.save(saved.state_dict(), tmp_path / "model.pt")
+    encoder = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
+    before = encoder[0].weight.clone()
+    named = r"NaN or infinity in 6 of 14 tensors \(([1-5]\.weight(, )?){5}\): train again or take an older checkpoint"
+    with pytest.raises(ValueError, match=named):
+        load_encoder(encoder, tmp_path / "model.pt")
+    assert torch.equal(encoder[0].weight, before)
