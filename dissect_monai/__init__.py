@@ -3,6 +3,8 @@
 from dissect_monai.augment import BatchAugment as BatchAugment
 from dissect_monai.augment import Corrupt as Corrupt
 from dissect_monai.augment import TwoViews as TwoViews
+from dissect_monai.checkpoints import TrainingCheckpoint as TrainingCheckpoint
+from dissect_monai.checkpoints import newest_checkpoint as newest_checkpoint
 from dissect_monai.classification import AugmentedBatch as AugmentedBatch
 from dissect_monai.classification import FeatureDataset as FeatureDataset
 from dissect_monai.classification import MultiLabelLoss as MultiLabelLoss
@@ -26,11 +28,6 @@ from dissect_monai.evaluation import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers import EpochSeedHandler as EpochSeedHandler
 from dissect_monai.handlers import ProgressHandler as ProgressHandler
 from dissect_monai.handlers import TargetMomentumHandler as TargetMomentumHandler
-from dissect_monai.handlers import TrainingCheckpoint as TrainingCheckpoint
-from dissect_monai.handlers import load_encoder as load_encoder
-from dissect_monai.handlers import newest_checkpoint as newest_checkpoint
-from dissect_monai.handlers import read_settings as read_settings
-from dissect_monai.handlers import refuse_other_names as refuse_other_names
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import prepare_images as prepare_images
 from dissect_monai.knobs import check_knobs as check_knobs
@@ -46,8 +43,10 @@ from dissect_monai.preflight import announce as announce
 from dissect_monai.preflight import bundle_root as bundle_root
 from dissect_monai.preflight import claim_output as claim_output
 from dissect_monai.preflight import explain_errors as explain_errors
-from dissect_monai.preflight import process_device as process_device
+from dissect_monai.preflight import refuse_overwriting as refuse_overwriting
 from dissect_monai.preflight import refuse_small_data as refuse_small_data
+from dissect_monai.processes import leave_group as leave_group
+from dissect_monai.processes import process_device as process_device
 from dissect_monai.quantizers import EMACodebook as EMACodebook
 from dissect_monai.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.readers import ImageFileReader as ImageFileReader
@@ -57,3 +56,6 @@ from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights
 from dissect_monai.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.validation import FiniteLoss as FiniteLoss
+from dissect_monai.weights import load_encoder as load_encoder
+from dissect_monai.weights import read_settings as read_settings
+from dissect_monai.weights import refuse_other_names as refuse_other_names

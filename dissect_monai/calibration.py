@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dissect_monai.metrics import known_items
+
 Array = NDArray[np.floating[Any]]
 
 TEMPERATURES = (0.05, 20.0)  # `fit_temperature` stays within; separable labels would drive it to 0
@@ -46,7 +48,7 @@ def expected_calibration_error(
         >>> round(float(expected_calibration_error([0, 0, 0, 1], [0.1, 0.1, 0.9, 0.9])), 4)
         0.25
     """
-    label, probability, weight = _known(label, probability, weight)
+    label, probability, weight = known_items(label, probability, weight)
     gap = np.zeros((len(label), num_bins))
     gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
     return _ratio(np.abs(weight @ gap).sum(-1), weight.sum(-1))
@@ -66,7 +68,7 @@ def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) ->
     Raises:
         ValueError: as for `expected_calibration_error`.
     """
-    label, probability, _ = _known(label, probability, None)
+    label, probability, _ = known_items(label, probability)
     index = _bin(probability, num_bins)
     num_items = np.bincount(index, minlength=num_bins)
     filled = num_items > 0
@@ -124,7 +126,7 @@ def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
         >>> youden_threshold([0, 0, 1, 1], [0.0, 0.25, 0.75, 1.0])
         0.5
     """
-    label, score, _ = _known(label, score, None)
+    label, score, _ = known_items(label, score)
     positives, negatives = label.sum(), (1 - label).sum()
     if not positives or not negatives:
         return float("nan")
@@ -158,7 +160,7 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
     logit, label = np.asarray(logit, dtype=float), np.asarray(label, dtype=float)
     if logit.shape != label.shape:
         raise ValueError(f"`logit` and `label` must have the same shape, got {logit.shape} and {label.shape}.")
-    label, logit, _ = _known(label.ravel(), logit.ravel(), None)
+    label, logit, _ = known_items(label.ravel(), logit.ravel())
     if not len(label) or not np.isfinite(logit).all():
         raise ValueError("`logit` must be finite where `label` is known, and some must be, got NaN, infinity or none.")
     low, high = np.log(TEMPERATURES)
@@ -174,27 +176,10 @@ def _called_positive(
     truth: int, label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None
 ) -> Array:
     """Share of the items of one class whose score reaches the threshold."""
-    label, score, drawn = _known(label, score, weight)
+    label, score, drawn = known_items(label, score, weight)
     called = np.where(np.isnan(threshold), np.nan, score >= threshold)
     of_class = drawn * (label == truth)
     return _ratio(of_class @ called, of_class.sum(-1))
-
-
-def _known(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None) -> tuple[Array, Array, Array]:
-    """The items of known label: (K,), (K,) and (..., K); none of them if one lacks its score."""
-    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
-    weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
-    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
-        raise ValueError(
-            "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
-            f"got {label.shape}, {score.shape} and {weight.shape}."
-        )
-    known = ~np.isnan(label)
-    if not np.isin(label[known], (0, 1)).all():
-        raise ValueError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
-    if np.isnan(score[known]).any():
-        known = np.zeros_like(known)
-    return label[known], score[known], weight[..., known]
 
 
 def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dissect_monai.augment import BatchAugment, TwoViews
 from dissect_monai.data import Item, label_matrix
-from dissect_monai.handlers import load_encoder
 from dissect_monai.networks import feature_maps
 from dissect_monai.optimizers import parameter_groups, refuse_bad_rates
 from dissect_monai.probes import extract_features
+from dissect_monai.weights import load_encoder
 
 MODES = ("linear_probe", "finetune", "scratch")
 BALANCES = ("none", "weighted")

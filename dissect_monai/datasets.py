@@ -151,14 +151,15 @@ def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
         ImportError: if a package is missing, which is no fault of the file.
     """
     try:
-        return convert_to_contiguous(dataset[index]), None
-    except Exception as error:
+        content = dataset[index]
+    except RuntimeError as error:  # in which MONAI wraps anything that a transform raises, and so any decoder
         cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # MONAI's "applying transform"
+        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, ImportError):
             raise cause from None
         return None, f"{cause}" or type(cause).__name__
+    return convert_to_contiguous(content), None
 
 
 def _load_all(

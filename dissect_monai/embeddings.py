@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dissect_monai.datasets import ReadableLoader
-from dissect_monai.handlers import load_torch
 from dissect_monai.networks import feature_maps
 from dissect_monai.quantizers import MultiScaleQuantizer
+from dissect_monai.weights import load_torch
 
 FORMATS = ("csv", "npz")
 

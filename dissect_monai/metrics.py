@@ -20,6 +20,14 @@ class Interval(NamedTuple):
     high: float
 
 
+class KnownItems(NamedTuple):
+    """The K items of a finding whose label is known."""
+
+    label: Array  # (K,), 1 or 0
+    score: Array  # (K,)
+    weight: Array  # (..., K)
+
+
 class MacroScore(NamedTuple):
     """A mean over findings, the score of each, and the findings that have none."""
 
@@ -158,6 +166,32 @@ def average_precision(label: ArrayLike, score: ArrayLike, weight: ArrayLike | No
     return np.where(negative.sum(-1) > 0, mean, np.nan)[()]
 
 
+def known_items(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> KnownItems:
+    """The items of known label, or none if one of them lacks its score.
+
+    Args:
+        label: shape (N,), 1, 0 or NaN (unknown).
+        score: shape (N,), NaN where there is none.
+        weight: shape (..., N); 1 by default.
+
+    Raises:
+        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
+    """
+    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
+    weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
+    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
+        raise ValueError(
+            "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
+            f"got {label.shape}, {score.shape} and {weight.shape}."
+        )
+    known = ~np.isnan(label)
+    if not np.isin(label[known], (0, 1)).all():
+        raise ValueError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
+    if np.isnan(score[known]).any():
+        known = np.zeros_like(known)
+    return KnownItems(label[known], score[known], weight[..., known])
+
+
 def macro_auroc(label: ArrayLike, score: ArrayLike, findings: Sequence[str]) -> MacroScore:
     """Mean AUROC over the findings that have one; those without both classes or without scores are named.
 
@@ -282,22 +316,13 @@ def _matrix(features: Tensor) -> Tensor:
 
 def _weight_per_score(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None) -> tuple[Array, Array]:
     """Weight of the positives and of the negatives at each distinct score, ascending: (..., T) each."""
-    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
-    weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
-    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
-        raise ValueError(
-            "`label`, `score` and `weight` must have shapes (N,), (N,) and (..., N), "
-            f"got {label.shape}, {score.shape} and {weight.shape}."
-        )
-    known = ~np.isnan(label)
-    if not np.isin(label[known], (0, 1)).all():
-        raise ValueError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
-    if not known.any() or np.isnan(score[known]).any():
+    label, score, weight = known_items(label, score, weight)
+    if not len(label):
         undefined = np.zeros((*weight.shape[:-1], 1))
         return undefined, undefined
-    rows = np.flatnonzero(known)[np.argsort(score[known])]
-    starts = np.unique(score[rows], return_index=True)[1]
-    positive, negative = (weight[..., rows] * share for share in (label[rows], 1 - label[rows]))
+    order = np.argsort(score)
+    starts = np.unique(score[order], return_index=True)[1]
+    positive, negative = (weight[..., order] * share for share in (label[order], 1 - label[order]))
     return np.add.reduceat(positive, starts, axis=-1), np.add.reduceat(negative, starts, axis=-1)
 
 

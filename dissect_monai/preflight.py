@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sized
 from dis import opname
@@ -11,9 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 
-import torch
-
-from dissect_monai.knobs import run_arguments, running_workflow
+from dissect_monai.checkpoints import checkpoints_in
+from dissect_monai.overrides import run_arguments, running_workflow
 
 logger = logging.getLogger(__name__)
 BAD_INPUT = (ValueError, RuntimeError, ImportError)  # what this package raises on purpose; the rest are its faults
@@ -74,20 +72,6 @@ def bundle_root(name: str) -> str:
     raise FileNotFoundError(f"cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
 
 
-def process_device() -> torch.device:
-    """Device of this process among those that torchrun started on this machine.
-
-    Raises:
-        ValueError: if torchrun did not start it.
-    """
-    if "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            "multi_gpu_train.json needs one process per GPU: start it by "
-            "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
-        )
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def announce(smoke: bool, data_dir: object) -> None:
     """Say in one line which images the run uses.
 
@@ -101,24 +85,16 @@ def announce(smoke: bool, data_dir: object) -> None:
         logger.info("Using the images in %s.", data_dir)
 
 
-def claim_output(output_dir: str | Path, *folders: str, resume: bool = False, smoke: bool = False) -> None:
-    """Refuse an output folder that cannot be written, or holds checkpoints of a run that this one would overwrite.
+def claim_output(output_dir: str | Path, *folders: str) -> None:
+    """Make the folders that a run needs, and refuse an output folder that cannot be written.
 
     Args:
         output_dir: where the run is to write.
-        folders: names of the folders below it that the run needs; "checkpoints" is what it must not overwrite.
-        resume: whether it goes on from those checkpoints.
-        smoke: whether it may overwrite them.
+        folders: names of the folders below it.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: naming the output folder and what the system says.
     """
-    protected = "checkpoints" in folders and not resume and not smoke
-    if protected and any(Path(output_dir, "checkpoints").glob("checkpoint_epoch=*.pt")):
-        raise ValueError(
-            f"{output_dir} holds the checkpoints of another run: go on with it by --resume true, or give another "
-            "--output_dir."
-        )
     for folder in (Path(output_dir, name) for name in folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +104,19 @@ def claim_output(output_dir: str | Path, *folders: str, resume: bool = False, sm
             raise ValueError(
                 f"`--output_dir` must be a folder that can be written, got {output_dir}: {error}"
             ) from error
+
+
+def refuse_overwriting(ckpt_dir: str | Path) -> None:
+    """Refuse a folder that holds checkpoints of another run, which a run that starts anew would overwrite.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if checkpoints_in(ckpt_dir):
+        raise ValueError(
+            f"{ckpt_dir} holds the checkpoints of another run: go on with it by --resume true, or give another "
+            "--output_dir."
+        )
 
 
 def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,6 +19,8 @@ ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
+# What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
+ITK_PREFIX = re.compile(r"(.*ERROR: )?(\w+ ?\(0x[0-9a-f]+\): )?", re.DOTALL)
 
 
 def image_format(path: str | PathLike[str]) -> str | None:
@@ -95,11 +98,9 @@ class ImageFileReader(ImageReader):
             array, meta = self._decode(img)
         except ImportError:
             raise
-        except Exception as error:
-            # SimpleITK names its own source file and line first.
-            reason = (str(error).split("ERROR: ")[-1].strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
             raise ValueError(
-                f"{img} must be an intact image of the format that its name says, got: {reason}. "
+                f"{img} must be an intact image of the format that its name says, got: {decoding_reason(error)}. "
                 "Replace it or remove it from the data list."
             ) from error
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -132,6 +133,17 @@ class ImageFileReader(ImageReader):
         if array.ndim != self.spatial_dims:
             raise ValueError(f"{path} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
         return array, {**meta, MetaKeys.SPATIAL_SHAPE: np.array(array.shape)}
+
+
+def decoding_reason(error: BaseException) -> str:
+    """Why a decoder failed, in one line and in words about the file.
+
+    Example:
+        >>> decoding_reason(RuntimeError("GDCM.cxx:468: ITK ERROR: GDCMImageIO(0x55d5): Cannot read the file."))
+        'Cannot read the file'
+    """
+    reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
+    return reason.splitlines()[0].rstrip(".:")
 
 
 def _single_path(filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Path | None:

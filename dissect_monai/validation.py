@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.calibration import expected_calibration_error
-from dissect_monai.handlers import save_weights
 from dissect_monai.metrics import auroc, average_precision
 from dissect_monai.plots import figure_to_tensor, reliability_plot, roc_plot
+from dissect_monai.weights import save_weights
 
 Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)

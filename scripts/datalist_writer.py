@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dissect_monai.data import SPLITS, read_datalist
 from dissect_monai.knobs import is_true
-from dissect_monai.readers import ImageFileReader, image_format
+from dissect_monai.readers import ImageFileReader, decoding_reason, image_format
 
 Label = list[int | None]  # 1, 0 or None (unknown) per finding
 
@@ -191,8 +191,8 @@ def reading_error(image: Path) -> str | None:
             reader.get_data(reader.read(image))
     except ImportError:
         raise  # a missing package is no fault of the file
-    except Exception as error:
-        return str(error.__cause__ or error) or type(error).__name__
+    except Exception as error:  # pillow's verify, which is no part of our reader, raises anything
+        return decoding_reason(error.__cause__ or error)
     return None
 
 

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.bundle import run
+from PIL import Image
 
-from dissect_monai.handlers import newest_checkpoint
+from dissect_monai.checkpoints import newest_checkpoint
 from dissect_monai.preflight import bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +32,24 @@ TINY = {  # knobs that all training configs have
     "num_workers": 0,
     "log_interval": 1,
     "amp": False,
+}
+
+TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
+    "imports": [
+        "$from pathlib import Path",
+        "$from dissect_monai import knobs",
+        "$from dissect_monai import preflight",
+    ],
+    "root": "$preflight.bundle_root('tiny')",
+    "learning_rate": 0.1,
+    "data": "$1 / 0",
+    "loss_name": "DiceLoss",
+    "loss": {"_target_": "@loss_name", "sigmoid": True, "weight": "@data"},
+    "network": {"_target_": "monai.networks.nets.resnet10", "widen_factor": 0.5},
+    "metric_name": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
+    "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
+    "initialize": ["$knobs.check_knobs()"],
+    "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
 }
 
 
@@ -50,6 +71,12 @@ def command_line(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
+def two_processes(*configs: Path, cwd: Path, **knobs: Any) -> Any:
+    """`monai.bundle run` of a training by two processes."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    return command_line(f"[{','.join(repr(str(config)) for config in configs)}]", cwd=cwd, launcher=launcher, **knobs)
+
+
 @contextmanager
 def refused(message: str) -> Iterator[None]:
     """The run ends with an error that `explain_errors` shortens to one message."""
@@ -60,9 +87,40 @@ def refused(message: str) -> Iterator[None]:
     assert re.search(message, str(cause)), cause
 
 
+def counting_engine(max_epochs: int = 4) -> Engine:
+    engine = Engine(lambda engine, batch: {"loss": torch.ones((), requires_grad=True)})
+    engine.state.device = torch.device("cpu")
+    engine.state.max_epochs = max_epochs
+    engine.state.epoch_length = 3
+    return engine
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def network_state(ckpt_dir: Path) -> dict[str, Any]:
     return torch.load(newest_checkpoint(ckpt_dir), weights_only=True)["network"]
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def run_bundle(bundle: Path, **overrides: Any) -> None:
+    run(config_file=str(bundle / "configs" / "train.json"), **overrides)
+
+
+def write_images(folder: Path, count: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{index}.png" for index in range(count)]
+    for index, name in enumerate(names):
+        pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return names
+
+
+def images(items: list[dict[str, Any]]) -> list[str]:
+    return [Path(item["image"]).name for item in items]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, command_line, network_state, read, refused, run_config
+from helpers import ROOT, TINY, command_line, network_state, read, refused, run_config, two_processes, write
 from monai.bundle import (
     ConfigParser,
     ConfigWorkflow,
@@ -31,9 +31,9 @@ from monai.bundle import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dissect_monai
-from dissect_monai.handlers import newest_checkpoint
-from dissect_monai.synthetic import write_xray_phantoms
+from dissect_monai.checkpoints import newest_checkpoint
 
+pytestmark = pytest.mark.usefixtures("_in_root")
 BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
 PRETRAIN = ROOT / "bundles" / "pretrain_vq_ssl" / "configs"
@@ -44,21 +44,11 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{pa
 
 
 @pytest.fixture(scope="session")
-def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_xray_phantoms(tmp_path_factory.mktemp("phantoms") / "set", 24, 16, 16, image_size=32)
-
-
-@pytest.fixture(scope="session")
 def trained(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run of two epochs."""
     output_dir = tmp_path_factory.mktemp("trained")
     train(dataset_dir, output_dir, max_epochs=2, schedule_epochs=4, val_interval=2)
     return output_dir
-
-
-@pytest.fixture(autouse=True)
-def _in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
@@ -124,6 +114,11 @@ def test_overrides_change_what_exists_or_use_what_they_add(bundle: Path) -> None
     for name in override:
         key = name.removeprefix("+")
         assert key in train_ids or f"@{key}" in json.dumps(override), name
+
+
+def test_several_gpus_are_used_in_the_same_way_by_all_bundles() -> None:
+    overrides = {path.read_bytes() for path in ROOT.glob("bundles/*/configs/multi_gpu_train.json")}
+    assert len(overrides) == 1
 
 
 # ---- MONAI's own checks ------------------------------------------------------------------------------------------
@@ -373,29 +368,21 @@ def test_pretrained_weights_start_the_encoder(trained: Path, dataset_dir: Path, 
     torch.testing.assert_close(after["conv1.weight"], before["conv1.weight"])
 
 
-def two_processes(dataset_dir: Path, output_dir: Path, **knobs: Any) -> Any:
-    saved = "$torch.save(@ssl_network.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
-    return command_line(
-        f"['{PRETRAIN / 'train.json'}','{PRETRAIN / 'multi_gpu_train.json'}']",
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
-        **{**TINY, "batch_size": 4, **knobs},
-        dataset_dir=dataset_dir,
-        output_dir=output_dir,
-        finalize=json.dumps([saved, "$dist.destroy_process_group()"]),
-    )
-
-
 def test_two_processes_hold_one_network_and_can_be_resumed(dataset_dir: Path, tmp_path: Path) -> None:
-    result = two_processes(dataset_dir, tmp_path, max_epochs=2, schedule_epochs=3)
+    saving = "$torch.save(@ssl_network.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
+    configs = PRETRAIN / "train.json", PRETRAIN / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
+    knobs = {**TINY, "batch_size": 4, "schedule_epochs": 3, "dataset_dir": dataset_dir, "output_dir": tmp_path / "out"}
+    result = two_processes(*configs, cwd=tmp_path, **{**knobs, "max_epochs": 2})
     assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(tmp_path / "out" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     differing = [key for key in first if not torch.equal(first[key], second[key])]
     # Running statistics of BatchNorm are each rank's own until DDP hands out those of rank 0 at the next step.
     assert all("running_" in key for key in differing), differing
-    assert len(list(tmp_path.glob("eval/events*"))) == 1
-    resumed = two_processes(dataset_dir, tmp_path, max_epochs=3, resume=True)
+    assert len(list(tmp_path.glob("out/eval/events*"))) == 1
+    resumed = two_processes(*configs, cwd=tmp_path, **{**knobs, "max_epochs": 3, "resume": True})
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert (tmp_path / "checkpoints" / "checkpoint_epoch=3.pt").is_file()
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint_epoch=3.pt").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "out"}  # other ranks write nothing
 
 
 # ---- evaluation and inference ------------------------------------------------------------------------------------

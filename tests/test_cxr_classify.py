@@ -11,21 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, command_line, network_state, read, refused, run_config
+from helpers import ROOT, TINY, command_line, network_state, read, refused, run_config, two_processes
 from monai.networks.nets import resnet18
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dissect_monai.handlers import save_weights
-from dissect_monai.synthetic import XRAY_FINDINGS, write_xray_phantoms
+from dissect_monai.synthetic import XRAY_FINDINGS
+from dissect_monai.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("_in_root")
 CONFIGS = ROOT / "bundles" / "cxr_classify" / "configs"
 TINY = {**TINY, "patience": 9}
-
-
-@pytest.fixture(scope="session")
-def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_xray_phantoms(tmp_path_factory.mktemp("phantoms") / "set", 24, 16, 16, image_size=32)
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +40,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "model.pt"
     save_weights(network, path, {"encoder": "resnet18", "image_size": 32})
     return path
-
-
-@pytest.fixture(autouse=True)
-def _in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
@@ -144,15 +135,17 @@ def test_unknown_labels_are_no_obstacle(dataset_dir: Path, tmp_path: Path) -> No
 
 def test_two_processes_train_one_network(dataset_dir: Path, encoder: Path, tmp_path: Path) -> None:
     for mode in ("finetune", "linear_probe"):
-        result = command_line(
-            f"['{CONFIGS / 'train.json'}','{CONFIGS / 'multi_gpu_train.json'}']",
-            launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
+        result = two_processes(
+            CONFIGS / "train.json",
+            CONFIGS / "multi_gpu_train.json",
+            cwd=tmp_path,
             **{**TINY, "batch_size": 4, "max_epochs": 2, "mode": mode, "pretrained": encoder},
             dataset_dir=dataset_dir,
             output_dir=tmp_path / mode,
         )
         assert result.returncode == 0, result.stderr[-3000:]
         assert set(weights(tmp_path / mode)) >= {"fc.weight", "conv1.weight"}
+    assert {path.name for path in tmp_path.iterdir()} == {"finetune", "linear_probe"}  # other ranks write nothing
 
 
 @pytest.mark.slow

@@ -6,54 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from monai.transforms import (
-    Compose,
-    EnsureTyped,
-    LoadImaged,
-    Resized,
-    ScaleIntensityRangePercentilesd,
-    SelectItemsd,
-)
-from PIL import Image
+from helpers import images, write_images
 
 from dissect_monai.data import label_matrix, labelled, read_datalist, select_fraction, with_findings
-from dissect_monai.readers import ImageFileReader
 
 NAN = float("nan")
-
-
-def write_images(folder: Path, count: int) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{index}.png" for index in range(count)]
-    for index, name in enumerate(names):
-        pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return names
 
 
 def write_set(folder: Path, **spec: Any) -> Path:
     write_images(folder, 6)
     (folder / "dataset.json").write_text(json.dumps(spec))
     return folder
-
-
-def preprocessing(size: int = 8) -> Compose:
-    """The deterministic transforms of the X-ray bundles."""
-    return Compose(
-        [
-            LoadImaged("image", reader=ImageFileReader(spatial_dims=2), ensure_channel_first=True),
-            Resized("image", spatial_size=[size, size], mode="area"),
-            ScaleIntensityRangePercentilesd("image", lower=0.5, upper=99.5, b_min=0, b_max=255, clip=True),
-            EnsureTyped("image", dtype=torch.uint8, track_meta=False),
-            EnsureTyped("label", dtype=torch.float32, track_meta=False, allow_missing_keys=True),
-            SelectItemsd(["image", "label"], allow_missing_keys=True),
-        ]
-    )
-
-
-def images(items: list[dict[str, Any]]) -> list[str]:
-    return [Path(item["image"]).name for item in items]
 
 
 def labels(items: list[dict[str, Any]]) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import images, write_images
 from monai.transforms import (
     Compose,
     EnsureTyped,
@@ -25,15 +26,6 @@ from dissect_monai.readers import ImageFileReader
 NAN = float("nan")
 
 
-def write_images(folder: Path, count: int) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{index}.png" for index in range(count)]
-    for index, name in enumerate(names):
-        pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return names
-
-
 def preprocessing(size: int = 8) -> Compose:
     """The deterministic transforms of the X-ray bundles."""
     return Compose(
@@ -46,10 +38,6 @@ def preprocessing(size: int = 8) -> Compose:
             SelectItemsd(["image", "label"], allow_missing_keys=True),
         ]
     )
-
-
-def images(items: list[dict[str, Any]]) -> list[str]:
-    return [Path(item["image"]).name for item in items]
 
 
 def make_items(folder: Path, count: int = 6) -> list[dict[str, Any]]:
@@ -180,6 +168,15 @@ def test_a_missing_package_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: py
     data = [*make_items(tmp_path), {"image": str(tmp_path / "a.dcm")}]
     with pytest.raises(ImportError, match="pip install SimpleITK"):
         cached_dataset(data, preprocessing(), on_corrupt="skip")
+
+
+def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space left on device"):
+        cached_dataset(make_items(tmp_path), preprocessing(), tmp_path / "cache", on_corrupt="skip")
 
 
 @pytest.mark.parametrize(

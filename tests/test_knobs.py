@@ -1,136 +1,16 @@
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from monai.bundle import ConfigParser, ConfigWorkflow, run
+from helpers import refused, run_bundle
+from monai.bundle import ConfigParser
 
-from dissect_monai.knobs import RULES, is_true, refuse_bad_knobs, refuse_unknown_overrides
-from dissect_monai.preflight import bad_input
+from dissect_monai.knobs import RULES, is_true, refuse_bad_knobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
-CONFIG = {
-    "imports": [
-        "$from pathlib import Path",
-        "$from dissect_monai import knobs",
-        "$from dissect_monai import preflight",
-    ],
-    "root": "$preflight.bundle_root('tiny')",
-    "learning_rate": 0.1,
-    "data": "$1 / 0",
-    "loss_name": "DiceLoss",
-    "loss": {"_target_": "@loss_name", "sigmoid": True, "weight": "@data"},
-    "network": {"_target_": "monai.networks.nets.resnet10", "widen_factor": 0.5},
-    "metric_name": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
-    "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "initialize": ["$knobs.check_knobs()"],
-    "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
-}
-
-
-@pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle, run from the folder above `bundles`."""
-    folder = tmp_path / "bundles" / "tiny"
-    write(folder / "configs" / "train.json", CONFIG)
-    write(folder / "configs" / "metadata.json", {"version": "0.1.0"})
-    monkeypatch.chdir(tmp_path)
-    return folder
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def run_bundle(bundle: Path, **overrides: Any) -> None:
-    run(config_file=str(bundle / "configs" / "train.json"), **overrides)
-
-
-@contextmanager
-def refused(message: str) -> Iterator[None]:
-    with pytest.raises(Exception) as raised:  # noqa: PT011
-        yield
-    cause = bad_input(raised.value)
-    assert cause is not None, raised.value
-    assert re.search(message, str(cause)), cause
-
-
-# ---- overrides ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"learning_rate": 0.2},
-        {"train#trainer#max_epochs": 2},
-        {"train::trainer::max_epochs": 2},
-        {"train#handlers#0#iteration_log": True},
-        {"train#handlers#0#epoch_log": False},
-        {"loss#squared_pred": True},
-        {"loss#_disabled_": True},
-        {"loss_name": "monai.losses.TverskyLoss", "loss#alpha": 0.3},
-        {"metric_name#include_background": False},
-        {"run_id": "run", "workflow_type": "infer"},
-    ],
-)
-def test_overrides_that_name_something_pass(bundle: Path, overrides: dict[str, Any]) -> None:
-    run_bundle(bundle, **overrides)
-    assert Path("ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("typo", "meant"),
-    [
-        ("learning_rat", "learning_rate"),
-        ("train#trainer#max_epoch", "train#trainer#max_epochs"),
-        ("train::trainer::max_epoch", "train#trainer#max_epochs"),
-        ("loss#sigmoids", "loss#sigmoid"),
-        ("metric_name#reductoin", "metric_name#reduction"),
-        ("loss#alpha", "loss"),  # an argument of another loss
-        ("train#handlers#0#iteration_lg", "train#handlers#0#iteration_log"),
-        ("network#widen_facto", "network#widen_factor"),  # resnet10 takes any keyword
-    ],
-)
-def test_overrides_that_name_nothing_are_refused(bundle: Path, typo: str, meant: str) -> None:
-    with refused(f"there is no --{typo} to override; did you mean --{meant}"):
-        run_bundle(bundle, **{typo: 1})
-    assert not Path("ran").exists()
-
-
-def test_overrides_in_an_args_file_are_checked_too(bundle: Path) -> None:
-    config_file = str(bundle / "configs" / "train.json")
-    good = write(Path("good.json"), {"config_file": config_file, "learning_rate": 1, "run_id": "run"})
-    run(args_file=str(good))
-    assert Path("ran").exists()
-    bad = write(Path("bad.json"), {"config_file": config_file, "lerning_rate": 1})
-    with refused("there is no --lerning_rate to override; did you mean --learning_rate"):
-        run(args_file=str(bad))
-
-
-def test_overrides_may_name_what_a_second_config_adds(bundle: Path) -> None:
-    more = write(bundle / "configs" / "more.json", {"world_size": 1})
-    run(config_file=[str(bundle / "configs" / "train.json"), str(more)], world_size=2)
-    assert Path("ran").exists()
-
-
-def test_callers_of_the_python_api_may_add_ids(bundle: Path) -> None:
-    workflow = ConfigWorkflow(str(bundle / "configs" / "train.json"), extra=1)
-    workflow.initialize()
-    workflow.run()
-    assert Path("ran").exists()
-    refuse_unknown_overrides()
-
-
-# ---- values ------------------------------------------------------------------------------------------------------
-
 BAD = {
     "stages": [4, [], [0], [2, 2], ["4"], "all"],
     "learning_rate": ["abc", 0, -1, True, None],
@@ -182,9 +62,9 @@ def test_a_knob_may_be_an_expression() -> None:
         refuse_bad_knobs(ConfigParser({"max_epochs": "$2 - 2 + 5", "batch_size": "$@max_epochs - 5"}))
 
 
-def test_the_running_bundle_is_held_to_the_rules(bundle: Path) -> None:
+def test_the_running_bundle_is_held_to_the_rules(tiny_bundle: Path) -> None:
     with refused("`--learning_rate` must be a number over 0, got 'fast'"):
-        run_bundle(bundle, learning_rate="fast")
+        run_bundle(tiny_bundle, learning_rate="fast")
     assert not Path("ran").exists()
 
 

@@ -1,78 +1,51 @@
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import TINY_BUNDLE, command_line, run_bundle, write
 from monai.bundle import run
 
-from dissect_monai.preflight import announce, bad_input, bundle_root, process_device, refuse_small_data
+from dissect_monai.preflight import (
+    announce,
+    bad_input,
+    bundle_root,
+    claim_output,
+    refuse_overwriting,
+    refuse_small_data,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
-CONFIG = {
-    "imports": ["$from pathlib import Path", "$from dissect_monai import preflight"],
-    "root": "$preflight.bundle_root('tiny')",
-    "learning_rate": 0.1,
-    "data": "$1 / 0",
-    "loss_name": "DiceLoss",
-    "loss": {"_target_": "@loss_name", "sigmoid": True, "weight": "@data"},
-    "metric": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
-    "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
-}
-
-
-@pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle, run from the folder above `bundles`."""
-    folder = tmp_path / "bundles" / "tiny"
-    write(folder / "configs" / "train.json", CONFIG)
-    write(folder / "configs" / "metadata.json", {"version": "0.1.0"})
-    monkeypatch.chdir(tmp_path)
-    return folder
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def run_bundle(bundle: Path, **overrides: Any) -> None:
-    run(config_file=str(bundle / "configs" / "train.json"), **overrides)
-
 
 # ---- folder of the bundle ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [".", "bundles/tiny", "bundles/tiny/configs", "elsewhere", "bundles/other"])
-def test_finds_the_bundle_from_anywhere(bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    write(bundle.parent / "other" / "configs" / "metadata.json", {})
-    cwd = bundle.parent.parent / place
+def test_finds_the_bundle_from_anywhere(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    write(tiny_bundle.parent / "other" / "configs" / "metadata.json", {})
+    cwd = tiny_bundle.parent.parent / place
     cwd.mkdir(exist_ok=True)
     monkeypatch.chdir(cwd)
-    run_bundle(bundle)
-    assert Path("ran").read_text() == str(bundle)
+    run_bundle(tiny_bundle)
+    assert Path("ran").read_text() == str(tiny_bundle)
 
 
-def test_finds_a_relative_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bundle / "configs")
+def test_finds_a_relative_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_bundle / "configs")
     run(config_file="train.json")
-    assert Path("ran").read_text() == str(bundle)
+    assert Path("ran").read_text() == str(tiny_bundle)
 
 
-def test_finds_the_bundle_without_a_config(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_bundle_without_a_config(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundle_root("tiny") == str(Path("bundles", "tiny"))
-    monkeypatch.chdir(bundle)
+    monkeypatch.chdir(tiny_bundle)
     assert bundle_root("tiny") == "."
 
 
-def test_says_that_there_is_no_bundle(bundle: Path) -> None:
+def test_says_that_there_is_no_bundle(tiny_bundle: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot find the bundle large from .*: add --bundle_root"):
         bundle_root("large")
 
@@ -108,39 +81,53 @@ def test_refuses_an_empty_training_list() -> None:
         refuse_small_data([], batch_size=4)
 
 
-def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match=r"python -m torch\.distributed\.run --nproc_per_node"):
-        process_device()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert process_device().type in ("cpu", "cuda")
+# ---- output ------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_is_claimed_with_its_folders(tmp_path: Path) -> None:
+    claim_output(tmp_path / "out", "eval", "models")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["eval", "models"]
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`--output_dir` must be a folder that can be written, got .*file: "):
+        claim_output(tmp_path / "file", "eval")
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
+    refuse_overwriting(tmp_path / "nowhere")
+    (tmp_path / "checkpoint_epoch=best.pt").touch()  # no name that a run would write
+    refuse_overwriting(tmp_path)
+    (tmp_path / "checkpoint_epoch=3.pt").touch()
+    with pytest.raises(ValueError, match=r"holds the checkpoints of another run: go on .* by --resume true, or give"):
+        refuse_overwriting(tmp_path)
 
 
 # ---- one line instead of a traceback -----------------------------------------------------------------------------
 
 
-def run_in_a_process(bundle: Path, expression: str) -> subprocess.CompletedProcess[str]:
-    config = {"imports": CONFIG["imports"], "initialize": ["$preflight.explain_errors()"], "run": [f"${expression}"]}
-    write(bundle / "configs" / "train.json", config)
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs" / "train.json")]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_in_a_process(tiny_bundle: Path, expression: str) -> Any:
+    initialize = ["$preflight.explain_errors()"]
+    config = {"imports": TINY_BUNDLE["imports"], "initialize": initialize, "run": [f"${expression}"]}
+    return command_line(write(tiny_bundle / "configs" / "train.json", config), cwd=Path())
 
 
-def test_what_the_package_refuses_ends_with_one_line_and_a_status(bundle: Path) -> None:
-    result = run_in_a_process(bundle, "preflight.refuse_small_data([], 4)")
+def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "preflight.refuse_small_data([], 4)")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: `training` holds no images")
     assert "Traceback" not in result.stderr
 
 
-def test_a_fault_of_ours_keeps_its_traceback(bundle: Path) -> None:
-    result = run_in_a_process(bundle, "preflight.refuse_small_data(None, 4)")  # a TypeError inside this package
+def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "preflight.refuse_small_data(None, 4)")  # a TypeError inside this package
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "TypeError" in result.stderr
 
 
-def test_what_torch_raises_inside_this_package_keeps_its_traceback(bundle: Path) -> None:
+def test_what_torch_raises_inside_this_package_keeps_its_traceback(tiny_bundle: Path) -> None:
     from dissect_monai.metrics import feature_std
 
     with pytest.raises(RuntimeError) as raised:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -193,6 +194,16 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, kept: float) -> 
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(ValueError, match=rf"a\.{suffix} must be an intact image .* Replace it or remove it"):
         load(path)
+
+
+@pytest.mark.parametrize("suffix", ["dcm", "mha", "nrrd"])
+def test_the_reason_names_no_address_and_no_source_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(RNG.integers(0, 255, (1, 64, 64), dtype=np.uint8)), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r", got: [A-Z][\w: /.-]+ [\w/.-]+\. Replace it") as caught:
+        load(path)
+    assert not re.search(r"0x|ImageIO|\.cxx", str(caught.value))
 
 
 def test_a_volume_in_a_two_dimensional_run_is_named_with_its_shape(tmp_path: Path) -> None:

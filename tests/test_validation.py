@@ -20,6 +20,7 @@ from torch import nn
 
 from dissect_monai.augment import BatchAugment
 from dissect_monai.calibration import expected_calibration_error
+from dissect_monai.checkpoints import TrainingCheckpoint, newest_checkpoint
 from dissect_monai.classification import (
     AugmentedBatch,
     FeatureDataset,
@@ -30,7 +31,7 @@ from dissect_monai.classification import (
 )
 from dissect_monai.data import read_datalist
 from dissect_monai.datasets import cached_dataset
-from dissect_monai.handlers import EpochSeedHandler, TrainingCheckpoint, newest_checkpoint
+from dissect_monai.handlers import EpochSeedHandler
 from dissect_monai.readers import ImageFileReader
 from dissect_monai.synthetic import write_xray_phantoms
 from dissect_monai.validation import BestWeights, ClassificationMetrics

@@ -1,0 +1,39 @@
+"""The processes of a run on several devices: which device is theirs, and how they end together."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def process_device() -> torch.device:
+    """Device of this process among those that torchrun started on this machine.
+
+    Raises:
+        ValueError: if torchrun did not start it.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "multi_gpu_train.json needs one process per GPU: start it by "
+            "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
+        )
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def leave_group(network: DistributedDataParallel) -> None:
+    """Wait until all processes of the run are done, and end what connects them, in each of them.
+
+    Gloo's threads may still hold tensors of the last collective, and abort a process whose interpreter ends before they
+    have let go. They are joined with the last reference to the group, which `network` has and gives up here.
+
+    Args:
+        network: the wrapped network, which cannot be trained any more.
+    """
+    device = next(network.parameters()).device
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+    for holder in ("reducer", "logger", "process_group"):
+        vars(network).pop(holder, None)
+    dist.destroy_process_group()

@@ -1,0 +1,157 @@
+"""Plain weights and what they depend on: files that other runs and other bundles load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to beside `path`; at the end it is flushed to disk and renamed to `path`, or deleted on an error.
+
+    Args:
+        path: the file that a killed process leaves as it was; its folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_atomically(state: Any, path: str | Path) -> None:
+    """`torch.save` that leaves `path` whole at any moment."""
+    with written_atomically(path) as file:
+        torch.save(state, file)
+
+
+def save_weights(weights: nn.Module, path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write a plain state dict, and beside it as JSON what it depends on: `models/model.pt` and `models/model.json`."""
+    save_atomically(weights.state_dict(), path)
+    with written_atomically(Path(path).with_suffix(".json")) as file:
+        file.write((json.dumps(settings, indent=4) + "\n").encode())
+
+
+def read_settings(weights_path: str | Path) -> dict[str, Any]:
+    """What the weights at a path depend on, as `TrainingCheckpoint` wrote it beside them; nothing without weights.
+
+    Raises:
+        FileNotFoundError: if there are weights, and no settings beside them.
+        ValueError: if the settings are no JSON object.
+    """
+    path = Path(weights_path).with_suffix(".json")
+    if not path.is_file():
+        if Path(weights_path).is_file():
+            raise FileNotFoundError(
+                f"there is no {path.name} beside {weights_path} to say how it was trained: copy it along, or write it, "
+                'such as {"encoder": "resnet50", "image_size": 224}.'
+            )
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(settings).__name__}.")
+    return settings
+
+
+def refuse_other_names(label_names: Sequence[str], weights_path: str | Path) -> None:
+    """Refuse names for the outputs of a network that are not those that it was trained with.
+
+    Raises:
+        ValueError: naming both.
+    """
+    own = read_settings(weights_path).get("label_names", list(label_names))
+    if list(label_names) != own:
+        raise ValueError(
+            f"`label_names` must be those of {Path(weights_path).with_suffix('.json')}, {', '.join(own)}, "
+            f"got {', '.join(label_names)}."
+        )
+
+
+def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
+    """Load a dictionary of plain tensors and values onto the CPU.
+
+    Args:
+        path: what `torch.save` wrote.
+        remedy: what to do if it cannot be loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path.absolute()}: {remedy}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded, it is damaged or no file of torch.save: {remedy}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
+    return content
+
+
+def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = ()) -> nn.Module:
+    """Load a plain state dict into an encoder, every key or none.
+
+    Args:
+        encoder: the module to fill.
+        path: a `model.pt` as `TrainingCheckpoint` writes it.
+        without: prefixes of the keys of `encoder` that keep their values and that the file must not have: a new head.
+
+    Returns:
+        the same module.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if keys are missing, unexpected, no tensors or of another shape, or tensors hold NaN or infinity; up
+            to five of each are named.
+    """
+    state = load_torch(path, "pretrain first, or check the path")
+    kept = {key: value for key, value in encoder.state_dict().items() if key.startswith(tuple(without))}
+    own = {key: value for key, value in encoder.state_dict().items() if key not in kept}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "not a tensor": [key for key in own if key in state and key not in tensors],
+        "of another shape": [key for key in own if key in tensors and own[key].shape != tensors[key].shape],
+    }
+    found = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in problems.items() if keys]
+    if found:
+        headless = {key for key in own if key not in state} == {"fc.weight", "fc.bias"}
+        remedy = "They have no head: train the classifier first." if headless else "Is it the same encoder (--encoder)?"
+        raise ValueError(f"the weights in {path} do not fit the {type(encoder).__name__}: {'; '.join(found)}. {remedy}")
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"the weights in {path} must be finite, got NaN or infinity in {len(broken)} of {len(state)} tensors "
+            f"({_few(broken)}): train again or take an older checkpoint."
+        )
+    encoder.load_state_dict(state | kept)
+    logger.info("Loaded all %d tensors of %s.", len(state), path)
+    return encoder
+
+
+def _few(keys: Sequence[Any]) -> str:
+    return ", ".join(map(str, keys[:5]))
