@@ -14,6 +14,7 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from dissect_monai.calibration import expected_calibration_error, reliability
+from dissect_monai.intervals import wilson_interval
 from dissect_monai.metrics import auroc
 
 if TYPE_CHECKING:
@@ -191,11 +192,8 @@ def _legend(figure: Figure, title: str, lines: Sequence[Any]) -> None:
 
 def _pooled(axes: Axes, label: Array, probability: Array) -> Any:
     bins = reliability(label, probability, NUM_BINS)
-    # Wilson's interval, which, unlike the normal one, has a width where the frequency is 0 or 1.
-    z2 = 1.96**2 / bins.num_items
-    center = (bins.frequency + z2 / 2) / (1 + z2)
-    half = np.sqrt(z2 * bins.frequency * (1 - bins.frequency) + z2**2 / 4) / (1 + z2)
-    error = np.stack([bins.frequency - (center - half), center + half - bins.frequency]).clip(0)
+    low, high = wilson_interval(bins.frequency, bins.num_items)
+    error = np.stack([bins.frequency - low, high - bins.frequency])
     text = f"All findings  {float(expected_calibration_error(label, probability)):.3f}"
     style: dict[str, Any] = {"color": INK, "linewidth": 2, "elinewidth": 1.2, "capsize": 3, "marker": "o"}
     return axes.errorbar(bins.confidence, bins.frequency, error, label=text, markersize=5, **style)
