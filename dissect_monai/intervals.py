@@ -43,8 +43,8 @@ def calibration_interval(
 
     Reference:
         Davison & Hinkley, Bootstrap methods and their application, 1997, Sec. 5.2, for the basic bootstrap. The lower
-        end departs from it: with it, intervals of well-calibrated probabilities and of means over findings hardly ever
-        covered the truth in simulations, and often not the value.
+        end departs from it: with it, simulated intervals of calibrated probabilities and of means over findings often
+        held neither the true error nor the value.
     """
     value, errors = resample(error, subjects, num_samples, seed)
     moved = resample(noise, subjects, num_samples, seed).resamples

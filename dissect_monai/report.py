@@ -86,8 +86,8 @@ class FindingRow(NamedTuple):
     """One line of a classifier's table."""
 
     finding: str
-    n: int  # items whose label is known
-    positives: int
+    n: int | None  # items whose label is known; None of a mean over findings
+    positives: int | None
     auroc: Interval
     ap: Interval
     sensitivity: Interval
