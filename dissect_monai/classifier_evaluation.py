@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,24 @@ from torch import Tensor
 from dissect_monai.calibration import fit_temperature, youden_threshold
 from dissect_monai.data import Item
 from dissect_monai.evaluation import write_csv
-from dissect_monai.finding_table import finding_rows, left_out_rows, metrics_by_name, write_findings
+from dissect_monai.finding_table import finding_rows, left_out_rows, metrics_by_name, table_notes, write_findings
 from dissect_monai.inferers import prepare_images
-from dissect_monai.plots import figure_to_png, reliability_plot, roc_plot
+from dissect_monai.plots import NUM_BINS, figure_to_png, reliability_plot, roc_plot
 from dissect_monai.report import Case, FindingRow, Picture, write_report
 from dissect_monai.saliency import overlay_png, saliency_maps
 from dissect_monai.validation import OutputCollector, Outputs
 
 Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
+
+CAPTIONS = {
+    roc_plot: "ROC curves on the test split: as the threshold falls, the share of positives that are found against the "
+    "share of negatives that are called positive. The dotted diagonal is guessing; the legend names the best first.",
+    reliability_plot: "Reliability on the test split: how often a finding is there among the labels that were given "
+    f"about the same probability, in {NUM_BINS} bins; on the dotted diagonal, probabilities are frequencies. Black: "
+    "the labels of all findings pooled, with 95 % Wilson intervals that take labels for independent. Below: how many "
+    "labels were given which probability.",
+}
 
 
 class ClassifierEvaluation:
@@ -96,7 +107,12 @@ class ClassifierEvaluation:
         self._write_predictions(dataset.data, subjects, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **metrics_by_name(rows)}
         if len(missing) < len(self.label_names):
-            facts = {"images": len(subjects), "subjects": len(set(subjects)), "temperature": temperature}
+            facts = {
+                "test images": len(subjects),
+                "test subjects": len(set(subjects)),
+                "validation images": len(validation.labels),
+                "temperature": temperature,
+            }
             cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
             self._write_report(rows, cases, test.labels, probabilities, facts)
 
@@ -155,13 +171,28 @@ class ClassifierEvaluation:
         probabilities: Array,
         facts: Mapping[str, Any],
     ) -> None:
-        plots = {"ROC curves": roc_plot, "Reliability of the probabilities": reliability_plot}
         figures = [
-            Picture(figure_to_png(plot(labels, probabilities, self.label_names)), f"{name} on the test split.")
-            for name, plot in plots.items()
+            Picture(figure_to_png(plot(labels, probabilities, self.label_names)), caption)
+            for plot, caption in CAPTIONS.items()
         ]
-        summary = {**self.facts, **facts, "mode": self.mode, "thresholds": "Youden's index on validation"}
-        write_report(self.output_dir / "report.html", "Evaluation of the classifier", summary, rows, figures, cases)
+        summary = {
+            **self.facts,
+            "mode": self.mode,
+            **facts,
+            "thresholds": "Youden's index on validation",
+            "bootstrap resamples": self.num_samples,
+            "date": date.today().isoformat(),
+            "software": f"dissect_monai {_version()}",
+        }
+        title, notes = "Evaluation of the classifier", table_notes(rows)
+        write_report(self.output_dir / "report.html", title, summary, rows, figures, cases, notes)
+
+
+def _version() -> str:
+    try:
+        return version("dissect-monai")
+    except PackageNotFoundError:  # run from its folder
+        return "not installed"
 
 
 def _texts(probability: float, label: float) -> tuple[str, str]:

@@ -101,6 +101,21 @@ def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
     write_csv(path, ["finding", *ends, "threshold", "n", "positives"], lines)
 
 
+def table_notes(rows: Sequence[FindingRow]) -> list[str]:
+    """How to read the table, for the report: what is left out, and what the mean, ECE and the intervals are."""
+    missing = ", ".join(f"{row.finding} ({row.positives} positives of {row.n})" for row in left_out_rows(rows))
+    why = "for lack of positives or negatives in the test split"
+    return [
+        *([f"Without metrics, and so left out of the mean and the figures, {why}: {missing}."] if missing else []),
+        f"n counts the images whose label is known. {MACRO} is the mean over the findings that have the metric; it has "
+        "no n and no positives of its own.",
+        f"ECE is the calibration error of a finding in 15 bins, that of {MACRO} their mean. The ECE of all labels "
+        "pooled, in the reliability figure, is another number: there, too high and too low probabilities cancel.",
+        "Intervals are percentiles of resamples of the subjects. That of ECE allows for what chance adds to it. Where "
+        "no resample differs, as at 0 and 1, Wilson's interval over subjects stands in, or none.",
+    ]
+
+
 def _statistics(label: Array, probability: Array, threshold: float) -> dict[str, Statistic]:
     """The metrics of one finding as functions of the items' weights, and the noise of the calibration error."""
     return {

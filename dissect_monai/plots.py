@@ -87,7 +87,7 @@ def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequenc
         known.append((label, probability))
         errors.append(error)
         bins = reliability(label, probability, NUM_BINS)
-        text, style = f"{names[index]}  {error:.3f}", _style(index) | {"linewidth": 1, "alpha": 0.8}
+        text, style = f"{names[index]}  {error:.3f}", _style(index) | {"linewidth": 1, "alpha": 0.8, "marker": "."}
         lines += axes.plot(bins.confidence, bins.frequency, label=text, **style)
     if known:
         pooled_label, pooled = (np.concatenate(part) for part in zip(*known, strict=True))

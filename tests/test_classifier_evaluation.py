@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,24 @@ def test_the_report_shows_curves_and_the_worst_cases(tmp_path: Path) -> None:
     missed, alarm = np.where(labels == 1, wrong, np.inf), np.where(labels == 0, wrong, -np.inf)
     for place in (missed.argmin(), alarm.argmax()):
         assert f"1_{place // 2}.png" in page
+
+
+def test_the_report_says_what_it_rests_on(tmp_path: Path) -> None:
+    Evaluated(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    facts = {
+        "Test images": "60",
+        "Validation images": "50",
+        "Bootstrap resamples": "50",
+        "Date": date.today().isoformat(),
+    }
+    for name, value in facts.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "<dt>Software</dt><dd>dissect_monai " in page
+    assert "Rare (0 positives of 60)." in page
+    assert "<td>60</td><td>0</td><td>–</td>" in page
+    for caption in ("ROC curves on the test split: ", "Reliability on the test split: "):
+        assert f"<figcaption>{caption}" in page
 
 
 def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dissect_monai.finding_table import METRICS, finding_rows, left_out_rows, metrics_by_name, write_findings
+from dissect_monai.finding_table import (
+    METRICS,
+    finding_rows,
+    left_out_rows,
+    metrics_by_name,
+    table_notes,
+    write_findings,
+)
 from dissect_monai.intervals import wilson_interval
 from dissect_monai.report import FindingRow
 
@@ -104,6 +111,13 @@ def test_metrics_are_named_by_finding_without_blanks() -> None:
     assert len(metrics) == 3 * 3 * len(METRICS)  # value, low and high of the mean and of two findings
     assert metrics["ece_Large_Hernia_high"] == found[2].ece.high
     assert metrics["auroc"] == found[0].auroc.value
+
+
+def test_notes_name_what_is_left_out_with_its_counts() -> None:
+    left_out, *others = table_notes(rows())
+    assert left_out.endswith("Never (0 positives of 40), Always (40 positives of 40), Unlabelled (0 positives of 0).")
+    assert table_notes(rows()[:3]) == others
+    assert [note for note in others if "pooled" in note]
 
 
 def test_the_file_leaves_blank_what_is_unknown(tmp_path: Path) -> None:
