@@ -29,6 +29,7 @@ from dissect_monai.validation import OutputCollector, Outputs
 Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
 
+NO_SALIENCY = "No saliency: nothing raised the output."
 CAPTIONS = {
     roc_plot: "ROC curves on the test split: as the threshold falls, the share of positives that are found against the "
     "share of negatives that are called positive. The dotted diagonal is guessing; the legend names the best first.",
@@ -154,7 +155,7 @@ class ClassifierEvaluation:
             cases.append(
                 Case(
                     image_png=overlay_png(image, torch.zeros_like(image)),
-                    overlay_png=overlay_png(image, saliency),
+                    overlay_png=overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
                     name=Path(dataset.data[row]["image"]).name,
                     finding=self.label_names[column],
                     truth=labels[row, column],

@@ -27,6 +27,7 @@ Array = NDArray[np.floating[Any]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # once the colours are used up
 INK, GREY, PALE = "#111827", "#6B7280", "#D1D5DB"
+MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 NUM_BINS = 10  # of the drawn curves; the calibration error keeps its own, finer ones
 
 
@@ -122,7 +123,7 @@ def saliency_overlay(image: ArrayLike, saliency: ArrayLike) -> NDArray[np.uint8]
         raise ValueError(
             f"`image` and `saliency` must have the same shape (H, W), got {image.shape}, {saliency.shape}."
         )
-    opacity = 0.7 * saliency[..., None]
+    opacity = MAX_OPACITY * saliency[..., None]
     blend = (1 - opacity) * image[..., None] + opacity * colormaps["inferno"](saliency)[..., :3]
     return (255 * blend).round().astype(np.uint8)
 

@@ -65,7 +65,7 @@ figcaption { padding: 4px 8px 0; }
 .case { width: calc((100% - 32px) / 3); min-width: 300px; border: 1px solid #e5e7eb; border-radius: 6px; }
 .pictures { display: flex; align-items: center; gap: 2px; background: #000; overflow: hidden;
   border-radius: 5px 5px 0 0; }
-.pictures div { flex: 1 1 0; }
+.pictures div { flex: 1 1 0; color: #d1d5db; font-size: 13px; text-align: center; }
 .case dl { padding: 8px 10px; font-size: 13px; }
 .case dl div { display: flex; align-items: baseline; gap: 8px; }
 .case dt { flex: 0 0 72px; }
@@ -110,7 +110,7 @@ class Case(NamedTuple):
     """An item that was judged wrongly, and its pictures."""
 
     image_png: bytes
-    overlay_png: bytes  # the same image under its saliency
+    overlay_png: bytes | str  # the same image under its saliency, or why there is none
     name: str  # file name
     finding: str
     truth: float
@@ -130,7 +130,8 @@ def write_report(
     """Write an evaluation as one HTML file: headline facts, table with notes, figures, worst cases, limits.
 
     Rows and cases may be `NamedTuple`s of any fields: a field's name is its heading, its value a text, a number, an
-    `Interval` or, in a case, a PNG. NaN and None are shown as a dash. All text is escaped, and the file loads nothing.
+    `Interval` or, in a case, a PNG; a text in a case's field `..._png` stands in the picture's place. NaN and None are
+    shown as a dash. All text is escaped, and the file loads nothing.
 
     Args:
         path: file to write; its folder is made.
@@ -193,9 +194,15 @@ def _figure(figure: Picture) -> str:
 
 def _case(case: NamedTuple) -> str:
     fields = case._asdict()
-    images = {name: fields.pop(name) for name in case._fields if isinstance(fields[name], bytes)}
-    pictures = "".join(f"<div>{_image(png, _heading(name.removesuffix('_png')))}</div>" for name, png in images.items())
+    images = {
+        name: fields.pop(name) for name in case._fields if isinstance(fields[name], bytes) or name.endswith("_png")
+    }
+    pictures = "".join(f"<div>{_picture(name.removesuffix('_png'), value)}</div>" for name, value in images.items())
     return f'<div class="case"><div class="pictures">{pictures}</div><dl>{_facts(fields)}</dl></div>'
+
+
+def _picture(name: str, value: bytes | str) -> str:
+    return _image(value, _heading(name)) if isinstance(value, bytes) else escape(value)
 
 
 def _image(png: bytes, alt: str) -> str:

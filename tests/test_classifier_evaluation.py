@@ -215,6 +215,13 @@ def test_the_report_shows_curves_and_the_worst_cases(tmp_path: Path) -> None:
         assert f"1_{place // 2}.png" in page
 
 
+def test_the_report_says_where_saliency_is_empty(tmp_path: Path) -> None:
+    Evaluated(tmp_path, scale=-4.0, num_worst=4)  # every image lowers every output
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("No saliency: nothing raised the output.") == 4
+    assert page.count("data:image/png;base64,") == 2 + 4
+
+
 def test_the_report_says_what_it_rests_on(tmp_path: Path) -> None:
     Evaluated(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

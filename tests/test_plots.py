@@ -149,6 +149,11 @@ def test_an_overlay_departs_from_grey_the_more_the_larger_the_saliency() -> None
     assert overlay[5].argmin() == 2  # the salient end of the map is yellow
 
 
+def test_the_image_is_readable_even_below_the_largest_saliency() -> None:
+    dark, bright = (saliency_overlay(np.full((1, 1), grey), np.ones((1, 1))).astype(int) for grey in (0.25, 0.75))
+    assert (bright - dark >= 255 / 4).all()  # half of the contrast is left
+
+
 def test_an_overlay_keeps_rows_and_columns_and_clips() -> None:
     saliency = np.zeros((2, 3))
     saliency[1, 0] = 5

@@ -115,6 +115,13 @@ def test_facts_and_cases_are_named(tmp_path: Path) -> None:
     assert page.values("alt") == ["ROC", "Image", "Overlay"]
 
 
+def test_a_text_stands_where_a_picture_is_missing(tmp_path: Path) -> None:
+    page = write(tmp_path, cases=[Case(png(1), "None: <nothing>", "a/b.png", "Effusion", 1.0, 0.031)])
+    assert page.of("div") == ["None: <nothing>"]
+    assert page.values("alt") == ["ROC", "Image"]
+    assert page.of("dt")[-4:] == ["Name", "Finding", "Truth", "Probability"]
+
+
 def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
     page = write(tmp_path)
     sources = [source.partition("data:image/png;base64,") for source in page.values("src") if source]
