@@ -25,8 +25,8 @@ def expected_calibration_error(
 ) -> Array:
     """Expected calibration error of one finding: how far its probability is from its frequency, on average.
 
-    With equal-width bins b of the probability p, ECE = Σ_b |Σ_{i∈b} w_i (y_i − p_i)| / Σ_i w_i. Chance adds to it, the
-    more so the fewer the items, and resampling adds chance: a bootstrap interval can lie above a small value.
+    With equal-width bins b of the probability p, ECE = Σ_b |g_b| with the gaps g_b = Σ_{i∈b} w_i (y_i − p_i) / Σ_i w_i.
+    Chance adds to it, the more so the fewer the items, and resampling adds chance again: take `calibration_interval`.
 
     Args:
         label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
@@ -48,10 +48,23 @@ def expected_calibration_error(
         >>> round(float(expected_calibration_error([0, 0, 0, 1], [0.1, 0.1, 0.9, 0.9])), 4)
         0.25
     """
-    label, probability, weight = known_items(label, probability, weight)
-    gap = np.zeros((len(label), num_bins))
-    gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
-    return _ratio(np.abs(weight @ gap).sum(-1), weight.sum(-1))
+    return np.abs(_gaps(label, probability, weight, num_bins)).sum(-1)
+
+
+def calibration_noise(
+    label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None = None, num_bins: int = 15
+) -> Array:
+    """How far a resample moves the gaps of `expected_calibration_error`: Σ_b |g_b(w) − g_b(1)|.
+
+    The calibration error moves by no more than this. Arguments, shape of the result and errors are those of
+    `expected_calibration_error`.
+
+    Example:
+        >>> float(calibration_noise([0, 1], [0.5, 0.5], weight=[2, 0]))
+        0.5
+    """
+    moved = _gaps(label, probability, weight, num_bins) - _gaps(label, probability, None, num_bins)
+    return np.abs(moved).sum(-1)
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
@@ -180,6 +193,14 @@ def _called_positive(
     called = np.where(np.isnan(threshold), np.nan, score >= threshold)
     of_class = drawn * (label == truth)
     return _ratio(of_class @ called, of_class.sum(-1))
+
+
+def _gaps(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None, num_bins: int) -> Array:
+    """Labels less probabilities of each bin, summed, as a share of all items: (..., num_bins)."""
+    label, probability, weight = known_items(label, probability, weight)
+    gap = np.zeros((len(label), num_bins))
+    gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
+    return _ratio(weight @ gap, weight.sum(-1, keepdims=True))
 
 
 def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,29 @@ from monai.engines import SupervisedEvaluator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dissect_monai.calibration import (
-    expected_calibration_error,
-    fit_temperature,
-    sensitivity,
-    specificity,
-    youden_threshold,
-)
+from dissect_monai.calibration import fit_temperature, youden_threshold
 from dissect_monai.data import Item
-from dissect_monai.evaluation import MACRO, write_csv
+from dissect_monai.evaluation import write_csv
+from dissect_monai.finding_table import finding_rows, left_out_rows, metrics_by_name, table_notes, write_findings
 from dissect_monai.inferers import prepare_images
-from dissect_monai.metrics import Interval, auroc, average_precision, bootstrap, mean_statistic
-from dissect_monai.plots import figure_to_png, reliability_plot, roc_plot
+from dissect_monai.plots import NUM_BINS, figure_to_png, reliability_plot, roc_plot
 from dissect_monai.predictions import Calibration, write_calibration
 from dissect_monai.report import Case, FindingRow, Picture, write_report
 from dissect_monai.saliency import overlay_png, saliency_maps
-from dissect_monai.validation import OutputCollector, Outputs, left_out, metric_name, usable_findings
+from dissect_monai.validation import OutputCollector, Outputs
 
 Array = NDArray[np.floating[Any]]
-Statistic = Callable[[Array], Array]
 logger = logging.getLogger(__name__)
-METRICS = ("auroc", "ap", "sensitivity", "specificity", "ece")
+
+NO_SALIENCY = "No saliency: nothing raised the output."
+CAPTIONS = {
+    roc_plot: "ROC curves on the test split: as the threshold falls, the share of positives that are found against the "
+    "share of negatives that are called positive. The dotted diagonal is guessing; the legend names the best first.",
+    reliability_plot: "Reliability on the test split: how often a finding is there among the labels that were given "
+    f"about the same probability, in {NUM_BINS} bins; on the dotted diagonal, probabilities are frequencies. Black: "
+    "the labels of all findings pooled, with 95 % Wilson intervals that take labels for independent. Below: how many "
+    "labels were given which probability.",
+}
 
 
 class ClassifierEvaluation:
@@ -45,8 +48,8 @@ class ClassifierEvaluation:
     calibration.json (temperature and thresholds, for predictions), scores.npz (laid out as that of `ProbeHandler`) and
     report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
     `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator for MONAI's `MetricsSaver`. Findings without
-    positives or negatives in the test split are left out and named; those without in validation have no threshold, and
-    so no sensitivity and specificity.
+    positives or negatives in the test split are named, but have counts alone; those without in validation have no
+    threshold, and so no sensitivity and specificity.
 
     Args:
         validation: loader of the labelled validation images.
@@ -96,15 +99,25 @@ class ClassifierEvaluation:
         pairs = zip(validation.labels.T, validation.probabilities(temperature).T, strict=True)
         thresholds = [youden_threshold(*pair) for pair in pairs]
         subjects = [str(item.get("subject", item["image"])) for item in dataset.data]
-        named = dict(zip(self.label_names, thresholds, strict=True))
-        rows = self._rows(test.labels, probabilities, thresholds, subjects)
+        draws = subjects, self.num_samples, self.seed
+        rows = finding_rows(self.label_names, test.labels, probabilities, thresholds, *draws)
+        missing = left_out_rows(rows)
+        if missing:
+            names = ", ".join(row.finding for row in missing)
+            logger.warning("Left out, for lack of positives or negatives in the test split: %s.", names)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        _write_findings(self.output_dir / "findings.csv", rows)
-        write_calibration(self.output_dir / "calibration.json", Calibration(temperature, named), engine.network)
+        write_findings(self.output_dir / "findings.csv", rows)
+        fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
+        write_calibration(self.output_dir / "calibration.json", fitted, engine.network)
         self._write_predictions(dataset.data, subjects, test.labels, probabilities)
-        engine.state.metrics |= {"temperature": temperature, **_metrics(rows)}
-        if rows:
-            facts = {"images": len(subjects), "subjects": len(set(subjects)), "temperature": temperature}
+        engine.state.metrics |= {"temperature": temperature, **metrics_by_name(rows)}
+        if len(missing) < len(self.label_names):
+            facts = {
+                "test images": len(subjects),
+                "test subjects": len(set(subjects)),
+                "validation images": len(validation.labels),
+                "temperature": temperature,
+            }
             cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
             self._write_report(rows, cases, test.labels, probabilities, facts)
 
@@ -121,32 +134,6 @@ class ClassifierEvaluation:
             decollate=False,
         ).run()
         return collector.outputs()
-
-    def _rows(
-        self, labels: Array, probabilities: Array, thresholds: Sequence[float], subjects: Sequence[str]
-    ) -> list[FindingRow]:
-        """A line for the mean over all findings, and one for each."""
-        usable = usable_findings(labels, probabilities)
-        if names := left_out(self.label_names, usable):
-            logger.warning("Left out, for lack of positives or negatives in the test split: %s.", ", ".join(names))
-        statistics = {i: _statistics(labels[:, i], probabilities[:, i], thresholds[i]) for i in usable}
-
-        def row(finding: str, columns: Sequence[int], threshold: float) -> FindingRow:
-            intervals = {
-                name: self._interval(mean_statistic([statistics[i][name] for i in columns]), subjects)
-                for name in METRICS
-            }
-            known = ~np.isnan(labels[:, columns]).all(1)
-            positives = int(np.nansum(labels[:, columns]))
-            return FindingRow(finding, int(known.sum()), positives, threshold=threshold, **intervals)
-
-        singles = [row(self.label_names[i], [i], thresholds[i]) for i in usable]
-        return [row(MACRO, usable, float("nan")), *singles] if usable else []
-
-    def _interval(self, statistic: Statistic, subjects: Sequence[str]) -> Interval:
-        if np.isnan(statistic(np.ones((1, len(subjects))))).any():
-            return Interval(float("nan"), float("nan"), float("nan"))
-        return bootstrap(statistic, subjects, self.num_samples, self.seed)
 
     def _write_predictions(
         self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
@@ -172,7 +159,7 @@ class ClassifierEvaluation:
             cases.append(
                 Case(
                     image_png=overlay_png(image, torch.zeros_like(image)),
-                    overlay_png=overlay_png(image, saliency),
+                    overlay_png=overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
                     name=Path(dataset.data[row]["image"]).name,
                     finding=self.label_names[column],
                     truth=labels[row, column],
@@ -189,44 +176,28 @@ class ClassifierEvaluation:
         probabilities: Array,
         facts: Mapping[str, Any],
     ) -> None:
-        plots = {"ROC curves": roc_plot, "Reliability of the probabilities": reliability_plot}
         figures = [
-            Picture(figure_to_png(plot(labels, probabilities, self.label_names)), f"{name} on the test split.")
-            for name, plot in plots.items()
+            Picture(figure_to_png(plot(labels, probabilities, self.label_names)), caption)
+            for plot, caption in CAPTIONS.items()
         ]
-        summary = {**self.facts, **facts, "mode": self.mode, "thresholds": "Youden's index on validation"}
-        write_report(self.output_dir / "report.html", "Evaluation of the classifier", summary, rows, figures, cases)
+        summary = {
+            **self.facts,
+            "mode": self.mode,
+            **facts,
+            "thresholds": "Youden's index on validation",
+            "bootstrap resamples": self.num_samples,
+            "date": date.today().isoformat(),
+            "software": f"dissect_monai {_version()}",
+        }
+        title, notes = "Evaluation of the classifier", table_notes(rows)
+        write_report(self.output_dir / "report.html", title, summary, rows, figures, cases, notes)
 
 
-def _statistics(label: Array, probability: Array, threshold: float) -> dict[str, Statistic]:
-    """The metrics of one finding as functions of the items' weights, for the bootstrap."""
-    return {
-        "auroc": partial(auroc, label, probability),
-        "ap": partial(average_precision, label, probability),
-        "sensitivity": partial(sensitivity, label, probability, threshold),
-        "specificity": partial(specificity, label, probability, threshold),
-        "ece": partial(expected_calibration_error, label, probability),
-    }
-
-
-def _metrics(rows: Sequence[FindingRow]) -> dict[str, float]:
-    """`auroc`, `auroc_low`, `auroc_high`, `auroc_<finding>`, ... of the table's lines."""
-    found: dict[str, float] = {}
-    for row in rows:
-        for metric in METRICS:
-            name = metric if row.finding == MACRO else metric_name(metric, row.finding)
-            interval: Interval = getattr(row, metric)
-            found |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return found
-
-
-def _write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
-    ends = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
-    values = [[value for metric in METRICS for value in getattr(row, metric)] for row in rows]
-    lines = [
-        [row.finding, *own, f"{row.threshold:.6g}", row.n, row.positives] for row, own in zip(rows, values, strict=True)
-    ]
-    write_csv(path, ["finding", *ends, "threshold", "n", "positives"], lines)
+def _version() -> str:
+    try:
+        return version("dissect-monai")
+    except PackageNotFoundError:  # run from its folder
+        return "not installed"
 
 
 def _texts(probability: float, label: float) -> tuple[str, str]:

@@ -28,6 +28,13 @@ class KnownItems(NamedTuple):
     weight: Array  # (..., K)
 
 
+class Resampled(NamedTuple):
+    """A statistic of all items, each counted once, and of every resample."""
+
+    value: float
+    resamples: Array  # (R,), NaN where the statistic is undefined
+
+
 class MacroScore(NamedTuple):
     """A mean over findings, the score of each, and the findings that have none."""
 
@@ -240,6 +247,15 @@ def bootstrap(
         >>> round(interval.value, 3)
         0.25
     """
+    value, resamples = resample(statistic, subjects, num_samples, seed)
+    low, high = np.nanpercentile(resamples, (2.5, 97.5))
+    return Interval(value, float(low), float(high))
+
+
+def resample(
+    statistic: Callable[[Array], ArrayLike], subjects: ArrayLike, num_samples: int = 1000, seed: int = 0
+) -> Resampled:
+    """A statistic of resamples of the subjects; arguments and errors are those of `bootstrap`."""
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
@@ -249,9 +265,8 @@ def bootstrap(
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), num_samples)
     # In blocks, so that memory does not grow with the number of resamples.
     blocks = np.array_split(draws, -(-num_samples // 100))
-    values = np.concatenate([np.asarray(statistic(block[:, item_subject].astype(float))) for block in blocks])
-    low, high = np.nanpercentile(values, (2.5, 97.5))
-    return Interval(value, float(low), float(high))
+    values = [np.asarray(statistic(block[:, item_subject].astype(float))) for block in blocks]
+    return Resampled(value, np.concatenate(values))
 
 
 def paired_bootstrap(

@@ -130,7 +130,9 @@ class SSLMonitor:
         second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
         writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
         if output.reconstruction is not None:
-            columns = [seen[first], clean[first], output.reconstruction[first]]
+            columns = [clean[first], output.reconstruction[first]]
+            if not torch.equal(seen, clean):  # else the input is the target
+                columns.insert(0, seen[first])
             writer.add_image("reconstruction", view_figure(columns), epoch)
         _, indices, books = zip(*self._scales(output), strict=True)
         figure = code_figure(seen[first], [scale[first] for scale in indices], books)

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from dissect_monai.calibration import expected_calibration_error, reliability
+from dissect_monai.intervals import wilson_interval
 from dissect_monai.metrics import auroc
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Array = NDArray[np.floating[Any]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # once the colours are used up
 INK, GREY, PALE = "#111827", "#6B7280", "#D1D5DB"
+MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 NUM_BINS = 10  # of the drawn curves; the calibration error keeps its own, finer ones
 
 
@@ -47,8 +49,6 @@ def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figu
     curves: list[tuple[float, Any]] = []
     for index, label, score in _columns(labels, scores, names):
         area = float(auroc(label, score))
-        if np.isnan(area):
-            continue
         false_positive_rate, true_positive_rate, _ = roc_curve(label, score)
         text = f"{names[index]}  {area:.3f}"
         (line,) = axes.plot(false_positive_rate, true_positive_rate, label=text, **_style(index))
@@ -65,11 +65,13 @@ def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figu
 def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequence[str]) -> Figure:
     """Observed frequency over probability, per finding and pooled, above a histogram of the probabilities.
 
-    The pooled curve has 95 % Wilson intervals, which take the items for independent.
+    The findings are those of `roc_plot`. The pooled curve, of the labels of all of them, has 95 % Wilson intervals,
+    which take labels for independent. Its calibration error is not the mean over the findings, which is in the title:
+    pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
 
     Args:
         labels: shape (N, C), 1, 0 or NaN (unknown).
-        probabilities: shape (N, C), in [0, 1]; findings without known labels or with NaN are left out.
+        probabilities: shape (N, C), in [0, 1].
         names: names of the C findings.
 
     Returns:
@@ -80,24 +82,24 @@ def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequenc
     """
     figure, (axes, histogram) = _figure(len(names), panels=2)
     lines: list[Any] = []
-    known = []
+    known, errors = [], []
     for index, label, probability in _columns(labels, probabilities, names):
         error = float(expected_calibration_error(label, probability))
-        if np.isnan(error):
-            continue
         known.append((label, probability))
+        errors.append(error)
         bins = reliability(label, probability, NUM_BINS)
-        text, style = f"{names[index]}  {error:.3f}", _style(index) | {"linewidth": 1, "alpha": 0.8}
+        text, style = f"{names[index]}  {error:.3f}", _style(index) | {"linewidth": 1, "alpha": 0.8, "marker": "."}
         lines += axes.plot(bins.confidence, bins.frequency, label=text, **style)
     if known:
         pooled_label, pooled = (np.concatenate(part) for part in zip(*known, strict=True))
         lines.insert(0, _pooled(axes, pooled_label, pooled))
         _histogram(histogram, pooled_label, pooled)
-    axes.set_title(f"Reliability of {len(known)} of {len(names)} findings", loc="left")
+    mean = f", mean ECE {np.mean(errors):.3f}" if errors else ""
+    axes.set_title(f"Reliability of {len(known)} of {len(names)} findings{mean}", loc="left")
     axes.set(ylabel="Observed frequency")
     _diagonal(axes)
     histogram.set(xlabel="Predicted probability", ylabel="Labels", xlim=axes.get_xlim())
-    _legend(figure, "Calibration error (ECE)", lines)
+    _legend(figure, "Calibration error (ECE), of all labels pooled and of each finding", lines)
     return figure
 
 
@@ -121,7 +123,7 @@ def saliency_overlay(image: ArrayLike, saliency: ArrayLike) -> NDArray[np.uint8]
         raise ValueError(
             f"`image` and `saliency` must have the same shape (H, W), got {image.shape}, {saliency.shape}."
         )
-    opacity = 0.7 * saliency[..., None]
+    opacity = MAX_OPACITY * saliency[..., None]
     blend = (1 - opacity) * image[..., None] + opacity * colormaps["inferno"](saliency)[..., :3]
     return (255 * blend).round().astype(np.uint8)
 
@@ -161,7 +163,7 @@ def _figure(num_findings: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _columns(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Iterator[tuple[int, Array, Array]]:
-    """Index, labels and scores of each finding, for the items whose label is known."""
+    """Index, labels and scores of each finding that has both classes and all scores, for the items of known label."""
     labels, scores = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
     if labels.ndim != 2 or scores.shape != labels.shape or labels.shape[1] != len(names):
         raise ValueError(
@@ -170,7 +172,8 @@ def _columns(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Iter
         )
     for index, (label, score) in enumerate(zip(labels.T, scores.T, strict=True)):
         known = ~np.isnan(label)
-        yield index, label[known], score[known]
+        if not np.isnan(auroc(label, score)):
+            yield index, label[known], score[known]
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -191,12 +194,9 @@ def _legend(figure: Figure, title: str, lines: Sequence[Any]) -> None:
 
 def _pooled(axes: Axes, label: Array, probability: Array) -> Any:
     bins = reliability(label, probability, NUM_BINS)
-    # Wilson's interval, which, unlike the normal one, has a width where the frequency is 0 or 1.
-    z2 = 1.96**2 / bins.num_items
-    center = (bins.frequency + z2 / 2) / (1 + z2)
-    half = np.sqrt(z2 * bins.frequency * (1 - bins.frequency) + z2**2 / 4) / (1 + z2)
-    error = np.stack([bins.frequency - (center - half), center + half - bins.frequency]).clip(0)
-    text = f"All findings  {float(expected_calibration_error(label, probability)):.3f}"
+    low, high = wilson_interval(bins.frequency, bins.num_items)
+    error = np.stack([bins.frequency - low, high - bins.frequency])
+    text = f"All pooled  {float(expected_calibration_error(label, probability)):.3f}"
     style: dict[str, Any] = {"color": INK, "linewidth": 2, "elinewidth": 1.2, "capsize": 3, "marker": "o"}
     return axes.errorbar(bins.confidence, bins.frequency, error, label=text, markersize=5, **style)
 
@@ -208,4 +208,4 @@ def _histogram(axes: Axes, label: Array, probability: Array) -> None:
     axes.hist(positive, edges, color=COLORS[1], label=f"positive ({len(positive):,})", histtype="step", linewidth=1.6)
     axes.set(yscale="log")
     axes.set_ylim(bottom=0.7)  # a single label is to be seen
-    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)

@@ -46,7 +46,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 28px 24px; }
 h1 { margin: 0 0 14px; font-size: 26px; letter-spacing: -0.01em; }
 h2 { margin: 28px 0 12px; padding-bottom: 4px; font-size: 17px; border-bottom: 2px solid #0072b2; break-after: avoid; }
 dl, dd, figure { margin: 0; }
-dt, small, figcaption, footer { color: #6b7280; font-size: 12px; }
+dt, small, footer { color: #6b7280; font-size: 12px; }
 small { display: block; font-size: 11px; font-weight: 400; white-space: nowrap; }
 img { display: block; width: 100%; height: auto; }
 .facts, .figures, .cases { display: flex; flex-wrap: wrap; gap: 16px; }
@@ -59,11 +59,13 @@ th { color: #6b7280; font-size: 12px; border-bottom-color: #9ca3af; }
 th:first-child, .text { text-align: left; }
 tr, figure, .case { break-inside: avoid; }
 figure { flex: 1 1 320px; max-width: 620px; }
-figcaption { padding-left: 4px; }
+figcaption, .notes { color: #374151; font-size: 13px; }
+figcaption { padding: 4px 8px 0; }
+.notes { margin: 10px 0 0; padding-left: 20px; }
 .case { width: calc((100% - 32px) / 3); min-width: 300px; border: 1px solid #e5e7eb; border-radius: 6px; }
 .pictures { display: flex; align-items: center; gap: 2px; background: #000; overflow: hidden;
   border-radius: 5px 5px 0 0; }
-.pictures div { flex: 1 1 0; }
+.pictures div { flex: 1 1 0; color: #d1d5db; font-size: 13px; text-align: center; }
 .case dl { padding: 8px 10px; font-size: 13px; }
 .case dl div { display: flex; align-items: baseline; gap: 8px; }
 .case dt { flex: 0 0 72px; }
@@ -75,7 +77,8 @@ footer p { margin: 2px 0; }
   main { max-width: none; padding: 0; }
   h1 { font-size: 18px; } h2 { margin: 14px 0 8px; font-size: 13px; }
   th, td { padding: 2px 4px; white-space: nowrap; } .text { white-space: normal; }
-  small { display: inline; margin-left: 4px; } th, dt, small, figcaption, footer { font-size: 8.5px; }
+  small { display: inline; margin-left: 4px; } th, dt, small, footer { font-size: 8.5px; }
+  figcaption, .notes { font-size: 9px; }
   .facts { padding: 8px 12px; } .facts dd { font-size: 11px; }
   figure { flex-basis: 40%; } .case { min-width: 0; } .case dl { font-size: 9px; } .case dt { flex-basis: 48px; }
 }
@@ -86,8 +89,8 @@ class FindingRow(NamedTuple):
     """One line of a classifier's table."""
 
     finding: str
-    n: int  # items whose label is known
-    positives: int
+    n: int | None  # items whose label is known; None of a mean over findings
+    positives: int | None
     auroc: Interval
     ap: Interval
     sensitivity: Interval
@@ -107,7 +110,7 @@ class Case(NamedTuple):
     """An item that was judged wrongly, and its pictures."""
 
     image_png: bytes
-    overlay_png: bytes  # the same image under its saliency
+    overlay_png: bytes | str  # the same image under its saliency, or why there is none
     name: str  # file name
     finding: str
     truth: float
@@ -121,12 +124,14 @@ def write_report(
     metrics_rows: Sequence[NamedTuple],
     figures: Sequence[Picture] = (),
     cases: Sequence[NamedTuple] = (),
+    notes: Sequence[str] = (),
     limits: Sequence[str] = LIMITS,
 ) -> None:
-    """Write an evaluation as one HTML file: headline facts, table, figures, worst cases, limits.
+    """Write an evaluation as one HTML file: headline facts, table with notes, figures, worst cases, limits.
 
     Rows and cases may be `NamedTuple`s of any fields: a field's name is its heading, its value a text, a number, an
-    `Interval` or, in a case, a PNG. NaN and None are shown as a dash. All text is escaped, and the file loads nothing.
+    `Interval` or, in a case, a PNG; a text in a case's field `..._png` stands in the picture's place. NaN and None are
+    shown as a dash. All text is escaped, and the file loads nothing.
 
     Args:
         path: file to write; its folder is made.
@@ -135,6 +140,7 @@ def write_report(
         metrics_rows: lines of the table, such as `FindingRow`, all of the same fields.
         figures: pictures, shown two in a row.
         cases: items to look at, such as `Case`, worst first.
+        notes: sentences below the table, on how to read it.
         limits: sentences of the footer.
 
     Raises:
@@ -145,7 +151,7 @@ def write_report(
         raise ValueError(f"`metrics_rows` must not be empty and have the same fields, got {sorted(fields)}.")
     body = [
         f'<dl class="facts">{_facts(summary)}</dl>',
-        _section("Results", "results", [_table(metrics_rows)]),
+        _section("Results", "results", [_table(metrics_rows), _notes(notes)]),
         _section("Figures", "figures", map(_figure, figures)),
         _section("Worst cases", "cases", map(_case, cases)),
     ]
@@ -172,6 +178,10 @@ def _table(rows: Sequence[NamedTuple]) -> str:
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
+def _notes(notes: Sequence[str]) -> str:
+    return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>' if notes else ""
+
+
 def _cell(value: Any) -> str:
     css_class = ' class="text"' if isinstance(value, str) else ""
     return f"<td{css_class}>{_value(value)}</td>"
@@ -184,9 +194,15 @@ def _figure(figure: Picture) -> str:
 
 def _case(case: NamedTuple) -> str:
     fields = case._asdict()
-    images = {name: fields.pop(name) for name in case._fields if isinstance(fields[name], bytes)}
-    pictures = "".join(f"<div>{_image(png, _heading(name.removesuffix('_png')))}</div>" for name, png in images.items())
+    images = {
+        name: fields.pop(name) for name in case._fields if isinstance(fields[name], bytes) or name.endswith("_png")
+    }
+    pictures = "".join(f"<div>{_picture(name.removesuffix('_png'), value)}</div>" for name, value in images.items())
     return f'<div class="case"><div class="pictures">{pictures}</div><dl>{_facts(fields)}</dl></div>'
+
+
+def _picture(name: str, value: bytes | str) -> str:
+    return _image(value, _heading(name)) if isinstance(value, bytes) else escape(value)
 
 
 def _image(png: bytes, alt: str) -> str:
@@ -202,7 +218,8 @@ def _value(value: Any) -> str:
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, Interval):
-        middle, ends = f"{value.value:.3f}", f"{value.low:.3f}–{value.high:.3f}"
+        ends = "no interval" if math.isnan(value.low) else f"{value.low:.3f}–{value.high:.3f}"
+        middle = f"{value.value:.3f}"
         return "–" if math.isnan(value.value) else f"{middle}<small>{ends}</small>"
     if value is None or math.isnan(value):
         return "–"

@@ -9,6 +9,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import recall_score, roc_curve
 
 from dissect_monai.calibration import (
+    calibration_noise,
     expected_calibration_error,
     fit_temperature,
     reliability,
@@ -75,6 +76,17 @@ def test_probabilities_that_are_frequencies_are_calibrated() -> None:
 def test_certain_and_wrong_is_the_largest_error() -> None:
     assert expected_calibration_error([0, 1], [1, 0]) == 1
     assert expected_calibration_error([0, 1], [0, 1]) == 0
+
+
+def test_the_noise_of_a_resample_bounds_what_its_error_gains() -> None:
+    rng = np.random.default_rng(0)
+    label, probability = np.where(rng.random(40) < 0.1, np.nan, rng.random(40) < 0.3), rng.random(40)
+    weight = rng.multinomial(40, np.full(40, 1 / 40), 50).astype(float)
+    noise = calibration_noise(label, probability, weight)
+    gained = expected_calibration_error(label, probability, weight) - expected_calibration_error(label, probability)
+    assert noise.shape == (50,)
+    assert (np.abs(gained) <= noise + 1e-12).all()
+    assert calibration_noise(label, probability) == 0
 
 
 @pytest.mark.parametrize("num_bins", [1, 10, 15])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
 
 def test_findings_are_those_of_sklearn(evaluated: Evaluated) -> None:
     probabilities, labels = sigmoid(evaluated.logits(evaluated.test)), evaluated.test.labels.numpy()
-    for index, row in enumerate(evaluated.findings[1:]):
+    for index, row in enumerate(evaluated.findings[1:3]):
         known = ~np.isnan(labels[:, index])
         label, probability = labels[known, index], probabilities[known, index]
         tn, fp, fn, tp = confusion_matrix(label, probability >= float(row["threshold"])).ravel()
@@ -128,7 +129,7 @@ def test_findings_are_those_of_sklearn(evaluated: Evaluated) -> None:
 
 def test_thresholds_come_from_validation_alone(evaluated: Evaluated) -> None:
     probabilities, labels = sigmoid(evaluated.logits(evaluated.validation)), evaluated.validation.labels.numpy()
-    for index, row in enumerate(evaluated.findings[1:]):
+    for index, row in enumerate(evaluated.findings[1:3]):
         known = ~np.isnan(labels[:, index])
         label, probability = labels[known, index], probabilities[known, index]
         fpr, tpr, _ = roc_curve(label, probability)
@@ -137,17 +138,25 @@ def test_thresholds_come_from_validation_alone(evaluated: Evaluated) -> None:
 
 
 def test_the_macro_row_is_the_mean_and_intervals_hold_their_value(evaluated: Evaluated) -> None:
-    macro, *singles = evaluated.findings
+    macro, *singles = evaluated.findings[:3]
     assert macro["finding"] == "macro"
+    assert macro["n"] == macro["positives"] == ""
     for metric in METRICS:
         mean = np.mean([float(row[metric]) for row in singles])
         assert float(macro[metric]) == pytest.approx(mean, abs=1e-4)
-        for row in evaluated.findings:
+        for row in evaluated.findings[:3]:
             assert float(row[f"{metric}_low"]) <= float(row[metric]) <= float(row[f"{metric}_high"])
 
 
-def test_findings_without_positives_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert [row["finding"] for row in Evaluated(tmp_path).findings] == ["macro", *NAMES[:2]]
+def test_findings_without_positives_are_named_with_their_counts_and_have_no_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated = Evaluated(tmp_path)
+    assert [row["finding"] for row in evaluated.findings] == ["macro", *NAMES]
+    rare = evaluated.findings[-1]
+    assert (rare.pop("n"), rare.pop("positives"), float(rare.pop("threshold")) > 0) == ("60", "0", True)
+    assert set(rare.values()) == {"Rare", ""}
+    assert not [name for name in evaluated.metrics if "Rare" in name]
     assert "Left out, for lack of positives or negatives in the test split: Rare." in caplog.text
 
 
@@ -188,7 +197,7 @@ def test_without_a_class_in_validation_there_is_no_threshold(tmp_path: Path) -> 
     test, validation = Set(60, 1, rare=True), Set(50, 0, rare=False)
     row = Evaluated(tmp_path, test=test, validation=validation).findings[-1]
     assert row["finding"] == "Rare"
-    assert {row[name] for name in ("threshold", "sensitivity", "specificity_low")} == {"nan"}
+    assert {row[name] for name in ("threshold", "sensitivity", "specificity_low")} == {""}
     assert float(row["auroc"]) > 0.5
 
 
@@ -199,18 +208,47 @@ def test_the_report_shows_curves_and_the_worst_cases(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 2 + 2 * 4
     wrong = evaluated.logits(evaluated.test)[:, :2].copy()
     labels = evaluated.test.labels.numpy()[:, :2]
-    thresholds = np.array([float(row["threshold"]) for row in evaluated.findings[1:]])
+    thresholds = np.array([float(row["threshold"]) for row in evaluated.findings[1:3]])
     wrong -= np.log(thresholds / (1 - thresholds))
     missed, alarm = np.where(labels == 1, wrong, np.inf), np.where(labels == 0, wrong, -np.inf)
     for place in (missed.argmin(), alarm.argmax()):
         assert f"1_{place // 2}.png" in page
 
 
+def test_the_report_says_where_saliency_is_empty(tmp_path: Path) -> None:
+    Evaluated(tmp_path, scale=-4.0, num_worst=4)  # every image lowers every output
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("No saliency: nothing raised the output.") == 4
+    assert page.count("data:image/png;base64,") == 2 + 4
+
+
+def test_the_report_says_what_it_rests_on(tmp_path: Path) -> None:
+    Evaluated(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    facts = {
+        "Test images": "60",
+        "Validation images": "50",
+        "Bootstrap resamples": "50",
+        "Date": date.today().isoformat(),
+    }
+    for name, value in facts.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "<dt>Software</dt><dd>dissect_monai " in page
+    assert "Rare (0 positives of 60)." in page
+    assert "<td>60</td><td>0</td><td>–</td>" in page
+    for caption in ("ROC curves on the test split: ", "Reliability on the test split: "):
+        assert f"<figcaption>{caption}" in page
+
+
 def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path) -> None:
     test = Set(20, 1, rare=False)
     test.labels[:] = 0
     evaluated = Evaluated(tmp_path, test=test)
-    assert evaluated.findings == []
+    assert [(row["finding"], row["positives"], row["auroc"]) for row in evaluated.findings[1:]] == [
+        (name, "0", "") for name in NAMES
+    ]
+    assert evaluated.findings[0]["auroc"] == ""
+    assert "auroc" not in evaluated.metrics
     assert len(evaluated.predictions) == 20
     assert not (tmp_path / "report.html").exists()
 

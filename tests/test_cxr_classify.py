@@ -195,7 +195,12 @@ def test_findings_that_the_data_does_not_label_are_left_out(trained: Path, datas
         num_samples=5,
         num_workers=0,
     )
-    assert [row["finding"] for row in table(tmp_path / "eval" / "findings.csv")] == ["macro", *XRAY_FINDINGS[2:]]
+    rows = {row["finding"]: row for row in table(tmp_path / "eval" / "findings.csv")}
+    assert list(rows) == ["macro", *XRAY_FINDINGS]
+    for name in XRAY_FINDINGS:
+        labelled = name in XRAY_FINDINGS[2:]
+        assert rows[name]["n"] == ("16" if labelled else "0")
+        assert (rows[name]["auroc"] != "") == labelled
 
 
 def test_prediction_names_what_it_cannot_read_and_does_the_rest(

@@ -20,12 +20,15 @@ from dissect_monai.networks import VQSSLNet
 class Run:
     """A run of two epochs of two iterations over one batch of three images."""
 
-    def __init__(self, writer: SummaryWriter | None = None, decode: bool = True, **kwargs: int) -> None:
+    def __init__(
+        self, writer: SummaryWriter | None = None, decode: bool = True, corrupted: bool = False, **kwargs: int
+    ) -> None:
         torch.manual_seed(0)
         encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
         self.net = VQSSLNet(
             encoder, stages=(2, 4), num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode
         )
+        self.corrupted = corrupted
         self.loss = VQSSLLoss(reconstruction_weight=1 if decode else 0)
         optimizer = torch.optim.SGD(self.net.parameters(), lr=0.5)
         self.monitor = SSLMonitor(self.net, self.loss, optimizer, writer, **{"interval": 1, **kwargs})
@@ -37,7 +40,8 @@ class Run:
     def step(self, engine: Engine, batch: int) -> dict[str, object]:
         views = torch.rand(6, 1, 32, 32)
         pred = self.net(views)
-        return {"image": views, "label": views, "pred": pred, "loss": self.loss(pred, views)}
+        image = views + 0.1 if self.corrupted else views
+        return {"image": image, "label": views, "pred": pred, "loss": self.loss(pred, views)}
 
     def __call__(self) -> None:
         self.engine.run(range(2), max_epochs=2)
@@ -102,10 +106,16 @@ def test_indicators_are_in_their_ranges(events: EventAccumulator) -> None:
 
 def test_draws_at_the_end_of_every_epoch(events: EventAccumulator) -> None:
     assert set(events.Tags()["images"]) == {"views", "reconstruction", "codes_of_stages_2_4"}
-    for name, columns in (("views", 2), ("reconstruction", 3), ("codes_of_stages_2_4", 3)):
+    for name, columns in (("views", 2), ("reconstruction", 2), ("codes_of_stages_2_4", 3)):
         images = events.Images(name)
         assert [event.step for event in images] == [1, 2]
-        assert (images[0].height, images[0].width) == (3 * 32, columns * 32)
+        assert (images[0].height, images[0].width) == (3 * 128, columns * 128)
+
+
+def test_reconstructions_stand_beside_input_and_target_where_these_differ(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        Run(writer, corrupted=True)()
+    assert read(tmp_path).Images("reconstruction")[0].width == 3 * 128
 
 
 def test_without_a_decoder_there_is_no_reconstruction(tmp_path: Path) -> None:

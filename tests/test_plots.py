@@ -77,10 +77,21 @@ def test_reliability_curves_agree_with_their_bins() -> None:
     figure = reliability_plot(labels, probabilities, NAMES)
     bins = reliability(labels[:, 0], probabilities[:, 0], NUM_BINS)
     np.testing.assert_allclose(curve(figure, "Effusion").get_data(), bins[:2])
-    errors = [expected_calibration_error(*columns) for columns in zip(labels.T, probabilities.T, strict=True)]
-    entries = [f"{name}  {error:.3f}" for name, error in zip(NAMES, errors, strict=True)]
-    pooled = expected_calibration_error(labels.ravel(), probabilities.ravel())
-    assert legend(figure) == [f"All findings  {pooled:.3f}", *entries]
+    errors = [expected_calibration_error(*columns) for columns in zip(labels.T, probabilities.T, strict=True)][:2]
+    entries = [f"{name}  {error:.3f}" for name, error in zip(NAMES[:2], errors, strict=True)]
+    pooled = expected_calibration_error(labels[:, :2].ravel(), probabilities[:, :2].ravel())
+    assert legend(figure) == [f"All pooled  {pooled:.3f}", *entries]
+    assert figure.axes[0].get_title("left") == f"Reliability of 2 of 3 findings, mean ECE {np.mean(errors):.3f}"
+
+
+def test_both_figures_show_the_same_findings() -> None:
+    labels, probabilities = toy(6)
+    labels[:, 2] = 1
+    labels[:, 3] = np.nan
+    names = list("abcdef")
+    figures = [plot(labels, probabilities, names) for plot in (roc_plot, reliability_plot)]
+    shown = [{entry.split()[0] for entry in legend(figure)} for figure in figures]
+    assert shown == [set("abe"), {"All", *"abe"}]
 
 
 def test_intervals_of_the_pooled_curve_agree_with_wilsons_formula() -> None:
@@ -89,9 +100,10 @@ def test_intervals_of_the_pooled_curve_agree_with_wilsons_formula() -> None:
     np.testing.assert_allclose(interval, [[0.55, 0.0567], [0.55, 0.5098]], atol=1e-4)  # of 2 in 10
 
 
-def test_the_histogram_counts_every_known_label() -> None:
+def test_the_histogram_counts_every_known_label_of_the_findings_shown() -> None:
     labels, probabilities = toy()
     figure = reliability_plot(labels, probabilities, NAMES)
+    labels = labels[:, :2]
     texts = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert texts == [f"negative ({(labels == 0).sum()})", f"positive ({(labels == 1).sum()})"]
 
@@ -118,7 +130,7 @@ def test_reliability_leaves_out_findings_without_probabilities() -> None:
     labels, probabilities = toy()
     probabilities[:, 1] = np.nan
     figure = reliability_plot(labels, probabilities, NAMES)
-    assert [entry.split()[0] for entry in legend(figure)] == ["All", "Effusion", "Hernia"]
+    assert [entry.split()[0] for entry in legend(figure)] == ["All", "Effusion"]
 
 
 def test_an_overlay_shows_the_image_where_nothing_is_salient() -> None:
@@ -135,6 +147,11 @@ def test_an_overlay_departs_from_grey_the_more_the_larger_the_saliency() -> None
     assert (np.diff(colourfulness[:5]) > 0).all()
     assert colourfulness[5] > 40
     assert overlay[5].argmin() == 2  # the salient end of the map is yellow
+
+
+def test_the_image_is_readable_even_below_the_largest_saliency() -> None:
+    dark, bright = (saliency_overlay(np.full((1, 1), grey), np.ones((1, 1))).astype(int) for grey in (0.25, 0.75))
+    assert (bright - dark >= 255 / 4).all()  # half of the contrast is left
 
 
 def test_an_overlay_keeps_rows_and_columns_and_clips() -> None:

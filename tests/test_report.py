@@ -93,12 +93,33 @@ def test_the_table_shows_values_with_their_intervals(tmp_path: Path) -> None:
     assert page.of("td")[9:] == ["Hernia", "1,428", "0", "–", "1.000", "0.573", "0.830", "–", "0.049"]
 
 
+def test_notes_stand_below_the_table(tmp_path: Path) -> None:
+    page = write(tmp_path, notes=["n counts labels.", "a < b"])
+    assert page.of("li") == ["n counts labels.", "a < b"]
+    assert page.tags.index("table") < page.tags.index("li") < page.tags.index("figure")
+    assert "ul" not in write(tmp_path).tags
+
+
+def test_a_value_without_an_interval_says_so_and_counts_may_be_dashes(tmp_path: Path) -> None:
+    row = EFFUSION._replace(n=None, positives=None, ap=Interval(1.0, float("nan"), float("nan")))
+    page = write(tmp_path, metrics_rows=[row], summary={})
+    assert page.of("td")[1:5] == ["–", "–", "0.795", "1.000"]
+    assert page.of("small")[1] == "no interval"
+
+
 def test_facts_and_cases_are_named(tmp_path: Path) -> None:
     page = write(tmp_path)
     names = ["Data", "Images", "Macro AUROC", "Name", "Finding", "Truth", "Probability"]
     assert page.of("dt") == names
     assert page.of("dd") == ["phantoms", "1,500", "0.795", "a/b.png", "Effusion", "1", "0.031"]
     assert page.values("alt") == ["ROC", "Image", "Overlay"]
+
+
+def test_a_text_stands_where_a_picture_is_missing(tmp_path: Path) -> None:
+    page = write(tmp_path, cases=[Case(png(1), "None: <nothing>", "a/b.png", "Effusion", 1.0, 0.031)])
+    assert page.of("div") == ["None: <nothing>"]
+    assert page.values("alt") == ["ROC", "Image"]
+    assert page.of("dt")[-4:] == ["Name", "Finding", "Truth", "Probability"]
 
 
 def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
@@ -122,11 +143,12 @@ def test_no_text_becomes_an_element_or_an_attribute(tmp_path: Path) -> None:
         metrics_rows=[EFFUSION._replace(finding=ATTACK)],
         figures=[Picture(png(0), ATTACK)],
         cases=[Case(png(1), png(2), ATTACK, ATTACK, 1.0, 0.5)],
+        notes=[ATTACK],
         limits=[ATTACK],
     )
     assert "script" not in page.tags
     assert not page.values("onerror")
-    assert [page.of(tag).count(ATTACK) for tag in ("h1", "dd", "td", "figcaption", "p")] == [1, 3, 1, 1, 1]
+    assert [page.of(tag).count(ATTACK) for tag in ("h1", "dd", "td", "figcaption", "li", "p")] == [1, 3, 1, 1, 1, 1]
     assert page.values("alt")[0] == ATTACK
 
 

@@ -47,6 +47,22 @@ def test_maps_of_volumes_are_volumes() -> None:
     assert saliency_maps(network, torch.rand(1, 1, 16, 16, 24), finding=0).shape == (1, 1, 16, 16, 24)
 
 
+@pytest.mark.parametrize(("side", "stage"), [(128, 4), (112, 4), (96, 3), (64, 3), (48, 2), (32, 2), (20, 1), (8, 1)])
+def test_looks_at_the_last_stage_that_has_four_places_a_side(side: int, stage: int) -> None:
+    torch.manual_seed(0)
+    network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, num_classes=1, widen_factor=0.25)
+    images = torch.rand(2, 1, side, side + 32)
+    expected = saliency_maps(network, images, finding=0, layer=f"layer{stage}")
+    assert torch.equal(saliency_maps(network, images, finding=0), expected)
+    others = [saliency_maps(network, images, finding=0, layer=f"layer{other}") for other in {1, 2, 3, 4} - {stage}]
+    assert not any(torch.equal(expected, other) for other in others)
+
+
+def test_rejects_a_network_without_stages() -> None:
+    with pytest.raises(ValueError, match="`layer` must name a module of the Flatten, got None"):
+        saliency_maps(nn.Flatten(), squares(0, 0), finding=0)
+
+
 def test_peaks_where_the_finding_is_and_in_each_image_at_its_own_place() -> None:
     maps = saliency_maps(Sees(), torch.cat([squares(4, 24), squares(20, 8)]), finding=0)
     for each, (x, y) in zip(maps, [(4, 24), (20, 8)], strict=True):
