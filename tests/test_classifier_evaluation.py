@@ -4,6 +4,7 @@ import csv
 import logging
 from collections.abc import Sequence
 from datetime import date
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,17 @@ def test_the_report_says_what_it_rests_on(tmp_path: Path) -> None:
     assert "<td>60</td><td>0</td><td>–</td>" in page
     for caption in ("ROC curves on the test split: ", "Reliability on the test split: "):
         assert f"<figcaption>{caption}" in page
+
+
+def test_the_report_is_written_from_a_package_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("dissect_monai.classifier_evaluation.version", version)
+    Evaluated(tmp_path)
+    assert "<dd>dissect_monai not installed</dd>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path) -> None:
