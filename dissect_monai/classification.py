@@ -20,7 +20,7 @@ from dissect_monai.data import Item, label_matrix
 from dissect_monai.networks import feature_maps
 from dissect_monai.optimizers import parameter_groups, refuse_bad_rates
 from dissect_monai.probes import extract_features
-from dissect_monai.weights import load_encoder
+from dissect_monai.weights import load_encoder, refuse_missing_weights
 
 MODES = ("linear_probe", "finetune", "scratch")
 BALANCES = ("none", "weighted")
@@ -167,6 +167,7 @@ def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
     """Refuse weights that "scratch" would not use, and "finetune" without weights; a probe of random features is fine.
 
     Raises:
+        FileNotFoundError: if the weights are not there.
         ValueError: saying what to do.
     """
     if mode == "scratch" and pretrained:
@@ -175,6 +176,8 @@ def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
         )
     if mode == "finetune" and not pretrained:
         raise ValueError("`--mode` finetune needs weights: give --pretrained models/model.pt, or --mode scratch.")
+    if pretrained:
+        refuse_missing_weights(pretrained)
 
 
 def trained_part(network: nn.Module, mode: str) -> nn.Module:

@@ -16,13 +16,13 @@ from monai.engines import SupervisedEvaluator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dissect_monai.calibration import fit_temperature, youden_threshold
+from dissect_monai.calibration import expected_calibration_error, fit_temperature, youden_threshold
 from dissect_monai.data import Item
 from dissect_monai.evaluation import write_csv
 from dissect_monai.finding_table import finding_rows, left_out_rows, metrics_by_name, table_notes, write_findings
 from dissect_monai.inferers import prepare_images
 from dissect_monai.plots import NUM_BINS, figure_to_png, reliability_plot, roc_plot
-from dissect_monai.predictions import Calibration, write_calibration
+from dissect_monai.predictions import Calibration, fingerprint, write_calibration
 from dissect_monai.report import Case, FindingRow, Picture, write_report
 from dissect_monai.saliency import overlay_png, saliency_maps
 from dissect_monai.validation import OutputCollector, Outputs
@@ -117,6 +117,8 @@ class ClassifierEvaluation:
                 "test subjects": len(set(subjects)),
                 "validation images": len(validation.labels),
                 "temperature": temperature,
+                **(self._scaling_facts(validation, temperature) if self.temperature_scaling else {}),
+                "weights' SHA-256": fingerprint(engine.network)[:12],
             }
             cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
             self._write_report(rows, cases, test.labels, probabilities, facts)
@@ -134,6 +136,16 @@ class ClassifierEvaluation:
             decollate=False,
         ).run()
         return collector.outputs()
+
+    def _scaling_facts(self, validation: Outputs, temperature: float) -> dict[str, str]:
+        """What the temperature did to the mean calibration error on validation."""
+        errors = []
+        for each in (1.0, temperature):
+            pairs = zip(validation.labels.T, validation.probabilities(each).T, strict=True)
+            errors.append(float(np.nanmean([expected_calibration_error(*pair) for pair in pairs])))
+        if errors[1] > errors[0]:
+            logger.warning("The temperature raises the mean ECE on validation, from %.3f to %.3f.", *errors)
+        return {"mean ECE on validation": "{:.3f}, unscaled {:.3f}".format(*reversed(errors))}
 
     def _write_predictions(
         self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array

@@ -11,7 +11,9 @@ from monai.bundle import ConfigParser
 from monai.networks import nets
 from monai.utils import ensure_tuple
 
+from dissect_monai.classification import BALANCES, MODES
 from dissect_monai.overrides import refuse_unknown_overrides, running_workflow
+from dissect_monai.predictions import OVERLAYS
 
 ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
 
@@ -81,7 +83,7 @@ RULES = {
     "amp": SWITCH,
     "baselines": SWITCH,
     "batch_size": _whole(1),
-    "class_balance": _one_of("none", "weighted"),
+    "class_balance": _one_of(*BALANCES),
     "cache_dir": _optional(PATH),
     "calibration": _optional(PATH),
     "checkpoint": _optional(PATH),
@@ -106,7 +108,7 @@ RULES = {
     "log_interval": _whole(1),
     "max_epochs": _whole(1),
     "metric": _one_of("cosine", "euclidean"),
-    "mode": _one_of("linear_probe", "finetune", "scratch"),
+    "mode": _one_of(*MODES),
     "momentum": _number(0, 1),
     "num_embeddings": _whole(2),
     "num_folds": Rule("0 (off) or a whole number of at least 3", lambda value: value == 0 or _whole(3).holds(value)),
@@ -117,7 +119,7 @@ RULES = {
     "optimizer_name": _one_of("adamw", "lars"),
     "output_dir": PATH,
     "output_format": _one_of("csv", "npz"),
-    "overlays": _one_of("none", "top", "all"),
+    "overlays": _one_of(*OVERLAYS),
     "patience": _whole(1),
     "pretrained": _optional(PATH),
     "reconstruction_weight": _number(0),

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from math import isnan, nan
+from math import inf, isnan, nan
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from dissect_monai.data import NO_FINDING
 from dissect_monai.datasets import ReadableLoader
 from dissect_monai.saliency import overlay_png, saliency_maps
 
@@ -31,7 +32,7 @@ class Calibration(NamedTuple):
 def write_calibration(path: str | Path, calibration: Calibration, network: nn.Module) -> None:
     """Write a calibration as JSON, with the fingerprint of the weights that it is for."""
     thresholds = {name: None if isnan(value) else value for name, value in calibration.thresholds.items()}
-    content = {"temperature": calibration.temperature, "thresholds": thresholds, "weights": _fingerprint(network)}
+    content = {"temperature": calibration.temperature, "thresholds": thresholds, "weights": fingerprint(network)}
     Path(path).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
@@ -61,13 +62,14 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         raise ValueError(
             f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
         ) from error
-    if names != list(label_names) or weights != _fingerprint(network):
+    if names != list(label_names) or weights != fingerprint(network):
         what = "weights" if names == list(label_names) else f"findings ({', '.join(names)})"
         raise ValueError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
     return calibration
 
 
-def _fingerprint(network: nn.Module) -> str:
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of the names and values of all that the network's state dict holds."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
@@ -88,8 +90,9 @@ class PredictionSaver:
         loader: the evaluator's loader.
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
-        overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the likeliest
-            finding) or "all"; for 2-D images.
+        overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
+            furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
+            images. Where nothing speaks for the finding the name ends in "_nothing".
         network: the evaluator's network, for the overlays.
         thresholds: probability from which on a finding is called, by name, as `read_calibration` gives them; with NaN
             it is neither called nor not.
@@ -147,14 +150,25 @@ class PredictionSaver:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = torch.ones_like(probabilities, dtype=torch.bool)
         if self.overlays == "top":
-            wanted = wanted & (probabilities == probabilities.amax(1, keepdim=True))
+            score = self._score(probabilities)
+            wanted = (score == score.amax(1, keepdim=True)) & ~score.isneginf()
         for finding in wanted.any(0).nonzero().flatten().tolist():
             rows = wanted[:, finding].nonzero().flatten().tolist()
             maps = saliency_maps(network, images[rows], finding)
             for row, saliency in zip(rows, maps, strict=True):
                 stem = Path(self.loader.dataset.data[indices[row]]["image"]).name.split(".")[0]
-                name = f"{indices[row]:05d}_{stem}_{self.label_names[finding]}.png".replace(" ", "_").replace("/", "_")
-                (folder / name).write_bytes(overlay_png(images[row], saliency))
+                nothing = "" if saliency.any() else "_nothing"
+                name = f"{indices[row]:05d}_{stem}_{self.label_names[finding]}{nothing}".replace(" ", "_")
+                (folder / f"{name.replace('/', '_')}.png").write_bytes(overlay_png(images[row], saliency))
+
+    def _score(self, probabilities: Tensor) -> Tensor:
+        """By how much each finding is the one to look at; −inf for what is none, or has no threshold."""
+        score = probabilities.double().logit()
+        if self.thresholds:
+            thresholds = [self.thresholds.get(name, nan) for name in self.label_names]
+            score = (score - torch.tensor(thresholds, dtype=score.dtype).logit()).nan_to_num(-inf, inf, -inf)
+        score[:, [name.lower() == NO_FINDING.lower() for name in self.label_names]] = -inf
+        return score
 
     def _write(self, engine: Engine) -> None:
         path, errors = self.output_dir / "predictions.csv", self.loader.errors

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+TRAIN_FIRST = "train first, or give the right --pretrained"
+HEAD = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
 
 
 @contextmanager
@@ -45,9 +47,9 @@ def save_atomically(state: Any, path: str | Path) -> None:
 
 def save_weights(weights: nn.Module, path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write a plain state dict, and beside it as JSON what it depends on: `models/model.pt` and `models/model.json`."""
-    save_atomically(weights.state_dict(), path)
     with written_atomically(Path(path).with_suffix(".json")) as file:
         file.write((json.dumps(settings, indent=4) + "\n").encode())
+    save_atomically(weights.state_dict(), path)
 
 
 def read_settings(weights_path: str | Path) -> dict[str, Any]:
@@ -88,6 +90,16 @@ def refuse_other_names(label_names: Sequence[str], weights_path: str | Path) -> 
         )
 
 
+def refuse_missing_weights(path: str | Path, remedy: str = TRAIN_FIRST) -> None:
+    """Refuse a path at which there is no file, before work is spent on what needs it.
+
+    Raises:
+        FileNotFoundError: naming the path.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there are no weights at {Path(path).absolute()}: {remedy}.")
+
+
 def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
     """Load a dictionary of plain tensors and values onto the CPU.
 
@@ -99,9 +111,7 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path.absolute()}: {remedy}.")
+    refuse_missing_weights(path, remedy)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
@@ -127,7 +137,7 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
         ValueError: if keys are missing, unexpected, no tensors or of another shape, or tensors hold NaN or infinity; up
             to five of each are named.
     """
-    state = load_torch(path, "pretrain first, or check the path")
+    state = load_torch(path, TRAIN_FIRST)
     kept = {key: value for key, value in encoder.state_dict().items() if key.startswith(tuple(without))}
     own = {key: value for key, value in encoder.state_dict().items() if key not in kept}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -139,8 +149,11 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
     }
     found = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in problems.items() if keys]
     if found:
-        headless = {key for key in own if key not in state} == {"fc.weight", "fc.bias"}
-        remedy = "They have no head: train the classifier first." if headless else "Is it the same encoder (--encoder)?"
+        remedy = "Is it the same encoder (--encoder)?"
+        if set(own) - set(state) == HEAD:
+            remedy = "They have no head: train the classifier first."
+        elif set(state) - set(own) == HEAD:
+            remedy = "They are of a trained classifier: give the encoder that pretraining has left."
         raise ValueError(f"the weights in {path} do not fit the {type(encoder).__name__}: {'; '.join(found)}. {remedy}")
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:

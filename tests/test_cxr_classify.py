@@ -253,6 +253,19 @@ def test_prediction_does_not_stop_at_a_listed_file_that_is_missing(
     assert "gone.png" in rows[1]["error"]
 
 
+def test_prediction_needs_no_labels_not_even_of_some(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    images = [str(path) for path in sorted((dataset_dir / "images").glob("*.png"))[:4]]
+    items = [
+        {"image": image, **({"label": [1, 0, None, 0]} if index % 2 else {})} for index, image in enumerate(images)
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": items[:3], "test": items[3:]}), encoding="utf-8")
+    knobs = {"dataset_dir": tmp_path, "output_dir": tmp_path, "num_workers": 0}
+    run_config(CONFIGS / "inference.json", pretrained=trained / "models" / "model.pt", **knobs)
+    rows = table(tmp_path / "eval" / "predictions.csv")
+    assert [row["image"] for row in rows] == images
+    assert all(0 <= float(row["cysts"]) <= 1 for row in rows)
+
+
 def test_one_dicom_file_is_enough(trained: Path, tmp_path: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
 
@@ -302,6 +315,17 @@ def test_names_of_the_outputs_cannot_be_changed(trained: Path, dataset_dir: Path
     for config in ("evaluate", "inference"):
         with refused(r"`label_names` must be those of .*model\.json"):
             run_config(CONFIGS / f"{config}.json", label_names=list(reversed(XRAY_FINDINGS)), **knobs)
+
+
+def test_a_trained_classifier_is_no_encoder(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    with refused(r"2 unexpected \(fc\.weight, fc\.bias\)\. They are of a trained classifier"):
+        train(dataset_dir, tmp_path, pretrained=trained / "models" / "model.pt")
+
+
+def test_missing_weights_are_missed_before_phantoms_are_drawn(tmp_path: Path) -> None:
+    with refused(r"no weights at .*nowhere\.pt: train first"):
+        run_config(CONFIGS / "train.json", **TINY, pretrained=tmp_path / "nowhere.pt", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_without_a_head_are_no_classifier(encoder: Path, dataset_dir: Path, tmp_path: Path) -> None:

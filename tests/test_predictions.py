@@ -147,7 +147,9 @@ def test_draws_the_overlays_that_are_wanted(tmp_path: Path, overlays: str, numbe
     for path in pictures:
         assert Image.open(path).size == (24, 32)  # as wide and high as the file
     if overlays == "all":
-        assert pictures[1].name == "00000_image_0_Pleural_Thickening.png"
+        # The name says that nothing in this untrained network speaks for the finding.
+        assert pictures[1].name == "00000_image_0_Pleural_Thickening_nothing.png"
+        assert any("_nothing" not in path.name for path in pictures)
 
 
 def test_rejects_unknown_overlays() -> None:
@@ -167,6 +169,18 @@ def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -
 
 
 # ---- label names -------------------------------------------------------------------------------------------------
+
+
+def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tmp_path: Path) -> None:
+    probabilities = torch.tensor([[0.3, 0.6, 0.9], [0.0, 0.2, 1.0]])
+    names = ["Edema", "Effusion", "No finding"]
+    loader = ReadableLoader(folder_of(tmp_path))
+    plain = PredictionSaver(loader, names, tmp_path)._score(probabilities)
+    assert plain.argmax(1).tolist() == [1, 1]
+    given = dict(zip(names, (0.1, 0.7, 0.5), strict=True))
+    assert PredictionSaver(loader, names, tmp_path, thresholds=given)._score(probabilities).argmax(1).tolist() == [0, 1]
+    unknown = PredictionSaver(loader, names, tmp_path, thresholds={**given, "Edema": float("nan")})
+    assert unknown._score(probabilities).argmax(1).tolist() == [1, 1]
 
 
 # ---- calibration -------------------------------------------------------------------------------------------------

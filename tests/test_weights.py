@@ -37,7 +37,7 @@ def test_settings_reach_the_disk_or_stay_as_they_were(tmp_path: Path, monkeypatc
 
     def fail_at_the_settings(descriptor: int) -> None:
         flushed.append(descriptor)
-        if len(flushed) == 2:
+        if len(flushed) == 1:
             raise OSError("the disk is full")
         flush(descriptor)
 
@@ -75,7 +75,7 @@ def test_loads_every_weight_of_an_encoder(tmp_path: Path) -> None:
 
 
 def test_says_that_there_are_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*model\.pt: pretrain first"):
+    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*model\.pt: train first"):
         load_encoder(nn.Linear(1, 1), tmp_path / "model.pt")
 
 
