@@ -13,7 +13,7 @@ from dissect_monai.volume_shapes import Array, Shapes, Structure, blend, minus, 
 
 SIDES = ((1, "right"), (-1, "left"))
 # Columns: from the left ventricle to the right one, across both, and from the base of the heart to its apex.
-HEART_AXES = rotation((-125, 10, 45))
+HEART_AXES = rotation((-125, 10, 50))
 
 
 def abdomen(shapes: Shapes) -> Iterator[Structure]:
