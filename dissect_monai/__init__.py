@@ -56,6 +56,8 @@ from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights
 from dissect_monai.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.validation import FiniteLoss as FiniteLoss
+from dissect_monai.volume_phantoms import VOLUME_TASKS as VOLUME_TASKS
+from dissect_monai.volume_phantoms import write_volume_phantoms as write_volume_phantoms
 from dissect_monai.weights import load_encoder as load_encoder
 from dissect_monai.weights import read_settings as read_settings
 from dissect_monai.weights import refuse_other_names as refuse_other_names

@@ -1,14 +1,14 @@
 """Chest X-ray phantoms with labels: the data on which every bundle can be tried, without a download."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+
+from dissect_monai.generated import write_once
 
 # Diffuse ones: a finding that a crop can lose is one that two views need not agree on.
 XRAY_FINDINGS = ("nodules", "reticulation", "cysts", "consolidation")
@@ -100,7 +100,8 @@ def write_xray_phantoms(
 
     Each item is {"image", "label", "subject", "view"}, with one to three images a subject and no subject in two splits;
     within a split of two or more subjects every finding has a positive and a negative. If the folder already holds the
-    same set, nothing is written. Processes that call this at once do no harm: the set appears whole, by renaming.
+    same set, nothing is written; if files of it are missing, it is written anew. Processes that call this at once do no
+    harm: the set appears whole, by renaming.
 
     Args:
         output_dir: folder to create.
@@ -116,37 +117,11 @@ def write_xray_phantoms(
     Raises:
         ValueError: if a count is negative or `output_dir` holds anything else.
     """
-    output_dir = Path(output_dir)
     counts = {"training": num_training, "validation": num_validation, "test": num_test}
     if min(counts.values()) < 0:
         raise ValueError(f"The numbers of images must be at least 0, got {counts}.")
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
-    if _holds(output_dir, spec):
-        return output_dir
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}-{uuid4().hex}")
-    try:
-        _write_set(partial, spec)
-        partial.rename(output_dir)
-    except OSError:
-        if not _holds(output_dir, spec):  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output_dir
-
-
-def _holds(folder: Path, spec: dict[str, int]) -> bool:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    datalist = folder / "dataset.json"
-    found = json.loads(datalist.read_text()).get("spec") if datalist.is_file() else "other files"
-    if found != spec:
-        raise ValueError(
-            f"`output_dir` must be new, empty or hold the set {spec}, got {folder} holding {found}. "
-            "Choose another folder or remove this one."
-        )
-    return True
+    return write_once(output_dir, spec, lambda folder: _write_set(folder, spec))
 
 
 def _write_set(folder: Path, spec: dict[str, int]) -> None:
