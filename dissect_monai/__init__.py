@@ -52,6 +52,8 @@ from dissect_monai.quantizers import EMACodebook as EMACodebook
 from dissect_monai.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.readers import ImageFileReader as ImageFileReader
 from dissect_monai.saliency import saliency_maps as saliency_maps
+from dissect_monai.sampling import DomainSampler as DomainSampler
+from dissect_monai.sampling import SeededDataset as SeededDataset
 from dissect_monai.synthetic import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights
