@@ -59,3 +59,5 @@ from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights
 from dissect_monai.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.validation import FiniteLoss as FiniteLoss
+from dissect_monai.volumes import NormalizeModalityd as NormalizeModalityd
+from dissect_monai.volumes import PatchSpacingd as PatchSpacingd
