@@ -20,6 +20,7 @@ from dissect_monai.data import with_findings as with_findings
 from dissect_monai.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.datasets import cached_dataset as cached_dataset
 from dissect_monai.datasets import labelled_part as labelled_part
+from dissect_monai.domain_table import report_domains as report_domains
 from dissect_monai.domains import aggregate as aggregate
 from dissect_monai.embeddings import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.evaluation import ProbeHandler as ProbeHandler
