@@ -22,6 +22,8 @@ from dissect_monai.data import with_findings as with_findings
 from dissect_monai.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.datasets import cached_dataset as cached_dataset
 from dissect_monai.datasets import labelled_part as labelled_part
+from dissect_monai.domain_table import report_domains as report_domains
+from dissect_monai.domains import aggregate as aggregate
 from dissect_monai.embeddings import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.evaluation import ProbeHandler as ProbeHandler
 from dissect_monai.evaluation import refuse_unlabelled as refuse_unlabelled
@@ -51,6 +53,8 @@ from dissect_monai.quantizers import EMACodebook as EMACodebook
 from dissect_monai.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.readers import ImageFileReader as ImageFileReader
 from dissect_monai.saliency import saliency_maps as saliency_maps
+from dissect_monai.sampling import DomainSampler as DomainSampler
+from dissect_monai.sampling import SeededDataset as SeededDataset
 from dissect_monai.synthetic import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights
@@ -58,6 +62,8 @@ from dissect_monai.validation import ClassificationMetrics as ClassificationMetr
 from dissect_monai.validation import FiniteLoss as FiniteLoss
 from dissect_monai.volume_phantoms import VOLUME_TASKS as VOLUME_TASKS
 from dissect_monai.volume_phantoms import write_volume_phantoms as write_volume_phantoms
+from dissect_monai.volumes import NormalizeModalityd as NormalizeModalityd
+from dissect_monai.volumes import PatchSpacingd as PatchSpacingd
 from dissect_monai.weights import load_encoder as load_encoder
 from dissect_monai.weights import read_settings as read_settings
 from dissect_monai.weights import refuse_other_names as refuse_other_names

@@ -41,7 +41,8 @@ def read_datalist(
     dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...}, or of
     image paths, relative to its folder; all but `training` and "image" may be missing. A label is a list of 0, 1 or
     null (unknown), one such value, a mapping of names to values, or the path of a label map; `label_names` names the
-    values, else they are called finding_0, finding_1, ... `task` and `group` of the whole set are copied to its items.
+    values, else they are called finding_0, finding_1, ... `task`, `group` and `modality` of the whole set are copied to
+    its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image named instead of a folder, becomes a
     training item without subject, which counts as a subject of its own; hidden files are skipped.
@@ -65,15 +66,21 @@ def read_datalist(
     """
     if spatial_dims not in (2, 3):
         raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
+    folders = data_folders(dataset_dir)
+    return merge_datalists([read_folder(folder, spatial_dims, check) for folder in folders], folders, check)
+
+
+def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Absolute paths of the one or several folders that were given.
+
+    Raises:
+        ValueError: if none is given, or one twice.
+    """
     given = [dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir
     folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in given]
     if not folders or len(set(folders)) < len(folders):
         raise ValueError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
-    datalists = [_read_folder(folder, spatial_dims, check) for folder in folders]
-    datalist = datalists[0] if len(datalists) == 1 else _merge(datalists, folders)
-    if check:
-        _refuse_leaks(datalist)
-    return datalist
+    return folders
 
 
 def select_fraction(
@@ -187,7 +194,8 @@ def with_findings(
     return datalist._replace(**splits, label_names=names)
 
 
-def _read_folder(folder: Path, spatial_dims: int, check: bool) -> Datalist:
+def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:
+    """Data list of one folder, as `read_datalist` describes it, without a look at what its splits share."""
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
     if folder.name == "dataset.json":
@@ -229,7 +237,7 @@ def _read_json(path: Path, check: bool) -> Datalist:
     for key in spec.keys() - set(SPLITS) - {"label_names"}:
         if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
             raise ValueError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
-    shared = {key: spec[key] for key in ("task", "group") if key in spec}
+    shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
     splits = {split: _read_items(spec.get(split, []), split, path, shared) for split in SPLITS}
     items = [item for split in SPLITS for item in splits[split]]
     if check:
@@ -306,6 +314,18 @@ def _read_label(label: Any, names: list[str], where: str) -> list[float]:
     if not all(isinstance(value, (int, float)) and (value in (0, 1) or value != value) for value in values):
         raise ValueError(f"{where}: label values must be 1, 0 or null (unknown), got {label}.")
     return [float(value) for value in values]
+
+
+def merge_datalists(datalists: list[Datalist], folders: list[Path], check: bool = True) -> Datalist:
+    """One data list of those of several folders, as `read_datalist` describes it; that of one is left as it is.
+
+    Raises:
+        ValueError: if (with `check`) splits share a subject or an image.
+    """
+    datalist = datalists[0] if len(datalists) == 1 else _merge(datalists, folders)
+    if check:
+        _refuse_leaks(datalist)
+    return datalist
 
 
 def _merge(datalists: list[Datalist], folders: list[Path]) -> Datalist:

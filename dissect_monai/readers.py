@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def image_format(path: str | PathLike[str]) -> str | None:
     suffix = Path(name).suffix[1:]
     # A DICOMDIR is an index in DICOM's own format: it holds no pixels.
     return "dicom" if (not suffix or suffix.isdigit()) and name != "dicomdir" and _has_dicom_magic(path) else None
+
+
+@contextmanager
+def explained(path: str | PathLike[str]) -> Iterator[None]:
+    """Turn whatever a library says on a file that it cannot read into one `ValueError` that names the file."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
+        raise ValueError(
+            f"{fspath(path)} must be an intact image of the format that its name says, got: {decoding_reason(error)}. "
+            "Replace it or remove it from the data list."
+        ) from error
 
 
 class ImageFileReader(ImageReader):
@@ -94,15 +109,8 @@ class ImageFileReader(ImageReader):
         """Decode what `read` accepted into the array and MONAI's metadata."""
         if not img.exists():
             raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
-        try:
+        with explained(img):
             array, meta = self._decode(img)
-        except ImportError:
-            raise
-        except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
-            raise ValueError(
-                f"{img} must be an intact image of the format that its name says, got: {decoding_reason(error)}. "
-                "Replace it or remove it from the data list."
-            ) from error
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(
                 f"{img} must hold finite values, got NaN or infinity. Repair it or remove it from the list."
@@ -120,7 +128,7 @@ class ImageFileReader(ImageReader):
             return reader.get_data(reader.read(path))
         if kind == "dicom":
             return _read_dicom(path, self.window)
-        return _from_itk(_simpleitk(path).ReadImage(fspath(path)))
+        return _from_itk(simpleitk(path).ReadImage(fspath(path)))
 
     def _fit_spatial_dims(
         self, array: np.ndarray, meta: dict[str, Any], path: Path
@@ -160,7 +168,12 @@ def _has_dicom_magic(path: str | PathLike[str]) -> bool:
         return False
 
 
-def _simpleitk(path: Path) -> Any:
+def simpleitk(path: Path) -> Any:
+    """The module, imported when the first file needs it.
+
+    Raises:
+        ImportError: if it is missing, naming the file.
+    """
     try:
         import SimpleITK
     except ImportError:
@@ -179,16 +192,27 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _read_dicom_series(folder: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    sitk = _simpleitk(folder)
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(fspath(folder))
+    files = series_files(folder)
+    if len(files) == 1:
+        return _read_dicom(Path(files[0]), window)
+    return _from_itk(simpleitk(folder).ReadImage(files))
+
+
+def series_files(folder: Path) -> Sequence[str]:
+    """Files of the one DICOM series in a folder, in the order of its slices.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    reader = simpleitk(folder).ImageSeriesReader
+    series = reader.GetGDCMSeriesIDs(fspath(folder))
     if len(series) != 1:
         raise ValueError(f"the folder must hold one DICOM series, got {len(series)}; give each a folder of its own.")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(fspath(folder), series[0])
-    return _read_dicom(Path(files[0]), window) if len(files) == 1 else _from_itk(sitk.ReadImage(files))
+    return list(reader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
 
 
 def _read_dicom(path: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    image = _simpleitk(path).ReadImage(fspath(path), imageIO="GDCMImageIO")
+    image = simpleitk(path).ReadImage(fspath(path), imageIO="GDCMImageIO")
     array, meta = _from_itk(image)
     if array.ndim == 3 and array.shape[-1] == 1:
         array, meta = _with_meta(array[..., 0])
@@ -227,10 +251,11 @@ def _from_itk(image: Any) -> tuple[np.ndarray, dict[str, Any]]:
         raise ValueError(f"it must be grey or 8-bit RGB, got {components} components of {array.dtype} per pixel.")
     if array.ndim not in (2, 3):
         raise ValueError(f"it must have 2 or 3 dimensions, got shape {array.shape[::-1]}.")
-    return _with_meta(array.T, _ras_affine(image) if array.ndim == 3 else None)
+    return _with_meta(array.T, ras_affine(image) if array.ndim == 3 else None)
 
 
-def _ras_affine(image: Any) -> np.ndarray:
+def ras_affine(image: Any) -> np.ndarray:
+    """Affine (4, 4), from voxels to mm in RAS, of a 3-D SimpleITK image or of a reader that knows its header."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()

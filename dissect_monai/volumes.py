@@ -1,0 +1,145 @@
+"""Volumes of any modality and resolution in one range of intensities and one spacing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, ScaleIntensityRange, Spacing
+
+# Part of the range from the darkest voxel to the `upper` percentile up to which a voxel is air, noise included.
+_AIR = 0.05
+_MAX_SAMPLE = 2**20  # voxels from which percentiles are estimated
+
+
+class NormalizeModalityd(MapTransform):
+    """Scales every volume to [0, b_max] as its modality asks: CT by a fixed window, all others by percentiles.
+
+    Values of CT are quantities (HU), which a window keeps comparable between volumes; those of MR and others have no
+    unit, so each volume is scaled from the `lower` to the `upper` percentile of its voxels that are not air. Air, up to
+    5 % of the way from the darkest voxel to the `upper` percentile of all, thereby becomes 0. Everything is clipped.
+
+    Args:
+        keys: keys of the images; tensors of any shape.
+        a_min: lower end of the CT window in HU.
+        a_max: upper end of the CT window in HU.
+        lower: percentile in [0, 100) that becomes 0.
+        upper: percentile that becomes `b_max`, over `lower` and at most 100.
+        b_max: upper end of the result, 255 for a cache in uint8.
+        modality_key: key of the item's modality: what begins with CT, in either case, is CT. A missing one is not.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if an argument is outside its range, or a volume has but one value after scaling.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        a_min: float = -125.0,
+        a_max: float = 275.0,
+        lower: float = 0.5,
+        upper: float = 99.5,
+        b_max: float = 1.0,
+        modality_key: str = "modality",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if not a_min < a_max:
+            raise ValueError(f"`a_min` must be below `a_max`, got {a_min} and {a_max}.")
+        if not 0 <= lower < upper <= 100:
+            raise ValueError(f"`lower` and `upper` must be increasing percentages, got {lower} and {upper}.")
+        if b_max <= 0:
+            raise ValueError(f"`b_max` must be over 0, got {b_max}.")
+        self.window = (a_min, a_max)
+        self.percentiles = (lower, upper)
+        self.b_max = b_max
+        self.modality_key = modality_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the images of an item."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            image, modality = item[key], item.get(self.modality_key)
+            low, high = self.window if is_ct(modality) else self._range(image)
+            if not (low < high and low < image.max()):
+                raise ValueError(
+                    f"a volume must have values between {low:g} and {high:g} ({modality or 'unknown modality'}), "
+                    f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality, or remove it."
+                )
+            item[key] = ScaleIntensityRange(low, high, 0.0, self.b_max, clip=True)(image)
+        return item
+
+    def _range(self, image: torch.Tensor) -> tuple[float, float]:
+        values = sample_voxels(image)
+        darkest, bright = np.percentile(values, [0, self.percentiles[1]])
+        content = values[values > darkest + _AIR * (bright - darkest)]
+        low, high = np.percentile(content if len(content) else values, self.percentiles)
+        return float(low), float(high)
+
+
+class PatchSpacingd(MapTransform):
+    """Resamples to a common spacing, but to a finer one where a whole volume is smaller than a patch.
+
+    MONAI's `Spacingd` would leave a crop of the hippocampus as a few voxels in a patch of padding, from which there is
+    nothing to learn. Here the spacing of such a volume shrinks, by one factor for all axes, until it reaches two
+    opposite sides of the patch.
+
+    Args:
+        keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
+        pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
+        spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
+        mode: interpolation.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if `pixdim` or `spatial_size` has no three values, or a size is below 1.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        pixdim: Sequence[float],
+        spatial_size: Sequence[int],
+        mode: str = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if len(pixdim) != 3 or len(spatial_size) != 3 or min(spatial_size) < 1:
+            raise ValueError(
+                f"`pixdim` and `spatial_size` must hold three values, the sizes at least 1, got {pixdim} and "
+                f"{spatial_size}."
+            )
+        self.pixdim = np.array(pixdim, dtype=float)
+        self.spatial_size = np.array(spatial_size)
+        self.mode = mode
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the images of an item."""
+        item = dict(data)
+        counted = (self.pixdim > 0) & (self.spatial_size > 1)
+        for key in self.key_iterator(item):
+            image = item[key]
+            # From the centre of the first voxel to that of the last, which is what resampling keeps.
+            extent = (np.array(image.shape[1:]) - 1) * image.pixdim.numpy()
+            filled = (extent / np.maximum((self.spatial_size - 1) * self.pixdim, 1e-6))[counted]  # parts of the sides
+            factor = min(1.0, filled.max()) if filled.any() else 1.0
+            # In single precision, which halves the time, positions are right to a hundredth of a voxel.
+            spacing = Spacing(np.where(counted, self.pixdim * factor, self.pixdim), mode=self.mode, dtype=np.float32)
+            item[key] = spacing(image)
+        return item
+
+
+def is_ct(modality: object) -> bool:
+    """Whether intensities are in HU, to go by the name of the modality: CT, CTA, ct, ...; not CBCT."""
+    return str(modality).strip().upper().startswith("CT")
+
+
+def sample_voxels(image: torch.Tensor | np.ndarray) -> np.ndarray:
+    """At most about a million of the voxels, evenly spaced, as a flat array: enough for percentiles, and quick."""
+    values = np.asarray(image).ravel()
+    # An odd step does not meet the same columns of every row.
+    return values[:: values.size // _MAX_SAMPLE | 1]
