@@ -40,7 +40,7 @@ type: $(BIN)/.dev
 	$(BIN)/mypy
 
 bench: $(BIN)/.bench  ## measure speed and memory against other libraries (DEVICE=cuda for a GPU)
-	for script in quantizer augment step; do $(BIN)/python benchmarks/$$script.py --device $(or $(DEVICE),cpu) || exit 1; done
+	for script in quantizer augment contrast step; do $(BIN)/python benchmarks/$$script.py --device $(or $(DEVICE),cpu) || exit 1; done
 
 results: $(BIN)/.runtime  ## make the README's tables from results/results.csv
 	$(BIN)/python scripts/render_results.py

@@ -14,6 +14,8 @@ from dissect_monai.classification import positive_weights as positive_weights
 from dissect_monai.classification import refuse_bad_mode as refuse_bad_mode
 from dissect_monai.classification import trained_part as trained_part
 from dissect_monai.classifier_evaluation import ClassifierEvaluation as ClassifierEvaluation
+from dissect_monai.contrast import HierarchicalContrastiveLoss as HierarchicalContrastiveLoss
+from dissect_monai.contrast import retrieval_accuracy as retrieval_accuracy
 from dissect_monai.data import Datalist as Datalist
 from dissect_monai.data import labelled as labelled
 from dissect_monai.data import read_datalist as read_datalist
@@ -30,10 +32,12 @@ from dissect_monai.evaluation import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers import EpochSeedHandler as EpochSeedHandler
 from dissect_monai.handlers import ProgressHandler as ProgressHandler
 from dissect_monai.handlers import TargetMomentumHandler as TargetMomentumHandler
+from dissect_monai.hssl import HSSLNet as HSSLNet
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import prepare_images as prepare_images
 from dissect_monai.knobs import check_knobs as check_knobs
 from dissect_monai.knobs import is_true as is_true
+from dissect_monai.losses import HSSLLoss as HSSLLoss
 from dissect_monai.losses import VQSSLLoss as VQSSLLoss
 from dissect_monai.monitors import KNNHandler as KNNHandler
 from dissect_monai.monitors import SSLMonitor as SSLMonitor
@@ -60,6 +64,7 @@ from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights
 from dissect_monai.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.validation import FiniteLoss as FiniteLoss
+from dissect_monai.views import HierarchyViews as HierarchyViews
 from dissect_monai.volume_phantoms import VOLUME_TASKS as VOLUME_TASKS
 from dissect_monai.volume_phantoms import write_volume_phantoms as write_volume_phantoms
 from dissect_monai.volumes import NormalizeModalityd as NormalizeModalityd

@@ -191,16 +191,20 @@ class Corrupt(nn.Module):
         self.noise_std = _checked("noise_std", noise_std)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Corrupted copy of images (B, C, *spatial) in [0, 1]; all channels lose the same blocks."""
+    def forward(self, images: Tensor, generator: torch.Generator | None = None, masked: Tensor | None = None) -> Tensor:
+        """Corrupted copy of images (B, C, *spatial) in [0, 1]; `masked` is what `mask` drew, None draws here."""
         if self.noise_std:
             noise = torch.empty_like(images).normal_(std=self.noise_std, generator=generator)
             images = (images + noise).clamp_(0, 1)
+        return images.masked_fill(self.mask(images, generator) if masked is None else masked, 0)
+
+    def mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw what each image loses, in all of its channels: True in (B, 1, *spatial)."""
         blocks = [math.ceil(length / self.mask_size) for length in images.shape[2:]]
         mask = torch.rand(len(images), 1, *blocks, device=images.device, generator=generator) < self.mask_fraction
         for axis, length in enumerate(images.shape[2:], start=2):
             mask = mask.repeat_interleave(self.mask_size, axis).narrow(axis, 0, length)
-        return images.masked_fill(mask, 0)
+        return mask
 
 
 class Views(NamedTuple):
@@ -257,12 +261,15 @@ class TwoViews(PrepareBatch):
         **kwargs: Any,
     ) -> Views:
         """Views of `batchdata[key]`, shape (B, C, *spatial); `kwargs` go to `Tensor.to`."""
+        target = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs)
+        return Views(self.corrupt(target, self._generator) if self.corrupt else target, target)
+
+    def _augmented(self, images: Tensor, **kwargs: Any) -> Tensor:
         # A MetaTensor would follow every operation with its own bookkeeping.
-        images = batchdata[self.key].as_subclass(Tensor).to(device=device, non_blocking=non_blocking, **kwargs)
+        images = images.as_subclass(Tensor).to(**kwargs)
         if self._generator is None or self._generator.device != images.device:
             self._generator = torch.Generator(images.device).manual_seed(self._epoch_seed)
-        target = torch.cat([self.augment(images, self._generator) for _ in range(self.num_views)])
-        return Views(self.corrupt(target, self._generator) if self.corrupt else target, target)
+        return torch.cat([self.augment(images, self._generator) for _ in range(self.num_views)])
 
 
 class _Draw(NamedTuple):

@@ -1,4 +1,4 @@
-"""The loss of vector-quantised self-supervision: named terms and their weighted sum."""
+"""The losses of vector-quantised and hierarchical self-supervision: named terms and their weighted sum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect_monai.contrast import HierarchicalContrastiveLoss
+from dissect_monai.hssl import HSSLOutput
 from dissect_monai.networks import SSLOutput
+from dissect_monai.views import HierarchyTarget
 
 
 def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -39,22 +42,28 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(predictions.float(), other_view.float(), dim=1).mean()
 
 
-def unexplained_variance(reconstruction: Tensor, views: Tensor) -> Tensor:
+def unexplained_variance(reconstruction: Tensor, views: Tensor, where: Tensor | None = None) -> Tensor:
     """Squared error of each reconstruction over the variance of its view, averaged over the views.
 
     Args:
         reconstruction: shape (V, C, *spatial).
         views: the same shape; a view of one value counts with a variance of 1e-4.
+        where: voxels whose error counts, True in (V, 1, *spatial); a view without any has no error. None takes all.
 
     Returns:
-        scalar, 0 for a perfect reconstruction and 1 for one by the mean.
+        scalar, 0 for a perfect reconstruction and, over all voxels, 1 for one by the mean.
 
     Example:
         >>> views = torch.rand(4, 1, 8, 8)
         >>> unexplained_variance(views, views)
         tensor(0.)
     """
-    error = (reconstruction - views).flatten(1).square().mean(1)
+    error = (reconstruction - views).square()
+    if where is None:
+        error = error.flatten(1).mean(1)
+    else:
+        counted = where.flatten(1).sum(1).mul(views.shape[1])
+        error = error.where(where, 0).flatten(1).sum(1) / counted.clamp_min(1)
     return (error / views.flatten(1).var(1, correction=0).clamp_min(1e-4)).mean()
 
 
@@ -85,17 +94,12 @@ class VQSSLLoss(nn.Module):
         reconstruction_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weights = {
-            "continuous": continuous_weight,
-            "discrete": discrete_weight,
-            "commitment": commitment_weight,
-            "reconstruction": reconstruction_weight,
-        }
-        for name, weight in self.weights.items():
-            if weight < 0:
-                raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        if not any(self.weights.values()):
-            raise ValueError("one of the loss weights must be positive, got 0 for all of them.")
+        self.weights = _checked_weights(
+            continuous=continuous_weight,
+            discrete=discrete_weight,
+            commitment=commitment_weight,
+            reconstruction=reconstruction_weight,
+        )
 
     def terms(self, output: SSLOutput, views: Tensor) -> dict[str, Tensor]:
         """Unweighted terms by name, scalars.
@@ -126,3 +130,81 @@ class VQSSLLoss(nn.Module):
     def forward(self, output: SSLOutput, views: Tensor) -> Tensor:
         """Weighted sum of the terms, a scalar."""
         return torch.stack([self.weights[name] * term for name, term in self.terms(output, views).items()]).sum()
+
+
+class HSSLLoss(nn.Module):
+    """Weighted sum of the image, task, group, classification and reconstruction terms.
+
+    A level whose labels are all the same teaches nothing but to collapse: with a single task or group its weight,
+    and that of the classification, belongs at 0.
+
+    Args:
+        image_weight: contrast that draws the views of an image together, see `HierarchicalContrastiveLoss`.
+        task_weight: contrast that draws the images of a task together.
+        group_weight: contrast that draws the images of a group together.
+        classification_weight: mean of the cross-entropies of task and group.
+        reconstruction_weight: share of the uncorrupted view's variance that the reconstruction leaves unexplained:
+            the mean of that over the masked voxels and that over all, or, without a mask, over all.
+        temperature: of the contrast, positive.
+
+    Raises:
+        ValueError: if a weight is negative or all are 0, or `temperature` is not positive.
+
+    Reference:
+        Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
+        from the abstract. Departure: the reconstruction, which trains the decoder.
+    """
+
+    def __init__(
+        self,
+        image_weight: float = 1.0,
+        task_weight: float = 1.0,
+        group_weight: float = 1.0,
+        classification_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.weights = _checked_weights(
+            image=image_weight,
+            task=task_weight,
+            group=group_weight,
+            classification=classification_weight,
+            reconstruction=reconstruction_weight,
+        )
+        self.contrast = HierarchicalContrastiveLoss(temperature)
+
+    def terms(self, output: HSSLOutput, target: HierarchyTarget) -> dict[str, Tensor]:
+        """Unweighted terms by name, scalars; over several processes, all must call it.
+
+        Args:
+            output: what `HSSLNet` returned for V·B views.
+            target: what `HierarchyViews` keeps of the same batch.
+
+        Raises:
+            ValueError: if the batch does not hold two or more views of each item.
+        """
+        terms = self.contrast.terms(output.embeddings, target.task, target.group)
+        num_views = len(output.task_logits) // len(target.task)
+        entropies = [
+            F.cross_entropy(logits.float(), labels.repeat(num_views))
+            for logits, labels in ((output.task_logits, target.task), (output.group_logits, target.group))
+        ]
+        terms["classification"] = torch.stack(entropies).mean()
+        regions = [None] if target.masked is None else [target.masked, None]
+        errors = [unexplained_variance(output.reconstruction, target.views, region) for region in regions]
+        terms["reconstruction"] = torch.stack(errors).mean()
+        return terms
+
+    def forward(self, output: HSSLOutput, target: HierarchyTarget) -> Tensor:
+        """Weighted sum of the terms, a scalar."""
+        return torch.stack([self.weights[name] * term for name, term in self.terms(output, target).items()]).sum()
+
+
+def _checked_weights(**weights: float) -> dict[str, float]:
+    for name, weight in weights.items():
+        if weight < 0:
+            raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
+    if not any(weights.values()):
+        raise ValueError("one of the loss weights must be positive, got 0 for all of them.")
+    return weights

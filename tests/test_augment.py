@@ -298,6 +298,16 @@ def test_corrupt_masks_whole_blocks_in_all_channels(shape: tuple[int, ...]) -> N
     assert (images == 1).all()
 
 
+@both_dims
+def test_every_image_loses_blocks_of_its_own_and_the_mask_says_which(shape: tuple[int, ...]) -> None:
+    corrupt = Corrupt(mask_fraction=0.5, mask_size=3, noise_std=0.01)
+    images = torch.ones(8, 2, *shape)
+    masked = corrupt.mask(images, generator())
+    assert masked.shape == (8, 1, *shape)
+    assert len(masked.flatten(1).unique(dim=0)) == 8
+    assert torch.equal(corrupt(images, generator(), masked) == 0, masked.expand_as(images))
+
+
 def test_corrupt_adds_noise_in_range() -> None:
     noisy = Corrupt(mask_fraction=0, noise_std=0.2)(torch.full((8, 1, 32, 32), 0.5), generator())
     assert abs(noisy.std().item() - 0.2) < 0.01
