@@ -57,8 +57,9 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
+        reason = decoding_reason(error).replace(f" '{fspath(path)}'", "")  # it is named already
         raise ValueError(
-            f"{fspath(path)} must be an intact image of the format that its name says, got: {decoding_reason(error)}. "
+            f"{fspath(path)} must be an intact image of the format that its name says, got: {reason}. "
             "Replace it or remove it from the data list."
         ) from error
 
