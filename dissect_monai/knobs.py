@@ -137,14 +137,18 @@ RULES = {
 }
 
 
-def is_true(value: bool | str) -> bool:
+def is_true(value: bool | str, name: str = "") -> bool:
     """A switch as the command line gives it: `--resume true` arrives as text.
+
+    Args:
+        value: true or false, or one of these words.
+        name: of the switch, for the message.
 
     Raises:
         ValueError: if it is neither true nor false.
     """
     if not SWITCH.holds(value):
-        raise ValueError(f"a switch must be {SWITCH.says}, got {value!r}.")
+        raise ValueError(f"{f'`{name}`' if name else 'a switch'} must be {SWITCH.says}, got {value!r}.")
     return str(value).lower() == "true"
 
 

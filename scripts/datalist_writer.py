@@ -99,11 +99,11 @@ def make_datalist(source: Source) -> None:
 
 def output_path(options: Options, folder: Path) -> Path:
     """Where dataset.json goes; refused if it may not."""
-    output = absolute(options.output or folder)
+    output, overwrite = absolute(options.output or folder), is_true(options.overwrite, "overwrite")
     output = output / "dataset.json" if output.is_dir() else output
     if output.name != "dataset.json" or not output.parent.is_dir():
         raise ValueError(f"`output` must be an existing folder, with or without /dataset.json, got {output}.")
-    if output.exists() and not is_true(options.overwrite):
+    if output.exists() and not overwrite:
         raise ValueError(f"{output} exists. Replace it with --overwrite true, or name another folder with --output.")
     if not os.access(output.parent, os.W_OK):
         raise ValueError(f"{output.parent} must be writable. Name another folder with --output.")
@@ -149,7 +149,8 @@ def refuse_repeats(records: Sequence[Record]) -> None:
 def check_images(records: list[Record], options: Options) -> list[Record]:
     """The records whose image can be read: all of them, or less what `skip_corrupt` leaves out."""
     images = [record.image for record in records]
-    opens, skip = one_of("check", options.check, "open", "exists") == "open", is_true(options.skip_corrupt)
+    opens = one_of("check", options.check, "open", "exists") == "open"
+    skip = is_true(options.skip_corrupt, "skip_corrupt")
     found = concurrently(os.path.isfile, images, options.workers, "Looking for images")
     missing = [str(image) for image, is_file in zip(images, found, strict=True) if not is_file]
     if missing:
@@ -197,7 +198,8 @@ def reading_error(image: Path) -> str | None:
 
 
 def print_counts(splits: Mapping[str, list[Record]], label_names: list[str]) -> None:
-    """Print a table of what each split holds; warn of findings that it cannot evaluate."""
+    """Print a table of what each split holds; warn of empty splits and of findings that one cannot evaluate."""
+    empty = [split for split in ("validation", "test") if not splits[split]]
     splits = {split: records for split, records in splits.items() if records}
     lines = [["", *splits], ["images", *(str(len(records)) for records in splits.values())]]
     lines.append(["subjects", *(str(len({record.group for record in records})) for records in splits.values())])
@@ -219,6 +221,8 @@ def print_counts(splits: Mapping[str, list[Record]], label_names: list[str]) -> 
         )
     if label_names:
         print("(positive / negative / unknown)")
+        for split in empty:
+            print(f"warning: {split} has no images, but cxr_classify needs validation and test.", file=sys.stderr)
     for (split, word), names in sorted(lacking.items()):
         print(f"warning: {split} has no {word} of {', '.join(names)}.", file=sys.stderr)
 

@@ -6,8 +6,8 @@ r"""Write the dataset.json of a data folder: every image checked, split by subje
     python scripts/make_datalist.py table FILE.csv --image path --labels "[Edema,Effusion]" --subject patient
     python scripts/make_datalist.py unlabelled DIR [DIR ...]
 
-What cannot be made right is refused with one line and exit status 1, and nothing is written. `--help` lists the knobs
-that all sources share, `nih --help` those of one.
+What cannot be made right is refused with one line and exit status 1, and nothing is written. `nih --help` lists the
+knobs of one source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from inspect import signature
+from inspect import cleandoc, isfunction, signature
 from pathlib import Path
 
 import fire
@@ -62,12 +62,13 @@ class Sources(Options):
         modality: its DICOM code; CR is X-ray.
     """
 
-    def nih(self, folder: str, validation_fraction: float = 0.1) -> Source:
+    def nih(self, folder: str, *, subset: bool | str = False, validation_fraction: float = 0.1) -> Source:
         """NIH ChestX-ray14: the official test list; validation is drawn from the other patients.
 
         Args:
             folder: holds Data_Entry_2017.csv (or _v2020), train_val_list.txt, test_list.txt, and the images anywhere
                 below, as in images_001/images or images.
+            subset: the table holds a part of the official images.
             validation_fraction: share of the patients of train_val_list.txt.
         """
         root = absolute(folder)
@@ -75,6 +76,7 @@ class Sources(Options):
         lists = [find_file(root, name) for name in ("train_val_list.txt", "test_list.txt")]
         train_val, test = (set(path.read_text(encoding="utf-8-sig").split()) for path in lists)
         path_of = {path.name: path for path in find_images(root)}
+        partial = is_true(subset, "subset")
         records = []
         for where, row in read_rows(
             table, "Image Index", "Finding Labels", "Patient ID", "Patient Age", "View Position"
@@ -91,12 +93,20 @@ class Sources(Options):
             label: Label = [int(finding in findings) for finding in NIH_FINDINGS]
             image = path_of.get(name, root / "images" / name)
             records.append(Record(image, label, row["Patient ID"], "test" if name in test else None, extra))
-        description = "NIH ChestX-ray14 with its official test list; labels are text-mined and noisy"
+        absent = sorted((train_val | test) - {record.image.name for record in records})
+        if absent and not partial:
+            raise ValueError(
+                f"{table} must have a row for each image of the official lists, got none for {len(absent)}: "
+                f"{few(absent)}. Complete the download, or say that a part of the images is meant with --subset true."
+            )
+        which = "A part of NIH ChestX-ray14" if absent else "NIH ChestX-ray14"
+        description = f"{which} with its official test list; labels are text-mined and noisy"
         return Source(self, root, description, NIH_FINDINGS, records, {"validation": validation_fraction})
 
     def chexpert(
         self,
         folder: str,
+        *,
         uncertain: str = "ignore",
         unmentioned: str = "zeros",
         lateral: bool | str = False,
@@ -116,6 +126,7 @@ class Sources(Options):
         meaning = {"ignore": None, "ones": 1, "zeros": 0}
         values = {**LABEL_VALUES, "": meaning[one_of("unmentioned", unmentioned, "zeros", "ignore")]}
         values["-1"] = values["-1.0"] = meaning[one_of("uncertain", uncertain, *meaning)]
+        with_lateral = is_true(lateral, "lateral")
         records = []
         for file, split in {"train.csv": None, "valid.csv": "test"}.items():
             table = find_file(root, file)
@@ -124,7 +135,7 @@ class Sources(Options):
                 if patient is None:
                     raise ValueError(f"{where}: `Path` must name a folder patientNNNNN, got {row['Path']!r}.")
                 is_lateral = row["Frontal/Lateral"] == "Lateral"
-                if is_lateral and not is_true(lateral):
+                if is_lateral and not with_lateral:
                     continue
                 image = root / re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
                 label = read_label(row, CHEXPERT_FINDINGS, values, where)
@@ -135,7 +146,7 @@ class Sources(Options):
         return Source(self, root, description, CHEXPERT_FINDINGS, records, {"validation": validation_fraction})
 
     def folders(
-        self, folder: str, subject_pattern: str = "", validation_fraction: float = 0.1, test_fraction: float = 0.2
+        self, folder: str, *, subject_pattern: str = "", validation_fraction: float = 0.1, test_fraction: float = 0.2
     ) -> Source:
         r"""A folder per class, with images in it or below; each class is a finding, 1 in its folder and 0 elsewhere.
 
@@ -165,14 +176,15 @@ class Sources(Options):
     def table(
         self,
         file: str,
+        *,
         image: str,
         labels: str | Sequence[str] = (),
         subject: str = "",
         split: str = "",
         extra: str | Sequence[str] = (),
         image_dir: str = "",
-        validation_fraction: float = 0.1,
-        test_fraction: float = 0.2,
+        validation_fraction: float | None = None,
+        test_fraction: float | None = None,
     ) -> Source:
         """A CSV table with a row per image; labels are 1, 0, or empty for unknown.
 
@@ -184,14 +196,20 @@ class Sources(Options):
             split: column with train, valid or test; by default splits are drawn by subject.
             extra: columns to copy, as in "[view,age]".
             image_dir: folder of the images; that of the table by default.
-            validation_fraction: share of the subjects; without `split`.
-            test_fraction: share of the subjects; without `split`.
+            validation_fraction: share of the subjects, 0.1 by default; only without `split`.
+            test_fraction: share of the subjects, 0.2 by default; only without `split`.
         """
         path, label_names, extras = absolute(file), columns(labels), columns(extra)
         root = absolute(image_dir) if image_dir else path.parent
         if {"image", "label", "subject"} & set(extras):
             raise ValueError(f"`extra` must not name image, label or subject, got {extras}. Rename the column.")
         image, subject, split = str(image), str(subject), str(split)
+        asked = {"test": test_fraction, "validation": validation_fraction}
+        given_shares = {part: share for part, share in asked.items() if share is not None}
+        if split and given_shares:
+            names = " and ".join(f"`{part}_fraction`" for part in given_shares)
+            raise ValueError(f"{names} must be left out with --split {split}, whose splits are kept. Remove either.")
+        shares = {} if split else {"test": 0.2, "validation": 0.1, **given_shares}
         needed = [name for name in (image, subject, split) if name]
         records = []
         for where, row in read_rows(path, *needed, *label_names, *extras):
@@ -203,7 +221,6 @@ class Sources(Options):
             given = SPLIT_NAMES[row[split].lower()] if split else None
             copied = {name: row[name] for name in extras}
             records.append(Record(root / row[image], label, row[subject] if subject else None, given, copied))
-        shares = {} if split else {"test": test_fraction, "validation": validation_fraction}
         return Source(self, path.parent, f"Labels from {path.name}", label_names, records, shares)
 
     def unlabelled(self, *folders: str) -> Source:
@@ -295,19 +312,43 @@ def columns(given: str | Sequence[str]) -> list[str]:
     return [str(name).strip() for name in names if str(name).strip()]
 
 
+def words_of(arguments: Sequence[str]) -> list[str]:
+    """The arguments that are neither knobs nor, as Fire reads them, the values of knobs."""
+    is_knob = [re.match(r"--|-[a-zA-Z]", argument) is not None for argument in arguments]
+    takes_next = [knob and "=" not in argument for knob, argument in zip(is_knob, arguments, strict=True)]
+    return [
+        argument
+        for argument, knob, is_value in zip(arguments, is_knob, [False, *takes_next], strict=False)
+        if not (knob or is_value)
+    ]
+
+
+def usage() -> str:
+    """What to type, and the knobs that all sources share."""
+    knobs = cleandoc(str(Sources.__doc__)).partition("Args:\n")[2]
+    return f"{__doc__.strip()}\n\nAll sources take:\n\n{knobs}"
+
+
 def refuse_misspelt(arguments: Sequence[str]) -> None:
-    """Refuse a knob that no source has: Fire would take it for a part of the result, and say so.
+    """Refuse a source or knob that does not exist, and words too many: Fire would take them for something else.
 
     Raises:
-        ValueError: naming the nearest knob.
+        ValueError: naming the nearest source or knob, or the word.
     """
-    method = next((getattr(Sources, name) for name in arguments if name in vars(Sources)), Sources)
-    known = {"help", *(field.name for field in fields(Sources)), *signature(method).parameters} - {"self", "folders"}
+    source, *given = words_of(arguments)
+    sources = [name for name, member in vars(Sources).items() if isfunction(member) and not name.startswith("_")]
+    if source not in sources:
+        (near,) = get_close_matches(source, sources, n=1, cutoff=0)
+        raise ValueError(f"there is no source {source}; did you mean {near}?")
+    parameters = signature(getattr(Sources, source)).parameters
+    known = {"help", *(field.name for field in fields(Sources)), *parameters} - {"self", "folders"}
     for argument in arguments:
         name = argument.partition("=")[0].lstrip("-").replace("-", "_")
         if argument.startswith("--") and name and name not in known:
             (near,) = get_close_matches(name, known, n=1, cutoff=0)
             raise ValueError(f"there is no --{name}; did you mean --{near}?")
+    if len(given) > 1 and not any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
+        raise ValueError(f"`{source}` must get one path, got {', '.join(given)}. Name the knobs, as in --seed 1.")
 
 
 def main(command: Sequence[str] | None = None) -> None:
@@ -316,8 +357,14 @@ def main(command: Sequence[str] | None = None) -> None:
     Args:
         command: the arguments; those of the process by default.
     """
+    arguments = sys.argv[1:] if command is None else command
+    if not words_of(arguments):
+        if not {"-h", "--help"} & set(arguments):
+            raise SystemExit(usage())
+        print(usage())
+        return
     try:
-        refuse_misspelt(sys.argv[1:] if command is None else command)
+        refuse_misspelt(arguments)
         source = fire.Fire(Sources, command, serialize=lambda got: None if isinstance(got, Source) else got)
         if isinstance(source, Source):
             make_datalist(source)

@@ -9,21 +9,26 @@ a pair of markers that names a bundle takes the tables of this bundle, the pair 
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import fire
+from PIL import Image
 from run_experiments import Study, StudyError, read_study
+
+from dissect_monai.plots import COLORS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(
     r"(<!-- results: begin (?:(\w+) )?\(scripts/render_results\.py\) -->\n).*?(<!-- results: end -->)", re.DOTALL
 )
 FIGURE = "docs/label_efficiency.png"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe & Ito, for all eyes
+DIGEST = "Digest of the rows"  # the key of the figure's text that says which results it shows
 Row = dict[str, str]
 
 
@@ -139,6 +144,20 @@ def curves(block: Block, metric: str) -> Iterator[tuple[str, list[float], list[f
             yield recipe, shares, means, stds
 
 
+def digest(panels: Sequence[tuple[Block, str]]) -> str:
+    """A short text that changes with anything that the figure shows."""
+    shown = [(block.columns[metric], block.dataset, list(curves(block, metric))) for block, metric in panels]
+    return sha256(json.dumps(shown).encode()).hexdigest()
+
+
+def drawn_digest(path: Path) -> str | None:
+    """The digest of what a figure shows; None if there is no figure or it does not say."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
 def draw(panels: Sequence[tuple[Block, str]], path: Path) -> None:
     """Write the label-efficiency figure: a panel per block and AUROC, a line per recipe, std over seeds shaded."""
     from matplotlib.figure import Figure
@@ -147,7 +166,7 @@ def draw(panels: Sequence[tuple[Block, str]], path: Path) -> None:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     axes[0].set_ylabel("macro AUROC, mean ± std over seeds")
     for ax, (block, metric) in zip(axes, panels, strict=True):
-        for colour, (recipe, shares, means, stds) in zip(cycle(COLOURS), curves(block, metric), strict=False):
+        for colour, (recipe, shares, means, stds) in zip(cycle(COLORS), curves(block, metric), strict=False):
             ax.plot(shares, means, "o-", color=colour, markersize=4, label=recipe)
             ends = [[mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (-1, 1)]
             ax.fill_between(shares, *ends, color=colour, alpha=0.15, linewidth=0)
@@ -160,14 +179,14 @@ def draw(panels: Sequence[tuple[Block, str]], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None, DIGEST: digest(panels)})
 
 
 def main(check: bool = False) -> None:
     """Rewrite what is between the markers of README.md, and the figure.
 
     Args:
-        check: change nothing, and fail if the README is out of date or the figure is missing.
+        check: change nothing, and fail if the README or the figure is out of date.
     """
     readme, figure = ROOT / "README.md", ROOT / FIGURE
     text = readme.read_text(encoding="utf-8")
@@ -193,7 +212,7 @@ def main(check: bool = False) -> None:
         if each.fractions and metric.endswith("/auroc") and any(curves(each, metric))
     ]
     if check:
-        if new != text or (panels and not figure.exists()):
+        if new != text or (panels and drawn_digest(figure) != digest(panels)):
             raise SystemExit(f"error: README.md or {FIGURE} does not show results/results.csv: run `make results`.")
         return
     readme.write_text(new, encoding="utf-8")

@@ -83,3 +83,5 @@ def test_a_switch_is_true_or_false(given: bool | str, meant: bool) -> None:
 def test_a_switch_is_nothing_else(given: Any) -> None:
     with pytest.raises(ValueError, match="a switch must be true or false, got"):
         is_true(given)
+    with pytest.raises(ValueError, match="`resume` must be true or false, got"):
+        is_true(given, "resume")

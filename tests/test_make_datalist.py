@@ -412,6 +412,58 @@ def test_refuses_rows_of_another_length(tmp_path: Path) -> None:
     refused(tmp_path, "must have a row per image, got only a header", "table", file, *TABLE_KNOBS)
 
 
+def test_refuses_a_part_of_nih_unless_it_is_meant(tmp_path: Path) -> None:
+    table = nih(tmp_path) / "Data_Entry_2017.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:37]))
+    match = r"got none for 4: 00000019_000.png, 00000019_001.png, 00000020_000.png, .+ --subset true"
+    refused(tmp_path, match, "nih", tmp_path)
+    refused(tmp_path, "`subset` must be true or false, got 'maybe'", "nih", tmp_path, "--subset", "maybe")
+    run("nih", tmp_path, "--subset", "true")
+    assert len(content(tmp_path)["test"]) == 6
+    assert content(tmp_path)["description"].startswith("A part of NIH ChestX-ray14")
+
+
+@pytest.mark.parametrize("knob", ["--validation_fraction", "--test_fraction"])
+def test_refuses_a_fraction_beside_a_split_column(tmp_path: Path, knob: str) -> None:
+    match = f"`{knob[2:]}` must be left out with --split part"
+    refused(tmp_path, match, "table", table(tmp_path), *TABLE_KNOBS, "--split", "part", knob, 0.3)
+
+
+def test_a_table_keeps_the_default_of_the_fraction_that_is_not_given(tmp_path: Path) -> None:
+    run("table", table(tmp_path), *TABLE_KNOBS, "--validation_fraction", 0.3)
+    assert [len(content(tmp_path)[split]) for split in SPLITS] == [10, 6, 4]
+
+
+def test_empty_splits_of_labelled_images_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = table(tmp_path, part=["train"] * 14 + ["test"] * 6)
+    run("table", file, *TABLE_KNOBS, "--split", "part")
+    err = capsys.readouterr().err
+    assert "warning: validation has no images, but cxr_classify needs validation and test.\n" in err
+    assert "warning: test has no images" not in err
+    run("unlabelled", tmp_path / "images")
+    assert "has no images" not in capsys.readouterr().err
+
+
+def test_refuses_unknown_sources_and_words_too_many(tmp_path: Path) -> None:
+    classes(tmp_path)
+    refused(tmp_path, "there is no source nihh; did you mean nih?", "nihh", tmp_path)
+    refused(tmp_path, "there is no source fodlers; did you mean folders?", "--name", "nih", "fodlers", tmp_path)
+    refused(tmp_path, "`folders` must get one path, got .+, extra", "folders", tmp_path, "extra")
+    refused(tmp_path, "`folders` must get one path, got .+, description", "folders", tmp_path, "description")
+    run("folders", tmp_path, "--name", "table")
+    assert content(tmp_path)["name"] == "table"
+
+
+def test_help_shows_the_usage_and_so_does_no_source(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--help")
+    shown = capsys.readouterr().out
+    assert shown.startswith("Write the dataset.json")
+    assert "scripts/make_datalist.py nih DIR\n" in shown
+    assert "skip_corrupt: leave out images" in shown
+    with pytest.raises(SystemExit, match=r"make_datalist\.py nih DIR"):
+        run()
+
+
 def test_refuses_findings_that_nih_does_not_have(tmp_path: Path) -> None:
     match = r"line 3: findings must be of \['Atelectasis', .+, got 'Mass\|Pnuemonia'"
     refused(tmp_path, match, "nih", nih(tmp_path, findings="Mass|Pnuemonia"))
@@ -446,7 +498,8 @@ def test_refuses_folders_that_are_no_classes(tmp_path: Path) -> None:
         (("--workers", 0), "`workers` must be a whole number of at least 1, got 0"),
         (("--seed", "one"), "`seed` must be a whole number of at least 0, got 'one'"),
         (("--check", "closely"), "`check` must be one of open, exists, got 'closely'"),
-        (("--skip_corrupt", "maybe"), "a switch must be true or false, got 'maybe'"),
+        (("--skip_corrupt", "maybe"), "`skip_corrupt` must be true or false, got 'maybe'"),
+        (("--overwrite", "maybe"), "`overwrite` must be true or false, got 'maybe'"),
         (("--output", "nowhere/dataset.json"), "`output` must be an existing folder, with or without /dataset.json"),
     ],
 )

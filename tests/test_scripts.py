@@ -445,6 +445,20 @@ def test_check_fails_on_a_stale_page_or_a_missing_figure_and_writes_nothing(page
         render_results.main(check=True)
 
 
+def test_check_fails_on_a_figure_of_other_results(page: Path) -> None:
+    rows = show(page, TRAINED)
+    figure = page.parent / "docs" / "label_efficiency.png"
+    render_results.main()
+    stale = figure.read_bytes()
+    with open(page.parent / "results" / "results.csv", "a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, run_experiments.FIELDS).writerow({**rows[0], "mean": "0.1234"})
+    render_results.main()
+    render_results.main(check=True)
+    figure.write_bytes(stale)
+    with pytest.raises(SystemExit, match="run `make results`"):
+        render_results.main(check=True)
+
+
 def test_rendering_needs_markers(page: Path) -> None:
     show(page, TRAINED)
     page.write_text("nothing here", encoding="utf-8")
