@@ -21,7 +21,8 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int, layer: str |
     network stays as it is: without hooks, in its mode, its gradients untouched.
 
     By default the maps are those of the last stage of a ResNet that has at least 4 places along every axis: stage 4
-    from about 100 pixels on, stage 2 at 48. A finer stage says more of where and less of what.
+    from about 100 pixels on, stage 2 at 48. A finer stage says more of where and less of what; where its map is empty,
+    that of the next coarser one is taken. The last one's is empty only if its features lower the logit on balance.
 
     Args:
         network: classifier that returns logits (B, C).
@@ -51,7 +52,11 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int, layer: str |
         images = images.detach().clone().requires_grad_()
         _, features, _ = camera.nn_module(images[:1], class_idx=finding)
         fine = [index for index, each in enumerate(features) if min(each.shape[2:]) >= MIN_SIDE]
-        maps = camera(images, class_idx=finding, layer_idx=max(fine, default=0)).detach()
+        index = max(fine, default=0)
+        maps = camera(images, class_idx=finding, layer_idx=index).detach()
+        while index < len(layers) - 1 and (empty := ~maps.flatten(1).any(1)).any():
+            index += 1
+            maps[empty] = camera(images[empty], class_idx=finding, layer_idx=index).detach()
     peak = maps.amax(dim=tuple(range(1, maps.ndim)), keepdim=True)
     return (maps / peak.clamp_min(torch.finfo(maps.dtype).tiny)).as_subclass(Tensor)
 

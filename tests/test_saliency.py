@@ -58,6 +58,21 @@ def test_looks_at_the_last_stage_that_has_four_places_a_side(side: int, stage: i
     assert not any(torch.equal(expected, other) for other in others)
 
 
+def test_no_map_is_empty_where_the_features_raise_the_logit() -> None:
+    torch.manual_seed(0)
+    network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, num_classes=4, widen_factor=0.25).eval()
+    images = torch.rand(24, 1, 48, 48) * torch.rand(24, 1, 1, 1)
+    raised = (network(images) - network.fc.bias) > 0
+    fine_alone = 0
+    for finding in range(4):
+        filled = saliency_maps(network, images, finding).flatten(1).any(1)
+        fine_alone += int(saliency_maps(network, images, finding, layer="layer2").flatten(1).any(1).sum())
+        assert filled[raised[:, finding]].all()
+    assert raised.any()
+    assert not raised.all()
+    assert fine_alone < raised.sum()
+
+
 def test_rejects_a_network_without_stages() -> None:
     with pytest.raises(ValueError, match="`layer` must name a module of the Flatten, got None"):
         saliency_maps(nn.Flatten(), squares(0, 0), finding=0)
