@@ -180,7 +180,7 @@ def test_views_and_loss_serve_a_trainer() -> None:
         decollate=False,
     )
     trainer.run()
-    assert torch.isfinite(torch.tensor(trainer.state.output["loss"]))
+    assert trainer.state.output["loss"].isfinite()
     assert trainer.state.output["label"].task.tolist() == [0, 1, 0, 1]
     assert isinstance(trainer.state.output["pred"], HSSLOutput)
 
