@@ -44,7 +44,7 @@ CAPTIONS = {
 class ClassifierEvaluation:
     """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
 
-    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, test_predictions.csv,
+    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, predictions.csv,
     calibration.json (temperature and thresholds, for predictions), scores.npz (laid out as that of `ProbeHandler`) and
     report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
     `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator for MONAI's `MetricsSaver`. Findings without
@@ -155,7 +155,7 @@ class ClassifierEvaluation:
             [item["image"], subject, *(text for pair in zip(*row, strict=True) for text in _texts(*pair))]
             for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True)
         ]
-        write_csv(self.output_dir / "test_predictions.csv", ["image", "subject", *columns], lines)
+        write_csv(self.output_dir / "predictions.csv", ["image", "subject", *columns], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
         np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
 

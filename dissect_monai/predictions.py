@@ -78,7 +78,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 class PredictionSaver:
-    """Writes predictions.csv: for every image its path, the probability of each finding, and why it cannot be read.
+    """Writes probabilities.csv: for every image its path, the probability of each finding, and why it cannot be read.
 
     With thresholds there is a column "<finding> called" for each finding: 1 if it reaches its threshold, else 0.
     Overlays of an earlier run are deleted when a run starts.
@@ -171,7 +171,7 @@ class PredictionSaver:
         return score
 
     def _write(self, engine: Engine) -> None:
-        path, errors = self.output_dir / "predictions.csv", self.loader.errors
+        path, errors = self.output_dir / "probabilities.csv", self.loader.errors
         items = self.loader.dataset.data
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:

@@ -84,7 +84,7 @@ class Evaluated:
         logging.getLogger("ignite").setLevel(logging.ERROR)
         evaluator.run()
         self.metrics = evaluator.state.metrics
-        self.findings, self.predictions = table(folder / "findings.csv"), table(folder / "test_predictions.csv")
+        self.findings, self.predictions = table(folder / "findings.csv"), table(folder / "predictions.csv")
         with np.load(folder / "scores.npz") as arrays:
             self.arrays = dict(arrays)
 

@@ -174,7 +174,7 @@ def test_evaluation_writes_tables_predictions_and_a_report(trained: Path, datase
     rows = table(tmp_path / "eval" / "findings.csv")
     assert [row["finding"] for row in rows] == ["macro", *XRAY_FINDINGS]
     assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
-    assert len(table(tmp_path / "eval" / "test_predictions.csv")) == 16
+    assert len(table(tmp_path / "eval" / "predictions.csv")) == 16
     assert "cysts" in (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     metrics = dict(line.split(",") for line in (tmp_path / "eval" / "metrics.csv").read_text().splitlines())
     assert float(metrics["temperature"]) > 0
@@ -213,7 +213,7 @@ def test_prediction_names_what_it_cannot_read_and_does_the_rest(
     result = command_line(CONFIGS / "inference.json", pretrained=trained / "models" / "model.pt", **knobs)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: 1 of 56 images could not be read")
-    rows = table(tmp_path / "eval" / "predictions.csv")
+    rows = table(tmp_path / "eval" / "probabilities.csv")
     assert [row["image"] for row in rows if row["error"]] == [str(broken)]
     assert all(0 <= float(row["cysts"]) <= 1 for row in rows if not row["error"])
     assert len(list((tmp_path / "eval" / "overlays").glob("*.png"))) == 55
@@ -223,8 +223,8 @@ def test_prediction_uses_what_the_evaluation_has_fitted(trained: Path, dataset_d
     knobs = {"dataset_dir": dataset_dir, "output_dir": tmp_path, "pretrained": trained / "models" / "model.pt"}
     run_config(CONFIGS / "evaluate.json", **knobs, num_samples=5, num_workers=0, temperature_scaling=True)
     run_config(CONFIGS / "inference.json", **knobs, num_workers=0, calibration=tmp_path / "eval" / "calibration.json")
-    evaluated = {row["image"]: row for row in table(tmp_path / "eval" / "test_predictions.csv")}
-    predicted = {row["image"]: row for row in table(tmp_path / "eval" / "predictions.csv")}
+    evaluated = {row["image"]: row for row in table(tmp_path / "eval" / "predictions.csv")}
+    predicted = {row["image"]: row for row in table(tmp_path / "eval" / "probabilities.csv")}
     thresholds = read(tmp_path / "eval" / "calibration.json")["thresholds"]
     assert len(evaluated) == 16
     for image, row in evaluated.items():
@@ -248,7 +248,7 @@ def test_prediction_does_not_stop_at_a_listed_file_that_is_missing(
             pretrained=trained / "models" / "model.pt",
             num_workers=0,
         )
-    rows = table(tmp_path / "eval" / "predictions.csv")
+    rows = table(tmp_path / "eval" / "probabilities.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert "gone.png" in rows[1]["error"]
 
@@ -261,7 +261,7 @@ def test_prediction_needs_no_labels_not_even_of_some(trained: Path, dataset_dir:
     (tmp_path / "dataset.json").write_text(json.dumps({"training": items[:3], "test": items[3:]}), encoding="utf-8")
     knobs = {"dataset_dir": tmp_path, "output_dir": tmp_path, "num_workers": 0}
     run_config(CONFIGS / "inference.json", pretrained=trained / "models" / "model.pt", **knobs)
-    rows = table(tmp_path / "eval" / "predictions.csv")
+    rows = table(tmp_path / "eval" / "probabilities.csv")
     assert [row["image"] for row in rows] == images
     assert all(0 <= float(row["cysts"]) <= 1 for row in rows)
 
@@ -273,7 +273,7 @@ def test_one_dicom_file_is_enough(trained: Path, tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(pixels), tmp_path / "a.dcm")
     knobs = {"dataset_dir": tmp_path / "a.dcm", "output_dir": tmp_path, "num_workers": 0}
     run_config(CONFIGS / "inference.json", pretrained=trained / "models" / "model.pt", **knobs)
-    (row,) = table(tmp_path / "eval" / "predictions.csv")
+    (row,) = table(tmp_path / "eval" / "probabilities.csv")
     assert row["image"] == str(tmp_path / "a.dcm")
 
 

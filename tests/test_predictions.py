@@ -106,7 +106,7 @@ def test_writes_the_probabilities_of_every_image(tmp_path: Path) -> None:
     dataset, network = folder_of(tmp_path, corrupt=()), classifier()
     loader = ReadableLoader(dataset, batch_size=2)
     infer(loader, PredictionSaver(loader, NAMES, tmp_path / "eval"), network)
-    rows = table(tmp_path / "eval" / "predictions.csv")
+    rows = table(tmp_path / "eval" / "probabilities.csv")
     assert list(rows[0]) == ["image", *NAMES, "error"]
     assert [row["image"] for row in rows] == [item["image"] for item in dataset.data]
     images = torch.stack([item["image"] for item in dataset]).as_tensor()
@@ -125,7 +125,7 @@ def test_corrupt_files_are_named_do_not_stop_the_rest_and_end_the_run_with_an_er
     saver = PredictionSaver(loader, NAMES, tmp_path)
     with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*predictions\.csv names them"):
         infer(loader, saver, classifier())
-    rows = table(tmp_path / "predictions.csv")
+    rows = table(tmp_path / "probabilities.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, False, False, True]
     assert [row["Opacity"] == "" for row in rows] == [False, True, False, False, True]
 
@@ -134,7 +134,7 @@ def test_a_folder_of_nothing_but_corrupt_files_is_written_down_too(tmp_path: Pat
     loader = ReadableLoader(folder_of(tmp_path, corrupt=(0, 1, 2, 3, 4)), batch_size=2)
     with pytest.raises(ValueError, match="5 of 5 images could not be read"):
         infer(loader, PredictionSaver(loader, NAMES, tmp_path), classifier())
-    assert all(row["error"] for row in table(tmp_path / "predictions.csv"))
+    assert all(row["error"] for row in table(tmp_path / "probabilities.csv"))
 
 
 @pytest.mark.parametrize(("overlays", "number"), [("none", 0), ("top", 3), ("all", 6)])
@@ -197,7 +197,7 @@ def test_calls_what_reaches_its_threshold(tmp_path: Path) -> None:
     saver = PredictionSaver(loader, NAMES, tmp_path, thresholds={NAMES[0]: 0.5, NAMES[1]: float("nan")})
     with pytest.raises(ValueError, match="2 of 5"):
         infer(loader, saver, classifier())
-    rows = table(tmp_path / "predictions.csv")
+    rows = table(tmp_path / "probabilities.csv")
     assert list(rows[0]) == ["image", *NAMES, "Opacity called", "Pleural Thickening called", "error"]
     readable = [row for row in rows if not row["error"]]
     assert [row["Opacity called"] for row in readable] == [str(int(float(row["Opacity"]) >= 0.5)) for row in readable]
