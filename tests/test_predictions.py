@@ -123,7 +123,7 @@ def test_corrupt_files_are_named_do_not_stop_the_rest_and_end_the_run_with_an_er
 ) -> None:
     loader = ReadableLoader(folder_of(tmp_path), batch_size=2, num_workers=num_workers)
     saver = PredictionSaver(loader, NAMES, tmp_path)
-    with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*predictions\.csv names them"):
+    with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*probabilities\.csv names them"):
         infer(loader, saver, classifier())
     rows = table(tmp_path / "probabilities.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, False, False, True]
