@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from dissect_monai.data import Item, labelled, select_fraction
+from dissect_monai.sampling import SeededDataset
 
 logger = logging.getLogger(__name__)
 Attempt = tuple[int, Any, "str | None"]  # index of the item, its contents, why it could not be read
@@ -29,7 +30,8 @@ def cached_dataset(
     on_corrupt: str = "raise",
     num_workers: int = 0,
     progress: bool = False,
-) -> Dataset:
+    seeded: bool = False,
+) -> Dataset | SeededDataset:
     """A data set that decodes and preprocesses every image once, now, and finds all unreadable files at that.
 
     Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. In
@@ -42,34 +44,30 @@ def cached_dataset(
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that fill the cache; at least one.
         progress: show a progress bar.
+        seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
 
     Returns:
-        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`; `.data` is the list of the items
-        that could be read. What is taken from memory is not copied: do not change it in place.
+        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if `seeded`;
+        `.data` is the list of the items that could be read. What is taken from memory is not copied: do not change it in place.
 
     Raises:
         ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
     """
-    if on_corrupt not in ("raise", "skip"):
-        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
-    steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
-    first_random = steps.get_index_of_first(
-        lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
-    )
-    preprocessing = Compose(steps.transforms[:first_random])
+    preprocessing, rest = split_at_random(transform)
+    steps = Compose([*preprocessing.transforms, *rest.transforms])
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:
-        contents, errors = _load_all(Dataset(data, preprocessing), num_workers, progress)
+        contents, good = read_all(Dataset(data, preprocessing), on_corrupt, num_workers, progress)
     else:
         stored = PersistentDataset(data, preprocessing, cache_dir, hash_transform=pickle_hashing)
-        contents, errors = _load_all(stored, num_workers, progress, keep=False)
-    if errors:
-        _report(errors, data, skip=on_corrupt == "skip")
-    good = [item for index, item in enumerate(data) if index not in errors]
+        contents, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
+    dataset: Dataset
     if cache_dir is None:
-        return CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
-    return PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+        dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
+    else:
+        dataset = PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+    return SeededDataset(dataset) if seeded else dataset
 
 
 def labelled_part(
@@ -162,10 +160,33 @@ def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
     return convert_to_contiguous(content), None
 
 
-def _load_all(
-    dataset: Dataset, num_workers: int, progress: bool, keep: bool = True
-) -> tuple[list[Any], dict[int, str]]:
-    """Contents of the items that can be read (none if not `keep`), and the error of each index that cannot."""
+def split_at_random(transform: Callable[..., Any]) -> tuple[Compose, Compose]:
+    """The MONAI transforms before the first random one (or the first that is no MONAI transform), and all others."""
+    steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
+    first_random = steps.get_index_of_first(
+        lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
+    )
+    end = len(steps.transforms) if first_random is None else first_random
+    return Compose(steps.transforms[:end]), Compose(steps.transforms[end:])
+
+
+def read_all(
+    dataset: Dataset, on_corrupt: str = "raise", num_workers: int = 0, progress: bool = False, keep: bool = True
+) -> tuple[list[Any], list[Item]]:
+    """Read a data set once; arguments and errors are those of `cached_dataset`.
+
+    Args:
+        dataset: reads a file per item of its list `data`.
+        on_corrupt: "raise" or "skip".
+        num_workers: threads; at least one.
+        progress: show a progress bar.
+        keep: whether the contents are wanted.
+
+    Returns:
+        The contents (none if not `keep`) and the items that could be read, in their order.
+    """
+    if on_corrupt not in ("raise", "skip"):
+        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
 
     def load(index: int) -> tuple[Any, str | None]:
         content, error = attempt(dataset, index)
@@ -179,8 +200,11 @@ def _load_all(
             attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
     finally:
         torch.set_num_threads(torch_threads)
-    contents = [content for content, error in attempts if error is None]
-    return contents, {index: error for index, (_, error) in enumerate(attempts) if error is not None}
+    errors = {index: error for index, (_, error) in enumerate(attempts) if error is not None}
+    if errors:
+        _report(errors, dataset.data, skip=on_corrupt == "skip")
+    contents = [content for content, error in attempts if keep and error is None]
+    return contents, [item for index, item in enumerate(dataset.data) if index not in errors]
 
 
 def _report(errors: dict[int, str], data: list[Item], skip: bool) -> None:

@@ -8,7 +8,7 @@ from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
 from dissect_monai.contrast import LEVELS
-from dissect_monai.networks import mlp, pool
+from dissect_monai.networks import pool
 
 
 class HSSLOutput(NamedTuple):
@@ -41,7 +41,9 @@ class HSSLNet(nn.Module):
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
-        from the abstract; the width of the embeddings is that of Chen et al., SimCLR, ICML 2020, Sec. 2.1.
+        from the abstract; the width of the embeddings is that of Chen et al., SimCLR, ICML 2020, Sec. 2.1, and the heads
+        are theirs, without batch normalisation: no embedding depends on the rest of the batch, so that several processes
+        compute what one does.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class HSSLNet(nn.Module):
         width = segresnet.init_filters * 2 ** (levels - 1)
         self.stride = 2 ** (levels - 1)
         self.segresnet = segresnet
-        self.projectors = nn.ModuleDict({level: mlp(width, hidden_dim, out_dim) for level in LEVELS})
+        self.projectors = nn.ModuleDict({level: _projector(width, hidden_dim, out_dim) for level in LEVELS})
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)
 
@@ -88,3 +90,7 @@ class HSSLNet(nn.Module):
             group_logits=self.group_classifier(pooled),
             reconstruction=self.segresnet.decode(features, maps[::-1]).float(),
         )
+
+
+def _projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))

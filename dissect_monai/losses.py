@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +12,8 @@ from dissect_monai.contrast import HierarchicalContrastiveLoss
 from dissect_monai.hssl import HSSLOutput
 from dissect_monai.networks import SSLOutput
 from dissect_monai.views import HierarchyTarget
+
+logger = logging.getLogger(__name__)
 
 
 def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -135,8 +139,8 @@ class VQSSLLoss(nn.Module):
 class HSSLLoss(nn.Module):
     """Weighted sum of the image, task, group, classification and reconstruction terms.
 
-    A level whose labels are all the same teaches nothing but to collapse: with a single task or group its weight,
-    and that of the classification, belongs at 0.
+    A level whose labels are all the same teaches nothing but to collapse: with a single task or group its contrast is left
+    out, whatever its weight, and the log says so.
 
     Args:
         image_weight: contrast that draws the views of an image together, see `HierarchicalContrastiveLoss`.
@@ -146,6 +150,8 @@ class HSSLLoss(nn.Module):
         reconstruction_weight: share of the uncorrupted view's variance that the reconstruction leaves unexplained:
             the mean of that over the masked voxels and that over all, or, without a mask, over all.
         temperature: of the contrast, positive.
+        num_tasks: number of tasks; None for several.
+        num_groups: number of groups; None for several.
 
     Raises:
         ValueError: if a weight is negative or all are 0, or `temperature` is not positive.
@@ -163,12 +169,17 @@ class HSSLLoss(nn.Module):
         classification_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
         temperature: float = 0.1,
+        num_tasks: int | None = None,
+        num_groups: int | None = None,
     ) -> None:
         super().__init__()
+        for name, number in {"task": num_tasks, "group": num_groups}.items():
+            if number == 1:
+                logger.info("There is a single %s: its contrast is left out.", name)
         self.weights = _checked_weights(
             image=image_weight,
-            task=task_weight,
-            group=group_weight,
+            task=0.0 if num_tasks == 1 else task_weight,
+            group=0.0 if num_groups == 1 else group_weight,
             classification=classification_weight,
             reconstruction=reconstruction_weight,
         )

@@ -133,6 +133,48 @@ class PatchSpacingd(MapTransform):
         return item
 
 
+class ForegroundIndicesd(MapTransform):
+    """Remembers where a volume is not air, so that patches are drawn there: for MONAI's `RandCropByPosNegLabeld`.
+
+    MONAI's `FgBgToIndicesd` keeps eight bytes for every voxel, eight times a volume in uint8. Here a part of them, evenly
+    spread over the volume, is kept: enough centres for more patches than are ever drawn of it.
+
+    Args:
+        keys: keys of the images, of shape (C, *spatial), in which air is 0, as `NormalizeModalityd` leaves it.
+        max_indices: how many voxels are kept at most, at least 1.
+        postfix: of the new key, `image_foreground` for `image`: flat places of voxels, int64 of shape (N,).
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if `max_indices` is below 1, or a volume has no voxel above 0.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        max_indices: int = 4096,
+        postfix: str = "_foreground",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if max_indices < 1:
+            raise ValueError(f"`max_indices` must be at least 1, got {max_indices}.")
+        self.max_indices = max_indices
+        self.postfix = postfix
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the places to an item."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            places = np.flatnonzero(np.asarray(item[key]).max(0) > 0)
+            if not len(places):
+                raise ValueError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
+            # Steps within a row would repeat from row to row, and meet some columns never.
+            chosen = np.linspace(0, len(places) - 1, min(self.max_indices, len(places))).round().astype(int)
+            item[f"{key}{self.postfix}"] = places[chosen]
+        return item
+
+
 def is_ct(modality: object) -> bool:
     """Whether intensities are in HU, to go by the name of the modality: CT, CTA, ct, ...; not CBCT."""
     return str(modality).strip().upper().startswith("CT")
