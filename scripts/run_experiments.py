@@ -45,7 +45,8 @@ class Study(NamedTuple):
     """A study file; its keys are these.
 
     Values of knobs may hold {data} and {runs} (the folders of the command line), {seed}, {folder} (of the training run)
-    and {is_first} (whether the recipe is the first). The seed and `output_dir` are passed to every run.
+    and {is_first} (whether the recipe is the first). A knob that is null is not passed, so that a recipe can do without
+    one that the others share. The seed and `output_dir` are passed to every run.
     """
 
     bundle: str
@@ -59,21 +60,28 @@ class Study(NamedTuple):
     evaluation: dict[str, Any]  # knobs of evaluate.json that all runs share
     titles: Mapping[str, str] = MappingProxyType({})  # variant → its title in the README
     columns: Mapping[str, str] = MappingProxyType({})  # metric, without the variant → its title; all metrics if empty
+    configs: Mapping[str, list[str]] = MappingProxyType({})  # recipe → files instead of the bundle's train.json
 
 
 class Run(NamedTuple):
     """One call of `monai.bundle run`."""
 
-    config: Path
+    configs: tuple[Path, ...]  # from the repository's root; later ones override
     folder: Path  # its output_dir
     knobs: dict[str, Any]  # as in the study, templates unfilled
     fields: dict[str, str]  # what the templates stand for
+
+    @property
+    def config_file(self) -> str:
+        """The argument that names one config, or a list of them."""
+        names = [path.as_posix() for path in self.configs]
+        return f"--config_file={names[0] if len(names) == 1 else json.dumps(names)}"
 
     def command(self) -> list[str]:
         """The call, with the templates filled."""
         knobs = {**self.knobs, "seed": self.fields["seed"], "output_dir": str(self.folder)}
         filled = [f"--{name}={filled_in(value, self.fields)}" for name, value in knobs.items()]
-        return ["python", "-m", "monai.bundle", "run", f"--config_file={self.config.relative_to(ROOT)}", *filled]
+        return ["python", "-m", "monai.bundle", "run", self.config_file, *filled]
 
 
 def read_study(path: str | Path) -> Study:
@@ -100,12 +108,19 @@ def read_study(path: str | Path) -> Study:
         raise StudyError(f"`seeds` must hold two different numbers or more, got {study.seeds} in {path}.")
     if not study.recipes or not study.variants or "/" in "".join([*study.recipes, *study.variants]):
         raise StudyError(f"`recipes` and `variants` must hold names without a slash in {path}: they name folders.")
+    strangers = sorted(set(study.configs) - set(study.recipes))
+    if strangers:
+        raise StudyError(f"`configs` must hold names of recipes, got {', '.join(strangers)} in {path}.")
+    bad = [each for each in study.configs.values() if not each or not isinstance(each, list)]
+    if bad:
+        raise StudyError(f"`configs` must give a recipe the list of its files, got {bad[0]} in {path}.")
     return study
 
 
 def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
     """The runs of a study, in chains: a training run, then the evaluations of what it trained."""
-    train, evaluate = (ROOT / "bundles" / study.bundle / "configs" / name for name in ("train.json", "evaluate.json"))
+    own = Path("bundles", study.bundle, "configs")
+    configs = {recipe: tuple(map(Path, study.configs.get(recipe, [own / "train.json"]))) for recipe in study.recipes}
     # What each chain trains: its folder, its knobs, and the variants that it is evaluated in.
     trained: list[tuple[str, dict[str, Any], list[str]]] = [("", {}, list(study.variants))]
     trains = study.variants_change == "training"
@@ -116,12 +131,19 @@ def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
         folder = runs / recipe / f"seed{seed}" / name
         fields = {"data": str(data), "runs": str(runs), "seed": str(seed), "folder": str(folder)}
         fields["is_first"] = str(recipe == next(iter(study.recipes)))
-        chain = [Run(train, folder, {**study.training, **study.recipes[recipe], **knobs}, fields)]
+        chain = [Run(configs[recipe], folder, merged(study.training, study.recipes[recipe], knobs), fields)]
         for variant in variants:
-            evaluation = {**study.evaluation, **({} if trains else study.variants[variant])}
-            chain.append(Run(evaluate, evaluation_folder(runs, recipe, seed, variant), evaluation, fields))
+            evaluation = merged(study.evaluation, {} if trains else study.variants[variant])
+            evaluated = evaluation_folder(runs, recipe, seed, variant)
+            chain.append(Run((own / "evaluate.json",), evaluated, evaluation, fields))
         chains.append(chain)
     return chains
+
+
+def merged(*levels: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs of several levels, of which later ones win; those that are null in the end are left out."""
+    knobs = {name: value for level in levels for name, value in level.items()}
+    return {name: value for name, value in knobs.items() if value is not None}
 
 
 def evaluation_folder(runs: Path, recipe: str, seed: int, variant: str) -> Path:
@@ -145,13 +167,17 @@ def filled_in(value: Any, fields: Mapping[str, str]) -> str:
 
 
 def refuse_missing(run: Run) -> None:
-    """Refuse a run whose config, data or weights from another study are not there.
+    """Refuse a run whose configs, data or weights from another study are not there.
 
     Raises:
         StudyError: naming the path and the knob.
     """
-    if not run.config.is_file():
-        raise StudyError(f"{run.config} is not there: `bundle` must name a folder of bundles/.")
+    for config in run.configs:
+        if not (ROOT / config).is_file():
+            raise StudyError(
+                f"{config} is not there: `bundle` must name a folder of bundles/, and `configs` files by their paths "
+                "from the repository's root."
+            )
     for knob, value in run.knobs.items():
         for text in value if isinstance(value, list) else [value]:
             path = filled_in(text, run.fields)
@@ -164,13 +190,16 @@ def is_done(run: Run) -> bool:
     """Whether a run has finished.
 
     Raises:
-        StudyError: if it has, but with other knobs than the study now gives it.
+        StudyError: if it has, but with other knobs or configs than the study now gives it.
     """
     done = run.folder / "done.json"
     if not done.exists():
         return False
-    if json.loads(done.read_text(encoding="utf-8"))["knobs"] != run.knobs:
-        raise StudyError(f"{run.folder} was run with other knobs than the study has now: delete it or change --runs.")
+    record = json.loads(done.read_text(encoding="utf-8"))
+    if record["knobs"] != run.knobs or run.config_file not in shlex.split(record["command"]):
+        raise StudyError(
+            f"{run.folder} was run with other knobs or configs than the study has now: delete it or change --runs."
+        )
     return True
 
 
@@ -185,7 +214,7 @@ def execute(run: Run, environment: Mapping[str, str]) -> None:
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
     commit, dirty = code_state()
-    log, start = run.folder / f"{run.config.stem}.log", time.perf_counter()
+    log, start = run.folder / f"{run.configs[0].stem}.log", time.perf_counter()
     status = call(run.command(), log, environment)
     if status:
         raise StudyError(f"{run.folder} failed with status {status}, see {log}: {last_error(log)}")
@@ -193,7 +222,7 @@ def execute(run: Run, environment: Mapping[str, str]) -> None:
     record = {"command": shlex.join(run.command()), "commit": commit, "dirty": dirty, "seconds": seconds}
     content = json.dumps({**record, "knobs": run.knobs}, indent=4)
     (run.folder / "done.json").write_text(content, encoding="utf-8")
-    print(f"{run.config.stem} {run.folder}: {seconds} s", flush=True)
+    print(f"{log.stem} {run.folder}: {seconds} s", flush=True)
 
 
 def call(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
@@ -313,8 +342,9 @@ def summarise(study: Study, runs: Path) -> Iterator[dict[str, Any]]:
             columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
             if not columns:
                 raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
-            if len(columns) < labels.shape[1]:
-                print(f"{variant}: only columns {columns} of {task} have both classes and scores of every run")
+            left_out = sorted(set(range(labels.shape[1])) - set(columns))
+            if left_out:
+                print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
             for suffix, measure in measures.items():
                 values = {
                     name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}

@@ -7,10 +7,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
+import fire
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -68,7 +69,7 @@ class Stand:
             )
             return 1
         folder = Path(knobs["output_dir"])
-        if knobs["config_file"].endswith("train.json"):
+        if "train.json" in knobs["config_file"]:
             (folder / "models").mkdir()
             (folder / "models" / "model.pt").write_text(str(knobs), encoding="utf-8")
         else:
@@ -271,6 +272,31 @@ def test_findings_without_scores_from_every_run_are_left_out() -> None:
     assert study_statistics.usable_columns(labels, [scores]) == [0, 1]
 
 
+def test_findings_known_in_one_data_set_each_count_alike() -> None:
+    rng = np.random.default_rng(0)
+    data_set = np.arange(90) % 3
+    labels = np.where(data_set[:, None] == [0, 1, 2, 2], rng.integers(0, 2, (90, 4)), np.nan)
+    labels[data_set == 2, 2] = np.arange(30) == 0  # one positive, which is missing in many a resample
+    labels[:, 3] *= 0
+    scores = rng.normal(0, 1, (2, 90, 4)) + np.nan_to_num(labels)
+    weights = study_statistics.resample(np.arange(90) // 3, 2)[0][:150]
+    columns = study_statistics.usable_columns(labels, [scores])
+    found = study_statistics.macro(auroc, labels[:, columns], scores[..., columns], weights)
+
+    def naive(scores: np.ndarray, weight: np.ndarray) -> float:
+        known = [~np.isnan(label) & (weight > 0) for label in labels.T]
+        return np.mean(
+            [
+                roc_auc_score(y[k], s[k], sample_weight=weight[k])
+                for y, s, k in zip(labels.T, scores.T, known, strict=True)
+                if len(set(y[k])) == 2
+            ]
+        )
+
+    assert columns == [0, 1, 2]
+    assert found == pytest.approx(np.array([[naive(each, weight) for each in scores] for weight in weights]))
+
+
 @pytest.mark.parametrize("states", [[("a1", False), ("b2", False)], [("a1", True)]])
 def test_refuses_rows_of_several_commits_or_of_changed_code(
     stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: list[tuple[str, bool]]
@@ -303,8 +329,55 @@ def test_the_log_begins_with_the_command(tmp_path: Path) -> None:
 
 def test_refuses_finished_runs_with_other_knobs(stand: Stand, tmp_path: Path) -> None:
     run(tmp_path, EVALUATED)
-    with pytest.raises(SystemExit, match="was run with other knobs than the study has now"):
+    with pytest.raises(SystemExit, match="was run with other knobs or configs than the study has now"):
         run(tmp_path, {**EVALUATED, "training": {**EVALUATED["training"], "max_epochs": 2}})  # type: ignore[dict-item]
+
+
+TWO_CONFIGS = [f"bundles/pretrain_vq_ssl/configs/{name}" for name in ("train.json", "multi_gpu_train.json")]
+
+
+def test_a_recipe_may_train_with_configs_of_its_own(stand: Stand, tmp_path: Path) -> None:
+    run(tmp_path, {**EVALUATED, "bundle": "cxr_classify", "configs": {"theirs": TWO_CONFIGS}})
+    used: dict[str, set[str]] = {}
+    for command in stand.commands:
+        folder = Path(knobs_of(command)["output_dir"]).relative_to(tmp_path / "runs")
+        used.setdefault(f"{folder.parts[0]} {folder.name}", set()).add(knobs_of(command)["config_file"])
+    configs = "bundles/cxr_classify/configs"
+    assert used["ours seed0"] == used["ours seed1"] == {f"{configs}/train.json"}
+    assert used["theirs seed0"] == used["theirs seed1"] == {json.dumps(TWO_CONFIGS)}
+    assert used["ours evaluation"] == used["theirs evaluation"] == {f"{configs}/evaluate.json"}
+
+
+def test_the_command_line_takes_a_list_of_configs_for_a_list() -> None:
+    study = run_experiments.Study(**{**EVALUATED, "configs": {"theirs": TWO_CONFIGS}})
+    (training, *_), *_ = (chain for chain in run_experiments.plan(study, ROOT, ROOT) if "theirs" in str(chain[0]))
+    assert fire.Fire(lambda config_file: config_file, command=[training.config_file]) == TWO_CONFIGS
+
+
+def test_the_first_config_names_the_log(stand: Stand, tmp_path: Path) -> None:
+    stand.fails = lambda knobs: "multi_gpu_train" in knobs["config_file"]
+    with pytest.raises(SystemExit, match=r"theirs/seed0 failed with status 1, see \S+theirs/seed0/train.log: "):
+        run(tmp_path, {**EVALUATED, "configs": {"theirs": TWO_CONFIGS}})
+
+
+@pytest.mark.parametrize("now", [{}, {"theirs": TWO_CONFIGS[:1]}, {"theirs": TWO_CONFIGS[::-1]}])
+def test_finished_runs_are_kept_with_the_same_configs_alone(
+    stand: Stand, tmp_path: Path, now: Mapping[str, list[str]]
+) -> None:
+    study = {**EVALUATED, "configs": {"theirs": TWO_CONFIGS}}
+    run(tmp_path, study)
+    stand.commands.clear()
+    run(tmp_path, study)
+    assert not stand.commands
+    with pytest.raises(SystemExit, match="theirs/seed0 was run with other knobs or configs than the study has now"):
+        run(tmp_path, {**study, "configs": now})
+
+
+def test_a_knob_that_is_null_is_not_passed(stand: Stand, tmp_path: Path) -> None:
+    run(tmp_path, {**EVALUATED, "recipes": {"ours": {"max_epochs": None}, "theirs": {"discrete_weight": None}}})
+    trained = [each for each in map(knobs_of, stand.commands) if each["config_file"].endswith("train.json")]
+    assert [each.get("max_epochs") for each in trained] == [None, "1"] * 2
+    assert not any("discrete_weight" in each for each in trained)
 
 
 def test_refuses_runs_that_scored_different_images(stand: Stand, tmp_path: Path) -> None:
@@ -324,6 +397,10 @@ def test_refuses_runs_that_scored_different_images(stand: Stand, tmp_path: Path)
         ({"variants_change": "labels"}, "`variants_change` must be training or evaluation, got labels"),
         ({"recipes": {"a/b": {}}}, "names without a slash"),
         ({"bundle": "pretrain"}, "`bundle` must name a folder of bundles/"),
+        ({"configs": {"mine": ["a.json"]}}, "`configs` must hold names of recipes, got mine"),
+        ({"configs": {"ours": "a.json"}}, "`configs` must give a recipe the list of its files, got a.json"),
+        ({"configs": {"ours": []}}, r"`configs` must give a recipe the list of its files, got \[\]"),
+        ({"configs": {"ours": ["bundles/a.json"]}}, "bundles/a.json is not there: .*`configs` files by their paths"),
         (
             {"training": {"dataset_dir": "{dta}/x"}},
             r"'{dta}/x' holds {dta}: the templates are data, runs, seed, folder",
@@ -358,10 +435,10 @@ def test_refuses_bad_jobs(stand: Stand, tmp_path: Path, jobs: Any) -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_names_knobs_that_its_bundle_has(path: Path) -> None:
     study = run_experiments.read_study(path)
-    configs = ROOT / "bundles" / study.bundle / "configs"
     for chain in run_experiments.plan(study, Path("data"), Path("runs")):
         for each in chain:
-            assert set(each.knobs) <= set(json.loads((configs / each.config.name).read_text(encoding="utf-8")))
+            configs = [json.loads((ROOT / config).read_text(encoding="utf-8")) for config in each.configs]
+            assert set(each.knobs) <= set().union(*configs)
             each.command()
 
 
@@ -412,6 +489,25 @@ def test_other_studies_are_a_table_per_variant_without_figure(page: Path) -> Non
     assert "**labels_10**\n\n| | findings/linear/last/auroc |\n" in page.read_text(encoding="utf-8")
     assert "| pixels |" in page.read_text(encoding="utf-8")
     assert not (page.parent / "docs").exists()
+
+
+def test_tasks_stand_side_by_side_under_their_titles_if_they_have_results(page: Path) -> None:
+    tasks = {"structures": "0.8", "domains": "0.9"}
+    columns = {f"{task}/linear/last/auroc": f"{task}, last" for task in (*tasks, "views")}
+    recipes = ("ours, five sets", "ours, one set")
+    study = {**EVALUATED, "dataset": "five sets", "recipes": {name: {} for name in recipes}, "columns": columns}
+    study["titles"] = {"labels_100": "all labels"}
+    (page.parent / "scripts" / "experiments" / "study.json").write_text(json.dumps(study), encoding="utf-8")
+    shared = {"bundle": study["bundle"], "dataset": study["dataset"], "std": "0.01"}
+    with open(page.parent / "results" / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, run_experiments.FIELDS)
+        writer.writeheader()
+        for recipe, (task, mean) in product(recipes, tasks.items()):
+            metric = f"labels_100/{task}/linear/last/auroc"
+            writer.writerow({**shared, "recipe": recipe, "metric": metric, "mean": mean})
+    render_results.main()
+    table = "**all labels**\n\n| | structures, last | domains, last |\n|---|---|---|\n"
+    assert f"{table}| ours, five sets | 0.800 ± 0.010 | 0.900 ± 0.010 |\n" in page.read_text(encoding="utf-8")
 
 
 def test_the_latest_row_wins(page: Path) -> None:
@@ -470,7 +566,7 @@ def test_the_readme_shows_the_results() -> None:
     render_results.main(check=True)
 
 
-@pytest.mark.parametrize("script", ["run_experiments", "render_results"])
+@pytest.mark.parametrize("script", ["run_experiments", "render_results", "plot_curves"])
 def test_every_script_explains_itself(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

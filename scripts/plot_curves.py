@@ -1,0 +1,171 @@
+"""Draw the training curves of a study, and keep their numbers beside the figure.
+
+    python scripts/plot_curves.py scripts/experiments/NAME.json --tags "['loss/total','knn_auroc']" [--runs runs/NAME]
+
+Writes docs/NAME_curves.png, a panel per tag with a line per recipe, and docs/NAME_curves.csv with the numbers drawn, so
+that the curves stay when the event files of the runs are gone.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, product
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import fire
+import numpy as np
+from monai.utils import ensure_tuple
+from run_experiments import ROOT, StudyError, plan, read_study
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    SCALARS,
+    EventAccumulator,
+)
+
+from dissect_monai.plots import COLORS, LINES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NUM_COLUMNS = 3  # of panels
+MANY = 30  # points of a line that is drawn without markers, if there are more
+Curve = dict[int, float]  # step → value
+
+
+class Point(NamedTuple):
+    """A line of the CSV file."""
+
+    recipe: str  # with the variant, where each variant is trained
+    seed: int
+    tag: str
+    step: int
+    value: float
+
+
+def read_scalars(folder: Path) -> dict[str, Curve]:
+    """Every scalar in the event files of a folder; of a step logged twice, as by a resumed run, the last value.
+
+    Raises:
+        StudyError: if there are no event files.
+    """
+    if not any(folder.glob("*tfevents*")):
+        raise StudyError(f"{folder} holds no event files: run the study first or give the right --runs.")
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0 keeps all of them
+    events.Reload()
+    return {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()[SCALARS]}
+
+
+def thinned(curve: Curve, num_points: int) -> Iterator[tuple[int, float]]:
+    """A curve in step order, at most `num_points` long: means of neighbours, each at the last of their steps."""
+    for part in np.array_split(np.array(sorted(curve.items())), min(num_points, len(curve))):
+        yield int(part[-1, 0]), float(part[:, 1].mean())
+
+
+def read_points(study_file: Path, runs: Path, tags: Sequence[str], num_points: int) -> list[Point]:
+    """The curves of all training runs of a study; a recipe may lack a tag.
+
+    Raises:
+        StudyError: if a run left no event files, or no run has one of the tags.
+    """
+    points, known = [], set[str]()
+    for training, *_ in plan(read_study(study_file), Path(), runs):
+        recipe, seed, *variant = training.folder.relative_to(runs).parts
+        scalars = read_scalars(training.folder / "eval")
+        known |= set(scalars)
+        name, number = ", ".join([recipe, *variant]), int(seed.removeprefix("seed"))
+        for tag in tags:
+            if tag in scalars:
+                points += [Point(name, number, tag, *each) for each in thinned(scalars[tag], num_points)]
+    unknown = [tag for tag in tags if tag not in known]
+    if unknown:
+        raise StudyError(f"no run has {', '.join(unknown)}; there are {', '.join(sorted(known)) or 'no scalars'}.")
+    return points
+
+
+def write_points(points: Iterable[Point], path: Path) -> None:
+    """Write the CSV file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Point._fields)
+        writer.writerows([*point[:-1], f"{point.value:.6g}"] for point in points)
+
+
+def draw(points: Sequence[Point], tags: Sequence[str], path: Path) -> None:
+    """Write the figure: a panel per tag, a line per recipe, the mean over seeds with their range shaded."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    recipes = dict.fromkeys(point.recipe for point in points)
+    looks = [{"color": colour, "linestyle": line} for line, colour in product(LINES, COLORS)]
+    styles: dict[str, dict[str, Any]] = dict(zip(recipes, cycle(looks), strict=False))
+    columns = min(len(tags), NUM_COLUMNS)
+    rows = -(-len(tags) // columns)
+    figure = Figure(figsize=(4 * columns, 0.6 + 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, tag in zip(axes, tags, strict=False):
+        for recipe, style in styles.items():
+            draw_line(ax, [point for point in points if (point.recipe, point.tag) == (recipe, tag)], style)
+        # The bundles log losses, codes/, collapse/ and schedule/ by iteration, and metrics, without a slash, by epoch.
+        ax.set(title=tag, xlabel="iteration" if "/" in tag or "loss" in tag else "epoch")
+        ax.locator_params(axis="x", integer=True, nbins=6)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[len(tags) :]:
+        ax.remove()
+    handles = [Line2D([], [], label=recipe, **style) for recipe, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_line(ax: Axes, points: Sequence[Point], style: Mapping[str, Any]) -> None:
+    """Draw one recipe in one panel: at each step the mean and the range of the seeds that have it."""
+    values: dict[int, list[float]] = {}
+    for point in points:
+        values.setdefault(point.step, []).append(point.value)
+    steps = sorted(values)
+    means, lows, highs = ([of(values[step]) for step in steps] for of in (fmean, min, max))
+    marker = "o" if len(steps) <= MANY else None
+    ax.plot(steps, means, marker=marker, markersize=3, linewidth=1.5, **style)
+    ax.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def main(
+    study_file: str,
+    tags: str | Sequence[str],
+    runs: str | None = None,
+    output: str | None = None,
+    num_points: int = 100,
+) -> None:
+    """Draw the training curves of a study.
+
+    Args:
+        study_file: a file of scripts/experiments/, whose runs have been made with run_experiments.py.
+        tags: scalars to draw, as TensorBoard names them; a recipe that lacks one has no line in its panel.
+        runs: folder of the runs, runs/NAME by default.
+        output: the figure, docs/NAME_curves.png by default; the numbers go to the same name with .csv.
+        num_points: longer curves are drawn as this many means of neighbours.
+    """
+    name = Path(study_file).stem
+    folder = Path(runs) if runs else ROOT / "runs" / name
+    figure = Path(output) if output else ROOT / "docs" / f"{name}_curves.png"
+    try:
+        if figure.suffix != ".png":
+            raise StudyError(f"`--output` must end in .png, got {figure}.")
+        if not isinstance(num_points, int) or num_points < 1:
+            raise StudyError(f"`--num_points` must be at least 1, got {num_points}.")
+        wanted = list(dict.fromkeys(ensure_tuple(tags)))
+        if not wanted:
+            raise StudyError("`--tags` must name a scalar or more, got none.")
+        points = read_points(Path(study_file), folder, wanted, num_points)
+    except StudyError as error:
+        raise SystemExit(f"error: {error}") from error
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    write_points(points, figure.with_suffix(".csv"))
+    draw(points, wanted, figure)
+    print(f"{len(points)} points of {figure.with_suffix('.csv')} are drawn in {figure}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
