@@ -18,6 +18,23 @@ _OFF = (1.0, 1.0)  # the range of a factor that changes nothing
 _MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
+class Placement(NamedTuple):
+    """Where views lie in their images: position in the image = matrix · position in the view + center.
+
+    Positions run from −1 to 1 along every axis, from the outer side of the first voxel to that of the last.
+    """
+
+    matrix: Tensor  # (B, spatial_dims, spatial_dims)
+    center: Tensor  # (B, spatial_dims)
+
+
+class Augmented(NamedTuple):
+    """What `BatchAugment.placed` returns."""
+
+    images: Tensor  # float32 in [0, 1], shape (B, C, *image_size), channels last in memory
+    placement: Placement
+
+
 class BatchAugment(nn.Module):
     """Random crop, flip, rotation, blur, intensity, noise and erasing of a batch, each image with its own draw.
 
@@ -88,7 +105,6 @@ class BatchAugment(nn.Module):
         self.erase_prob = _checked("erase_prob", erase_prob, highest=1)
         self.erase_scale = _checked_range("erase_scale", erase_scale, highest=1)
 
-    @torch.no_grad()
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Augment every image once.
 
@@ -99,6 +115,11 @@ class BatchAugment(nn.Module):
         Returns:
             float32 in [0, 1], shape (B, C, *image_size), channels last in memory.
         """
+        return self.placed(images, generator).images
+
+    @torch.no_grad()
+    def placed(self, images: Tensor, generator: torch.Generator | None = None) -> Augmented:
+        """The same, and where each view lies in its image."""
         if images.ndim != self.spatial_dims + 2:
             axes = "(B, C, X, Y)" if self.spatial_dims == 2 else "(B, C, X, Y, Z)"
             raise ValueError(f"`images` must have shape {axes}, got {tuple(images.shape)}.")
@@ -106,18 +127,19 @@ class BatchAugment(nn.Module):
             raise ValueError(f"`images` must be uint8 in [0, 255] or floating in [0, 1], got {images.dtype}.")
         draw = _Draw(len(images), images.device, generator)
         images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images.float().clamp(0, 1)
-        images = self._resample(images, draw)
+        images, placement = self._resample(images, draw)
         images = self._blur(images, draw)
         images = self._adjust(images, draw)
         images = self._erase(images, draw)
-        return images.contiguous(memory_format=_MEMORY_FORMAT[self.spatial_dims])
+        return Augmented(images.contiguous(memory_format=_MEMORY_FORMAT[self.spatial_dims]), placement)
 
-    def _resample(self, images: Tensor, draw: "_Draw") -> Tensor:
+    def _resample(self, images: Tensor, draw: "_Draw") -> Augmented:
         shape = tuple(images.shape[2:])
         size = self.image_size or shape
         cropped = self.crop_scale != _OFF
         if not (cropped or any(self.flip_prob) or self.rotation) and size == shape:
-            return images
+            same = torch.eye(self.spatial_dims, device=images.device).expand(len(images), -1, -1)
+            return Augmented(images, Placement(same, same.new_zeros(len(images), self.spatial_dims)))
         side, center = draw.boxes(self.crop_scale, self.crop_ratio, self.spatial_dims)
         flip = torch.stack([torch.where(draw.happens(prob), -1.0, 1.0) for prob in self.flip_prob], 1)
         matrix = torch.diag_embed(side * flip)
@@ -128,7 +150,8 @@ class BatchAugment(nn.Module):
         grid = _expand(center.flip(1), self.spatial_dims)
         for axis, position in enumerate(_positions(size, images.device)):
             grid = grid + _expand(matrix[:, :, axis].flip(1), self.spatial_dims) * position
-        return F.grid_sample(images, grid.movedim(1, -1), padding_mode="border", align_corners=False)
+        views = F.grid_sample(images, grid.movedim(1, -1), padding_mode="border", align_corners=False)
+        return Augmented(views, Placement(matrix, center))
 
     def _blur(self, images: Tensor, draw: "_Draw") -> Tensor:
         if not self.blur_prob:
@@ -261,15 +284,17 @@ class TwoViews(PrepareBatch):
         **kwargs: Any,
     ) -> Views:
         """Views of `batchdata[key]`, shape (B, C, *spatial); `kwargs` go to `Tensor.to`."""
-        target = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs)
+        target = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs).images
         return Views(self.corrupt(target, self._generator) if self.corrupt else target, target)
 
-    def _augmented(self, images: Tensor, **kwargs: Any) -> Tensor:
+    def _augmented(self, images: Tensor, **kwargs: Any) -> Augmented:
         # A MetaTensor would follow every operation with its own bookkeeping.
         images = images.as_subclass(Tensor).to(**kwargs)
         if self._generator is None or self._generator.device != images.device:
             self._generator = torch.Generator(images.device).manual_seed(self._epoch_seed)
-        return torch.cat([self.augment(images, self._generator) for _ in range(self.num_views)])
+        views = [self.augment.placed(images, self._generator) for _ in range(self.num_views)]
+        matrix, center = (torch.cat(parts) for parts in zip(*(view.placement for view in views), strict=True))
+        return Augmented(torch.cat([view.images for view in views]), Placement(matrix, center))
 
 
 class _Draw(NamedTuple):

@@ -47,14 +47,15 @@ def cached_dataset(
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
 
     Returns:
-        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if `seeded`;
-        `.data` is the list of the items that could be read. What is taken from memory is not copied: do not change it in place.
+        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
+        `seeded`; `.data` is the list of the items that could be read. What is taken from memory is not copied: do not
+        change it in place.
 
     Raises:
         ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
     """
-    preprocessing, rest = split_at_random(transform)
-    steps = Compose([*preprocessing.transforms, *rest.transforms])
+    steps, num_deterministic = flattened(transform)
+    preprocessing = Compose(steps.transforms[:num_deterministic])
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:
@@ -160,14 +161,13 @@ def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
     return convert_to_contiguous(content), None
 
 
-def split_at_random(transform: Callable[..., Any]) -> tuple[Compose, Compose]:
-    """The MONAI transforms before the first random one (or the first that is no MONAI transform), and all others."""
+def flattened(transform: Callable[..., Any]) -> tuple[Compose, int]:
+    """All transforms in one row, and how many come before the first random one, or the first that is not MONAI's."""
     steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
     first_random = steps.get_index_of_first(
         lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
     )
-    end = len(steps.transforms) if first_random is None else first_random
-    return Compose(steps.transforms[:end]), Compose(steps.transforms[end:])
+    return steps, len(steps.transforms) if first_random is None else first_random
 
 
 def read_all(

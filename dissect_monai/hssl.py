@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from monai.networks.layers.factories import Conv
 from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ class HSSLOutput(NamedTuple):
     task_logits: Tensor  # (V·B, num_tasks)
     group_logits: Tensor  # (V·B, num_groups)
     reconstruction: Tensor  # (V·B, in_channels, *spatial), float32
+    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride), a projection of `features`; None without its head
 
 
 class HSSLNet(nn.Module):
@@ -35,19 +37,26 @@ class HSSLNet(nn.Module):
         num_groups: number of groups.
         hidden_dim: width of the hidden layer of the projection heads.
         out_dim: width of the embeddings.
+        dense: whether to build the head of the dense contrast.
 
     Raises:
         ValueError: if `segresnet` cannot reconstruct its input, or a number is not positive.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
-        from the abstract; the width of the embeddings is that of Chen et al., SimCLR, ICML 2020, Sec. 2.1, and the heads
-        are theirs, without batch normalisation: no embedding depends on the rest of the batch, so that several processes
-        compute what one does.
+        from the abstract; the width of the embeddings is that of Chen et al., SimCLR, ICML 2020, Sec. 2.1, and the
+        heads are theirs, without batch normalisation: no embedding depends on the rest of the batch, so that several
+        processes compute what one does.
     """
 
     def __init__(
-        self, segresnet: SegResNet, num_tasks: int, num_groups: int, hidden_dim: int = 512, out_dim: int = 128
+        self,
+        segresnet: SegResNet,
+        num_tasks: int,
+        num_groups: int,
+        hidden_dim: int = 512,
+        out_dim: int = 128,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         for name, number in {"num_tasks": num_tasks, "num_groups": num_groups}.items():
@@ -66,6 +75,12 @@ class HSSLNet(nn.Module):
         self.projectors = nn.ModuleDict({level: _projector(width, hidden_dim, out_dim) for level in LEVELS})
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)
+        conv = Conv[Conv.CONV, segresnet.spatial_dims]
+        self.dense_projector = (
+            nn.Sequential(conv(width, hidden_dim, 1), nn.ReLU(inplace=True), conv(hidden_dim, out_dim, 1))
+            if dense
+            else None
+        )
 
     def forward(self, images: Tensor) -> HSSLOutput:
         """Embed, classify and reconstruct views.
@@ -89,6 +104,7 @@ class HSSLNet(nn.Module):
             task_logits=self.task_classifier(pooled),
             group_logits=self.group_classifier(pooled),
             reconstruction=self.segresnet.decode(features, maps[::-1]).float(),
+            dense=None if self.dense_projector is None else self.dense_projector(features),
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect_monai.contrast import HierarchicalContrastiveLoss
+from dissect_monai.dense import dense_contrast
 from dissect_monai.hssl import HSSLOutput
 from dissect_monai.networks import SSLOutput
 from dissect_monai.views import HierarchyTarget
@@ -137,10 +138,10 @@ class VQSSLLoss(nn.Module):
 
 
 class HSSLLoss(nn.Module):
-    """Weighted sum of the image, task, group, classification and reconstruction terms.
+    """Weighted sum of the image, task, group, classification, reconstruction and dense terms.
 
-    A level whose labels are all the same teaches nothing but to collapse: with a single task or group its contrast is left
-    out, whatever its weight, and the log says so.
+    A level whose labels are all the same teaches nothing but to collapse: with a single task or group its contrast is
+    left out, whatever its weight, and the log says so.
 
     Args:
         image_weight: contrast that draws the views of an image together, see `HierarchicalContrastiveLoss`.
@@ -149,7 +150,8 @@ class HSSLLoss(nn.Module):
         classification_weight: mean of the cross-entropies of task and group.
         reconstruction_weight: share of the uncorrupted view's variance that the reconstruction leaves unexplained:
             the mean of that over the masked voxels and that over all, or, without a mask, over all.
-        temperature: of the contrast, positive.
+        dense_weight: contrast of the places within an image, see `dense_contrast`.
+        temperature: of all contrasts, positive.
         num_tasks: number of tasks; None for several.
         num_groups: number of groups; None for several.
 
@@ -168,6 +170,7 @@ class HSSLLoss(nn.Module):
         group_weight: float = 1.0,
         classification_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
+        dense_weight: float = 0.0,
         temperature: float = 0.1,
         num_tasks: int | None = None,
         num_groups: int | None = None,
@@ -182,6 +185,7 @@ class HSSLLoss(nn.Module):
             group=0.0 if num_groups == 1 else group_weight,
             classification=classification_weight,
             reconstruction=reconstruction_weight,
+            dense=dense_weight,
         )
         self.contrast = HierarchicalContrastiveLoss(temperature)
 
@@ -193,7 +197,8 @@ class HSSLLoss(nn.Module):
             target: what `HierarchyViews` keeps of the same batch.
 
         Raises:
-            ValueError: if the batch does not hold two or more views of each item.
+            ValueError: if the batch does not hold two or more views of each item, or the dense contrast has a weight
+                but the network no head for it.
         """
         terms = self.contrast.terms(output.embeddings, target.task, target.group)
         num_views = len(output.task_logits) // len(target.task)
@@ -205,6 +210,10 @@ class HSSLLoss(nn.Module):
         regions = [None] if target.masked is None else [target.masked, None]
         errors = [unexplained_variance(output.reconstruction, target.views, region) for region in regions]
         terms["reconstruction"] = torch.stack(errors).mean()
+        if output.dense is not None and target.placement is not None:
+            terms["dense"] = dense_contrast(output.dense, target.placement, self.contrast.temperature)
+        elif self.weights["dense"]:
+            raise ValueError("`dense_weight` is positive but the network has no head for it: set `dense`.")
         return terms
 
     def forward(self, output: HSSLOutput, target: HierarchyTarget) -> Tensor:

@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 
+from monai.utils import ensure_tuple
+
 from dissect_monai.checkpoints import checkpoints_in
 from dissect_monai.overrides import run_arguments, running_workflow
 
@@ -79,10 +81,11 @@ def announce(smoke: bool, data_dir: object) -> None:
         smoke: whether it runs on generated phantoms.
         data_dir: folder or folders of the images.
     """
+    folders = ", ".join(map(str, ensure_tuple(data_dir)))
     if smoke:
-        logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", data_dir)
+        logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", folders)
     else:
-        logger.info("Using the images in %s.", data_dir)
+        logger.info("Using the images in %s.", folders)
 
 
 def claim_output(output_dir: str | Path, *folders: str) -> None:

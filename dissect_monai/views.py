@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dissect_monai.augment import BatchAugment, Corrupt, TwoViews
+from dissect_monai.augment import BatchAugment, Corrupt, Placement, TwoViews
 
 
 class HierarchyTarget(NamedTuple):
@@ -18,6 +18,7 @@ class HierarchyTarget(NamedTuple):
     masked: Tensor | None  # (V·B, 1, *spatial), True where the network sees nothing; None without corruption
     task: Tensor  # (B,), int64, place in `tasks`
     group: Tensor  # (B,), int64, place in `groups`
+    placement: Placement | None = None  # of the V·B views in their images, which the dense contrast needs
 
 
 class HierarchyBatch(NamedTuple):
@@ -66,7 +67,8 @@ class HierarchyViews(TwoViews):
         **kwargs: Any,
     ) -> HierarchyBatch:
         """Views of `batchdata[key]`, shape (B, C, *spatial), and the B names in `task` and `group` as numbers."""
-        views = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs)
+        augmented = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs)
+        views = augmented.images
         images, masked = views, None
         if self.corrupt:
             masked = self.corrupt.mask(views, self._generator)
@@ -75,7 +77,7 @@ class HierarchyViews(TwoViews):
             key: torch.tensor(self._numbers(batchdata, key)).to(device, non_blocking=non_blocking)
             for key in self.numbers
         }
-        return HierarchyBatch(images, HierarchyTarget(views, masked, **labels))
+        return HierarchyBatch(images, HierarchyTarget(views, masked, **labels, placement=augmented.placement))
 
     def _numbers(self, batchdata: Mapping[str, Any], key: str) -> list[int]:
         numbers = self.numbers[key]

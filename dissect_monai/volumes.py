@@ -136,8 +136,8 @@ class PatchSpacingd(MapTransform):
 class ForegroundIndicesd(MapTransform):
     """Remembers where a volume is not air, so that patches are drawn there: for MONAI's `RandCropByPosNegLabeld`.
 
-    MONAI's `FgBgToIndicesd` keeps eight bytes for every voxel, eight times a volume in uint8. Here a part of them, evenly
-    spread over the volume, is kept: enough centres for more patches than are ever drawn of it.
+    MONAI's `FgBgToIndicesd` keeps eight bytes for every voxel, eight times a volume in uint8. Here a part of them,
+    evenly spread over the volume, is kept: enough centres for more patches than are ever drawn of it.
 
     Args:
         keys: keys of the images, of shape (C, *spatial), in which air is 0, as `NormalizeModalityd` leaves it.
@@ -169,7 +169,6 @@ class ForegroundIndicesd(MapTransform):
             places = np.flatnonzero(np.asarray(item[key]).max(0) > 0)
             if not len(places):
                 raise ValueError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
-            # Steps within a row would repeat from row to row, and meet some columns never.
             chosen = np.linspace(0, len(places) - 1, min(self.max_indices, len(places))).round().astype(int)
             item[f"{key}{self.postfix}"] = places[chosen]
         return item

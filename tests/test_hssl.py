@@ -10,7 +10,7 @@ from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
 from monai.networks.nets import SegResNet
 
-from dissect_monai.augment import BatchAugment, Corrupt
+from dissect_monai.augment import BatchAugment, Corrupt, Placement
 from dissect_monai.contrast import HierarchicalContrastiveLoss
 from dissect_monai.hssl import HSSLNet, HSSLOutput
 from dissect_monai.inferers import AutocastInferer
@@ -69,6 +69,40 @@ def test_terms_are_named_scalars(spatial_dims: int) -> None:
     terms = HSSLLoss().terms(make_net(spatial_dims)(images), target)
     assert list(terms) == TERMS
     assert all(term.shape == () and term.dtype == torch.float32 and term > 0 for term in terms.values())
+
+
+def test_the_dense_term_is_a_switch_of_network_and_loss() -> None:
+    torch.manual_seed(0)
+    images, target = make_batch()
+    target = target._replace(placement=Placement(torch.eye(2).expand(8, -1, -1), torch.zeros(8, 2)))
+    net = HSSLNet(make_segresnet(), 3, 2, hidden_dim=16, out_dim=8, dense=True)
+    output = net(images)
+    assert output.dense is not None
+    assert output.dense.shape == (8, 8, 2, 2)
+    terms = HSSLLoss(dense_weight=3).terms(output, target)
+    assert list(terms) == [*TERMS, "dense"]
+    without = HSSLLoss()(output, target)
+    torch.testing.assert_close(HSSLLoss(dense_weight=3)(output, target), without + 3 * terms["dense"])
+    with pytest.raises(ValueError, match="`dense_weight` is positive but the network has no head for it: set `dense`"):
+        HSSLLoss(dense_weight=1)(make_net()(images), target)
+
+
+@pytest.mark.parametrize(("counts", "left_out"), [((1, 1), ["task", "group"]), ((3, 1), ["group"]), ((3, 2), [])])
+def test_a_level_of_a_single_label_is_left_out(
+    counts: tuple[int, int], left_out: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    loss = HSSLLoss(num_tasks=counts[0], num_groups=counts[1])
+    assert [name for name, weight in loss.weights.items() if not weight and name != "dense"] == left_out
+    assert all(f"single {name}" in caplog.text for name in left_out)
+    assert ("single" in caplog.text) == bool(left_out)
+
+
+def test_an_embedding_does_not_depend_on_the_rest_of_the_batch() -> None:
+    net, images = make_net(), make_batch().images
+    together, alone = net(images), net(images[:1])
+    for level, own in zip(together.embeddings, alone.embeddings, strict=True):
+        torch.testing.assert_close(level[:1], own)
 
 
 # ---- properties --------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, list_data_collate
-from monai.transforms import Spacingd
+from monai.transforms import RandCropByPosNegLabeld, Spacingd
 
 from dissect_monai.datasets import cached_dataset
 from dissect_monai.sampling import SeededDataset, SeededIndex
-from dissect_monai.volumes import NormalizeModalityd, PatchSpacingd, is_ct, sample_voxels
+from dissect_monai.volumes import ForegroundIndicesd, NormalizeModalityd, PatchSpacingd, is_ct, sample_voxels
 
 
 def normalized(image: Any, modality: str | None = "MR", **arguments: Any) -> torch.Tensor:
@@ -258,3 +258,34 @@ def test_a_file_that_cannot_be_scaled_is_named(tmp_path: Path) -> None:
     items.append({**items[0], "image": str(tmp_path / "b.nii.gz"), "modality": "MR"})
     with pytest.raises(ValueError, match=r"got 1 of 2 that cannot:\n .*b\.nii\.gz: a volume must have values"):
         cached_dataset(items, chain(3, [8, 8, 4], [1.0, 1.0, 2.0]))
+
+
+# --- where patches are drawn
+
+
+def test_patches_are_centred_where_a_volume_is_not_air() -> None:
+    image = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
+    image[:, 4:9, 6:12, 3:5] = 7
+    item = ForegroundIndicesd("image", max_indices=17)({"image": image, "other": 3})
+    places = item["image_foreground"]
+    assert (len(places), item["other"]) == (17, 3)
+    assert (image.flatten()[places] == 7).all()
+    columns = np.unravel_index(places, (20, 20, 20))
+    assert [len(np.unique(axis)) for axis in columns] == [5, 6, 2]
+    crop = RandCropByPosNegLabeld(
+        "image", "image", (4, 4, 4), neg=0, fg_indices_key="image_foreground", bg_indices_key="none"
+    ).set_random_state(0)
+    assert all((crop(dict(item))[0]["image"] == 7).any() for _ in range(20))
+
+
+def test_keeps_every_place_of_a_small_volume() -> None:
+    image = torch.zeros(2, 3, 3, 3)
+    image[1, 1, 1, 1] = 0.5
+    assert ForegroundIndicesd("image")({"image": image})["image_foreground"].tolist() == [13]
+
+
+def test_refuses_a_volume_of_air_and_a_bad_number_of_places() -> None:
+    with pytest.raises(ValueError, match="must have voxels above 0 after scaling, got none"):
+        ForegroundIndicesd("image")({"image": torch.zeros(1, 3, 3, 3)})
+    with pytest.raises(ValueError, match="`max_indices` must be at least 1, got 0"):
+        ForegroundIndicesd("image", max_indices=0)
