@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dissect_monai.calibration import expected_calibration_error, fit_temperature, youden_threshold
 from dissect_monai.data import Item
-from dissect_monai.evaluation import write_csv
 from dissect_monai.finding_table import finding_rows, left_out_rows, metrics_by_name, table_notes, write_findings
+from dissect_monai.frozen_probes import write_csv
 from dissect_monai.inferers import prepare_images
 from dissect_monai.plots import NUM_BINS, figure_to_png, reliability_plot, roc_plot
 from dissect_monai.predictions import Calibration, fingerprint, write_calibration

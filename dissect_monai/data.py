@@ -42,7 +42,7 @@ def read_datalist(
     image paths, relative to its folder; all but `training` and "image" may be missing. A label is a list of 0, 1 or
     null (unknown), one such value, a mapping of names to values, or the path of a label map; `label_names` names the
     values, else they are called finding_0, finding_1, ... `task`, `group` and `modality` of the whole set are copied to
-    its items.
+    its items, and so are `labels`, the names of the values of its label maps.
 
     Without dataset.json, every image in the folder and below, sorted, or the image named instead of a folder, becomes a
     training item without subject, which counts as a subject of its own; hidden files are skipped.
@@ -238,6 +238,8 @@ def _read_json(path: Path, check: bool) -> Datalist:
         if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
             raise ValueError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
     shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
+    if isinstance(spec.get("labels"), dict):  # else they are no names
+        shared["labels"] = spec["labels"]
     splits = {split: _read_items(spec.get(split, []), split, path, shared) for split in SPLITS}
     items = [item for split in SPLITS for item in splits[split]]
     if check:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dissect_monai.data import SPLITS, Item
 from dissect_monai.domains import DomainDatalist
-from dissect_monai.evaluation import write_csv
+from dissect_monai.frozen_probes import write_csv
 from dissect_monai.readers import ImageFileReader
 from dissect_monai.volumes import is_ct, sample_voxels
 

@@ -20,7 +20,9 @@ PerFolder = str | Sequence[str | None] | Mapping[str, str] | None
 class DomainDatalist(NamedTuple):
     """What `aggregate` found; read it by name."""
 
-    training: list[Item]  # "image", "task", "group", "modality", "subject": str; "task_id", "group_id": int
+    # "image", "task", "group", "modality", "subject": str; "task_id", "group_id": int; "label" as in `Datalist`;
+    # "labels": the structures of label maps, {name: its values}. The last two may be missing.
+    training: list[Item]
     validation: list[Item]
     test: list[Item]
     label_names: list[str]  # as in `Datalist`
@@ -43,7 +45,9 @@ def aggregate(
 
     The folders are those of `read_datalist`: with a Decathlon-style dataset.json, whose `task`, `group` and `modality`
     ("CT", or {"0": "CT"}) count unless given here, or with nothing but volumes. Folders may share a task. Splits are by
-    whole subject; an item without subject is one of its own. An unknown modality is logged, and is not CT.
+    whole subject; an item without subject is one of its own. An unknown modality is logged, and is not CT. `labels` of
+    dataset.json names the structures of its label maps, as the Decathlon has it, {"0": "background", "1": "spleen"}, or
+    as nnU-Net has it, {"background": 0, "spleen": 1, "kidneys": [2, 3]}; 0 is background and left out.
 
     Args:
         dataset_dirs: the folder or folders.
@@ -51,7 +55,8 @@ def aggregate(
             mapping from names or paths of folders.
         group: the same of the group, such as the region.
         modality: the same of the modality.
-        validation_fraction: share in [0, 1) of the subjects of a folder without validation split that becomes one.
+        validation_fraction: share in [0, 1) of the subjects of a folder without validation split that becomes one, at
+            least one subject; none where fewer than two would be left to train on.
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header shows that they cannot be used; "skip" logs them and leaves
             them out.
@@ -59,9 +64,9 @@ def aggregate(
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
-        ValueError: if an argument is out of range; a folder has no task or group, or mixes channels; a task has two
-            groups or fewer than two training subjects; splits share a subject; or volumes cannot be used, which are
-            those that cannot be read or are not 3-D.
+        ValueError: if an argument is out of range; a folder has no task or group, mixes channels, or names values of
+            label maps that are no integers; a task has two groups or fewer than two training subjects; splits share a
+            subject; or volumes cannot be used, which are those that cannot be read or are not 3-D.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
@@ -73,7 +78,8 @@ def aggregate(
     datalists = []
     for index, folder in enumerate(folders):
         datalist = read_folder(folder, spatial_dims=3)
-        _complete(datalist, folder, {key: value[index] for key, value in given.items()})
+        _complete(datalist, folder, {key: given[key][index] for key in ("task", "group")})
+        _set_modality(datalist, folder, given["modality"][index])
         datalists.append(_hold_out(datalist, validation_fraction, seed))
     images = [{item["image"] for item in _items(datalist)} for datalist in datalists]
     merged = merge_datalists(datalists, folders)
@@ -82,6 +88,64 @@ def aggregate(
         _refuse_mixed_channels(folder, {image: headers[image] for image in sorted(of_folder & headers.keys())})
     readable = {split: [item for item in getattr(merged, split) if item["image"] in headers] for split in SPLITS}
     return _with_ids(merged._replace(**readable), headers)
+
+
+def with_test_split(datalist: DomainDatalist, fraction: float = 0.2, seed: int = 0) -> DomainDatalist:
+    """Of tasks without test split, score the validation split, and choose on a part of the training subjects instead.
+
+    Nothing is thereby chosen on what is scored, as long as nothing was chosen on the validation split in training,
+    which pretraining for a given number of epochs does not.
+
+    Args:
+        datalist: as `aggregate` gives it.
+        fraction: share in (0, 1) of such a task's training subjects that becomes its validation split, at least one.
+        seed: draws other subjects.
+
+    Returns:
+        The same data list if every task has a test split.
+
+    Raises:
+        ValueError: if `fraction` is outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"`fraction` must be in (0, 1), got {fraction}.")
+    for task in datalist.task_names:
+        splits = {split: [item for item in getattr(datalist, split) if item["task"] == task] for split in SPLITS}
+        if splits["test"] or not splits["validation"]:
+            continue
+        logger.warning(
+            "Task %s has no test split: its validation split is scored, and what is chosen is chosen on a part of its "
+            "training subjects.", task,
+        )  # fmt: skip
+        drawn = {item["subject"] for item in select_fraction(splits["training"], fraction, seed)}
+        moved = {
+            "training": [item for item in splits["training"] if item["subject"] not in drawn],
+            "validation": [item for item in splits["training"] if item["subject"] in drawn],
+            "test": splits["validation"],
+        }
+        others = {split: [item for item in getattr(datalist, split) if item["task"] != task] for split in SPLITS}
+        datalist = datalist._replace(**{split: others[split] + moved[split] for split in SPLITS})
+    return datalist
+
+
+def read_volumes(dataset_dirs: str | Path | Sequence[str | Path], modality: PerFolder = None) -> Datalist:
+    """Read folders of 3-D volumes whose embeddings or predictions are wanted: each gets a modality, and no more.
+
+    Listed files may be missing, for predictions name each volume that cannot be read and do the rest.
+
+    Args:
+        dataset_dirs: the folder or folders, or a single volume; see `aggregate`.
+        modality: of every folder, see `aggregate`.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or holds no volumes.
+        ValueError: if a dataset.json is malformed, or has several channels.
+    """
+    folders = data_folders(dataset_dirs)
+    datalists = [read_folder(folder, spatial_dims=3, check=False) for folder in folders]
+    for datalist, folder, given in zip(datalists, folders, _per_folder("modality", modality, folders), strict=True):
+        _set_modality(datalist, folder, given)
+    return merge_datalists(datalists, folders, check=False)
 
 
 def _per_folder(key: str, value: PerFolder, folders: list[Path]) -> list[str | None]:
@@ -112,7 +176,7 @@ def _items(datalist: Datalist) -> list[Item]:
 
 
 def _complete(datalist: Datalist, folder: Path, given: Mapping[str, str | None]) -> None:
-    """Give every item its task, group, modality and subject."""
+    """Give every item its task, group and subject."""
     base = folder if folder.is_dir() else folder.parent
     for item in _items(datalist):
         item.update({key: value for key, value in given.items() if value is not None})
@@ -122,8 +186,15 @@ def _complete(datalist: Datalist, folder: Path, given: Mapping[str, str | None])
                     f"{folder} must have a `{key}`, got {item.get(key)!r} for {item['image']}: write it into its "
                     f"dataset.json, or give `{key}`, such as {{'{folder.name}': 'abdomen'}}."
                 )
-        item["modality"] = _modality(item.get("modality"), folder)
+        if isinstance(item.get("labels"), Mapping):
+            item["labels"] = _structures(item["labels"], folder)
         item.setdefault("subject", os.path.relpath(item["image"], base))
+
+
+def _set_modality(datalist: Datalist, folder: Path, given: str | None) -> None:
+    """Give every item one modality, "unknown" where nothing says it."""
+    for item in _items(datalist):
+        item["modality"] = _modality(item.get("modality") if given is None else given, folder)
     unknown = [item["image"] for item in _items(datalist) if item["modality"] == "unknown"]
     if unknown:
         logger.warning(
@@ -141,13 +212,31 @@ def _modality(given: Any, folder: Path) -> str:
     return "unknown" if names[0] is None else str(names[0]).strip() or "unknown"
 
 
+def _structures(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int]]:
+    """Values of each named structure, of {value: name} or {name: value or values}."""
+    structures: dict[str, list[int]] = {}
+    for key, text in labels.items():
+        name, given = (text, key) if key.strip().isdecimal() and isinstance(text, str) else (key, text)
+        try:
+            values = [int(value) for value in (given if isinstance(given, list) else [given])]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f'the `labels` of {folder} must give integers names, such as {{"1": "spleen"}} or {{"spleen": 1}}, '
+                f"got {{{key!r}: {text!r}}}: correct its dataset.json, or remove them."
+            ) from None
+        structures.setdefault(name, []).extend(value for value in values if value != 0)
+    return {name: values for name, values in structures.items() if values}
+
+
 def _hold_out(datalist: Datalist, fraction: float, seed: int) -> Datalist:
-    """Move a fraction of the training subjects to an empty validation split."""
+    """Move a fraction of the training subjects to an empty validation split, if two are left to train on."""
     if datalist.validation or not datalist.training or not fraction:
         return datalist
     validation = select_fraction(datalist.training, fraction, seed)
     drawn = {item["subject"] for item in validation}
     training = [item for item in datalist.training if item["subject"] not in drawn]
+    if len({item["subject"] for item in training}) < 2:
+        return datalist
     return datalist._replace(training=training, validation=validation)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MIN_SIDE = 128  # pixels of a tile that can be read in TensorBoard
+MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
 
 def code_colors(codes: Tensor) -> Tensor:
@@ -49,22 +50,48 @@ def code_figure(
     return _tile(columns)
 
 
-def view_figure(columns: Sequence[Tensor], min_side: int = MIN_SIDE) -> Tensor:
+def view_figure(
+    columns: Sequence[Tensor], min_side: int = MIN_SIDE, gap: int = 0, slices: bool = False
+) -> Tensor:
     """Batches of equal shape side by side, one row an image: the two views, or images and their reconstructions.
 
     Args:
         columns: batches (B, C, *spatial) in [0, 1].
         min_side: pixels that the longer side of an image has at least; smaller ones are enlarged.
+        gap: pixels of white on the right of every image and below it.
+        slices: whether 2-D images are axial slices of volumes, not pictures as they are read.
 
     Returns:
         picture of shape (3, rows, columns) in [0, 1].
     """
-    return _tile([_enlarged(_pictures(images), min_side) for images in columns])
+    pictures = [_enlarged(_pictures(images, slices), min_side) for images in columns]
+    return _tile([F.pad(picture, (0, gap, 0, gap), value=1) for picture in pictures])
 
 
-def _pictures(images: Tensor) -> Tensor:
-    """(B, C, x, y[, z]) as MONAI stores it → (B, 3, rows, columns) as a screen shows it."""
+def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:
+    """Images whose masked voxels are blue, where they would look like air.
+
+    Args:
+        images: (B, C, *spatial) in [0, 1]; the first channel is shown.
+        masked: True in (B, 1, *spatial) where the network sees nothing; None is nowhere.
+
+    Returns:
+        colours of shape (B, 3, *spatial).
+    """
+    grey = images[:, :1].expand(-1, 3, *images.shape[2:])
+    if masked is None:
+        return grey
+    return torch.where(masked, images.new_tensor(MASK_COLOR).view(1, 3, *[1] * (images.ndim - 2)), grey)
+
+
+def _pictures(images: Tensor, slices: bool = False) -> Tensor:
+    """(B, C, x, y[, z]) as MONAI stores it → (B, 3, rows, columns) as a screen shows it.
+
+    Volumes are in RAS, and so are slices of them: a radiologist sees the patient's right on the left, the front above.
+    """
     images = images.detach().float().cpu()
+    if images.ndim == 5 or slices:
+        images = images.flip(2, 3)
     if images.ndim == 5:
         images = images[..., images.shape[-1] // 2]
     channels = 3 if images.shape[1] >= 3 else 1

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dissect_monai.calibration import calibration_noise, expected_calibration_error, sensitivity, specificity
-from dissect_monai.evaluation import MACRO, write_csv
+from dissect_monai.frozen_probes import MACRO, write_csv
 from dissect_monai.intervals import calibration_interval, wilson_interval
 from dissect_monai.metrics import Interval, auroc, average_precision, bootstrap, mean_statistic
 from dissect_monai.report import FindingRow

@@ -29,7 +29,8 @@ class HSSLNet(nn.Module):
 
     The pooled bottleneck feeds one projection head per level and the linear classifiers of task and group; the output
     of the `SegResNet` itself is the reconstruction. So `segresnet`, which is what to save, loads key for key into a
-    `SegResNet` of other output channels but for the last convolution, `conv_final.2`.
+    `SegResNet` of other output channels but for the last convolution, `conv_final.2`, which is made small here:
+    load weights to go on from afterwards.
 
     Args:
         segresnet: the network in 2-D or 3-D, with as many output as input channels.
@@ -72,6 +73,9 @@ class HSSLNet(nn.Module):
         width = segresnet.init_filters * 2 ** (levels - 1)
         self.stride = 2 ** (levels - 1)
         self.segresnet = segresnet
+        # What a random layer would draw has twenty times the variance of an image, and takes a hundred steps to unlearn.
+        for parameter in segresnet.conv_final[-1].parameters():
+            parameter.data.mul_(0.1)
         self.projectors = nn.ModuleDict({level: _projector(width, hidden_dim, out_dim) for level in LEVELS})
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import inf
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from monai.networks import nets
 from monai.utils import ensure_tuple
 
 from dissect_monai.classification import BALANCES, MODES
-from dissect_monai.overrides import refuse_unknown_overrides, running_workflow
+from dissect_monai.overrides import is_disabled, refuse_unknown_overrides, running_workflow
 from dissect_monai.predictions import OVERLAYS
 
 ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
@@ -51,8 +51,24 @@ def _optional(rule: Rule) -> Rule:
     return Rule(f"{rule.says}, or None", lambda value: value is None or rule.holds(value))
 
 
+def _list_of(rule: Rule, length: int | None = None) -> Rule:
+    return Rule(
+        f"a list{'' if length is None else f' of {length}'}, each value {rule.says}",
+        lambda value: (
+            isinstance(value, (list, tuple))
+            and (len(value) == length or (length is None and len(value) > 0))
+            and all(map(rule.holds, value))
+        ),
+    )
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_per_folder(value: Any) -> bool:
+    values = list(value.values()) if isinstance(value, Mapping) else value
+    return _is_text(value) or (isinstance(values, list) and all(each is None or _is_text(each) for each in values))
 
 
 def _is_device(value: Any) -> bool:
@@ -68,70 +84,94 @@ PATHS = Rule(
 )
 TEXTS = Rule("a text or a list of them", PATHS.holds)
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool) or str(value).lower() in ("true", "false"))
-STAGES = Rule(
-    "a list of different stages from 1 to 4, such as '[2, 3, 4]'",
-    lambda value: (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and len(set(value)) == len(value)
-        and all(type(stage) is int and 1 <= stage <= 4 for stage in value)
-    ),
+NUMBER = Rule("a number", lambda value: _is_number(value) and isfinite(value))
+FRACTION = Rule("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+STAGES = Rule(  # how many there are, the network knows
+    "a list of different stages, counted from 1, such as '[2, 3, 4]'",
+    lambda value: _list_of(_whole(1)).holds(value) and len(set(value)) == len(value),
+)
+MULTIPLE_OF_8 = Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0)
+PER_FOLDER = Rule(
+    "a text, a list with one for each folder, or a mapping of folders to texts, such as \"{'NAME': 'abdomen'}\"",
+    _is_per_folder,
 )
 
 # By the names that all bundles use; a config is held to the rules of the knobs that it has.
 RULES = {
+    "a_max": NUMBER,
+    "a_min": NUMBER,
     "amp": SWITCH,
     "baselines": SWITCH,
     "batch_size": _whole(1),
-    "class_balance": _one_of(*BALANCES),
+    "blocks_down": _list_of(_whole(1)),
+    "blocks_up": _list_of(_whole(1)),
     "cache_dir": _optional(PATH),
     "calibration": _optional(PATH),
     "checkpoint": _optional(PATH),
     "ckpt_interval": _whole(1),
+    "class_balance": _one_of(*BALANCES),
+    "classification_weight": _number(0),
     "codes": SWITCH,
     "commitment_weight": _number(0),
     "compile": SWITCH,
     "continuous_weight": _number(0),
     "dataset_dir": _optional(PATHS),
-    "decay": Rule("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "decay": FRACTION,
+    "dense_weight": _number(0),
     "device": Rule("a device that this machine has, such as cpu or cuda:0", _is_device),
     "discrete_weight": _number(0),
     "embedding_dim": _whole(1),
     "encoder": _one_of(*ENCODERS),
     "findings": _optional(TEXTS),
     "fusion": _one_of("add", "attention", "concat", "replace"),
+    "group": _optional(PER_FOLDER),
+    "group_weight": _number(0),
     "hidden_dim": _whole(1),
     "image_size": _whole(16),
+    "image_weight": _number(0),
+    "init_filters": MULTIPLE_OF_8,
+    "iterations_per_epoch": _whole(1),
     "label_fraction": _positive(1),
     "layer_decay": _positive(1),
     "learning_rate": _positive(),
     "log_interval": _whole(1),
+    "mask_fraction": _number(0, 1),
+    "mask_size": _whole(1),
     "max_epochs": _whole(1),
     "metric": _one_of("cosine", "euclidean"),
+    "modality": _optional(PER_FOLDER),
     "mode": _one_of(*MODES),
     "momentum": _number(0, 1),
     "num_embeddings": _whole(2),
     "num_folds": Rule("0 (off) or a whole number of at least 3", lambda value: value == 0 or _whole(3).holds(value)),
     "num_samples": _whole(1),
-    "num_worst": _whole(0),
     "num_workers": _whole(0),
+    "num_worst": _whole(0),
     "on_corrupt": _one_of("raise", "skip"),
     "optimizer_name": _one_of("adamw", "lars"),
     "output_dir": PATH,
     "output_format": _one_of("csv", "npz"),
     "overlays": _one_of(*OVERLAYS),
+    "patch_size": _list_of(_whole(8), 3),
+    "patches_per_volume": _whole(1),
     "patience": _whole(1),
+    "pixdim": _list_of(_positive(), 3),
     "pretrained": _optional(PATH),
     "reconstruction_weight": _number(0),
     "resume": SWITCH,
     "resume_from": _optional(PATH),
+    "sampling_temperature": _number(0, 1),
     "schedule_epochs": _whole(1),
     "seed": _whole(0),
     "shortcut": _optional(TEXT),
     "spatial_dims": _one_of(2, 3),
     "stages": STAGES,
+    "task": _optional(PER_FOLDER),
+    "task_weight": _number(0),
+    "temperature": _positive(),
     "temperature_scaling": SWITCH,
     "val_interval": _whole(1),
+    "validation_fraction": FRACTION,
     "warmup_epochs": _whole(0),
     "weight_decay": _number(0),
 }
@@ -165,13 +205,13 @@ def check_knobs() -> None:
 
 
 def refuse_bad_knobs(parser: ConfigParser) -> None:
-    """Hold every knob of a config for which there is a rule to it.
+    """Hold every knob of a config for which there is a rule to it, and then those that must fit each other.
 
     Raises:
         ValueError: naming the knob, what it must be and what it is.
     """
     for name, rule in RULES.items():
-        if name not in parser:
+        if name not in parser or is_disabled(parser[name]):
             continue
         value = parser.get_parsed_content(name)
         try:
@@ -180,10 +220,9 @@ def refuse_bad_knobs(parser: ConfigParser) -> None:
             raise ValueError(f"`--{name}` must be {rule.says}, got {value!r}: {error}") from error
         if not holds:
             raise ValueError(f"`--{name}` must be {rule.says}, got {value!r}.")
-    if "schedule_epochs" in parser:
-        _refuse_bad_schedule(
-            *(parser.get_parsed_content(name) for name in ("max_epochs", "schedule_epochs", "warmup_epochs"))
-        )
+    for names, refuse in TOGETHER.items():
+        if all(name in parser for name in names):
+            refuse(*map(parser.get_parsed_content, names))
 
 
 def _refuse_bad_schedule(max_epochs: int, schedule_epochs: int, warmup_epochs: int) -> None:
@@ -196,3 +235,39 @@ def _refuse_bad_schedule(max_epochs: int, schedule_epochs: int, warmup_epochs: i
         raise ValueError(
             f"`--warmup_epochs` must be fewer than the {schedule_epochs} of the schedule, got {warmup_epochs}."
         )
+
+
+def _refuse_bad_window(a_min: float, a_max: float) -> None:
+    if a_min >= a_max:
+        raise ValueError(f"`--a_min` must be below --a_max, got {a_min} and {a_max}.")
+
+
+def _refuse_bad_patch(patch_size: Sequence[int], spatial_dims: int, blocks_down: Sequence[int]) -> None:
+    stride = 2 ** (len(blocks_down) - 1)
+    if any(size % stride for size in patch_size[:spatial_dims]):
+        raise ValueError(
+            f"`--patch_size` must be multiples of {stride}, the stride of the {len(blocks_down)} levels of "
+            f"--blocks_down, got {list(patch_size[:spatial_dims])}."
+        )
+
+
+def _refuse_bad_blocks(blocks_down: Sequence[int], blocks_up: Sequence[int]) -> None:
+    if len(blocks_up) != len(blocks_down) - 1:
+        raise ValueError(
+            f"`--blocks_up` must have one value fewer than the {len(blocks_down)} of --blocks_down, got {blocks_up}."
+        )
+
+
+def _refuse_odd_batch(batch_size: int, _: float) -> None:
+    if batch_size % 2:
+        raise ValueError(f"`--batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
+
+
+# What knobs must be to each other, in a config that has all of them.
+TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
+    ("max_epochs", "schedule_epochs", "warmup_epochs"): _refuse_bad_schedule,
+    ("a_min", "a_max"): _refuse_bad_window,
+    ("patch_size", "spatial_dims", "blocks_down"): _refuse_bad_patch,
+    ("blocks_down", "blocks_up"): _refuse_bad_blocks,
+    ("batch_size", "sampling_temperature"): _refuse_odd_batch,
+}

@@ -247,9 +247,7 @@ def bootstrap(
         >>> round(interval.value, 3)
         0.25
     """
-    value, resamples = resample(statistic, subjects, num_samples, seed)
-    low, high = np.nanpercentile(resamples, (2.5, 97.5))
-    return Interval(value, float(low), float(high))
+    return percentile_interval(resample(statistic, subjects, num_samples, seed))
 
 
 def resample(
@@ -267,6 +265,20 @@ def resample(
     blocks = np.array_split(draws, -(-num_samples // 100))
     values = [np.asarray(statistic(block[:, item_subject].astype(float))) for block in blocks]
     return Resampled(value, np.concatenate(values))
+
+
+def percentile_interval(resampled: Resampled) -> Interval:
+    """A statistic with the 2.5 and 97.5 % percentiles of its resamples, less those on which it is undefined."""
+    low, high = np.nanpercentile(resampled.resamples, (2.5, 97.5))
+    return Interval(resampled.value, float(low), float(high))
+
+
+def mean_resampled(parts: Sequence[Resampled]) -> Resampled:
+    """Mean of several statistics on the same resamples, as `mean_statistic` takes it, without computing them again."""
+    values = np.stack([part.resamples for part in parts])
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
+    return Resampled(float(np.mean([part.value for part in parts])), means)
 
 
 def paired_bootstrap(

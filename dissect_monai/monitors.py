@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import isnan
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from ignite.engine import Engine, Events
@@ -17,7 +18,6 @@ from torch.utils.tensorboard import SummaryWriter
 from dissect_monai.data import label_matrix
 from dissect_monai.datasets import items_of
 from dissect_monai.figures import code_figure, view_figure
-from dissect_monai.losses import VQSSLLoss
 from dissect_monai.metrics import code_usage, effective_rank, feature_std, macro_auroc, perplexity
 from dissect_monai.networks import SSLOutput, VQSSLNet, feature_maps
 from dissect_monai.probes import extract_features, knn_scores
@@ -26,10 +26,17 @@ COLLAPSED_STD = 0.01  # on a scale on which isotropic features have 1
 NUM_PICTURES = 4
 
 
-class SSLMonitor:
-    """Writes every loss term, rates, codebook and collapse indicators and pictures; stops a run that is lost.
+class HasTerms(Protocol):
+    """A loss that names its terms: `VQSSLLoss`, `HSSLLoss`."""
 
-    Attach it after `TargetMomentumHandler`, whose momentum it writes.
+    def terms(self, output: Any, target: Any, /) -> dict[str, Tensor]:
+        """Unweighted terms by name, scalars, of what the network returned and of what it is compared with."""
+
+
+class Monitor(ABC):
+    """Looks at a pretraining run: writes scalars and pictures, and stops a run that is lost.
+
+    What is seen of a network is up to the subclass.
 
     Args:
         network: the pretraining network, not its wrapper.
@@ -44,10 +51,15 @@ class SSLMonitor:
         RuntimeError: during the run, if the loss is not finite or the features have collapsed.
     """
 
+    spread: str  # scalar on the scale of `feature_std` by which a collapse is judged
+    spread_of: str  # what it is called
+    collapsed_std = COLLAPSED_STD  # below which it is one
+    remedy: str  # against a collapse
+
     def __init__(
         self,
-        network: VQSSLNet,
-        loss: VQSSLLoss,
+        network: nn.Module,
+        loss: HasTerms,
         optimizer: Optimizer,
         writer: SummaryWriter | None = None,
         interval: int = 10,
@@ -71,30 +83,28 @@ class SSLMonitor:
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
         """Look at the last iteration."""
-        output, views = engine.state.output["pred"], engine.state.output["label"]
-        scalars = {f"loss/{name}": term for name, term in self.loss.terms(output, views).items()}
+        output, target = engine.state.output["pred"], engine.state.output["label"]
+        scalars = {f"loss/{name}": term for name, term in self.loss.terms(output, target).items()}
         scalars["loss/total"] = engine.state.output["loss"].detach()
         self._refuse_nonfinite(engine, scalars)
-        scalars |= {
-            "collapse/feature_std": feature_std(output.embedding),
-            "collapse/target_std": feature_std(output.targets),
-            "collapse/effective_rank": effective_rank(output.embedding),
-        }
+        scalars |= self._indicators(output, target)
         self._refuse_collapse(engine, scalars)
-        for stage, scale, codebook in self._scales(output):
-            scalars[f"codes/perplexity_stage{stage}"] = perplexity(scale, len(codebook))
-            scalars[f"codes/usage_stage{stage}"] = code_usage(scale, len(codebook))
         if self.writer is not None:
-            iteration = engine.state.iteration
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, float(value), iteration)
-            self.writer.add_scalar("schedule/learning_rate", self.optimizer.param_groups[0]["lr"], iteration)
-            self.writer.add_scalar("schedule/target_momentum", engine.state.target_momentum, iteration)
+            schedules = {"schedule/learning_rate": self.optimizer.param_groups[0]["lr"], **self._schedules(engine)}
+            for name, value in {**scalars, **schedules}.items():
+                self.writer.add_scalar(name, float(value), engine.state.iteration)
 
-    def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
-        books = [codebook.embedding.weight for codebook in self.network.codebooks]
-        indices = [scale.indices for scale in output.quantized]
-        return list(zip(self.network.stages, indices, books, strict=True))
+    @abstractmethod
+    def _indicators(self, output: Any, target: Any) -> dict[str, Tensor]:
+        """Scalars beside the terms of the loss, among them `spread` and "collapse/effective_rank"."""
+
+    def _schedules(self, engine: Engine) -> dict[str, float]:
+        """What is in force beside the learning rate."""
+        return {}
+
+    @abstractmethod
+    def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
+        """Write pictures of the last iteration."""
 
     def _refuse_nonfinite(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
         bad = [f"{name} = {float(value)}" for name, value in scalars.items() if not torch.isfinite(value)]
@@ -106,14 +116,13 @@ class SSLMonitor:
             )
 
     def _refuse_collapse(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
-        spread = float(scalars["collapse/target_std"])
-        self.collapsed = self.collapsed + 1 if spread < COLLAPSED_STD else 0
+        spread = float(scalars[self.spread])
+        self.collapsed = self.collapsed + 1 if spread < self.collapsed_std else 0
         if self.collapsed >= self.patience:
             raise RuntimeError(
                 f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: the "
-                f"targets' standard deviation is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
-                f"{float(scalars['collapse/effective_rank']):.1f}, at {self.patience} looks in a row. "
-                "Raise --momentum, lower --learning_rate or enlarge --batch_size."
+                f"{self.spread_of} is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
+                f"{float(scalars['collapse/effective_rank']):.1f}, at {self.patience} looks in a row. {self.remedy}"
             )
 
     @torch.no_grad()
@@ -122,6 +131,39 @@ class SSLMonitor:
         self._refuse_nonfinite(engine, {"loss/total": engine.state.output["loss"].detach()})
         if self.writer is not None:
             self._draw(engine, self.writer)
+            self.writer.flush()
+
+
+class SSLMonitor(Monitor):
+    """Writes every loss term, rates, codebook and collapse indicators and pictures; stops a run that is lost.
+
+    Attach it after `TargetMomentumHandler`, whose momentum it writes. Arguments and errors are those of `Monitor`; the
+    network is a `VQSSLNet`.
+    """
+
+    network: VQSSLNet
+    spread = "collapse/target_std"
+    spread_of = "targets' standard deviation"
+    remedy = "Raise --momentum, lower --learning_rate or enlarge --batch_size."
+
+    def _indicators(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
+        scalars = {
+            "collapse/feature_std": feature_std(output.embedding),
+            "collapse/target_std": feature_std(output.targets),
+            "collapse/effective_rank": effective_rank(output.embedding),
+        }
+        for stage, scale, codebook in self._scales(output):
+            scalars[f"codes/perplexity_stage{stage}"] = perplexity(scale, len(codebook))
+            scalars[f"codes/usage_stage{stage}"] = code_usage(scale, len(codebook))
+        return scalars
+
+    def _schedules(self, engine: Engine) -> dict[str, float]:
+        return {"schedule/target_momentum": engine.state.target_momentum}
+
+    def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
+        books = [codebook.embedding.weight for codebook in self.network.codebooks]
+        indices = [scale.indices for scale in output.quantized]
+        return list(zip(self.network.stages, indices, books, strict=True))
 
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
         epoch, output = engine.state.epoch, engine.state.output["pred"]
@@ -137,7 +179,6 @@ class SSLMonitor:
         _, indices, books = zip(*self._scales(output), strict=True)
         figure = code_figure(seen[first], [scale[first] for scale in indices], books)
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
-        writer.flush()
 
 
 class KNNHandler:

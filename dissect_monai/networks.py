@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
-from monai.networks.nets import ResNet
+from monai.networks.nets import ResNet, SegResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,6 +76,37 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(hidden_dim, out_dim),
     )
+
+
+class SegResNetEncoder(nn.Module):
+    """The encoder of a `SegResNet` without its decoder, which would wait for a gradient that never comes.
+
+    The keys of its state dict are those of the `SegResNet`, so that its weights load into one by key.
+
+    Args:
+        segresnet: the network whose modules are used; nothing is copied.
+    """
+
+    def __init__(self, segresnet: SegResNet) -> None:
+        super().__init__()
+        self.convInit = segresnet.convInit
+        self.dropout = nn.Identity() if segresnet.dropout_prob is None else segresnet.dropout
+        self.down_layers = segresnet.down_layers
+
+    def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The bottleneck and the maps of all levels, fine to coarse, as `SegResNet.encode` gives them.
+
+        Args:
+            images: batch of shape (B, in_channels, *spatial).
+        """
+        maps = [self.dropout(self.convInit(images))]
+        for layer in self.down_layers:
+            maps.append(layer(maps[-1]))
+        return maps[-1], maps[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled bottleneck of shape (B, C), as a headless `ResNet` returns it."""
+        return pool(self.encode(images)[0])
 
 
 class Fusion(nn.Module):
@@ -176,7 +207,7 @@ class VQSSLNet(nn.Module):
     computes both for the other view, and predictors regress them (see `VQSSLLoss`).
 
     Args:
-        encoder: stock MONAI `ResNet` or a network with `encode`, such as `SegResNet`; see `feature_maps`.
+        encoder: stock MONAI `ResNet` or a network with `encode`, such as `SegResNetEncoder`; see `feature_maps`.
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
         stages: stages to quantise, counted from 1, increasing; a ResNet's stages 2, 3, 4 have strides 8, 16, 32.

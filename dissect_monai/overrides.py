@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,8 @@ COMPONENT_KEYS = ("_disabled_", "_desc_", "_requires_", "_mode_")
 def refuse_unknown_overrides() -> None:
     """Refuse an override of `monai.bundle run` that names nothing in the config files; MONAI would ignore it.
 
-    An argument that a component's class takes may be added even if the config does not show it.
+    An argument that a component's class takes may be added even if the config does not show it. A knob that is
+    {"_disabled_": true} has been taken away by one of the files.
 
     Raises:
         ValueError: naming the override and the nearest id.
@@ -35,10 +37,17 @@ def refuse_unknown_overrides() -> None:
         name = str(identifier).replace("#", "::")
         if name.startswith("_meta_"):
             continue
+        if name in parser and is_disabled(parser[name]):
+            raise ValueError(f"--{identifier} has no meaning with {_names(config_file)}: leave it out.")
         if name not in parser and not _is_argument(parser, name):
             near = get_close_matches(name, [*known, *_arguments(parser, name)], n=1, cutoff=0)
             raise ValueError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
         parser[name] = value
+
+
+def is_disabled(knob: Any) -> bool:
+    """Whether a config file has taken a knob of another one away, by {"_disabled_": true} in its place."""
+    return knob == {"_disabled_": True}
 
 
 def running_workflow() -> ConfigWorkflow | None:
@@ -63,6 +72,10 @@ def run_arguments() -> tuple[Any, dict[str, Any]] | None:
     signatures = inspect.signature(bundle_run), inspect.signature(ConfigWorkflow)
     options = {"workflow_name", *signatures[0].parameters, *signatures[1].parameters}
     return config_file, {name: value for name, value in given.items() if name not in options}
+
+
+def _names(config_file: Any) -> str:
+    return " and ".join(Path(file).name for file in ensure_tuple(config_file))
 
 
 def _callers() -> Iterator[FrameType]:

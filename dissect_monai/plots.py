@@ -1,4 +1,4 @@
-"""Figures of a classifier: ROC curves, reliability diagrams and saliency overlays, for TensorBoard and the report."""
+"""Figures of a classifier and of its features: ROC, reliability, saliency and a map, for TensorBoard and the report."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ Array = NDArray[np.floating[Any]]
 # Okabe & Ito's palette for all kinds of colour vision, without the yellow, which is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # once the colours are used up
+MARKERS = ("o", "^", "s", "D")  # likewise
 INK, GREY, PALE = "#111827", "#6B7280", "#D1D5DB"
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 NUM_BINS = 10  # of the drawn curves; the calibration error keeps its own, finer ones
@@ -103,6 +104,44 @@ def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequenc
     return figure
 
 
+def embedding_map(features: ArrayLike, task: Sequence[str], group: Sequence[str]) -> Figure:
+    """The two principal components of features, by task on the left and by group on the right.
+
+    Args:
+        features: shape (N, D), N > 0, any real dtype.
+        task: task of each item.
+        group: group of each item.
+
+    Returns:
+        A figure 1500 pixels wide. The axes say how much of the variance they show.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    from matplotlib.figure import Figure
+
+    features = np.asarray(features, dtype=float)
+    if features.ndim != 2 or not len(features) == len(task) == len(group) > 0:
+        raise ValueError(
+            "`features` must be (N, D), N > 0, with a task and a group for each item, "
+            f"got {features.shape}, {len(task)} and {len(group)}."
+        )
+    points, share = _principal_components(features)
+    figure = Figure(figsize=(10, 4.6 + 0.22 * (max(len(set(task)), len(set(group))) + 1) // 2), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+    for axes, title, names in zip(figure.subplots(1, 2), ("task", "group"), (task, group), strict=True):
+        _plain(axes)
+        for index, name in enumerate(sorted(set(names))):
+            chosen = points[[each == name for each in names]]
+            style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "alpha": 0.75, "s": 26, "linewidth": 0}
+            style["marker"] = MARKERS[index // len(COLORS) % len(MARKERS)]
+            axes.scatter(*chosen.T, label=f"{name}  ({len(chosen):,})", **style)
+        axes.set_title(f"Features by {title}", loc="left")
+        axes.set(xlabel=f"Component 1 ({share[0]:.0%} of the variance)", ylabel=f"Component 2 ({share[1]:.0%})")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, frameon=False, fontsize=9, borderpad=0)
+    return figure
+
+
 def saliency_overlay(image: ArrayLike, saliency: ArrayLike) -> NDArray[np.uint8]:
     """A grey image under its saliency, which is the more opaque the larger it is.
 
@@ -156,10 +195,24 @@ def _figure(num_findings: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
     ratios = [1] if panels == 1 else [3.2, 1]
     axes = figure.subplots(panels, 1, squeeze=False, height_ratios=ratios)[:, 0].tolist()
     for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(color="#E5E7EB", linewidth=0.8)
-        each.set_axisbelow(True)
+        _plain(each)
     return figure, axes
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E5E7EB", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _principal_components(features: Array) -> tuple[Array, Array]:
+    """Two coordinates of each item (N, 2), 0 where there are no more, and their shares of the variance (2,)."""
+    left, values, right = np.linalg.svd(features - features.mean(0), full_matrices=False)
+    # The sign is arbitrary: fixed, so that maps of two epochs can be compared.
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(1)])
+    variance = np.pad(values**2, (0, 2))
+    points = np.pad(left * values * signs, ((0, 0), (0, 2)))
+    return points[:, :2], variance[:2] / max(variance.sum(), np.finfo(float).tiny)
 
 
 def _columns(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Iterator[tuple[int, Array, Array]]:

@@ -81,6 +81,31 @@ def extract_features(
     return Features(stages[-1], np.concatenate(stages, axis=1))
 
 
+def intensity_histograms(images: Tensor, num_bins: int = 32) -> Tensor:
+    """How the intensities of each image are distributed: what can be told of it without any network.
+
+    Args:
+        images: shape (B, C, *spatial) in [0, 1]; values outside count in the first or the last bin.
+        num_bins: number of bins of equal width.
+
+    Returns:
+        Shares of the B images, all channels together, shape (B, `num_bins`); each row sums to 1.
+
+    Raises:
+        ValueError: if `num_bins` is not positive.
+
+    Example:
+        >>> intensity_histograms(torch.tensor([[[0.1, 0.2, 0.9, 1.0]]]), num_bins=2)
+        tensor([[0.5000, 0.5000]])
+    """
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+    bins = images.flatten(1).mul(num_bins).long().clamp_(0, num_bins - 1)
+    row = torch.arange(len(images), device=images.device).unsqueeze(1)
+    counts = torch.bincount((bins + num_bins * row).flatten(), minlength=len(images) * num_bins)
+    return counts.view(len(images), num_bins) / bins.shape[1]
+
+
 def pixel_pca(
     train_images: Tensor, *other_images: Tensor, num_components: int = 100, size: int = 32
 ) -> list[NDArray[np.float32]]:

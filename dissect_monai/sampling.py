@@ -123,6 +123,26 @@ def _take(count: int, queue: list[int], items: np.ndarray, rng: np.random.Genera
     return taken
 
 
+def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
+    """At most `num_items` of each task, evenly spaced in the data list: enough to fit a probe, and soon read.
+
+    Args:
+        dataset: with a data list `data`, each of its items with a "task".
+        num_items: at least 1.
+
+    Raises:
+        ValueError: if `num_items` is below 1.
+    """
+    if num_items < 1:
+        raise ValueError(f"`num_items` must be at least 1, got {num_items}.")
+    places: dict[str, list[int]] = {}
+    for index, item in enumerate(dataset.data):
+        places.setdefault(item["task"], []).append(index)
+    spaced = [np.linspace(0, len(each) - 1, min(num_items, len(each))).round().astype(int) for each in places.values()]
+    chosen = [each[index] for each, indices in zip(places.values(), spaced, strict=True) for index in indices]
+    return torch_data.Subset(dataset, sorted(chosen))
+
+
 class SeededDataset(torch_data.Dataset[Any]):
     """Seeds the random transforms of a data set for every item, so that what they draw follows from the index.
 

@@ -142,7 +142,6 @@ class ForegroundIndicesd(MapTransform):
     Args:
         keys: keys of the images, of shape (C, *spatial), in which air is 0, as `NormalizeModalityd` leaves it.
         max_indices: how many voxels are kept at most, at least 1.
-        postfix: of the new key, `image_foreground` for `image`: flat places of voxels, int64 of shape (N,).
         allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
@@ -153,24 +152,26 @@ class ForegroundIndicesd(MapTransform):
         self,
         keys: KeysCollection,
         max_indices: int = 4096,
-        postfix: str = "_foreground",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if max_indices < 1:
             raise ValueError(f"`max_indices` must be at least 1, got {max_indices}.")
         self.max_indices = max_indices
-        self.postfix = postfix
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add the places to an item."""
+        """Add `image_fg_indices` for an `image`, flat places of voxels, int64 of shape (N,), and `image_bg_indices`.
+
+        MONAI's crop takes them only together, and without places in either it would not draw by the other: so both
+        hold the same. Give it `neg` = 0.
+        """
         item = dict(data)
         for key in self.key_iterator(item):
             places = np.flatnonzero(np.asarray(item[key]).max(0) > 0)
             if not len(places):
                 raise ValueError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
             chosen = np.linspace(0, len(places) - 1, min(self.max_indices, len(places))).round().astype(int)
-            item[f"{key}{self.postfix}"] = places[chosen]
+            item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
         return item
 
 

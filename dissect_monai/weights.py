@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right --pretrained"
 HEAD = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
+SEGRESNET_ENCODER = ("convInit.", "down_layers.")
 
 
 @contextmanager
@@ -137,9 +139,44 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
         ValueError: if keys are missing, unexpected, no tensors or of another shape, or tensors hold NaN or infinity; up
             to five of each are named.
     """
+    _load_state(encoder, load_torch(path, TRAIN_FIRST), path, without, "Is it the same encoder (--encoder)?")
+    return encoder
+
+
+def load_segresnet(network: SegResNet, path: str | Path) -> bool:
+    """Load a plain state dict into a `SegResNet`: of all of it, or of its encoder alone, as others pretrain it.
+
+    Args:
+        network: the network to fill; without weights of the decoder, its decoder stays as it is.
+        path: a `model.pt` as `TrainingCheckpoint` writes it; one of an encoder has the keys `convInit` and
+            `down_layers` and no others.
+
+    Returns:
+        whether the decoder was loaded, too.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as for `load_encoder`.
+    """
     state = load_torch(path, TRAIN_FIRST)
-    kept = {key: value for key, value in encoder.state_dict().items() if key.startswith(tuple(without))}
-    own = {key: value for key, value in encoder.state_dict().items() if key not in kept}
+    decoder = {key.split(".")[0]: None for key in network.state_dict() if not key.startswith(SEGRESNET_ENCODER)}
+    whole = not all(str(key).startswith(SEGRESNET_ENCODER) for key in state)
+    remedy = (
+        "Is it a SegResNet of the same spatial_dims, init_filters, blocks and output channels, as the JSON beside the "
+        "weights says, and no checkpoint? Weights of an encoder alone have the keys convInit and down_layers."
+    )
+    _load_state(network, state, path, [] if whole else [f"{part}." for part in decoder], remedy)
+    if not whole:
+        logger.info("They are of an encoder alone: %s of the network were left as they were.", ", ".join(decoder))
+    return whole
+
+
+def _load_state(
+    module: nn.Module, state: dict[str, Any], path: str | Path, without: Sequence[str], remedy: str
+) -> None:
+    """Fill `module`, but for the keys that begin as in `without`, or refuse."""
+    kept = {key: value for key, value in module.state_dict().items() if key.startswith(tuple(without))}
+    own = {key: value for key, value in module.state_dict().items() if key not in kept}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     problems = {
         "missing": [key for key in own if key not in state],
@@ -149,21 +186,19 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
     }
     found = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in problems.items() if keys]
     if found:
-        remedy = "Is it the same encoder (--encoder)?"
         if set(own) - set(state) == HEAD:
             remedy = "They have no head: train the classifier first."
         elif set(state) - set(own) == HEAD:
             remedy = "They are of a trained classifier: give the encoder that pretraining has left."
-        raise ValueError(f"the weights in {path} do not fit the {type(encoder).__name__}: {'; '.join(found)}. {remedy}")
+        raise ValueError(f"the weights in {path} do not fit the {type(module).__name__}: {'; '.join(found)}. {remedy}")
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
             f"the weights in {path} must be finite, got NaN or infinity in {len(broken)} of {len(state)} tensors "
             f"({_few(broken)}): train again or take an older checkpoint."
         )
-    encoder.load_state_dict(state | kept)
+    module.load_state_dict(state | kept)
     logger.info("Loaded all %d tensors of %s.", len(state), path)
-    return encoder
 
 
 def _few(keys: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from test_readers import volume, write_series
 
-from dissect_monai.domains import aggregate
+from dissect_monai.domains import aggregate, read_volumes, with_test_split
 
 
 def write_volume(path: Path, shape: Sequence[int] = (4, 5, 6), spacing: float = 2.0) -> str:
@@ -126,6 +126,25 @@ def test_mha_nrrd_and_dicom_series_are_volumes_too(tmp_path: Path) -> None:
     assert {header.shape for header in datalist.headers.values()} == {(5, 6, 4)}
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"0": "background", "1": "spleen", "2": "both", "3": "both"}, {"spleen": [1], "both": [2, 3]}),
+        ({"background": 0, "spleen": 1, "both": [2, 3]}, {"spleen": [1], "both": [2, 3]}),
+        ({"spleen": "1"}, {"spleen": [1]}),
+        ({}, {}),
+        (["background", "spleen"], None),
+        ("spleen", None),
+    ],
+)
+def test_items_know_what_the_structures_are_called(tmp_path: Path, labels: Any, expected: Any) -> None:
+    one, other = two_sets(tmp_path)
+    spec = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({**spec, "labels": labels}))
+    found = [item.get("labels") for item in aggregate([one, other]).training]
+    assert found == [None] * 3 + [expected] * 2
+
+
 # --- validation split
 
 
@@ -156,6 +175,15 @@ def test_a_drawn_split_keeps_subjects_whole(tmp_path: Path) -> None:
 # --- refusals
 
 
+@pytest.mark.parametrize("labels", [{"one": "spleen"}, {"spleen": None}, {"spleen": [1, "two"]}, {"1": None, "2": {}}])
+def test_names_of_structures_without_a_value_are_refused(tmp_path: Path, labels: Any) -> None:
+    folder = write_set(tmp_path / "a", task="liver", group="abdomen", modality="CT", labels=labels)
+    with pytest.raises(
+        ValueError, match=rf"the `labels` of {folder} must give integers names, .*: correct its dataset"
+    ):
+        aggregate(folder)
+
+
 @pytest.mark.parametrize("key", ["task", "group"])
 @pytest.mark.parametrize("value", [None, " ", 3])
 def test_a_folder_without_task_or_group_is_refused_with_a_remedy(tmp_path: Path, key: str, value: Any) -> None:
@@ -170,8 +198,51 @@ def test_a_task_of_one_training_subject_is_refused(tmp_path: Path) -> None:
     lone = write_set(tmp_path / "c", 1, 2, task="heart", group="thorax", modality="MR")
     with pytest.raises(ValueError, match=r"task 'heart' must have at least two training .* got 1 \(see .*c/0"):
         aggregate([*folders, lone])
-    with pytest.raises(ValueError, match=r"task 'brain' must have at least two .* got 1 \(see .*b/"):
-        aggregate(folders, validation_fraction=0.5)
+
+
+def test_two_subjects_of_a_folder_stay_in_training(tmp_path: Path) -> None:
+    large = write_set(tmp_path / "a", 4, task="liver", group="abdomen", modality="CT")
+    small = write_set(tmp_path / "b", 2, task="brain", group="head", modality="MR")
+    found = aggregate([large, small], validation_fraction=0.5)
+    assert [item["task"] for item in found.training] == ["liver"] * 2 + ["brain"] * 2
+    assert [item["task"] for item in found.validation] == ["liver"] * 2
+
+
+def test_without_test_split_validation_is_scored_and_training_chooses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = aggregate(two_sets(tmp_path))
+    found.test.append({**found.training[-1], "subject": "b/tested"})
+    split = with_test_split(found, fraction=0.4)
+    subjects = [[item["subject"] for item in getattr(split, name)] for name in ("training", "validation", "test")]
+    assert sorted(subjects[2]) == ["a/3", "a/4", "b/tested"]
+    assert sorted(subjects[0] + subjects[1]) == ["a/0", "a/1", "a/2", "b/0", "b/1"]
+    assert len(subjects[1]) == 1
+    assert subjects[1][0].startswith("a/")
+    assert "Task liver has no test split" in caplog.text
+    assert "brain" not in caplog.text
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1])
+def test_rejects_a_bad_fraction_of_a_test_split(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\)"):
+        with_test_split(aggregate(two_sets(tmp_path)), fraction)
+
+
+def test_volumes_to_embed_need_no_task_but_have_a_modality(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = write_set(tmp_path / "a", 2)
+    (plain / "dataset.json").unlink()
+    assert {item["modality"] for item in read_volumes([plain], modality="CT").training} == {"CT"}
+    assert "a task" not in caplog.text
+    assert {item["modality"] for item in read_volumes(plain).training} == {"unknown"}
+    assert "has no modality for 2 volumes" in caplog.text
+
+
+def test_volumes_to_embed_may_be_missing(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "a", 2, modality={"0": "CT"})
+    missing = Path(read_volumes(folder).training[1]["image"])
+    missing.unlink()
+    assert [item["modality"] for item in read_volumes(folder).training] == ["CT", "CT"]
 
 
 def test_a_task_of_two_groups_is_refused(tmp_path: Path) -> None:

@@ -161,8 +161,8 @@ def test_judges_every_encoder_and_the_pixels_by_both_probes(probed: Probed) -> N
 
 def test_findings_have_a_value_and_an_interval_around_it(probed: Probed) -> None:
     assert list(probed.findings[0]) == [
-        "source", "features", "probe", "finding", "auroc", "auroc_low", "auroc_high", "ap", "ap_low", "ap_high", "n",
-        "positives",
+        "source", "features", "probe", "question", "finding", "auroc", "auroc_low", "auroc_high", "ap", "ap_low",
+        "ap_high", "n", "positives",
     ]  # fmt: skip
     for row in probed.findings:
         for metric in ("auroc", "ap"):
@@ -175,6 +175,13 @@ def test_a_finding_without_positives_is_left_out(probed: Probed, tmp_path: Path,
     assert [record.message for record in caplog.records if "Left out, for lack of" in record.message] == [
         "Left out, for lack of positives or negatives: Rare."
     ]
+
+
+def test_every_row_names_its_question(probed: Probed) -> None:
+    questions = {(row["finding"], row["question"]) for row in probed.findings}
+    assert questions == {("view=AP", "shortcut")} | {
+        (name, "findings") for name in ("macro", "Opacity", "Nodule", "No finding")
+    }
 
 
 def test_macro_is_the_mean_over_the_findings(probed: Probed) -> None:
@@ -314,7 +321,7 @@ def test_rejects_an_unknown_finding() -> None:
 
 
 def test_one_finding_may_be_a_text() -> None:
-    assert handler_of(findings="Opacity").tasks[0].columns == ["Opacity"]
+    assert handler_of(findings="Opacity").questions[0].columns == ["Opacity"]
 
 
 @pytest.mark.parametrize("key", ["subject", "age"])

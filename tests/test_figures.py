@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dissect_monai.figures import code_colors, code_figure, view_figure
+from dissect_monai.figures import MASK_COLOR, code_colors, code_figure, show_mask, view_figure
 
 
 @pytest.mark.parametrize(("num_embeddings", "embedding_dim"), [(16, 8), (1, 8), (2, 8), (16, 1), (16, 2)])
@@ -81,3 +81,22 @@ def test_small_images_are_enlarged_smoothly_and_code_maps_by_their_cells() -> No
 def test_images_that_are_large_enough_stay_as_they_are(side: int) -> None:
     images = torch.rand(1, 1, side, 40)
     assert torch.equal(view_figure([images])[0], images[0, 0].T)
+
+
+def test_a_gap_is_white_and_parts_neighbours() -> None:
+    figure = view_figure([torch.zeros(2, 1, 4, 6)] * 3, min_side=1, gap=2)
+    assert figure.shape == (3, 2 * (6 + 2), 3 * (4 + 2))
+    assert (figure[:, :6, :4] == 0).all()
+    assert (figure[:, 6:8] == 1).all()
+    assert (figure[:, :, 4:6] == 1).all()
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_masked_voxels_are_blue_and_all_others_grey(spatial_dims: int) -> None:
+    images = torch.rand(2, 1, *[4] * spatial_dims)
+    masked = torch.rand(images.shape) < 0.5
+    shown = show_mask(images, masked).movedim(1, -1)
+    hidden = masked.squeeze(1)
+    torch.testing.assert_close(shown[hidden], torch.tensor(MASK_COLOR).expand(int(hidden.sum()), 3))
+    torch.testing.assert_close(shown[~hidden], images.squeeze(1)[~hidden].unsqueeze(1).expand(-1, 3))
+    assert torch.equal(show_mask(images, None)[:, 2:], images)

@@ -31,6 +31,18 @@ BAD = {
     "fusion": ["sum", ["add"], {"a": 1}],
     "findings": [3, [], [1]],
     "max_epochs": [0, "1e3", True],
+    "task": ["", [3], {"a": 1}, 7],
+    "validation_fraction": [1, -0.1, "half"],
+    "pixdim": [1.5, [1, 1], [1, 1, 0], ["1", 1, 1]],
+    "patch_size": [96, [96, 96], [96, 96, 4], [96, 96, 9.5]],
+    "a_min": ["low", None, float("nan")],
+    "init_filters": [4, 12, 8.0],
+    "blocks_down": [[], [0, 1], 4],
+    "mask_fraction": [1.1, -1],
+    "mask_size": [0, 1.5],
+    "temperature": [0, "warm"],
+    "sampling_temperature": [-0.1, 1.5],
+    "iterations_per_epoch": [0, None],
 }
 GOOD = {
     "stages": [[2, 3, 4], [4], (1,)],
@@ -42,6 +54,12 @@ GOOD = {
     "num_folds": [0, 5],
     "amp": [True, "false", "True"],
     "findings": [None, "Mass", ["Mass", "No finding"]],
+    "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}],
+    "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
+    "patch_size": [[96, 96, 8]],
+    "a_min": [-1000, 0.5],
+    "init_filters": [8, 32],
+    "blocks_down": [[1, 2, 2, 4]],
 }
 
 
@@ -60,6 +78,40 @@ def test_a_knob_may_be_an_expression() -> None:
     refuse_bad_knobs(ConfigParser({"max_epochs": "$2 * 3", "batch_size": "@max_epochs"}))
     with pytest.raises(ValueError, match="`--batch_size` must be a whole number of at least 1, got 0"):
         refuse_bad_knobs(ConfigParser({"max_epochs": "$2 - 2 + 5", "batch_size": "$@max_epochs - 5"}))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"a_min": 5, "a_max": 5}, "`--a_min` must be below --a_max, got 5 and 5"),
+        (
+            {"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4},
+            r"multiples of 8, .*, got \[16, 12, 8\]",
+        ),
+        ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than the 3 of .*, got \[1, 1, 1\]"),
+        ({"batch_size": 7, "sampling_temperature": 0.5}, "`--batch_size` must be even, .*, got 7"),
+        ({"max_epochs": 3, "schedule_epochs": 2, "warmup_epochs": 0}, "`--schedule_epochs` must be at least"),
+    ],
+)
+def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse_bad_knobs(ConfigParser(knobs))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"patch_size": [16, 8, 9], "spatial_dims": 2, "blocks_down": [1] * 4},  # of slices the third side is not used
+        {"batch_size": 7},
+        {"a_min": 5},
+    ],
+)
+def test_knobs_are_compared_where_both_are_used(knobs: dict[str, Any]) -> None:
+    refuse_bad_knobs(ConfigParser(knobs))
+
+
+def test_a_disabled_knob_is_held_to_nothing() -> None:
+    refuse_bad_knobs(ConfigParser({"encoder": {"_disabled_": True}}))
 
 
 def test_the_running_bundle_is_held_to_the_rules(tiny_bundle: Path) -> None:

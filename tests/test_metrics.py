@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from dissect_monai.metrics import (
     feature_std,
     macro_auroc,
     macro_average_precision,
+    mean_resampled,
     mean_statistic,
     paired_bootstrap,
+    percentile_interval,
     perplexity,
+    resample,
 )
 
 PAIRS = [(auroc, roc_auc_score), (average_precision, average_precision_score)]
@@ -182,6 +186,15 @@ def test_undefined_resamples_are_left_out() -> None:
 def test_mean_statistic_leaves_out_what_a_resample_leaves_undefined() -> None:
     mean = mean_statistic([lambda weight: np.array([1.0, np.nan, np.nan]), lambda weight: np.array([3.0, 5.0, np.nan])])
     np.testing.assert_array_equal(mean(np.ones((3, 1))), [2, 5, np.nan])
+
+
+def test_the_mean_of_resampled_statistics_is_that_of_the_bootstrap() -> None:
+    label, score = toy()
+    rare = np.where(np.arange(60) == 3, 1.0, 0.0)  # many resamples lack its positive
+    statistics = [partial(auroc, label, score), partial(auroc, rare, score)]
+    resampled = mean_resampled([resample(statistic, np.arange(60), 200) for statistic in statistics])
+    expected = bootstrap(mean_statistic(statistics), np.arange(60), 200)
+    assert percentile_interval(resampled) == pytest.approx(expected, rel=1e-12)
 
 
 def test_paired_bootstrap_uses_the_same_resamples() -> None:

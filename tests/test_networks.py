@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from dissect_monai.inferers import AutocastInferer
 from dissect_monai.losses import VQSSLLoss
-from dissect_monai.networks import FUSIONS, Decoder, Fusion, SSLOutput, VQSSLNet, feature_maps, mlp, pool
+from dissect_monai.networks import (
+    FUSIONS,
+    Decoder,
+    Fusion,
+    SegResNetEncoder,
+    SSLOutput,
+    VQSSLNet,
+    feature_maps,
+    mlp,
+    pool,
+)
 
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 
@@ -89,6 +99,58 @@ def test_decoder_reaches_any_image_size(spatial_dims: int, size: tuple[int, ...]
 def test_a_head_is_linear_norm_relu_linear() -> None:
     assert [type(layer).__name__ for layer in mlp(4, 8, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert mlp(4, 8, 2)(torch.rand(3, 4)).shape == (3, 2)
+
+
+# ---- the encoder of a SegResNet ----------------------------------------------------------------------------------
+
+
+def segresnet(spatial_dims: int = 3, **kwargs: object) -> SegResNet:
+    torch.manual_seed(0)
+    return SegResNet(spatial_dims, init_filters=8, out_channels=3, blocks_down=(1, 2, 1), blocks_up=(1, 1), **kwargs)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_encoder_of_a_segresnet_gives_its_maps(spatial_dims: int) -> None:
+    network, images = segresnet(spatial_dims), torch.rand(2, 1, *[16] * spatial_dims)
+    encoder = SegResNetEncoder(network)
+    bottleneck, maps = network.encode(images)
+    assert torch.equal(encoder.encode(images)[0], bottleneck)
+    for ours, reference, chosen in zip(encoder.encode(images)[1], maps, feature_maps(encoder, images), strict=True):
+        assert torch.equal(ours, reference)
+        assert torch.equal(ours, chosen)
+    assert torch.equal(encoder(images), pool(bottleneck))
+
+
+def test_encoder_of_a_segresnet_drops_out_as_it_does() -> None:
+    network, images = segresnet(dropout_prob=0.5), torch.rand(1, 1, 16, 16, 16)
+    encoder = SegResNetEncoder(network)
+    torch.manual_seed(1)
+    expected = network.encode(images)[0]
+    torch.manual_seed(1)
+    assert torch.equal(encoder.encode(images)[0], expected)
+    assert not torch.equal(encoder.eval().encode(images)[0], expected)
+
+
+def test_encoder_of_a_segresnet_has_its_keys_and_loads_into_another() -> None:
+    state = SegResNetEncoder(segresnet()).state_dict()
+    assert list(state) == [key for key in segresnet().state_dict() if key.startswith(("convInit.", "down_layers."))]
+    missing, unexpected = segresnet().load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert not any(key.startswith(("convInit", "down_layers")) for key in missing)
+
+
+@every_fusion
+@pytest.mark.parametrize("size", [(16, 16, 8), (8, 12, 24)])
+def test_every_parameter_of_an_encoder_of_a_segresnet_is_trained(fusion: str, size: tuple[int, ...]) -> None:
+    small = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12, "decode": True}
+    net = VQSSLNet(SegResNetEncoder(segresnet()), spatial_dims=3, stages=(2, 3), fusion=fusion, **small)
+    images = torch.rand(4, 1, *size)
+    output = net(images)
+    assert output.reconstruction is not None
+    assert output.reconstruction.shape == images.shape
+    total(output, images).backward()
+    forgotten = [name for name, each in net.named_parameters() if each.requires_grad and each.grad is None]
+    assert forgotten == []  # what DistributedDataParallel demands
 
 
 # ---- properties --------------------------------------------------------------------------------------------------

@@ -68,6 +68,16 @@ def test_overrides_may_name_what_a_second_config_adds(tiny_bundle: Path) -> None
     assert Path("ran").exists()
 
 
+def test_overrides_of_what_a_second_config_takes_away_are_refused(tiny_bundle: Path) -> None:
+    more = write(tiny_bundle / "configs" / "more.json", {"learning_rate": {"_disabled_": True}})
+    files = [str(tiny_bundle / "configs" / "train.json"), str(more)]
+    with refused(r"--learning_rate has no meaning with train\.json and more\.json: leave it out"):
+        run(config_file=files, learning_rate=0.2)
+    assert not Path("ran").exists()
+    run(config_file=files)
+    assert Path("ran").exists()
+
+
 def test_callers_of_the_python_api_may_add_ids(tiny_bundle: Path) -> None:
     workflow = ConfigWorkflow(str(tiny_bundle / "configs" / "train.json"), extra=1)
     workflow.initialize()

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from dissect_monai.calibration import expected_calibration_error, reliability
 from dissect_monai.plots import (
     COLORS,
     NUM_BINS,
+    embedding_map,
     figure_to_png,
     figure_to_tensor,
     image_to_png,
@@ -131,6 +133,61 @@ def test_reliability_leaves_out_findings_without_probabilities() -> None:
     probabilities[:, 1] = np.nan
     figure = reliability_plot(labels, probabilities, NAMES)
     assert [entry.split()[0] for entry in legend(figure)] == ["All", "Effusion"]
+
+
+def mapped(figure: Any, panel: int = 0) -> dict[str, np.ndarray]:
+    """The points of every entry in the legend."""
+    texts = [text.get_text() for text in figure.axes[panel].get_legend().get_texts()]
+    points = [np.asarray(each.get_offsets()) for each in figure.axes[panel].collections]
+    return dict(zip(texts, points, strict=True))
+
+
+def test_a_map_agrees_with_sklearn_in_points_and_variance() -> None:
+    features = np.random.default_rng(0).normal(size=(20, 6)) * [5, 3, 1, 1, 1, 1]
+    figure = embedding_map(features, ["a"] * 12 + ["b"] * 8, ["x"] * 20)
+    pca = PCA(2).fit(features)
+    shown = mapped(figure)
+    assert list(shown) == ["a  (12)", "b  (8)"]
+    np.testing.assert_allclose(np.abs(np.concatenate([*shown.values()])), np.abs(pca.transform(features)), atol=1e-9)
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == f"Component 1 ({pca.explained_variance_ratio_[0]:.0%} of the variance)"
+    assert axes.get_ylabel() == f"Component 2 ({pca.explained_variance_ratio_[1]:.0%})"
+
+
+def test_a_map_has_the_tasks_on_the_left_and_the_groups_on_the_right() -> None:
+    features = np.random.default_rng(0).normal(size=(9, 4))
+    figure = embedding_map(features, [*"abcabcabc"], [*"xyyxyyxyy"])
+    assert list(mapped(figure, 0)) == ["a  (3)", "b  (3)", "c  (3)"]
+    assert list(mapped(figure, 1)) == ["x  (3)", "y  (6)"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["Features by task", "Features by group"]
+    np.testing.assert_array_equal(mapped(figure, 0)["a  (3)"], mapped(figure, 1)["x  (3)"])
+
+
+def test_a_map_does_not_depend_on_the_sign_that_the_decomposition_takes() -> None:
+    features = np.random.default_rng(0).normal(size=(9, 4))
+    rotated = features + 1e-9 * np.random.default_rng(1).normal(size=(9, 4))
+    ours, theirs = (mapped(embedding_map(each, ["a"] * 9, ["x"] * 9))["a  (9)"] for each in (features, rotated))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 20])
+def test_a_map_has_one_width_for_any_number_of_tasks(num_tasks: int) -> None:
+    names = [f"task number {index}" for index in range(num_tasks)]
+    figure = embedding_map(np.random.default_rng(0).normal(size=(num_tasks, 4)), names, names)
+    assert figure_to_tensor(figure).shape[::2] == (3, 1500)
+
+
+@pytest.mark.parametrize("features", [np.zeros((4, 3)), np.arange(4.0)[:, None], np.ones((1, 3))])
+def test_a_map_of_less_than_two_components_has_zeros(features: np.ndarray) -> None:
+    names = ["a"] * len(features)
+    (points,) = mapped(embedding_map(features, names, names)).values()
+    assert points.shape == (len(features), 2)
+    assert (points[:, 1] == 0).all()
+
+
+def test_rejects_a_map_of_items_without_task() -> None:
+    with pytest.raises(ValueError, match=r"`features` must be \(N, D\), N > 0, .* got \(4, 3\), 4 and 3"):
+        embedding_map(np.zeros((4, 3)), ["a"] * 4, ["x"] * 3)
 
 
 def test_an_overlay_shows_the_image_where_nothing_is_salient() -> None:

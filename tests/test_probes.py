@@ -16,6 +16,7 @@ from dissect_monai.probes import (
     DEFAULT_C,
     extract_features,
     grouped_cross_val_scores,
+    intensity_histograms,
     knn_scores,
     linear_probe,
     pixel_pca,
@@ -254,3 +255,32 @@ def test_cross_validation_rejects_bad_folds_and_subjects() -> None:
         grouped_cross_val_scores(x, y, np.arange(150) % 2, num_folds=3)
     with pytest.raises(ValueError, match="`subjects` must name the subject of each of the 150 items, got 9"):
         grouped_cross_val_scores(x, y, np.arange(9))
+
+
+# ---- intensities -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_histograms_agree_with_numpy_and_sum_to_one(spatial_dims: int, channels: int) -> None:
+    images = torch.rand(3, channels, *[7] * spatial_dims)
+    found = intensity_histograms(images)
+    expected = [np.histogram(image, 32, (0, 1))[0] / image.size for image in images.numpy()]
+    assert found.shape == (3, 32)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+
+
+def test_histograms_do_not_see_where_an_intensity_is() -> None:
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(intensity_histograms(images), intensity_histograms(images.flip(2, 3)))
+
+
+def test_intensities_out_of_range_count_at_the_ends() -> None:
+    found = intensity_histograms(torch.tensor([[[-0.1, -3.0, 1.0, 7.0]]]), num_bins=4)
+    assert found.tolist() == [[0.5, 0, 0, 0.5]]
+
+
+def test_histograms_need_a_bin() -> None:
+    with pytest.raises(ValueError, match="`num_bins` must be at least 1, got 0"):
+        intensity_histograms(torch.rand(1, 1, 4), num_bins=0)

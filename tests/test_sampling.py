@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, DataLoader
+from monai.data import CacheDataset, DataLoader, Dataset
 from monai.transforms import Compose, EnsureTyped, RandScaleIntensityd, RandSpatialCropd
 
-from dissect_monai.sampling import DomainSampler, SeededDataset, SeededIndex
+from dissect_monai.sampling import DomainSampler, SeededDataset, SeededIndex, part_of_tasks
 
 COUNTS = {"large": 60, "medium": 15, "small": 4}
 DATA = [{"task": task} for task, count in COUNTS.items() for _ in range(count)]
@@ -177,3 +177,11 @@ def test_draws_do_not_depend_on_batches_or_worker_processes() -> None:
     expected = torch.cat(batches())
     torch.testing.assert_close(torch.cat(batches(batch_size=6)), expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.cat(batches(num_workers=2)), expected, rtol=0, atol=0)
+
+
+def test_a_part_of_every_task_is_evenly_spaced() -> None:
+    dataset = Dataset([{"task": "a"}] * 9 + [{"task": "b"}] * 2)
+    assert list(part_of_tasks(dataset, 3).indices) == [0, 4, 8, 9, 10]
+    assert len(part_of_tasks(dataset)) == 11
+    with pytest.raises(ValueError, match="`num_items` must be at least 1, got 0"):
+        part_of_tasks(dataset, 0)

@@ -267,21 +267,24 @@ def test_patches_are_centred_where_a_volume_is_not_air() -> None:
     image = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
     image[:, 4:9, 6:12, 3:5] = 7
     item = ForegroundIndicesd("image", max_indices=17)({"image": image, "other": 3})
-    places = item["image_foreground"]
+    places = item["image_fg_indices"]
     assert (len(places), item["other"]) == (17, 3)
     assert (image.flatten()[places] == 7).all()
     columns = np.unravel_index(places, (20, 20, 20))
     assert [len(np.unique(axis)) for axis in columns] == [5, 6, 2]
-    crop = RandCropByPosNegLabeld(
-        "image", "image", (4, 4, 4), neg=0, fg_indices_key="image_foreground", bg_indices_key="none"
-    ).set_random_state(0)
-    assert all((crop(dict(item))[0]["image"] == 7).any() for _ in range(20))
+    keys = {"fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices"}
+    crop = RandCropByPosNegLabeld("image", "image", (1, 1, 1), neg=0, **keys).set_random_state(0)
+    assert all((crop(dict(item))[0]["image"] == 7).all() for _ in range(20))
+    single = {**item, "image_fg_indices": places[:1], "image_bg_indices": places[:1]}
+    marked = image.clone()
+    marked.flatten()[places[0]] = 9
+    assert crop({**single, "image": marked})[0]["image"] == 9
 
 
 def test_keeps_every_place_of_a_small_volume() -> None:
     image = torch.zeros(2, 3, 3, 3)
     image[1, 1, 1, 1] = 0.5
-    assert ForegroundIndicesd("image")({"image": image})["image_foreground"].tolist() == [13]
+    assert ForegroundIndicesd("image")({"image": image})["image_fg_indices"].tolist() == [13]
 
 
 def test_refuses_a_volume_of_air_and_a_bad_number_of_places() -> None:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from monai.networks.nets import resnet10, resnet18
+from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import nn
 
-from dissect_monai.weights import load_encoder, read_settings, save_atomically, save_weights
+from dissect_monai.weights import load_encoder, load_segresnet, read_settings, save_atomically, save_weights
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -115,3 +116,83 @@ def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> No
     with pytest.raises(ValueError, match=named):
         load_encoder(encoder, tmp_path / "model.pt")
     assert torch.equal(encoder[0].weight, before)
+
+
+# ---- SegResNets --------------------------------------------------------------------------------------------------
+
+
+def segresnet(seed: int = 0, **changes: Any) -> SegResNet:
+    torch.manual_seed(seed)
+    arguments = {"spatial_dims": 2, "init_filters": 8, "out_channels": 1, "blocks_down": (1, 1), "blocks_up": (1,)}
+    return SegResNet(**arguments | changes)
+
+
+def encoder_of(network: SegResNet) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in network.state_dict().items() if key.startswith(("convInit.", "down_layers."))}
+
+
+def equal_keys(one: SegResNet, other: SegResNet) -> set[str]:
+    """Parts of two networks that agree; those of constants, such as norms, agree untrained."""
+    pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
+    return {key.split(".")[0] for key, value in one.state_dict().items()} - {
+        key.split(".")[0] for (key, value), theirs in pairs if not torch.equal(value, theirs)
+    }
+
+
+def test_loads_a_whole_segresnet(tmp_path: Path) -> None:
+    saved, fresh = segresnet(0), segresnet(1)
+    torch.save(saved.state_dict(), tmp_path / "model.pt")
+    assert load_segresnet(fresh, tmp_path / "model.pt") is True
+    assert equal_keys(fresh, saved) == {"convInit", "down_layers", "up_layers", "up_samples", "conv_final"}
+
+
+def test_loads_the_encoder_of_a_segresnet_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved, fresh, untouched = segresnet(0), segresnet(1, out_channels=4), segresnet(1, out_channels=4)
+    torch.save(encoder_of(saved), tmp_path / "model.pt")
+    with caplog.at_level(logging.INFO):
+        assert load_segresnet(fresh, tmp_path / "model.pt") is False
+    assert equal_keys(fresh, segresnet(0, out_channels=4)) >= {"convInit", "down_layers"}
+    assert equal_keys(fresh, untouched) == {"up_layers", "up_samples", "conv_final"}
+    first, second = (record.message for record in caplog.records)
+    assert first.startswith(f"Loaded all {len(encoder_of(saved))} tensors of")
+    assert second == (
+        "They are of an encoder alone: up_layers, up_samples, conv_final of the network were left as they were."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"other": torch.ones(1)},
+            r"the SegResNet: 1 unexpected \(other\)\. Is it a SegResNet of the same spatial_dims",
+        ),
+        ({"convInit.conv.weight": None}, r"the SegResNet: 1 missing \(convInit\.conv\.weight\)"),
+        ({"conv_final.2.conv.bias": None}, r"the SegResNet: 1 missing \(conv_final\.2\.conv\.bias\)"),
+        ({"convInit.conv.weight": torch.ones(2)}, r"1 of another shape \(convInit\.conv\.weight\)"),
+        ({"convInit.conv.weight": 3}, r"1 not a tensor \(convInit\.conv\.weight\)"),
+        ({"conv_final.2.conv.bias": torch.tensor([float("nan")])}, "must be finite, got NaN or infinity in 1 of"),
+    ],
+)
+def test_weights_that_do_not_fit_a_segresnet_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    state = {key: value for key, value in {**segresnet(0).state_dict(), **change}.items() if value is not None}
+    torch.save(state, tmp_path / "model.pt")
+    network = segresnet(1)
+    with pytest.raises(ValueError, match=message):
+        load_segresnet(network, tmp_path / "model.pt")
+    assert "convInit" not in equal_keys(network, segresnet(0))
+
+
+@pytest.mark.parametrize("part", ["convInit.", "down_layers."])
+def test_a_part_of_an_encoder_is_refused(tmp_path: Path, part: str) -> None:
+    torch.save({k: v for k, v in encoder_of(segresnet()).items() if not k.startswith(part)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"do not fit the SegResNet: \d+ missing \({part}"):
+        load_segresnet(segresnet(), tmp_path / "model.pt")
+
+
+def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="do not fit the SegResNet"):
+        load_segresnet(segresnet(), tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError, match="there are no weights at"):
+        load_segresnet(segresnet(), tmp_path / "none.pt")
