@@ -41,13 +41,14 @@ def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int 
     Args:
         datalist: as `aggregate` gives it.
         path: file to write, such as domains.csv; its folder is created.
-        num_volumes: how many volumes of each task are read for their intensities; at least 1.
+        num_volumes: how many volumes of each task are read for their intensities, at least 1; one that cannot be read
+            is logged, and left to the data set to refuse or to skip.
 
     Returns:
         The table, one row a task.
 
     Raises:
-        ValueError: if `num_volumes` is below 1 or a volume cannot be read.
+        ValueError: if `num_volumes` is below 1.
     """
     if num_volumes < 1:
         raise ValueError(f"`num_volumes` must be at least 1, got {num_volumes}.")
@@ -84,8 +85,13 @@ def _intensities(items: Sequence[Item], num_volumes: int) -> tuple[float, float,
     """Minimum, 1 %, 99 % and maximum over volumes that are evenly spaced in the list."""
     reader = ImageFileReader(spatial_dims=3)
     chosen = np.linspace(0, len(items) - 1, min(num_volumes, len(items))).round().astype(int)
-    values = [sample_voxels(reader.get_data(reader.read(items[index]["image"]))[0]) for index in chosen]
-    low, first, last, high = np.percentile(np.concatenate(values), [0, 1, 99, 100]).tolist()
+    values = [np.full(1, np.nan)]
+    for index in chosen:
+        try:
+            values.append(sample_voxels(reader.get_data(reader.read(items[index]["image"]))[0]))
+        except ValueError as error:
+            logger.warning("Not in the table of intensities: %s", error)
+    low, first, last, high = np.nanpercentile(np.concatenate(values), [0, 1, 99, 100]).tolist()
     return low, first, last, high
 
 

@@ -68,7 +68,9 @@ def command_line(
     arguments = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, *(launcher or ("-m",)), "monai.bundle", "run", "--config_file", str(config), *arguments]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
+    )
 
 
 def two_processes(*configs: Path, cwd: Path, **knobs: Any) -> Any:

@@ -87,7 +87,7 @@ def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
     assert {name: config[name] for name in SAME_KNOBS} == {name: other[name] for name in SAME_KNOBS}
     assert config["datalist"] == other["datalist"]
     assert config["crop_size"] == other["crop_size"]
-    for name in ("preprocessing", "dataset", "sampler", "augment"):
+    for name in ("preprocessing", "patches", "dataset", "sampler", "augment"):
         assert config["train"][name] == other["train"][name], name
     assert config["train"]["augment"]["flip_prob"] == 0
 
