@@ -81,6 +81,7 @@ from dissect_monai.volume_phantoms import write_volume_phantoms as write_volume_
 from dissect_monai.volumes import ForegroundIndicesd as ForegroundIndicesd
 from dissect_monai.volumes import NormalizeModalityd as NormalizeModalityd
 from dissect_monai.volumes import PatchSpacingd as PatchSpacingd
+from dissect_monai.weights import has_decoder as has_decoder
 from dissect_monai.weights import load_encoder as load_encoder
 from dissect_monai.weights import load_segresnet as load_segresnet
 from dissect_monai.weights import read_settings as read_settings

@@ -123,8 +123,13 @@ def with_test_split(datalist: DomainDatalist, fraction: float = 0.2, seed: int =
             "validation": [item for item in splits["training"] if item["subject"] in drawn],
             "test": splits["validation"],
         }
-        others = {split: [item for item in getattr(datalist, split) if item["task"] != task] for split in SPLITS}
-        datalist = datalist._replace(**{split: others[split] + moved[split] for split in SPLITS})
+        changed = {
+            split: [item for item in getattr(datalist, split) if item["task"] != task] + moved[split]
+            for split in SPLITS
+        }
+        datalist = datalist._replace(
+            training=changed["training"], validation=changed["validation"], test=changed["test"]
+        )
     return datalist
 
 

@@ -50,9 +50,7 @@ def code_figure(
     return _tile(columns)
 
 
-def view_figure(
-    columns: Sequence[Tensor], min_side: int = MIN_SIDE, gap: int = 0, slices: bool = False
-) -> Tensor:
+def view_figure(columns: Sequence[Tensor], min_side: int = MIN_SIDE, gap: int = 0, slices: bool = False) -> Tensor:
     """Batches of equal shape side by side, one row an image: the two views, or images and their reconstructions.
 
     Args:

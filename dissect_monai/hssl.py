@@ -73,7 +73,7 @@ class HSSLNet(nn.Module):
         width = segresnet.init_filters * 2 ** (levels - 1)
         self.stride = 2 ** (levels - 1)
         self.segresnet = segresnet
-        # What a random layer would draw has twenty times the variance of an image, and takes a hundred steps to unlearn.
+        # A random layer draws something of twenty times the variance of an image, to be unlearnt in a hundred steps.
         for parameter in segresnet.conv_final[-1].parameters():
             parameter.data.mul_(0.1)
         self.projectors = nn.ModuleDict({level: _projector(width, hidden_dim, out_dim) for level in LEVELS})

@@ -143,7 +143,18 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
     return encoder
 
 
-def load_segresnet(network: SegResNet, path: str | Path) -> bool:
+def has_decoder(path: str | Path) -> bool:
+    """Whether the weights at a path are of a whole `SegResNet`, or there are none yet; else they are of its encoder.
+
+    Raises:
+        ValueError: if they cannot be loaded.
+    """
+    if not Path(path).is_file():
+        return True
+    return not all(str(key).startswith(SEGRESNET_ENCODER) for key in load_torch(path, TRAIN_FIRST))
+
+
+def load_segresnet(network: SegResNet, path: str | Path) -> SegResNet:
     """Load a plain state dict into a `SegResNet`: of all of it, or of its encoder alone, as others pretrain it.
 
     Args:
@@ -152,7 +163,7 @@ def load_segresnet(network: SegResNet, path: str | Path) -> bool:
             `down_layers` and no others.
 
     Returns:
-        whether the decoder was loaded, too.
+        the same network.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -168,7 +179,7 @@ def load_segresnet(network: SegResNet, path: str | Path) -> bool:
     _load_state(network, state, path, [] if whole else [f"{part}." for part in decoder], remedy)
     if not whole:
         logger.info("They are of an encoder alone: %s of the network were left as they were.", ", ".join(decoder))
-    return whole
+    return network
 
 
 def _load_state(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, command_line, network_state, read, refused, run_config, two_processes, write
-from monai.bundle import ConfigParser, ckpt_export, load, onnx_export
+from monai.bundle import ckpt_export, load, onnx_export
 from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -229,7 +228,10 @@ def test_folders_of_many_formats_get_task_group_and_modality_by_knobs(tmp_path: 
     knobs = {"task": ["one", "two"], "group": "body", "modality": {"a": "MR", "b": "CT"}, "a_min": -2000, "a_max": 3000}
     train([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", **knobs)
     rows = table(tmp_path / "out" / "eval" / "domains.csv")
-    assert [(row["task"], row["group"], row["modality"]) for row in rows] == [("one", "body", "MR"), ("two", "body", "CT")]
+    assert [(row["task"], row["group"], row["modality"]) for row in rows] == [
+        ("one", "body", "MR"),
+        ("two", "body", "CT"),
+    ]
 
 
 def broken_set(folders: Folders, tmp_path: Path, shape: tuple[int, ...] | None = None) -> tuple[Path, Path]:
@@ -270,7 +272,10 @@ def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
     [
         ({"task": None}, r"abdomen_ct must have a `task`, got None for .*nii\.gz: write it into its dataset\.json"),
         ({"group": ""}, r"abdomen_ct must have a `group`, got ''"),
-        ({"modality": {"0": "CT", "1": "PET"}}, r"abdomen_ct must have one channel, got the modalities \['CT', 'PET'\]"),
+        (
+            {"modality": {"0": "CT", "1": "PET"}},
+            r"abdomen_ct must have one channel, got the modalities \['CT', 'PET'\]",
+        ),
         ({"task": "head_ct"}, r"task 'head_ct' must have one group, got 'abdomen' for .* and 'head' for"),
     ],
 )
@@ -305,7 +310,10 @@ def test_refuses_a_task_of_a_single_subject(folders: Folders, tmp_path: Path) ->
         ({"batch_size": 3}, "`--batch_size` must be"),
         ({"a_min": 300}, "`--a_min` must be below --a_max, got 300 and 275"),
         ({"dataset_dir": "nowhere"}, "nowhere"),
-        ({"task": {"elsewhere": "liver"}}, "`task` must name folders among abdomen_ct, head_ct, head_mr, got elsewhere"),
+        (
+            {"task": {"elsewhere": "liver"}},
+            "`task` must name folders among abdomen_ct, head_ct, head_mr, got elsewhere",
+        ),
         ({"train#sampler#items_per_drow": 2}, "train#sampler#items_per_draw"),
     ],
     ids=str,
@@ -314,9 +322,7 @@ def test_refuses_bad_knobs_before_training(
     folders: Folders, tmp_path: Path, knob: dict[str, Any], message: str
 ) -> None:
     with refused(message):
-        run_config(
-            CONFIGS / "train.json", **{**TINY, "dataset_dir": folders, "output_dir": tmp_path / "out", **knob}
-        )
+        run_config(CONFIGS / "train.json", **{**TINY, "dataset_dir": folders, "output_dir": tmp_path / "out", **knob})
     assert not (tmp_path / "out" / "models" / "model.pt").exists()
 
 
@@ -407,7 +413,9 @@ def test_inference_writes_one_embedding_per_volume(trained: Path, folders: Folde
     assert len({tuple(values(row)) for row in rows}) == 21
 
 
-def test_an_embedding_does_not_depend_on_how_the_file_is_stored(trained: Path, folders: Folders, tmp_path: Path) -> None:
+def test_an_embedding_does_not_depend_on_how_the_file_is_stored(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
     image = nib.load(sorted((Path(folders[0]) / "images").iterdir())[0])
     nib.save(image, tmp_path / "a.nii.gz")
     turned = image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
@@ -417,9 +425,7 @@ def test_an_embedding_does_not_depend_on_how_the_file_is_stored(trained: Path, f
     np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
 
 
-def test_inference_names_what_it_cannot_read_and_does_the_rest(
-    trained: Path, folders: Folders, tmp_path: Path
-) -> None:
+def test_inference_names_what_it_cannot_read_and_does_the_rest(trained: Path, folders: Folders, tmp_path: Path) -> None:
     folder, path = broken_set(folders, tmp_path)
     with refused("1 of 7 images could not be read"):
         embed(folder, tmp_path / "out", pretrained=trained / "models" / "model.pt")
@@ -433,7 +439,9 @@ def test_exports_and_load_give_the_pretrained_network(trained: Path, tmp_path: P
     bundle = tmp_path / "hssl_multidomain"
     shutil.copytree(CONFIGS, bundle / "configs")
     shutil.copytree(trained / "models", bundle / "models")
-    network = load("hssl_multidomain", bundle_dir=str(tmp_path), source="monaihosting", workflow_type="inference").eval()
+    network = load(
+        "hssl_multidomain", bundle_dir=str(tmp_path), source="monaihosting", workflow_type="inference"
+    ).eval()
     saved = weights(trained)
     assert all(torch.equal(value, saved[key]) for key, value in network.state_dict().items())
     files = {

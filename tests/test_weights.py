@@ -10,7 +10,14 @@ import torch
 from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import nn
 
-from dissect_monai.weights import load_encoder, load_segresnet, read_settings, save_atomically, save_weights
+from dissect_monai.weights import (
+    has_decoder,
+    load_encoder,
+    load_segresnet,
+    read_settings,
+    save_atomically,
+    save_weights,
+)
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -142,7 +149,8 @@ def equal_keys(one: SegResNet, other: SegResNet) -> set[str]:
 def test_loads_a_whole_segresnet(tmp_path: Path) -> None:
     saved, fresh = segresnet(0), segresnet(1)
     torch.save(saved.state_dict(), tmp_path / "model.pt")
-    assert load_segresnet(fresh, tmp_path / "model.pt") is True
+    assert has_decoder(tmp_path / "model.pt")
+    assert load_segresnet(fresh, tmp_path / "model.pt") is fresh
     assert equal_keys(fresh, saved) == {"convInit", "down_layers", "up_layers", "up_samples", "conv_final"}
 
 
@@ -150,7 +158,9 @@ def test_loads_the_encoder_of_a_segresnet_alone(tmp_path: Path, caplog: pytest.L
     saved, fresh, untouched = segresnet(0), segresnet(1, out_channels=4), segresnet(1, out_channels=4)
     torch.save(encoder_of(saved), tmp_path / "model.pt")
     with caplog.at_level(logging.INFO):
-        assert load_segresnet(fresh, tmp_path / "model.pt") is False
+        assert load_segresnet(fresh, tmp_path / "model.pt") is fresh
+    assert not has_decoder(tmp_path / "model.pt")
+    assert has_decoder(tmp_path / "none.pt")
     assert equal_keys(fresh, segresnet(0, out_channels=4)) >= {"convInit", "down_layers"}
     assert equal_keys(fresh, untouched) == {"up_layers", "up_samples", "conv_final"}
     first, second = (record.message for record in caplog.records)
