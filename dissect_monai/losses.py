@@ -14,6 +14,8 @@ from dissect_monai.hssl import HSSLOutput
 from dissect_monai.networks import SSLOutput
 from dissect_monai.views import HierarchyTarget
 
+MIN_VARIANCE = 0.01  # of a view in [0, 1]: noise and the rim of a body stay under it, X-rays and organs over it
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +54,8 @@ def unexplained_variance(reconstruction: Tensor, views: Tensor, where: Tensor | 
 
     Args:
         reconstruction: shape (V, C, *spatial).
-        views: the same shape; a view of one value counts with a variance of 1e-4.
+        views: the same shape; a view with a variance under 0.01 counts with that, lest one of next to nothing outweigh
+            all others.
         where: voxels whose error counts, True in (V, 1, *spatial); a view without any has no error. None takes all.
 
     Returns:
@@ -69,7 +72,7 @@ def unexplained_variance(reconstruction: Tensor, views: Tensor, where: Tensor | 
     else:
         counted = where.flatten(1).sum(1).mul(views.shape[1])
         error = error.where(where, 0).flatten(1).sum(1) / counted.clamp_min(1)
-    return (error / views.flatten(1).var(1, correction=0).clamp_min(1e-4)).mean()
+    return (error / views.flatten(1).var(1, correction=0).clamp_min(MIN_VARIANCE)).mean()
 
 
 class VQSSLLoss(nn.Module):
