@@ -23,6 +23,7 @@ from dissect_monai.checkpoints import newest_checkpoint
 from dissect_monai.preflight import bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
+STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
 TINY = {  # knobs that all training configs have
     "encoder": "resnet18",
     "image_size": 32,

@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, command_line, network_state, read, refused, run_config, two_processes, write
+from helpers import (
+    ROOT,
+    STANDARD_CONFIGS,
+    TINY,
+    command_line,
+    network_state,
+    read,
+    refused,
+    run_config,
+    two_processes,
+    write,
+)
 from monai.bundle import (
     ConfigParser,
     ConfigWorkflow,
@@ -36,8 +47,7 @@ from dissect_monai.checkpoints import newest_checkpoint
 pytestmark = pytest.mark.usefixtures("_in_root")
 BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
-STANDARD = ("metadata", "train", "evaluate", "inference")
-OVERRIDES = [path for path in CONFIGS if path.stem not in STANDARD]
+OVERRIDES = [path for path in CONFIGS if path.stem not in STANDARD_CONFIGS]
 PRETRAIN = ROOT / "bundles" / "pretrain_vq_ssl" / "configs"
 TINY = {**TINY, "hidden_dim": 32, "num_embeddings": 16, "embedding_dim": 16, "val_interval": 100}
 

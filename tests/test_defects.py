@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, STANDARD_CONFIGS
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
@@ -23,8 +24,6 @@ from dissect_monai.metrics import code_usage
 from dissect_monai.networks import Fusion, VQSSLNet, feature_maps
 from dissect_monai.probes import extract_features
 from dissect_monai.quantizers import EMACodebook
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def encoder() -> nn.Module:
@@ -179,7 +178,7 @@ def test_8_no_image_is_changed_at_random_in_deterministic_preprocessing() -> Non
     found = 0
     for path in sorted(ROOT.glob("bundles/*/configs/*.json")):
         parser = ConfigParser()
-        parser.read_config(path)
+        parser.read_config([path] if path.stem in STANDARD_CONFIGS else [path.with_name("train.json"), path])
         for name in ("preprocessing", "validate::preprocessing", "train::preprocessing"):
             if name in parser:
                 steps = Compose(parser.get_parsed_content(name)).flatten().transforms
