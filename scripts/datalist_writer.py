@@ -1,4 +1,4 @@
-"""What all sources of make_datalist.py share: splits, checks, counts, and writing dataset.json."""
+"""What all sources of make_datalist.py share: splits, checks, and writing dataset.json."""
 
 from __future__ import annotations
 
@@ -7,61 +7,25 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
+from datalist_counts import print_findings, print_structures
+from datalist_source import Options, Record, Source, Volumes, absolute, few, one_of
 from PIL import Image
 from tqdm import tqdm
+from volume_pairs import UNNAMED_VALUES, Found, check_grids, check_values
 
 from dissect_monai.data import SPLITS, read_datalist
 from dissect_monai.knobs import is_true
 from dissect_monai.readers import ImageFileReader, decoding_reason, image_format
 
-Label = list[int | None]  # 1, 0 or None (unknown) per finding
-
-
-class Record(NamedTuple):
-    """One image of a source."""
-
-    image: Path
-    label: Label | None = None
-    subject: str | None = None  # None: a subject of its own
-    split: str | None = None  # None: to be drawn
-    extra: Mapping[str, Any] = {}
-
-    @property
-    def group(self) -> str:
-        """What must not be divided among splits."""
-        return self.subject or str(self.image)
-
-
-class Source(NamedTuple):
-    """What a subcommand has read; `make_datalist` does the rest."""
-
-    options: Options
-    folder: Path  # where dataset.json goes by default
-    description: str
-    label_names: list[str]
-    records: list[Record]
-    shares: Mapping[str, float] = {}  # split → share of the subjects whose split is to be drawn
-
-
-@dataclass
-class Options:
-    """What all sources share; see `Sources` of make_datalist.py."""
-
-    output: str = ""
-    overwrite: bool | str = False
-    check: str = "open"
-    workers: int = 8
-    skip_corrupt: bool | str = False
-    seed: int = 0
-    name: str = ""
-    modality: str = "CR"
+T = TypeVar("T")
+DRAWN = "; drawn with seed"  # begins what a description says of the splits
+NAMED_PROBLEMS = 10  # of all that are found; the others are counted
 
 
 def make_datalist(source: Source) -> None:
@@ -81,19 +45,27 @@ def make_datalist(source: Source) -> None:
     refuse_repeats(records)
     asked = {split for split, share in source.shares.items() if share}
     wanted = {"training", *asked, *(record.split for record in records)}
-    records = check_images(records, options)
+    volumes = source.volumes
+    records = check_volumes(records, volumes, options) if volumes else check_images(records, options)
     splits = {split: [record for record in records if record.split == split] for split in SPLITS}
     empty = [split for split in SPLITS if split in wanted and not splits[split]]
     if empty:
         raise ValueError(f"{' and '.join(empty)} must hold images, got none. Add subjects or change the fractions.")
-    print_counts(splits, source.label_names)
     shares = "".join(f", {share:g} of the subjects for {split}" for split, share in source.shares.items())
+    name = str(options.name or source.name or source.folder.name)
     header = {
-        "name": str(options.name or source.folder.name),
-        "description": source.description + (f"; drawn with seed {options.seed}{shares}" if shares else ""),
-        "modality": {"0": options.modality},
-        "label_names": source.label_names,
+        "name": name,
+        "description": source.description + (f"{DRAWN} {options.seed}{shares}" if shares else ""),
+        "modality": {"0": str(options.modality or source.modality)},
     }
+    if volumes:
+        labels = label_names(volumes, records)
+        print_structures(splits, labels if any(record.values for record in records) else {})
+        named = {"labels": {"0": "background", **{str(value): labels[value] for value in labels}}} if labels else {}
+        header |= {"task": name, "group": volumes.group, **named, **volumes.about}
+    else:
+        print_findings(splits, source.label_names)
+        header["label_names"] = source.label_names
     write(header, splits, output)
 
 
@@ -172,10 +144,71 @@ def check_images(records: list[Record], options: Options) -> list[Record]:
     return [record for record, error in zip(records, errors, strict=True) if not error]
 
 
-def concurrently(function: Callable[[Path], Any], images: list[Path], workers: int, title: str) -> list[Any]:
-    """Map a function over images with a progress bar; in threads, as files and decoders do not hold Python's lock."""
+def check_volumes(records: list[Record], volumes: Volumes, options: Options) -> list[Record]:
+    """The records that can be used, with the values of their label maps: all, or less what `skip_corrupt` leaves out.
+
+    Headers come first, since they are quick: a label map is read only once all images and label maps agree.
+    """
+    skip = is_true(options.skip_corrupt, "skip_corrupt")
+    if one_of("check", options.check, "open", "exists") == "exists":
+        return records
+
+    def check_headers(record: Record) -> str | None:
+        return check_grids(record.image, label_map(record))
+
+    errors = concurrently(check_headers, records, options.workers, "Reading headers", 1)
+    leave_out([error for error in errors if error], len(records), skip)
+    records = [record for record, error in zip(records, errors, strict=True) if not error]
+    if volumes.labels == {}:
+        return records
+    names = UNNAMED_VALUES if volumes.labels is None else volumes.labels
+
+    def check_labels(record: Record) -> Found:
+        label = label_map(record)
+        return check_values(record.image, label, names) if label else Found()
+
+    found = concurrently(check_labels, records, options.workers, "Reading label maps", 1)
+    leave_out([each.error for each in found if each.error], len(records), skip)
+    pairs = zip(records, found, strict=True)
+    return [record._replace(values=each.values) for record, each in pairs if not each.error]
+
+
+def label_map(record: Record) -> Path | None:
+    """The path of a record's label map, if it has one."""
+    return record.label if isinstance(record.label, Path) else None
+
+
+def leave_out(problems: Sequence[str], total: int, skip: bool) -> None:
+    """Name volumes that cannot be used, which are left out with `skip`.
+
+    Raises:
+        ValueError: naming them and the remedy, if there are any and `skip` is False.
+    """
+    if skip:
+        for problem in problems:
+            print(f"warning: skipped {problem}", file=sys.stderr)
+    elif problems:
+        more = len(problems) - NAMED_PROBLEMS
+        lines = [*problems[:NAMED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        raise ValueError(
+            "\n  ".join([f"{len(problems)} of {total} volumes cannot be used:", *lines])
+            + "\nCorrect them, or leave them out with --skip_corrupt true."
+        )
+
+
+def label_names(volumes: Volumes, records: Sequence[Record]) -> Mapping[int, str]:
+    """Names of the values of label maps: those given, or label_1, label_2, ... for those found."""
+    if volumes.labels is not None:
+        return volumes.labels
+    return {value: f"label_{value}" for value in sorted({value for record in records for value in record.values})}
+
+
+def concurrently(
+    function: Callable[[T], Any], items: Sequence[T], workers: int, title: str, chunksize: int = 16
+) -> list[Any]:
+    """Map a function over items with a progress bar; in threads, as files and decoders do not hold Python's lock."""
     with ThreadPool(workers) as pool:
-        return list(tqdm(pool.imap(function, images, chunksize=16), title, len(images)))
+        return list(tqdm(pool.imap(function, items, chunksize=chunksize), title, len(items)))
 
 
 def reading_error(image: Path) -> str | None:
@@ -197,36 +230,6 @@ def reading_error(image: Path) -> str | None:
     return None
 
 
-def print_counts(splits: Mapping[str, list[Record]], label_names: list[str]) -> None:
-    """Print a table of what each split holds; warn of empty splits and of findings that one cannot evaluate."""
-    empty = [split for split in ("validation", "test") if not splits[split]]
-    splits = {split: records for split, records in splits.items() if records}
-    lines = [["", *splits], ["images", *(str(len(records)) for records in splits.values())]]
-    lines.append(["subjects", *(str(len({record.group for record in records})) for records in splits.values())])
-    lacking = defaultdict(list)
-    for index, name in enumerate(label_names):
-        lines.append([name])
-        for split, records in splits.items():
-            count = Counter(record.label[index] if record.label else None for record in records)
-            lines[-1].append(f"{count[1]} / {count[0]} / {count[None]}")
-            for value, word in {1: "positives", 0: "negatives"}.items():
-                if not count[value]:
-                    lacking[split, word].append(name)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for first, *cells in lines:
-        print(
-            first.ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)),
-            sep="  ",
-        )
-    if label_names:
-        print("(positive / negative / unknown)")
-        for split in empty:
-            print(f"warning: {split} has no images, but cxr_classify needs validation and test.", file=sys.stderr)
-    for (split, word), names in sorted(lacking.items()):
-        print(f"warning: {split} has no {word} of {', '.join(names)}.", file=sys.stderr)
-
-
 def write(header: Mapping[str, Any], splits: Mapping[str, list[Record]], output: Path) -> None:
     """Write dataset.json, and read it back before it takes the place of another."""
     with TemporaryDirectory(dir=output.parent, prefix=".make_datalist_") as folder:
@@ -242,24 +245,11 @@ def write(header: Mapping[str, Any], splits: Mapping[str, list[Record]], output:
 
 
 def as_item(record: Record, start: Path) -> dict[str, Any]:
-    """A record as dataset.json has it, without what is not known; its path is relative to `start`."""
-    image = Path(os.path.relpath(record.image, start)).as_posix()
-    item = {"image": image, "label": record.label, "subject": record.subject, **record.extra}
+    """A record as dataset.json has it, without what is not known; paths are relative to `start`."""
+
+    def relative(path: Path) -> str:
+        return Path(os.path.relpath(path, start)).as_posix()
+
+    label = relative(record.label) if isinstance(record.label, Path) else record.label
+    item = {"image": relative(record.image), "label": label, "subject": record.subject, **record.extra}
     return {key: value for key, value in item.items() if value is not None and value != ""}
-
-
-def one_of(name: str, value: str, *choices: str) -> str:
-    """The value, if it is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-    return value
-
-
-def absolute(path: str | Path) -> Path:
-    """A path as the command line or a table gives it, made absolute without following links."""
-    return Path(os.path.abspath(os.path.expanduser(str(path))))
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names of many."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

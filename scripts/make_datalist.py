@@ -6,7 +6,14 @@ r"""Write the dataset.json of a data folder: every image checked, split by subje
     python scripts/make_datalist.py table FILE.csv --image path --labels "[Edema,Effusion]" --subject patient
     python scripts/make_datalist.py unlabelled DIR [DIR ...]
 
-What cannot be made right is refused with one line and exit status 1, and nothing is written. `nih --help` lists the
+and of volumes (NIfTI, MHA, NRRD, folders of DICOM slices), images and label maps compared:
+
+    python scripts/make_datalist.py btcv DIR
+    python scripts/make_datalist.py msd Task09_Spleen --output DIR
+    python scripts/make_datalist.py volumes DIR --label_dir DIR --labels "[liver,spleen]" --group abdomen --modality CT
+    python scripts/make_datalist.py volumes DIR --group abdomen --modality CT
+
+What cannot be made right is refused with one message and exit status 1, and nothing is written. `nih --help` lists the
 knobs of one source.
 """
 
@@ -20,11 +27,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from inspect import cleandoc, isfunction, signature
+from inspect import cleandoc, getmembers, isfunction, signature
 from pathlib import Path
 
 import fire
-from datalist_writer import Label, Options, Record, Source, absolute, few, make_datalist, one_of
+from datalist_source import Label, Record, Source, absolute, columns, few, find_file, one_of, subject_of
+from datalist_writer import make_datalist
+from volume_sources import VolumeSources
 
 from dissect_monai.data import SPLITS
 from dissect_monai.knobs import is_true
@@ -46,20 +55,23 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation", 
 
 
 @dataclass
-class Sources(Options):
+class Sources(VolumeSources):
     """Write the dataset.json of a data folder: every image checked, split by subject, and counted.
 
-    Give one of the sources nih, chexpert, folders, table and unlabelled; `nih --help` says what it takes.
+    Give one of the sources nih, chexpert, folders, table and unlabelled, or, of volumes, btcv, msd and volumes;
+    `nih --help` says what it takes.
 
     Args:
         output: where it goes, if not into the data folder: a folder, or a path that ends in dataset.json.
         overwrite: replace an existing dataset.json.
-        check: "open" reads every image, "exists" only looks for the files.
+        check: "open" reads every image, or of volumes every header and label map; "exists" only looks for the files.
         workers: threads that check images; more than cores, since they wait for the disk.
-        skip_corrupt: leave out images that cannot be read, and name them, instead of refusing the data.
+        skip_corrupt: leave out images that cannot be read and volumes that do not agree with their label map, and name
+            them, instead of refusing the data.
         seed: draws other splits.
-        name: name of the data set; that of its folder by default.
-        modality: its DICOM code; CR is X-ray.
+        name: name of the data set, and the task of volumes; by default that of its folder, btcv, or what the Decathlon
+            calls it.
+        modality: its DICOM code, such as CR (X-ray, the default of images), CT or MR.
     """
 
     def nih(self, folder: str, *, subset: bool | str = False, validation_fraction: float = 0.1) -> Source:
@@ -281,35 +293,10 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(images)
 
 
-def find_file(folder: Path, *names: str) -> Path:
-    """The first of several files that exists."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} must hold {' or '.join(names)}. Give the folder of the whole data set.")
-
-
-def subject_of(name: str, pattern: str) -> str | None:
-    """The subject in a file name; None without a pattern."""
-    try:
-        found = re.search(pattern, name)
-    except re.error as error:
-        raise ValueError(f"`subject_pattern` must be a regular expression, got {pattern!r}: {error}.") from error
-    if pattern and (found is None or len(found.groups()) != 1 or not found[1]):
-        raise ValueError(f"`subject_pattern` must match every file name, with one group, got {pattern!r} for {name}.")
-    return found[1] if found and pattern else None
-
-
 def age_of(text: str) -> int | None:
     """Age in years from "58" or "058Y"; None for what nobody reaches, which NIH's table has, too."""
     digits = text.removesuffix("Y")
     return int(digits) if digits.isdecimal() and int(digits) <= 120 else None
-
-
-def columns(given: str | Sequence[str]) -> list[str]:
-    """Column names from the command line, where "[A,B]" arrives as a list but "[A B,C]" as text."""
-    names = given if isinstance(given, (list, tuple)) else str(given).strip("[]").split(",")
-    return [str(name).strip() for name in names if str(name).strip()]
 
 
 def words_of(arguments: Sequence[str]) -> list[str]:
@@ -336,7 +323,7 @@ def refuse_misspelt(arguments: Sequence[str]) -> None:
         ValueError: naming the nearest source or knob, or the word.
     """
     source, *given = words_of(arguments)
-    sources = [name for name, member in vars(Sources).items() if isfunction(member) and not name.startswith("_")]
+    sources = [name for name, member in getmembers(Sources, isfunction) if not name.startswith("_")]
     if source not in sources:
         (near,) = get_close_matches(source, sources, n=1, cutoff=0)
         raise ValueError(f"there is no source {source}; did you mean {near}?")
