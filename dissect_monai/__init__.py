@@ -48,6 +48,8 @@ from dissect_monai.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.networks import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks import VQSSLNet as VQSSLNet
 from dissect_monai.optimizers import ssl_optimizer as ssl_optimizer
+from dissect_monai.original_grid import OriginalGridd as OriginalGridd
+from dissect_monai.original_grid import to_original_grid as to_original_grid
 from dissect_monai.patches import patch_dataset as patch_dataset
 from dissect_monai.predictions import PredictionSaver as PredictionSaver
 from dissect_monai.predictions import read_calibration as read_calibration
@@ -68,6 +70,11 @@ from dissect_monai.saliency import saliency_maps as saliency_maps
 from dissect_monai.sampling import DomainSampler as DomainSampler
 from dissect_monai.sampling import SeededDataset as SeededDataset
 from dissect_monai.sampling import part_of_tasks as part_of_tasks
+from dissect_monai.segmentation_evaluation import SegmentationEvaluation as SegmentationEvaluation
+from dissect_monai.segmentation_evaluation import refuse_unmapped as refuse_unmapped
+from dissect_monai.segmentation_metrics import largest_components as largest_components
+from dissect_monai.segmentation_metrics import score_structures as score_structures
+from dissect_monai.segmentation_plots import segmentation_overlay as segmentation_overlay
 from dissect_monai.synthetic import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights

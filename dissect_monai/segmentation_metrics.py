@@ -1,0 +1,227 @@
+"""How well the structures of a label map were found: Dice, HD95, surface Dice and volumes; pure functions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+LabelMap = NDArray[np.integer[Any]]
+Mask = NDArray[np.bool_]
+Box = tuple[slice, slice, slice]
+
+OUTCOMES = ("scored", "missed", "false_positive", "absent")
+NAN = float("nan")
+
+
+class StructureScore(NamedTuple):
+    """How well one structure of one case was found; NaN is undefined, never a bad score."""
+
+    structure: str
+    values: tuple[int, ...]  # in the label map
+    dice: float  # in [0, 1]
+    hd95: float  # mm
+    surface_dice: float  # in [0, 1]
+    label_ml: float
+    pred_ml: float
+    outcome: str  # of `OUTCOMES`
+
+
+class Overlap(NamedTuple):
+    """How well two masks that both have voxels agree."""
+
+    dice: float
+    hd95: float  # mm
+    surface_dice: float
+
+
+def score_structures(
+    label: ArrayLike,
+    pred: ArrayLike,
+    labels: Mapping[str, Sequence[int]],
+    spacing: Sequence[float],
+    tolerance: float = 2.0,
+) -> list[StructureScore]:
+    """Score the structures of one case on one grid, each as the voxels that have one of its values.
+
+    | outcome          | label | pred | Dice, surface Dice | HD95 |
+    |------------------|-------|------|--------------------|------|
+    | `scored`         | yes   | yes  | in [0, 1]          | mm   |
+    | `missed`         | yes   | no   | 0                  | NaN  |
+    | `false_positive` | no    | yes  | NaN                | NaN  |
+    | `absent`         | no    | no   | NaN                | NaN  |
+
+    NaN is left out of every mean. So a structure that the label lacks is no zero: it may never have been contoured, and
+    whether a false positive is an error follows from how the labels were made; `pred_ml` says how large it is. A missed
+    structure lowers both kinds of Dice, but has no distance: a mean HD95 is to be read beside the number of missed.
+
+    Args:
+        label: label map of shape (X, Y, Z), integers of any dtype.
+        pred: the same of the prediction, with the same values.
+        labels: values of each named structure, {name: values}, as `aggregate` gives them; they may overlap.
+        spacing: mm between voxels along the three axes.
+        tolerance: of the surface Dice in mm.
+
+    Returns:
+        A score for each structure, in the order of `labels`.
+
+    Raises:
+        ValueError: if the shapes differ or are not 3-D, a label map has fractions, `spacing` has no three positive
+            numbers, `tolerance` is negative, or a structure has no values or one under 1.
+    """
+    label_map, pred_map = integer_map("label", label), integer_map("pred", pred)
+    if label_map.shape != pred_map.shape:
+        raise ValueError(
+            f"`label` and `pred` must lie on one grid, got the shapes {label_map.shape} and {pred_map.shape}: "
+            "resample the prediction with `to_original_grid`."
+        )
+    spacing = _checked(spacing, tolerance)
+    unclear = {name: list(values) for name, values in labels.items() if min(values, default=0) < 1}
+    if unclear or not labels:
+        raise ValueError(
+            f"`labels` must give every structure its values over 0, such as {{'spleen': [1]}}, got {unclear}."
+        )
+    found = [ndimage.find_objects(part) for part in (label_map, pred_map)]
+    voxel_ml = float(np.prod(spacing)) / 1000
+    scores = []
+    for name, given in labels.items():
+        values = tuple(map(int, given))
+        box = box_around(found, values)
+        masks = np.isin(label_map[box], values), np.isin(pred_map[box], values)
+        label_ml, pred_ml = (float(mask.sum()) * voxel_ml for mask in masks)
+        outcome, overlap = _outcome(*masks, spacing, tolerance)
+        scores.append(StructureScore(name, values, *overlap, label_ml, pred_ml, outcome))
+    return scores
+
+
+def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float = 2.0) -> Overlap:
+    """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z), neither of them empty.
+
+    The distances are MONAI's. They depend on nothing outside the box around both masks: beyond the border of the array
+    there is background, so that a structure cut off there has a surface there.
+
+    - HD95: of each mask, the voxels that a 6-neighbour outside touches; from each the distance in mm to the nearest of
+      the other mask, centre to centre; the larger of both 95 % percentiles. Voxels count alike, whatever the area of
+      their faces.
+    - Surface Dice: the share of both surfaces that lies within `tolerance` of the other, by area: between voxels, as
+      marching cubes draws them, with the spacing. Counting voxels instead, as MONAI does by default, would give the
+      large faces between thick slices the weight of the small ones.
+
+    Args:
+        label: one mask.
+        pred: the other.
+        spacing: mm between voxels along the three axes.
+        tolerance: of the surface Dice in mm.
+
+    Raises:
+        ValueError: if the shapes differ or are not 3-D, or a mask is empty.
+
+    Reference:
+        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
+        radiotherapy, 2018 (arXiv 1809.04430), for the surface Dice. Their HD95 weighs distances by area, ours does not.
+    """
+    if label.ndim != 3 or label.shape != pred.shape or not (label.any() and pred.any()):
+        raise ValueError(
+            f"`label` and `pred` must be masks of one shape (X, Y, Z) with voxels, got {label.shape} with "
+            f"{label.sum()} and {pred.shape} with {pred.sum()}."
+        )
+    dice = 2 * float((label & pred).sum()) / float(label.sum() + pred.sum())
+    # MONAI takes Python's numbers alone.
+    arguments: dict[str, Any] = {"include_background": True, "spacing": [float(each) for each in spacing]}
+    tensors = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (pred, label)]
+    with warnings.catch_warnings():
+        # MONAI 1.6 passes itself an argument that it has deprecated.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
+        hd95 = compute_hausdorff_distance(*tensors, percentile=95, **arguments)
+        surface_dice = compute_surface_dice(*tensors, [tolerance], use_subvoxels=True, **arguments)
+    return Overlap(dice, float(hd95), float(surface_dice))
+
+
+def largest_components(
+    label_map: ArrayLike, structures: Sequence[Sequence[int]], background: int = 0
+) -> NDArray[np.integer[Any]]:
+    """Keep the largest connected part of each structure and make the others background; faces connect, edges do not.
+
+    It suits structures that are one piece. Of two kidneys under one value, it removes one.
+
+    Args:
+        label_map: shape (X, Y, Z), integers of any dtype.
+        structures: the values of each structure to clean; voxels of others stay.
+        background: value of what is removed.
+
+    Returns:
+        A new label map of the same shape. Of parts of equal size, the first is kept.
+
+    Raises:
+        ValueError: if the label map is not 3-D or has fractions.
+
+    Example:
+        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
+        array([[[3, 3, 0, 0, 2]]])
+    """
+    cleaned = integer_map("label_map", label_map).copy()
+    found = ndimage.find_objects(cleaned)
+    for values in structures:
+        part = cleaned[box_around([found], values)]
+        components, count = ndimage.label(np.isin(part, values))
+        if count > 1:
+            sizes = np.bincount(components.ravel())[1:]
+            part[(components > 0) & (components != sizes.argmax() + 1)] = background
+    return cleaned
+
+
+def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
+    """A label map as an array of integers, which files often hold as floats.
+
+    Raises:
+        ValueError: if it is not 3-D or has fractions; `name` is what the message calls it.
+    """
+    array = np.asarray(label_map)
+    if array.ndim != 3:
+        raise ValueError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
+    if array.dtype.kind in "iu":
+        return array
+    with np.errstate(invalid="ignore"):  # NaN is refused below
+        integers = array.astype(np.int32)
+    if not np.array_equal(integers, array):
+        raise ValueError(
+            f"`{name}` must hold integers, got fractions: resample label maps by their nearest neighbours, and give "
+            "logits to `to_original_grid`."
+        )
+    return integers
+
+
+def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> Box:
+    """The smallest box around all voxels that have one of some values; an empty one if there are none.
+
+    Args:
+        found: of each label map, what `scipy.ndimage.find_objects` gives.
+        values: the values, of which 0 has no box.
+    """
+    boxes = [each[value - 1] for each in found for value in values if 0 < value <= len(each)]
+    axes = list(zip(*(box for box in boxes if box is not None), strict=True)) or [(slice(0, 0),)] * 3
+    x, y, z = (slice(min(each.start for each in axis), max(each.stop for each in axis)) for axis in axes)
+    return x, y, z
+
+
+def _checked(spacing: Sequence[float], tolerance: float) -> list[float]:
+    values = [float(each) for each in spacing]
+    if len(values) != 3 or not all(0 < each < float("inf") for each in values):
+        raise ValueError(f"`spacing` must hold three positive numbers in mm, got {values}.")
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"`tolerance` must be at least 0 mm, got {tolerance}.")
+    return values
+
+
+def _outcome(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float) -> tuple[str, Overlap]:
+    if label.any():
+        return (
+            ("scored", mask_overlap(label, pred, spacing, tolerance)) if pred.any() else ("missed", Overlap(0, NAN, 0))
+        )
+    return ("false_positive" if pred.any() else "absent"), Overlap(NAN, NAN, NAN)
