@@ -24,10 +24,11 @@ from dissect_monai.data import with_findings as with_findings
 from dissect_monai.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.datasets import cached_dataset as cached_dataset
 from dissect_monai.datasets import labelled_part as labelled_part
+from dissect_monai.domain_splits import datalist_digest as datalist_digest
+from dissect_monai.domain_splits import with_test_split as with_test_split
 from dissect_monai.domain_table import report_domains as report_domains
 from dissect_monai.domains import aggregate as aggregate
 from dissect_monai.domains import read_volumes as read_volumes
-from dissect_monai.domains import with_test_split as with_test_split
 from dissect_monai.embeddings import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.evaluation import ProbeHandler as ProbeHandler
 from dissect_monai.evaluation import refuse_unlabelled as refuse_unlabelled

@@ -76,11 +76,19 @@ def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
         ValueError: if none is given, or one twice.
     """
-    given = [dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir
+    given = _listed(dataset_dir) if isinstance(dataset_dir, (str, Path)) else dataset_dir
     folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in given]
     if not folders or len(set(folders)) < len(folders):
         raise ValueError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
+
+
+def _listed(given: str | Path) -> list[str | Path]:
+    """The folders of a list that lacks the quotes within, which a command line hands on as one text: [A, B]."""
+    text = str(given).strip()
+    if not (text.startswith("[") and text.endswith("]")) or Path(text).exists():
+        return [given]
+    return [name.strip(" '\"") for name in text[1:-1].split(",")]
 
 
 def select_fraction(

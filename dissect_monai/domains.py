@@ -9,7 +9,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder, select_fraction
+from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder
+from dissect_monai.domain_splits import hold_out, warn_of_shared_subjects
 from dissect_monai.headers import VolumeHeader, read_header
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ def aggregate(
             mapping from names or paths of folders.
         group: the same of the group, such as the region.
         modality: the same of the modality.
-        validation_fraction: share in [0, 1) of the subjects of a folder without validation split that becomes one, at
-            least one subject; none where fewer than two would be left to train on.
+        validation_fraction: share in [0, 1) of the subjects of a task whose folders have no validation split that
+            becomes one, at least one subject; none where fewer than two would be left to train on. Folders of one task
+            in which a subject has the same name are taken to show the same subject.
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header shows that they cannot be used; "skip" logs them and leaves
             them out.
@@ -80,7 +82,9 @@ def aggregate(
         datalist = read_folder(folder, spatial_dims=3)
         _complete(datalist, folder, {key: given[key][index] for key in ("task", "group")})
         _set_modality(datalist, folder, given["modality"][index])
-        datalists.append(_hold_out(datalist, validation_fraction, seed))
+        datalists.append(datalist)
+    datalists = hold_out(datalists, validation_fraction, seed)
+    warn_of_shared_subjects(datalists)
     images = [{item["image"] for item in _items(datalist)} for datalist in datalists]
     merged = merge_datalists(datalists, folders)
     headers = _read_headers(sorted(set().union(*images)), on_corrupt, num_workers)
@@ -88,49 +92,6 @@ def aggregate(
         _refuse_mixed_channels(folder, {image: headers[image] for image in sorted(of_folder & headers.keys())})
     readable = {split: [item for item in getattr(merged, split) if item["image"] in headers] for split in SPLITS}
     return _with_ids(merged._replace(**readable), headers)
-
-
-def with_test_split(datalist: DomainDatalist, fraction: float = 0.2, seed: int = 0) -> DomainDatalist:
-    """Of tasks without test split, score the validation split, and choose on a part of the training subjects instead.
-
-    Nothing is thereby chosen on what is scored, as long as nothing was chosen on the validation split in training,
-    which pretraining for a given number of epochs does not.
-
-    Args:
-        datalist: as `aggregate` gives it.
-        fraction: share in (0, 1) of such a task's training subjects that becomes its validation split, at least one.
-        seed: draws other subjects.
-
-    Returns:
-        The same data list if every task has a test split.
-
-    Raises:
-        ValueError: if `fraction` is outside (0, 1).
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"`fraction` must be in (0, 1), got {fraction}.")
-    for task in datalist.task_names:
-        splits = {split: [item for item in getattr(datalist, split) if item["task"] == task] for split in SPLITS}
-        if splits["test"] or not splits["validation"]:
-            continue
-        logger.warning(
-            "Task %s has no test split: its validation split is scored, and what is chosen is chosen on a part of its "
-            "training subjects.", task,
-        )  # fmt: skip
-        drawn = {item["subject"] for item in select_fraction(splits["training"], fraction, seed)}
-        moved = {
-            "training": [item for item in splits["training"] if item["subject"] not in drawn],
-            "validation": [item for item in splits["training"] if item["subject"] in drawn],
-            "test": splits["validation"],
-        }
-        changed = {
-            split: [item for item in getattr(datalist, split) if item["task"] != task] + moved[split]
-            for split in SPLITS
-        }
-        datalist = datalist._replace(
-            training=changed["training"], validation=changed["validation"], test=changed["test"]
-        )
-    return datalist
 
 
 def read_volumes(dataset_dirs: str | Path | Sequence[str | Path], modality: PerFolder = None) -> Datalist:
@@ -231,18 +192,6 @@ def _structures(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int]]
             ) from None
         structures.setdefault(name, []).extend(value for value in values if value != 0)
     return {name: values for name, values in structures.items() if values}
-
-
-def _hold_out(datalist: Datalist, fraction: float, seed: int) -> Datalist:
-    """Move a fraction of the training subjects to an empty validation split, if two are left to train on."""
-    if datalist.validation or not datalist.training or not fraction:
-        return datalist
-    validation = select_fraction(datalist.training, fraction, seed)
-    drawn = {item["subject"] for item in validation}
-    training = [item for item in datalist.training if item["subject"] not in drawn]
-    if len({item["subject"] for item in training}) < 2:
-        return datalist
-    return datalist._replace(training=training, validation=validation)
 
 
 def _read_headers(images: list[str], on_corrupt: str, num_workers: int) -> dict[str, VolumeHeader]:

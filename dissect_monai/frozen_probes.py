@@ -28,6 +28,7 @@ from dissect_monai.metrics import (
 )
 from dissect_monai.networks import feature_maps
 from dissect_monai.probes import extract_features, grouped_cross_val_scores, knn_scores, linear_probe
+from dissect_monai.validation import metric_name
 
 Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ class Row(NamedTuple):
     ap: float
     ap_low: float
     ap_high: float
-    n: int
-    positives: int
+    n: int  # items of which a column is known
+    positives: int  # items of which one is 1
 
 
 class Difference(NamedTuple):
@@ -162,7 +163,7 @@ class FrozenProbes:
         self._save_scores(judged)
         for row in rows:
             column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
-            name = f"{row.source}_{row.features}_{row.probe}_auroc_{column.replace(' ', '_').replace(',', '')}"
+            name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
             engine.state.metrics |= {name: row.auroc, f"{name}_low": row.auroc_low, f"{name}_high": row.auroc_high}
             if row.finding == MACRO or row.finding in self._logged():
                 interval = (row.auroc, row.auroc_low, row.auroc_high)
@@ -228,7 +229,7 @@ class FrozenProbes:
                 for each in (result.auroc, result.ap)
             ]
             n = int((~np.isnan(truth[:, columns])).any(1).sum())
-            positives = int(np.nansum(truth[:, columns]))
+            positives = int((truth[:, columns] == 1).any(1).sum())
             place = (result.source, result.features, result.probe, result.question.name)
             yield Row(*place, name, *intervals[0], *intervals[1], n, positives)
 

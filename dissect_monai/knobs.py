@@ -154,6 +154,7 @@ RULES = {
     "overlays": _one_of(*OVERLAYS),
     "patch_size": _list_of(_whole(8), 3),
     "patches_per_volume": _whole(1),
+    "patches_seed": _whole(0),
     "patience": _whole(1),
     "pixdim": _list_of(_positive(), 3),
     "pretrained": _optional(PATH),
@@ -258,6 +259,15 @@ def _refuse_bad_blocks(blocks_down: Sequence[int], blocks_up: Sequence[int]) -> 
         )
 
 
+def _refuse_large_mask(mask_size: int, patch_size: Sequence[int], spatial_dims: int) -> None:
+    smallest = min(patch_size[:spatial_dims])
+    if mask_size >= smallest:
+        raise ValueError(
+            "`--mask_size` must be smaller than the sides of --patch_size, else all is masked or nothing, "
+            f"got {mask_size} for {smallest}."
+        )
+
+
 def _refuse_odd_batch(batch_size: int, _: float) -> None:
     if batch_size % 2:
         raise ValueError(f"`--batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
@@ -269,5 +279,6 @@ TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
     ("a_min", "a_max"): _refuse_bad_window,
     ("patch_size", "spatial_dims", "blocks_down"): _refuse_bad_patch,
     ("blocks_down", "blocks_up"): _refuse_bad_blocks,
+    ("mask_size", "patch_size", "spatial_dims"): _refuse_large_mask,
     ("batch_size", "sampling_temperature"): _refuse_odd_batch,
 }

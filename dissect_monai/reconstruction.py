@@ -16,11 +16,13 @@ from torch import Tensor
 
 from dissect_monai.augment import Corrupt
 from dissect_monai.data import Item
-from dissect_monai.figures import view_figure
+from dissect_monai.figures import show_mask, view_figure
 from dissect_monai.frozen_probes import write_csv
+from dissect_monai.hssl_monitors import GAP, MIN_SIDE
 from dissect_monai.inferers import prepare_images
 from dissect_monai.losses import unexplained_variance
 from dissect_monai.metrics import Interval, bootstrap
+from dissect_monai.validation import metric_name
 
 
 class MaskedTarget(NamedTuple):
@@ -83,8 +85,8 @@ class ReconstructionHandler:
     """Measures the reconstructions of an evaluator whose `prepare_batch` is `MaskedImages`, per task.
 
     It writes reconstruction.csv, whose lines are `ReconstructionRow`s, and reconstruction.png, the first patch of every
-    task: as it was, as the network saw it, and as it reconstructed it. The error of the masked voxels is left in the
-    engine's metrics as `reconstruction_error_<task>`.
+    task, in the order of the lines: as it was, as the network saw it, the masked voxels blue, and as it reconstructed
+    it. The error of the masked voxels is left in the engine's metrics as `reconstruction_error_<task>`.
 
     Args:
         data: the data list of the patches, each with "task", "group" and "subject", in the order of the evaluator.
@@ -119,7 +121,8 @@ class ReconstructionHandler:
         for index in range(len(views)):
             one = slice(index, index + 1)
             task = self.data[len(self._errors)]["task"] if len(self._errors) < len(self.data) else ""
-            self._pictures.setdefault(task, [each[one].cpu() for each in (views, images, reconstructions)])
+            shown = (views[one], show_mask(images[one], masked[one]), reconstructions[one])
+            self._pictures.setdefault(task, [each.cpu() for each in shown])
             pair = reconstructions[one], views[one]
             within = float(unexplained_variance(*pair, masked[one])) if masked[one].any() else float("nan")
             self._errors.append((within, float(unexplained_variance(*pair))))
@@ -132,10 +135,10 @@ class ReconstructionHandler:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows)
         columns = zip(*(self._pictures[row.task] for row in rows), strict=True)
-        figure = view_figure([torch.cat(column) for column in columns])
+        figure = view_figure([torch.cat(column) for column in columns], MIN_SIDE, GAP, slices=True)
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(self.output_dir / "reconstruction.png")
-        engine.state.metrics |= {f"reconstruction_error_{row.task.replace(' ', '_')}": row.masked_error for row in rows}
+        engine.state.metrics |= {metric_name("reconstruction_error", row.task): row.masked_error for row in rows}
 
     def _row(self, task: str) -> ReconstructionRow:
         chosen = [index for index, item in enumerate(self.data) if item["task"] == task]

@@ -219,8 +219,8 @@ def left_out(label_names: Sequence[str], usable: Sequence[int]) -> list[str]:
 
 
 def metric_name(metric: str, finding: str) -> str:
-    """Name of a finding's metric, without blanks: `auroc_Pleural_Thickening`."""
-    return f"{metric}_{finding}".replace(" ", "_")
+    """Name of a finding's metric, without blanks and commas, as a CSV holds it: `auroc_Pleural_Thickening`."""
+    return f"{metric}_{finding}".replace(" ", "_").replace(",", "")
 
 
 def _on_cpu(values: Tensor) -> Tensor:

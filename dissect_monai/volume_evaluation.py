@@ -51,9 +51,6 @@ class VolumeProbeHandler(FrozenProbes):
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
 
-    Raises:
-        ValueError: if no question has a column with both classes in training and in test.
-
     Reference:
         Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
     """
@@ -77,7 +74,7 @@ class VolumeProbeHandler(FrozenProbes):
         ]
         questions = [question for question in map(_answerable, asked) if question.columns]
         if not questions:
-            raise ValueError(f"{_NOTHING_TO_ASK}; no column has patches of both classes in training and in test.")
+            logger.warning("No probe: %s.", _NOTHING_TO_ASK)
         super().__init__(encoders, loaders, questions, output_dir, num_samples=num_samples, seed=seed)
         self.intensity = intensity
 
@@ -92,12 +89,15 @@ class VolumeProbeHandler(FrozenProbes):
         return Baseline("intensity", "histogram", [np.concatenate(histograms) for histograms in splits])
 
 
-def refuse_unprobed(datalist: DomainDatalist, dataset_dirs: str | Path | Sequence[str | Path]) -> None:
-    """Refuse data that cannot be evaluated, before they are read: an empty split, or nothing to ask.
+def refuse_unprobed(
+    datalist: DomainDatalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
+) -> None:
+    """Refuse data that cannot be evaluated, before they are read: an empty split, or nothing to measure.
 
     Args:
         datalist: as `aggregate` gives it.
         dataset_dirs: the folders that it was given.
+        reconstructs: whether there is a reconstruction to measure, so that there need be nothing to ask.
 
     Raises:
         ValueError: naming the folders.
@@ -108,11 +108,10 @@ def refuse_unprobed(datalist: DomainDatalist, dataset_dirs: str | Path | Sequenc
         remedy = f"Add the list `{empty[-1]}` of other subjects to the dataset.json of one of them"
         raise ValueError(
             "volumes are needed in training, validation and test, to fit the probes, to choose their penalty and to "
-            f"score them; {', '.join(empty)} has none in {folders}. {remedy}"
-            + (", or give --validation_fraction 0.2." if "validation" in empty and "training" not in empty else ".")
+            f"score them; {', '.join(empty)} has none in {folders}. {remedy}."
         )
     mapped = [any(_is_mapped(item) for item in getattr(datalist, split)) for split in ("training", "test")]
-    if not all(mapped) and not datalist.label_names and len(datalist.task_names) < 2:
+    if not reconstructs and not all(mapped) and not datalist.label_names and len(datalist.task_names) < 2:
         raise ValueError(f"{_NOTHING_TO_ASK}; got neither in {folders}.")
 
 

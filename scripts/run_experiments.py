@@ -27,7 +27,19 @@ from typing import Any, NamedTuple
 
 import fire
 import numpy as np
-from study_statistics import Array, Key, Measure, Scores, macro, partner, read_scores, resample, rows_of, usable_columns
+from study_statistics import (
+    Array,
+    Key,
+    Measure,
+    Scores,
+    macro,
+    partner,
+    read_scores,
+    resample,
+    rows_of,
+    same_items,
+    usable_columns,
+)
 
 from dissect_monai.metrics import auroc, average_precision
 
@@ -303,7 +315,7 @@ def collect(study: Study, runs: Path, variant: str) -> tuple[Scores, dict[str, d
         One evaluation, for its subjects and labels, and the scores by recipe or baseline.
 
     Raises:
-        StudyError: if the runs scored different images.
+        StudyError: if the runs scored different images or labels.
     """
     scores: dict[str, dict[Key, Array]] = {}
     for recipe in study.recipes:
@@ -311,8 +323,10 @@ def collect(study: Study, runs: Path, variant: str) -> tuple[Scores, dict[str, d
         if not scores:
             first = by_seed
             network, *baselines = first[0].sources
-        if any(each.subjects.tolist() != first[0].subjects.tolist() for each in by_seed):
-            raise StudyError(f"the runs of {variant} scored different images, which can't be compared in pairs.")
+        if any(not same_items(each, first[0]) for each in by_seed):
+            raise StudyError(
+                f"the runs of {variant} scored different images or labels, which can't be compared in pairs."
+            )
         # Recipes may name their probe differently (finetune, scratch); the names of the first one are everybody's.
         found = next(iter(by_seed[0].sources))
         names = {key: partner(key, by_seed[0].sources[found]) for key in first[0].sources[network]}

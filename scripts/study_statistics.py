@@ -45,6 +45,15 @@ def read_scores(folder: Path) -> Scores:
     return Scores(arrays["subjects",], labels, sources)
 
 
+def same_items(one: Scores, other: Scores) -> bool:
+    """Whether two evaluations scored the same subjects with the same labels, in one order."""
+    return (
+        one.subjects.tolist() == other.subjects.tolist()
+        and one.labels.keys() == other.labels.keys()
+        and all(np.array_equal(labels, other.labels[task], equal_nan=True) for task, labels in one.labels.items())
+    )
+
+
 def partner(key: Key, others: Iterable[Key]) -> Key | None:
     """The same key among others, else the only one of its task and probe, else the only one of its task."""
     rivals = [other for other in others if other.task == key.task]

@@ -12,7 +12,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from test_readers import volume, write_series
 
-from dissect_monai.domains import aggregate, read_volumes, with_test_split
+from dissect_monai.domain_splits import datalist_digest, with_test_split
+from dissect_monai.domains import aggregate, read_volumes
 
 
 def write_volume(path: Path, shape: Sequence[int] = (4, 5, 6), spacing: float = 2.0) -> str:
@@ -227,6 +228,35 @@ def test_without_test_split_validation_is_scored_and_training_chooses(
 def test_rejects_a_bad_fraction_of_a_test_split(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\)"):
         with_test_split(aggregate(two_sets(tmp_path)), fraction)
+
+
+def test_folders_of_one_task_hold_out_the_same_subjects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a = write_set(tmp_path / "a", 12, task="brain", group="head", modality="MR")
+    b = write_set(tmp_path / "b", 11, task="brain", group="head", modality="MR")
+    found = aggregate([a, b], validation_fraction=0.3)
+    names = [{item["subject"].split("/")[1] for item in split} for split in (found.training, found.validation)]
+    assert len(names[1]) == 4
+    assert not names[0] & names[1]
+    assert "of one name in different splits" not in caplog.text
+
+
+def test_subjects_of_one_name_in_different_splits_of_a_task_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = write_set(tmp_path / "a", 3, task="brain", group="head", modality="MR")
+    b = write_set(tmp_path / "b", 2, 1, task="brain", group="head", modality="MR")
+    aggregate([a, b])
+    assert "task brain have 1 subjects of one name in different splits, such as 2" in caplog.text
+
+
+def test_a_digest_follows_the_volumes_and_not_their_place(tmp_path: Path) -> None:
+    folders = two_sets(tmp_path)
+    digest = datalist_digest(aggregate(folders).training)
+    assert digest == datalist_digest(aggregate(folders).training[::-1])
+    assert digest != datalist_digest(aggregate(folders).training[1:])
+    assert digest != datalist_digest(aggregate(folders, modality={"b": "CT"}).training)
+    moved = (tmp_path / "moved").mkdir() or [folder.rename(tmp_path / "moved" / folder.name) for folder in folders]
+    assert digest == datalist_digest(aggregate(moved).training)
 
 
 def test_volumes_to_embed_need_no_task_but_have_a_modality(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

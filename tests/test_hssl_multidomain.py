@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, command_line, network_state, read, refused, run_config, two_processes, write
-from monai.bundle import ckpt_export, load, onnx_export
+from monai.bundle import ConfigParser, ckpt_export, load, onnx_export
 from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dissect_monai.domains import aggregate
 from dissect_monai.volume_phantoms import write_volume_phantoms
+from dissect_monai.weights import load_segresnet
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 CONFIGS = ROOT / "bundles" / "hssl_multidomain" / "configs"
@@ -29,6 +31,7 @@ TINY = {
     "blocks_up": [1, 1],
     "init_filters": 8,
     "hidden_dim": 16,
+    "mask_size": 4,
     "iterations_per_epoch": 2,
     "batch_size": 4,
     "max_epochs": 1,
@@ -182,6 +185,7 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
     [
         {"dense_weight": 1.0, "optimizer_name": "lars"},
         {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0},
+        {"mask_fraction": 0},
         {"amp": "true", "device": "cpu"},  # as the command line gives them
         {"cache_dir": "$@output_dir + '/cache'", "num_workers": 2},
         {"compile": True, "train#trainer#compile_kwargs": {"backend": "eager"}},
@@ -207,6 +211,23 @@ def test_slices_of_volumes_train_and_embed_and_are_judged_in_two_dimensions(fold
     rows = embed(folders, tmp_path)
     assert len(rows) == 21
     assert all(len(values(row)) == 32 for row in rows)
+
+
+def test_a_two_dimensional_embedding_is_the_mean_over_axial_slices(folders: Folders, tmp_path: Path) -> None:
+    # Slices no larger than a patch, so that each is one window.
+    shape = {"spatial_dims": 2, "pixdim": [30, 30, 12], "patch_size": [16, 16, 8]}
+    train(folders, tmp_path, **shape)
+    row = embed(folders, tmp_path)[0]
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser["pretrained"] = str(tmp_path / "models" / "model.pt")
+    volume = parser.get_parsed_content("preprocessing")({"image": row["image"], "modality": "CT"})["image"]
+    assert tuple(volume.shape[1:3]) == (16, 16)
+    assert volume.shape[3] not in (1, 16)
+    network = load_segresnet(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt").eval()
+    with torch.no_grad():
+        bottleneck = network.encode(torch.as_tensor(volume).movedim(3, 0))[0]
+    np.testing.assert_allclose(values(row), bottleneck.mean((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-4)
 
 
 # ---- data of all kinds, good and bad -----------------------------------------------------------------------------
@@ -308,6 +329,7 @@ def test_refuses_a_task_of_a_single_subject(folders: Folders, tmp_path: Path) ->
         ({"pixdim": [1, 0, 1]}, "`--pixdim` must be"),
         ({"validation_fraction": 1}, "`--validation_fraction` must be"),
         ({"batch_size": 3}, "`--batch_size` must be"),
+        ({"mask_size": 16}, "`--mask_size` must be smaller than the sides of --patch_size"),
         ({"a_min": 300}, "`--a_min` must be below --a_max, got 300 and 275"),
         ({"dataset_dir": "nowhere"}, "nowhere"),
         (
@@ -332,6 +354,7 @@ def test_refuses_bad_knobs_before_training(
         ({"task_weight": 2.0}, r"task_weight 1\.0 \(now 2\.0\)"),
         ({"sampling_temperature": 0}, r"sampling_temperature 0\.5 \(now 0\)"),
         ({"mask_fraction": 0.2}, r"mask_fraction 0\.5 \(now 0\.2\)"),
+        ({"amp": True, "modality": {"head_ct": "MR"}}, r"amp False \(now True\), data \w+ \(now \w+\)"),
         ({"pixdim": [10, 12, 12]}, r"pixdim \[12, 12, 12\] \(now \[10, 12, 12\]\)"),
     ],
 )
@@ -388,6 +411,44 @@ def test_evaluation_of_an_encoder_alone_leaves_out_the_reconstruction(
     assert (tmp_path / "eval" / "findings.csv").is_file()
     assert not (tmp_path / "eval" / "reconstruction.csv").exists()
     assert len(embed(folders, tmp_path)) == 21
+
+
+def test_the_subjects_that_pretraining_held_out_are_scored_and_no_others(folders: Folders, tmp_path: Path) -> None:
+    spec = read(Path(folders[0]) / "dataset.json")
+    everything = [item for split in ("training", "validation", "test") for item in spec[split]]
+    unsplit = [edited(folders[0], tmp_path, training=everything, validation=None, test=None)]
+    train(unsplit, tmp_path / "some", validation_fraction=0.3, seed=4)
+    evaluate(unsplit, tmp_path / "some", seed=1, baselines=False)
+    with np.load(tmp_path / "some" / "eval" / "scores.npz") as file:
+        tested = set(file["subjects"].tolist())
+    held_out = aggregate(unsplit, validation_fraction=0.3, seed=4).validation
+    assert tested == {item["subject"] for item in held_out}
+    train(unsplit, tmp_path / "all", validation_fraction=0)
+    with refused("validation, test has none in .*abdomen_ct. Add the list `test` of other subjects"):
+        evaluate(unsplit, tmp_path / "all")
+
+
+def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        evaluate(folders, tmp_path / str(seed), pretrained=trained / "models" / "model.pt", seed=seed, baselines=False)
+        with np.load(tmp_path / str(seed) / "eval" / "scores.npz") as file:
+            found.append({name: file[name] for name in file.files if not name.startswith("scores/random")})
+    assert found[0].keys() == found[1].keys()
+    for name, array in found[0].items():
+        assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
+
+
+def test_a_single_unlabelled_task_is_judged_by_its_reconstruction(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
+    spec = read(Path(folders[0]) / "dataset.json")
+    bare = {
+        split: [{"image": item["image"], "subject": item["subject"]} for item in spec[split]]
+        for split in ("training", "validation", "test")
+    }
+    evaluate([edited(folders[0], tmp_path, **bare)], tmp_path / "out", pretrained=trained / "models" / "model.pt")
+    assert [row["task"] for row in table(tmp_path / "out" / "eval" / "reconstruction.csv")] == ["abdomen_ct"]
 
 
 def test_a_set_without_test_split_is_judged_on_its_validation_split(
@@ -452,14 +513,13 @@ def test_exports_and_load_give_the_pretrained_network(trained: Path, tmp_path: P
     }
     ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **files)
     onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), **files)
-    images = torch.rand(1, 1, 16, 16, 16)
+    images = torch.rand(1, 1, 8, 8, 8)
     with torch.no_grad():
         expected = network.cpu()(images)
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(images), expected, rtol=1e-4, atol=1e-4)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    if list(session.get_inputs()[0].shape) == list(images.shape):
-        exported = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-        np.testing.assert_allclose(exported, expected.numpy(), rtol=1e-3, atol=1e-3)
+    exported = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    np.testing.assert_allclose(exported, expected.numpy(), rtol=1e-3, atol=1e-3)
 
 
 # ---- the first command -------------------------------------------------------------------------------------------

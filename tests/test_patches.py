@@ -29,14 +29,13 @@ TRANSFORMS = [
     {"_target_": "SpatialPadd", **BOTH, "spatial_size": "@crop_size"},
     {"_target_": "EnsureTyped", **BOTH, "dtype": "$torch.uint8", "track_meta": False},
     {"_target_": "dissect_monai.ForegroundIndicesd", "keys": "image"},
-    {"_target_": "CopyItemsd", "keys": "image_foreground", "names": "image_background"},
     {
-        "_target_": "SelectItemsd", "keys": ["image", LABEL_MAP, "image_foreground", "image_background"],
+        "_target_": "SelectItemsd", "keys": ["image", LABEL_MAP, "image_fg_indices", "image_bg_indices"],
         "allow_missing_keys": True,
     },
     {
         "_target_": "RandCropByPosNegLabeld", **BOTH, "label_key": "image", "spatial_size": "@crop_size", "neg": 0,
-        "num_samples": "@num_samples", "fg_indices_key": "image_foreground", "bg_indices_key": "image_background",
+        "num_samples": "@num_samples", "fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices",
     },
     {"_target_": "SqueezeDimd", "_disabled_": "$@spatial_dims == 3", **BOTH, "dim": -1},
 ]  # fmt: skip

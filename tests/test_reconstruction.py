@@ -14,6 +14,7 @@ from test_volume_evaluation import Decoded, segresnet
 from torch import nn
 
 from dissect_monai.augment import Corrupt
+from dissect_monai.hssl_monitors import GAP, MIN_SIDE
 from dissect_monai.losses import unexplained_variance
 from dissect_monai.reconstruction import MaskedImages, ReconstructionHandler
 
@@ -124,7 +125,8 @@ def test_a_patch_without_masked_voxels_has_no_masked_error(tmp_path: Path) -> No
 def test_the_picture_has_a_row_per_task(tmp_path: Path, spatial_dims: int) -> None:
     evaluate(tmp_path, segresnet(spatial_dims=spatial_dims), patches(spatial_dims))
     with Image.open(tmp_path / "reconstruction.png") as picture:
-        assert picture.size == (3 * 128, 2 * 128)  # target, input and reconstruction of two tasks
+        side = MIN_SIDE + GAP
+        assert picture.size == (3 * side, 2 * side)  # target, input and reconstruction of two tasks
 
 
 def test_other_patches_are_refused(tmp_path: Path) -> None:

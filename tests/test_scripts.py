@@ -58,6 +58,7 @@ class Stand:
         self.environments: list[Mapping[str, str]] = []
         self.fails: Callable[[dict[str, str]], bool] = lambda knobs: False
         self.images = 60
+        self.label_seed = 0
 
     def __call__(self, command: list[str], log: Path, environment: Mapping[str, str]) -> int:
         knobs = knobs_of(command)
@@ -79,7 +80,7 @@ class Stand:
         return 0
 
     def scores(self, folder: Path, knobs: dict[str, str]) -> dict[str, Any]:
-        labels = np.random.default_rng(0).integers(0, 2, (self.images, 2)).astype(float)
+        labels = np.random.default_rng(self.label_seed).integers(0, 2, (self.images, 2)).astype(float)
         labels[:3, 0] = np.nan
         rng = np.random.default_rng([ord(letter) for letter in "/".join(folder.parts[-4:])])
         if "baselines" in knobs:
@@ -385,6 +386,14 @@ def test_refuses_runs_that_scored_different_images(stand: Stand, tmp_path: Path)
     (tmp_path / "runs" / "theirs" / "seed1" / "labels_10" / "evaluation" / "done.json").unlink()
     stand.images = 40
     with pytest.raises(SystemExit, match="the runs of labels_10 scored different images"):
+        run(tmp_path, EVALUATED)
+
+
+def test_refuses_runs_with_other_labels_of_the_same_images(stand: Stand, tmp_path: Path) -> None:
+    run(tmp_path, EVALUATED)
+    (tmp_path / "runs" / "theirs" / "seed1" / "labels_10" / "evaluation" / "done.json").unlink()
+    stand.label_seed = 1
+    with pytest.raises(SystemExit, match="the runs of labels_10 scored different images or labels"):
         run(tmp_path, EVALUATED)
 
 
