@@ -54,8 +54,8 @@ def read_blocks() -> list[Block]:
     found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     with open(ROOT / "results" / "results.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            # Pixels have one kind of features, shown in the columns of the last stage.
-            metric = row["metric"].replace("/pca/", "/last/")
+            # Pixels and intensities have one kind of features, shown in the columns of the last stage.
+            metric = row["metric"].replace("/pca/", "/last/").replace("/histogram/", "/last/")
             found.setdefault((row["bundle"], row["dataset"]), {})[row["recipe"], metric] = row
     return [
         block(*name, rows, [study for study in studies if (study.bundle, study.dataset) == name])
