@@ -116,7 +116,7 @@ def draw(points: Sequence[Point], tags: Sequence[str], path: Path) -> None:
         ax.remove()
     handles = [Line2D([], [], label=recipe, **style) for recipe, style in styles.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def draw_line(ax: Axes, points: Sequence[Point], style: Mapping[str, Any]) -> None:

@@ -100,7 +100,7 @@ def test_writes_the_same_figure_again(runs: Path) -> None:
     plot(runs)
     assert figure.read_bytes() == first
     with Image.open(figure) as image:
-        assert image.size == (2 * 4 * 150, 3.4 * 150)
+        assert image.size == (2 * 4 * 100, 3.4 * 100)
 
 
 def test_more_recipes_than_colours_differ_by_the_kind_of_line(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
