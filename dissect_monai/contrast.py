@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 LEVELS = ("image", "task", "group")
 # Similarities of one block of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
-BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**27}
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
 
 
 class HierarchicalContrastiveLoss(nn.Module):
