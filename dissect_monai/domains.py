@@ -153,7 +153,7 @@ def _complete(datalist: Datalist, folder: Path, given: Mapping[str, str | None])
                     f"dataset.json, or give `{key}`, such as {{'{folder.name}': 'abdomen'}}."
                 )
         if isinstance(item.get("labels"), Mapping):
-            item["labels"] = _structures(item["labels"], folder)
+            item["labels"] = named_values(item["labels"], folder)
         item.setdefault("subject", os.path.relpath(item["image"], base))
 
 
@@ -178,8 +178,12 @@ def _modality(given: Any, folder: Path) -> str:
     return "unknown" if names[0] is None else str(names[0]).strip() or "unknown"
 
 
-def _structures(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int]]:
-    """Values of each named structure, of {value: name} or {name: value or values}."""
+def named_values(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int]]:
+    """Values of each named structure, of {value: name} or {name: value or values}; 0 is background and left out.
+
+    Raises:
+        ValueError: if a value is no integer; `folder` is what the message names.
+    """
     structures: dict[str, list[int]] = {}
     for key, text in labels.items():
         name, given = (text, key) if key.strip().isdecimal() and isinstance(text, str) else (key, text)

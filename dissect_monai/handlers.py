@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import cos, pi
 from typing import Any, Protocol
 
@@ -93,7 +93,7 @@ class EpochSeedHandler:
 
 
 class ProgressHandler:
-    """One progress bar over the whole run: epoch, loss, time gone and time left.
+    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left.
 
     Args:
         interval: iterations between updates of the loss; reading it waits for the device.
@@ -117,13 +117,15 @@ class ProgressHandler:
         if self.bar is None:
             return
         self.bar.update()
-        if engine.state.iteration % self.interval == 0:
-            loss = float(engine.state.output["loss"].detach())
+        output = engine.state.output
+        if engine.state.iteration % self.interval == 0 and isinstance(output, Mapping) and "loss" in output:
+            loss = float(output["loss"].detach())
             self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
 
     def _open(self, engine: Engine) -> None:
         if self.bar is None:
-            total = engine.state.max_epochs * engine.state.epoch_length
+            length = engine.state.epoch_length  # None as long as nobody knows it
+            total = None if length is None else engine.state.max_epochs * length
             self.bar = tqdm(total=total, initial=engine.state.iteration, unit="it", desc=self.description)
 
     def _close(self, engine: Engine, error: BaseException | None = None) -> None:

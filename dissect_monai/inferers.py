@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain, combinations
 from typing import Any
 
 import torch
-from monai.inferers import SimpleInferer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
 
 
 class AutocastInferer(SimpleInferer):
@@ -26,6 +27,51 @@ class AutocastInferer(SimpleInferer):
         """Run `network` on `inputs`; float32 parts of the network guard themselves."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
             return super().__call__(inputs, network, *args, **kwargs)
+
+
+class FlippingWindowInferer(SlidingWindowInferer):
+    """Segments volumes window by window under autocast, if wanted as the mean over flipped copies of the volume.
+
+    Windows overlap, and near their borders they count less (by a Gaussian). Volumes of more than `max_voxels` are put
+    together on the CPU, so that a GPU holds no more than their windows.
+
+    Args:
+        roi_size: voxels of a window.
+        sw_batch_size: windows that the network sees at once.
+        overlap: part in [0, 1) of a window that it shares with the next; 0.8 takes 8 times as many as 0.5.
+        flip_axes: axes 0, 1, 2 along which to flip; of n axes, the mean is over the logits of 2^n copies.
+        amp: whether to autocast to bfloat16.
+        max_voxels: of a volume whose logits are put together on the network's device.
+
+    Raises:
+        ValueError: if `flip_axes` are not different ones of 0, 1, 2.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        sw_batch_size: int = 4,
+        overlap: float = 0.5,
+        flip_axes: Sequence[int] = (),
+        amp: bool = False,
+        max_voxels: int = 2**25,
+    ) -> None:
+        super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cpu_thresh=max_voxels)
+        if len({*flip_axes}) < len(flip_axes) or not {*flip_axes} <= {0, 1, 2}:
+            raise ValueError(f"`flip_axes` must be different ones of 0, 1, 2, got {flip_axes}.")
+        self.flips = list(chain.from_iterable(combinations(flip_axes, size) for size in range(len(flip_axes) + 1)))
+        self.amp = amp
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Logits of shape (B, C, X, Y, Z) of volumes of shape (B, in_channels, X, Y, Z)."""
+        total: Any = None
+        for flip in self.flips:
+            axes = [axis + 2 for axis in flip]
+            with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                logits: Any = super().__call__(inputs.flip(axes) if axes else inputs, network, *args, **kwargs)
+            # The result keeps the metadata of the volume as it is.
+            total = logits if total is None else total.add_(logits.as_subclass(torch.Tensor).flip(axes))
+        return total.div_(len(self.flips)) if len(self.flips) > 1 else total
 
 
 def prepare_images(

@@ -17,7 +17,12 @@ LIMITS = (
     "populations or ways of labelling: validate there first.",
     "Saliency shows what moved the output, not where a finding is or why it was made.",
 )
-HEADINGS = {"auroc": "AUROC", "ap": "AP", "ece": "ECE", "n": "n"}  # of fields that are not plain words
+HEADINGS = {  # of fields that are not plain words
+    "auroc": "AUROC", "ap": "AP", "ece": "ECE", "n": "n", "hd95": "HD95 (mm)", "surface_dice": "Surface Dice",
+    "mean_dice": "Mean Dice",
+}  # fmt: skip
+DECIMALS = {"hd95": 1}  # of fields that have other than 3
+_SHEET_ROWS = 21  # with more, cases would be too small to share a page with them
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -29,7 +34,7 @@ _PAGE = """<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
-<main>
+<main class="{layout}">
 <h1>{title}</h1>
 {body}
 <footer>{footer}</footer>
@@ -70,6 +75,10 @@ figcaption { padding: 4px 8px 0; }
 .case dl div { display: flex; align-items: baseline; gap: 8px; }
 .case dt { flex: 0 0 72px; }
 .case dd { min-width: 0; overflow-wrap: anywhere; }
+.wide .case { width: 100%; }
+.wide .pictures { background: none; }
+.wide .case dl { display: flex; flex-wrap: wrap; gap: 2px 24px; }
+td i { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 6px; border-radius: 2px; }
 footer { margin-top: 28px; padding-top: 8px; border-top: 1px solid #e5e7eb; }
 footer p { margin: 2px 0; }
 @media print {
@@ -81,8 +90,25 @@ footer p { margin: 2px 0; }
   figcaption, .notes { font-size: 9px; }
   .facts { padding: 8px 12px; } .facts dd { font-size: 11px; }
   figure { flex-basis: 40%; } .case { min-width: 0; } .case dl { font-size: 9px; } .case dt { flex-basis: 48px; }
+  .sheet { display: flex; flex-direction: column; height: 272mm; line-height: 1.25; }
+  .sheet h1 { margin-bottom: 6px; } .sheet h2 { margin: 8px 0 6px; } .sheet footer { margin-top: 8px; padding-top: 4px; }
+  .sheet .facts { gap: 4px 20px; padding: 5px 8px; } .sheet .facts dd { font-size: 10px; }
+  .sheet .results { overflow: visible; } .sheet .notes { margin-top: 3px; } .sheet :is(th, td) { padding: 1px 4px; }
+  .sheet > * { flex: none; }
+  .sheet .cases { flex: 1 1 0; min-height: 60mm; flex-direction: column; flex-wrap: nowrap; gap: 1.5mm; }
+  .sheet .case { display: flex; flex: 1; min-height: 0; max-height: 85mm; }
+  .sheet .pictures { flex: 0 0 68%; align-items: stretch; } .sheet .pictures div { position: relative; }
+  .sheet img { position: absolute; height: 100%; object-fit: contain; object-position: 0 0; }
+  .sheet .case dl { flex-direction: column; flex-wrap: nowrap; }
 }
 """
+
+
+class Swatch(NamedTuple):
+    """A text with its colour in the figures, such as the name of an organ."""
+
+    text: str
+    color: str  # of CSS
 
 
 class FindingRow(NamedTuple):
@@ -126,12 +152,14 @@ def write_report(
     cases: Sequence[NamedTuple] = (),
     notes: Sequence[str] = (),
     limits: Sequence[str] = LIMITS,
+    cases_heading: str = "Worst cases",
+    wide_cases: bool = False,
 ) -> None:
     """Write an evaluation as one HTML file: headline facts, table with notes, figures, worst cases, limits.
 
     Rows and cases may be `NamedTuple`s of any fields: a field's name is its heading, its value a text, a number, an
-    `Interval` or, in a case, a PNG; a text in a case's field `..._png` stands in the picture's place. NaN and None are
-    shown as a dash. All text is escaped, and the file loads nothing.
+    `Interval`, a `Swatch` or, in a case, a PNG; a text in a case's field `..._png` stands in the picture's place. NaN
+    and None are shown as a dash. All text is escaped, and the file loads nothing.
 
     Args:
         path: file to write; its folder is made.
@@ -142,6 +170,9 @@ def write_report(
         cases: items to look at, such as `Case`, worst first.
         notes: sentences below the table, on how to read it.
         limits: sentences of the footer.
+        cases_heading: heading of the cases.
+        wide_cases: show one case in a row, as wide as the page; on paper they share what a table of up to 21 rows
+            leaves of one page.
 
     Raises:
         ValueError: if there are no rows, or their fields differ.
@@ -153,10 +184,11 @@ def write_report(
         f'<dl class="facts">{_facts(summary)}</dl>',
         _section("Results", "results", [_table(metrics_rows), _notes(notes)]),
         _section("Figures", "figures", map(_figure, figures)),
-        _section("Worst cases", "cases", map(_case, cases)),
+        _section(escape(cases_heading), "cases", map(_case, cases)),
     ]
     footer = "".join(f"<p>{escape(limit)}</p>" for limit in limits)
-    page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body), footer=footer)
+    layout = ("wide sheet" if len(metrics_rows) <= _SHEET_ROWS else "wide") if wide_cases else ""
+    page = _PAGE.format(title=escape(title), style=_STYLE, layout=layout, body="\n".join(body), footer=footer)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # File names need not be valid text.
@@ -169,12 +201,14 @@ def _section(heading: str, css_class: str, parts: Iterable[str]) -> str:
 
 
 def _facts(values: Mapping[str, Any]) -> str:
-    return "".join(f"<div><dt>{_heading(name)}</dt><dd>{_value(value)}</dd></div>" for name, value in values.items())
+    return "".join(
+        f"<div><dt>{_heading(name)}</dt><dd>{_value(value, name)}</dd></div>" for name, value in values.items()
+    )
 
 
 def _table(rows: Sequence[NamedTuple]) -> str:
     head = "".join(f'<th scope="col">{_heading(field)}</th>' for field in rows[0]._fields)
-    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row, row._fields))}</tr>" for row in rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
@@ -182,9 +216,9 @@ def _notes(notes: Sequence[str]) -> str:
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>' if notes else ""
 
 
-def _cell(value: Any) -> str:
-    css_class = ' class="text"' if isinstance(value, str) else ""
-    return f"<td{css_class}>{_value(value)}</td>"
+def _cell(value: Any, name: str) -> str:
+    css_class = ' class="text"' if isinstance(value, str | Swatch) else ""
+    return f"<td{css_class}>{_value(value, name)}</td>"
 
 
 def _figure(figure: Picture) -> str:
@@ -213,14 +247,17 @@ def _heading(name: str) -> str:
     return escape(HEADINGS.get(name) or name[:1].upper() + name[1:].replace("_", " "))
 
 
-def _value(value: Any) -> str:
-    """A value as escaped HTML."""
+def _value(value: Any, name: str) -> str:
+    """The value of a fact or field as escaped HTML."""
+    decimals = DECIMALS.get(name, 3)
     if isinstance(value, str):
         return escape(value)
+    if isinstance(value, Swatch):
+        return f'<i style="background: {escape(value.color)}"></i>{escape(value.text)}'
     if isinstance(value, Interval):
-        ends = "no interval" if math.isnan(value.low) else f"{value.low:.3f}–{value.high:.3f}"
-        middle = f"{value.value:.3f}"
+        low, middle, high = (f"{each:.{decimals}f}" for each in (value.low, value.value, value.high))
+        ends = "no interval" if math.isnan(value.low) else f"{low}–{high}"
         return "–" if math.isnan(value.value) else f"{middle}<small>{ends}</small>"
     if value is None or math.isnan(value):
         return "–"
-    return f"{int(value):,}" if float(value).is_integer() else f"{value:.3f}"
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.{decimals}f}"

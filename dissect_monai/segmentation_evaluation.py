@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch
 from monai.transforms import LoadImage
@@ -18,9 +19,14 @@ from torch import Tensor
 from dissect_monai.data import Item
 from dissect_monai.datasets import items_of
 from dissect_monai.original_grid import to_original_grid
+from dissect_monai.plots import figure_to_tensor
 from dissect_monai.readers import ImageFileReader
 from dissect_monai.segmentation_metrics import LabelMap, integer_map, largest_components, score_structures
+from dissect_monai.segmentation_report import StoredMap, case_figure, write_segmentation_report
 from dissect_monai.segmentation_table import CaseScores, metrics_by_name, summarize, write_tables
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +37,21 @@ class SegmentationEvaluation:
     The evaluator's `pred` must be logits or label maps of volumes, `MetaTensor`s that know the file of their image, in
     batches or decollated; an image that comes twice counts once. It leaves `dice_mean`, `hd95_mean`,
     `surface_dice_mean` (with `_low` and `_high`), `dice_<structure>`, `missed` and `false_positives` in the engine's
-    metrics. Structures that no label has, or no prediction can have, are named in the log.
+    metrics. Structures that no label has, or no prediction can have, are named in the log. The processes of a
+    distributed run score a part of the cases each, and all of them have the metrics of all cases.
 
     Args:
-        output_dir: folder for cases.csv, subjects.csv and summary.csv; None writes nothing.
+        output_dir: folder for cases.csv, subjects.csv, summary.csv and report.html; None writes nothing.
         class_names: structures of the classes 1, 2, ...; None if predictions are label maps with the values of files.
         tolerance: of the surface Dice in mm.
         largest_only: structures, or all of them (True), of which only the largest connected part counts.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
+        writer: TensorBoard, which gets the first cases as overlays; None draws none.
+        num_overlays: how many cases are drawn for `writer`.
+        facts: headline facts of the report by name, such as where the weights come from; None writes no report.
+        notes: sentences of the report on how to read it.
+        window: values of the images that are black and white in the pictures, where the modality is CT.
 
     Raises:
         ValueError: during the run, as `refuse_unmapped` and `score_case` say, or if a prediction is of no item of the
@@ -54,14 +66,22 @@ class SegmentationEvaluation:
         largest_only: bool | Sequence[str] = False,
         num_samples: int = 1000,
         seed: int = 0,
+        writer: SummaryWriter | None = None,
+        num_overlays: int = 2,
+        facts: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        window: tuple[float, float] | None = None,
     ) -> None:
         self.output_dir = output_dir
         self.class_names = class_names
         self.tolerance = tolerance
         self.largest_only = largest_only
         self.num_samples, self.seed = num_samples, seed
+        self.writer, self.num_overlays = writer, num_overlays
+        self.facts, self.notes, self.window = facts, notes, window
         self.items: dict[str, Item] = {}
         self.cases: dict[str, CaseScores] = {}
+        self.stored: dict[str, StoredMap] = {}
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -80,11 +100,19 @@ class SegmentationEvaluation:
                     "`pred` must know the file of its image, one of the evaluator's data set, got "
                     f"{image}: keep `track_meta` in the preprocessing."
                 )
-            self.cases[image] = score_case(self.items[image], pred, self.class_names, self.tolerance, self.largest_only)
+            item = self.items[image]
+            maps = _read_maps(item, pred, self.class_names, self.largest_only)
+            self.cases[image] = _score(item, maps, self.tolerance)
+            if self.facts is not None:
+                self.stored[image] = StoredMap(maps.pred)
+            if self.writer is not None and len(self.cases) <= self.num_overlays:
+                figure = case_figure(item, maps.pred, maps.labels, self.window)
+                name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
+                self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
         self.items = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
-        self.cases = {}
+        self.cases, self.stored = {}, {}
         refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
         unknown = [name for name in named if self.class_names is not None and name not in self.class_names]
@@ -92,14 +120,19 @@ class SegmentationEvaluation:
             logger.warning("Not scored, since the network has no class for them: %s.", ", ".join(unknown))
 
     def _finish(self, engine: Engine) -> None:
-        cases = list(self.cases.values())
+        cases = _of_all_processes(self.cases)
         summaries = summarize(cases, self.num_samples, self.seed)
         unlabelled = [each.structure for each in summaries[1:] if not each.n]
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= metrics_by_name(summaries)
-        if self.output_dir is not None:
-            write_tables(self.output_dir, cases, summaries)
+        if self.output_dir is None:
+            return
+        write_tables(self.output_dir, cases, summaries)
+        if self.facts is not None:
+            path = Path(self.output_dir, "report.html")
+            facts, notes = self.facts, self.notes
+            write_segmentation_report(path, cases, summaries, self.items, self.stored, facts, notes, self.window)
 
 
 def score_case(
@@ -124,6 +157,21 @@ def score_case(
         ValueError: if the label file cannot be read or has fractions, `pred` has another number of classes, is no
             `MetaTensor` or has logits without `class_names`, or item and classes share no structure.
     """
+    return _score(item, _read_maps(item, pred, class_names, largest_only), tolerance)
+
+
+class _Maps(NamedTuple):
+    """What is compared, on the grid and with the values of the label file."""
+
+    label: LabelMap
+    pred: LabelMap
+    labels: dict[str, list[int]]  # those that are scored
+    spacing: list[float]
+
+
+def _read_maps(
+    item: Item, pred: Tensor, class_names: Sequence[str] | None, largest_only: bool | Sequence[str]
+) -> _Maps:
     label = read_label(item)
     labels = {name: values for name, values in item["labels"].items() if class_names is None or name in class_names}
     if not labels:
@@ -139,10 +187,23 @@ def score_case(
     cleaned = [name for name in labels if largest_only is True or (largest_only and name in largest_only)]
     pred_map = largest_components(pred_map, [labels[name] for name in cleaned])
     label_map = integer_map(f"label map {item['label']}", label[0].numpy())
-    _name_unknown(label_map, item)
-    spacing = [float(each) for each in label.pixdim]
-    scores = score_structures(label_map, pred_map, labels, spacing, tolerance)
+    return _Maps(label_map, pred_map, labels, [float(each) for each in label.pixdim])
+
+
+def _score(item: Item, maps: _Maps, tolerance: float) -> CaseScores:
+    _name_unknown(maps.label, item)
+    scores = score_structures(maps.label, maps.pred, maps.labels, maps.spacing, tolerance)
     return CaseScores(item["image"], str(item.get("subject", item["image"])), scores)
+
+
+def _of_all_processes(cases: dict[str, CaseScores]) -> list[CaseScores]:
+    """The cases of every process, each once, in the same order in all of them."""
+    if not dist.is_initialized():
+        return list(cases.values())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, cases)
+    merged = {image: case for each in gathered for image, case in each.items()}
+    return [merged[image] for image in sorted(merged)]
 
 
 def file_values(pred: ArrayLike, class_names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> LabelMap:

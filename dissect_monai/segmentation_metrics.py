@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 LabelMap = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
+Points = Values = NDArray[np.floating[Any]]  # (N, 3) in mm; (N,)
 Box = tuple[slice, slice, slice]
 
 OUTCOMES = ("scored", "missed", "false_positive", "absent")
@@ -103,8 +105,8 @@ def score_structures(
 def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float = 2.0) -> Overlap:
     """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z), neither of them empty.
 
-    The distances are MONAI's. They depend on nothing outside the box around both masks: beyond the border of the array
-    there is background, so that a structure cut off there has a surface there.
+    They equal MONAI's, at a fraction of the time, and depend on nothing outside the box around both masks: beyond the
+    border of the array there is background, so that a structure cut off there has a surface there.
 
     - HD95: of each mask, the voxels that a 6-neighbour outside touches; from each the distance in mm to the nearest of
       the other mask, centre to centre; the larger of both 95 % percentiles. Voxels count alike, whatever the area of
@@ -132,15 +134,44 @@ def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: f
             f"{label.sum()} and {pred.shape} with {pred.sum()}."
         )
     dice = 2 * float((label & pred).sum()) / float(label.sum() + pred.sum())
-    # MONAI takes Python's numbers alone.
-    arguments: dict[str, Any] = {"include_background": True, "spacing": [float(each) for each in spacing]}
-    tensors = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (pred, label)]
-    with warnings.catch_warnings():
-        # MONAI 1.6 passes itself an argument that it has deprecated.
-        warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
-        hd95 = compute_hausdorff_distance(*tensors, percentile=95, **arguments)
-        surface_dice = compute_surface_dice(*tensors, [tolerance], use_subvoxels=True, **arguments)
-    return Overlap(dice, float(hd95), float(surface_dice))
+    to_pred, to_label = _nearest(*(_edge_points(mask, spacing) for mask in (label, pred)))
+    hd95 = max(float(np.percentile(each, 95)) for each in (to_pred, to_label))
+    (label_points, label_areas), (pred_points, pred_areas) = (_surface(mask, spacing) for mask in (label, pred))
+    to_pred, to_label = _nearest(label_points, pred_points)
+    near = label_areas[to_pred <= tolerance].sum() + pred_areas[to_label <= tolerance].sum()
+    return Overlap(dice, hd95, float(near / (label_areas.sum() + pred_areas.sum())))
+
+
+def _nearest(one: Points, other: Points) -> tuple[Values, Values]:
+    """Distance of each point to the nearest of the other set, in both directions.
+
+    Trees of the surfaces' points take a fraction of the time of distance maps of the whole box, and give the same.
+    """
+    trees = [cKDTree(points, balanced_tree=False, compact_nodes=False) for points in (one, other)]
+    return trees[1].query(one)[0], trees[0].query(other)[0]
+
+
+def _edge_points(mask: Mask, spacing: Sequence[float]) -> Points:
+    """Centres in mm of the voxels that a 6-neighbour outside touches."""
+    return np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing, dtype=float)
+
+
+def _surface(mask: Mask, spacing: Sequence[float]) -> tuple[Points, Values]:
+    """Corners in mm between voxels of which some are inside, and the area in mm² of the surface at each."""
+    padded = np.pad(mask, 1).view(np.uint8)
+    codes = np.zeros([size - 1 for size in padded.shape], np.uint8)
+    for bit, (x, y, z) in enumerate(product((0, 1), repeat=3)):
+        shifted = padded[x : len(codes) + x, y : codes.shape[1] + y, z : codes.shape[2] + z]
+        codes |= shifted << np.uint8(7 - bit)
+    places = np.nonzero((codes > 0) & (codes < 255))
+    return np.stack(places, 1) * np.asarray(spacing, dtype=float), _corner_areas(tuple(spacing))[codes[places]]
+
+
+@cache
+def _corner_areas(spacing: tuple[float, ...]) -> Values:
+    """Area in mm² that marching cubes gives to each of the 256 kinds of corners."""
+    table, _ = create_table_neighbour_code_to_surface_area(spacing)
+    return np.asarray(table, dtype=float)
 
 
 def largest_components(

@@ -124,6 +124,7 @@ class BestWeights:
         settings: what the weights depend on, such as encoder, image size and the names of the findings.
         metric: the evaluator's metric, larger is better.
         patience: validations in a row without improvement after which the run ends.
+        rank: of this process, if every process validates; 0 writes.
 
     Raises:
         ValueError: if `patience` is not positive; during the run, if the evaluator has no such metric.
@@ -137,6 +138,7 @@ class BestWeights:
         settings: Mapping[str, Any] | None = None,
         metric: str = "auroc",
         patience: int = 10,
+        rank: int = 0,
     ) -> None:
         if patience < 1:
             raise ValueError(f"`patience` must be at least 1, got {patience}.")
@@ -146,6 +148,7 @@ class BestWeights:
         self.settings = dict(settings or {})
         self.metric = metric
         self.patience = patience
+        self.rank = rank
         self.trainer: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -168,7 +171,8 @@ class BestWeights:
         score, state = float(evaluator.state.metrics[self.metric]), self.trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
-            save_weights(self.weights, self.weights_path, self.settings)
+            if self.rank == 0:
+                save_weights(self.weights, self.weights_path, self.settings)
         else:
             state.num_worse += 1
 

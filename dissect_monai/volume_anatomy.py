@@ -32,6 +32,22 @@ def abdomen(shapes: Shapes) -> Iterator[Structure]:
     yield from _vessels_and_kidneys(shapes)
 
 
+def abdomen_in_detail(shapes: Shapes) -> Iterator[Structure]:
+    """The same trunk and, on top of it, small organs that BTCV labels; so the other organs stay as they are without."""
+    yield from abdomen(shapes)
+    for side, name in SIDES:
+        # An upside-down V, twice as large as in life, so that a grid of the default size does not lose it; in a bed of
+        # fat, as the right one touches the liver.
+        limbs = [(22 * side, -52, 2), (29 * side, -44, 34), (42 * side, -49, 2)]
+        gland = shapes.tube(limbs, (6, 7, 6), vary=0.5)
+        yield Structure("fat", gland - 4)
+        yield Structure("pancreas", gland, f"{name}_adrenal_gland")
+    gullet = [(-5, -14, 150), (-8, -13, 90), (-17, -8, 70), (-30, -5, 58)]
+    yield Structure("bowel", shapes.tube(gullet, (10, 10, 9, 9)), "esophagus")
+    veins = [(-86, -27, 38), (-58, -26, 27), (-24, -8, 18), (3, 3, 9), (24, 1, 12), (42, 3, 20)]
+    yield Structure("blood", shapes.tube(veins, (6, 7, 7, 9, 9, 8)), "portal_and_splenic_veins")
+
+
 def _trunk_wall(shapes: Shapes, cavity: Array) -> Iterator[Structure]:
     """Skin, fat, muscles and ribs around the cavity, and the fat that fills it."""
     back = blend(10, *(shapes.column((36 * side, -92), (36, 26), vary=0.5) for side, _ in SIDES))
@@ -90,7 +106,8 @@ def _digestive_organs(shapes: Shapes, space: Array) -> Iterator[Structure]:
 
 
 def _vessels_and_kidneys(shapes: Shapes) -> Iterator[Structure]:
-    yield Structure("blood", shapes.tube([(24, -34, -140), (22, -34, 0), (24, -10, 80)], (12, 12, 12)))
+    cava = shapes.tube([(24, -34, -140), (22, -34, 0), (24, -10, 80)], (12, 12, 12))
+    yield Structure("blood", cava, "inferior_vena_cava")
     yield Structure("blood", shapes.tube([(-12, -40, 140), (-6, -34, 10), (-4, -34, -140)], (13, 11, 9)), "aorta")
     for side, name in SIDES:
         centre, tilt = np.array((66 * side, -48, -28 - 9 * side)), (-12, 14 * side, -25 * side)

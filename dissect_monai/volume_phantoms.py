@@ -18,7 +18,7 @@ from dissect_monai.volume_scans import SCANS, VolumePhantom, scan_phantom
 VOLUME_TASKS = tuple(SCANS)
 
 _SPLITS = ("training", "validation", "test")
-_VERSION = 1  # raise it when the drawing changes, so that a folder written before is not taken for the same set
+_VERSION = 2  # raise it when the drawing changes, so that a folder written before is not taken for the same set
 
 
 def volume_phantom(task: str, seed: int | Sequence[int], image_size: int = 48) -> VolumePhantom:

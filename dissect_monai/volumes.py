@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, ScaleIntensityRange, Spacing
+from monai.utils import convert_to_dst_type
 
 # Part of the range from the darkest voxel to the `upper` percentile up to which a voxel is air, noise included.
 _AIR = 0.05
@@ -29,11 +30,14 @@ class NormalizeModalityd(MapTransform):
         lower: percentile in [0, 100) that becomes 0.
         upper: percentile that becomes `b_max`, over `lower` and at most 100.
         b_max: upper end of the result, 255 for a cache in uint8.
-        modality_key: key of the item's modality: what begins with CT, in either case, is CT. A missing one is not.
+        modality_key: key of the item's modality: what begins with CT, in either case, is CT. A missing one is not. A
+            list scales every channel by its own.
+        modality: of items that say none.
         allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
-        ValueError: if an argument is outside its range, or a volume has but one value after scaling.
+        ValueError: if an argument is outside its range, a volume has but one value after scaling, or another number
+            of channels than modalities.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class NormalizeModalityd(MapTransform):
         upper: float = 99.5,
         b_max: float = 1.0,
         modality_key: str = "modality",
+        modality: str | Sequence[str] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -57,21 +62,33 @@ class NormalizeModalityd(MapTransform):
         self.window = (a_min, a_max)
         self.percentiles = (lower, upper)
         self.b_max = b_max
-        self.modality_key = modality_key
+        self.modality_key, self.modality = modality_key, modality
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the images of an item."""
         item = dict(data)
         for key in self.key_iterator(item):
-            image, modality = item[key], item.get(self.modality_key)
-            low, high = self.window if is_ct(modality) else self._range(image)
-            if not (low < high and low < image.max()):
-                raise ValueError(
-                    f"a volume must have values between {low:g} and {high:g} ({modality or 'unknown modality'}), "
-                    f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality, or remove it."
-                )
-            item[key] = ScaleIntensityRange(low, high, 0.0, self.b_max, clip=True)(image)
+            image, modality = item[key], item.get(self.modality_key, self.modality)
+            if isinstance(modality, (list, tuple)):
+                if len(modality) != len(image):
+                    raise ValueError(
+                        f"a volume must have a channel for each of the modalities {', '.join(map(str, modality))}, "
+                        f"got {len(image)}: correct `{self.modality_key}` in dataset.json."
+                    )
+                channels = [self._scaled(channel, name) for channel, name in zip(image, modality, strict=True)]
+                item[key] = convert_to_dst_type(torch.stack(channels), image)[0]
+            else:
+                item[key] = self._scaled(image, modality)
         return item
+
+    def _scaled(self, image: torch.Tensor, modality: object) -> torch.Tensor:
+        low, high = self.window if is_ct(modality) else self._range(image)
+        if not (low < high and low < image.max()):
+            raise ValueError(
+                f"a volume must have values between {low:g} and {high:g} ({modality or 'unknown modality'}), "
+                f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality, or remove it."
+            )
+        return ScaleIntensityRange(low, high, 0.0, self.b_max, clip=True)(image)
 
     def _range(self, image: torch.Tensor) -> tuple[float, float]:
         values = sample_voxels(image)

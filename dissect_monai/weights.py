@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right --pretrained"
 HEAD = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
+LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
+SEGRESNET_REMEDY = (
+    "Is it a SegResNet of the same spatial_dims, init_filters, blocks, input and output channels, as the JSON beside "
+    "the weights says, and no checkpoint? Weights of an encoder alone have the keys convInit and down_layers."
+)
 
 
 @contextmanager
@@ -139,7 +144,9 @@ def load_encoder(encoder: nn.Module, path: str | Path, without: Sequence[str] = 
         ValueError: if keys are missing, unexpected, no tensors or of another shape, or tensors hold NaN or infinity; up
             to five of each are named.
     """
-    _load_state(encoder, load_torch(path, TRAIN_FIRST), path, without, "Is it the same encoder (--encoder)?")
+    state = load_torch(path, TRAIN_FIRST)
+    _load_state(encoder, state, path, without, "Is it the same encoder (--encoder)?")
+    logger.info("Loaded all %d tensors of %s.", len(state), path)
     return encoder
 
 
@@ -151,7 +158,7 @@ def has_decoder(path: str | Path) -> bool:
     """
     if not Path(path).is_file():
         return True
-    return not all(str(key).startswith(SEGRESNET_ENCODER) for key in load_torch(path, TRAIN_FIRST))
+    return _is_whole(load_torch(path, TRAIN_FIRST))
 
 
 def load_segresnet(network: SegResNet, path: str | Path) -> SegResNet:
@@ -170,16 +177,58 @@ def load_segresnet(network: SegResNet, path: str | Path) -> SegResNet:
         ValueError: as for `load_encoder`.
     """
     state = load_torch(path, TRAIN_FIRST)
-    decoder = {key.split(".")[0]: None for key in network.state_dict() if not key.startswith(SEGRESNET_ENCODER)}
-    whole = not all(str(key).startswith(SEGRESNET_ENCODER) for key in state)
-    remedy = (
-        "Is it a SegResNet of the same spatial_dims, init_filters, blocks and output channels, as the JSON beside the "
-        "weights says, and no checkpoint? Weights of an encoder alone have the keys convInit and down_layers."
-    )
-    _load_state(network, state, path, [] if whole else [f"{part}." for part in decoder], remedy)
-    if not whole:
-        logger.info("They are of an encoder alone: %s of the network were left as they were.", ", ".join(decoder))
+    left = [] if _is_whole(state) else _decoder_of(network)
+    _load_state(network, state, path, left, SEGRESNET_REMEDY)
+    logger.info("Loaded all %d tensors of %s.", len(state), path)
+    if left:
+        parts = ", ".join(part.rstrip(".") for part in left)
+        logger.info("They are of an encoder alone: %s of the network were left as they were.", parts)
     return network
+
+
+def transfer_segresnet(network: SegResNet, path: str | Path, class_names: Sequence[str]) -> SegResNet:
+    """Start a segmentation from the weights of another run: of a whole `SegResNet`, or of its encoder alone.
+
+    The last layer is taken over only from a network that segments the same structures, as the JSON beside the weights
+    says. All other keys must fit. A line of the log says how many tensors were loaded, and which parts were left.
+
+    Args:
+        network: the network to fill.
+        path: a `model.pt` of hssl_multidomain, of pretrain_vq_ssl on volumes, or of a segmentation.
+        class_names: structures of the classes 1, 2, ... of `network`.
+
+    Returns:
+        the same network.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no JSON beside it.
+        ValueError: as for `load_encoder`, or if they are weights for 2-D images.
+    """
+    state, settings = load_torch(path, TRAIN_FIRST), read_settings(path)
+    dims = settings.get("spatial_dims", network.spatial_dims)
+    if dims != network.spatial_dims:
+        raise ValueError(f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones.")
+    left = [] if _is_whole(state) else _decoder_of(network)
+    if not left and settings.get("class_names") != list(class_names):
+        left = [LAST_LAYER]
+    taken = {key: value for key, value in state.items() if not str(key).startswith(LAST_LAYER) or not left}
+    _load_state(network, taken, path, left, SEGRESNET_REMEDY)
+    logger.info(
+        "Loaded %d of %d tensors of %s into %d of %d of the network; left as they were: %s.",
+        len(taken), len(state), path, len(taken), len(network.state_dict()),
+        ", ".join(part.rstrip(".") for part in left) or "none",
+    )  # fmt: skip
+    return network
+
+
+def _is_whole(state: Mapping[str, Any]) -> bool:
+    return not all(str(key).startswith(SEGRESNET_ENCODER) for key in state)
+
+
+def _decoder_of(network: SegResNet) -> list[str]:
+    """Beginnings of the keys of all but the encoder."""
+    keys = (key for key in network.state_dict() if not key.startswith(SEGRESNET_ENCODER))
+    return list(dict.fromkeys(f"{key.split('.')[0]}." for key in keys))
 
 
 def _load_state(
@@ -209,7 +258,6 @@ def _load_state(
             f"({_few(broken)}): train again or take an older checkpoint."
         )
     module.load_state_dict(state | kept)
-    logger.info("Loaded all %d tensors of %s.", len(state), path)
 
 
 def _few(keys: Sequence[Any]) -> str:

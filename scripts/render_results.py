@@ -1,4 +1,4 @@
-"""Write the README's results from results/results.csv: tables, and the label-efficiency figure in docs/.
+"""Write the README's results from results/results.csv: tables, and the figures in docs/.
 
     python scripts/render_results.py [--check]
 
@@ -9,26 +9,20 @@ a pair of markers that names a bundle takes the tables of this bundle, the pair 
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import fire
-from PIL import Image
+from result_figures import FIGURES, Figure, Line, Panel, digest, draw, drawn_digest
 from run_experiments import Study, StudyError, read_study
-
-from dissect_monai.plots import COLORS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(
     r"(<!-- results: begin (?:(\w+) )?\(scripts/render_results\.py\) -->\n).*?(<!-- results: end -->)", re.DOTALL
 )
-FIGURE = "docs/label_efficiency.png"
-DIGEST = "Digest of the rows"  # the key of the figure's text that says which results it shows
+DIGITS = {"hd95": 1, "missed": 1}  # after the point, of metrics that are not in [0, 1]
 Row = dict[str, str]
 
 
@@ -41,11 +35,17 @@ class Block(NamedTuple):
     variants: dict[str, str]  # name → title
     columns: dict[str, str]  # metric, without the variant → title
     fractions: dict[str, float]  # share of the labels that a variant trains with, if that is what the variants change
+    subjects: dict[str, int]  # number of subjects that a variant trains with, if its study says so
 
     @property
     def recipes(self) -> list[str]:
         """Recipes, baselines and differences, in the order of the file."""
         return list(dict.fromkeys(recipe for recipe, _ in self.rows))
+
+    def sizes(self, figure: Figure) -> dict[str, float]:
+        """Where the variants stand in a figure; nowhere if they are no several sizes."""
+        found: dict[str, float] = {**(self.subjects if figure.sizes == "subjects" else self.fractions)}
+        return found if len(set(found.values())) > 1 else {}
 
 
 def read_blocks() -> list[Block]:
@@ -78,18 +78,19 @@ def block(bundle: str, dataset: str, rows: dict[tuple[str, str], Row], studies: 
     }
     shown = {f"{variant}/{metric}" for variant in variants for metric in columns}
     rows = {key: row for key, row in rows.items() if key[1] in shown}
-    return Block(bundle, dataset, rows, variants, columns, fractions)
+    subjects = {name: number for study in studies for name, number in study.subjects.items()}
+    return Block(bundle, dataset, rows, variants, columns, fractions, subjects)
 
 
 def cell(row: Row | None) -> str:
     """Mean ± std over seeds, or a difference with its interval."""
     if row is None:
         return "–"
-    mean = float(row["mean"])
+    mean, digits = float(row["mean"]), DIGITS.get(row["metric"].rsplit("/", 1)[-1], 3)
     if ".." in row["std"]:
         low, high = (float(end) for end in row["std"].split(".."))
-        return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    return f"{mean:.3f} ± {float(row['std']):.3f}"
+        return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"{mean:.{digits}f} ± {float(row['std']):.{digits}f}"
 
 
 def table(block: Block, title: str, columns: dict[str, str]) -> list[str]:
@@ -106,10 +107,12 @@ def table(block: Block, title: str, columns: dict[str, str]) -> list[str]:
 
 
 def render(block: Block) -> list[str]:
-    """Markdown lines of one block: a table per variant, or per metric where the variants are label fractions."""
+    """Markdown lines of one block: a table per variant, or per metric where the variants are several fractions."""
     lines = []
-    if block.fractions:
-        lines += [f"![Label efficiency of {block.bundle} on {block.dataset}]({FIGURE})", ""]
+    for figure in FIGURES:
+        if panels(figure, [block]):
+            lines += [f"![{figure.name} of {block.bundle} on {block.dataset}]({figure.path})", ""]
+    if len(block.fractions) > 1:
         for metric, title in block.columns.items():
             lines += table(block, title, {f"{name}/{metric}": each for name, each in block.variants.items()})
     else:
@@ -132,63 +135,34 @@ def render_all(blocks: Sequence[Block]) -> str:
     return "\n\n".join(texts)
 
 
-def curves(block: Block, metric: str) -> Iterator[tuple[str, list[float], list[float], list[float]]]:
-    """Recipe, label fractions, means and standard deviations of each line of a panel."""
+def curves(block: Block, metric: str, sizes: dict[str, float]) -> Iterator[Line]:
+    """The line of each recipe that has one, from the smallest size on."""
     for recipe in block.recipes:
-        found = [(share, block.rows.get((recipe, f"{name}/{metric}"))) for name, share in block.fractions.items()]
+        found = [(size, block.rows.get((recipe, f"{name}/{metric}"))) for name, size in sizes.items()]
         points = sorted(
-            (share, float(row["mean"]), float(row["std"])) for share, row in found if row and ".." not in row["std"]
+            (size, float(row["mean"]), float(row["std"])) for size, row in found if row and ".." not in row["std"]
         )
         if points:
-            shares, means, stds = (list(each) for each in zip(*points, strict=True))
-            yield recipe, shares, means, stds
+            yield Line(recipe, *(list(each) for each in zip(*points, strict=True)))
 
 
-def digest(panels: Sequence[tuple[Block, str]]) -> str:
-    """A short text that changes with anything that the figure shows."""
-    shown = [(block.columns[metric], block.dataset, list(curves(block, metric))) for block, metric in panels]
-    return sha256(json.dumps(shown).encode()).hexdigest()
-
-
-def drawn_digest(path: Path) -> str | None:
-    """The digest of what a figure shows; None if there is no figure or it does not say."""
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.info.get(DIGEST)
-
-
-def draw(panels: Sequence[tuple[Block, str]], path: Path) -> None:
-    """Write the label-efficiency figure: a panel per block and AUROC, a line per recipe, std over seeds shaded."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 4 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    axes[0].set_ylabel("macro AUROC, mean ± std over seeds")
-    for ax, (block, metric) in zip(axes, panels, strict=True):
-        for colour, (recipe, shares, means, stds) in zip(cycle(COLORS), curves(block, metric), strict=False):
-            ax.plot(shares, means, "o-", color=colour, markersize=4, label=recipe)
-            ends = [[mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (-1, 1)]
-            ax.fill_between(shares, *ends, color=colour, alpha=0.15, linewidth=0)
-        ticks = sorted(set(block.fractions.values()))
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
-        ax.minorticks_off()
-        ax.set(xlabel="share of the training labels", title=f"{block.columns[metric]}, {block.dataset}")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None, DIGEST: digest(panels)})
+def panels(figure: Figure, blocks: Sequence[Block]) -> list[Panel]:
+    """What a figure shows: a panel per block and metric with lines over several sizes."""
+    return [
+        Panel(title, block.dataset, lines)
+        for block in blocks
+        for metric, title in block.columns.items()
+        if figure.metric.fullmatch(metric) and (lines := list(curves(block, metric, block.sizes(figure))))
+    ]
 
 
 def main(check: bool = False) -> None:
-    """Rewrite what is between the markers of README.md, and the figure.
+    """Rewrite what is between the markers of README.md, and the figures.
 
     Args:
-        check: change nothing, and fail if the README or the figure is out of date.
+        check: change nothing, and fail if the README or a figure is out of date.
     """
-    readme, figure = ROOT / "README.md", ROOT / FIGURE
+    readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     try:
         blocks = read_blocks()
@@ -205,19 +179,16 @@ def main(check: bool = False) -> None:
         return f"{match[1]}{render_all(own)}\n{match[3]}"
 
     new = MARKERS.sub(between, text)
-    panels = [
-        (each, metric)
-        for each in blocks
-        for metric in each.columns
-        if each.fractions and metric.endswith("/auroc") and any(curves(each, metric))
-    ]
+    figures = {each: shown for each in FIGURES if (shown := panels(each, blocks))}
     if check:
-        if new != text or (panels and drawn_digest(figure) != digest(panels)):
-            raise SystemExit(f"error: README.md or {FIGURE} does not show results/results.csv: run `make results`.")
+        stale = [each.path for each, shown in figures.items() if drawn_digest(ROOT / each.path) != digest(shown)]
+        stale += ["README.md"] * (new != text)
+        if stale:
+            raise SystemExit(f"error: {', '.join(stale)} does not show results/results.csv: run `make results`.")
         return
     readme.write_text(new, encoding="utf-8")
-    if panels:
-        draw(panels, figure)
+    for each, shown in figures.items():
+        draw(each, shown, ROOT / each.path)
 
 
 if __name__ == "__main__":

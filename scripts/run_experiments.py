@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import fire
 import numpy as np
+from segmentation_statistics import cases_file, read_cases, same_cases, segmentation_rows
 from study_statistics import (
     Array,
     Key,
@@ -41,7 +42,9 @@ from study_statistics import (
     usable_columns,
 )
 
+from dissect_monai.data import read_datalist
 from dissect_monai.metrics import auroc, average_precision
+from dissect_monai.segmentation_table import CaseScores
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "results.csv"
@@ -58,7 +61,8 @@ class Study(NamedTuple):
 
     Values of knobs may hold {data} and {runs} (the folders of the command line), {seed}, {folder} (of the training run)
     and {is_first} (whether the recipe is the first). A knob that is null is not passed, so that a recipe can do without
-    one that the others share. The seed and `output_dir` are passed to every run.
+    one that the others share. The seed and `output_dir` are passed to every run. Without variants the recipes are
+    trained for other studies, which name their weights as {runs}/../STUDY/RECIPE/seed{seed}/models/model.pt.
     """
 
     bundle: str
@@ -66,13 +70,23 @@ class Study(NamedTuple):
     hardware: str
     seeds: list[int]
     training: dict[str, Any]  # knobs of train.json that all runs share
-    recipes: dict[str, dict[str, Any]]  # name → knobs of train.json; the first is compared with all others
+    recipes: dict[str, dict[str, Any]]  # name → knobs of train.json
     variants_change: str  # "training": each variant is trained; "evaluation": one training, evaluated in each variant
     variants: dict[str, dict[str, Any]]  # name → knobs
     evaluation: dict[str, Any]  # knobs of evaluate.json that all runs share
     titles: Mapping[str, str] = MappingProxyType({})  # variant → its title in the README
     columns: Mapping[str, str] = MappingProxyType({})  # metric, without the variant → its title; all metrics if empty
     configs: Mapping[str, list[str]] = MappingProxyType({})  # recipe → files instead of the bundle's train.json
+    compare: Sequence[Sequence[str]] = ()  # pairs [A, B] of recipes for A - B; if empty, the first with all others
+    training_subjects: int | None = None  # with labels in the data; the `label_fraction` of a variant draws of them
+
+    @property
+    def subjects(self) -> dict[str, int]:
+        """How many subjects each variant trains with, if the study says so, as `select_fraction` draws them."""
+        if self.training_subjects is None:
+            return {}
+        shares = {name: merged(self.training, knobs).get("label_fraction", 1) for name, knobs in self.variants.items()}
+        return {name: max(1, round(share * self.training_subjects)) for name, share in shares.items()}
 
 
 class Run(NamedTuple):
@@ -118,15 +132,35 @@ def read_study(path: str | Path) -> Study:
         raise StudyError(f"`variants_change` must be training or evaluation, got {study.variants_change} in {path}.")
     if len(set(study.seeds)) < max(2, len(study.seeds)):
         raise StudyError(f"`seeds` must hold two different numbers or more, got {study.seeds} in {path}.")
-    if not study.recipes or not study.variants or "/" in "".join([*study.recipes, *study.variants]):
+    if not study.recipes or "/" in "".join([*study.recipes, *study.variants]):
         raise StudyError(f"`recipes` and `variants` must hold names without a slash in {path}: they name folders.")
-    strangers = sorted(set(study.configs) - set(study.recipes))
+    if not study.variants and study.variants_change == "training":
+        raise StudyError(f"`variants` must name what is trained in {path}; to train only, let them change evaluation.")
+    number = study.training_subjects
+    if number is not None and (not isinstance(number, int) or number < 1 or study.variants_change != "training"):
+        raise StudyError(
+            f"`training_subjects` must be a positive number where variants change training, got {number} in {path}."
+        )
+    check_recipes(study, path)
+    return study
+
+
+def check_recipes(study: Study, path: str | Path) -> None:
+    """Check what a study says of its recipes by name.
+
+    Raises:
+        StudyError: if `configs` or `compare` is senseless.
+    """
+    recipes = list(study.recipes)
+    strangers = sorted(set(study.configs) - set(recipes))
     if strangers:
         raise StudyError(f"`configs` must hold names of recipes, got {', '.join(strangers)} in {path}.")
     bad = [each for each in study.configs.values() if not each or not isinstance(each, list)]
     if bad:
         raise StudyError(f"`configs` must give a recipe the list of its files, got {bad[0]} in {path}.")
-    return study
+    for pair in study.compare:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1] or any(x not in recipes for x in pair):
+            raise StudyError(f"`compare` must hold pairs of two different recipes, got {pair} in {path}.")
 
 
 def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
@@ -196,6 +230,27 @@ def refuse_missing(run: Run) -> None:
             if str(text).startswith(("{data}", "{runs}")) and not Path(path).exists():
                 remedy = "give the right --data" if text.startswith("{data}") else "run the study that makes it first"
                 raise StudyError(f"`{knob}` of {run.folder} is {path}, which is not there: {remedy}.")
+
+
+def refuse_other_subjects(study: Study, trainings: Iterable[Run]) -> None:
+    """Refuse data of which the variants would draw other numbers of subjects than `training_subjects` makes of them.
+
+    Raises:
+        StudyError: naming the folder and both numbers.
+    """
+    if study.training_subjects is None:
+        return
+    for folder in {filled_in(run.knobs["dataset_dir"], run.fields) for run in trainings if "dataset_dir" in run.knobs}:
+        try:
+            items = read_datalist(folder, spatial_dims=3).training
+        except (OSError, ValueError) as error:
+            raise StudyError(str(error)) from error
+        found = len({item.get("subject", item["image"]) for item in items if item.get("label")})
+        if found != study.training_subjects:
+            raise StudyError(
+                f"`training_subjects` is {study.training_subjects}, but {folder} has {found} with labels to train on: "
+                "correct it and the names of the variants."
+            )
 
 
 def is_done(run: Run) -> bool:
@@ -340,7 +395,20 @@ def collect(study: Study, runs: Path, variant: str) -> tuple[Scores, dict[str, d
 
 
 def summarise(study: Study, runs: Path) -> Iterator[dict[str, Any]]:
-    """Rows: mean and std over seeds per recipe, variant and metric; then the differences of the first recipe.
+    """Rows: mean and std over seeds per recipe, variant and metric; then the differences of recipes.
+
+    Raises:
+        StudyError: if runs can't be compared, or no finding can be scored.
+    """
+    for variant in study.variants:
+        first = evaluation_folder(runs, next(iter(study.recipes)), study.seeds[0], variant)
+        of_variant = segmentation_summary if cases_file(first).exists() else classifier_summary
+        for row in of_variant(study, runs, variant):
+            yield {**row, "metric": f"{variant}/{row['metric']}"}
+
+
+def classifier_summary(study: Study, runs: Path, variant: str) -> Iterator[dict[str, Any]]:
+    """Rows of a variant whose evaluations left the scores of a classifier; metrics are without the variant.
 
     Raises:
         StudyError: if runs can't be compared, or no finding can be scored.
@@ -348,24 +416,45 @@ def summarise(study: Study, runs: Path) -> Iterator[dict[str, Any]]:
     measures: dict[str, Measure] = {"auroc": auroc}
     if study.variants_change == "training":
         measures["ap"] = average_precision
-    for variant in study.variants:
-        one, scores = collect(study, runs, variant)
-        weights, seed_share = resample(one.subjects, len(study.seeds))
-        for task, labels in one.labels.items():
-            of_task = {name: {k: s for k, s in each.items() if k.task == task} for name, each in scores.items()}
-            columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
-            if not columns:
-                raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
-            left_out = sorted(set(range(labels.shape[1])) - set(columns))
-            if left_out:
-                print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
-            for suffix, measure in measures.items():
-                values = {
-                    name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
-                    for name, by_key in of_task.items()
-                }
-                for key, row in rows_of(values, seed_share):
-                    yield {**row, "metric": f"{variant}/{task}/{key.probe}/{key.features}/{suffix}"}
+    one, scores = collect(study, runs, variant)
+    weights, seed_share = resample(one.subjects, len(study.seeds))
+    for task, labels in one.labels.items():
+        of_task = {name: {k: s for k, s in each.items() if k.task == task} for name, each in scores.items()}
+        columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
+        if not columns:
+            raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
+        left_out = sorted(set(range(labels.shape[1])) - set(columns))
+        if left_out:
+            print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
+        for suffix, measure in measures.items():
+            values = {
+                name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
+                for name, by_key in of_task.items()
+            }
+            for key, row in rows_of(values, seed_share, study.compare):
+                yield {**row, "metric": f"{task}/{key.probe}/{key.features}/{suffix}"}
+
+
+def segmentation_summary(study: Study, runs: Path, variant: str) -> Iterator[dict[str, Any]]:
+    """Rows of a variant whose evaluations left the scores of structures; metrics are without the variant.
+
+    Raises:
+        StudyError: if the runs scored different subjects, structures or labels.
+    """
+    cases: dict[str, list[list[CaseScores]]] = {
+        recipe: [read_cases(evaluation_folder(runs, recipe, seed, variant)) for seed in study.seeds]
+        for recipe in study.recipes
+    }
+    first, *others = cases
+    if not all(same_cases(each, cases[first][0]) for by_seed in cases.values() for each in by_seed):
+        raise StudyError(
+            f"the runs of {variant} scored different subjects, structures or labels, which can't be compared in pairs."
+        )
+    for row in segmentation_rows(cases, study.compare or [(first, other) for other in others]):
+        if np.isnan(row["mean"]):
+            print(f"{variant}: {row['recipe']} has no row of {row['metric']}, which is undefined in a seed or more")
+        else:
+            yield row
 
 
 def append_rows(study: Study, rows: Iterable[Mapping[str, Any]], commit: str, command: str) -> None:
@@ -394,6 +483,7 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: 
     every = [run for chain in chains for run in chain]
     for run in every:
         refuse_missing(run)
+    refuse_other_subjects(study, [training for training, *_ in chains])
     print(f"{sum(is_done(run) for run in every)} of {len(every)} runs are done", flush=True)
     if not allow_mixed and code_state()[1]:
         print(
@@ -401,6 +491,9 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: 
         )
     execute_all(chains, jobs)
     commit = common_commit(every, allow_mixed)
+    if not study.variants:
+        print(f"{len(every)} runs are trained, of commit {commit}; no row is written, as the study has no variants")
+        return
     shown = study_file.resolve()
     shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else study_file
     rows = list(summarise(study, runs))

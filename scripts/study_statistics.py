@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,20 +113,44 @@ def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
     return Interval(float(by_seed[0].mean()), float(low), float(high))
 
 
-def rows_of(values: Mapping[str, Mapping[Key, Array]], seed_share: Array) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Rows of one variant, task and measure from values of shape (1 + R, S) by recipe or baseline."""
-    n = seed_share.shape[1]
+def mean_row(recipe: str, once: Array) -> dict[str, Any]:
+    """Row of a mean and a standard deviation over seeds, (S,)."""
+    return {"recipe": recipe, "mean": once.mean(), "std": f"{once.std(ddof=1):.4f}", "n": len(once)}
+
+
+def difference_row(name: str, ours: Array, theirs: Array, seed_share: Array) -> dict[str, Any]:
+    """Row of a difference and its interval, from what `difference` takes."""
+    value, low, high = difference(ours, theirs, seed_share)
+    return {"recipe": name, "mean": value, "std": f"{low:.4f}..{high:.4f}", "n": seed_share.shape[1]}
+
+
+def rows_of(
+    values: Mapping[str, Mapping[Key, Array]], seed_share: Array, pairs: Iterable[Sequence[str]] = ()
+) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Rows of one variant, task and measure from values of shape (1 + R, S) by recipe or baseline.
+
+    Args:
+        values: of recipes and baselines.
+        seed_share: share of each seed in each resample, (R, S).
+        pairs: names of two each that are compared; by default the first with all others, and with the best baseline.
+    """
     for name, by_key in values.items():
         for key, (once, *_) in by_key.items():
-            yield key, {"recipe": name, "mean": once.mean(), "std": f"{once.std(ddof=1):.4f}", "n": n}
-    first, *others = values
-    rivals = {other: [other] for other in others}
-    if {"random", "pixels"} <= set(others):
-        rivals["best of random, pixels"] = ["random", "pixels"]
-    for rival, names in rivals.items():
-        for key, ours in values[first].items():
+            yield key, mean_row(name, once)
+    for side, rival, names in comparisons(list(values), pairs):
+        for key, ours in values[side].items():
             found = [values[name][other] for name in names if (other := partner(key, values[name])) is not None]
             if len(found) == len(names):
                 theirs = max(found, key=lambda each: float(each[0].mean()))
-                value, low, high = difference(ours, theirs, seed_share)
-                yield key, {"recipe": f"{first} - {rival}", "mean": value, "std": f"{low:.4f}..{high:.4f}", "n": n}
+                yield key, difference_row(f"{side} - {rival}", ours, theirs, seed_share)
+
+
+def comparisons(names: Sequence[str], pairs: Iterable[Sequence[str]]) -> list[tuple[str, str, list[str]]]:
+    """What is compared: one side, what the other is called, and of whom the better one it is."""
+    if pairs := list(pairs):
+        return [(ours, theirs, [theirs]) for ours, theirs in pairs]
+    first, *others = names
+    found = [(first, other, [other]) for other in others]
+    if {"random", "pixels"} <= set(others):
+        found.append((first, "best of random, pixels", ["random", "pixels"]))
+    return found

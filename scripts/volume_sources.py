@@ -15,12 +15,8 @@ from datalist_writer import DRAWN, leave_out
 from volume_pairs import find_volumes, without_channels
 
 from dissect_monai.knobs import is_true
+from dissect_monai.segmentation_data import BTCV_ORGANS, BTCV_VALIDATION
 
-BTCV_ORGANS = [
-    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
-]  # fmt: skip
-BTCV_VALIDATION = range(35, 41)  # the other 24 of the 30 are 1 to 10 and 21 to 34
 BTCV_PARENTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training")
 BTCV_PARTS = (("img", "label"), ("imagesTr", "labelsTr"), ("images", "labels"))
 MSD_GROUPS = {

@@ -10,7 +10,7 @@ import pytest
 
 from dissect_monai.metrics import Interval
 from dissect_monai.plots import image_to_png
-from dissect_monai.report import Case, FindingRow, Picture, write_report
+from dissect_monai.report import Case, FindingRow, Picture, Swatch, write_report
 
 VOID = {"meta", "img"}
 NAN = Interval(float("nan"), float("nan"), float("nan"))
@@ -172,10 +172,29 @@ def test_rows_and_cases_may_have_any_fields(tmp_path: Path) -> None:
 
     rows = [OrganRow("liver", Interval(0.9, 0.8, 1), np.float32(0.5), None)]
     page = write(tmp_path, metrics_rows=rows, cases=[OrganCase(png(1), png(2), png(3), "liver")], figures=())
-    assert page.of("th") == ["Organ", "Dice", "Surface dice", "Comment"]
+    assert page.of("th") == ["Organ", "Dice", "Surface Dice", "Comment"]
     assert page.of("td") == ["liver", "0.900", "0.500", "–"]
     assert page.of("h2") == ["Results", "Worst cases"]
     assert page.values("alt") == ["Image", "Reference", "Prediction"]
+
+
+def test_a_swatch_has_its_colour_and_distances_have_one_decimal(tmp_path: Path) -> None:
+    class OrganRow(NamedTuple):
+        organ: Swatch
+        hd95: Interval
+
+    page = write(tmp_path, metrics_rows=[OrganRow(Swatch("<liver>", '#abc"'), Interval(12.345, 3.21, 20))], cases=())
+    assert page.of("th") == ["Organ", "HD95 (mm)"]
+    assert page.of("td") == ["<liver>", "12.3"]
+    assert "3.2–20.0" in page.of("small")
+    assert page.values("style") == ['background: #abc"']
+
+
+def test_cases_may_have_another_heading_and_a_row_of_their_own(tmp_path: Path) -> None:
+    assert "wide" not in write(tmp_path).values("class")
+    page = write(tmp_path, cases_heading="Best & worst", wide_cases=True)
+    assert page.of("h2")[-1] == "Best & worst"
+    assert page.values("class")[0] == "wide"
 
 
 @pytest.mark.parametrize(

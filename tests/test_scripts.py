@@ -264,6 +264,16 @@ def test_the_better_baseline_is_a_row_of_its_own(stand: Stand, tmp_path: Path) -
     assert (best["mean"], best["std"]) == (rows[f"ours - {better}"]["mean"], rows[f"ours - {better}"]["std"])
 
 
+def test_a_study_may_name_the_recipes_that_are_compared(stand: Stand, tmp_path: Path) -> None:
+    rows = run(tmp_path, {**EVALUATED, "compare": [["theirs", "ours"]]})
+    (tmp_path / "results.csv").unlink()
+    usual = run(tmp_path, EVALUATED)
+    assert {row["recipe"] for row in rows if " - " in row["recipe"]} == {"theirs - ours"}
+    means = [float(row["mean"]) for row in rows if row["recipe"] == "theirs - ours"]
+    assert means == [-float(row["mean"]) for row in usual if row["recipe"] == "ours - theirs"]
+    assert [row for row in rows if " - " not in row["recipe"]] == [row for row in usual if " - " not in row["recipe"]]
+
+
 def test_findings_without_scores_from_every_run_are_left_out() -> None:
     labels = np.array([[0, 1, 0, 0], [1, 1, 1, 1], [np.nan, 0, 0, 1]])
     labels[1:, 3] = 0
@@ -487,9 +497,9 @@ def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(pag
 def test_curves_run_over_the_fractions_without_the_differences(page: Path) -> None:
     rows = show(page, TRAINED)
     (block,) = render_results.read_blocks()
-    curves = list(render_results.curves(block, "findings/finetune/-/auroc"))
-    assert [(recipe, shares) for recipe, shares, _, _ in curves] == [("ours", [0.1, 1.0]), ("theirs", [0.1, 1.0])]
-    assert curves[0][2][1] == float(rows[0]["mean"])
+    curves = list(render_results.curves(block, "findings/finetune/-/auroc", block.fractions))
+    assert [(line.recipe, line.sizes) for line in curves] == [("ours", [0.1, 1.0]), ("theirs", [0.1, 1.0])]
+    assert curves[0].means[1] == float(rows[0]["mean"])
 
 
 def test_other_studies_are_a_table_per_variant_without_figure(page: Path) -> None:

@@ -4,8 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dissect_monai.volume_anatomy import abdomen
 from dissect_monai.volume_phantoms import VOLUME_TASKS, volume_phantom
-from dissect_monai.volume_scans import SCANS, VolumePhantom
+from dissect_monai.volume_scans import SCANS, VolumePhantom, scan_phantom
 
 ABDOMEN = SCANS["abdomen_ct"].labels
 every_task = pytest.mark.parametrize("task", VOLUME_TASKS)
@@ -55,7 +56,20 @@ def test_every_label_is_present_and_no_other(task: str) -> None:
     for seed in range(4):
         values, counts = np.unique(drawn(task, seed).label, return_counts=True)
         assert values.tolist() == list(range(len(SCANS[task].labels) + 1))
-        assert counts.min() >= 20
+        assert counts.min() >= 12
+
+
+def test_abdominal_ct_has_the_organs_of_btcv_in_its_order() -> None:
+    assert ABDOMEN == (
+        "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+        "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
+    )  # fmt: skip
+
+
+def test_no_organ_of_the_abdomen_is_lost_in_many_subjects() -> None:
+    counts = np.array([np.bincount(drawn("abdomen_ct", seed).label.ravel(), minlength=14) for seed in range(40)])
+    assert counts.shape == (40, 14)
+    assert counts.min() >= 8
 
 
 @every_task
@@ -89,6 +103,13 @@ def test_organs_have_human_sizes() -> None:
     assert 80 < volumes["left_kidney"] < 300
     assert 70 < volumes["spleen"] < 350
     assert 15 < volumes["gallbladder"] < 80
+    assert 10 < volumes["esophagus"] < 40
+    assert 60 < volumes["aorta"] < 140
+    assert 60 < volumes["inferior_vena_cava"] < 160
+    assert 15 < volumes["portal_and_splenic_veins"] < 50
+    assert 40 < volumes["pancreas"] < 120
+    assert 5 < volumes["right_adrenal_gland"] < 20
+    assert 5 < volumes["left_adrenal_gland"] < 20
 
 
 def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
@@ -111,6 +132,36 @@ def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
         phantom = drawn("heart_mr", seed)
         right, left = (centre(phantom, "heart_mr", f"{side}_ventricle") for side in ("right", "left"))
         assert (right[:2] > left[:2] + 5).all()  # to the right and to the front
+
+
+def test_small_organs_lie_beside_their_neighbours() -> None:
+    for seed in range(8):
+        place = {name: centre(drawn("abdomen_ct", seed), "abdomen_ct", name) for name in ABDOMEN}
+        aorta, cava, veins, gullet = (
+            place[name] for name in ("aorta", "inferior_vena_cava", "portal_and_splenic_veins", "esophagus")
+        )
+        assert cava[0] > aorta[0] + 15
+        assert gullet[2] > max(place[name][2] for name in ABDOMEN if name != "esophagus")
+        assert place["stomach"][0] < gullet[0] < cava[0]
+        assert place["spleen"][0] < veins[0] < place["liver"][0]
+        assert veins[1] > cava[1]
+        for side, sign in (("right", 1), ("left", -1)):
+            gland, kidney = place[f"{side}_adrenal_gland"], place[f"{side}_kidney"]
+            assert sign * aorta[0] < sign * gland[0] < sign * kidney[0] - 15
+            assert gland[2] > kidney[2] + 15
+            assert gland[1] < veins[1]
+
+
+def test_the_small_organs_leave_the_others_nearly_whole() -> None:
+    """They are painted last: what the abdomen without them, as in MR, has under them is little of any organ."""
+    names = [
+        name for name in ABDOMEN if "adrenal" not in name and name not in ("esophagus", "portal_and_splenic_veins")
+    ]
+    for seed in range(8):
+        plain = scan_phantom(SCANS["abdomen_ct"]._replace(anatomy=abdomen), [0, seed], 48)
+        for name in names:
+            before = mask(plain, "abdomen_ct", name)
+            assert (before & mask(drawn("abdomen_ct", seed), "abdomen_ct", name)).sum() > 0.8 * before.sum()
 
 
 def test_the_wall_of_the_left_ventricle_is_closed_in_every_slice() -> None:
@@ -137,7 +188,10 @@ def test_tissues_of_the_abdomen_have_their_hounsfield_units() -> None:
     def typical(name: str) -> float:
         return float(np.median(np.concatenate([p.image[mask(p, "abdomen_ct", name)] for p in phantoms])))
 
-    assert all(40 < typical(name) < 130 for name in ("liver", "spleen", "right_kidney", "left_kidney", "aorta"))
+    assert all(
+        40 < typical(name) < 130
+        for name in ("liver", "spleen", "right_kidney", "left_kidney", "aorta", "inferior_vena_cava")
+    )
     assert 0 < typical("gallbladder") < 40
     between = np.concatenate([p.image[(p.label == 0) & (p.image > -250) & (p.image < -50)] for p in phantoms])
     assert np.median(between) == pytest.approx(-100, abs=15)  # fat

@@ -1,0 +1,350 @@
+"""Data lists of segmentation: classes by name, folds and splits by whole subject, label maps as classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import ImageMetaKey, convert_to_dst_type
+
+from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder, select_fraction
+from dissect_monai.domains import named_values
+from dissect_monai.segmentation_metrics import integer_map
+
+logger = logging.getLogger(__name__)
+BTCV_ORGANS = (
+    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
+)  # fmt: skip
+BTCV_VALIDATION = range(35, 41)  # of the literature; the other 24 of the 30 are 1 to 10 and 21 to 34
+
+
+class SegmentationDatalist(NamedTuple):
+    """What `read_segmentation` found; read it by name."""
+
+    # "image", "label": paths; "subject", "task": str; "modality": str, or a list of them, one a channel;
+    # "labels": {name: its values in the label map}.
+    training: list[Item]
+    validation: list[Item]
+    test: list[Item]
+    class_names: list[str]  # structures of the classes 1, 2, ...
+    modality: str | list[str] | None  # of all training volumes; None if they differ
+    in_channels: int
+
+
+def read_segmentation(
+    dataset_dir: str | Path | Sequence[str | Path],
+    structures: Sequence[str] | None = None,
+    modality: str | Sequence[str] | None = None,
+    fold: int | None = None,
+    num_folds: int = 5,
+    validation_fraction: float = 0.2,
+    split_seed: int = 0,
+) -> SegmentationDatalist:
+    """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
+
+    The classes are the structures that `labels` of dataset.json names, in the order of their values; several folders
+    must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
+
+    A validation split is that of dataset.json. Without one, it is 0035 to 0040 where the subjects are those of BTCV
+    (img0001, ...), as in the literature, or else a part of the training subjects. With `fold`, training and validation
+    subjects are put together and parted anew into folds, of which that one is for validation. Splits are by whole
+    subject; a volume without subject is one of its own.
+
+    Args:
+        dataset_dir: the folder or folders.
+        structures: names of those to learn, whose order is that of the classes; None takes all.
+        modality: of the volumes ("CT" scales by a window), or one a channel; None takes that of dataset.json.
+        fold: place of the fold for validation, from 0; None takes no folds.
+        num_folds: number of folds, at least 2.
+        validation_fraction: share of the training subjects, in [0, 1), at least one, that becomes a validation split
+            where there is none; 0 takes none.
+        split_seed: draws other folds, and other subjects for a validation split.
+
+    Raises:
+        FileNotFoundError: if a folder or a listed file does not exist.
+        ValueError: if an argument is out of range; dataset.json is malformed, or names no structures, or others than
+            another folder; splits share a subject; or no volume for training has a label map.
+    """
+    if fold is not None and not 0 <= fold < num_folds:
+        raise ValueError(f"`fold` must be in [0, {num_folds}), got {fold}.")
+    if num_folds < 2 or not 0 <= validation_fraction < 1:
+        raise ValueError(
+            "`num_folds` must be at least 2 and `validation_fraction` in [0, 1), "
+            f"got {num_folds} and {validation_fraction}."
+        )
+    folders = data_folders(dataset_dir)
+    datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
+    found = [_complete(datalist, folder, modality) for datalist, folder in zip(datalists, folders, strict=True)]
+    names = _common_names(found, folders, structures)
+    datalist = _labelled(merge_datalists(datalists, folders))
+    datalist = _split(datalist, fold, num_folds, validation_fraction, split_seed)
+    first, *others = [item["modality"] for item in datalist.training]
+    channels = {1 if isinstance(each, str) else len(each) for each in (first, *others)}
+    if len(channels) != 1:
+        raise ValueError(f"all volumes must have the same number of channels, got {sorted(channels)} (`modality`).")
+    common = first if all(each == first for each in others) else None
+    splits = (datalist.training, datalist.validation, datalist.test)
+    return SegmentationDatalist(*splits, names, common, channels.pop())
+
+
+def read_unlabelled(
+    dataset_dir: str | Path | Sequence[str | Path], modality: str | Sequence[str] | None = None
+) -> list[Item]:
+    """The volumes to segment of one or several folders, of a dataset.json or without, or of one file.
+
+    Listed files may be missing, for predictions name each volume that cannot be read and do the rest.
+
+    Args:
+        dataset_dir: the folder or folders, or a single volume.
+        modality: of the volumes, or one a channel; None takes that of dataset.json.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or holds no volumes.
+        ValueError: if a dataset.json is malformed.
+    """
+    folders = data_folders(dataset_dir)
+    datalists = [read_folder(folder, spatial_dims=3, check=False) for folder in folders]
+    items = _items(merge_datalists(datalists, folders, check=False))
+    for item in items:
+        item["modality"] = _modality(item.get("modality") if modality is None else modality)
+    return items
+
+
+class Scored(NamedTuple):
+    """The volumes that an evaluation scores, and what its report says of them."""
+
+    items: list[Item]
+    facts: dict[str, str | int]
+    notes: list[str]
+
+
+def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mapping[str, Any]) -> Scored:
+    """The volumes to score: the test split, or the validation split if there is none; it is logged which.
+
+    Args:
+        datalist: as `read_segmentation` gives it.
+        split: "test", "validation", or "auto" for the first that there is.
+        settings: of the weights, which say whether they were chosen on the validation split.
+
+    Raises:
+        ValueError: if `split` is unknown or has no labelled volumes.
+    """
+    if split not in ("auto", "validation", "test"):
+        raise ValueError(f"`split` must be auto, validation or test, got {split!r}.")
+    name = ("test" if datalist.test else "validation") if split == "auto" else split
+    items: list[Item] = getattr(datalist, name)
+    if not items:
+        raise ValueError(
+            f"`{name}` must hold volumes with label maps to be scored, got none: list some in dataset.json, or hold "
+            "out some by --validation_fraction or --fold."
+        )
+    notes = []
+    if name == "validation" and settings.get("select") == "best":
+        notes.append(
+            "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
+            "train with --select last."
+        )
+        logger.warning(notes[0])
+    subjects = len({str(item["subject"]) for item in items})
+    logger.info("Scoring the %d subjects of `%s`.", subjects, name)
+    return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
+
+
+def labelled_subjects(datalist: SegmentationDatalist, label_fraction: float = 1.0, seed: int = 0) -> list[Item]:
+    """The volumes to train on: those of a fraction of the training subjects, at least one.
+
+    For one seed, a smaller fraction is a subset of every larger one. The number is logged.
+
+    Args:
+        datalist: as `read_segmentation` gives it.
+        label_fraction: share of the training subjects in (0, 1].
+        seed: draws other subjects.
+    """
+    items = select_fraction(datalist.training, label_fraction, seed)
+    subjects = [len({item["subject"] for item in each}) for each in (items, datalist.training)]
+    logger.info("Training on %d of %d subjects with labels.", *subjects)
+    return items
+
+
+def _complete(datalist: Datalist, folder: Path, modality: str | Sequence[str] | None) -> list[str]:
+    """Give every item its subject, task, modality and the values of its structures, and return all names."""
+    base = folder if folder.is_dir() else folder.parent
+    names: dict[str, None] = {}
+    for item in _items(datalist):
+        item.setdefault("subject", os.path.relpath(item["image"], base))
+        item.setdefault("task", base.name)
+        item["modality"] = _modality(item.get("modality") if modality is None else modality)
+        if not isinstance(item.get("labels"), Mapping) or not item["labels"]:
+            raise ValueError(
+                f'{folder} must name the values of its label maps, such as "labels": {{"1": "spleen"}} in its '
+                f"dataset.json, got {item.get('labels')!r}."
+            )
+        item["labels"] = named_values(item["labels"], folder)
+        names |= dict.fromkeys(sorted(item["labels"], key=lambda name: min(item["labels"][name])))
+    return list(names)
+
+
+def _modality(given: Any) -> str | list[str]:
+    values = list(given.values()) if isinstance(given, Mapping) else given
+    names = (
+        [str(value).strip() or "unknown" for value in values] if isinstance(values, (list, tuple)) else [str(values)]
+    )
+    return names[0] if len(names) == 1 else names
+
+
+def _common_names(found: list[list[str]], folders: list[Path], structures: Sequence[str] | None) -> list[str]:
+    for names, folder in zip(found, folders, strict=True):
+        if {*names} != {*found[0]}:
+            raise ValueError(
+                f"all folders must name the same structures, got {_few(found[0])} in {folders[0]} and {_few(names)} "
+                f"in {folder}: what one set has not contoured would count as background."
+            )
+    if structures is None:
+        return found[0]
+    chosen = [structures] if isinstance(structures, str) else list(structures)
+    unknown = [name for name in chosen if name not in found[0]]
+    if unknown or not chosen or len({*chosen}) < len(chosen):
+        raise ValueError(
+            f"`structures` must be different ones of {', '.join(found[0])}, got {', '.join(map(str, chosen))}."
+        )
+    return chosen
+
+
+def _labelled(datalist: Datalist) -> Datalist:
+    """Without the volumes that have no label map."""
+    kept = {
+        split: [item for item in getattr(datalist, split) if isinstance(item.get("label"), str)] for split in SPLITS
+    }
+    if not kept["training"]:
+        raise ValueError(
+            "`training` must list volumes with the path of a label map (`label`), got "
+            f"{len(datalist.training)} without: write them into dataset.json, such as make_datalist.py does."
+        )
+    for split, items in kept.items():
+        without = len(getattr(datalist, split)) - len(items)
+        if without:
+            logger.warning("%d of the volumes in `%s` have no label map and are left out.", without, split)
+    return datalist._replace(**kept)
+
+
+def _split(datalist: Datalist, fold: int | None, num_folds: int, fraction: float, seed: int) -> Datalist:
+    if fold is None and (datalist.validation or fraction == 0):
+        return datalist
+    items = datalist.training + datalist.validation
+    subjects = sorted({str(item["subject"]) for item in items})
+    if fold is not None:
+        if len(subjects) < num_folds:
+            raise ValueError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
+        order = np.random.default_rng(seed).permutation(len(subjects))
+        chosen = {subjects[index] for index in order[fold::num_folds]}
+    elif (numbers := _btcv_numbers(items)) is not None:
+        chosen = {subject for subject, number in numbers.items() if number in BTCV_VALIDATION}
+        logger.info("The subjects are those of BTCV: 0035 to 0040 are for validation, as in the literature.")
+    else:
+        if len(subjects) < 2:
+            raise ValueError("there must be two training subjects or more to hold out some for validation, got one.")
+        drawn = select_fraction(sorted(items, key=lambda item: str(item["subject"])), fraction, seed)
+        chosen = {str(item["subject"]) for item in drawn}
+        logger.info("%d of %d training subjects are held out for validation.", len(chosen), len(subjects))
+    return datalist._replace(
+        training=[item for item in items if str(item["subject"]) not in chosen],
+        validation=[item for item in items if str(item["subject"]) in chosen],
+    )
+
+
+def _btcv_numbers(items: list[Item]) -> dict[str, int] | None:
+    """Number of each subject, if the files have the names of BTCV's 30 training cases."""
+    matches = {str(item["subject"]): re.match(r"img(\d{4})\.", Path(item["image"]).name) for item in items}
+    numbers = {subject: int(match[1]) for subject, match in matches.items() if match is not None}
+    standard = {*range(1, 11), *range(21, 41)}
+    return numbers if len(numbers) == len(matches) and {*numbers.values()} == standard else None
+
+
+def _items(datalist: Datalist) -> list[Item]:
+    return [item for split in SPLITS for item in getattr(datalist, split)]
+
+
+def _few(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
+
+
+def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item]:
+    """The items that one process validates: every one is some process's, and each process has one, if there is any."""
+    return items[rank::world_size] or items[:1]
+
+
+def refuse_unselected(datalist: SegmentationDatalist, select: str) -> None:
+    """Refuse to choose the best weights without a validation split to choose them on.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if select == "best" and not datalist.validation:
+        raise ValueError(
+            "`--select best` chooses the weights on a validation split, and there is none: list some subjects there, "
+            "give --validation_fraction or --fold, or take the last weights by --select last."
+        )
+
+
+class LabelClassesd(MapTransform):
+    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
+
+    Args:
+        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype.
+        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
+        labels_key: key of the item's {name: values}.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if an item does not name its values, names one of two classes twice, or its label map has fractions
+            or a value that it does not name.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        class_names: Sequence[str],
+        labels_key: str = "labels",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.class_names = list(class_names)
+        self.labels_key = labels_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the label maps of an item by classes in uint8, from 255 structures on in int16."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
+            table = self._table(item.get(self.labels_key), where)
+            label_map = integer_map(where, np.asarray(item[key])[0])
+            unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
+            if unknown:
+                raise ValueError(
+                    f"{where} must hold values that `labels` of its dataset.json names ({_few(sorted(table))}), got "
+                    f"{_few(unknown)}: name them there, or correct the label map."
+                )
+            classes = np.zeros(max(table) + 1, np.uint8 if len(self.class_names) < 255 else np.int16)
+            classes[list(table)] = list(table.values())
+            item[key] = convert_to_dst_type(classes[label_map][None], item[key], dtype=classes.dtype)[0]
+        return item
+
+    def _table(self, labels: Any, where: str) -> dict[int, int]:
+        """Class of every value of a file."""
+        if not isinstance(labels, Mapping):
+            raise ValueError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
+        table = {0: 0}
+        for name, values in labels.items():
+            index = self.class_names.index(name) + 1 if name in self.class_names else 0
+            for value in values:
+                if table.setdefault(value, index) != index:
+                    raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
+        return table

@@ -1,0 +1,91 @@
+"""What the training of a segmentation adds to a `SegResNet`: logits of coarser levels, a frozen start."""
+
+from __future__ import annotations
+
+from ignite.engine import Engine
+from monai.engines import IterationEvents
+from monai.networks.layers.factories import Conv
+from monai.networks.nets import SegResNet
+from torch import Tensor, nn
+
+from dissect_monai.weights import SEGRESNET_ENCODER
+
+
+class DeepSupervisionNet(nn.Module):
+    """A `SegResNet` that, while it trains, segments at coarser levels of its decoder, too.
+
+    Each of these levels has a 1×1×1 convolution of its own, which is not part of `segresnet`: that is what to save.
+
+    Args:
+        segresnet: the network in 2-D or 3-D.
+        num_heads: how many coarser levels have an output, from the finest on; at least 1 and fewer than the levels of
+            the decoder.
+
+    Raises:
+        ValueError: if `num_heads` is out of range.
+
+    Reference:
+        Lee et al., Deeply-supervised nets, AISTATS 2015, Sec. 2.
+    """
+
+    def __init__(self, segresnet: SegResNet, num_heads: int = 2) -> None:
+        super().__init__()
+        levels = len(segresnet.up_layers)
+        if not 1 <= num_heads < levels:
+            raise ValueError(f"`num_heads` must be at least 1 and fewer than the {levels} levels, got {num_heads}.")
+        self.segresnet = segresnet
+        classes = segresnet.conv_final[-1].out_channels
+        conv = Conv[Conv.CONV, segresnet.spatial_dims]
+        # Level 0 is that of the output itself.
+        self.heads = nn.ModuleList(
+            conv(segresnet.init_filters * 2**level, classes, 1) for level in range(1, num_heads + 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """Logits (B, classes, *spatial); in training a list with those of coarser levels behind, each half as fine.
+
+        Args:
+            images: shape (B, in_channels, *spatial).
+        """
+        if not self.training:
+            return self.segresnet(images)
+        features, maps = self.segresnet.encode(images)
+        skips = maps[::-1][1:]
+        decoded = []
+        for upsample, layer, skip in zip(self.segresnet.up_samples, self.segresnet.up_layers, skips, strict=False):
+            features = layer(upsample(features) + skip)
+            decoded.append(features)
+        finest, *coarser = decoded[::-1]
+        others = [head(each) for head, each in zip(self.heads, coarser, strict=False)]
+        return [self.segresnet.conv_final(finest), *others]
+
+
+class FrozenEncoder:
+    """Keeps the encoder of a `SegResNet` as it is for the first epochs, so that a new head does not spoil it.
+
+    Its gradients are dropped before the optimiser sees them, which works in any number of processes: optimisers of
+    PyTorch leave parameters without gradient alone, weight decay included.
+
+    Args:
+        network: the network.
+        num_epochs: how many epochs, at least 0.
+
+    Raises:
+        ValueError: if `num_epochs` is negative.
+    """
+
+    def __init__(self, network: SegResNet, num_epochs: int) -> None:
+        if num_epochs < 0:
+            raise ValueError(f"`num_epochs` must be at least 0, got {num_epochs}.")
+        self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
+        self.num_epochs = num_epochs
+
+    def attach(self, engine: Engine) -> None:
+        """Run after every backward pass."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Drop the gradients of the encoder, if it is early."""
+        if engine.state.epoch <= self.num_epochs:
+            for parameter in self.parameters:
+                parameter.grad = None
