@@ -91,7 +91,8 @@ footer p { margin: 2px 0; }
   .facts { padding: 8px 12px; } .facts dd { font-size: 11px; }
   figure { flex-basis: 40%; } .case { min-width: 0; } .case dl { font-size: 9px; } .case dt { flex-basis: 48px; }
   .sheet { display: flex; flex-direction: column; height: 272mm; line-height: 1.25; }
-  .sheet h1 { margin-bottom: 6px; } .sheet h2 { margin: 8px 0 6px; } .sheet footer { margin-top: 8px; padding-top: 4px; }
+  .sheet h1 { margin-bottom: 6px; } .sheet h2 { margin: 8px 0 6px; }
+  .sheet footer { margin-top: 8px; padding-top: 4px; }
   .sheet .facts { gap: 4px 20px; padding: 5px 8px; } .sheet .facts dd { font-size: 10px; }
   .sheet .results { overflow: visible; } .sheet .notes { margin-top: 3px; } .sheet :is(th, td) { padding: 1px 4px; }
   .sheet > * { flex: none; }

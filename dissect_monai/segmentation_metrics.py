@@ -15,7 +15,8 @@ from scipy.spatial import cKDTree
 
 LabelMap = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
-Points = Values = NDArray[np.floating[Any]]  # (N, 3) in mm; (N,)
+Points = NDArray[np.floating[Any]]  # (N, 3) in mm
+Values = NDArray[np.floating[Any]]  # (N,)
 Box = tuple[slice, slice, slice]
 
 OUTCOMES = ("scored", "missed", "false_positive", "absent")

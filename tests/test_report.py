@@ -191,10 +191,11 @@ def test_a_swatch_has_its_colour_and_distances_have_one_decimal(tmp_path: Path) 
 
 
 def test_cases_may_have_another_heading_and_a_row_of_their_own(tmp_path: Path) -> None:
-    assert "wide" not in write(tmp_path).values("class")
+    assert write(tmp_path).values("class")[0] == ""
     page = write(tmp_path, cases_heading="Best & worst", wide_cases=True)
     assert page.of("h2")[-1] == "Best & worst"
-    assert page.values("class")[0] == "wide"
+    assert page.values("class")[0] == "wide sheet"
+    assert write(tmp_path, metrics_rows=[EFFUSION] * 40, wide_cases=True).values("class")[0] == "wide"
 
 
 @pytest.mark.parametrize(
