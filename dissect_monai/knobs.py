@@ -111,6 +111,7 @@ RULES = {
     "blocks_up": _list_of(_whole(1)),
     "cache_dir": _optional(PATH),
     "calibration": _optional(PATH),
+    "ce_weight": _number(0),
     "checkpoint": _optional(PATH),
     "ckpt_interval": _whole(1),
     "class_balance": _one_of(*BALANCES),

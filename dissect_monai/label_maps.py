@@ -60,7 +60,7 @@ class LabelMapSaver:
     of each structure in ml. label_maps.csv lists all images with their label maps, or why they could not be read; when
     it is written, such images end the run with an error.
 
-    The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them.
+    The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
         loader: the evaluator's loader.
@@ -87,7 +87,8 @@ class LabelMapSaver:
 
     def __call__(self, engine: Engine) -> None:
         """Write the label maps of one batch."""
-        for index, item in zip(engine.state.batch["index"].tolist(), engine.state.output, strict=True):
+        for entry, item in zip(engine.state.batch, engine.state.output, strict=True):
+            index = int(entry["index"])
             path = self.output_dir / f"{self.names[index]}_seg.nii.gz"
             save_label_map(item["pred"], path)
             self._describe(item["pred"], self.loader.dataset.data[index]["image"], path)
