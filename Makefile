@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo test lint type bench results clean
+.PHONY: demo demo-all test lint type bench results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -27,6 +27,19 @@ demo: $(BIN)/.runtime  ## pretrain on generated X-rays, then look
 	@echo
 	@echo "The encoder is in $(BUNDLE)/models/model.pt. Look at the curves, views and code maps:"
 	@echo "    $(BIN)/tensorboard --logdir $(BUNDLE)/eval"
+
+DEMO = runs/demo
+demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: pretrain, classify; pretrain, segment
+	rm -rf $(DEMO)
+	$(RUN) bundles/pretrain_vq_ssl/configs/train.json --output_dir $(DEMO)/pretrain_vq_ssl
+	$(RUN) bundles/cxr_classify/configs/train.json --output_dir $(DEMO)/cxr_classify --pretrained $(DEMO)/pretrain_vq_ssl/models/model.pt
+	$(RUN) bundles/cxr_classify/configs/evaluate.json --output_dir $(DEMO)/cxr_classify
+	$(RUN) bundles/hssl_multidomain/configs/train.json --output_dir $(DEMO)/hssl_multidomain
+	$(RUN) bundles/seg_finetune_btcv/configs/train.json --output_dir $(DEMO)/seg_finetune_btcv --pretrained $(DEMO)/hssl_multidomain/models/model.pt
+	$(RUN) bundles/seg_finetune_btcv/configs/evaluate.json --output_dir $(DEMO)/seg_finetune_btcv
+	$(RUN) bundles/seg_finetune_btcv/configs/inference.json --output_dir $(DEMO)/seg_finetune_btcv
+	@echo
+	$(BIN)/python scripts/demo_table.py $(DEMO)
 
 test: $(BIN)/.dev  ## the whole test suite
 	$(BIN)/python -m pytest

@@ -182,21 +182,21 @@ def _complete(datalist: Datalist, folder: Path, modality: str | Sequence[str] | 
         item.setdefault("subject", os.path.relpath(item["image"], base))
         item.setdefault("task", base.name)
         item["modality"] = _modality(item.get("modality") if modality is None else modality)
-        if not isinstance(item.get("labels"), Mapping) or not item["labels"]:
+        given = item.get("labels")
+        item["labels"] = named_values(given, folder) if isinstance(given, Mapping) else {}
+        if not item["labels"]:
             raise ValueError(
                 f'{folder} must name the values of its label maps, such as "labels": {{"1": "spleen"}} in its '
-                f"dataset.json, got {item.get('labels')!r}."
+                f"dataset.json, got {given!r}."
             )
-        item["labels"] = named_values(item["labels"], folder)
         names |= dict.fromkeys(sorted(item["labels"], key=lambda name: min(item["labels"][name])))
     return list(names)
 
 
 def _modality(given: Any) -> str | list[str]:
     values = list(given.values()) if isinstance(given, Mapping) else given
-    names = (
-        [str(value).strip() or "unknown" for value in values] if isinstance(values, (list, tuple)) else [str(values)]
-    )
+    channels = values if isinstance(values, (list, tuple)) else [values]
+    names = ["unknown" if value is None else str(value).strip() or "unknown" for value in channels]
     return names[0] if len(names) == 1 else names
 
 
@@ -251,6 +251,7 @@ def _split(datalist: Datalist, fold: int | None, num_folds: int, fraction: float
     else:
         if len(subjects) < 2:
             raise ValueError("there must be two training subjects or more to hold out some for validation, got one.")
+        fraction = min(fraction, 1 - 1 / len(subjects))  # rounding must leave one to train on
         drawn = select_fraction(sorted(items, key=lambda item: str(item["subject"])), fraction, seed)
         chosen = {str(item["subject"]) for item in drawn}
         logger.info("%d of %d training subjects are held out for validation.", len(chosen), len(subjects))
@@ -304,8 +305,8 @@ class LabelClassesd(MapTransform):
         allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
-        ValueError: if an item does not name its values, names one of two classes twice, or its label map has fractions
-            or a value that it does not name.
+        ValueError: if an item does not name its values, names a negative one, or one of two classes twice, or its label
+            map has fractions or a value that it does not name.
     """
 
     def __init__(
@@ -345,6 +346,8 @@ class LabelClassesd(MapTransform):
         for name, values in labels.items():
             index = self.class_names.index(name) + 1 if name in self.class_names else 0
             for value in values:
+                if value < 0:
+                    raise ValueError(f"{where} must have values of at least 0, got {value} for {name}.")
                 if table.setdefault(value, index) != index:
                     raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
         return table

@@ -133,3 +133,28 @@ def test_progress_lets_an_error_pass() -> None:
     with pytest.raises(RuntimeError, match="the loss is not finite"):
         engine.run(range(3))
     assert handler.bar is None
+
+
+@pytest.mark.parametrize("output", [None, 3.0, [{"pred": 1}], {"pred": 1}])
+def test_progress_without_a_loss_counts(output: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(lambda engine, batch: output)
+    handler = ProgressHandler(interval=1, description="volumes")
+    handler.attach(engine)
+    engine.run(range(4), max_epochs=1)
+    shown = capsys.readouterr().err
+    assert "volumes: 100%" in shown
+    assert "4/4" in shown
+    assert "loss" not in shown
+    assert handler.bar is None
+
+
+def test_progress_of_an_unknown_length_counts_without_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(lambda engine, batch: None)
+    handler = ProgressHandler(interval=1, description="volumes")
+    handler.attach(engine)
+    totals = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: totals.append((handler.bar.n, handler.bar.total)))
+    engine.run((index for index in range(3)), max_epochs=1)
+    assert totals == [(1, None), (2, None), (3, None)]
+    assert "volumes: 3it" in capsys.readouterr().err
+    assert handler.bar is None

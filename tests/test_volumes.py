@@ -118,6 +118,52 @@ def test_a_sample_has_the_percentiles_of_the_whole() -> None:
     assert sample_voxels(np.ones((5, 5))).size == 25
 
 
+def test_every_channel_is_scaled_by_its_own_modality() -> None:
+    hounsfield = torch.linspace(-200, 400, body().numel()).view_as(body())
+    both = torch.cat([hounsfield, body(scale=7).float()])
+    expected = [normalized(hounsfield, "CT"), normalized(body(scale=7), "MR")]
+    for names in (["CT", "MR"], ("CT", None)):
+        torch.testing.assert_close(normalized(both, names), torch.cat(expected))
+    swapped = normalized(both.flip(0), ["MR", "CT"])
+    torch.testing.assert_close(swapped, torch.cat(expected).flip(0))
+
+
+def test_one_modality_scales_all_channels_alike() -> None:
+    hounsfield = torch.tensor([[[-1000.0, -25.0]], [[75.0, 3000.0]]])
+    torch.testing.assert_close(normalized(hounsfield, "CT"), torch.tensor([[[0, 0.25]], [[0.5, 1.0]]]))
+
+
+def test_channels_keep_metadata_and_fractions_of_whatever_type_they_come() -> None:
+    values = torch.stack([torch.linspace(-200, 400, 60).view(3, 4, 5), torch.arange(60.0).view(3, 4, 5)])
+    image = MetaTensor(values.to(torch.int16), affine=torch.diag(torch.tensor([1.0, 2, 3, 1])))
+    result = NormalizeModalityd("image")({"image": image, "modality": ["CT", "MR"]})["image"]
+    assert isinstance(result, MetaTensor)
+    np.testing.assert_allclose(result.pixdim, [1, 2, 3])
+    assert result.shape == image.shape
+    assert result.dtype == torch.float32
+    expected = NormalizeModalityd("image")({"image": image[1:], "modality": "MR"})["image"]
+    torch.testing.assert_close(result[1:].as_tensor(), expected.as_tensor())
+
+
+@pytest.mark.parametrize("modality", [["CT"], ["CT", "MR", "PET"]])
+def test_another_number_of_channels_than_modalities_is_refused(modality: list[str]) -> None:
+    both = torch.cat([body(), body()])
+    message = rf"a channel for each of the modalities {', '.join(modality)}, got 2: correct `modality` in dataset\.json"
+    with pytest.raises(ValueError, match=message):
+        normalized(both, modality)
+
+
+def test_items_that_say_no_modality_have_the_one_that_is_given() -> None:
+    hounsfield = torch.tensor([[-1000.0, -125.0, -25.0, 75.0, 275.0, 3000.0]])
+    expected = normalized(hounsfield, "CT")
+    image = NormalizeModalityd("image", modality="CT")({"image": hounsfield})["image"]
+    torch.testing.assert_close(image, expected)
+    both = NormalizeModalityd("image", modality=["CT", "CT"])({"image": torch.cat([hounsfield] * 2)})["image"]
+    torch.testing.assert_close(both, torch.cat([expected] * 2))
+    own = NormalizeModalityd("image", modality="CT")({"image": body(), "modality": "MR"})["image"]
+    torch.testing.assert_close(own, normalized(body(), "MR"))
+
+
 # --- spacing
 
 

@@ -17,6 +17,7 @@ from dissect_monai.weights import (
     read_settings,
     save_atomically,
     save_weights,
+    transfer_segresnet,
 )
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -206,3 +207,138 @@ def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
         load_segresnet(segresnet(), tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError, match="there are no weights at"):
         load_segresnet(segresnet(), tmp_path / "none.pt")
+
+
+# ---- the start of a segmentation ---------------------------------------------------------------------------------
+
+ORGANS = ["spleen", "liver"]
+CLASSES = len(ORGANS) + 1
+
+
+def saved(folder: Path, network: SegResNet, **settings: Any) -> Path:
+    save_weights(network, folder / "model.pt", {"spatial_dims": 2, **settings})
+    return folder / "model.pt"
+
+
+def saved_state(folder: Path, state: dict[Any, Any], **settings: Any) -> Path:
+    path = saved(folder, segresnet(), **settings)
+    torch.save(state, path)
+    return path
+
+
+def taken_over(network: SegResNet, other: SegResNet, untouched: SegResNet) -> set[str]:
+    """Keys whose values come from another network, the rest being as in one that was left alone."""
+    theirs, own = other.state_dict(), untouched.state_dict()
+    equal = {key for key, value in network.state_dict().items() if torch.equal(value, theirs.get(key, torch.empty(0)))}
+    for key, value in network.state_dict().items():
+        assert key in equal or torch.equal(value, own[key]), key
+    return equal
+
+
+def test_all_but_the_last_layer_of_a_reconstruction_starts_a_segmentation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrained, network = segresnet(0, out_channels=1), segresnet(1, out_channels=CLASSES)
+    with caplog.at_level(logging.INFO):
+        assert transfer_segresnet(network, saved(tmp_path, pretrained), ORGANS) is network
+    last = {"conv_final.2.conv.weight", "conv_final.2.conv.bias"}
+    taken = taken_over(network, pretrained, segresnet(1, out_channels=CLASSES))
+    keys = set(network.state_dict())
+    assert taken == keys - last
+    assert caplog.records[-1].message == (
+        f"Loaded {len(keys) - 2} of {len(keys)} tensors of {tmp_path / 'model.pt'} into {len(keys) - 2} of {len(keys)} "
+        "of the network; left as they were: conv_final.2."
+    )
+
+
+def test_an_encoder_alone_starts_a_segmentation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder, network = encoder_of(segresnet(0)), segresnet(1, out_channels=CLASSES)
+    with caplog.at_level(logging.INFO):
+        transfer_segresnet(network, saved_state(tmp_path, encoder, class_names=ORGANS), ORGANS)
+    taken = taken_over(network, segresnet(0, out_channels=CLASSES), segresnet(1, out_channels=CLASSES))
+    constant = {key for key in taken - set(encoder) if not key.startswith("conv_final.2")}  # norms agree untrained
+    assert taken - constant == set(encoder)
+    assert all(".norm" in key or key.startswith("conv_final.0") for key in constant)
+    number = len(encoder)
+    assert f"Loaded {number} of {number} tensors of" in caplog.text
+    assert f"into {number} of {len(network.state_dict())} of the network; left as they were: up_layers" in caplog.text
+    assert caplog.records[-1].message.endswith("left as they were: up_layers, up_samples, conv_final.")
+
+
+@pytest.mark.parametrize(
+    ("class_names", "whole"),
+    [(ORGANS, True), (["spleen", "aorta"], False), (ORGANS[::-1], False), (None, False), (["tumour"] * 2, False)],
+)
+def test_the_last_layer_comes_only_from_a_segmentation_of_the_same_structures(
+    tmp_path: Path, class_names: list[str] | None, whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, network = segresnet(0, out_channels=CLASSES), segresnet(1, out_channels=CLASSES)
+    settings = {} if class_names is None else {"class_names": class_names}
+    with caplog.at_level(logging.INFO):
+        transfer_segresnet(network, saved(tmp_path, other, **settings), ORGANS)
+    taken = taken_over(network, other, segresnet(1, out_channels=CLASSES))
+    assert ("conv_final.2.conv.weight" in taken) == ("conv_final.2.conv.bias" in taken) == whole
+    assert len(taken) == len(network.state_dict()) - (0 if whole else 2)
+    assert caplog.records[-1].message.endswith("left as they were: none." if whole else "left as they were: conv_final.2.")
+
+
+def test_a_last_layer_that_is_not_taken_may_be_broken_or_missing(tmp_path: Path) -> None:
+    state = segresnet(0).state_dict()
+    state["conv_final.2.conv.bias"] = torch.tensor([float("nan")])
+    del state["conv_final.2.conv.weight"]
+    network = segresnet(1, out_channels=CLASSES)
+    transfer_segresnet(network, saved_state(tmp_path, state), ORGANS)
+    assert torch.equal(network.convInit.conv.weight, state["convInit.conv.weight"])
+
+
+REFUSED_CHANGES = [
+    ({"up_samples.0.0.conv.weight": None}, r"the SegResNet: 1 missing \(up_samples\.0\.0\.conv\.weight\)"),
+    ({"other": torch.ones(1)}, r"1 unexpected \(other\)\. Is it a SegResNet of the same spatial_dims"),
+    ({"convInit.conv.weight": torch.ones(8, 2, 3, 3)}, r"1 of another shape \(convInit\.conv\.weight\)"),
+    ({"convInit.conv.weight": torch.full((8, 1, 3, 3), float("nan"))}, "must be finite, got NaN or infinity in 1 of"),
+    ({"convInit.conv.weight": [1.0]}, r"1 not a tensor \(convInit\.conv\.weight\)"),
+    ({7: torch.ones(1)}, r"1 unexpected \(7\)"),
+]
+
+
+@pytest.mark.parametrize("same_classes", [False, True])
+@pytest.mark.parametrize(("change", "message"), REFUSED_CHANGES)
+def test_weights_that_cannot_start_a_segmentation_are_refused_and_change_nothing(
+    tmp_path: Path, change: dict[Any, Any], message: str, same_classes: bool
+) -> None:
+    state = {**segresnet(0, out_channels=CLASSES).state_dict(), **change}
+    state = {key: value for key, value in state.items() if value is not None}
+    path = saved_state(tmp_path, state, **({"class_names": ORGANS} if same_classes else {}))
+    network = segresnet(1, out_channels=CLASSES)
+    with pytest.raises(ValueError, match=message):
+        transfer_segresnet(network, path, ORGANS)
+    untouched = segresnet(1, out_channels=CLASSES).state_dict()
+    assert all(torch.equal(value, untouched[key]) for key, value in network.state_dict().items())
+
+
+def test_a_last_layer_of_the_same_structures_must_fit(tmp_path: Path) -> None:
+    path = saved(tmp_path, segresnet(0, out_channels=5), class_names=ORGANS)
+    with pytest.raises(ValueError, match=r"2 of another shape \(conv_final\.2\.conv\.weight, conv_final\.2\.conv\.bias\)"):
+        transfer_segresnet(segresnet(1, out_channels=CLASSES), path, ORGANS)
+
+
+def test_a_truncated_file_cannot_start_a_segmentation(tmp_path: Path) -> None:
+    path = saved(tmp_path, segresnet())
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"model\.pt cannot be loaded, it is damaged or no file of torch\.save"):
+        transfer_segresnet(segresnet(), path, ORGANS)
+
+
+def test_weights_for_slices_cannot_start_a_segmentation_of_volumes(tmp_path: Path) -> None:
+    path = saved(tmp_path, segresnet(0))
+    network = segresnet(1, spatial_dims=3)
+    with pytest.raises(ValueError, match=r"model\.pt must hold weights for 3-D images, got some for 2-D ones"):
+        transfer_segresnet(network, path, ORGANS)
+
+
+def test_weights_without_json_or_none_at_all_cannot_start_a_segmentation(tmp_path: Path) -> None:
+    torch.save(segresnet().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError, match=r"there is no model\.json beside .*model\.pt to say how it was trained"):
+        transfer_segresnet(segresnet(), tmp_path / "model.pt", ORGANS)
+    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*none\.pt"):
+        transfer_segresnet(segresnet(), tmp_path / "none.pt", ORGANS)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from itertools import chain, combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer, sliding_window_inference
+from torch import Tensor, nn
+
+from dissect_monai.inferers import AutocastInferer, FlippingWindowInferer, prepare_images
+
+
+def network(symmetric: bool = False) -> nn.Module:
+    """A convolution, whose kernel is no mirror image of itself, or that of itself along every axis."""
+    torch.manual_seed(0)
+    conv = nn.Conv3d(1, 3, 3, padding=1)
+    if symmetric:
+        with torch.no_grad():
+            for axis in (2, 3, 4):
+                conv.weight.copy_((conv.weight + conv.weight.flip(axis)) / 2)
+    return conv.requires_grad_(False)
+
+
+def volume(*shape: int) -> Tensor:
+    return torch.randn(1, 1, *(shape or (8, 8, 8)), generator=torch.Generator().manual_seed(1))
+
+
+# --- flips
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (11, 9, 6), (3, 8, 12)])
+@pytest.mark.parametrize("overlap", [0.25, 0.5])
+def test_without_flips_it_is_monais_sliding_window(shape: tuple[int, ...], overlap: float) -> None:
+    expected = sliding_window_inference(
+        volume(*shape), (6, 6, 6), 3, network(), overlap=overlap, mode="gaussian", padding_mode="constant"
+    )
+    inferer = FlippingWindowInferer((6, 6, 6), sw_batch_size=3, overlap=overlap)
+    torch.testing.assert_close(inferer(volume(*shape), network()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flip_axes", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)])
+@pytest.mark.parametrize("shape", [(8, 8, 8), (11, 9, 6)])
+def test_flips_give_the_mean_over_all_flipped_copies(flip_axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    plain = SlidingWindowInferer((6, 6, 6), 4, 0.5, mode="gaussian")
+    copies = []
+    for flip in chain.from_iterable(combinations(flip_axes, size) for size in range(len(flip_axes) + 1)):
+        axes = [axis + 2 for axis in flip]
+        copies.append(plain(volume(*shape).flip(axes), network()).flip(axes))
+    assert len(copies) == 2 ** len(flip_axes)
+    result = FlippingWindowInferer((6, 6, 6), flip_axes=flip_axes)(volume(*shape), network())
+    torch.testing.assert_close(result, torch.stack(copies).mean(0))
+    assert not torch.allclose(result, copies[0], atol=1e-2)  # the flips do something
+
+
+@pytest.mark.parametrize("flip_axes", [(0,), (0, 1, 2)])
+def test_flips_do_not_change_what_an_equivariant_network_says(flip_axes: tuple[int, ...]) -> None:
+    plain = FlippingWindowInferer((8, 8, 8))(volume(), network(symmetric=True))
+    flipped = FlippingWindowInferer((8, 8, 8), flip_axes=flip_axes)(volume(), network(symmetric=True))
+    torch.testing.assert_close(flipped, plain)
+
+
+def test_a_flipped_volume_is_segmented_as_the_flip_of_the_volume() -> None:
+    inferer = FlippingWindowInferer((8, 8, 8), flip_axes=(0, 2))
+    for axes in ([2], [4], [2, 4]):
+        torch.testing.assert_close(inferer(volume().flip(axes), network()), inferer(volume(), network()).flip(axes))
+
+
+def test_the_network_sees_every_copy_once() -> None:
+    seen = []
+
+    def remember(windows: Tensor) -> Tensor:
+        seen.append(len(windows))
+        return windows
+
+    image = volume()
+    result = FlippingWindowInferer((8, 8, 8), flip_axes=(0, 1))(image, remember)
+    assert seen == [1] * 4
+    torch.testing.assert_close(result, image)
+    torch.testing.assert_close(image, volume())  # the given one stays
+
+
+@pytest.mark.parametrize("flip_axes", [(), (0, 2)])
+@pytest.mark.parametrize("max_voxels", [1, 2**25])
+def test_logits_keep_the_metadata_of_the_volume(flip_axes: tuple[int, ...], max_voxels: int) -> None:
+    affine = torch.tensor([[0.0, 2, 0, -5], [-1.5, 0, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]], dtype=torch.float64)
+    image = MetaTensor(volume(9, 8, 7), affine=affine, meta={"filename_or_obj": "a.nii.gz"})
+    inferer = FlippingWindowInferer((6, 6, 6), flip_axes=flip_axes, max_voxels=max_voxels)
+    result = inferer(image, network())
+    assert isinstance(result, MetaTensor)
+    np.testing.assert_allclose(result.affine, affine)
+    assert result.meta["filename_or_obj"] == "a.nii.gz"
+    torch.testing.assert_close(result.as_tensor(), inferer(volume(9, 8, 7), network()))
+    np.testing.assert_allclose(image.affine, affine)
+
+
+def test_large_volumes_are_put_together_on_the_cpu() -> None:
+    small = FlippingWindowInferer((6, 6, 6), max_voxels=8**3)
+    assert small(volume(), network()).device.type == "cpu"
+    assert (small.cpu_thresh, FlippingWindowInferer((6, 6, 6)).cpu_thresh) == (8**3, 2**25)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_network_runs_in_bfloat16_if_wanted(amp: bool) -> None:
+    types = set()
+
+    def remember(windows: Tensor) -> Tensor:
+        logits = network()(windows)
+        types.add(logits.dtype)
+        return logits
+
+    result = FlippingWindowInferer((8, 8, 8), flip_axes=(1,), amp=amp)(volume(), remember)
+    assert types == {torch.bfloat16 if amp else torch.float32}
+    assert result.dtype == torch.float32
+    expected = FlippingWindowInferer((8, 8, 8), flip_axes=(1,))(volume(), network())
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.05 if amp else 0)
+
+
+def test_further_arguments_reach_the_network() -> None:
+    given = []
+
+    def remember(windows: Tensor, scale: float, shift: float = 0) -> Tensor:
+        given.append((scale, shift))
+        return windows
+
+    FlippingWindowInferer((8, 8, 8), flip_axes=(0,))(volume(), remember, 2.0, shift=3.0)
+    assert given == [(2.0, 3.0)] * 2
+
+
+@pytest.mark.parametrize("flip_axes", [(3,), (-1,), (0, 0), (0, 1, 2, 1), ("0",)])
+def test_axes_that_cannot_be_flipped_are_refused(flip_axes: Any) -> None:
+    with pytest.raises(ValueError, match=r"`flip_axes` must be different ones of 0, 1, 2, got \("):
+        FlippingWindowInferer((8, 8, 8), flip_axes=flip_axes)
+
+
+# --- autocast, batches
+
+
+def test_autocast_is_off_if_not_wanted() -> None:
+    image = volume()
+    assert AutocastInferer()(image, network()).dtype == torch.bfloat16
+    torch.testing.assert_close(AutocastInferer(amp=False)(image, network()), network()(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.uint8, [0, 0.2, 1]), (torch.float32, [0, 51, 255])])
+def test_only_bytes_are_scaled(dtype: torch.dtype, expected: list[float]) -> None:
+    image, label = prepare_images({"image": torch.tensor([0, 51, 255], dtype=dtype), "label": torch.ones(2)}, "cpu")
+    torch.testing.assert_close(image, torch.tensor(expected, dtype=torch.float32))
+    assert label is not None
+    assert label.tolist() == [1, 1]
+    assert prepare_images({"image": image})[1] is None
