@@ -116,7 +116,6 @@ def datalist_digest(items: Sequence[Item]) -> str:
     Args:
         items: items of `aggregate`.
     """
-    known = sorted(
-        "\t".join([item["task"], item["modality"], str(item["subject"]), Path(item["image"]).name]) for item in items
-    )
+    facts = ((item["task"], item["modality"], item["subject"], Path(item["image"]).name) for item in items)
+    known = sorted("\t".join(map(str, each)) for each in facts)
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]

@@ -33,7 +33,8 @@ class FlippingWindowInferer(SlidingWindowInferer):
     """Segments volumes window by window under autocast, if wanted as the mean over flipped copies of the volume.
 
     Windows overlap, and near their borders they count less (by a Gaussian). Volumes of more than `max_voxels` are put
-    together on the CPU, so that a GPU holds no more than their windows.
+    together on the CPU, so that a GPU holds no more than their windows. A module is put into `channels_last_3d`,
+    in place.
 
     Args:
         roi_size: voxels of a window.
@@ -64,6 +65,9 @@ class FlippingWindowInferer(SlidingWindowInferer):
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         """Logits of shape (B, C, X, Y, Z) of volumes of shape (B, in_channels, X, Y, Z)."""
+        if isinstance(network, torch.nn.Module):
+            # MONAI Label passes a network of its own, whose layout would round differently and so break ties.
+            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         total: Any = None
         for flip in self.flips:
             axes = [axis + 2 for axis in flip]

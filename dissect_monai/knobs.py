@@ -292,9 +292,18 @@ def _refuse_odd_batch(batch_size: int, _: float) -> None:
         raise ValueError(f"`--batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
 
 
+def _refuse_rare_validation(max_epochs: int, val_interval: int, select: str) -> None:
+    if select == "best" and val_interval > max_epochs:
+        raise ValueError(
+            "`--val_interval` must be at most --max_epochs with --select best, else no weights are ever chosen, "
+            f"got {val_interval} and {max_epochs}."
+        )
+
+
 # What knobs must be to each other, in a config that has all of them.
 TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
     ("max_epochs", "schedule_epochs", "warmup_epochs"): _refuse_bad_schedule,
+    ("max_epochs", "val_interval", "select"): _refuse_rare_validation,
     ("a_min", "a_max"): _refuse_bad_window,
     ("patch_size", "spatial_dims", "blocks_down"): _refuse_bad_patch,
     ("blocks_down", "blocks_up"): _refuse_bad_blocks,

@@ -153,7 +153,9 @@ def relative_names(images: Sequence[str]) -> list[str]:
     folder = os.path.commonpath([os.path.dirname(image) for image in images]) if images else ""
     relative = [os.path.relpath(image, folder) for image in images]
     short = [_without_suffix(name) for name in relative]
-    return [name if short.count(brief) > 1 else brief for name, brief in zip(relative, short, strict=True)]
+    names = [name if short.count(brief) > 1 else brief for name, brief in zip(relative, short, strict=True)]
+    # a.mha, a.nrrd and a.mha.nii would give a.mha twice.
+    return names if len({*names}) == len({*relative}) else relative
 
 
 def _without_suffix(name: str) -> str:

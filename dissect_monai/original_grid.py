@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import MetaKeys
+from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -99,6 +101,38 @@ def to_original_grid(
         shift[0, 3] = start
         slab.copy_(_resample(pred, tuple(slab.shape), to_pred @ shift))
     return MetaTensor(label_map[None], affine=torch.as_tensor(np.asarray(affine, dtype=float)), meta=meta)
+
+
+def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
+    """Refuse a label map whose grid lies wholly beside that of its image: all of the image would be background.
+
+    Grids of other shape, orientation or spacing are fine, and so is one that covers a part of the other.
+
+    Args:
+        label: shape (C, X, Y, Z).
+        image: the same; or a prediction for it.
+        where: what the message calls the label map.
+
+    Raises:
+        ValueError: naming the boxes in mm around both.
+    """
+    boxes = [_box(each) for each in (image, label)]
+    low, high = np.max([box[0] for box in boxes], 0), np.min([box[1] for box in boxes], 0)
+    if (low >= high).any():
+        texts = [
+            ", ".join(f"{start:g} to {stop:g}" for start, stop in zip(*np.round(box), strict=True)) for box in boxes
+        ]
+        raise ValueError(
+            f"{where} must lie where its image lies, got x, y, z of {texts[1]} mm for the label map and {texts[0]} mm "
+            "for the image: correct the affine of one of them, or name the right file."
+        )
+
+
+def _box(volume: MetaTensor) -> tuple[Array, Array]:
+    """Lowest and highest x, y and z in mm of the corners of a grid."""
+    corners = np.array(list(product(*((-0.5, size - 0.5) for size in volume.shape[1:]))))
+    places = apply_affine(_affine("affine", volume.affine), corners)
+    return places.min(0), places.max(0)
 
 
 def _affine(name: str, affine: Tensor | Array) -> Array:

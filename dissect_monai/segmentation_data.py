@@ -16,6 +16,7 @@ from monai.utils import ImageMetaKey, convert_to_dst_type
 
 from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder, select_fraction
 from dissect_monai.domains import named_values
+from dissect_monai.original_grid import refuse_apart
 from dissect_monai.segmentation_metrics import integer_map
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def read_segmentation(
     channels = {1 if isinstance(each, str) else len(each) for each in (first, *others)}
     if len(channels) != 1:
         raise ValueError(f"all volumes must have the same number of channels, got {sorted(channels)} (`modality`).")
+    _warn_of_unknown(datalist.training)
     common = first if all(each == first for each in others) else None
     splits = (datalist.training, datalist.validation, datalist.test)
     return SegmentationDatalist(*splits, names, common, channels.pop())
@@ -115,6 +117,7 @@ def read_unlabelled(
     items = _items(merge_datalists(datalists, folders, check=False))
     for item in items:
         item["modality"] = _modality(item.get("modality") if modality is None else modality)
+    _warn_of_unknown(items)
     return items
 
 
@@ -195,9 +198,18 @@ def _complete(datalist: Datalist, folder: Path, modality: str | Sequence[str] | 
 
 def _modality(given: Any) -> str | list[str]:
     values = list(given.values()) if isinstance(given, Mapping) else given
-    channels = values if isinstance(values, (list, tuple)) else [values]
-    names = ["unknown" if value is None else str(value).strip() or "unknown" for value in channels]
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    names = ["unknown" if value is None else str(value).strip() or "unknown" for value in values]
     return names[0] if len(names) == 1 else names
+
+
+def _warn_of_unknown(items: Sequence[Item]) -> None:
+    unknown = [item["image"] for item in items if "unknown" in item["modality"]]
+    if unknown:
+        logger.warning(
+            "%d volumes have no modality (%s): they will be scaled as MR is. Write it into dataset.json, or give "
+            "--modality, such as CT.", len(unknown), unknown[0],
+        )  # fmt: skip
 
 
 def _common_names(found: list[list[str]], folders: list[Path], structures: Sequence[str] | None) -> list[str]:
@@ -302,11 +314,12 @@ class LabelClassesd(MapTransform):
         keys: keys of the label maps, of shape (1, *spatial), integers of any dtype.
         class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
         labels_key: key of the item's {name: values}.
+        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
         allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
         ValueError: if an item does not name its values, names a negative one, or one of two classes twice, or its label
-            map has fractions or a value that it does not name.
+            map has fractions, a value that it does not name, or lies beside its image.
     """
 
     def __init__(
@@ -314,19 +327,23 @@ class LabelClassesd(MapTransform):
         keys: KeysCollection,
         class_names: Sequence[str],
         labels_key: str = "labels",
+        image_key: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.class_names = list(class_names)
-        self.labels_key = labels_key
+        self.labels_key, self.image_key = labels_key, image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the label maps of an item by classes in uint8, from 255 structures on in int16."""
         item = dict(data)
         for key in self.key_iterator(item):
             where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
+            if self.image_key is not None:
+                refuse_apart(item[key], item[self.image_key], where)
             table = self._table(item.get(self.labels_key), where)
-            label_map = integer_map(where, np.asarray(item[key])[0])
+            array = np.asarray(item[key])
+            label_map = integer_map(where, array[0] if len(array) == 1 else array)
             unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
             if unknown:
                 raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dissect_monai.data import Item
 from dissect_monai.datasets import items_of
-from dissect_monai.original_grid import to_original_grid
+from dissect_monai.original_grid import refuse_apart, to_original_grid
 from dissect_monai.plots import figure_to_tensor
 from dissect_monai.readers import ImageFileReader
 from dissect_monai.segmentation_metrics import LabelMap, integer_map, largest_components, score_structures
@@ -154,8 +154,9 @@ def score_case(
         largest_only: structures, or all of them (True), of which only the largest connected part counts.
 
     Raises:
-        ValueError: if the label file cannot be read or has fractions, `pred` has another number of classes, is no
-            `MetaTensor` or has logits without `class_names`, or item and classes share no structure.
+        ValueError: if the label file cannot be read, has fractions or lies beside the prediction, `pred` has another
+            number of classes, is no `MetaTensor` or has logits without `class_names`, or item and classes share no
+            structure.
     """
     return _score(item, _read_maps(item, pred, class_names, largest_only), tolerance)
 
@@ -182,6 +183,7 @@ def _read_maps(
     if len(pred) > 1 and len(pred) != 1 + len(class_names or ()):
         raise ValueError(f"`class_names` must name the {len(pred) - 1} classes of the logits, got {class_names}.")
     pred_map = to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy()
+    refuse_apart(label, pred, f"label map {item['label']}")
     if class_names is not None:
         pred_map = file_values(pred_map, class_names, labels)
     cleaned = [name for name in labels if largest_only is True or (largest_only and name in largest_only)]

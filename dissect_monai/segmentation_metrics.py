@@ -21,6 +21,7 @@ Box = tuple[slice, slice, slice]
 
 OUTCOMES = ("scored", "missed", "false_positive", "absent")
 NAN = float("nan")
+_ROUNDING = 1e-6  # part of the tolerance by which a distance may exceed it: headers hold spacings in float32
 
 
 class StructureScore(NamedTuple):
@@ -139,7 +140,8 @@ def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: f
     hd95 = max(float(np.percentile(each, 95)) for each in (to_pred, to_label))
     (label_points, label_areas), (pred_points, pred_areas) = (_surface(mask, spacing) for mask in (label, pred))
     to_pred, to_label = _nearest(label_points, pred_points)
-    near = label_areas[to_pred <= tolerance].sum() + pred_areas[to_label <= tolerance].sum()
+    limit = tolerance * (1 + _ROUNDING)
+    near = label_areas[to_pred <= limit].sum() + pred_areas[to_label <= limit].sum()
     return Overlap(dice, hd95, float(near / (label_areas.sum() + pred_areas.sum())))
 
 

@@ -37,7 +37,7 @@ class NormalizeModalityd(MapTransform):
 
     Raises:
         ValueError: if an argument is outside its range, a volume has but one value after scaling, or another number
-            of channels than modalities.
+            of channels (of those with shape (C, X, Y, Z)) than modalities.
     """
 
     def __init__(
@@ -69,14 +69,15 @@ class NormalizeModalityd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             image, modality = item[key], item.get(self.modality_key, self.modality)
+            names = modality if isinstance(modality, (list, tuple)) else [modality]
+            if image.ndim == 4 and len(names) != len(image):
+                raise ValueError(
+                    f"a volume must have a channel for each of the modalities {', '.join(map(str, names))}, "
+                    f"got {len(image)}: correct `{self.modality_key}` in dataset.json."
+                )
             if isinstance(modality, (list, tuple)):
-                if len(modality) != len(image):
-                    raise ValueError(
-                        f"a volume must have a channel for each of the modalities {', '.join(map(str, modality))}, "
-                        f"got {len(image)}: correct `{self.modality_key}` in dataset.json."
-                    )
                 channels = [self._scaled(channel, name) for channel, name in zip(image, modality, strict=True)]
-                item[key] = convert_to_dst_type(torch.stack(channels), image)[0]
+                item[key] = convert_to_dst_type(torch.stack(channels), image, dtype=channels[0].dtype)[0]
             else:
                 item[key] = self._scaled(image, modality)
         return item

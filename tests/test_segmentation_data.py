@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ def test_a_volume_without_subject_is_one_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_validation_split_of_the_set_is_kept(tmp_path: Path) -> None:
-    datalist = read_segmentation(make_set(tmp_path, validation=[entry("v")], test=[entry("t")]), validation_fraction=0.9)
+    datalist = read_segmentation(
+        make_set(tmp_path, validation=[entry("v")], test=[entry("t")]), validation_fraction=0.9
+    )
     assert [images(split) for split in datalist[:3]] == [
         ["a.nii.gz", "b.nii.gz", "c.nii.gz"], ["v.nii.gz"], ["t.nii.gz"],
     ]  # fmt: skip
@@ -190,7 +193,9 @@ def test_a_share_of_the_subjects_is_held_out(tmp_path: Path) -> None:
     assert len(subjects(datalist.validation)) == 3
     assert images(datalist.test) == ["t.nii.gz"]
     assert read_segmentation(folder, validation_fraction=0.3) == datalist
-    others = [subjects(read_segmentation(folder, validation_fraction=0.3, split_seed=seed).validation) for seed in (1, 2)]
+    others = [
+        subjects(read_segmentation(folder, validation_fraction=0.3, split_seed=seed).validation) for seed in (1, 2)
+    ]
     assert others != [subjects(datalist.validation)] * 2
 
 
@@ -290,6 +295,20 @@ def test_the_modality_says_how_many_channels_there_are(
     assert all(item["modality"] == modality for item in datalist.training + datalist.validation)
 
 
+def test_volumes_without_modality_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = [entry("a", modality="CT"), entry("b"), entry("c")]
+    folder = make_set(tmp_path, training)
+    read_segmentation(folder, validation_fraction=0)
+    assert "2 volumes have no modality" in caplog.text
+    assert "images/b.nii.gz" in caplog.text
+    caplog.clear()
+    read_segmentation(folder, modality="CT", validation_fraction=0)
+    read_unlabelled(folder, modality="CT")
+    assert not caplog.text
+    read_unlabelled(folder)
+    assert "2 volumes have no modality" in caplog.text
+
+
 def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> None:
     training = [entry("a"), entry("b", modality="MR"), entry("c")]
     datalist = read_segmentation(make_set(tmp_path, training, modality="CT"), validation_fraction=0)
@@ -344,7 +363,7 @@ def test_a_smaller_fraction_of_the_subjects_is_part_of_a_larger_one(caplog: pyte
         parts = [labelled_subjects(datalist, fraction) for fraction in (0.01, 0.3, 0.5, 1)]
     assert [len(subjects(part)) for part in parts] == [1, 3, 5, 10]
     assert [len(part) for part in parts] == [2, 6, 10, 20]  # both volumes of every subject
-    for smaller, larger in zip(parts, parts[1:], strict=False):
+    for smaller, larger in pairwise(parts):
         assert subjects(smaller) <= subjects(larger)
     assert "Training on 3 of 10 subjects with labels." in caplog.text
     assert any(labelled_subjects(datalist, 0.3, seed) != parts[1] for seed in (1, 2))
@@ -410,7 +429,9 @@ def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None
 def test_the_best_weights_cannot_be_chosen_without_a_validation_split() -> None:
     refuse_unselected(datalist_of(4, 1), "best")
     refuse_unselected(datalist_of(4), "last")
-    with pytest.raises(ValueError, match=r"`--select best` chooses the weights on a validation split, and there is none"):
+    with pytest.raises(
+        ValueError, match=r"`--select best` chooses the weights on a validation split, and there is none"
+    ):
         refuse_unselected(datalist_of(4), "best")
 
 
@@ -469,6 +490,34 @@ def test_more_structures_than_uint8_can_number_become_int16() -> None:
     assert classes(volume(0, 1, 254), labels, names[:-1]).dtype == torch.uint8
 
 
+def test_a_label_map_of_several_channels_is_refused() -> None:
+    label_map = torch.zeros(2, 3, 3, 3)
+    with pytest.raises(ValueError, match=r"`label map label` must have shape \(X, Y, Z\), got \(2, 3, 3, 3\)"):
+        LabelClassesd("label", ["spleen"])({"label": label_map, "labels": {"spleen": [1]}})
+
+
+def placed(start: float, spacing: float = 1.0) -> MetaTensor:
+    """Four voxels along each axis, the first at that place."""
+    affine = torch.diag(torch.tensor([spacing, spacing, spacing, 1.0], dtype=torch.float64))
+    affine[:3, 3] = start
+    return MetaTensor(torch.ones(1, 4, 4, 4), affine=affine)
+
+
+@pytest.mark.parametrize(("start", "spacing"), [(0, 1), (3, 1), (-2.9, 1), (-50, 30), (1, 0.1)])
+def test_a_label_map_may_cover_a_part_of_its_image(start: float, spacing: float) -> None:
+    item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
+    assert (LabelClassesd("label", ["spleen"], image_key="image")(item)["label"] == 1).all()
+
+
+@pytest.mark.parametrize(("start", "spacing"), [(4, 1), (-100, 1), (500, 3)])
+def test_a_label_map_beside_its_image_is_refused(start: float, spacing: float) -> None:
+    item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
+    message = r"label map label must lie where its image lies, got x, y, z of .* for the image: correct the affine"
+    with pytest.raises(ValueError, match=message):
+        LabelClassesd("label", ["spleen"], image_key="image")(item)
+    assert LabelClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
+
+
 def test_missing_keys_may_be_allowed() -> None:
     assert LabelClassesd("label", ["spleen"], allow_missing_keys=True)({"image": 1}) == {"image": 1}
     with pytest.raises(KeyError):
@@ -478,12 +527,20 @@ def test_missing_keys_may_be_allowed() -> None:
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
     [
-        ([0, 1, 9, 8], {"spleen": [1]}, r"label map /data/a\.nii\.gz must hold values that .* names \(0, 1\), got 8, 9"),
+        (
+            [0, 1, 9, 8],
+            {"spleen": [1]},
+            r"label map /data/a\.nii\.gz must hold values that .* names \(0, 1\), got 8, 9",
+        ),
         ([0, -1], {"spleen": [1]}, r"/data/a\.nii\.gz must hold values .*got -1"),
         ([0, 0.5], {"spleen": [1]}, r"`label map /data/a\.nii\.gz` must hold integers, got fractions"),
         ([0, np.nan], {"spleen": [1]}, "must hold integers"),
         ([0, 1], None, r"a\.nii\.gz must come with the names of its values \(`labels`\), got None"),
-        ([0, 1], {"spleen": [1], "kidneys": [2, 1]}, "must give each value one class, got 1 in kidneys and another one"),
+        (
+            [0, 1],
+            {"spleen": [1], "kidneys": [2, 1]},
+            "must give each value one class, got 1 in kidneys and another one",
+        ),
         ([0, 1], {"spleen": [1], "heart": [1]}, "must give each value one class, got 1 in heart"),
         ([0, 1], {"spleen": [0, 1]}, "must give each value one class, got 0 in spleen"),
         ([0, 1, -1], {"spleen": [1], "void": [-1]}, r"values of at least 0, got -1 for void"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
 from torch import Tensor, nn
 
+from dissect_monai import segmentation_evaluation
 from dissect_monai.domains import aggregate
 from dissect_monai.readers import ImageFileReader
 from dissect_monai.segmentation_evaluation import (
@@ -24,6 +26,8 @@ from dissect_monai.segmentation_evaluation import (
     refuse_unmapped,
     score_case,
 )
+from dissect_monai.segmentation_report import NO_MAP
+from dissect_monai.segmentation_table import CaseScores
 from dissect_monai.volume_phantoms import write_volume_phantoms
 
 LABELS = {"liver": [6], "kidneys": [2, 3], "spleen": [1]}
@@ -170,6 +174,118 @@ def test_a_prediction_of_unknown_origin_is_refused(tmp_path: Path) -> None:
         evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(None, CLASSES), **forgets)
 
 
+# --- pictures and report
+
+
+class Pictures:
+    """A TensorBoard writer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, Tensor, int]] = []
+
+    def add_image(self, tag: str, image: Tensor, global_step: int) -> None:
+        self.given.append((tag, image, global_step))
+
+
+@pytest.mark.parametrize("num_overlays", [0, 2])
+def test_the_first_cases_become_overlays_in_tensorboard(tmp_path: Path, num_overlays: int) -> None:
+    items = [
+        write(tmp_path, name, label_map(), flipped) for name, flipped in (("a", False), ("b.c", True), ("d", False))
+    ]
+    writer: Any = Pictures()
+    handler = SegmentationEvaluation(None, CLASSES, num_samples=20, writer=writer, num_overlays=num_overlays)
+    evaluated(items, handler)
+    names = [name for name, _, _ in writer.given]
+    assert names == ["overlays/1_a_image", "overlays/2_b"][:num_overlays]
+    for _, image, epoch in writer.given:
+        assert (image.ndim, len(image), epoch) == (3, 3, 1)
+        assert image.min() >= 0
+        assert image.max() <= 1
+        assert len(image.unique()) > 20
+
+
+def test_overlays_show_the_prediction_in_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(segmentation_evaluation, "case_figure", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(segmentation_evaluation, "figure_to_tensor", lambda figure: torch.zeros(3, 1, 1))
+    item = write(tmp_path, "a", label_map(), flipped=True)
+    writer: Any = Pictures()
+    handler = SegmentationEvaluation(None, CLASSES, num_samples=20, writer=writer, window=(-100.0, 300.0))
+    evaluated([item], handler, Oracle(lost=(1,)))
+    ((given, pred, labels, window),) = drawn
+    assert given["image"] == item["image"]
+    label = np.asarray(nib.load(item["label"]).dataobj)
+    expected = np.where(label == 1, 0, np.where(label == 3, 2, label))  # kidneys have the first of their values
+    np.testing.assert_array_equal(pred, expected)  # on the grid of the file
+    assert (labels, window) == (LABELS, (-100.0, 300.0))
+
+
+@pytest.mark.parametrize("facts", [None, {}, {"weights": "models/model.pt"}])
+def test_a_report_is_written_only_with_facts(tmp_path: Path, facts: dict[str, str] | None) -> None:
+    items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
+    notes = ["The weights were chosen on these very subjects."]
+    handler = SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20, facts=facts, notes=notes)
+    evaluated(items, handler)
+    written = {path.name for path in (tmp_path / "eval").iterdir()}
+    tables = {"cases.csv", "subjects.csv", "summary.csv"}
+    assert written == (tables if facts is None else {*tables, "report.html"})
+    assert set(handler.stored) == (set() if facts is None else {item["image"] for item in items})
+    if facts is not None:
+        page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+        assert all(text in page for text in (*facts.values(), *notes))
+        assert page.count("data:image/png") == 2
+        assert NO_MAP not in page
+
+
+def test_facts_without_a_folder_write_nothing(tmp_path: Path) -> None:
+    evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(None, CLASSES, num_samples=20, facts={}))
+    assert {path.name for path in tmp_path.iterdir()} == {"a_image.nii.gz", "a_label.nii.gz"}
+
+
+# --- several processes
+
+
+def as_first_of_two(monkeypatch: pytest.MonkeyPatch, other: dict[str, CaseScores]) -> None:
+    """The other process has scored these cases."""
+
+    def all_gather_object(gathered: list[Any], own: Any) -> None:
+        gathered[:] = [own, other]
+
+    distributed = SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=all_gather_object
+    )
+    monkeypatch.setattr(segmentation_evaluation, "dist", distributed)
+
+
+def test_processes_have_the_metrics_of_all_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = np.where(label_map() == 1, 0, label_map())
+    maps = {"a": label_map(), "b": without, "c": label_map(), "d": np.roll(label_map(), 1, 0)}
+    items = [write(tmp_path, name, label) for name, label in maps.items()]
+    network = Oracle(lost=(3,))
+    whole = evaluated(items, SegmentationEvaluation(tmp_path / "whole", CLASSES, num_samples=50), network)
+    other = SegmentationEvaluation(None, CLASSES, num_samples=50)
+    evaluated([items[3], items[0]], other, network)
+    as_first_of_two(monkeypatch, other.cases)
+    # Both have scored `a`, as where items do not divide by processes.
+    shared = SegmentationEvaluation(tmp_path / "shared", CLASSES, num_samples=50)
+    assert evaluated(items[:3], shared, network) == whole
+    for name in ("cases.csv", "subjects.csv", "summary.csv"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_report_has_no_picture_of_what_another_process_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [write(tmp_path, name, label_map()) for name in "ab"]
+    other = SegmentationEvaluation(None, CLASSES, num_samples=20)
+    evaluated(items[1:], other, Oracle(lost=(1,)))
+    as_first_of_two(monkeypatch, other.cases)
+    evaluated(items[:1], SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20, facts={}))
+    page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 1
+    assert page.count(NO_MAP) == 1
+
+
 # --- one case
 
 
@@ -228,6 +344,15 @@ def test_classes_that_fit_nothing_are_refused(tmp_path: Path, class_names: Any, 
     pred = MetaTensor(torch.zeros(channels, *SHAPE), affine=np.eye(4))
     with pytest.raises(ValueError, match=message):
         score_case(write(tmp_path, "a", label_map()), pred, class_names)
+
+
+def test_a_label_file_beside_the_prediction_is_named(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map())
+    affine = np.diag([*SPACING, 1.0])
+    affine[0, 3] = 300
+    nib.save(nib.Nifti1Image(label_map(), affine), item["label"])
+    with pytest.raises(ValueError, match=r"label map .*a_label\.nii\.gz must lie where its image lies"):
+        evaluated([item], SegmentationEvaluation(None, CLASSES, num_samples=20))
 
 
 def test_a_label_file_with_fractions_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_dice
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
@@ -122,6 +122,71 @@ def test_equal_masks_are_perfect_and_both_orders_agree() -> None:
     np.testing.assert_allclose(
         mask_overlap(label, pred, ANISOTROPIC), mask_overlap(pred, label, ANISOTROPIC), rtol=1e-6
     )
+
+
+def of_monai(label: np.ndarray, pred: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> list[float]:
+    """HD95 and surface Dice."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (pred, label)]
+    shared = {"include_background": True, "spacing": list(spacing)}
+    hd95 = compute_hausdorff_distance(*tensors, percentile=95, **shared)
+    return [float(hd95), float(compute_surface_dice(*tensors, [tolerance], use_subvoxels=True, **shared))]
+
+
+def assert_as_monai(
+    label: np.ndarray, pred: np.ndarray, spacing: tuple[float, ...] = ANISOTROPIC, tolerance: float = 2.0
+) -> None:
+    overlap = mask_overlap(label, pred, spacing, tolerance)
+    np.testing.assert_allclose(overlap[1:], of_monai(label, pred, spacing, tolerance), rtol=1e-5, atol=1e-6)
+
+
+SPACINGS = [(1.0, 1.0, 1.0), ANISOTROPIC, (3.0, 0.7, 0.7), (0.8, 0.8, 3.0), (2.0, 1.5, 5.0)]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_both_distances_agree_with_monai_on_blobs(seed: int, spacing: tuple[float, ...]) -> None:
+    label, pred = blobs(seed), blobs(seed + 10)
+    border = [mask.any(axis) for mask in (label, pred) for axis in ((1, 2), (0, 2), (0, 1))]
+    assert any(each[0] or each[-1] for each in border)  # they touch it
+    for tolerance in (0.0, 1.0, 2.0, 4.5):
+        assert_as_monai(label, pred, spacing, tolerance)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_both_distances_agree_with_monai_on_scattered_voxels(seed: int, spacing: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(seed)
+    scattered = [rng.random((9, 8, 7)) < share for share in (0.02, 0.1, 0.5)]
+    for label in scattered:
+        for pred in scattered:
+            assert_as_monai(label, pred, spacing)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("end", [(1, 1, 1), (6, 5, 4), (6, 1, 1), (6, 5, 1), (1, 5, 4)])
+def test_both_distances_agree_with_monai_at_the_border(end: tuple[int, ...], spacing: tuple[float, ...]) -> None:
+    shape = (6, 5, 4)
+    label, pred = box((0, 0, 0), end, shape), box((2, 1, 0), shape, shape)
+    assert_as_monai(label, pred, spacing)
+    assert_as_monai(label, np.ones(shape, dtype=bool), spacing)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (3, 2, 2), (5, 4, 3), (0, 2, 3)])
+def test_both_distances_agree_with_monai_on_single_voxels(place: tuple[int, ...]) -> None:
+    pred = np.zeros((6, 5, 4), dtype=bool)
+    pred[place] = True
+    for spacing in SPACINGS:
+        assert_as_monai(box((2, 2, 2), (3, 3, 3), pred.shape), pred, spacing)
+        assert_as_monai(pred, pred, spacing)
+
+
+@pytest.mark.parametrize("start", range(3, 10))
+@pytest.mark.parametrize("step", [0.4, float(np.float32(0.4)), float(np.float32(0.1))])
+def test_a_distance_equal_to_the_tolerance_is_within_it_wherever_it_lies(start: int, step: float) -> None:
+    label = box((start, 2, 2), (start + 5, 6, 6), (22, 8, 8))
+    pred = np.roll(label, 5, 0)  # corners at the end are 5 steps off, those between less
+    assert mask_overlap(label, pred, (step,) * 3, round(5 * step, 3)).surface_dice == 1
+    assert_as_monai(label, pred, (step,) * 3, round(5 * step, 3))
 
 
 def test_air_around_both_masks_changes_nothing() -> None:

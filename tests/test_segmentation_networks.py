@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_in_training_there_are_logits_of_every_level(spatial_dims: int) -> None:
-    deep = dict(blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1))
+    deep = {"blocks_down": (1, 1, 1, 1), "blocks_up": (1, 1, 1)}
     for num_heads in (1, 2):
         network = DeepSupervisionNet(segresnet(spatial_dims, **deep), num_heads).train()
         shapes = [tuple(each.shape) for each in network(images(spatial_dims))]
@@ -112,7 +113,9 @@ def test_evaluation_after_training_is_that_of_the_trained_segresnet() -> None:
 
 @pytest.mark.parametrize("num_heads", [-1, 0, 2, 3])
 def test_heads_out_of_range_are_refused(num_heads: int) -> None:
-    with pytest.raises(ValueError, match=rf"`num_heads` must be at least 1 and fewer than the 2 levels, got {num_heads}"):
+    with pytest.raises(
+        ValueError, match=rf"`num_heads` must be at least 1 and fewer than the 2 levels, got {num_heads}"
+    ):
         DeepSupervisionNet(segresnet(), num_heads)
 
 
@@ -149,7 +152,7 @@ def test_the_encoder_stays_bit_for_bit_and_then_moves(deep: bool) -> None:
     states = trained(2, deep=deep)
     assert len(states) == 4
     encoder = {key for key in states[0] if key.startswith(SEGRESNET_ENCODER)}
-    for before, after in zip(states[:2], states[1:3], strict=True):
+    for before, after in pairwise(states[:3]):
         assert changed(before, after) == states[0].keys() - encoder
     assert changed(states[2], states[3]) == states[0].keys()
 

@@ -279,7 +279,9 @@ def test_the_last_layer_comes_only_from_a_segmentation_of_the_same_structures(
     taken = taken_over(network, other, segresnet(1, out_channels=CLASSES))
     assert ("conv_final.2.conv.weight" in taken) == ("conv_final.2.conv.bias" in taken) == whole
     assert len(taken) == len(network.state_dict()) - (0 if whole else 2)
-    assert caplog.records[-1].message.endswith("left as they were: none." if whole else "left as they were: conv_final.2.")
+    assert caplog.records[-1].message.endswith(
+        "left as they were: none." if whole else "left as they were: conv_final.2."
+    )
 
 
 def test_a_last_layer_that_is_not_taken_may_be_broken_or_missing(tmp_path: Path) -> None:
@@ -318,7 +320,9 @@ def test_weights_that_cannot_start_a_segmentation_are_refused_and_change_nothing
 
 def test_a_last_layer_of_the_same_structures_must_fit(tmp_path: Path) -> None:
     path = saved(tmp_path, segresnet(0, out_channels=5), class_names=ORGANS)
-    with pytest.raises(ValueError, match=r"2 of another shape \(conv_final\.2\.conv\.weight, conv_final\.2\.conv\.bias\)"):
+    with pytest.raises(
+        ValueError, match=r"2 of another shape \(conv_final\.2\.conv\.weight, conv_final\.2\.conv\.bias\)"
+    ):
         transfer_segresnet(segresnet(1, out_channels=CLASSES), path, ORGANS)
 
 
@@ -338,7 +342,9 @@ def test_weights_for_slices_cannot_start_a_segmentation_of_volumes(tmp_path: Pat
 
 def test_weights_without_json_or_none_at_all_cannot_start_a_segmentation(tmp_path: Path) -> None:
     torch.save(segresnet().state_dict(), tmp_path / "model.pt")
-    with pytest.raises(FileNotFoundError, match=r"there is no model\.json beside .*model\.pt to say how it was trained"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no model\.json beside .*model\.pt to say how it was trained"
+    ):
         transfer_segresnet(segresnet(), tmp_path / "model.pt", ORGANS)
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*none\.pt"):
         transfer_segresnet(segresnet(), tmp_path / "none.pt", ORGANS)
