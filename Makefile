@@ -54,6 +54,7 @@ type: $(BIN)/.dev
 
 bench: $(BIN)/.bench  ## measure speed and memory against other libraries (DEVICE=cuda for a GPU)
 	for script in quantizer augment contrast step; do $(BIN)/python benchmarks/$$script.py --device $(or $(DEVICE),cpu) || exit 1; done
+	$(BIN)/python benchmarks/surface_metrics.py
 
 results: $(BIN)/.runtime  ## make the README's tables from results/results.csv
 	$(BIN)/python scripts/render_results.py

@@ -43,6 +43,7 @@ from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInfere
 from dissect_monai.inferers import prepare_images as prepare_images
 from dissect_monai.knobs import check_knobs as check_knobs
 from dissect_monai.knobs import is_true as is_true
+from dissect_monai.label_classes import LabelClassesd as LabelClassesd
 from dissect_monai.label_maps import LabelMapSaver as LabelMapSaver
 from dissect_monai.label_maps import LargestComponentsd as LargestComponentsd
 from dissect_monai.label_maps import chosen_structures as chosen_structures
@@ -76,7 +77,6 @@ from dissect_monai.sampling import DomainSampler as DomainSampler
 from dissect_monai.sampling import SeededDataset as SeededDataset
 from dissect_monai.sampling import part_of_tasks as part_of_tasks
 from dissect_monai.segmentation_data import BTCV_ORGANS as BTCV_ORGANS
-from dissect_monai.segmentation_data import LabelClassesd as LabelClassesd
 from dissect_monai.segmentation_data import labelled_subjects as labelled_subjects
 from dissect_monai.segmentation_data import read_segmentation as read_segmentation
 from dissect_monai.segmentation_data import read_unlabelled as read_unlabelled

@@ -1,23 +1,18 @@
-"""Data lists of segmentation: classes by name, folds and splits by whole subject, label maps as classes."""
+"""Data lists of segmentation: classes by name, folds and splits by whole subject."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from monai.config import KeysCollection
-from monai.transforms import MapTransform
-from monai.utils import ImageMetaKey, convert_to_dst_type
 
 from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder, select_fraction
 from dissect_monai.domains import named_values
-from dissect_monai.original_grid import refuse_apart
-from dissect_monai.segmentation_metrics import integer_map
 
 logger = logging.getLogger(__name__)
 BTCV_ORGANS = (
@@ -121,6 +116,22 @@ def read_unlabelled(
     return items
 
 
+def labelled_subjects(datalist: SegmentationDatalist, label_fraction: float = 1.0, seed: int = 0) -> list[Item]:
+    """The volumes to train on: those of a fraction of the training subjects, at least one.
+
+    For one seed, a smaller fraction is a subset of every larger one. The number is logged.
+
+    Args:
+        datalist: as `read_segmentation` gives it.
+        label_fraction: share of the training subjects in (0, 1].
+        seed: draws other subjects.
+    """
+    items = select_fraction(datalist.training, label_fraction, seed)
+    subjects = [len({item["subject"] for item in each}) for each in (items, datalist.training)]
+    logger.info("Training on %d of %d subjects with labels.", *subjects)
+    return items
+
+
 class Scored(NamedTuple):
     """The volumes that an evaluation scores, and what its report says of them."""
 
@@ -161,20 +172,22 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
 
 
-def labelled_subjects(datalist: SegmentationDatalist, label_fraction: float = 1.0, seed: int = 0) -> list[Item]:
-    """The volumes to train on: those of a fraction of the training subjects, at least one.
+def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item]:
+    """The items that one process validates: every one is some process's, and each process has one, if there is any."""
+    return items[rank::world_size] or items[:1]
 
-    For one seed, a smaller fraction is a subset of every larger one. The number is logged.
 
-    Args:
-        datalist: as `read_segmentation` gives it.
-        label_fraction: share of the training subjects in (0, 1].
-        seed: draws other subjects.
+def refuse_unselected(datalist: SegmentationDatalist, select: str) -> None:
+    """Refuse to choose the best weights without a validation split to choose them on.
+
+    Raises:
+        ValueError: saying what to do.
     """
-    items = select_fraction(datalist.training, label_fraction, seed)
-    subjects = [len({item["subject"] for item in each}) for each in (items, datalist.training)]
-    logger.info("Training on %d of %d subjects with labels.", *subjects)
-    return items
+    if select == "best" and not datalist.validation:
+        raise ValueError(
+            "`--select best` chooses the weights on a validation split, and there is none: list some subjects there, "
+            "give --validation_fraction or --fold, or take the last weights by --select last."
+        )
 
 
 def _complete(datalist: Datalist, folder: Path, modality: str | Sequence[str] | None) -> list[str]:
@@ -287,84 +300,3 @@ def _items(datalist: Datalist) -> list[Item]:
 
 def _few(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
-
-
-def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item]:
-    """The items that one process validates: every one is some process's, and each process has one, if there is any."""
-    return items[rank::world_size] or items[:1]
-
-
-def refuse_unselected(datalist: SegmentationDatalist, select: str) -> None:
-    """Refuse to choose the best weights without a validation split to choose them on.
-
-    Raises:
-        ValueError: saying what to do.
-    """
-    if select == "best" and not datalist.validation:
-        raise ValueError(
-            "`--select best` chooses the weights on a validation split, and there is none: list some subjects there, "
-            "give --validation_fraction or --fold, or take the last weights by --select last."
-        )
-
-
-class LabelClassesd(MapTransform):
-    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
-
-    Args:
-        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype.
-        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
-        labels_key: key of the item's {name: values}.
-        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
-
-    Raises:
-        ValueError: if an item does not name its values, names a negative one, or one of two classes twice, or its label
-            map has fractions, a value that it does not name, or lies beside its image.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        class_names: Sequence[str],
-        labels_key: str = "labels",
-        image_key: str | None = None,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.class_names = list(class_names)
-        self.labels_key, self.image_key = labels_key, image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the label maps of an item by classes in uint8, from 255 structures on in int16."""
-        item = dict(data)
-        for key in self.key_iterator(item):
-            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
-            if self.image_key is not None:
-                refuse_apart(item[key], item[self.image_key], where)
-            table = self._table(item.get(self.labels_key), where)
-            array = np.asarray(item[key])
-            label_map = integer_map(where, array[0] if len(array) == 1 else array)
-            unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
-            if unknown:
-                raise ValueError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({_few(sorted(table))}), got "
-                    f"{_few(unknown)}: name them there, or correct the label map."
-                )
-            classes = np.zeros(max(table) + 1, np.uint8 if len(self.class_names) < 255 else np.int16)
-            classes[list(table)] = list(table.values())
-            item[key] = convert_to_dst_type(classes[label_map][None], item[key], dtype=classes.dtype)[0]
-        return item
-
-    def _table(self, labels: Any, where: str) -> dict[int, int]:
-        """Class of every value of a file."""
-        if not isinstance(labels, Mapping):
-            raise ValueError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
-        table = {0: 0}
-        for name, values in labels.items():
-            index = self.class_names.index(name) + 1 if name in self.class_names else 0
-            for value in values:
-                if value < 0:
-                    raise ValueError(f"{where} must have values of at least 0, got {value} for {name}.")
-                if table.setdefault(value, index) != index:
-                    raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
-        return table

@@ -1,6 +1,6 @@
 """What `make demo-all` ends with: what each bundle of the chain has learnt, and where its pictures are.
 
-    python scripts/demo_table.py runs/demo
+python scripts/demo_table.py runs/demo
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 
 class Step(NamedTuple):

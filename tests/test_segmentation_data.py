@@ -13,9 +13,9 @@ from helpers import images, write
 from monai.data import MetaTensor
 
 from dissect_monai.data import Item
+from dissect_monai.label_classes import LabelClassesd
 from dissect_monai.segmentation_data import (
     BTCV_ORGANS,
-    LabelClassesd,
     SegmentationDatalist,
     labelled_subjects,
     read_segmentation,
