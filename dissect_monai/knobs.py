@@ -180,7 +180,7 @@ RULES = {
     "select": _one_of("best", "last"),
     "shortcut": _optional(TEXT),
     "spatial_dims": _one_of(2, 3),
-    "split": _one_of("auto", "validation", "test"),
+    "split": _one_of("auto", "validation", "test", "all"),
     "split_seed": _whole(0),
     "stages": STAGES,
     "structures": _optional(TEXTS),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder, select_fraction
+from dissect_monai.domain_splits import datalist_digest
 from dissect_monai.domains import named_values
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,13 @@ def read_segmentation(
         fold: place of the fold for validation, from 0; None takes no folds.
         num_folds: number of folds, at least 2.
         validation_fraction: share of the training subjects, in [0, 1), at least one, that becomes a validation split
-            where there is none; 0 takes none.
+            where there is none; 0 takes none, and so does a single subject.
         split_seed: draws other folds, and other subjects for a validation split.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
         ValueError: if an argument is out of range; dataset.json is malformed, or names no structures, or others than
-            another folder; splits share a subject; or no volume for training has a label map.
+            another folder; splits share a subject; or no volume has a label map.
     """
     if fold is not None and not 0 <= fold < num_folds:
         raise ValueError(f"`fold` must be in [0, {num_folds}), got {fold}.")
@@ -82,7 +83,7 @@ def read_segmentation(
     names = _common_names(found, folders, structures)
     datalist = _labelled(merge_datalists(datalists, folders))
     datalist = _split(datalist, fold, num_folds, validation_fraction, split_seed)
-    first, *others = [item["modality"] for item in datalist.training]
+    first, *others = [item["modality"] for item in datalist.training or _items(datalist)]
     channels = {1 if isinstance(each, str) else len(each) for each in (first, *others)}
     if len(channels) != 1:
         raise ValueError(f"all volumes must have the same number of channels, got {sorted(channels)} (`modality`).")
@@ -145,30 +146,36 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
 
     Args:
         datalist: as `read_segmentation` gives it.
-        split: "test", "validation", or "auto" for the first that there is.
-        settings: of the weights, which say whether they were chosen on the validation split.
+        split: "test", "validation", "auto" for the first that there is, or "all", for a set that is new to the weights.
+        settings: of the weights, which say on which validation volumes they were chosen.
 
     Raises:
         ValueError: if `split` is unknown or has no labelled volumes.
     """
-    if split not in ("auto", "validation", "test"):
-        raise ValueError(f"`split` must be auto, validation or test, got {split!r}.")
+    if split not in ("auto", "validation", "test", "all"):
+        raise ValueError(f"`split` must be auto, validation, test or all, got {split!r}.")
     name = ("test" if datalist.test else "validation") if split == "auto" else split
-    items: list[Item] = getattr(datalist, name)
+    items: list[Item] = datalist.training + datalist.validation + datalist.test
+    items = items if name == "all" else getattr(datalist, name)
     if not items:
         raise ValueError(
-            f"`{name}` must hold volumes with label maps to be scored, got none: list some in dataset.json, or hold "
-            "out some by --validation_fraction or --fold."
+            f"`{name}` must hold volumes with label maps to be scored, got none: list some in dataset.json, hold "
+            "some out by --validation_fraction or --fold, or score all of a new set by --split all."
         )
     notes = []
-    if name == "validation" and settings.get("select") == "best":
+    if settings.get("select") == "best" and settings.get("validation_data") == datalist_digest(items):
         notes.append(
             "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
             "train with --select last."
         )
-        logger.warning(notes[0])
+    if name == "all":
+        notes.append(
+            "All volumes of the set are scored: on those that the weights were trained on, the scores mean nothing."
+        )
+    for note in notes:
+        logger.warning(note)
     subjects = len({str(item["subject"]) for item in items})
-    logger.info("Scoring the %d subjects of `%s`.", subjects, name)
+    logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
 
 
@@ -177,12 +184,14 @@ def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item
     return items[rank::world_size] or items[:1]
 
 
-def refuse_unselected(datalist: SegmentationDatalist, select: str) -> None:
-    """Refuse to choose the best weights without a validation split to choose them on.
+def refuse_untrainable(datalist: SegmentationDatalist, select: str) -> None:
+    """Refuse to train without training volumes, or to choose the best weights without validation volumes.
 
     Raises:
         ValueError: saying what to do.
     """
+    if not datalist.training:
+        raise ValueError("`training` must list volumes with label maps, got none: list some there in dataset.json.")
     if select == "best" and not datalist.validation:
         raise ValueError(
             "`--select best` chooses the weights on a validation split, and there is none: list some subjects there, "
@@ -248,10 +257,10 @@ def _labelled(datalist: Datalist) -> Datalist:
     kept = {
         split: [item for item in getattr(datalist, split) if isinstance(item.get("label"), str)] for split in SPLITS
     }
-    if not kept["training"]:
+    if not any(kept.values()):
         raise ValueError(
-            "`training` must list volumes with the path of a label map (`label`), got "
-            f"{len(datalist.training)} without: write them into dataset.json, such as make_datalist.py does."
+            "dataset.json must list volumes with the path of a label map (`label`), got "
+            f"{len(_items(datalist))} without: write them there, such as make_datalist.py does."
         )
     for split, items in kept.items():
         without = len(getattr(datalist, split)) - len(items)
@@ -261,10 +270,10 @@ def _labelled(datalist: Datalist) -> Datalist:
 
 
 def _split(datalist: Datalist, fold: int | None, num_folds: int, fraction: float, seed: int) -> Datalist:
-    if fold is None and (datalist.validation or fraction == 0):
-        return datalist
     items = datalist.training + datalist.validation
     subjects = sorted({str(item["subject"]) for item in items})
+    if fold is None and (datalist.validation or fraction == 0 or len(subjects) < 2):
+        return datalist
     if fold is not None:
         if len(subjects) < num_folds:
             raise ValueError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
@@ -274,8 +283,6 @@ def _split(datalist: Datalist, fold: int | None, num_folds: int, fraction: float
         chosen = {subject for subject, number in numbers.items() if number in BTCV_VALIDATION}
         logger.info("The subjects are those of BTCV: 0035 to 0040 are for validation, as in the literature.")
     else:
-        if len(subjects) < 2:
-            raise ValueError("there must be two training subjects or more to hold out some for validation, got one.")
         fraction = min(fraction, 1 - 1 / len(subjects))  # rounding must leave one to train on
         drawn = select_fraction(sorted(items, key=lambda item: str(item["subject"])), fraction, seed)
         chosen = {str(item["subject"]) for item in drawn}

@@ -973,16 +973,16 @@ BAD_SETS: dict[str, tuple[dict[str, Any], str]] = {
     "one value twice": ({"labels": {"dim": 1, "bright": [1, 2]}}, r"must give each value one class, got 1 in bright"),
     "no labels": (
         {"training": [{"image": "images/0.nii.gz"}]},
-        "`training` must list volumes with the path of a label",
+        "dataset.json must list volumes with the path of a label",
     ),
-    "nothing": ({"training": []}, "`training` must list volumes"),
+    "nothing": ({"training": []}, "dataset.json must list volumes"),
     "a file that is missing": (
         {"training": [{"image": "images/0.nii.gz", "label": "labels/gone.nii.gz"}]},
         r"must list existing files, got 1 missing: .*gone\.nii\.gz",
     ),
     "one subject": (
         {"training": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz"}]},
-        "there must be two training subjects or more to hold out some for validation, got one",
+        "`--select best` chooses the weights on a validation split, and there is none",
     ),
     "a subject in two splits": (
         {"test": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz", "subject": "s0"}]},

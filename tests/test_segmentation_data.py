@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from helpers import images, write
 from monai.data import MetaTensor
 
 from dissect_monai.data import Item
+from dissect_monai.domain_splits import datalist_digest
 from dissect_monai.label_classes import LabelClassesd
 from dissect_monai.segmentation_data import (
     BTCV_ORGANS,
@@ -20,7 +22,7 @@ from dissect_monai.segmentation_data import (
     labelled_subjects,
     read_segmentation,
     read_unlabelled,
-    refuse_unselected,
+    refuse_untrainable,
     scored_subjects,
     share_of_process,
 )
@@ -132,7 +134,9 @@ def test_volumes_without_label_map_are_left_out(tmp_path: Path, caplog: pytest.L
 
 def test_a_set_without_any_label_map_is_refused(tmp_path: Path) -> None:
     folder = make_set(tmp_path, ["a.nii.gz", "b.nii.gz"])
-    with pytest.raises(ValueError, match=r"`training` must list volumes with the path of a label map .*got 2 without"):
+    with pytest.raises(
+        ValueError, match=r"dataset.json must list volumes with the path of a label map .*got 2 without"
+    ):
         read_segmentation(folder)
 
 
@@ -218,11 +222,18 @@ def test_nothing_is_held_out_if_not_wanted(tmp_path: Path) -> None:
     assert (len(datalist.training), datalist.validation) == (3, [])
 
 
-def test_one_subject_cannot_be_split(tmp_path: Path) -> None:
-    folder = make_set(tmp_path, two_each(1))
-    with pytest.raises(ValueError, match="must be two training subjects or more to hold out some for validation"):
-        read_segmentation(folder)
-    assert len(read_segmentation(folder, validation_fraction=0).training) == 2
+def test_one_subject_is_not_split(tmp_path: Path) -> None:
+    datalist = read_segmentation(make_set(tmp_path, two_each(1)))
+    assert (len(datalist.training), datalist.validation) == (2, [])
+
+
+def test_a_set_for_testing_alone_is_read(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, test=[entry("t", "t")])
+    write(folder / "dataset.json", {**json.loads((folder / "dataset.json").read_text()), "training": []})
+    datalist = read_segmentation(folder)
+    assert (datalist.training, len(datalist.test)) == ([], 1)
+    with pytest.raises(ValueError, match="`training` must list volumes with label maps, got none"):
+        refuse_untrainable(datalist, "last")
 
 
 def test_folds_part_the_subjects(tmp_path: Path) -> None:
@@ -351,7 +362,10 @@ def test_a_folder_of_volumes_and_a_single_one_can_be_segmented(tmp_path: Path) -
 
 def datalist_of(training: int = 0, validation: int = 0, test: int = 0) -> SegmentationDatalist:
     splits = [
-        [{"image": f"{name}{index}", "subject": f"{name}{index // 2}"} for index in range(count)]
+        [
+            {"image": f"{name}{index}", "subject": f"{name}{index // 2}", "task": "t", "modality": "CT"}
+            for index in range(count)
+        ]
         for name, count in (("a", training), ("b", validation), ("c", test))
     ]
     return SegmentationDatalist(*splits, ["liver"], "CT", 1)
@@ -384,11 +398,22 @@ def test_the_wanted_split_is_scored(split: str, expected: str, caplog: pytest.Lo
     assert scored.items == getattr(datalist, expected)
     assert scored.facts == {"split": expected, "subjects": (volumes + 1) // 2, "volumes": volumes}
     assert scored.notes == []
-    assert f"Scoring the {(volumes + 1) // 2} subjects of `{expected}`." in caplog.text
+    assert f"Scoring {(volumes + 1) // 2} subjects ({expected})." in caplog.text
 
 
 def test_without_a_test_split_that_for_validation_is_scored() -> None:
     assert scored_subjects(datalist_of(4, 3), "auto", {}).facts["split"] == "validation"
+
+
+def test_validation_volumes_of_another_set_have_chosen_nothing() -> None:
+    settings = {"select": "best", "validation_data": "of another set"}
+    assert scored_subjects(datalist_of(4, 3), "validation", settings).notes == []
+
+
+def test_all_of_a_new_set_can_be_scored(caplog: pytest.LogCaptureFixture) -> None:
+    scored = scored_subjects(datalist_of(4, 3, 5), "all", {})
+    assert len(scored.items) == 12
+    assert "on those that the weights were trained on, the scores mean nothing" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -398,7 +423,9 @@ def test_without_a_test_split_that_for_validation_is_scored() -> None:
 def test_weights_chosen_on_the_scored_subjects_are_noted(
     split: str, select: str, noted: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scored = scored_subjects(datalist_of(4, 3, 5), split, {"select": select})
+    datalist = datalist_of(4, 3, 5)
+    settings = {"select": select, "validation_data": datalist_digest(datalist.validation)}
+    scored = scored_subjects(datalist, split, settings)
     assert len(scored.notes) == noted
     assert ("chosen on these very subjects, so that the scores are optimistic" in caplog.text) == bool(noted)
 
@@ -406,9 +433,9 @@ def test_weights_chosen_on_the_scored_subjects_are_noted(
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("training", "`split` must be auto, validation or test, got 'training'"),
+        ("training", "`split` must be auto, validation, test or all, got 'training'"),
         ("test", "`test` must hold volumes with label maps to be scored, got none"),
-        ("auto", "`validation` must hold volumes .*got none: list some in dataset.json, or hold out some"),
+        ("auto", "`validation` must hold volumes .*got none: list some in dataset.json, hold some out"),
     ],
 )
 def test_nothing_to_score_is_refused(split: str, message: str) -> None:
@@ -427,12 +454,12 @@ def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None
 
 
 def test_the_best_weights_cannot_be_chosen_without_a_validation_split() -> None:
-    refuse_unselected(datalist_of(4, 1), "best")
-    refuse_unselected(datalist_of(4), "last")
+    refuse_untrainable(datalist_of(4, 1), "best")
+    refuse_untrainable(datalist_of(4), "last")
     with pytest.raises(
         ValueError, match=r"`--select best` chooses the weights on a validation split, and there is none"
     ):
-        refuse_unselected(datalist_of(4), "best")
+        refuse_untrainable(datalist_of(4), "best")
 
 
 # --- label maps as classes
