@@ -83,12 +83,14 @@ from dissect_monai.segmentation_data import read_unlabelled as read_unlabelled
 from dissect_monai.segmentation_data import refuse_untrainable as refuse_untrainable
 from dissect_monai.segmentation_data import scored_subjects as scored_subjects
 from dissect_monai.segmentation_data import share_of_process as share_of_process
+from dissect_monai.segmentation_data import subject_digest as subject_digest
 from dissect_monai.segmentation_evaluation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.segmentation_evaluation import refuse_unmapped as refuse_unmapped
 from dissect_monai.segmentation_metrics import largest_components as largest_components
 from dissect_monai.segmentation_metrics import score_structures as score_structures
 from dissect_monai.segmentation_networks import DeepSupervisionNet as DeepSupervisionNet
 from dissect_monai.segmentation_networks import FrozenEncoder as FrozenEncoder
+from dissect_monai.segmentation_networks import UnseenClasses as UnseenClasses
 from dissect_monai.segmentation_plots import segmentation_overlay as segmentation_overlay
 from dissect_monai.synthetic import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
@@ -105,6 +107,7 @@ from dissect_monai.volumes import NormalizeModalityd as NormalizeModalityd
 from dissect_monai.volumes import PatchSpacingd as PatchSpacingd
 from dissect_monai.weights import has_decoder as has_decoder
 from dissect_monai.weights import load_encoder as load_encoder
+from dissect_monai.weights import load_segmentation as load_segmentation
 from dissect_monai.weights import load_segresnet as load_segresnet
 from dissect_monai.weights import read_settings as read_settings
 from dissect_monai.weights import refuse_other_names as refuse_other_names

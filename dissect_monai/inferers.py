@@ -39,7 +39,7 @@ class FlippingWindowInferer(SlidingWindowInferer):
     Args:
         roi_size: voxels of a window.
         sw_batch_size: windows that the network sees at once.
-        overlap: part in [0, 1) of a window that it shares with the next; 0.8 takes 8 times as many as 0.5.
+        overlap: part in [0, 1) of a window that it shares with the next; 0.8 takes 5 to 16 times as many as 0.5.
         flip_axes: axes 0, 1, 2 along which to flip; of n axes, the mean is over the logits of 2^n copies.
         amp: whether to autocast to bfloat16.
         max_voxels: of a volume whose logits are put together on the network's device.

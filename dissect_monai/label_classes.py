@@ -25,7 +25,7 @@ class LabelClassesd(MapTransform):
         allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
-        ValueError: if an item does not name its values, names a negative one, or one of two classes twice, or its label
+        ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
             map has fractions, a value that it does not name, or lies beside its image.
     """
 
@@ -38,11 +38,13 @@ class LabelClassesd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        if len(class_names) > 255:
+            raise ValueError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         self.class_names = list(class_names)
         self.labels_key, self.image_key = labels_key, image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the label maps of an item by classes in uint8, from 255 structures on in int16."""
+        """Replace the label maps of an item by classes in uint8."""
         item = dict(data)
         for key in self.key_iterator(item):
             where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
@@ -57,7 +59,7 @@ class LabelClassesd(MapTransform):
                     f"{where} must hold values that `labels` of its dataset.json names ({_few(sorted(table))}), got "
                     f"{_few(unknown)}: name them there, or correct the label map."
                 )
-            classes = np.zeros(max(table) + 1, np.uint8 if len(self.class_names) < 255 else np.int16)
+            classes = np.zeros(max(table) + 1, np.uint8)
             classes[list(table)] = list(table.values())
             item[key] = convert_to_dst_type(classes[label_map][None], item[key], dtype=classes.dtype)[0]
         return item
@@ -70,10 +72,12 @@ class LabelClassesd(MapTransform):
         for name, values in labels.items():
             index = self.class_names.index(name) + 1 if name in self.class_names else 0
             for value in values:
-                if value < 0:
-                    raise ValueError(f"{where} must have values of at least 0, got {value} for {name}.")
-                if table.setdefault(value, index) != index:
+                if value < 1:
+                    raise ValueError(f"{where} must have structures with values over 0, got {value} for {name}.")
+                # A region that is not learnt may share values with one that is.
+                if index and table.get(value, 0) not in (0, index):
                     raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
+                table[value] = index or table.get(value, 0)
         return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -44,6 +45,7 @@ def read_segmentation(
     num_folds: int = 5,
     validation_fraction: float = 0.2,
     split_seed: int = 0,
+    default_modality: str | Sequence[str] | None = None,
 ) -> SegmentationDatalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
@@ -64,6 +66,7 @@ def read_segmentation(
         validation_fraction: share of the training subjects, in [0, 1), at least one, that becomes a validation split
             where there is none; 0 takes none, and so does a single subject.
         split_seed: draws other folds, and other subjects for a validation split.
+        default_modality: of volumes whose modality neither `modality` nor dataset.json says.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
@@ -79,7 +82,10 @@ def read_segmentation(
         )
     folders = data_folders(dataset_dir)
     datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
-    found = [_complete(datalist, folder, modality) for datalist, folder in zip(datalists, folders, strict=True)]
+    found = [
+        _complete(datalist, folder, modality, default_modality)
+        for datalist, folder in zip(datalists, folders, strict=True)
+    ]
     names = _common_names(found, folders, structures)
     datalist = _labelled(merge_datalists(datalists, folders))
     datalist = _split(datalist, fold, num_folds, validation_fraction, split_seed)
@@ -94,7 +100,9 @@ def read_segmentation(
 
 
 def read_unlabelled(
-    dataset_dir: str | Path | Sequence[str | Path], modality: str | Sequence[str] | None = None
+    dataset_dir: str | Path | Sequence[str | Path],
+    modality: str | Sequence[str] | None = None,
+    default_modality: str | Sequence[str] | None = None,
 ) -> list[Item]:
     """The volumes to segment of one or several folders, of a dataset.json or without, or of one file.
 
@@ -103,6 +111,7 @@ def read_unlabelled(
     Args:
         dataset_dir: the folder or folders, or a single volume.
         modality: of the volumes, or one a channel; None takes that of dataset.json.
+        default_modality: of volumes whose modality neither says.
 
     Raises:
         FileNotFoundError: if a folder does not exist or holds no volumes.
@@ -112,7 +121,7 @@ def read_unlabelled(
     datalists = [read_folder(folder, spatial_dims=3, check=False) for folder in folders]
     items = _items(merge_datalists(datalists, folders, check=False))
     for item in items:
-        item["modality"] = _modality(item.get("modality") if modality is None else modality)
+        item["modality"] = _modality(modality, item.get("modality"), default_modality)
     _warn_of_unknown(items)
     return items
 
@@ -150,7 +159,7 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
         settings: of the weights, which say on which validation volumes they were chosen.
 
     Raises:
-        ValueError: if `split` is unknown or has no labelled volumes.
+        ValueError: if `split` is unknown, has no labelled volumes, or has a subject that the weights were trained on.
     """
     if split not in ("auto", "validation", "test", "all"):
         raise ValueError(f"`split` must be auto, validation, test or all, got {split!r}.")
@@ -168,15 +177,24 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
             "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
             "train with --select last."
         )
-    if name == "all":
-        notes.append(
-            "All volumes of the set are scored: on those that the weights were trained on, the scores mean nothing."
+    known = {*settings.get("trained_on", ())}
+    trained_on = sorted({str(item["subject"]) for item in items if subject_digest(item) in known})
+    if trained_on:
+        raise ValueError(
+            f"`{name}` must hold no subject that the weights were trained on, got {len(trained_on)}: "
+            f"{_few(trained_on)}. Give the --fold, --split_seed and --validation_fraction of training, or the "
+            "dataset.json as it was then."
         )
     for note in notes:
         logger.warning(note)
     subjects = len({str(item["subject"]) for item in items})
     logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
+
+
+def subject_digest(item: Item) -> str:
+    """A short text by which a subject of a task is recognised, and which does not name it."""
+    return hashlib.sha256(f"{item['task']}\t{item['subject']}".encode()).hexdigest()[:12]
 
 
 def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item]:
@@ -199,26 +217,29 @@ def refuse_untrainable(datalist: SegmentationDatalist, select: str) -> None:
         )
 
 
-def _complete(datalist: Datalist, folder: Path, modality: str | Sequence[str] | None) -> list[str]:
+def _complete(datalist: Datalist, folder: Path, modality: Any, default_modality: Any) -> list[str]:
     """Give every item its subject, task, modality and the values of its structures, and return all names."""
     base = folder if folder.is_dir() else folder.parent
     names: dict[str, None] = {}
     for item in _items(datalist):
         item.setdefault("subject", os.path.relpath(item["image"], base))
         item.setdefault("task", base.name)
-        item["modality"] = _modality(item.get("modality") if modality is None else modality)
+        item["modality"] = _modality(modality, item.get("modality"), default_modality)
         given = item.get("labels")
         item["labels"] = named_values(given, folder) if isinstance(given, Mapping) else {}
         if not item["labels"]:
             raise ValueError(
-                f'{folder} must name the values of its label maps, such as "labels": {{"1": "spleen"}} in its '
-                f"dataset.json, got {given!r}."
+                f"{folder} must have a dataset.json that names the values of its label maps, such as "
+                f'"labels": {{"1": "spleen"}}, got {item.get("labels")!r}: scripts/make_datalist.py writes one.'
             )
         names |= dict.fromkeys(sorted(item["labels"], key=lambda name: min(item["labels"][name])))
     return list(names)
 
 
-def _modality(given: Any) -> str | list[str]:
+def _modality(knob: Any, own: Any, default: Any) -> str | list[str]:
+    if isinstance(knob, Mapping):
+        raise ValueError(f"`modality` must be a text, or a list with one for each channel, got {dict(knob)}.")
+    given = next((each for each in (knob, own, default) if each is not None), None)
     values = list(given.values()) if isinstance(given, Mapping) else given
     values = list(values) if isinstance(values, (list, tuple)) else [values]
     names = ["unknown" if value is None else str(value).strip() or "unknown" for value in values]

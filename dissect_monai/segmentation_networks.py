@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from ignite.engine import Engine
+import logging
+from collections.abc import Sequence
+
+import torch
+from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.networks.layers.factories import Conv
 from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
 from dissect_monai.weights import SEGRESNET_ENCODER
+
+logger = logging.getLogger(__name__)
 
 
 class DeepSupervisionNet(nn.Module):
@@ -58,6 +64,35 @@ class DeepSupervisionNet(nn.Module):
         finest, *coarser = decoded[::-1]
         others = [head(each) for head, each in zip(self.heads, coarser, strict=False)]
         return [self.segresnet.conv_final(finest), *others]
+
+
+class UnseenClasses:
+    """Says after the first epoch which structures no patch has shown, such as when few labels are left.
+
+    Args:
+        class_names: structures of the classes 1, 2, ... of the batches' "label".
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+        self.seen: set[int] = set()
+
+    def attach(self, engine: Engine) -> None:
+        """Look at the first epoch of `engine`."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), self._report)
+
+    def __call__(self, engine: Engine) -> None:
+        """Remember the classes of one batch."""
+        if engine.state.epoch == 1 and len(self.seen) < len(self.class_names):
+            self.seen |= {*torch.as_tensor(engine.state.batch["label"]).unique().int().tolist()} - {0}
+
+    def _report(self, engine: Engine) -> None:
+        unseen = [name for index, name in enumerate(self.class_names, start=1) if index not in self.seen]
+        if unseen:
+            logger.warning(
+                "No patch of the first epoch shows %s: with these labels it cannot be learnt.", ", ".join(unseen)
+            )
 
 
 class FrozenEncoder:

@@ -70,8 +70,8 @@ def read_settings(weights_path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         if Path(weights_path).is_file():
             raise FileNotFoundError(
-                f"there is no {path.name} beside {weights_path} to say how it was trained: copy it along, or write it, "
-                'such as {"encoder": "resnet50", "image_size": 224}.'
+                f"there is no {path.name} beside {weights_path} to say how it was trained: copy it along from where "
+                "it was trained."
             )
         return {}
     try:
@@ -183,6 +183,32 @@ def load_segresnet(network: SegResNet, path: str | Path) -> SegResNet:
     if left:
         parts = ", ".join(part.rstrip(".") for part in left)
         logger.info("They are of an encoder alone: %s of the network were left as they were.", parts)
+    return network
+
+
+def load_segmentation(network: SegResNet, path: str | Path) -> SegResNet:
+    """Load the weights of a whole segmentation network, as seg_finetune_btcv trains it.
+
+    Args:
+        network: the network to fill.
+        path: a `model.pt` with a JSON beside it that has `class_names`.
+
+    Returns:
+        the same network.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no JSON beside it.
+        ValueError: as for `load_encoder`, or if they are weights of pretraining, whose outputs are no classes.
+    """
+    refuse_missing_weights(path)
+    if "class_names" not in read_settings(path):
+        raise ValueError(
+            f"{path} must be weights of a segmentation, got some without `class_names` in the JSON beside them, as "
+            "pretraining leaves them: train with --pretrained and give the model.pt of that run."
+        )
+    state = load_torch(path, TRAIN_FIRST)
+    _load_state(network, state, path, [], SEGRESNET_REMEDY)
+    logger.info("Loaded all %d tensors of %s.", len(state), path)
     return network
 
 

@@ -968,7 +968,10 @@ def test_a_label_map_beside_its_image_is_refused(on_blocks: Path, blocks: Path, 
 
 
 BAD_SETS: dict[str, tuple[dict[str, Any], str]] = {
-    "no names": ({"labels": None}, r'must name the values of its label maps, such as "labels": \{"1": "spleen"\}'),
+    "no names": (
+        {"labels": None},
+        r'must have a dataset.json that names the values of its label maps, such as "labels": \{"1": "spleen"\}',
+    ),
     "odd names": ({"labels": {"spleen": "one"}}, "`labels` of .* must give integers names"),
     "one value twice": ({"labels": {"dim": 1, "bright": [1, 2]}}, r"must give each value one class, got 1 in bright"),
     "no labels": (

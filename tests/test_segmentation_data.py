@@ -25,6 +25,7 @@ from dissect_monai.segmentation_data import (
     refuse_untrainable,
     scored_subjects,
     share_of_process,
+    subject_digest,
 )
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
@@ -90,7 +91,9 @@ def test_unknown_and_repeated_structures_are_refused(tmp_path: Path, structures:
 
 @pytest.mark.parametrize("labels", [None, {}, ["spleen"], {"0": "background", "x": []}])
 def test_a_folder_that_names_no_structures_is_refused(tmp_path: Path, labels: Any) -> None:
-    message = r"must name the values of its label maps, such as \"labels\": \{\"1\": \"spleen\"\}"
+    message = (
+        r"must have a dataset.json that names the values of its label maps, such as \"labels\": \{\"1\": \"spleen\"\}"
+    )
     with pytest.raises(ValueError, match=message):
         read_segmentation(make_set(tmp_path, labels=labels))
 
@@ -410,10 +413,40 @@ def test_validation_volumes_of_another_set_have_chosen_nothing() -> None:
     assert scored_subjects(datalist_of(4, 3), "validation", settings).notes == []
 
 
-def test_all_of_a_new_set_can_be_scored(caplog: pytest.LogCaptureFixture) -> None:
-    scored = scored_subjects(datalist_of(4, 3, 5), "all", {})
-    assert len(scored.items) == 12
-    assert "on those that the weights were trained on, the scores mean nothing" in caplog.text
+def test_all_of_a_new_set_can_be_scored() -> None:
+    assert len(scored_subjects(datalist_of(4, 3, 5), "all", {}).items) == 12
+
+
+@pytest.mark.parametrize(("split", "refused"), [("test", False), ("validation", False), ("all", True)])
+def test_subjects_that_the_weights_were_trained_on_are_not_scored(split: str, refused: bool) -> None:
+    datalist = datalist_of(4, 3, 5)
+    settings = {"trained_on": [subject_digest(item) for item in datalist.training]}
+    if not refused:
+        assert scored_subjects(datalist, split, settings).items == getattr(datalist, split)
+        return
+    with pytest.raises(
+        ValueError, match=r"`all` must hold no subject that the weights were trained on, got 2: a0, a1\."
+    ):
+        scored_subjects(datalist, split, settings)
+
+
+@pytest.mark.parametrize(
+    ("knob", "own", "default", "expected"),
+    [(None, "MR", "CT", "MR"), (None, None, "CT", "CT"), ("PT", "MR", "CT", "PT"), (None, None, None, "unknown")],
+)
+def test_the_modality_of_dataset_json_comes_before_that_of_training(
+    tmp_path: Path, knob: str | None, own: str | None, default: str | None, expected: str
+) -> None:
+    folder = make_set(tmp_path)
+    spec = {**json.loads((folder / "dataset.json").read_text()), "modality": own}
+    write(folder / "dataset.json", {key: value for key, value in spec.items() if value is not None})
+    assert read_segmentation(folder, modality=knob, default_modality=default).modality == expected
+    assert read_unlabelled(folder, knob, default)[0]["modality"] == expected
+
+
+def test_a_modality_for_every_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`modality` must be a text, or a list with one for each channel, got"):
+        read_segmentation(make_set(tmp_path), modality={"a": "CT"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -509,12 +542,18 @@ def test_affine_and_path_stay() -> None:
     assert label.dtype == torch.float32  # the given one stays
 
 
-def test_more_structures_than_uint8_can_number_become_int16() -> None:
-    names = [f"s{index}" for index in range(1, 256)]
+def test_more_structures_than_uint8_can_number_are_refused() -> None:
+    names = [f"s{index}" for index in range(1, 257)]
     labels = {name: [index] for index, name in enumerate(names, 1)}
-    result = classes(volume(0, 1, 255), labels, names)
-    assert (result.dtype, result.flatten().tolist()) == (torch.int16, [0, 1, 255])
-    assert classes(volume(0, 1, 254), labels, names[:-1]).dtype == torch.uint8
+    assert classes(volume(0, 1, 255), labels, names[:-1]).flatten().tolist() == [0, 1, 255]
+    with pytest.raises(ValueError, match="must be at most 255, which uint8 can number, got 256"):
+        LabelClassesd("label", names)
+
+
+@pytest.mark.parametrize("labels", [{"kidneys": [2, 3], "left": [2]}, {"left": [2], "kidneys": [2, 3]}])
+def test_a_region_that_is_not_learnt_may_share_values(labels: dict[str, list[int]]) -> None:
+    assert classes(volume(0, 2, 3), labels, ["kidneys"]).flatten().tolist() == [0, 1, 1]
+    assert classes(volume(0, 2, 3), labels, ["left"]).flatten().tolist() == [0, 1, 0]
 
 
 def test_a_label_map_of_several_channels_is_refused() -> None:
@@ -568,8 +607,7 @@ def test_missing_keys_may_be_allowed() -> None:
             {"spleen": [1], "kidneys": [2, 1]},
             "must give each value one class, got 1 in kidneys and another one",
         ),
-        ([0, 1], {"spleen": [1], "heart": [1]}, "must give each value one class, got 1 in heart"),
-        ([0, 1], {"spleen": [0, 1]}, "must give each value one class, got 0 in spleen"),
+        ([0, 1], {"spleen": [0, 1]}, "must have structures with values over 0, got 0 for spleen"),
         ([0, 1, -1], {"spleen": [1], "void": [-1]}, r"values of at least 0, got -1 for void"),
     ],
 )

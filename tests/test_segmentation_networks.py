@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks.nets import SegResNet
 from torch import Tensor
 
-from dissect_monai.segmentation_networks import DeepSupervisionNet, FrozenEncoder
+from dissect_monai.segmentation_networks import DeepSupervisionNet, FrozenEncoder, UnseenClasses
 from dissect_monai.weights import SEGRESNET_ENCODER
 
 
@@ -172,3 +172,12 @@ def test_only_the_encoder_is_frozen() -> None:
 def test_a_negative_number_of_epochs_is_refused() -> None:
     with pytest.raises(ValueError, match="`num_epochs` must be at least 0, got -1"):
         FrozenEncoder(segresnet(2), -1)
+
+
+def test_structures_that_no_patch_shows_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(lambda engine, batch: None)
+    UnseenClasses(["liver", "spleen", "aorta"]).attach(engine)
+    engine.run([{"label": torch.tensor([[0.0, 2.0]])}, {"label": torch.tensor([[0.0, 0.0]])}], max_epochs=2)
+    assert [record.message for record in caplog.records if "No patch" in record.message] == [
+        "No patch of the first epoch shows liver, aorta: with these labels it cannot be learnt."
+    ]

@@ -10,9 +10,11 @@ import torch
 from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import nn
 
+from dissect_monai.networks import SegResNetEncoder
 from dissect_monai.weights import (
     has_decoder,
     load_encoder,
+    load_segmentation,
     load_segresnet,
     read_settings,
     save_atomically,
@@ -348,3 +350,20 @@ def test_weights_without_json_or_none_at_all_cannot_start_a_segmentation(tmp_pat
         transfer_segresnet(segresnet(), tmp_path / "model.pt", ORGANS)
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*none\.pt"):
         transfer_segresnet(segresnet(), tmp_path / "none.pt", ORGANS)
+
+
+def test_a_segmentation_is_loaded_with_its_classes_alone(tmp_path: Path) -> None:
+    network, path = SegResNet(3, 8, 1, 3), tmp_path / "model.pt"
+    save_weights(network, path, {"class_names": ["liver", "spleen"]})
+    other = load_segmentation(SegResNet(3, 8, 1, 3), path)
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in network.state_dict().items())
+    save_weights(network, path, {"init_filters": 8})
+    with pytest.raises(ValueError, match="must be weights of a segmentation, got some without `class_names`"):
+        load_segmentation(SegResNet(3, 8, 1, 3), path)
+
+
+def test_an_encoder_is_no_segmentation(tmp_path: Path) -> None:
+    network, path = SegResNet(3, 8, 1, 3), tmp_path / "model.pt"
+    save_weights(SegResNetEncoder(network), path, {"class_names": ["liver", "spleen"]})
+    with pytest.raises(ValueError, match=r"do not fit the SegResNet: \d+ missing"):
+        load_segmentation(network, path)
