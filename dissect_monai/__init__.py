@@ -80,6 +80,7 @@ from dissect_monai.segmentation_data import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.segmentation_data import labelled_subjects as labelled_subjects
 from dissect_monai.segmentation_data import read_segmentation as read_segmentation
 from dissect_monai.segmentation_data import read_unlabelled as read_unlabelled
+from dissect_monai.segmentation_data import refuse_other_channels as refuse_other_channels
 from dissect_monai.segmentation_data import refuse_untrainable as refuse_untrainable
 from dissect_monai.segmentation_data import scored_subjects as scored_subjects
 from dissect_monai.segmentation_data import share_of_process as share_of_process

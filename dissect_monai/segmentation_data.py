@@ -159,7 +159,8 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
         settings: of the weights, which say on which validation volumes they were chosen.
 
     Raises:
-        ValueError: if `split` is unknown, has no labelled volumes, or has a subject that the weights were trained on.
+        ValueError: if `split` is unknown, has no labelled volumes, or has a subject that the weights were trained on,
+            or as `refuse_other_channels` says.
     """
     if split not in ("auto", "validation", "test", "all"):
         raise ValueError(f"`split` must be auto, validation, test or all, got {split!r}.")
@@ -171,6 +172,7 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
             f"`{name}` must hold volumes with label maps to be scored, got none: list some in dataset.json, hold "
             "some out by --validation_fraction or --fold, or score all of a new set by --split all."
         )
+    refuse_other_channels(items, settings.get("in_channels", 1))
     notes = []
     if settings.get("select") == "best" and settings.get("validation_data") == datalist_digest(items):
         notes.append(
@@ -190,6 +192,21 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
     subjects = len({str(item["subject"]) for item in items})
     logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
+
+
+def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
+    """Refuse volumes whose modalities are more or fewer than the channels that a network takes.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for item in items:
+        modalities = [item["modality"]] if isinstance(item["modality"], str) else item["modality"]
+        if len(modalities) != in_channels:
+            raise ValueError(
+                f"volumes must have the {in_channels} channel(s) that the weights were trained on, got "
+                f"{', '.join(modalities)} for {item['image']}: correct `modality`, or take other weights."
+            )
 
 
 def subject_digest(item: Item) -> str:

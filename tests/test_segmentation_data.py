@@ -91,9 +91,7 @@ def test_unknown_and_repeated_structures_are_refused(tmp_path: Path, structures:
 
 @pytest.mark.parametrize("labels", [None, {}, ["spleen"], {"0": "background", "x": []}])
 def test_a_folder_that_names_no_structures_is_refused(tmp_path: Path, labels: Any) -> None:
-    message = (
-        r"must have a dataset.json that names the values of its label maps, such as \"labels\": \{\"1\": \"spleen\"\}"
-    )
+    message = "must have a dataset.json that names the values of its label maps, such as"
     with pytest.raises(ValueError, match=message):
         read_segmentation(make_set(tmp_path, labels=labels))
 
@@ -608,7 +606,7 @@ def test_missing_keys_may_be_allowed() -> None:
             "must give each value one class, got 1 in kidneys and another one",
         ),
         ([0, 1], {"spleen": [0, 1]}, "must have structures with values over 0, got 0 for spleen"),
-        ([0, 1, -1], {"spleen": [1], "void": [-1]}, r"values of at least 0, got -1 for void"),
+        ([0, 1, -1], {"spleen": [1], "void": [-1]}, r"values over 0, got -1 for void"),
     ],
 )
 def test_label_maps_that_do_not_fit_their_names_are_refused(values: Any, labels: Any, message: str) -> None:
