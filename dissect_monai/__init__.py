@@ -77,14 +77,8 @@ from dissect_monai.sampling import DomainSampler as DomainSampler
 from dissect_monai.sampling import SeededDataset as SeededDataset
 from dissect_monai.sampling import part_of_tasks as part_of_tasks
 from dissect_monai.segmentation_data import BTCV_ORGANS as BTCV_ORGANS
-from dissect_monai.segmentation_data import labelled_subjects as labelled_subjects
 from dissect_monai.segmentation_data import read_segmentation as read_segmentation
 from dissect_monai.segmentation_data import read_unlabelled as read_unlabelled
-from dissect_monai.segmentation_data import refuse_other_channels as refuse_other_channels
-from dissect_monai.segmentation_data import refuse_untrainable as refuse_untrainable
-from dissect_monai.segmentation_data import scored_subjects as scored_subjects
-from dissect_monai.segmentation_data import share_of_process as share_of_process
-from dissect_monai.segmentation_data import subject_digest as subject_digest
 from dissect_monai.segmentation_evaluation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.segmentation_evaluation import refuse_unmapped as refuse_unmapped
 from dissect_monai.segmentation_metrics import largest_components as largest_components
@@ -93,6 +87,12 @@ from dissect_monai.segmentation_networks import DeepSupervisionNet as DeepSuperv
 from dissect_monai.segmentation_networks import FrozenEncoder as FrozenEncoder
 from dissect_monai.segmentation_networks import UnseenClasses as UnseenClasses
 from dissect_monai.segmentation_plots import segmentation_overlay as segmentation_overlay
+from dissect_monai.segmentation_splits import labelled_subjects as labelled_subjects
+from dissect_monai.segmentation_splits import refuse_other_channels as refuse_other_channels
+from dissect_monai.segmentation_splits import refuse_untrainable as refuse_untrainable
+from dissect_monai.segmentation_splits import scored_subjects as scored_subjects
+from dissect_monai.segmentation_splits import share_of_process as share_of_process
+from dissect_monai.segmentation_splits import subject_digest as subject_digest
 from dissect_monai.synthetic import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.validation import BestWeights as BestWeights

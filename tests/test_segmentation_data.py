@@ -16,12 +16,9 @@ from monai.data import MetaTensor
 from dissect_monai.data import Item
 from dissect_monai.domain_splits import datalist_digest
 from dissect_monai.label_classes import LabelClassesd
-from dissect_monai.segmentation_data import (
-    BTCV_ORGANS,
-    SegmentationDatalist,
+from dissect_monai.segmentation_data import BTCV_ORGANS, SegmentationDatalist, read_segmentation, read_unlabelled
+from dissect_monai.segmentation_splits import (
     labelled_subjects,
-    read_segmentation,
-    read_unlabelled,
     refuse_untrainable,
     scored_subjects,
     share_of_process,
