@@ -1133,11 +1133,11 @@ def test_misspelt_knobs_end_with_one_line_and_a_status(blocks: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_the_first_command_learns_on_phantoms(tmp_path: Path) -> None:
-    result = command_line(CONFIGS / "train.json", threads=None, output_dir=tmp_path)
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     scores = [event.value for event in events_of(tmp_path).Scalars("dice_mean")]
     assert scores[-1] > scores[0] + 0.05
     for config in ("evaluate", "inference"):
-        assert command_line(CONFIGS / f"{config}.json", threads=None, output_dir=tmp_path).returncode == 0
+        assert command_line(CONFIGS / f"{config}.json", output_dir=tmp_path).returncode == 0
     assert metrics_of(tmp_path)["dice_mean"] > 0.1
