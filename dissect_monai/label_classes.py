@@ -10,6 +10,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import ImageMetaKey, convert_to_dst_type
 
+from dissect_monai.data import few
 from dissect_monai.original_grid import refuse_apart
 from dissect_monai.segmentation_metrics import integer_map
 
@@ -56,8 +57,8 @@ class LabelClassesd(MapTransform):
             unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
             if unknown:
                 raise ValueError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({_few(sorted(table))}), got "
-                    f"{_few(unknown)}: name them there, or correct the label map."
+                    f"{where} must hold values that `labels` of its dataset.json names ({few(sorted(table))}), got "
+                    f"{few(unknown)}: name them there, or correct the label map."
                 )
             classes = np.zeros(max(table) + 1, np.uint8)
             classes[list(table)] = list(table.values())
@@ -79,7 +80,3 @@ class LabelClassesd(MapTransform):
                     raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
                 table[value] = index or table.get(value, 0)
         return table
-
-
-def _few(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)

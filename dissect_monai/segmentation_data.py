@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dissect_monai.data import SPLITS, Datalist, Item, data_folders, merge_datalists, read_folder, select_fraction
+from dissect_monai.data import SPLITS, Datalist, Item, data_folders, few, merge_datalists, read_folder, select_fraction
 from dissect_monai.domains import named_values
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _common_names(found: list[list[str]], folders: list[Path], structures: Seque
     for names, folder in zip(found, folders, strict=True):
         if {*names} != {*found[0]}:
             raise ValueError(
-                f"all folders must name the same structures, got {_few(found[0])} in {folders[0]} and {_few(names)} "
+                f"all folders must name the same structures, got {few(found[0])} in {folders[0]} and {few(names)} "
                 f"in {folder}: what one set has not contoured would count as background."
             )
     if structures is None:
@@ -231,7 +231,3 @@ def _btcv_numbers(items: list[Item]) -> dict[str, int] | None:
 
 def _items(datalist: Datalist) -> list[Item]:
     return [item for split in SPLITS for item in getattr(datalist, split)]
-
-
-def _few(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)

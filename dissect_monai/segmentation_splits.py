@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dissect_monai.data import Item, select_fraction
+from dissect_monai.data import Item, few, select_fraction
 from dissect_monai.domain_splits import datalist_digest
 from dissect_monai.segmentation_data import SegmentationDatalist
 
@@ -72,7 +72,7 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
     if trained_on:
         raise ValueError(
             f"`{name}` must hold no subject that the weights were trained on, got {len(trained_on)}: "
-            f"{', '.join(trained_on[:8])}. Give the --fold, --split_seed and --validation_fraction of training, or the "
+            f"{few(trained_on)}. Give the --fold, --split_seed and --validation_fraction of training, or the "
             "dataset.json as it was then."
         )
     for note in notes:
