@@ -86,6 +86,7 @@ from dissect_monai.segmentation_metrics import score_structures as score_structu
 from dissect_monai.segmentation_networks import DeepSupervisionNet as DeepSupervisionNet
 from dissect_monai.segmentation_networks import FrozenEncoder as FrozenEncoder
 from dissect_monai.segmentation_networks import UnseenClasses as UnseenClasses
+from dissect_monai.segmentation_networks import start_rare as start_rare
 from dissect_monai.segmentation_plots import segmentation_overlay as segmentation_overlay
 from dissect_monai.segmentation_splits import labelled_subjects as labelled_subjects
 from dissect_monai.segmentation_splits import refuse_other_channels as refuse_other_channels

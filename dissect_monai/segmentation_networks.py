@@ -1,8 +1,9 @@
-"""What the training of a segmentation adds to a `SegResNet`: logits of coarser levels, a frozen start."""
+"""What the training of a segmentation adds to a `SegResNet`: its start, logits of coarser levels, a frozen encoder."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,35 @@ from torch import Tensor, nn
 from dissect_monai.weights import SEGRESNET_ENCODER
 
 logger = logging.getLogger(__name__)
+
+
+def start_rare(network: SegResNet, share: float = 0.01) -> None:
+    """Make an untrained network call every structure rare.
+
+    With the usual biases of zero each class starts with the same share of all voxels, which is far more than a
+    structure has. The Dice loss then pushes all structures down, and those whose features are not told apart soon
+    reach probabilities at which it has no gradient: they are never found.
+
+    Args:
+        network: the biases of its last convolution are changed in place; its first output is the background.
+        share: probability of each structure against the background, in (0, 1).
+
+    Raises:
+        ValueError: if `share` is out of range.
+
+    Reference:
+        Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the default is.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`share` must lie between 0 and 1, got {share}.")
+    _start_rare(network.conv_final[-1].conv.bias, share)
+
+
+def _start_rare(biases: Tensor, share: float = 0.01) -> None:
+    """As `start_rare`, of the biases of one convolution."""
+    with torch.no_grad():
+        biases.fill_(math.log(share / (1 - share)))
+        biases[0] = 0
 
 
 class DeepSupervisionNet(nn.Module):
@@ -43,9 +73,10 @@ class DeepSupervisionNet(nn.Module):
         classes = segresnet.conv_final[-1].out_channels
         conv = Conv[Conv.CONV, segresnet.spatial_dims]
         # Level 0 is that of the output itself.
-        self.heads = nn.ModuleList(
-            conv(segresnet.init_filters * 2**level, classes, 1) for level in range(1, num_heads + 1)
-        )
+        heads = [conv(segresnet.init_filters * 2**level, classes, 1) for level in range(1, num_heads + 1)]
+        for head in heads:
+            _start_rare(head.bias)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """Logits (B, classes, *spatial); in training a list with those of coarser levels behind, each half as fine.

@@ -12,7 +12,7 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks.nets import SegResNet
 from torch import Tensor
 
-from dissect_monai.segmentation_networks import DeepSupervisionNet, FrozenEncoder, UnseenClasses
+from dissect_monai.segmentation_networks import DeepSupervisionNet, FrozenEncoder, UnseenClasses, start_rare
 from dissect_monai.weights import SEGRESNET_ENCODER
 
 
@@ -35,6 +35,32 @@ def labels(spatial_dims: int = 3) -> Tensor:
 
 def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+# --- the start
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_an_untrained_network_calls_every_structure_rare(spatial_dims: int) -> None:
+    network = segresnet(spatial_dims)
+    before = copy_of(network)
+    start_rare(network, share=0.02)
+    background, *structures = network.conv_final[-1].conv.bias.softmax(0).tolist()
+    assert [each / (each + background) for each in structures] == pytest.approx([0.02, 0.02])
+    changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == ["conv_final.2.conv.bias"]
+
+
+def test_coarser_levels_start_rare_too() -> None:
+    heads = DeepSupervisionNet(segresnet(blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1)), 2).heads
+    shares = [head.bias.softmax(0).tolist() for head in heads]
+    assert shares == [pytest.approx([0.98019, 0.0099, 0.0099], abs=1e-4)] * 2
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_shares_out_of_range_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="`share` must lie between 0 and 1"):
+        start_rare(segresnet(), share)
 
 
 # --- coarser levels
