@@ -56,6 +56,7 @@ from dissect_monai.networks import VQSSLNet as VQSSLNet
 from dissect_monai.optimizers import ssl_optimizer as ssl_optimizer
 from dissect_monai.original_grid import OriginalGridd as OriginalGridd
 from dissect_monai.original_grid import to_original_grid as to_original_grid
+from dissect_monai.overrides import given_items as given_items
 from dissect_monai.patches import patch_dataset as patch_dataset
 from dissect_monai.predictions import PredictionSaver as PredictionSaver
 from dissect_monai.predictions import read_calibration as read_calibration
@@ -79,6 +80,7 @@ from dissect_monai.sampling import part_of_tasks as part_of_tasks
 from dissect_monai.segmentation_data import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.segmentation_data import read_segmentation as read_segmentation
 from dissect_monai.segmentation_data import read_unlabelled as read_unlabelled
+from dissect_monai.segmentation_data import unlisted_segmentation as unlisted_segmentation
 from dissect_monai.segmentation_evaluation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.segmentation_evaluation import refuse_unmapped as refuse_unmapped
 from dissect_monai.segmentation_metrics import largest_components as largest_components

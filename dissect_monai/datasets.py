@@ -31,6 +31,7 @@ def cached_dataset(
     num_workers: int = 0,
     progress: bool = False,
     seeded: bool = False,
+    complete: Callable[[list[Item]], list[Item]] | None = None,
 ) -> Dataset | SeededDataset:
     """A data set that decodes and preprocesses every image once, now, and finds all unreadable files at that.
 
@@ -45,6 +46,7 @@ def cached_dataset(
         num_workers: threads that fill the cache; at least one.
         progress: show a progress bar.
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
+        complete: adds to the items what a caller that lists them itself, such as MONAI Label, leaves out.
 
     Returns:
         `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
@@ -56,6 +58,7 @@ def cached_dataset(
     """
     steps, num_deterministic = flattened(transform)
     preprocessing = Compose(steps.transforms[:num_deterministic])
+    data = data if complete is None else complete(data)
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:

@@ -302,8 +302,8 @@ def _refuse_rare_validation(max_epochs: int, val_interval: int, select: str) -> 
 
 # What knobs must be to each other, in a config that has all of them.
 TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
-    ("max_epochs", "schedule_epochs", "warmup_epochs"): _refuse_bad_schedule,
-    ("max_epochs", "val_interval", "select"): _refuse_rare_validation,
+    ("train::trainer::max_epochs", "schedule_epochs", "warmup_epochs"): _refuse_bad_schedule,
+    ("train::trainer::max_epochs", "val_interval", "select"): _refuse_rare_validation,
     ("a_min", "a_max"): _refuse_bad_window,
     ("patch_size", "spatial_dims", "blocks_down"): _refuse_bad_patch,
     ("blocks_down", "blocks_up"): _refuse_bad_blocks,

@@ -59,6 +59,17 @@ def running_workflow() -> ConfigWorkflow | None:
     return None
 
 
+def given_items(name: str) -> list[Any] | None:
+    """The data list that the running workflow was given in place of its own, as MONAI Label gives one, or None.
+
+    Args:
+        name: id of the list in the config, such as "train#dataset#data".
+    """
+    workflow = running_workflow()
+    items = None if workflow is None else workflow.parser.get(name.replace("#", "::"))
+    return items if isinstance(items, list) else None
+
+
 def run_arguments() -> tuple[Any, dict[str, Any]] | None:
     """Config files and overrides of the `monai.bundle.run` that this code runs under: MONAI hands them to nobody."""
     frame = next((frame for frame in _callers() if frame.f_code is bundle_run.__code__), None)

@@ -79,11 +79,13 @@ def announce(smoke: bool, data_dir: object) -> None:
 
     Args:
         smoke: whether it runs on generated phantoms.
-        data_dir: folder or folders of the images.
+        data_dir: folder or folders of the images; None if the caller of the run lists them.
     """
     folders = ", ".join(map(str, ensure_tuple(data_dir)))
     if smoke:
         logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", folders)
+    elif data_dir is None:
+        logger.info("Using the images that the caller lists.")
     else:
         logger.info("Using the images in %s.", folders)
 

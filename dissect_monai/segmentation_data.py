@@ -34,6 +34,16 @@ class SegmentationDatalist(NamedTuple):
     modality: str | list[str] | None  # of all training volumes; None if they differ
     in_channels: int
 
+    def complete(self, items: Sequence[Item]) -> list[Item]:
+        """Items that a caller lists by "image" and "label" alone, with all that those read here have.
+
+        The label maps must hold the classes themselves, 1, 2, ... in the order of `class_names`, and each image is a
+        subject of its own. What an item says of itself stays.
+        """
+        labels = {name: [value] for value, name in enumerate(self.class_names, start=1)}
+        common = {"task": "given", "modality": self.modality or "unknown", "labels": labels}
+        return [{**common, "subject": Path(item["image"]).name, **item} for item in items]
+
 
 def read_segmentation(
     dataset_dir: str | Path | Sequence[str | Path],
@@ -95,6 +105,25 @@ def read_segmentation(
     common = first if all(each == first for each in others) else None
     splits = (datalist.training, datalist.validation, datalist.test)
     return SegmentationDatalist(*splits, names, common, channels.pop())
+
+
+def unlisted_segmentation(settings: Mapping[str, Any]) -> SegmentationDatalist:
+    """No volumes, but the structures and channels of weights: of a training whose caller lists the volumes itself.
+
+    Args:
+        settings: of the weights, as `read_settings` gives them.
+
+    Raises:
+        ValueError: if they name no structures.
+    """
+    if not settings.get("class_names"):
+        raise ValueError(
+            "volumes that are listed without the names of their structures need weights that say them: put model.pt "
+            "and model.json of a training into the bundle's `models`."
+        )
+    return SegmentationDatalist(
+        [], [], [], settings["class_names"], settings.get("modality"), settings.get("in_channels", 1)
+    )
 
 
 def read_unlabelled(

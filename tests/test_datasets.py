@@ -45,6 +45,16 @@ def make_items(folder: Path, count: int = 6) -> list[dict[str, Any]]:
     return [{"image": str(folder / name), "label": [1.0, NAN], "subject": name} for name in names]
 
 
+def test_items_are_completed_before_they_are_read(tmp_path: Path) -> None:
+    names = write_images(tmp_path, 2)
+    paths = [{"image": str(tmp_path / name)} for name in names]
+    dataset = cached_dataset(
+        paths, preprocessing(), complete=lambda items: [{**item, "label": [1.0]} for item in items]
+    )
+    assert [item["label"] for item in dataset.data] == [[1.0], [1.0]]
+    assert [item["label"].tolist() for item in dataset] == [[1.0], [1.0]]
+
+
 @pytest.fixture(params=["memory", "disk"])
 def cache_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
     return tmp_path / "cache" if request.param == "disk" else None

@@ -90,7 +90,10 @@ def test_a_knob_may_be_an_expression() -> None:
         ),
         ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than the 3 of .*, got \[1, 1, 1\]"),
         ({"batch_size": 7, "sampling_temperature": 0.5}, "`--batch_size` must be even, .*, got 7"),
-        ({"max_epochs": 3, "schedule_epochs": 2, "warmup_epochs": 0}, "`--schedule_epochs` must be at least"),
+        (
+            {"train": {"trainer": {"max_epochs": 3}}, "schedule_epochs": 2, "warmup_epochs": 0},
+            "`--schedule_epochs` must be at least",
+        ),
     ],
 )
 def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], message: str) -> None:

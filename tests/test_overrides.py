@@ -7,7 +7,7 @@ import pytest
 from helpers import refused, run_bundle, write
 from monai.bundle import ConfigWorkflow, run
 
-from dissect_monai.overrides import refuse_unknown_overrides
+from dissect_monai.overrides import given_items, refuse_unknown_overrides
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 
@@ -84,3 +84,7 @@ def test_callers_of_the_python_api_may_add_ids(tiny_bundle: Path) -> None:
     workflow.run()
     assert Path("ran").exists()
     refuse_unknown_overrides()
+
+
+def test_without_a_workflow_no_list_is_given() -> None:
+    assert given_items("train#dataset#data") is None

@@ -892,6 +892,57 @@ def test_two_processes_do_what_one_does_with_the_joined_batch_and_share_its_vali
     assert metrics_of(tmp_path / "two")["dice_mean"] == pytest.approx(max(scores[1]), abs=1e-4)
 
 
+# ---- lists of a server -------------------------------------------------------------------------------------------
+
+
+def served(organs: Path, trained: Path, root: Path, **changes: Any) -> None:
+    """A training as MONAI Label calls it: in a bundle with weights, with lists of images and label maps alone."""
+    shutil.copytree(CONFIGS, root / "configs", dirs_exist_ok=True)
+    shutil.copytree(trained / "models", root / "models", dirs_exist_ok=True)
+    items = [{"image": str(item["image"]), "label": str(item["label"])} for item in read_segmentation(organs).training]
+    loader = {
+        "_target_": "CheckpointLoader", "load_path": str(model(root)), "load_dict": {"model": "$@network"},
+        "strict": False,
+    }  # fmt: skip
+    given = {
+        "bundle_root": str(root), "train#trainer#max_epochs": 1, "train#dataset#data": items[:3],
+        "validate#dataset#data": items[3:], "device": "cpu",
+        "train#handlers": [loader, *read(CONFIGS / "train.json")["train"]["handlers"]],
+        "iterations_per_epoch": 2, "batch_size": 2, "num_workers": 0,
+    }  # fmt: skip
+    run_config(root / "configs" / "train.json", **{**given, **changes})
+
+
+def test_lists_of_a_server_train_the_served_weights_on(organs: Path, trained: Path, tmp_path: Path) -> None:
+    served(organs, trained, tmp_path, **FROZEN)
+    for key, value in weights(tmp_path).items():
+        torch.testing.assert_close(value, weights(trained)[key])
+    before, after = settings(trained), settings(tmp_path)
+    kept = ("class_names", "modality", "in_channels", "pixdim", "patch_size", "init_filters", "blocks_down")
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    assert (after["num_volumes"], after["select"], after["schedule_epochs"]) == (3, "best", 1)
+    assert {*after["trained_on"]} > {*before["trained_on"]}
+    served(organs, trained, tmp_path)  # again, over what the first has left
+    assert not same(weights(tmp_path), weights(trained))
+
+
+@pytest.mark.parametrize("nothing", [[], "@validate#items"])
+def test_without_a_list_for_validation_the_last_weights_are_kept(
+    organs: Path, trained: Path, tmp_path: Path, nothing: Any
+) -> None:
+    served(organs, trained, tmp_path, **{"validate#dataset#data": nothing})
+    assert settings(tmp_path)["select"] == "last"
+    assert not same(weights(tmp_path), weights(trained))
+
+
+def test_lists_of_a_server_need_weights_that_name_the_structures(organs: Path, trained: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(trained, changed)
+    write(changed / "models" / "model.json", {**settings(trained), "class_names": []})
+    with refused("names of their structures need weights that say them"):
+        served(organs, changed, tmp_path / "bundle")
+
+
 # ---- exports -----------------------------------------------------------------------------------------------------
 
 

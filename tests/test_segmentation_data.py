@@ -16,7 +16,13 @@ from monai.data import MetaTensor
 from dissect_monai.data import Item
 from dissect_monai.domain_splits import datalist_digest
 from dissect_monai.label_classes import LabelClassesd
-from dissect_monai.segmentation_data import BTCV_ORGANS, SegmentationDatalist, read_segmentation, read_unlabelled
+from dissect_monai.segmentation_data import (
+    BTCV_ORGANS,
+    SegmentationDatalist,
+    read_segmentation,
+    read_unlabelled,
+    unlisted_segmentation,
+)
 from dissect_monai.segmentation_splits import (
     labelled_subjects,
     refuse_untrainable,
@@ -614,3 +620,20 @@ def test_label_maps_that_do_not_fit_their_names_are_refused(values: Any, labels:
 def test_structures_that_are_not_learnt_may_share_a_value() -> None:
     labels = {"heart": [4, 5], "vessels": [5], "spleen": [1]}
     assert classes(volume(0, 5, 1), labels).flatten().tolist() == [0, 0, 1]
+
+
+# --- volumes that a caller lists
+
+
+def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
+    datalist = unlisted_segmentation({"class_names": ["liver", "spleen"], "modality": "MR"})
+    assert datalist == ([], [], [], ["liver", "spleen"], "MR", 1)
+    bare, own = datalist.complete([{"image": "a/1.nii", "label": "b/1.nii"}, {"image": "2.nii", "subject": "s"}])
+    common = {"task": "given", "modality": "MR", "labels": {"liver": [1], "spleen": [2]}}
+    assert bare == {**common, "image": "a/1.nii", "label": "b/1.nii", "subject": "1.nii"}
+    assert own == {**common, "image": "2.nii", "subject": "s"}
+
+
+def test_without_weights_a_caller_must_not_list_volumes() -> None:
+    with pytest.raises(ValueError, match="need weights that say them"):
+        unlisted_segmentation({})
