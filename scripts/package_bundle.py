@@ -1,0 +1,125 @@
+"""Package bundles for those who have nothing of this repository: dist/NAME_vVERSION.zip and its SHA-256.
+
+    python scripts/package_bundle.py NAME|all [--weights DIR] [--output_dir dist]
+
+The archive holds one folder: the bundle, its weights and the package that its configs refer to. The same commit and
+weights give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "dissect_monai"
+WEIGHTS = ("models/model.pt", "models/model.json")
+
+
+def main(name: str, weights: str | Path | None = None, output_dir: str | Path = "dist") -> None:
+    """Package one bundle, or all of them.
+
+    Args:
+        name: of the bundle's folder in bundles/, or "all".
+        weights: folder that has NAME/models/model.pt of each, such as runs/demo after `make demo-all`; bundles/ by
+            default.
+        output_dir: folder for the archives.
+    """
+    try:
+        for bundle in _chosen(name):
+            print(package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir)))
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
+    """Write the archive of a bundle and, beside it, its SHA-256 as `sha256sum` takes it.
+
+    Args:
+        bundle: its folder, in a git repository with the package beside `bundles`.
+        weights: folder with models/model.pt and models/model.json.
+        output_dir: folder for both; made if missing.
+
+    Returns:
+        Path of the archive.
+
+    Raises:
+        FileNotFoundError: if the weights or their settings are missing.
+        ValueError: if the version has no changelog entry, or bundle or package differ from what is committed.
+    """
+    version = released_version(bundle)
+    files = dict(_files(bundle, weights))
+    path = output_dir / f"{bundle.name}_v{version}.zip"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Stored, since weights hardly shrink and what a compressor writes depends on its version.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, file in sorted(files.items()):
+            entry = zipfile.ZipInfo(f"{bundle.name}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, file.read_bytes())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    return path
+
+
+def released_version(bundle: Path) -> str:
+    """The version of a bundle's metadata.
+
+    Raises:
+        ValueError: if it has no changelog entry.
+    """
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    version, changelog = str(metadata["version"]), metadata["changelog"]
+    if not str(changelog.get(version, "")).strip():
+        raise ValueError(
+            f"version {version} of {bundle.name} must have an entry in `changelog` of its metadata.json, which has "
+            f"{', '.join(changelog) or 'none'}: write what is new."
+        )
+    return version
+
+
+def _chosen(name: str) -> list[Path]:
+    bundles = {path.parent.parent.name: path.parent.parent for path in ROOT.glob("bundles/*/configs/metadata.json")}
+    if name == "all":
+        return [bundles[each] for each in sorted(bundles)]
+    if name not in bundles:
+        (near,) = get_close_matches(str(name), bundles, n=1, cutoff=0)
+        raise ValueError(f"there is no bundle {name}; did you mean {near}? `all` takes {', '.join(sorted(bundles))}.")
+    return [bundles[name]]
+
+
+def _files(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
+    """Name in the bundle's folder and path of all that goes into the archive."""
+    root = bundle.parent.parent
+    changed = _git(root, "status", "--porcelain", "--", str(bundle), PACKAGE)
+    if changed:
+        raise ValueError(
+            f"{bundle.name} and {PACKAGE} must be as they are committed, got {len(changed)} changed or new files, "
+            f"{changed[0][3:]} first: commit them."
+        )
+    for part, folder in ((bundle, bundle), (root / PACKAGE, root)):
+        for file in _git(root, "ls-files", "--full-name", "--", str(part)):
+            yield (root / file).relative_to(folder).as_posix(), root / file
+    for name in WEIGHTS:
+        if not (weights / name).is_file():
+            raise FileNotFoundError(
+                f"{bundle.name} has no {weights / name}: train it, or give --weights DIR, where DIR/{bundle.name}/"
+                f"{name} is."
+            )
+        yield name, weights / name
+
+
+def _git(root: Path, *arguments: str) -> list[str]:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.splitlines()
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
