@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test lint type bench results clean
+.PHONY: demo demo-all test label lint type bench results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -44,6 +44,20 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 test: $(BIN)/.dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
+LABEL = .venv-label
+$(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/label/no_dependencies.txt scripts/label/torchvision_without_cuda.py
+	test -x $(LABEL)/bin/python || $(PYTHON) -m venv $(LABEL)
+	$(LABEL)/bin/python -m pip install --quiet --constraint constraints.txt torch monai
+	$(LABEL)/bin/python -m pip install --quiet --requirement scripts/label/requirements.txt
+	$(LABEL)/bin/python -m pip install --quiet --no-deps --requirement scripts/label/no_dependencies.txt
+	packages=$$($(LABEL)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') && \
+		cp scripts/label/torchvision_without_cuda.py $$packages && \
+		echo "import torchvision_without_cuda" > $$packages/torchvision_without_cuda.pth
+	touch $@
+
+label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST
+	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/test_monai_label.py
+
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +74,4 @@ results: $(BIN)/.runtime  ## make the README's tables from results/results.csv
 	$(BIN)/python scripts/render_results.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LABEL) .mypy_cache .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,23 @@ def write(path: Path, content: Any) -> Path:
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run(config_file=str(bundle / "configs" / "train.json"), **overrides)
+
+
+def git(repository: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    subprocess.run(["git", "-C", str(repository), *identity, *arguments], check=True, capture_output=True)
+
+
+def committed_copy(root: Path) -> Path:
+    """All bundles and the package, without what runs have left in them, as a repository of their own."""
+    outputs = ("models", "eval", "checkpoints", "phantoms", "__pycache__")
+    for folder in ("bundles", "dissect_monai"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*outputs))
+    shutil.copy(ROOT / ".gitignore", root)
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "all")
+    return root
 
 
 def write_images(folder: Path, count: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, read, run_config, write
+from helpers import ROOT, committed_copy, git, read, run_config, write
 
 from dissect_monai.volume_phantoms import write_volume_phantoms
 
@@ -26,23 +25,9 @@ VOLUMES = {"pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8
 TINY = {"batch_size": 4, "max_epochs": 1, "warmup_epochs": 0, "num_workers": 0, "amp": False}
 
 
-def git(repository: Path, *arguments: str) -> None:
-    identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
-    subprocess.run(["git", "-C", str(repository), *identity, *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """All bundles and the package, committed, and outputs that git does not know."""
-    root = tmp_path / "repository"
-    outputs = ("models", "eval", "checkpoints", "phantoms", "__pycache__")
-    for folder in ("bundles", "dissect_monai"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*outputs))
-    shutil.copy(ROOT / ".gitignore", root)
-    git(root, "init", "--quiet")
-    git(root, "add", ".")
-    git(root, "commit", "--quiet", "--message", "all")
-    return root
+    return committed_copy(tmp_path / "repository")
 
 
 @pytest.fixture
