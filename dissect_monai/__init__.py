@@ -98,6 +98,7 @@ from dissect_monai.segmentation_splits import share_of_process as share_of_proce
 from dissect_monai.segmentation_splits import subject_digest as subject_digest
 from dissect_monai.synthetic import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.synthetic import write_xray_phantoms as write_xray_phantoms
+from dissect_monai.tracking import complete_tracking as complete_tracking
 from dissect_monai.validation import BestWeights as BestWeights
 from dissect_monai.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.validation import FiniteLoss as FiniteLoss

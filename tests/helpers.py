@@ -22,6 +22,7 @@ from PIL import Image
 
 from dissect_monai.checkpoints import newest_checkpoint
 from dissect_monai.preflight import bad_input
+from dissect_monai.volume_phantoms import write_volume_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
@@ -115,6 +116,20 @@ def write(path: Path, content: Any) -> Path:
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run(config_file=str(bundle / "configs" / "train.json"), **overrides)
+
+
+def short_training(bundle: str, xrays: Path, folder: Path) -> dict[str, Any]:
+    """Knobs of a training of seconds on small phantoms: the X-rays, or volumes that it writes into a folder."""
+    short = {"max_epochs": 1, "warmup_epochs": 0, "batch_size": 4, "num_workers": 0, "amp": False, "val_interval": 1}
+    if bundle in ("pretrain_vq_ssl", "cxr_classify"):
+        return {**short, "dataset_dir": xrays, "image_size": 32, "encoder": "resnet18"}
+    volumes = {"pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8, "iterations_per_epoch": 2}
+    tasks = ["abdomen_ct"]
+    if bundle == "hssl_multidomain":
+        volumes["mask_size"] = 8
+        tasks.append("head_mr")
+    folders = write_volume_phantoms(folder, 6, 2, 2, image_size=32, tasks=tasks)
+    return {**short, **volumes, "dataset_dir": folders[0] if len(folders) == 1 else [*map(str, folders)]}
 
 
 def git(repository: Path, *arguments: str) -> None:

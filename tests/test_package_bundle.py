@@ -9,20 +9,16 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-from helpers import ROOT, committed_copy, git, read, run_config, write
-
-from dissect_monai.volume_phantoms import write_volume_phantoms
+import torch
+from helpers import ROOT, committed_copy, git, read, run_config, short_training, write
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export, verify_metadata, verify_net_in_out
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from package_bundle import main, package
-
-BUNDLES = sorted(path.name for path in ROOT.glob("bundles/*"))
-XRAYS = {"encoder": "resnet18", "image_size": 32}
-VOLUMES = {"pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8, "iterations_per_epoch": 2}
-TINY = {"batch_size": 4, "max_epochs": 1, "warmup_epochs": 0, "num_workers": 0, "amp": False}
 
 
 @pytest.fixture
@@ -105,34 +101,89 @@ def from_archive(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BUNDLES)
-def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(
-    name: str, repository: Path, dataset_dir: Path, tmp_path: Path
-) -> None:
-    volumes = read(ROOT / "bundles" / name / "configs" / "train.json").get("pixdim") is not None
-    data: Any = str(dataset_dir)
-    if volumes:
-        tasks = ["abdomen_ct"] if name == "seg_finetune_btcv" else ["abdomen_ct", "head_mr"]
-        data = list(map(str, write_volume_phantoms(tmp_path / "volumes", 6, 2, 2, image_size=32, tasks=tasks)))
-    knobs = {**TINY, **(VOLUMES if volumes else XRAYS), "dataset_dir": data if len(data) != 1 else data[0]}
-    source = ROOT / "bundles" / name / "configs" / "train.json"
-    run_config(source, **knobs, output_dir=tmp_path / "weights")
-    archive = package(repository / "bundles" / name, tmp_path / "weights", tmp_path / "dist")
+class Unpacked(NamedTuple):
+    """A bundle as `download` leaves it, in a folder that was empty."""
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    from_archive(
-        "-m", "monai.bundle", "download", "--name", name, "--url", archive.as_uri(), "--bundle_dir", ".", cwd=empty
-    )
-    folder = empty / name
+    folder: Path
+    knobs: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=sorted(path.name for path in ROOT.glob("bundles/*")))
+def unpacked(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
+    work, name = tmp_path_factory.mktemp(request.param), request.param
+    knobs = short_training(name, dataset_dir, work / "data")
+    run_config(ROOT / "bundles" / name / "configs" / "train.json", **knobs, output_dir=work / "weights")
+    repository = committed_copy(work / "repository")
+    archive = package(repository / "bundles" / name, work / "weights", work / "dist")
+    (work / "empty").mkdir()
+    source = ("--name", name, "--url", archive.as_uri(), "--bundle_dir", ".")
+    from_archive("-m", "monai.bundle", "download", *source, cwd=work / "empty")
+    return Unpacked(work / "empty" / name, knobs)
+
+
+@pytest.mark.slow
+def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(unpacked: Unpacked, tmp_path: Path) -> None:
+    folder, knobs = unpacked
     where = from_archive("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=folder)
     assert Path(where.strip()).parent == folder / "dissect_monai"
     run = ("-m", "monai.bundle", "run", "--dataset_dir", str(knobs["dataset_dir"]), "--config_file")
     from_archive(*run, "configs/inference.json", cwd=folder)
     assert list((folder / "eval").iterdir())
-    trained = tmp_path / "trained"
-    given = [part for knob, value in {**knobs, "output_dir": trained}.items() for part in (f"--{knob}", str(value))]
+    given = [part for knob, value in {**knobs, "output_dir": tmp_path}.items() for part in (f"--{knob}", str(value))]
     from_archive("-m", "monai.bundle", "run", "--config_file", "configs/train.json", *given, cwd=folder)
-    from_archive(*run, "configs/evaluate.json", "--output_dir", str(trained), cwd=folder)
-    assert (trained / "eval" / "metrics.csv").is_file()
+    from_archive(*run, "configs/evaluate.json", "--output_dir", str(tmp_path), cwd=folder)
+    assert (tmp_path / "eval" / "metrics.csv").is_file()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """What MONAI's commands need to know of a bundle."""
+    configs = folder / "configs"
+    return {
+        "meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json"),
+        "bundle_root": str(folder),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked, tmp_path: Path) -> None:
+    folder = unpacked.folder
+    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/inference.json", "models/model.pt"):
+        assert (folder / name).is_file(), name
+    metadata = read(folder / "configs" / "metadata.json")
+    assert metadata["version"] in metadata["changelog"]
+    files = files_of(folder)
+    schema = ROOT / "tests" / "meta_schema_20240725.json"
+    verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
+    workflow = ConfigWorkflow(files["config_file"], workflow_type="infer", logging_file=False, bundle_root=str(folder))
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    verify_net_in_out("network_def", device="cpu", **files)
+    weights = str(folder / "models" / "model.pt")
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=weights, **files)
+    torch.jit.load(tmp_path / "model.ts")
+
+
+@pytest.mark.slow
+def test_exports_give_what_the_network_gives_on_an_image(unpacked: Unpacked, tmp_path: Path) -> None:
+    import onnxruntime
+
+    files, weights = files_of(unpacked.folder), unpacked.folder / "models" / "model.pt"
+    parser = ConfigParser()
+    parser.read_config(files["config_file"])
+    parser.update({"bundle_root": files["bundle_root"], "dataset_dir": unpacked.knobs["dataset_dir"]})
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    image = torch.as_tensor(parser.get_parsed_content("dataset")[0]["image"])[None]
+    image = image[(..., *(slice(16) for _ in range(3)))] if image.ndim == 5 else image  # a window of a volume
+    with torch.no_grad():
+        expected = network(image)
+
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(weights), **files)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=0, atol=1e-4)
+    shape = list(image.shape)
+    onnx_export(
+        "network_def", filepath=str(tmp_path / "model.onnx"), ckpt_file=str(weights), input_shape=shape, **files
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (exported,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    np.testing.assert_allclose(exported, expected.numpy(), rtol=0, atol=1e-4)

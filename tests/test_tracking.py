@@ -1,0 +1,55 @@
+"""`--tracking mlflow`: parameters, metrics and the executed config of a run of each bundle, in a local store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, run_config, short_training
+
+from dissect_monai.tracking import LONGEST_PARAMETER, complete_tracking, parameters
+
+pytestmark = pytest.mark.usefixtures("_in_root")
+METRICS = {
+    "pretrain_vq_ssl": {"train_loss"},
+    "cxr_classify": {"train_loss", "auroc"},
+    "hssl_multidomain": {"train_loss", "accuracy_task"},
+    "seg_finetune_btcv": {"train_loss", "dice_mean", "dice_liver"},
+}
+
+
+def tracked_runs(folder: Path) -> tuple[Any, list[Any]]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlruns.db'}")
+    return client, client.search_runs([each.experiment_id for each in client.search_experiments()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", sorted(path.name for path in ROOT.glob("bundles/*")))
+def test_a_run_shows_its_settings_losses_scores_and_config(bundle: str, dataset_dir: Path, tmp_path: Path) -> None:
+    knobs = short_training(bundle, dataset_dir, tmp_path / "data")
+    output_dir = tmp_path / "output"
+    train = ROOT / "bundles" / bundle / "configs" / "train.json"
+    run_config(train, **knobs, output_dir=output_dir, tracking="mlflow")
+    client, (run,) = tracked_runs(output_dir)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["batch_size"] == "4"
+    assert run.data.metrics.keys() >= METRICS[bundle]
+    (config,) = client.list_artifacts(run.info.run_id)
+    assert config.path.startswith("config_")
+    run_config(
+        train.with_name("evaluate.json"), dataset_dir=knobs["dataset_dir"], output_dir=output_dir, tracking="mlflow"
+    )
+    _, runs = tracked_runs(output_dir)
+    assert len(runs) == 2
+    assert all(each.data.metrics for each in runs)
+
+
+def test_long_settings_are_no_parameters() -> None:
+    assert parameters({"pixdim": [1, 2], "long": "x" * (LONGEST_PARAMETER + 1)}) == {"pixdim": "[1, 2]"}
+
+
+def test_nothing_happens_without_a_workflow() -> None:
+    complete_tracking()
