@@ -62,10 +62,12 @@ from dissect_monai.predictions import PredictionSaver as PredictionSaver
 from dissect_monai.predictions import read_calibration as read_calibration
 from dissect_monai.preflight import announce as announce
 from dissect_monai.preflight import bundle_root as bundle_root
+from dissect_monai.preflight import checkpoint_to_resume as checkpoint_to_resume
 from dissect_monai.preflight import claim_output as claim_output
 from dissect_monai.preflight import explain_errors as explain_errors
 from dissect_monai.preflight import refuse_overwriting as refuse_overwriting
 from dissect_monai.preflight import refuse_small_data as refuse_small_data
+from dissect_monai.processes import fewest as fewest
 from dissect_monai.processes import leave_group as leave_group
 from dissect_monai.processes import process_device as process_device
 from dissect_monai.quantizers import EMACodebook as EMACodebook

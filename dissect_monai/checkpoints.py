@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from dissect_monai.weights import load_torch, save_atomically, save_weights
 
+logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint_epoch=\d+\.pt")
 
 
@@ -104,6 +106,7 @@ class TrainingCheckpoint:
         max_epochs = engine.state.max_epochs
         Checkpoint.load_objects({**self.save_dict, "trainer": engine}, checkpoint)
         engine.state.max_epochs = max_epochs
+        logger.info("Going on from %s, after epoch %d.", path, engine.state.epoch)
         self.saved = checkpoints_in(Path(path).parent)
 
     def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:

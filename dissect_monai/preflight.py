@@ -9,10 +9,12 @@ from dis import opname
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
+from typing import Any
 
 from monai.utils import ensure_tuple
 
-from dissect_monai.checkpoints import checkpoints_in
+from dissect_monai.checkpoints import checkpoints_in, newest_checkpoint
+from dissect_monai.knobs import is_true
 from dissect_monai.overrides import run_arguments, running_workflow
 
 logger = logging.getLogger(__name__)
@@ -122,6 +124,23 @@ def refuse_overwriting(ckpt_dir: str | Path) -> None:
             f"{ckpt_dir} holds the checkpoints of another run: go on with it by --resume true, or give another "
             "--output_dir."
         )
+
+
+def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
+    """The newest checkpoint if a run is to go on from it, else None.
+
+    Args:
+        resume: true; false; or "auto", which goes on if there is a checkpoint and begins otherwise, for runs that are
+            started again by what supervises them, with the arguments that they had.
+        ckpt_dir: folder of the checkpoints.
+
+    Raises:
+        FileNotFoundError: if `resume` is true and there is none.
+        ValueError: if `resume` is none of the three.
+    """
+    if str(resume).lower() == "auto":
+        return newest_checkpoint(ckpt_dir) if checkpoints_in(ckpt_dir) else None
+    return newest_checkpoint(ckpt_dir) if is_true(resume) else None
 
 
 def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> None:

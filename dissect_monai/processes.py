@@ -1,4 +1,4 @@
-"""The processes of a run on several devices: which device is theirs, and how they end together."""
+"""The processes of a run on several devices: which device is theirs, what they share, and how they end together."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def process_device() -> torch.device:
             "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
         )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def fewest(count: int) -> int:
+    """The smallest count of all processes; the count itself without a process group.
+
+    Args:
+        count: of this process, such as the images that it could read. All processes must call this.
+    """
+    if not dist.is_initialized():
+        return count
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, count)
+    return min(counts)
 
 
 def leave_group(network: DistributedDataParallel) -> None:

@@ -406,6 +406,25 @@ def test_two_processes_hold_one_network_and_can_be_resumed(dataset_dir: Path, tm
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "out"}  # other ranks write nothing
 
 
+def test_shards_are_read_by_one_process_each(dataset_dir: Path, tmp_path: Path) -> None:
+    names = "sorted(item['image'] for item in @train#dataset.data)"
+    saving = f"$torch.save({names}, @output_dir + '/rank' + str(@rank) + '.pth')"
+    configs = PRETRAIN / "train.json", PRETRAIN / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
+    knobs = {**TINY, "batch_size": 4, "schedule_epochs": 2, "shard": True, "dataset_dir": dataset_dir}
+    del knobs["max_epochs"]
+    for epoch, resume in ((1, False), (2, True)):
+        result = two_processes(
+            *configs, cwd=tmp_path, **knobs, output_dir=tmp_path / "out", max_epochs=epoch, resume=resume
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / "out" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert (len(first), len(second)) == (12, 12)
+    assert not {*first} & {*second}
+    saved = torch.load(newest_checkpoint(tmp_path / "out" / "checkpoints"), weights_only=True)
+    assert saved["settings"]["num_images"] == 12
+    assert saved["trainer"]["epoch_length"] == 3
+
+
 # ---- evaluation and inference ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from dissect_monai.preflight import (
     announce,
     bad_input,
     bundle_root,
+    checkpoint_to_resume,
     claim_output,
     refuse_overwriting,
     refuse_small_data,
@@ -146,3 +147,21 @@ def test_the_message_of_a_refusal_that_has_a_cause_is_its_own() -> None:
     with pytest.raises(ValueError, match="device") as raised:
         refuse_bad_knobs(ConfigParser({"device": "abacus"}))
     assert str(bad_input(raised.value)).startswith("`--device` must be")
+
+
+# ---- what a run goes on from -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [True, "true", "auto", False, "false"])
+def test_a_run_goes_on_if_it_is_to(tmp_path: Path, resume: bool | str) -> None:
+    (tmp_path / "checkpoint_epoch=3.pt").touch()
+    found = checkpoint_to_resume(resume, tmp_path)
+    assert found == (None if resume in (False, "false") else str(tmp_path / "checkpoint_epoch=3.pt"))
+
+
+def test_auto_begins_where_true_must_go_on(tmp_path: Path) -> None:
+    assert checkpoint_to_resume("auto", tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt"):
+        checkpoint_to_resume("true", tmp_path)
+    with pytest.raises(ValueError, match="must be true or false"):
+        checkpoint_to_resume("maybe", tmp_path)
