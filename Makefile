@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test label lint type bench results clean
+.PHONY: demo demo-all test label package release lint type bench results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -57,6 +57,12 @@ $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/labe
 
 label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST
 	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/test_monai_label.py
+
+package: $(BIN)/.runtime  ## archives of all bundles with the weights of make demo-all, in dist/
+	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)
+
+release: $(BIN)/.runtime  ## check that all is ready to be published, and print the commands; sends nothing
+	$(BIN)/python scripts/release.py --weights $(DEMO)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
         output_dir: folder for the archives.
     """
     try:
-        for bundle in _chosen(name):
+        for bundle in chosen_bundles(name):
             print(package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir)))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -85,7 +85,12 @@ def released_version(bundle: Path) -> str:
     return version
 
 
-def _chosen(name: str) -> list[Path]:
+def chosen_bundles(name: str) -> list[Path]:
+    """Folders of one bundle or, for "all", of all of them.
+
+    Raises:
+        ValueError: naming the nearest, if there is no such bundle.
+    """
     bundles = {path.parent.parent.name: path.parent.parent for path in ROOT.glob("bundles/*/configs/metadata.json")}
     if name == "all":
         return [bundles[each] for each in sorted(bundles)]

@@ -1,0 +1,113 @@
+"""Check that all bundles are ready to be published, and print the commands that publish them; nothing is sent anywhere.
+
+    python scripts/release.py [--weights DIR] [--output_dir dist]
+
+It packages every bundle twice, checks versions, changelogs, archives and model cards, names all that is missing, and
+needs no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fire
+from package_bundle import PACKAGE, ROOT, chosen_bundles, package, released_version
+
+CARD = "docs/README.md"
+CARD_SECTIONS = ("## Train", "## Limits")
+CARD_WARNING = "Not a medical device"
+METADATA = ("description", "intended_use", "data_source", "data_type", "references", "authors", "copyright")
+
+
+def main(weights: str | Path | None = None, output_dir: str | Path = "dist") -> None:
+    """Check all bundles, and print how to publish them.
+
+    Args:
+        weights: folder that has NAME/models/model.pt of each bundle, such as runs/demo after `make demo-all`; bundles/
+            by default.
+        output_dir: folder for the archives.
+    """
+    problems = list(changelog_problems(ROOT))
+    archives = {}
+    for bundle in chosen_bundles("all"):
+        problems += [f"{bundle.name}: {each}" for each in card_problems(bundle)]
+        try:
+            archives[bundle] = package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir))
+        except (ValueError, OSError, subprocess.CalledProcessError) as error:
+            problems.append(str(error))
+            continue
+        with tempfile.TemporaryDirectory() as again:
+            second = package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(again))
+            problems += [f"{bundle.name}: {each}" for each in archive_problems(archives[bundle], second)]
+    for bundle, archive in archives.items():
+        print(f"# {bundle.name} {released_version(bundle)}: {archive}, {archive.stat().st_size / 2**20:.1f} MiB")
+        print("\n".join(commands(bundle.name, released_version(bundle), archive)), end="\n\n")
+    if problems:
+        raise SystemExit("error: not ready to be published:\n" + "\n".join(f"- {each}" for each in problems))
+    print("All bundles are ready to be published.")
+
+
+def changelog_problems(root: Path) -> Iterator[str]:
+    """What is wrong with the version of the package and its entry in CHANGELOG.md."""
+    version = re.search(r'^version = "(.+)"$', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    number = version[1] if version else "?"
+    entry = re.search(rf"^## {re.escape(number)}\b(.*)$", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    if entry is None:
+        yield f"CHANGELOG.md must have an entry for {number}, the version of pyproject.toml"
+    elif not re.search(r"\d{4}-\d\d-\d\d", entry[1]):
+        yield f"CHANGELOG.md must say when {number} was released, as in `## {number} – 2026-01-31`, got `{entry[0]}`"
+
+
+def card_problems(bundle: Path) -> Iterator[str]:
+    """What a reader of the model card would miss: sections, licences, and facts of the metadata."""
+    card = (bundle / CARD).read_text(encoding="utf-8")
+    for section in CARD_SECTIONS:
+        if f"\n{section}\n" not in card:
+            yield f"{CARD} must have a section `{section}`"
+    if CARD_WARNING not in card:
+        yield f"{CARD} must say `{CARD_WARNING}`"
+    for name in ("LICENSE", "docs/data_license.txt"):
+        if not (bundle / name).is_file():
+            yield f"{name} is missing"
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    for name in METADATA:
+        if not metadata.get(name):
+            yield f"configs/metadata.json must have `{name}`"
+
+
+def archive_problems(archive: Path, again: Path) -> Iterator[str]:
+    """What is wrong with an archive: damage, another SHA-256, other bytes the second time, or no vendored package."""
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if archive.with_name(f"{archive.name}.sha256").read_text(encoding="utf-8") != f"{digest}  {archive.name}\n":
+        yield f"{archive.name}.sha256 is not that of the archive"
+    if archive.read_bytes() != again.read_bytes():
+        yield f"{archive.name} has other bytes when it is packaged again"
+    with zipfile.ZipFile(archive) as opened:
+        if opened.testzip() is not None:
+            yield f"{archive.name} is damaged at {opened.testzip()}"
+        (folder,) = {name.partition("/")[0] for name in opened.namelist()}
+        if f"{folder}/{PACKAGE}/__init__.py" not in opened.namelist():
+            yield f"{archive.name} does not bring {PACKAGE}"
+
+
+def commands(name: str, version: str, archive: Path) -> list[str]:
+    """What publishes one bundle; words in capitals are yours."""
+    folder = f"unpacked/{name}"
+    return [
+        f"unzip -q {archive} -d unpacked",
+        f"cp -r {folder} MODEL_ZOO/models/   # a pull request to the model zoo: docs/publishing.md",
+        f"ngc registry model upload-version ORG/TEAM/{name}:{version} --source {folder}   # NGC",
+        f"python -m monai.bundle push_to_hf_hub --repo ORG/{name} --name {name} --bundle_dir unpacked"
+        f" --version {version}   # Hugging Face",
+    ]
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, read, write
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import release
+from release import archive_problems, card_problems, changelog_problems, commands
+
+every_bundle = pytest.mark.parametrize("bundle", sorted(ROOT.glob("bundles/*")), ids=lambda path: path.name)
+
+
+@every_bundle
+def test_model_cards_are_complete(bundle: Path) -> None:
+    assert list(card_problems(bundle)) == []
+
+
+def test_what_a_model_card_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("# A bundle\n\n## Train\n")
+    write(tmp_path / "configs" / "metadata.json", {"description": "a bundle", "authors": ""})
+    said = "\n".join(card_problems(tmp_path))
+    for lack in ("section `## Limits`", "Not a medical device", "LICENSE", "docs/data_license.txt", "`authors`"):
+        assert lack in said
+    assert "## Train" not in said
+    assert "`description`" not in said
+
+
+@pytest.mark.parametrize(
+    ("changelog", "problem"),
+    [
+        ("## 1.2.0 – 2026-01-31\n", None),
+        ("## 1.2.0 – unreleased\n", "got `## 1.2.0 – unreleased`"),
+        ("## 1.1.0 – 2026-01-31\n", "must have an entry for 1.2.0"),
+    ],
+)
+def test_the_changelog_must_name_version_and_date(tmp_path: Path, changelog: str, problem: str | None) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{changelog}")
+    found = list(changelog_problems(tmp_path))
+    assert len(found) == (problem is not None)
+    assert all(problem in each for each in found if problem)
+
+
+def test_an_archive_that_is_another_one_the_second_time_is_named(tmp_path: Path) -> None:
+    import zipfile
+
+    paths = [tmp_path / "a.zip", tmp_path / "b.zip"]
+    for path in paths:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/configs/metadata.json", path.name)
+        path.with_name(f"{path.name}.sha256").write_text("0  a.zip\n")
+    said = "\n".join(archive_problems(*paths))
+    for problem in ("is not that of the archive", "has other bytes", "does not bring dissect_monai"):
+        assert problem in said
+
+
+def test_all_problems_are_named_at_once_and_nothing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def packaged(bundle: Path, weights: Path, output_dir: Path) -> Path:
+        if bundle.name == "cxr_classify":
+            raise FileNotFoundError("cxr_classify has no weights")
+        return write(output_dir / f"{bundle.name}.zip", {})
+
+    monkeypatch.setattr(release, "package", packaged)
+    monkeypatch.setattr(release, "archive_problems", lambda first, second: [])
+    monkeypatch.setattr(release, "changelog_problems", lambda root: ["no date"])
+    with pytest.raises(SystemExit, match=r"(?s)not ready to be published:.*no date.*cxr_classify has no weights"):
+        release.main(output_dir=tmp_path)
+    printed = capsys.readouterr().out
+    assert "pretrain_vq_ssl.zip" in printed
+    assert "cxr_classify" not in printed
+
+
+def test_the_commands_name_version_and_folder() -> None:
+    version = read(ROOT / "bundles" / "cxr_classify" / "configs" / "metadata.json")["version"]
+    unzip, zoo, ngc, hub = commands("cxr_classify", version, Path("dist/a.zip"))
+    assert unzip == "unzip -q dist/a.zip -d unpacked"
+    assert "unpacked/cxr_classify" in zoo
+    assert f"cxr_classify:{version} --source unpacked/cxr_classify" in ngc
+    assert f"--version {version}" in hub
