@@ -46,6 +46,7 @@ test: $(BIN)/.dev  ## the whole test suite
 
 LABEL = .venv-label
 $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/label/no_dependencies.txt scripts/label/torchvision_without_cuda.py
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python >= 3.11 is needed for MONAI Label with these pins, this is " + sys.version.split()[0] + ": try make label PYTHON=python3.12")'
 	test -x $(LABEL)/bin/python || $(PYTHON) -m venv $(LABEL)
 	$(LABEL)/bin/python -m pip install --quiet --constraint constraints.txt torch monai
 	$(LABEL)/bin/python -m pip install --quiet --requirement scripts/label/requirements.txt
@@ -62,7 +63,7 @@ package: $(BIN)/.runtime  ## archives of all bundles with the weights of make de
 	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)
 
 release: $(BIN)/.runtime  ## check that all is ready to be published, and print the commands; sends nothing
-	$(BIN)/python scripts/release.py --weights $(DEMO)
+	$(BIN)/python scripts/release.py --weights $(DEMO) --dry_run $(or $(DRY_RUN),False)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ from dissect_monai.sampling import part_of_tasks as part_of_tasks
 from dissect_monai.segmentation_data import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.segmentation_data import read_segmentation as read_segmentation
 from dissect_monai.segmentation_data import read_unlabelled as read_unlabelled
-from dissect_monai.segmentation_data import unlisted_segmentation as unlisted_segmentation
+from dissect_monai.segmentation_data import segmentation_of_weights as segmentation_of_weights
 from dissect_monai.segmentation_evaluation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.segmentation_evaluation import refuse_unmapped as refuse_unmapped
 from dissect_monai.segmentation_metrics import largest_components as largest_components

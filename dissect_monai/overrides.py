@@ -13,6 +13,8 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 
+# What MONAI itself reads beside `--tracking`.
+TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 # What an override may add to a component although its config does not show it.
 COMPONENT_KEYS = ("_disabled_", "_desc_", "_requires_", "_mode_")
 
@@ -82,6 +84,7 @@ def run_arguments() -> tuple[Any, dict[str, Any]] | None:
     config_file = arguments["config_file"] or given["config_file"]
     signatures = inspect.signature(bundle_run), inspect.signature(ConfigWorkflow)
     options = {"workflow_name", *signatures[0].parameters, *signatures[1].parameters}
+    options |= {*TRACKING_OPTIONS} if arguments["tracking"] or given.get("tracking") else set()
     return config_file, {name: value for name, value in given.items() if name not in options}
 
 

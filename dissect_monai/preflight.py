@@ -16,6 +16,7 @@ from monai.utils import ensure_tuple
 from dissect_monai.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.knobs import is_true
 from dissect_monai.overrides import run_arguments, running_workflow
+from dissect_monai.processes import of_first_process
 
 logger = logging.getLogger(__name__)
 BAD_INPUT = (ValueError, RuntimeError, ImportError)  # what this package raises on purpose; the rest are its faults
@@ -127,7 +128,7 @@ def refuse_overwriting(ckpt_dir: str | Path) -> None:
 
 
 def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
-    """The newest checkpoint if a run is to go on from it, else None.
+    """The newest checkpoint if a run is to go on from it, else None; in all processes that which the first one sees.
 
     Args:
         resume: true; false; or "auto", which goes on if there is a checkpoint and begins otherwise, for runs that are
@@ -138,9 +139,13 @@ def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
         FileNotFoundError: if `resume` is true and there is none.
         ValueError: if `resume` is none of the three.
     """
-    if str(resume).lower() == "auto":
-        return newest_checkpoint(ckpt_dir) if checkpoints_in(ckpt_dir) else None
-    return newest_checkpoint(ckpt_dir) if is_true(resume) else None
+    auto = str(resume).lower() == "auto"
+    if not auto and not is_true(resume, "resume"):
+        return None
+    newest = of_first_process([str(path) for path in checkpoints_in(ckpt_dir)[-1:]])
+    if not newest and not auto:
+        return newest_checkpoint(ckpt_dir)  # says what is missing
+    return newest[0] if newest else None
 
 
 def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> None:

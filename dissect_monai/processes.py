@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,19 @@ def process_device() -> torch.device:
             "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
         )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def of_first_process(value: Any) -> Any:
+    """What the first process calls this with, in all processes; the value itself without a process group.
+
+    Args:
+        value: anything that can be pickled. All processes must call this.
+    """
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def fewest(count: int) -> int:

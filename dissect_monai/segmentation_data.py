@@ -107,7 +107,7 @@ def read_segmentation(
     return SegmentationDatalist(*splits, names, common, channels.pop())
 
 
-def unlisted_segmentation(settings: Mapping[str, Any]) -> SegmentationDatalist:
+def segmentation_of_weights(settings: Mapping[str, Any]) -> SegmentationDatalist:
     """No volumes, but the structures and channels of weights: of a training whose caller lists the volumes itself.
 
     Args:

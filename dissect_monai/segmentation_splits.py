@@ -107,15 +107,18 @@ def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item
     return items[rank::world_size] or items[:1]
 
 
-def refuse_untrainable(datalist: SegmentationDatalist, select: str) -> None:
+def refuse_untrainable(training: Sequence[Item], validation: Sequence[Item] | None, select: str) -> None:
     """Refuse to train without training volumes, or to choose the best weights without validation volumes.
 
     Raises:
         ValueError: saying what to do.
     """
-    if not datalist.training:
-        raise ValueError("`training` must list volumes with label maps, got none: list some there in dataset.json.")
-    if select == "best" and not datalist.validation:
+    if not training:
+        raise ValueError(
+            "`training` must list volumes with label maps, got none: list some there in dataset.json, or give "
+            "studies a final label in MONAI Label."
+        )
+    if select == "best" and not validation:
         raise ValueError(
             "`--select best` chooses the weights on a validation split, and there is none: list some subjects there, "
             "give --validation_fraction or --fold, or take the last weights by --select last."

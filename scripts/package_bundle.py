@@ -35,7 +35,7 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
     try:
         for bundle in chosen_bundles(name):
             print(package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir)))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -59,11 +59,13 @@ def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
     path = output_dir / f"{bundle.name}_v{version}.zip"
     output_dir.mkdir(parents=True, exist_ok=True)
     # Stored, since weights hardly shrink and what a compressor writes depends on its version.
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    half = path.with_name(f".{path.name}.tmp")
+    with zipfile.ZipFile(half, "w", zipfile.ZIP_STORED) as archive:
         for name, file in sorted(files.items()):
             entry = zipfile.ZipInfo(f"{bundle.name}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             archive.writestr(entry, file.read_bytes())
+    half.replace(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
     return path
@@ -123,7 +125,10 @@ def _files(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
 
 def _git(root: Path, *arguments: str) -> list[str]:
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.splitlines()
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if result.returncode:
+        raise ValueError(f"bundles are packaged from a git repository, and git says: {result.stderr.strip()}")
+    return result.stdout.splitlines()
 
 
 if __name__ == "__main__":

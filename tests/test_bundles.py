@@ -407,22 +407,25 @@ def test_two_processes_hold_one_network_and_can_be_resumed(dataset_dir: Path, tm
 
 
 def test_shards_are_read_by_one_process_each(dataset_dir: Path, tmp_path: Path) -> None:
-    names = "sorted(item['image'] for item in @train#dataset.data)"
-    saving = f"$torch.save({names}, @output_dir + '/rank' + str(@rank) + '.pth')"
+    folder = tmp_path / "set"  # of 23 images: the processes have 12 and 11
+    shutil.copytree(dataset_dir, folder)
+    datalist = read(dataset_dir / "dataset.json")
+    write(folder / "dataset.json", {**datalist, "training": datalist["training"][1:]})
+    facts = "[sorted(item['image'] for item in @train#dataset.data), @train#trainer.state.iteration]"
+    saving = f"$torch.save({facts}, @output_dir + '/rank' + str(@rank) + '.pth')"
     configs = PRETRAIN / "train.json", PRETRAIN / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
-    knobs = {**TINY, "batch_size": 4, "schedule_epochs": 2, "shard": True, "dataset_dir": dataset_dir}
-    del knobs["max_epochs"]
-    for epoch, resume in ((1, False), (2, True)):
-        result = two_processes(
-            *configs, cwd=tmp_path, **knobs, output_dir=tmp_path / "out", max_epochs=epoch, resume=resume
-        )
+    knobs = {**TINY, "batch_size": 4, "schedule_epochs": 2, "shard": True, "dataset_dir": folder}
+    knobs |= {"cache_dir": tmp_path / "cache", "output_dir": tmp_path / "out"}
+    for epochs, resume in ((1, "false"), (2, "auto")):
+        result = two_processes(*configs, cwd=tmp_path, **{**knobs, "max_epochs": epochs, "resume": resume})
         assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / "out" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert (len(first), len(second)) == (12, 12)
+    (first, steps), (second, same_steps) = (torch.load(tmp_path / "out" / f"rank{rank}.pth") for rank in (0, 1))
+    assert (len(first), len(second)) == (12, 11)
     assert not {*first} & {*second}
+    assert steps == same_steps == 4
     saved = torch.load(newest_checkpoint(tmp_path / "out" / "checkpoints"), weights_only=True)
-    assert saved["settings"]["num_images"] == 12
-    assert saved["trainer"]["epoch_length"] == 3
+    assert saved["settings"]["num_images"] == 11
+    assert len(list((tmp_path / "cache").glob("*.pt"))) >= 23
 
 
 # ---- evaluation and inference ------------------------------------------------------------------------------------

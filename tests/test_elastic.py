@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from helpers import ROOT, short_training
 
-NUM_EPOCHS = 3
-CHILDREN = Path("/proc/{}/task/{}/children")
+NUM_EPOCHS = 10
 
 
 def start_node(bundle: str, port: int, log: Path, knobs: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -32,19 +31,17 @@ def start_node(bundle: str, port: int, log: Path, knobs: dict[str, Any]) -> subp
     command += [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(log, "wb") as output:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def wait_until(holds: Callable[[], Any], nodes: list[subprocess.Popen[bytes]], logs: list[Path]) -> Any:
-    for _ in range(1200):
+    for _ in range(3000):
         if found := holds():
             return found
         stopped = [log for node, log in zip(nodes, logs, strict=True) if node.poll() not in (None, 0)]
         assert not stopped, stopped[0].read_text(errors="replace")[-3000:]
         time.sleep(0.1)
-    raise AssertionError("waited for two minutes")
+    raise AssertionError("waited for five minutes")
 
 
 def worker_of(node: subprocess.Popen[bytes]) -> int | None:
@@ -74,9 +71,10 @@ def test_a_run_outlives_a_worker_of_one_of_two_nodes(bundle: str, dataset_dir: P
     finally:
         for node in nodes:
             if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
+                node.terminate()  # the agent ends its worker, which is no child of ours
+                node.wait(60)
     said = "".join(log.read_text(errors="replace") for log in logs)
     (epoch,) = re.findall(r"Going on from \S+, after epoch (\d)\.", said)  # the first process alone says so
-    assert epoch in ("1", "2")
+    assert 1 <= int(epoch) < NUM_EPOCHS
     assert (checkpoints / f"checkpoint_epoch={NUM_EPOCHS}.pt").is_file()
     assert (tmp_path / "output" / "models" / "model.pt").is_file()

@@ -85,6 +85,12 @@ def test_weights_must_be_there_with_their_settings(bundle: Path, tmp_path: Path,
         package(bundle, bundle, tmp_path / "dist")
 
 
+def test_outside_a_repository_git_says_why(tmp_path: Path) -> None:
+    write(tmp_path / "bundles" / "a" / "configs" / "metadata.json", {"version": "1", "changelog": {"1": "first"}})
+    with pytest.raises(ValueError, match="are packaged from a git repository, and git says: fatal: not a git"):
+        package(tmp_path / "bundles" / "a", tmp_path, tmp_path / "dist")
+
+
 def test_a_misspelt_bundle_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"there is no bundle cxr_clasify; did you mean cxr_classify\?"):
         main("cxr_clasify", output_dir=tmp_path / "dist")

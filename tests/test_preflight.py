@@ -163,5 +163,5 @@ def test_auto_begins_where_true_must_go_on(tmp_path: Path) -> None:
     assert checkpoint_to_resume("auto", tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt"):
         checkpoint_to_resume("true", tmp_path)
-    with pytest.raises(ValueError, match="must be true or false"):
+    with pytest.raises(ValueError, match="`resume` must be true or false"):
         checkpoint_to_resume("maybe", tmp_path)

@@ -935,6 +935,11 @@ def test_without_a_list_for_validation_the_last_weights_are_kept(
     assert not same(weights(tmp_path), weights(trained))
 
 
+def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Path, tmp_path: Path) -> None:
+    with refused("give studies a final label in MONAI Label"):
+        served(organs, trained, tmp_path, **{"train#dataset#data": [], "validate#dataset#data": []})
+
+
 def test_lists_of_a_server_need_weights_that_name_the_structures(organs: Path, trained: Path, tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)

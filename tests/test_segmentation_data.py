@@ -21,7 +21,7 @@ from dissect_monai.segmentation_data import (
     SegmentationDatalist,
     read_segmentation,
     read_unlabelled,
-    unlisted_segmentation,
+    segmentation_of_weights,
 )
 from dissect_monai.segmentation_splits import (
     labelled_subjects,
@@ -237,7 +237,7 @@ def test_a_set_for_testing_alone_is_read(tmp_path: Path) -> None:
     datalist = read_segmentation(folder)
     assert (datalist.training, len(datalist.test)) == ([], 1)
     with pytest.raises(ValueError, match="`training` must list volumes with label maps, got none"):
-        refuse_untrainable(datalist, "last")
+        refuse_untrainable(datalist.training, datalist.validation, "last")
 
 
 def test_folds_part_the_subjects(tmp_path: Path) -> None:
@@ -488,12 +488,12 @@ def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None
 
 
 def test_the_best_weights_cannot_be_chosen_without_a_validation_split() -> None:
-    refuse_untrainable(datalist_of(4, 1), "best")
-    refuse_untrainable(datalist_of(4), "last")
+    refuse_untrainable(*datalist_of(4, 1)[:2], "best")
+    refuse_untrainable(*datalist_of(4)[:2], "last")
     with pytest.raises(
         ValueError, match=r"`--select best` chooses the weights on a validation split, and there is none"
     ):
-        refuse_untrainable(datalist_of(4), "best")
+        refuse_untrainable(*datalist_of(4)[:2], "best")
 
 
 # --- label maps as classes
@@ -626,7 +626,7 @@ def test_structures_that_are_not_learnt_may_share_a_value() -> None:
 
 
 def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
-    datalist = unlisted_segmentation({"class_names": ["liver", "spleen"], "modality": "MR"})
+    datalist = segmentation_of_weights({"class_names": ["liver", "spleen"], "modality": "MR"})
     assert datalist == ([], [], [], ["liver", "spleen"], "MR", 1)
     bare, own = datalist.complete([{"image": "a/1.nii", "label": "b/1.nii"}, {"image": "2.nii", "subject": "s"}])
     common = {"task": "given", "modality": "MR", "labels": {"liver": [1], "spleen": [2]}}
@@ -636,4 +636,4 @@ def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
 
 def test_without_weights_a_caller_must_not_list_volumes() -> None:
     with pytest.raises(ValueError, match="need weights that say them"):
-        unlisted_segmentation({})
+        segmentation_of_weights({})

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from helpers import ROOT, run_config, short_training
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
-from dissect_monai.tracking import LONGEST_PARAMETER, complete_tracking, parameters
+from dissect_monai.overrides import TRACKING_OPTIONS
+from dissect_monai.tracking import LONGEST_PARAMETER, OF_DECOLLATED, _completed, complete_tracking, parameters
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 METRICS = {
@@ -45,6 +47,34 @@ def test_a_run_shows_its_settings_losses_scores_and_config(bundle: str, dataset_
     _, runs = tracked_runs(output_dir)
     assert len(runs) == 2
     assert all(each.data.metrics for each in runs)
+
+
+def test_every_start_is_a_run_of_its_own_with_the_name_and_store_that_it_is_given(
+    dataset_dir: Path, tmp_path: Path
+) -> None:
+    """A process that was killed leaves its run open: MLflow refuses other parameters for it."""
+    import mlflow
+
+    store = f"sqlite:///{tmp_path / 'mine.db'}"
+    client = mlflow.MlflowClient(store)
+    killed = client.create_run(client.create_experiment("mine", (tmp_path / "artifacts").as_uri()))
+    client.log_param(killed.info.run_id, "batch_size", "999")
+    knobs = short_training("pretrain_vq_ssl", dataset_dir, tmp_path)
+    run_config(
+        ROOT / "bundles" / "pretrain_vq_ssl" / "configs" / "train.json", **knobs, output_dir=tmp_path / "output",
+        tracking="mlflow", tracking_uri=store, experiment_name="mine",
+    )  # fmt: skip
+    runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert sorted(run.data.params["batch_size"] for run in runs) == ["4", "999"]
+
+
+def test_what_a_file_of_settings_says_stays() -> None:
+    own = {"_target_": "monai.handlers.MLFlowHandler", "output_transform": "$mine", "iteration_log": True}
+    assert _completed(own, has_settings=True) == own
+    of_monai = {"_target_": "MLFlowHandler", "output_transform": OF_DECOLLATED, "experiment_param": "@mine"}
+    assert _completed(of_monai, has_settings=True)["experiment_param"] == "@mine"
+    assert DEFAULT_MLFLOW_SETTINGS["configs"]["trainer"]["output_transform"] == OF_DECOLLATED
+    assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
 
 
 def test_long_settings_are_no_parameters() -> None:
