@@ -20,7 +20,7 @@ def test_model_cards_are_complete(bundle: Path) -> None:
 
 def test_what_a_model_card_lacks_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "README.md").write_text("# A bundle\n\n## Train\n")
+    (tmp_path / "docs" / "README.md").write_text("# A bundle\n\n## Train\n", encoding="utf-8")
     write(tmp_path / "configs" / "metadata.json", {"description": "a bundle", "authors": ""})
     said = "\n".join(card_problems(tmp_path))
     for lack in ("section `## Limits`", "Not a medical device", "LICENSE", "docs/data_license.txt", "`authors`"):
@@ -38,8 +38,8 @@ def test_what_a_model_card_lacks_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_changelog_must_name_version_and_date(tmp_path: Path, changelog: str, problem: str | None) -> None:
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n')
-    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{changelog}")
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n', encoding="utf-8")
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{changelog}", encoding="utf-8")
     found = list(changelog_problems(tmp_path))
     assert len(found) == (problem is not None)
     assert all(problem in each for each in found if problem)
