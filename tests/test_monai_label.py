@@ -181,9 +181,10 @@ def server(bundles: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory
             wait_for(f"http://127.0.0.1:{port}", process, log)
             yield Server(f"http://127.0.0.1:{port}", log, app / "model", studies)
         finally:
+            errors = errors_in(log)
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
-    assert errors_in(log) == []
+    assert errors == []
 
 
 def segmented(server: Server, image: Path, output_dir: Path) -> nib.Nifti1Image:
