@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from operator import itemgetter
 from typing import Any
 
@@ -21,6 +22,9 @@ def complete_tracking() -> None:
     As they come, they read the loss of decollated outputs alone, look for the config that was run below an
     `output_dir` that must be an expression, and write into the run of a process that was killed. Here every start is
     a run of its own. What a file of settings says stays, and without `--tracking` nothing happens.
+
+    Raises:
+        ImportError: if MLflow is not installed.
     """
     workflow = running_workflow()
     if workflow is None:
@@ -36,6 +40,8 @@ def complete_tracking() -> None:
     ]
     if not found:
         return
+    if find_spec("mlflow") is None:
+        raise ImportError("`--tracking mlflow` needs MLflow: pip install mlflow, or leave it out.")
     for handlers, index in found:
         handlers[index] = _completed(handlers[index], "settings" in parser)
     if "run_name" in parser and parser["run_name"] is None:
