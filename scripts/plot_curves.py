@@ -48,7 +48,7 @@ class Point(NamedTuple):
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """Every scalar in the event files of a folder; of a step logged twice, as by a resumed run, the last value.
 
-    The last is told by its time: files are read in the order of their names, which of one second is not that of writing.
+    The last is told by its time: files are read by name, which within a second is not the order of writing.
 
     Raises:
         StudyError: if there are no event files.
