@@ -41,8 +41,8 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 	@echo
 	$(BIN)/python scripts/demo_table.py $(DEMO)
 
-test: $(BIN)/.dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(BIN)/.dev  ## the whole test suite, on all cores
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 LABEL = .venv-label
 $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/label/no_dependencies.txt scripts/label/torchvision_without_cuda.py

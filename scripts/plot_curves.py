@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, product
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +48,8 @@ class Point(NamedTuple):
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """Every scalar in the event files of a folder; of a step logged twice, as by a resumed run, the last value.
 
+    The last is told by its time: files are read by name, which within a second is not the order of writing.
+
     Raises:
         StudyError: if there are no event files.
     """
@@ -54,7 +57,8 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
         raise StudyError(f"{folder} holds no event files: run the study first or give the right --runs.")
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0 keeps all of them
     events.Reload()
-    return {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()[SCALARS]}
+    logged = {tag: sorted(events.Scalars(tag), key=attrgetter("wall_time")) for tag in events.Tags()[SCALARS]}
+    return {tag: {each.step: each.value for each in values} for tag, values in logged.items()}
 
 
 def thinned(curve: Curve, num_points: int) -> Iterator[tuple[int, float]]:

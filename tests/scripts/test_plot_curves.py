@@ -120,8 +120,11 @@ def test_trained_variants_are_lines_of_their_own(tmp_path: Path) -> None:
     assert {row["recipe"] for row in rows} == {"ours, both, all", "ours, both, few", "theirs, all", "theirs, few"}
 
 
-def test_a_resumed_run_counts_with_its_last_values(runs: Path) -> None:
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_resumed_run_counts_with_its_last_values_wherever_its_file_is_sorted(runs: Path, place: str) -> None:
     log(runs / "theirs" / "seed0", {"accuracy": [0.625, 0.75]}, first=2)
+    *_, later = sorted((runs / "theirs" / "seed0" / "eval").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    later.rename(later.with_name(f"events.out.tfevents.{'0' if place == 'first' else '9' * 12}"))
     rows = plot(runs)
     assert curve(rows, "theirs", 0, "accuracy") == [(1, 0.25), (2, 0.625), (3, 0.75)]
 
