@@ -12,6 +12,10 @@ NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 
 
+class InputError(ValueError):
+    """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
+
+
 def shorten(values: Sequence[Any], count: int = 8) -> str:
     """The first values as a text, with dots if there are more."""
     return ", ".join(map(str, values[:count])) + ", ..." * (len(values) > count)
