@@ -19,7 +19,7 @@ from dissect_monai.data.domains import aggregate
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 script = importlib.import_module("make_datalist")
-pairs = importlib.import_module("volume_pairs")
+pairs = importlib.import_module("datalists.volume_pairs")
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 SHAPE = (4, 5, 3)
