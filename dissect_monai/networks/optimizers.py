@@ -19,7 +19,7 @@ def adamw(network: nn.Module, learning_rate: float, weight_decay: float, layer_d
         network: module to train; with `layer_decay` a MONAI `ResNet`, not its DDP or compiled wrapper.
         learning_rate: positive; that of the head.
         weight_decay: not negative.
-        layer_decay: in (0, 1]; a layer learns at learning_rate · layer_decay^d, d = 0 for the head `fc`, 5 for the stem.
+        layer_decay: in (0, 1]; a layer learns at learning_rate · layer_decay^d, d from 0 (the head `fc`) to 5 (stem).
 
     Raises:
         ValueError: if an argument is out of range.
