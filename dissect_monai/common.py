@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
@@ -14,6 +17,14 @@ LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 
 class InputError(ValueError):
     """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
+
+
+class Interval(NamedTuple):
+    """A statistic and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def shorten(values: Sequence[Any], count: int = 8) -> str:

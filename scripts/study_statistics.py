@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dissect_monai.common import Interval
 from dissect_monai.metrics.classification import auroc, average_precision
 
 Array = NDArray[np.floating[Any]]
@@ -273,7 +274,7 @@ def comparisons(names: Sequence[str], pairs: Pairs) -> list[tuple[str, str, list
     return found
 
 
-def difference(ours: Array, theirs: Array, seed_share: Array) -> tuple[float, float, float]:
+def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
     """Difference of two means over seeds, and its 95 % bootstrap interval over subjects and seeds.
 
     Each resample draws subjects with all of their images, and the seeds, both with replacement and the same for both
@@ -282,4 +283,4 @@ def difference(ours: Array, theirs: Array, seed_share: Array) -> tuple[float, fl
     """
     by_seed = ours - theirs
     low, high = np.nanpercentile((by_seed[1:] * seed_share).sum(1), (2.5, 97.5))
-    return float(by_seed[0].mean()), float(low), float(high)
+    return Interval(float(by_seed[0].mean()), float(low), float(high))

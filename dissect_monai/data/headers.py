@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 
     shape: tuple[int, ...]
     affine: np.ndarray  # (4, 4), to mm in RAS
-    channels: int
+    channels: int = 1
 
 
 def read_header(path: str | PathLike[str]) -> VolumeHeader:
@@ -55,7 +55,7 @@ def read_grid(path: str | PathLike[str]) -> Grid:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
     with explained(path):
         header = _nifti(path) if kind == "nifti" else _series(path) if kind == "series" else _itk(path)
-    shape, affine, channels = header
+    shape, affine, _ = header
     # More axes of length 1 are read from NIfTI alone.
     if len(shape) < 3 or prod(shape[3:]) != 1 or (len(shape) > 3 and kind != "nifti"):
         raise InputError(

@@ -49,7 +49,7 @@ _ANATOMY = {
 _Anatomy = Mapping[str, float]
 
 
-def xray_phantom(seed: int, image_size: int = 64, *, subject_seed: int, label: ArrayLike | None = None) -> Phantom:
+def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayLike) -> Phantom:
     """Draw a schematic frontal chest X-ray: body, lungs, heart, bones, findings, noise and a corner marker.
 
     The anatomy is the subject's; the view, pose, exposure, noise and the place and size of the findings are the
@@ -60,14 +60,10 @@ def xray_phantom(seed: int, image_size: int = 64, *, subject_seed: int, label: A
         seed: seed of the image; the same seed gives the same phantom.
         image_size: height and width in pixels, at least 16.
         subject_seed: seed of the anatomy. Images that share it are of one subject.
-        label: findings to draw, shape (4,), values 0 and 1; by default each is drawn with probability 0.3. Equal
-            seeds give images that differ in the findings alone.
+        label: findings to draw, shape (4,), values 0 and 1. Equal seeds give images that differ in the findings alone.
     """
-    subject_rng = np.random.default_rng([0, subject_seed])
-    rng = np.random.default_rng([1, seed])
+    subject_rng, rng = np.random.default_rng([0, subject_seed]), np.random.default_rng([1, seed])
     anatomy = dict(zip(_ANATOMY, subject_rng.uniform(*np.transpose([*_ANATOMY.values()])), strict=True))
-    if label is None:
-        label = subject_rng.random(len(XRAY_FINDINGS)) < _PREVALENCE
     present = np.asarray(label, dtype=np.float32)
     findings = {name for name, value in zip(XRAY_FINDINGS, present, strict=True) if value}
     view = XRAY_VIEWS[rng.integers(2)]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dissect_monai.data.splits import select_fraction
 from dissect_monai.handlers.segmentation_table import CaseScores, summarize, write_tables
-from dissect_monai.metrics.intervals import paired_bootstrap
+from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,7 +217,7 @@ def test_with_one_seed_a_difference_is_the_paired_bootstrap_without_what_is_unde
         known = ~np.isnan(values)
         return lambda weight: weight[:, known] @ values[known] / weight[:, known].sum(1)
 
-    expected = paired_bootstrap(statistic(one), statistic(two), subjects)
+    expected = bootstrap(lambda weight: statistic(one)(weight) - statistic(two)(weight), subjects)
     assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
 
 
@@ -285,9 +285,10 @@ def test_data_that_lies_elsewhere_is_the_same(stand: Stand, tmp_path: Path) -> N
 
 
 def test_reads_what_an_evaluation_writes(tmp_path: Path) -> None:
-    cases = cases_of(lines_of("HSSL", 0, "1 subject"))
+    lines = lines_of("HSSL", 0, "1 subject")
+    cases = cases_of(lines)
     write_tables(tmp_path / "eval", cases, summarize(cases))
-    assert repr(study_statistics.read_cases(tmp_path)) == repr(cases)  # NaN is not equal to itself
+    assert study_statistics.read_cases(tmp_path) == lines
 
 
 def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
@@ -320,7 +321,7 @@ def test_refuses_weights_of_a_study_that_has_not_been_run(stand: Stand, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variants": {}, "training_subjects": None}, "`variants` must name what is trained in .*to train only, let"),
+        ({"variants": {}, "training_subjects": None}, "`variants` must name what is trained, or change evaluation"),
         ({"compare": ["HSSL"]}, "`compare` must hold pairs of two different recipes, got HSSL in"),
         ({"compare": [["HSSL", "HSSL"]]}, r"`compare` must hold pairs of two different recipes, got \['HSSL', 'HSSL'"),
         ({"compare": [["HSSL", "random"]]}, "`compare` must hold pairs of two different recipes, got"),
