@@ -14,6 +14,7 @@ from dissect_monai.bundle import min_over_ranks as min_over_ranks
 from dissect_monai.bundle import process_device as process_device
 from dissect_monai.bundle import refuse_overwriting as refuse_overwriting
 from dissect_monai.bundle import refuse_small_data as refuse_small_data
+from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import Datalist as Datalist
 from dissect_monai.data.datalists import labelled as labelled
 from dissect_monai.data.datalists import read_datalist as read_datalist

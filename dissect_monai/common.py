@@ -1,4 +1,4 @@
-"""Small things that several rooms share: text of a list, rank and world size, shared names."""
+"""Small things that several rooms share: version, text of a list, rank and world size, shared names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+__version__ = "0.2.0"
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
