@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -15,6 +15,14 @@ LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 
 class InputError(ValueError):
     """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
+
+
+class Interval(NamedTuple):
+    """A statistic and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def shorten(values: Sequence[Any], count: int = 8) -> str:
