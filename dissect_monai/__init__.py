@@ -49,12 +49,14 @@ from dissect_monai.handlers.checkpoints import newest_checkpoint as newest_check
 from dissect_monai.handlers.classifier import ClassifierEvaluation as ClassifierEvaluation
 from dissect_monai.handlers.embeddings import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.hssl_validation import HSSLValidation as HSSLValidation
-from dissect_monai.handlers.image_probes import ProbeHandler as ProbeHandler
-from dissect_monai.handlers.image_probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.label_maps import LabelMapSaver as LabelMapSaver
 from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.handlers.predictions import PredictionSaver as PredictionSaver
+from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
+from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
+from dissect_monai.handlers.probes import check_probe_data as check_probe_data
+from dissect_monai.handlers.probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
 from dissect_monai.handlers.segmentation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.handlers.segmentation import refuse_unmapped as refuse_unmapped
@@ -66,8 +68,6 @@ from dissect_monai.handlers.training import TargetMomentumHandler as TargetMomen
 from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
-from dissect_monai.handlers.volume_probes import VolumeProbeHandler as VolumeProbeHandler
-from dissect_monai.handlers.volume_probes import check_probe_data as check_probe_data
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
 from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss as HierarchicalContrastiveLoss

@@ -132,7 +132,9 @@ class TrainingCheckpoint:
             )
         epoch = checkpoint["trainer"]["iteration"] // length
         if epoch > engine.state.max_epochs:
-            raise InputError(f"{path} has done {epoch} epochs, more than `max_epochs` {engine.state.max_epochs}: raise it.")
+            raise InputError(
+                f"{path} has done {epoch} epochs, more than `max_epochs` {engine.state.max_epochs}: raise it."
+            )
 
 
 def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:

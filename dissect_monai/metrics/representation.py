@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -174,18 +174,33 @@ def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def _task_labels(bank: DomainFeatures, items: DomainFeatures, within_group: bool = False) -> tuple[Array, Array]:
-    """A column for each task of both sets that can be told from others: 1, 0, or NaN for images that do not count."""
-    group_of = {task: group for task, group in zip(bank.task, bank.group, strict=True) if task in set(items.task)}
+def task_labels(
+    task: Sequence[str], group: Sequence[str], group_of: Mapping[str, str], within_group: bool = False
+) -> Array:
+    """Which task each of N images is of, the question of a shortcut probe.
+
+    Args:
+        task: task of each image.
+        group: group of each image.
+        group_of: the tasks to tell apart, and the group of each.
+        within_group: whether a task is told from those of its group alone.
+
+    Returns:
+        a column for each task of `group_of`, (N, number of tasks): 1, 0, or NaN for an image that does not count.
+    """
 
     def label(task: str, group: str, name: str) -> float:
         counts = task in group_of and (not within_group or group == group_of[name])
         return float(task == name) if counts else np.nan
 
-    train, val = (
-        np.array([[label(*image, name) for name in group_of] for image in zip(part.task, part.group, strict=True)])
-        for part in (bank, items)
-    )
+    labels = [[label(*image, name) for name in group_of] for image in zip(task, group, strict=True)]
+    return np.array(labels, dtype=float).reshape(len(task), len(group_of))
+
+
+def _task_labels(bank: DomainFeatures, items: DomainFeatures, within_group: bool = False) -> tuple[Array, Array]:
+    """`task_labels` of both sets, for the tasks that both hold and that can be told from others."""
+    group_of = {task: group for task, group in zip(bank.task, bank.group, strict=True) if task in set(items.task)}
+    train, val = (task_labels(part.task, part.group, group_of, within_group) for part in (bank, items))
     usable = np.all([(labels == value).any(0) for labels in (train, val) for value in (0, 1)], axis=0)
     return train[:, usable], val[:, usable]
 

@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
 from dissect_monai.data.datalists import SPLITS, Datalist, label_matrix
-from dissect_monai.handlers.image_probes import ProbeHandler, refuse_unlabelled
+from dissect_monai.handlers.probes import ProbeHandler, refuse_unlabelled
 from dissect_monai.handlers.validation import KNNHandler
 from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
