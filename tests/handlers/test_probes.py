@@ -81,7 +81,8 @@ def make_datalist() -> tuple[Datalist, dict[str, DataLoader]]:
 
 def encoder(seed: int = 0, spatial_dims: int = 2) -> nn.Module:
     torch.manual_seed(seed)
-    return resnet10(spatial_dims, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.125)
+    small = {"n_input_channels": 1, "conv1_t_stride": 2, "feed_forward": False, "widen_factor": 0.125}
+    return resnet10(spatial_dims=spatial_dims, **small)
 
 
 def probe_images(
