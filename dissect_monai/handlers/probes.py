@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.utils import ensure_tuple
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dissect_monai.common import InputError, Interval, Item
+from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.data.datalists import SPLITS, Datalist, DomainDatalist, data_folders, finding_matrix
 from dissect_monai.data.datasets import items_of
-from dissect_monai.metrics.classification import auroc, average_precision
+from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 from dissect_monai.metrics.intervals import Resampled, mean_resampled, percentile_interval, resample
 from dissect_monai.metrics.probes import (
     extract_features,
@@ -34,7 +33,6 @@ from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.transforms.views import prepare_images
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
-Array = NDArray[np.floating[Any]]
 Features = tuple[str, str, list[Array]]  # their source, their kind, and (N, D) of training, validation and test
 logger = logging.getLogger(__name__)
 MACRO = "macro"
@@ -343,11 +341,8 @@ def refuse_unlabelled(
         )
     names = list(ensure_tuple(findings) if findings else datalist.label_names)
     judged = [split for split in splits if split != "validation"]
-    usable = np.ones(len(names), dtype=bool)
-    for split in judged:
-        labels = finding_matrix(getattr(datalist, split), datalist.label_names, names)
-        usable &= (labels == 1).any(0) & (labels == 0).any(0)
-    if not usable.any():
+    labels = [finding_matrix(getattr(datalist, split), datalist.label_names, names) for split in judged]
+    if not both_classes(*labels).any():
         raise InputError(
             f"no finding ({', '.join(names)}) has both a 1 and a 0 in {' and in '.join(judged)}: nothing can be learnt "
             "or scored. Correct the labels, or raise `label_fraction`."
@@ -445,8 +440,7 @@ def _domains(splits: Sequence[list[Item]]) -> list[Question]:
 
 def _scorable(question: Question) -> Question:
     """The columns that have both classes in training and in test; the others are named."""
-    both = [[(question.labels[split] == value).any(0) for value in (0, 1)] for split in (0, 2)]
-    kept = np.flatnonzero(np.all(both, axis=(0, 1))).tolist()
+    kept = np.flatnonzero(both_classes(question.labels[0], question.labels[2])).tolist()
     left_out = [name for index, name in enumerate(question.columns) if index not in kept]
     if left_out:
         logger.warning(

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dissect_monai.common import InputError, Interval, Item
+from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.visualize.training import show_mask, slice_figure
 from dissect_monai.writing import columns, metric_name, write_csv
-
-Array = NDArray[np.floating[Any]]
 
 
 class ReconstructionRow(NamedTuple):

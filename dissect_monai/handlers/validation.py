@@ -12,19 +12,17 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EpochOutputStore
 from monai.metrics import EmbeddingCollapseMetric
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import InputError
+from dissect_monai.common import Array, InputError
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
     expected_calibration_error,
-    left_out,
     macro_auroc,
     usable_findings,
 )
@@ -33,7 +31,6 @@ from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.visualize.classifier import figure_to_tensor, reliability_plot, roc_plot
 from dissect_monai.writing import metric_name
 
-Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
 METRICS: dict[str, Callable[..., Any]] = {"auroc": auroc, "ap": average_precision, "ece": expected_calibration_error}
 
@@ -103,7 +100,7 @@ class ClassificationMetrics:
         outputs = self.collector.outputs()
         probabilities = outputs.probabilities()
         usable = usable_findings(outputs.labels, probabilities)
-        names = left_out(self.label_names, usable)
+        names = [name for index, name in enumerate(self.label_names) if index not in usable]
         if names and not self.named_left_out:
             logger.warning("Left out, for lack of positives or negatives in validation: %s.", ", ".join(names))
             self.named_left_out = True
@@ -157,7 +154,7 @@ class KNNHandler:
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
         for name, (bank, queries) in banks.items():
             scores = knn_scores(bank, self.labels[0], queries, self.k)
-            value = macro_auroc(self.labels[1], scores, self.label_names).value
+            value = macro_auroc(self.labels[1], scores)
             if not isnan(value):
                 engine.state.metrics[name] = value
         collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
