@@ -105,7 +105,6 @@ from dissect_monai.transforms.labels import largest_components as largest_compon
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
 from dissect_monai.transforms.spatial import to_original_grid as to_original_grid
-from dissect_monai.transforms.views import AugmentedBatch as AugmentedBatch
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views
