@@ -188,7 +188,7 @@ class Corrupt(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A masked copy of images (B, C, *spatial), and what each has lost in all channels: True in (B, 1, *spatial)."""
+        """A masked copy of images (B, C, *spatial), and what they lost in all channels: True in (B, 1, *spatial)."""
         blocks = [math.ceil(length / self.mask_size) for length in images.shape[2:]]
         mask = torch.rand(len(images), 1, *blocks, device=images.device, generator=generator) < self.mask_fraction
         for axis, length in enumerate(images.shape[2:], start=2):

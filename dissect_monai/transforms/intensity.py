@@ -28,7 +28,7 @@ class NormalizeModalityd(MapTransform):
     the way from the darkest voxel to the 99.5 percentile of all, thereby becomes 0. Everything is clipped.
 
     Args:
-        keys: keys of the images; tensors of any shape. What begins with CT in `modality` of the item, in either case, is
+        keys: keys of the images; tensors of any shape. A `modality` of the item that begins with CT, in either case, is
             CT; a missing one is not. A list scales every channel by its own.
         a_min: lower end of the CT window in HU.
         a_max: upper end of the CT window in HU.

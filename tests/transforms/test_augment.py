@@ -135,7 +135,9 @@ def test_outside_of_a_rotated_image_repeats_the_border() -> None:
 @pytest.mark.parametrize("rotation", [0.0, 25.0])
 def test_a_placement_says_where_each_voxel_of_a_view_comes_from(shape: tuple[int, ...], rotation: float) -> None:
     images = coordinates(shape, batch=5)
-    augment = only(len(shape), image_size=(6, 5, 4)[: len(shape)], crop_scale=(0.5, 1), flip_prob=0.5, rotation=rotation)
+    augment = only(
+        len(shape), image_size=(6, 5, 4)[: len(shape)], crop_scale=(0.5, 1), flip_prob=0.5, rotation=rotation
+    )
     views, placement = augment.placed(images, generator())
     cells = 2 * coordinates(tuple(views.shape[2:]), batch=5).flatten(2).mT - 1
     expected = cells @ placement.matrix.mT + placement.center[:, None]
