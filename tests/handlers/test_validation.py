@@ -30,7 +30,7 @@ from dissect_monai.networks.optimizers import adamw
 from dissect_monai.networks.weights import trained_part
 from dissect_monai.phantoms.xray import write_xray_phantoms
 from dissect_monai.transforms.augment import BatchAugment
-from dissect_monai.transforms.views import AugmentedBatch
+from dissect_monai.transforms.views import Views
 
 NAN = float("nan")
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
@@ -189,7 +189,7 @@ class Training:
         part = trained_part(self.network, mode)
         self.path = folder / "models" / "model.pt"
         self.best = BestWeights(self.evaluator, self.network, self.path, patience=50)
-        augmented = AugmentedBatch(BatchAugment(crop_scale=(0.8, 1), blur_prob=0), seed=0)
+        augmented = Views(BatchAugment(crop_scale=(0.8, 1), blur_prob=0), num_views=1, target_key="label")
         probe = mode == "linear_probe"
         state = {"network": self.network, "optimizer": self.optimizer}
         resume_from = newest_checkpoint(folder / "checkpoints") if resume else None
