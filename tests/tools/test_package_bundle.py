@@ -132,8 +132,6 @@ def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(datas
     packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
     command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
     shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
-    where = command("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=bundle, packages=packages)
-    assert Path(where.strip()).parent == packages / "dissect_monai"
     knobs = given(**short_training("pretrain_vq_ssl", dataset_dir, tmp_path))
     run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
     command(*run, *knobs, cwd=bundle, packages=packages)
