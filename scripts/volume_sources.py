@@ -15,7 +15,7 @@ from datalist_writer import DRAWN, leave_out
 from volume_pairs import find_volumes, without_channels
 
 from dissect_monai.bundle import is_true
-from dissect_monai.data.segmentation import BTCV_ORGANS
+from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.data.splits import BTCV_VALIDATION
 
 BTCV_PARENTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training")

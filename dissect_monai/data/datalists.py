@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 class Datalist(NamedTuple):
     """The items of a data set in three splits, and what they have in common; read it by name.
 
-    Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a label
-    map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts; "task_id"
-    and "group_id", their places in the names; and "modality", a text, or a list with one for each channel.
+    Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a
+    label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts;
+    "task_id" and "group_id", their places in the names; and "modality", a text, or a list with one for each channel.
     """
 
     training: list[Item]
@@ -44,6 +44,11 @@ class Datalist(NamedTuple):
     def items(self) -> list[Item]:
         """Those of all splits."""
         return [*self.training, *self.validation, *self.test]
+
+    def with_items(self, change: Callable[[list[Item]], list[Item]]) -> Datalist:
+        """The same data list with other items, made of those of each split."""
+        training, validation, test = map(change, self[:3])
+        return self._replace(training=training, validation=validation, test=test)
 
     def complete(self, items: Sequence[Item]) -> list[Item]:
         """Add what items lack that give nothing but "image" and "label", as MONAI Label lists them.
@@ -149,16 +154,14 @@ def label_matrix(
     if findings is None:
         return labels
     columns = dict(zip(label_names, labels.T, strict=True))
-    own = next((name for name in label_names if name.lower() == NO_FINDING.lower()), None)
     missing = [name for name in findings if name not in (*label_names, NO_FINDING)]
-    if own is not None:
-        columns.setdefault(NO_FINDING, columns[own])  # CheXpert writes "No Finding"
-    elif not missing:
+    if not missing and NO_FINDING not in columns:
         all_zero = np.where(np.isnan(labels).any(1), np.nan, 1.0)
-        columns[NO_FINDING] = np.where((labels == 1).any(1), 0.0, all_zero)
+        derived = np.where((labels == 1).any(1), 0.0, all_zero)
+        own = next((name for name in label_names if name.lower() == NO_FINDING.lower()), None)  # CheXpert: "No Finding"
+        columns[NO_FINDING] = derived if own is None else columns[own]
     if (missing and not allow_missing) or columns.keys().isdisjoint(findings):
-        known = dict.fromkeys([*label_names, NO_FINDING])
-        raise InputError(f"`findings` must be among {', '.join(known)}, got {', '.join(missing)}.")
+        raise InputError(f"the labels must include {', '.join(missing)}, got {', '.join(label_names)}.")
     unknown = np.full(len(items), np.nan)
     return np.stack([columns.get(name, unknown) for name in findings], axis=1)
 
@@ -181,12 +184,12 @@ def with_findings(
         raise InputError("`dataset_dir` must have labels, got none: write a `label` for each image into dataset.json.")
     if len(set(names)) < len(names):
         raise InputError(f"`findings` must be different, got {', '.join(names)}.")
-    splits = {}
-    for split in SPLITS:
-        items = getattr(datalist, split)
+
+    def relabelled(items: list[Item]) -> list[Item]:
         rows = label_matrix(items, datalist.label_names, names, allow_missing).tolist()
-        splits[split] = labelled([{**item, "label": row} for item, row in zip(items, rows, strict=True)])
-    return datalist._replace(**splits, label_names=names)
+        return labelled([{**item, "label": row} for item, row in zip(items, rows, strict=True)])
+
+    return datalist.with_items(relabelled)._replace(label_names=names)
 
 
 def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:
@@ -235,16 +238,17 @@ def _read_json(path: Path, check: bool) -> Datalist:
     shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
     if isinstance(spec.get("labels"), dict):  # else they are no names
         shared["labels"] = spec["labels"]
-    splits = {split: _read_items(spec.get(split, []), split, path, shared) for split in SPLITS}
-    items = list(itertools.chain(*splits.values()))
+    splits = [_read_items(spec.get(split, []), split, path, shared) for split in SPLITS]
+    items = list(itertools.chain(*splits))
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
     names = _label_names(items, spec.get("label_names"), path)
-    for split in SPLITS:
-        for index, item in enumerate(splits[split]):
+    for split, of_split in zip(SPLITS, splits, strict=True):
+        for index, item in enumerate(of_split):
             if not isinstance(item.get("label", ""), str):
                 item["label"] = _read_label(item["label"], names, f"{path}: `{split}`[{index}] ({item['image']})")
-    return Datalist(**splits, label_names=names)
+    training, validation, test = splits
+    return Datalist(training, validation, test, names)
 
 
 def _read_items(given: Any, split: str, path: Path, shared: Item) -> list[Item]:
@@ -315,27 +319,21 @@ def _read_label(label: Any, names: list[str], where: str) -> list[float]:
 
 def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], check: bool = True) -> Datalist:
     """One data list of those of several folders, see `read_datalist`; that of one folder stays as it is."""
-    datalist = datalists[0] if len(datalists) == 1 else _merge(datalists, folders)
-    if check:
-        _refuse_leaks(datalist)
-    return datalist
-
-
-def _merge(datalists: Sequence[Datalist], folders: Sequence[Path]) -> Datalist:
     label_names = list(dict.fromkeys(name for datalist in datalists for name in datalist.label_names))
     short = [folder.name for folder in folders]
     prefixes = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    merged: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    for datalist, prefix in zip(datalists, prefixes, strict=True):
-        for split in SPLITS:
-            for item in getattr(datalist, split):
-                if "subject" in item:
-                    item["subject"] = f"{prefix}/{item['subject']}"
-                if isinstance(item.get("label"), list):
-                    values = dict(zip(datalist.label_names, item["label"], strict=True))
-                    item["label"] = [values.get(name, float("nan")) for name in label_names]
-                merged[split].append(item)
-    return Datalist(**merged, label_names=label_names)
+    for datalist, prefix in zip(datalists, prefixes, strict=True) if len(datalists) > 1 else ():
+        for item in datalist.items():
+            if "subject" in item:
+                item["subject"] = f"{prefix}/{item['subject']}"
+            if isinstance(item.get("label"), list):
+                values = dict(zip(datalist.label_names, item["label"], strict=True))
+                item["label"] = [values.get(name, float("nan")) for name in label_names]
+    training, validation, test = ([item for each in datalists for item in getattr(each, split)] for split in SPLITS)
+    merged = Datalist(training, validation, test, label_names)
+    if check:
+        _refuse_leaks(merged)
+    return merged
 
 
 def _refuse_leaks(datalist: Datalist) -> None:

@@ -34,10 +34,10 @@ def patch_dataset(
     """A fixed set of patches: every volume is read once, now, and nothing but its patches is kept.
 
     What is drawn of a volume follows from `seed` and its place in `data`. `transform` finds the path of a label map
-    under "label_map" instead of "label", and the patches get `structures`, {name: 1, 0 or NaN (unknown)} for the names in
-    `labels` of the item. A patch shows a structure (1) if it fills 0.1 % of the patch or half of it lies there, and does
-    not (0) if none of it does; anything between is unknown. So is a structure that the whole volume lacks, as it may be
-    there without having been annotated.
+    under "label_map" instead of "label", and the patches get `structures`, {name: 1, 0 or NaN (unknown)} for the names
+    in `labels` of the item. A patch shows a structure (1) if it fills 0.1 % of the patch or half of it lies there, and
+    does not (0) if none of it does; anything between is unknown. So is a structure that the whole volume lacks, as it
+    may be there without having been annotated.
 
     Args:
         data: items of a data list, as `aggregate` gives them.

@@ -284,11 +284,11 @@ def read_header(path: str | PathLike[str]) -> VolumeHeader:
     """
     path = Path(path)
     kind = "series" if path.is_dir() else image_format(path)
-    if kind not in ("series", "dicom", "itk", "nifti"):
+    read = {"series": _series_header, "dicom": _itk_header, "itk": _itk_header, "nifti": _nifti_header}.get(str(kind))
+    if read is None:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
     with explained(path):
-        header = _nifti_header(path) if kind == "nifti" else _series_header(path) if path.is_dir() else _itk_header(path)
-    shape, affine, channels = header
+        shape, affine, channels = read(path)
     if len(shape) < 3 or prod(shape[3:]) != 1:
         raise InputError(
             f"{path} must be one 3-D volume, got shape {shape}: write every frame or channel to a file of its own, "

@@ -31,9 +31,9 @@ class SeededIndex(int):
 class DomainSampler(torch_data.Sampler[SeededIndex]):
     """Draws tasks with probability ∝ n^temperature, n being the number of items of a task, and items of that task.
 
-    Items of a task come in random order, and none again until all have come. `items_per_draw` of them follow each other,
-    so that batches whose size is a multiple of it hold positives of the task-level contrast. The sequence depends on
-    seed and epoch alone, and each process takes the draws at its own positions in it.
+    Items of a task come in random order, and none again until all have come. `items_per_draw` of them follow each
+    other, so that batches whose size is a multiple of it hold positives of the task-level contrast. The sequence
+    depends on seed and epoch alone, and each process takes the draws at its own positions in it.
 
     Args:
         data: items of a data list, in the order of the data set; each with a "task".

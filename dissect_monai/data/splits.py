@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, labelled
 
 BTCV_VALIDATION = range(35, 41)  # of the literature; the other 24 of the 30 are 1 to 10 and 21 to 34
-Subject = TypeVar("Subject")
+Subject = TypeVar("Subject", bound=Hashable)
 logger = logging.getLogger(__name__)
 
 
@@ -147,12 +147,12 @@ def with_test_split(datalist: Datalist, fraction: float = 0.2, seed: int = 0) ->
             "Task %s has no test split: its validation split is scored, and what is chosen is chosen on a part of its "
             "training subjects.", task,
         )  # fmt: skip
-        moved = (*_parted(training, draw_subjects((item["subject"] for item in training), fraction, seed)), validation)
-        changed = {
-            split: [item for item in getattr(datalist, split) if item["task"] != task] + items
-            for split, items in zip(SPLITS, moved, strict=True)
-        }
-        datalist = datalist._replace(**changed)
+        drawn = draw_subjects((item["subject"] for item in training), fraction, seed)
+        kept, moved = _parted(training, drawn)
+        others = [[item for item in split if item["task"] != task] for split in datalist[:3]]
+        datalist = datalist._replace(
+            training=others[0] + kept, validation=others[1] + moved, test=others[2] + validation
+        )
     return datalist
 
 

@@ -63,10 +63,10 @@ def aggregate(
         raise InputError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
     folders = data_folders(dataset_dirs)
     datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
-    values = {"task": task, "group": group, "modality": modality}
-    given = [_per_folder(key, value, folders) for key, value in values.items()]
-    for datalist, folder, of_folder in zip(datalists, folders, zip(*given, strict=True), strict=True):
-        _complete(datalist, folder, **dict(zip(values, of_folder, strict=True)))
+    tasks, groups = _per_folder("task", task, folders), _per_folder("group", group, folders)
+    modalities = _per_folder("modality", modality, folders)
+    for datalist, folder, *domain in zip(datalists, folders, tasks, groups, modalities, strict=True):
+        _complete(datalist, folder, *domain)
         _refuse_without_domain(datalist, folder)
         refuse_other_channels(datalist.items(), 1)
     datalists = hold_out(datalists, validation_fraction, seed)
@@ -74,12 +74,14 @@ def aggregate(
     images = [sorted({item["image"] for item in datalist.items()}) for datalist in datalists]
     merged = merge_datalists(datalists, folders)
     _warn_of_unknown(merged.items())
-    unread = Dataset([{"image": image} for image in sorted(set().union(*images))], _read_header)
-    headers = {item["image"]: header for header, item in zip(*read_all(unread, on_corrupt, num_workers), strict=True)}
+    every_image = [{"image": image} for image in sorted(set().union(*images))]
+    files = Dataset(every_image, lambda item: read_header(item["image"]))
+    found, items = read_all(files, on_corrupt, num_workers)  # headers, of which MONAI makes plain tuples
+    headers = {item["image"]: VolumeHeader(*header) for item, header in zip(items, found, strict=True)}
     for folder, of_folder in zip(folders, images, strict=True):
         _refuse_mixed_channels(folder, {image: headers[image] for image in of_folder if image in headers})
-    readable = {split: [item for item in getattr(merged, split) if item["image"] in headers] for split in SPLITS}
-    return _with_ids(merged._replace(**readable, headers=headers))
+    readable = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
+    return _with_ids(readable._replace(headers=headers))
 
 
 def read_segmentation(
@@ -129,6 +131,8 @@ def read_segmentation(
     datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
     for datalist, folder in zip(datalists, folders, strict=True):
         _complete(datalist, folder, modality=modality, default_modality=default_modality)
+        for item in datalist.items():
+            item.setdefault("task", (folder if folder.is_dir() else folder.parent).name)
     class_names = _class_names(datalists, folders, structures)
     datalist = _with_label_maps(merge_datalists(datalists, folders))
     datalist = split_training(datalist, fold, num_folds, validation_fraction, split_seed)
@@ -277,10 +281,6 @@ def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:
                 )
 
 
-def _read_header(item: Item) -> VolumeHeader:
-    return read_header(item["image"])
-
-
 def _refuse_mixed_channels(folder: Path, headers: Mapping[str, VolumeHeader]) -> None:
     examples = {header.channels: image for image, header in headers.items()}
     if len(examples) > 1:
@@ -316,9 +316,7 @@ def _with_ids(datalist: Datalist) -> Datalist:
     return datalist._replace(task_names=task_names, group_names=group_names)
 
 
-def _class_names(
-    datalists: Sequence[Datalist], folders: Sequence[Path], structures: Sequence[str] | None
-) -> list[str]:
+def _class_names(datalists: Sequence[Datalist], folders: Sequence[Path], structures: Sequence[str] | None) -> list[str]:
     """The chosen structures, or all in the order of their values; all folders must name the same."""
     found = [_structures(datalist, folder) for datalist, folder in zip(datalists, folders, strict=True)]
     for names, folder in zip(found, folders, strict=True):
@@ -339,9 +337,7 @@ def _class_names(
 
 def _structures(datalist: Datalist, folder: Path) -> list[str]:
     names: dict[str, None] = {}
-    base = folder if folder.is_dir() else folder.parent
     for item in datalist.items():
-        item.setdefault("task", base.name)
         labels = item.get("labels")
         if not isinstance(labels, Mapping) or not labels:
             raise InputError(
@@ -353,16 +349,14 @@ def _structures(datalist: Datalist, folder: Path) -> list[str]:
 
 
 def _with_label_maps(datalist: Datalist) -> Datalist:
-    kept = {
-        split: [item for item in getattr(datalist, split) if isinstance(item.get("label"), str)] for split in SPLITS
-    }
-    if not any(kept.values()):
+    kept = datalist.with_items(lambda items: [item for item in items if isinstance(item.get("label"), str)])
+    if not kept.items():
         raise InputError(
             "dataset.json must list volumes with the path of a label map (`label`), got "
             f"{len(datalist.items())} without: write it there for each volume."
         )
-    for split, items in kept.items():
-        without = len(getattr(datalist, split)) - len(items)
+    for split in SPLITS:
+        without = len(getattr(datalist, split)) - len(getattr(kept, split))
         if without:
             logger.warning("%d of the volumes in `%s` have no label map and are left out.", without, split)
-    return datalist._replace(**kept)
+    return kept

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dissect_monai.common import InputError, Item
-from dissect_monai.data.datalists import SPLITS, Datalist, finding_matrix
+from dissect_monai.data.datalists import SPLITS, Datalist, label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.handlers.probes import Baseline, FrozenProbes, Question
 from dissect_monai.metrics.probes import pixel_pca
@@ -60,7 +60,7 @@ class ProbeHandler(FrozenProbes):
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         names = list(ensure_tuple(findings) if findings else label_names)
-        questions = [Question("findings", names, [finding_matrix(items, label_names, names) for items in splits])]
+        questions = [Question("findings", names, [label_matrix(items, label_names, names) for items in splits])]
         if shortcut is not None:
             questions.append(_shortcut_question(splits, shortcut))
         super().__init__(encoders, loaders, questions, output_dir, num_folds, num_samples, seed)
@@ -97,7 +97,7 @@ def refuse_unlabelled(
     judged = [split for split in splits if split != "validation"]
     usable = np.ones(len(names), dtype=bool)
     for split in judged:
-        labels = finding_matrix(getattr(datalist, split), datalist.label_names, names)
+        labels = label_matrix(getattr(datalist, split), datalist.label_names, names)
         usable &= (labels == 1).any(0) & (labels == 0).any(0)
     if not usable.any():
         raise InputError(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dissect_monai.common import InputError, Item
-from dissect_monai.data.datalists import SPLITS, DomainDatalist, data_folders, finding_matrix
+from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.handlers.probes import Baseline, FrozenProbes, Question
 from dissect_monai.metrics.probes import intensity_histograms
@@ -66,7 +66,7 @@ class VolumeProbeHandler(FrozenProbes):
         seed: int = 0,
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
-        findings = [finding_matrix(items, label_names, label_names) for items in splits] if label_names else []
+        findings = [label_matrix(items, label_names, label_names) for items in splits] if label_names else []
         asked = [
             _structures(splits),
             Question("findings", list(label_names), findings),
@@ -90,7 +90,7 @@ class VolumeProbeHandler(FrozenProbes):
 
 
 def check_probe_data(
-    datalist: DomainDatalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
+    datalist: Datalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
 ) -> None:
     """Refuse data that cannot be evaluated, before they are read: an empty split, or nothing to measure.
 

@@ -16,8 +16,8 @@ from test_evaluation import evaluate, pick, table
 from torch import nn
 
 from dissect_monai.data.datalists import SPLITS
-from dissect_monai.data.domains import aggregate
 from dissect_monai.data.patches import patch_dataset
+from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.handlers.reconstruction import ReconstructionHandler
 from dissect_monai.handlers.volume_probes import VolumeProbeHandler, check_probe_data
 from dissect_monai.phantoms.volumes import write_volume_phantoms
