@@ -254,9 +254,8 @@ def test_two_epochs_and_two_more_are_bit_for_bit_four(trained: Path, dataset_dir
         ({"max_epochs": 6}, r"of a run with schedule_epochs 4 \(now 6\)"),
         ({"learning_rate": 0.5, "seed": 9}, r"learning_rate 0\.001 \(now 0\.5\), seed 0 \(now 9\)"),
         ({"reconstruction_weight": 0}, r"reconstruction_weight 1\.0 \(now 0\)"),
-        ({"optimizer_name": "lars"}, r"optimizer_name adamw \(now lars\)"),
         ({"batch_size": 6}, r"iterations an epoch 3 \(now 4\), batch_size 8 \(now 6\)"),
-        ({"max_epochs": 1, "schedule_epochs": 4}, "has done 2 epochs, more than --max_epochs 1"),
+        ({"max_epochs": 1, "schedule_epochs": 4}, "has done 2 epochs, more than .*max_epochs.* 1"),
     ],
 )
 def test_refuses_to_resume_another_run(
@@ -278,7 +277,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(trained: Path, dataset_di
     shutil.copytree(trained, tmp_path / "out")
     newest = Path(newest_checkpoint(tmp_path / "out" / "checkpoints"))
     newest.write_bytes(newest.read_bytes()[:1000])
-    with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one by --resume_from"):
+    with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one as .*resume_from"):
         train(dataset_dir, tmp_path / "out", max_epochs=4, resume=True)
 
 
@@ -312,7 +311,7 @@ def test_byol_is_the_same_config_with_the_discrete_weights_at_zero(dataset_dir: 
     "knobs",
     [
         {"fusion": "concat", "metric": "euclidean"},
-        {"optimizer_name": "lars", "stages": [4]},
+        {"stages": [4]},
         {"amp": "true", "device": "cpu"},  # as the command line gives them
         {"cache_dir": "$@output_dir + '/cache'", "num_workers": 2},
     ],
@@ -328,7 +327,7 @@ def test_a_compiled_run_leaves_the_plain_weights(dataset_dir: Path, tmp_path: Pa
     parser = ConfigParser()
     parser.read_config(str(PRETRAIN / "inference.json"))
     parser["pretrained"] = str(tmp_path / "models" / "model.pt")
-    dissect_monai.load_encoder(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt")
+    dissect_monai.load_weights(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt")
 
 
 def test_volumes_are_pretrained_on_judged_and_embedded(tmp_path: Path) -> None:
