@@ -228,7 +228,7 @@ def test_one_finding_may_be_a_text() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"findings": ["Mass", "Nodule"]}, "`findings` must be among Opacity, Nodule, Rare, No finding, got Mass"),
+        ({"findings": ["Mass", "Nodule"]}, "the labels must include Mass, got Opacity, Nodule, Rare"),
         ({"shortcut": "subject"}, "`shortcut` must name a key of the items with two values, got 'subject' with"),
         ({"shortcut": "age"}, "`shortcut` must name a key of the items with two values, got 'age' with"),
         ({"num_folds": 48}, "`num_folds` must be at most the 47 subjects, got 48"),
