@@ -266,14 +266,24 @@ class VolumeHeader(NamedTuple):
     channels: int  # values of a voxel
 
 
-class _FileHeader(NamedTuple):
-    shape: tuple[int, ...]  # along the file's own axes, of which there may be more than three
+class Grid(NamedTuple):
+    """Where the voxels of a volume lie, along the axes of its file."""
+
+    shape: tuple[int, ...]
     affine: np.ndarray  # (4, 4), to mm in RAS
-    channels: int
+    channels: int = 1
 
 
 def read_header(path: str | PathLike[str]) -> VolumeHeader:
-    """Read shape and spacing of a NIfTI, MHA, NRRD or DICOM volume, but no voxels.
+    """Read the header of a NIfTI, MHA, NRRD or DICOM volume; arguments and errors are those of `read_grid`."""
+    shape, affine, channels = read_grid(path)
+    order, spacing = np.argsort(nibabel.io_orientation(affine)[:, 0]), voxel_sizes(affine)
+    x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
+    return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)
+
+
+def read_grid(path: str | PathLike[str]) -> Grid:
+    """Read the grid of a NIfTI, MHA, NRRD or DICOM volume from its header.
 
     Args:
         path: file, or folder of one DICOM series.
@@ -284,46 +294,44 @@ def read_header(path: str | PathLike[str]) -> VolumeHeader:
     """
     path = Path(path)
     kind = "series" if path.is_dir() else image_format(path)
-    read = {"series": _series_header, "dicom": _itk_header, "itk": _itk_header, "nifti": _nifti_header}.get(str(kind))
-    if read is None:
+    readers = {"series": _series_grid, "dicom": _itk_grid, "itk": _itk_grid, "nifti": _nifti_grid}
+    if kind not in readers:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
     with explained(path):
-        shape, affine, channels = read(path)
-    if len(shape) < 3 or prod(shape[3:]) != 1:
+        grid = readers[kind](path)
+    # More axes of length 1 are read from NIfTI alone.
+    if len(grid.shape) < 3 or prod(grid.shape[3:]) != 1 or (len(grid.shape) > 3 and kind != "nifti"):
         raise InputError(
-            f"{path} must be one 3-D volume, got shape {shape}: write every frame or channel to a file of its own, "
+            f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to a file of its own, "
             "or remove it from the data list."
         )
-    # Axis of the file that runs along each axis of the patient; NaN where the affine lacks one.
-    axes = nibabel.io_orientation(affine)[:, 0] if np.isfinite(affine).all() else np.full(3, np.nan)
-    if np.isnan(axes).any():
+    affine = grid.affine
+    if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
-    order, spacing = np.argsort(axes), voxel_sizes(affine)
-    x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
-    return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)
+    return grid._replace(shape=tuple(grid.shape[:3]))
 
 
-def _nifti_header(path: Path) -> _FileHeader:
+def _nifti_grid(path: Path) -> Grid:
     image = nibabel.load(path)
     colours = image.get_data_dtype().fields
-    return _FileHeader(image.shape, image.affine, 1 if colours is None else len(colours))
+    return Grid(image.shape, image.affine, 1 if colours is None else len(colours))
 
 
-def _itk_header(path: Path | str) -> _FileHeader:
-    reader = simpleitk(Path(path)).ImageFileReader()
+def _itk_grid(path: Path) -> Grid:
+    reader = simpleitk(path).ImageFileReader()
     reader.SetFileName(fspath(path))
     reader.ReadImageInformation()
     # Frames along a fourth axis have no orientation, and are refused anyway.
     affine = ras_affine(reader) if reader.GetDimension() == 3 else np.eye(4)
-    return _FileHeader(reader.GetSize(), affine, reader.GetNumberOfComponents())
+    return Grid(reader.GetSize(), affine, reader.GetNumberOfComponents())
 
 
-def _series_header(folder: Path) -> _FileHeader:
-    files = series_files(folder)
-    first = _itk_header(files[0])
+def _series_grid(folder: Path) -> Grid:
+    files = [Path(file) for file in series_files(folder)]
+    first = _itk_grid(files[0])
     if len(files) == 1:
         return first
     affine = first.affine.copy()
     # The distance between slices follows from their positions, whatever their thickness.
-    affine[:3, 2] = (_itk_header(files[-1]).affine[:3, 3] - affine[:3, 3]) / (len(files) - 1)
+    affine[:3, 2] = (_itk_grid(files[-1]).affine[:3, 3] - affine[:3, 3]) / (len(files) - 1)
     return first._replace(shape=(*first.shape[:2], len(files)), affine=affine)
