@@ -302,7 +302,7 @@ def read_grid(path: str | PathLike[str]) -> Grid:
     # More axes of length 1 are read from NIfTI alone.
     if len(grid.shape) < 3 or prod(grid.shape[3:]) != 1 or (len(grid.shape) > 3 and kind != "nifti"):
         raise InputError(
-            f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to a file of its own, "
+            f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to its own file, "
             "or remove it from the data list."
         )
     affine = grid.affine
