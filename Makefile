@@ -57,7 +57,7 @@ $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/labe
 	touch $@
 
 label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST
-	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/test_monai_label.py
+	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/tools/test_monai_label.py
 
 package: $(BIN)/.runtime  ## archives of all bundles with the weights of make demo-all, in dist/
 	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)
