@@ -683,7 +683,10 @@ def complete_tracking() -> None:
     if not found:
         return
     if find_spec("mlflow") is None:
-        raise ImportError("`--tracking mlflow` needs MLflow: pip install mlflow (in the repository: pip install -e '.[mlflow]'), or leave it out.")
+        raise ImportError(
+            "`--tracking mlflow` needs MLflow: pip install mlflow (in the repository: pip install -e '.[mlflow]'), "
+            "or leave it out."
+        )
     for handlers, index in found:
         handlers[index] = _completed(handlers[index], "settings" in parser)
     if "run_name" in parser and parser["run_name"] is None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 plot_curves = importlib.import_module("plot_curves")
+demo_table = importlib.import_module("demo_table")
 
 STUDY = {
     "bundle": "pretrain_vq_ssl",
@@ -154,3 +156,24 @@ def test_refuses_in_one_line_and_writes_nothing(runs: Path, arguments: dict[str,
 def test_the_figure_must_be_a_png(runs: Path) -> None:
     with pytest.raises(SystemExit, match=r"`--output` must end in .png, got curves.csv"):
         plot_curves.main("study.json", "accuracy", str(runs), "curves.csv")
+
+
+def test_the_demo_ends_with_first_and_last_values_and_scores_on_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in demo_table.STEPS:
+        log(tmp_path / step.bundle, {tag: [0.25, 0.5, 0.75] for tag in step.measures})
+        scores = "".join(f"{name},0.625\n" for name in step.tested)
+        (tmp_path / step.bundle / "eval" / "metrics.csv").write_text(scores)
+    demo_table.main(str(tmp_path))
+    head, *lines = (re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert head == ["bundle", "weights of", "measure", "first", "last", "pictures"]
+    assert lines[1] == [
+        "cxr_classify",
+        "pretrain_vq_ssl",
+        "AUROC, validation",
+        "0.250",
+        "0.750",
+        f"{tmp_path}/cxr_classify/eval/report.html",
+    ]
+    assert lines[-1] == ["", "Dice of the liver, test", "0.625"]

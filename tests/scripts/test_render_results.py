@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import csv
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import render_results
+import run_experiments
+from helpers import write
+from PIL import Image
+
+Study = dict[str, Any]
+FIGURES = {"trained": "docs/label_efficiency.png", "segmented": "docs/dice_versus_subjects.png"}
+
+
+def rendered(folder: Path) -> str:
+    render_results.main()
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def append(*rows: dict[str, Any]) -> None:
+    is_new = not run_experiments.TABLE.exists()
+    with open(run_experiments.TABLE, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, run_experiments.FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(
+    stand: Any, trained: Study, tmp_path: Path
+) -> None:
+    rows = stand.run(trained)
+    text = rendered(tmp_path)
+    mean, std = next((float(row["mean"]), float(row["std"])) for row in rows if row["recipe"] == "ours")
+    assert text.startswith("above\n")
+    assert text.endswith("<!-- results: end -->\nbelow\n")
+    assert "**AUROC**\n\n| | 100 % | 10 % |\n|---|---|---|\n" in text
+    assert f"| ours | {mean:.3f} ± {std:.3f} |" in text
+    assert "![Label efficiency of pretrain_vq_ssl on phantoms](docs/label_efficiency.png)" in text
+    assert (tmp_path / FIGURES["trained"]).read_bytes().startswith(b"\x89PNG")
+    (panel,) = render_results.panels(render_results.LABEL_EFFICIENCY, render_results.read_blocks())
+    assert [(line.recipe, line.sizes) for line in panel.lines] == [("ours", [0.1, 1.0]), ("theirs", [0.1, 1.0])]
+    assert panel.lines[0].means[1] == float(rows[0]["mean"])
+
+
+def test_several_numbers_of_subjects_are_a_table_per_metric_and_a_figure(
+    stand: Any, segmented: Study, tmp_path: Path
+) -> None:
+    rows = {(row["recipe"], row["metric"]): row for row in stand.run(segmented)}
+    text = rendered(tmp_path)
+    for title in ("Dice", "HD95 (mm)", "surface Dice, 2 mm", "missed"):
+        assert f"**{title}**\n\n| | 1 subject | 4 subjects |\n|---|---|---|\n| scratch | " in text
+    row = rows["HSSL", "1 subject/dice"]
+    assert f"| HSSL | {float(row['mean']):.3f} ± {float(row['std']):.3f} |" in text
+    row = rows["HSSL", "1 subject/hd95"]
+    assert f"| HSSL | {float(row['mean']):.1f} ± {float(row['std']):.1f} |" in text
+    row = rows["HSSL - VQ-SSL", "1 subject/dice"]
+    low, high = map(float, row["std"].split(".."))
+    assert f"| HSSL - VQ-SSL | {float(row['mean']):+.3f} ({low:+.3f} to {high:+.3f}) |" in text
+    name = "![Dice by the number of training subjects of seg_finetune_btcv on ct](docs/dice_versus_subjects.png)"
+    assert name in text
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["dice_versus_subjects.png"]
+    (panel,) = render_results.panels(render_results.DICE, render_results.read_blocks())
+    assert (panel.title, panel.dataset) == ("Dice", "ct")
+    assert [(line.recipe, line.sizes) for line in panel.lines] == [(name, [1, 4]) for name in segmented["recipes"]]
+    stds = [float(rows["HSSL", f"{variant}/dice"]["std"]) for variant in segmented["variants"]]
+    assert panel.lines[1].stds == stds
+
+
+def test_a_single_number_of_subjects_is_one_table_without_figure(stand: Any, segmented: Study, tmp_path: Path) -> None:
+    stand.run({**segmented, "variants": {"2 subjects (50 %)": {"label_fraction": 0.5}}})
+    text = rendered(tmp_path)
+    assert "**2 subjects (50 %)**\n\n| | Dice | HD95 (mm) | surface Dice, 2 mm | missed |\n" in text
+    assert ".png" not in text
+    assert not (tmp_path / "docs").exists()
+    render_results.main(check=True)
+
+
+def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
+    stand: Any, segmented: Study, tmp_path: Path
+) -> None:
+    stand.run(segmented)
+    stand.run({**segmented, "dataset": "mr"}, "other")
+    assert "### `seg_finetune_btcv` on mr\n\n![Dice by" in rendered(tmp_path)
+    with Image.open(tmp_path / FIGURES["segmented"]) as image:
+        assert image.width == 2 * 4 * 150 + 150
+
+
+def test_other_studies_are_a_table_per_variant_and_those_without_rows_nothing(
+    stand: Any, evaluated: Study, segmented: Study, tmp_path: Path
+) -> None:
+    stand.run(evaluated)
+    write(tmp_path / "scripts" / "experiments" / "planned.json", segmented)
+    text = rendered(tmp_path)
+    assert "**labels_10**\n\n| | findings/linear/last/auroc |\n" in text
+    assert "| pixels |" in text
+    assert "subject**" not in text
+    assert not (tmp_path / "docs").exists()
+
+
+def test_tasks_stand_side_by_side_under_their_titles_if_they_have_results(
+    stand: Any, evaluated: Study, tmp_path: Path
+) -> None:
+    tasks = {"structures": "0.8", "domains": "0.9"}
+    columns = {f"{task}/linear/last/auroc": f"{task}, last" for task in (*tasks, "views")}
+    study = {**evaluated, "columns": columns, "titles": {"labels_100": "all labels"}}
+    write(tmp_path / "scripts" / "experiments" / "study.json", study)
+    shared = {"bundle": study["bundle"], "dataset": study["dataset"], "std": "0.01"}
+    for recipe, (task, mean) in product(("five sets", "one set"), tasks.items()):
+        append({**shared, "recipe": recipe, "metric": f"labels_100/{task}/linear/last/auroc", "mean": mean})
+    table = "**all labels**\n\n| | structures, last | domains, last |\n|---|---|---|\n"
+    assert f"{table}| five sets | 0.800 ± 0.010 | 0.900 ± 0.010 |\n" in rendered(tmp_path)
+
+
+def test_markers_with_a_name_take_the_tables_of_their_bundle(stand: Any, trained: Study, tmp_path: Path) -> None:
+    stand.run(trained)
+    begin, end = "<!-- results: begin{} (scripts/render_results.py) -->\n", "<!-- results: end -->\n"
+    (tmp_path / "README.md").write_text(begin.format("") + end + "between\n" + begin.format(" pretrain_vq_ssl") + end)
+    general, named = rendered(tmp_path).split("between")
+    assert "**AUROC**" not in general
+    assert "**AUROC**" in named
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_latest_row_wins_and_check_fails_on_a_stale_page_or_figure(
+    stand: Any, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    rows, figure = stand.run(request.getfixturevalue(name)), tmp_path / FIGURES[name]
+    before = (tmp_path / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="run `make results`"):
+        render_results.main(check=True)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == before
+    rendered(tmp_path)
+    render_results.main(check=True)
+    stale = figure.read_bytes()
+    append({**rows[0], "mean": "0.1234"})
+    assert f"| {rows[0]['recipe']} | 0.123 ±" in rendered(tmp_path)
+    render_results.main(check=True)
+    message = rf"^error: {FIGURES[name]} does not show results/results.csv: run `make results`"
+    figure.write_bytes(stale)
+    with pytest.raises(SystemExit, match=message):
+        render_results.main(check=True)
+    figure.unlink()
+    with pytest.raises(SystemExit, match=message):
+        render_results.main(check=True)
+
+
+def test_rendering_needs_markers(stand: Any, trained: Study, tmp_path: Path) -> None:
+    stand.run(trained)
+    (tmp_path / "README.md").write_text("nothing here", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"README.md must hold the lines .* for pretrain_vq_ssl"):
+        render_results.main()
+
+
+def test_the_readme_shows_the_results() -> None:
+    render_results.main(check=True)

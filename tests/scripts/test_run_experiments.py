@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import fire
+import plot_curves
+import pytest
+import render_results
+import run_experiments
+from helpers import ROOT, read
+
+from dissect_monai.data.splits import select_fraction
+
+Study = dict[str, Any]
+EXPERIMENTS = ROOT / "scripts" / "experiments"
+STUDIES = sorted(EXPERIMENTS.glob("*.json"))
+SEGMENTATION = [
+    path for path in STUDIES if path.stem in [f"segmentation_{n}" for n in ("btcv", "chaos", "hippocampus")]
+]
+every_study = pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+every_segmentation = pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
+TWO_CONFIGS = [f"bundles/pretrain_vq_ssl/configs/{name}" for name in ("train.json", "multi_gpu_train.json")]
+
+
+def test_every_recipe_and_seed_is_trained_once_and_evaluated_in_each_variant(stand: Any, evaluated: Study) -> None:
+    stand.run(evaluated)
+    trained = [(each["discrete_weight"], each["seed"]) for each in stand.trainings]
+    assert trained == [("1", "0"), ("0", "0"), ("1", "1"), ("0", "1")]
+    assert len(stand.calls) == 4 + 4 * 2
+    baselines = [each["baselines"] for each in stand.calls if "baselines" in each]
+    assert baselines == (["True"] * 2 + ["False"] * 2) * 2
+
+
+def test_variants_that_change_training_are_trained_each(stand: Any, trained: Study) -> None:
+    stand.run(trained)
+    assert len(stand.trainings) == len(stand.calls) / 2 == 8
+    assert [each["label_fraction"] for each in stand.trainings[:2]] == ["1.0", "0.1"]
+    assert len({each["output_dir"] for each in stand.calls}) == 16
+
+
+def test_templates_are_filled_in_lists_too_and_null_is_not_passed(stand: Any, evaluated: Study, tmp_path: Path) -> None:
+    stand.run({**evaluated, "recipes": {"ours": {"max_epochs": None}, "theirs": {"discrete_weight": None}}})
+    train, evaluate = stand.calls[:2]
+    assert train["dataset_dir"] == json.dumps([str(tmp_path / "data" / "images")])
+    assert evaluate["pretrained"] == str(tmp_path / "runs" / "study" / "ours" / "seed0" / "models" / "model.pt")
+    assert [each.get("max_epochs") for each in stand.trainings] == [None, "1"] * 2
+    assert not any("discrete_weight" in each for each in stand.trainings)
+
+
+def test_a_run_records_the_command_that_repeats_it(stand: Any, evaluated: Study, tmp_path: Path) -> None:
+    stand.run(evaluated)
+    done = read(tmp_path / "runs" / "study" / "ours" / "seed0" / "done.json")
+    assert shlex.split(done["command"]) == stand.commands[0]
+    assert stand.commands[0][:4] == ["python", "-m", "monai.bundle", "run"]
+    assert (done["commit"], done["dirty"]) == ("c0ffee00", False)
+    assert done["seconds"] >= 0
+
+
+def test_finished_runs_are_kept_and_all_others_start_in_an_empty_folder(
+    stand: Any, evaluated: Study, tmp_path: Path
+) -> None:
+    stand.run(evaluated)
+    folder = tmp_path / "runs" / "study" / "theirs" / "seed1" / "labels_10" / "evaluation"
+    (folder / "done.json").unlink()
+    (folder / "left_over").touch()
+    stand.commands.clear()
+    stand.run(evaluated)
+    assert [each["output_dir"] for each in stand.calls] == [str(folder)]
+    assert not (folder / "left_over").exists()
+    (tmp_path / "runs" / "study" / "ours" / "seed0" / "done.json").unlink()
+    stand.commands.clear()
+    stand.run(evaluated)
+    assert len(stand.commands) == 3, "training anew evaluates anew"
+
+
+def test_side_by_side_runs_take_one_thread_each_and_give_the_same_rows(
+    stand: Any, evaluated: Study, tmp_path: Path
+) -> None:
+    one = stand.run(evaluated)
+    (tmp_path / "runs").rename(tmp_path / "before")
+    stand.environments.clear()
+    assert stand.run(evaluated, jobs=2) == one + one
+    assert {each["OMP_NUM_THREADS"] for each in stand.environments} == {"1"}
+
+
+@pytest.mark.parametrize("states", [[("a1", False), ("b2", False)], [("a1", True)]])
+def test_refuses_rows_of_several_commits_or_of_changed_code(
+    stand: Any, evaluated: Study, monkeypatch: pytest.MonkeyPatch, states: list[tuple[str, bool]]
+) -> None:
+    queue = cycle(states)
+    monkeypatch.setattr(run_experiments, "code_state", lambda: next(queue))
+    with pytest.raises(SystemExit, match=r"no row is written.*ours/seed0.*--allow_mixed true"):
+        stand.run(evaluated)
+    assert not run_experiments.TABLE.exists()
+    assert {row["commit"] for row in stand.run(evaluated, allow_mixed="true")} == {"mixed"}
+
+
+def test_a_failed_run_is_one_line_and_the_others_are_kept(stand: Any, evaluated: Study, tmp_path: Path) -> None:
+    stand.fails = lambda knobs: knobs["seed"] == "1" and "train.json" in knobs["config_file"]
+    message = r"^error: \S+ours/seed1 failed with status 1, see \S+/train.log: RuntimeError: loss is nan$"
+    with pytest.raises(SystemExit, match=message):
+        stand.run(evaluated)
+    assert len(list(tmp_path.glob("runs/*/*/seed0/done.json"))) == 2
+    assert not list(tmp_path.glob("runs/*/*/seed1/done.json"))
+    assert not run_experiments.TABLE.exists()
+
+
+def test_the_log_begins_with_the_command(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert run_experiments.call(["python", "-c", "raise ValueError('no\\nway')"], log, {}) == 1
+    assert log.read_text(encoding="utf-8").startswith("$ python -c ")
+    assert run_experiments.last_error(log) == "ValueError: no"
+
+
+def test_refuses_finished_runs_with_other_knobs(stand: Any, evaluated: Study) -> None:
+    stand.run(evaluated)
+    with pytest.raises(SystemExit, match="was run with other knobs or configs than the study has now"):
+        stand.run({**evaluated, "training": {**evaluated["training"], "max_epochs": 2}})
+
+
+def test_a_recipe_may_train_with_configs_of_its_own(stand: Any, evaluated: Study) -> None:
+    stand.run({**evaluated, "bundle": "cxr_classify", "configs": {"theirs": TWO_CONFIGS}})
+    configs = "bundles/cxr_classify/configs"
+    used = {Path(each["output_dir"]).parts[-2:]: each["config_file"] for each in stand.trainings}
+    assert used["ours", "seed0"] == used["ours", "seed1"] == f"{configs}/train.json"
+    assert used["theirs", "seed0"] == used["theirs", "seed1"] == json.dumps(TWO_CONFIGS)
+    assert fire.Fire(lambda name: name, command=[used["theirs", "seed0"]]) == TWO_CONFIGS
+    others = {each["config_file"] for each in stand.calls if each not in stand.trainings}
+    assert others == {f"{configs}/evaluate.json"}
+
+
+@pytest.mark.parametrize("now", [{}, {"theirs": TWO_CONFIGS[:1]}, {"theirs": TWO_CONFIGS[::-1]}])
+def test_finished_runs_are_kept_with_the_same_configs_alone(
+    stand: Any, evaluated: Study, now: dict[str, list[str]]
+) -> None:
+    study = {**evaluated, "configs": {"theirs": TWO_CONFIGS}}
+    stand.run(study)
+    stand.commands.clear()
+    stand.run(study)
+    assert not stand.commands
+    with pytest.raises(SystemExit, match="theirs/seed0 was run with other knobs or configs than the study has now"):
+        stand.run({**study, "configs": now})
+
+
+def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
+    stand: Any, segmented: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_experiments.TABLE.write_text("dataset", encoding="utf-8")
+    only = {"variants_change": "evaluation", "variants": {}, "evaluation": {}, "training_subjects": None}
+    assert stand.run({**segmented, **only}, "pretraining") == []
+    folders = ["/".join(Path(each["output_dir"]).parts[-2:]) for each in stand.calls]
+    assert folders == [f"{recipe}/seed{seed}" for seed in (0, 1, 2) for recipe in segmented["recipes"]]
+    assert run_experiments.TABLE.read_text(encoding="utf-8") == "dataset"
+    message = "9 runs are trained, of commit c0ffee0; no row is written, as the study has no variants"
+    assert message in capsys.readouterr().out
+    run_experiments.TABLE.unlink()
+    weights = "{runs}/../pretraining/HSSL/seed{seed}/models/model.pt"
+    stand.run({**segmented, "recipes": {**segmented["recipes"], "HSSL": {"pretrained": weights}}})
+    used = [each["pretrained"] for each in stand.trainings if "HSSL/seed2/4 subjects" in each["output_dir"]]
+    assert Path(used[0]).resolve() == tmp_path / "runs" / "pretraining" / "HSSL" / "seed2" / "models" / "model.pt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipies": {}}, "unknown keys: recipies; missing keys: none. A study file holds bundle, dataset"),
+        ({"seeds": [0]}, r"`seeds` must hold two different numbers or more, got \[0\]"),
+        ({"seeds": [0, 1, 1]}, r"`seeds` must hold two different numbers or more, got \[0, 1, 1\]"),
+        ({"variants_change": "labels"}, "`variants_change` must be training or evaluation, got labels"),
+        ({"recipes": {"a/b": {}}, "compare": []}, "names without a slash"),
+        ({"bundle": "pretrain"}, "`bundle` must name a folder of bundles/"),
+        ({"configs": {"mine": ["a.json"]}}, "`configs` must give recipes the list of their files, got mine"),
+        ({"configs": {"HSSL": "a.json"}}, "`configs` must give recipes the list of their files, got HSSL: a.json"),
+        ({"configs": {"HSSL": []}}, r"`configs` must give recipes the list of their files, got HSSL: \[\]"),
+        ({"configs": {"HSSL": ["bundles/a.json"]}}, "bundles/a.json is not there: .*`configs` files by their paths"),
+        ({"training": {"pretrained": "{dta}/x"}}, r"'{dta}/x' holds {dta}: the templates are data, runs, seed, folder"),
+        (
+            {"training": {"dataset_dir": ["{data}/x"]}},
+            r"`dataset_dir` of .+ is \S+/x, .*give the right --data",
+        ),
+        ({"training": {"pretrained": "{runs}/../x/model.pt"}}, "run the study that makes it first"),
+        ({"variants": {}, "training_subjects": None}, "`variants` must name what is trained, or change evaluation"),
+        ({"compare": ["HSSL"]}, "`compare` must hold pairs of two different recipes, got HSSL in"),
+        ({"compare": [["HSSL", "HSSL"]]}, r"`compare` must hold pairs of two different recipes, got \['HSSL', 'HSSL'"),
+        ({"compare": [["HSSL", "random"]]}, "`compare` must hold pairs of two different recipes, got"),
+        ({"training_subjects": 0}, "`training_subjects` must be a positive number where variants change training"),
+        ({"variants_change": "evaluation"}, "`training_subjects` must be a positive number"),
+        ({"training_subjects": 5}, r"`training_subjects` is 5, but \S+/ct has 4 with labels to train on: correct it"),
+    ],
+)
+def test_refuses_a_bad_study_in_one_line_before_anything_runs(
+    stand: Any, segmented: Study, change: Study, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        stand.run({**segmented, **change})
+    assert not stand.commands
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_refuses_a_file_that_is_no_study(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "study.json"
+    if text:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"error: \S+study.json is not a study file"):
+        run_experiments.main(str(path), str(tmp_path))
+
+
+@pytest.mark.parametrize("jobs", [0, "two"])
+def test_refuses_bad_jobs(stand: Any, evaluated: Study, jobs: Any) -> None:
+    with pytest.raises(SystemExit, match="`--jobs` must be at least 1"):
+        stand.run(evaluated, jobs=jobs)
+
+
+@pytest.mark.parametrize("script", [run_experiments, render_results, plot_curves], ids=lambda script: script.__name__)
+def test_every_script_explains_itself(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        fire.Fire(script.main, command=["--help"])
+    assert caught.value.code == 0
+    assert "SYNOPSIS" in "".join(capsys.readouterr())
+
+
+@every_study
+def test_every_study_names_knobs_that_its_bundle_has(path: Path) -> None:
+    study = run_experiments.read_study(path)
+    for chain in run_experiments.plan(study, Path("data"), Path("runs")):
+        for each in chain:
+            assert set(each.knobs) <= set().union(*(read(ROOT / config) for config in each.configs))
+            each.command()
+
+
+@every_study
+def test_weights_of_other_studies_are_of_recipes_and_seeds_that_they_train(path: Path) -> None:
+    study = run_experiments.read_study(path)
+    for knobs in study.recipes.values():
+        if "pretrained" in knobs:
+            found = re.fullmatch(r"{runs}/\.\./(\w+)/(.+)/seed{seed}/models/model\.pt", knobs["pretrained"])
+            assert found is not None
+            other = run_experiments.read_study(EXPERIMENTS / f"{found[1]}.json")
+            assert found[2] in other.recipes
+            assert other.variants_change == "evaluation"  # else every variant has weights of its own
+            assert set(study.seeds) <= set(other.seeds)
+
+
+@every_segmentation
+def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(path: Path) -> None:
+    study = run_experiments.read_study(path)
+    assert study.subjects == {name: int(name.split()[0]) for name in study.variants}
+
+
+@every_segmentation
+def test_every_pretraining_is_compared_with_scratch_and_several_sets_with_each_other_pretraining(path: Path) -> None:
+    study = run_experiments.read_study(path)
+    pretrained = [name for name in study.recipes if name != "scratch"]
+    expected = [[name, "scratch"] for name in pretrained]
+    assert study.compare == expected + [["HSSL, five sets", x] for x in pretrained if x != "HSSL, five sets"]
+
+
+def test_the_pretrainings_of_two_studies_differ_in_their_recipes_alone() -> None:
+    one, other = (run_experiments.read_study(EXPERIMENTS / f"{n}_pretraining.json") for n in ("volume", "segmentation"))
+    assert (one.training, one.seeds, one.bundle) == (other.training, other.seeds, other.bundle)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.77, 1])
+def test_the_number_of_subjects_is_what_a_fraction_draws(segmented: Study, fraction: float) -> None:
+    study = {**segmented, "variants": {"some": {"label_fraction": fraction}}, "training_subjects": 9}
+    drawn = select_fraction([{"subject": str(index)} for index in range(9)], fraction, 0)
+    assert run_experiments.Study(**study).subjects["some"] == len(drawn)

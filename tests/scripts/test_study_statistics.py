@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import run_experiments
+import study_statistics
+from sklearn.metrics import roc_auc_score
+
+from dissect_monai.handlers.segmentation_table import CaseScores, summarize, write_tables
+from dissect_monai.metrics.classification import auroc, average_precision
+from dissect_monai.metrics.intervals import bootstrap
+from dissect_monai.metrics.segmentation import StructureScore
+
+Study = dict[str, Any]
+Line = dict[str, str]
+METRICS = ("dice", "hd95", "surface_dice")
+
+
+def scores_of(tmp_path: Path, recipe: str, seed: int, variant: str, name: str) -> np.ndarray:
+    path = tmp_path / "runs" / "study" / recipe / f"seed{seed}" / variant / "evaluation" / "eval" / "scores.npz"
+    return np.load(path)[name]
+
+
+def macro_auroc(labels: np.ndarray, scores: np.ndarray, weight: np.ndarray) -> float:
+    known = ~np.isnan(labels)
+    return float(
+        np.mean(
+            [
+                roc_auc_score(y[k], s[k], sample_weight=weight[k])
+                for y, s, k in zip(labels.T, scores.T, known.T, strict=True)
+            ]
+        )
+    )
+
+
+def test_rows_hold_mean_and_spread_over_seeds(stand: Any, trained: Study, tmp_path: Path) -> None:
+    rows = stand.run(trained)
+    labels = scores_of(tmp_path, "ours", 0, "labels_10", "labels/findings")
+    found = {(row["recipe"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * 2 * 3
+    for suffix, measure in (("auroc", auroc), ("ap", average_precision)):
+        scores = [scores_of(tmp_path, "theirs", s, "labels_10", "scores/classifier/-/scratch/findings") for s in (0, 1)]
+        values = [np.mean([measure(labels[:, i], each[:, i]) for i in range(2)]) for each in scores]
+        row = found["theirs", f"labels_10/findings/finetune/-/{suffix}"]
+        assert row["mean"] == f"{np.mean(values):.4f}"
+        assert row["std"] == f"{np.std(values, ddof=1):.4f}"
+    assert (row["n"], row["commit"], row["dataset"]) == ("2", "c0ffee0", "phantoms")
+
+
+def test_differences_agree_with_a_naive_bootstrap_of_subjects_and_seeds(
+    stand: Any, evaluated: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_statistics, "NUM_SAMPLES", 200)
+    rows = stand.run(evaluated)
+    name = "scores/pretrained/last/linear/findings"
+    labels, subjects = (scores_of(tmp_path, "ours", 0, "labels_100", key) for key in ("labels/findings", "subjects"))
+    ours, theirs = ([scores_of(tmp_path, r, s, "labels_100", name) for s in (0, 1)] for r in ("ours", "theirs"))
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(30, np.full(30, 1 / 30), 200)
+    seeds = rng.multinomial(2, [0.5, 0.5], 200)
+    values = [
+        sum(
+            times
+            / 2
+            * (macro_auroc(labels, ours[s], counts[subjects]) - macro_auroc(labels, theirs[s], counts[subjects]))
+            for s, times in enumerate(seed_counts)
+        )
+        for counts, seed_counts in zip(drawn, seeds, strict=True)
+    ]
+    low, high = np.percentile(values, (2.5, 97.5))
+    row = next(row for row in rows if row["recipe"] == "ours - theirs" and row["metric"].startswith("labels_100"))
+    assert row["std"] == f"{low:.4f}..{high:.4f}"
+    each = [
+        macro_auroc(labels, x, np.ones(60)) - macro_auroc(labels, y, np.ones(60))
+        for x, y in zip(ours, theirs, strict=True)
+    ]
+    assert row["mean"] == f"{np.mean(each):.4f}"
+
+
+def test_with_one_seed_a_difference_is_the_paired_bootstrap() -> None:
+    rng = np.random.default_rng(1)
+    label, subjects = rng.integers(0, 2, 80), np.arange(80) // 2
+    one, two = label + rng.normal(0, 1, 80), label + rng.normal(0, 2, 80)
+    weights, seed_share = study_statistics.resample(subjects, 1)
+    sides = [study_statistics.macro(auroc, label[:, None], each[None, :, None], weights) for each in (one, two)]
+    expected = bootstrap(lambda w: auroc(label, one, w) - auroc(label, two, w), subjects)
+    assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    _, seed_share = study_statistics.resample(np.arange(10), 3)
+    agree, disagree = (np.tile(each, (1 + len(seed_share), 1)) for each in ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]))
+    narrow, wide = (study_statistics.difference(each, np.zeros_like(each), seed_share) for each in (agree, disagree))
+    assert narrow == pytest.approx((0.5, 0.5, 0.5))
+    assert wide == pytest.approx((0.5, 0.4, 0.6))
+
+
+def test_the_better_baseline_is_a_row_of_its_own(stand: Any, evaluated: Study) -> None:
+    rows = {row["recipe"]: row for row in stand.run(evaluated) if row["metric"].startswith("labels_10/")}
+    better = max(("random", "pixels"), key=lambda name: float(rows[name]["mean"]))
+    best = rows["ours - best of random, pixels"]
+    assert (best["mean"], best["std"]) == (rows[f"ours - {better}"]["mean"], rows[f"ours - {better}"]["std"])
+
+
+def test_a_study_may_name_the_recipes_that_are_compared(stand: Any, evaluated: Study) -> None:
+    rows = stand.run({**evaluated, "compare": [["theirs", "ours"]]})
+    run_experiments.TABLE.unlink()
+    usual = stand.run(evaluated)
+    assert {row["recipe"] for row in rows if " - " in row["recipe"]} == {"theirs - ours"}
+    means = [float(row["mean"]) for row in rows if row["recipe"] == "theirs - ours"]
+    assert means == [-float(row["mean"]) for row in usual if row["recipe"] == "ours - theirs"]
+    assert [row for row in rows if " - " not in row["recipe"]] == [row for row in usual if " - " not in row["recipe"]]
+
+
+def test_findings_without_scores_from_every_run_are_left_out() -> None:
+    labels = np.array([[0, 1, 0, 0], [1, 1, 1, 1], [np.nan, 0, 0, 1]])
+    labels[1:, 3] = 0
+    scores = np.zeros((2, 3, 4))
+    scores[1, 0, 2] = np.nan
+    scores[0, 2, 0] = np.nan  # of an unknown label
+    assert study_statistics.usable_columns(labels, [scores]) == [0, 1]
+
+
+def test_findings_known_in_one_data_set_each_count_alike() -> None:
+    rng = np.random.default_rng(0)
+    data_set = np.arange(90) % 3
+    labels = np.where(data_set[:, None] == [0, 1, 2, 2], rng.integers(0, 2, (90, 4)), np.nan)
+    labels[data_set == 2, 2] = np.arange(30) == 0  # one positive, which is missing in many a resample
+    labels[:, 3] *= 0
+    scores = rng.normal(0, 1, (2, 90, 4)) + np.nan_to_num(labels)
+    weights = study_statistics.resample(np.arange(90) // 3, 2)[0][:150]
+    columns = study_statistics.usable_columns(labels, [scores])
+    found = study_statistics.macro(auroc, labels[:, columns], scores[..., columns], weights)
+
+    def naive(scores: np.ndarray, weight: np.ndarray) -> float:
+        known = [~np.isnan(label) & (weight > 0) for label in labels.T]
+        return np.mean(
+            [
+                roc_auc_score(y[k], s[k], sample_weight=weight[k])
+                for y, s, k in zip(labels.T, scores.T, known, strict=True)
+                if len(set(y[k])) == 2
+            ]
+        )
+
+    assert columns == [0, 1, 2]
+    assert found == pytest.approx(np.array([[naive(each, weight) for each in scores] for weight in weights]))
+
+
+@pytest.mark.parametrize("change", [{"images": 40}, {"label_seed": 1}], ids=["other images", "other labels"])
+def test_refuses_runs_that_scored_other_images_or_labels(
+    stand: Any, evaluated: Study, tmp_path: Path, change: dict[str, int]
+) -> None:
+    stand.run(evaluated)
+    (tmp_path / "runs" / "study" / "theirs" / "seed1" / "labels_10" / "evaluation" / "done.json").unlink()
+    vars(stand).update(change)
+    with pytest.raises(SystemExit, match="the runs of labels_10 scored different images or labels"):
+        stand.run(evaluated)
+
+
+def by_key(rows: list[Line]) -> dict[tuple[str, str], Line]:
+    found = {(row["recipe"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def known_mean(values: list[float]) -> float:
+    known = [value for value in values if not isnan(value)]
+    return sum(known) / len(known) if known else nan
+
+
+def naive_subjects(lines: list[Line], metric: str) -> dict[str, float]:
+    """The mean over structures of each subject, of a structure that of its cases."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        cell = cells.setdefault(line["subject"], {}).setdefault(line["structure"], [])
+        cell.append(float(line[metric] or "nan"))
+    return {subject: known_mean([known_mean(cell) for cell in own.values()]) for subject, own in cells.items()}
+
+
+def cases_of(lines: list[Line]) -> list[CaseScores]:
+    cases: dict[str, CaseScores] = {}
+    for line in lines:
+        numbers = [float(line[name] or "nan") for name in (*METRICS, "label_ml", "pred_ml")]
+        score = StructureScore(line["structure"], tuple(map(int, line["values"].split())), *numbers, line["outcome"])
+        cases.setdefault(line["case"], CaseScores(line["case"], line["subject"], [])).structures.append(score)
+    return list(cases.values())
+
+
+def test_rows_hold_mean_and_spread_over_seeds_of_the_mean_over_subjects(stand: Any, segmented: Study) -> None:
+    rows = by_key(stand.run(segmented))
+    for recipe in ("scratch", "HSSL", "VQ-SSL"):
+        by_seed = [stand.lines_of(recipe, seed, "1 subject") for seed in (0, 1, 2)]
+        for metric in METRICS:
+            values = [known_mean(list(naive_subjects(lines, metric).values())) for lines in by_seed]
+            row = rows[recipe, f"1 subject/{metric}"]
+            assert (row["mean"], row["std"]) == (f"{np.mean(values):.4f}", f"{np.std(values, ddof=1):.4f}")
+    assert (row["n"], row["commit"], row["dataset"]) == ("3", "c0ffee0", "ct")
+
+
+def test_rows_hold_the_missed_and_the_dice_of_each_structure_that_a_label_has(stand: Any, segmented: Study) -> None:
+    rows = by_key(stand.run(segmented))
+    by_seed = [stand.lines_of("HSSL", seed, "4 subjects") for seed in (0, 1, 2)]
+    missed = [sum(line["outcome"] == "missed" for line in lines) for lines in by_seed]
+    assert sum(missed)
+    row = rows["HSSL", "4 subjects/missed"]
+    assert (row["mean"], row["std"]) == (f"{np.mean(missed):.4f}", f"{np.std(missed, ddof=1):.4f}")
+    for structure in ("liver", "left kidney"):
+        own = [[line for line in lines if line["structure"] == structure] for lines in by_seed]
+        values = [known_mean(list(naive_subjects(lines, "dice").values())) for lines in own]
+        assert rows["HSSL", f"4 subjects/dice/{structure}"]["mean"] == f"{np.mean(values):.4f}"
+    assert not any("colon" in metric for _, metric in rows)
+
+
+def test_means_are_those_of_the_evaluation(stand: Any, segmented: Study) -> None:
+    rows = by_key(stand.run(segmented))
+    by_seed = [summarize(cases_of(stand.lines_of("HSSL", seed, "1 subject"))) for seed in (0, 1, 2)]
+    for metric in METRICS:
+        expected = np.mean([getattr(mean, metric).value for mean, *_ in by_seed])
+        assert rows["HSSL", f"1 subject/{metric}"]["mean"] == f"{expected:.4f}"
+
+
+def test_differences_of_structures_agree_with_a_naive_bootstrap_of_subjects_and_seeds(
+    stand: Any, segmented: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_statistics, "NUM_SAMPLES", 300)
+    rows = by_key(stand.run(segmented))
+    rng = np.random.default_rng(0)
+    drawn, seeds = rng.multinomial(4, [0.25] * 4, 300), rng.multinomial(3, [1 / 3] * 3, 300)
+    for metric in METRICS:
+        ours, theirs = (
+            [list(naive_subjects(stand.lines_of(recipe, seed, "1 subject"), metric).values()) for seed in (0, 1, 2)]
+            for recipe in ("HSSL", "VQ-SSL")
+        )
+
+        def of_drawn(values: list[float], counts: Any) -> float:
+            return known_mean([value for value, times in zip(values, counts, strict=True) for _ in range(times)])
+
+        def by_seed(counts: Any, ours: Any = ours, theirs: Any = theirs) -> list[float]:
+            return [of_drawn(x, counts) - of_drawn(y, counts) for x, y in zip(ours, theirs, strict=True)]
+
+        values = [np.dot(by_seed(counts), times) / 3 for counts, times in zip(drawn, seeds, strict=True)]
+        low, high = np.nanpercentile(values, (2.5, 97.5))
+        row = rows["HSSL - VQ-SSL", f"1 subject/{metric}"]
+        assert (row["mean"], row["std"]) == (f"{np.mean(by_seed([1] * 4)):.4f}", f"{low:.4f}..{high:.4f}")
+
+
+def test_with_one_seed_a_difference_is_the_paired_bootstrap_without_what_is_undefined() -> None:
+    rng = np.random.default_rng(1)
+    one, two = rng.uniform(0, 9, (2, 12))
+    one[[2, 5]], two[[5, 7]] = nan, nan
+    subjects = np.array([f"s{index}" for index in range(12)])
+    weights, seed_share = study_statistics.resample(subjects, 1)
+    sides = [study_statistics.subject_means(each[None], weights) for each in (one, two)]
+
+    def statistic(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        known = ~np.isnan(values)
+        return lambda weight: weight[:, known] @ values[known] / weight[:, known].sum(1)
+
+    expected = bootstrap(lambda weight: statistic(one)(weight) - statistic(two)(weight), subjects)
+    assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("compare", "expected"),
+    [
+        ([["HSSL", "scratch"], ["HSSL", "VQ-SSL"]], ["HSSL - scratch", "HSSL - VQ-SSL"]),
+        ([], ["scratch - HSSL", "scratch - VQ-SSL"]),
+    ],
+)
+def test_the_pairs_that_a_study_names_are_compared_else_the_first_with_all_others(
+    stand: Any, segmented: Study, compare: Any, expected: list[str]
+) -> None:
+    rows = by_key(stand.run({**segmented, "compare": compare}))
+    found = [(recipe, metric.split("/")[1]) for recipe, metric in rows if " - " in recipe and metric.startswith("4")]
+    assert found == [(pair, metric) for pair in expected for metric in METRICS]
+
+
+def test_what_is_undefined_in_a_seed_is_no_row_and_is_named(
+    stand: Any, segmented: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything_missed = {"dice": "0.0000", "hd95": "", "surface_dice": "0.0000", "outcome": "missed"}
+
+    def change(recipe: str, seed: int, variant: str, lines: list[Line]) -> list[Line]:
+        if (recipe, seed, variant) != ("scratch", 1, "1 subject"):
+            return lines
+        return [line | everything_missed if float(line["label_ml"]) else line for line in lines]
+
+    stand.change = change
+    rows = by_key(stand.run(segmented))
+    assert not {("scratch", "1 subject/hd95"), ("HSSL - scratch", "1 subject/hd95")} & set(rows)
+    assert {("scratch", "1 subject/dice"), ("HSSL - scratch", "1 subject/dice"), ("HSSL", "1 subject/hd95")} <= set(
+        rows
+    )
+    assert ("scratch", "4 subjects/hd95") in rows
+    assert "1 subject: scratch has no row of hd95, which is undefined in a seed or more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: [line for line in lines if line["subject"] != "D"],
+        lambda lines: [{**line, "subject": line["subject"].replace("D", "E")} for line in lines],
+        lambda lines: [{**line, "structure": line["structure"].replace("left", "right")} for line in lines],
+        lambda lines: [{**line, "label_ml": "1.0000"} for line in lines],
+        lambda lines: lines[::-1],
+    ],
+    ids=["a structure less", "a subject less", "another subject", "another structure", "other labels", "other order"],
+)
+def test_refuses_runs_that_scored_something_else(
+    stand: Any, segmented: Study, change: Callable[[list[Line]], list[Line]]
+) -> None:
+    stand.change = lambda recipe, seed, variant, lines: change(lines) if (recipe, seed) == ("VQ-SSL", 2) else lines
+    with pytest.raises(SystemExit, match="the runs of 1 subject scored different subjects, structures or labels"):
+        by_key(stand.run(segmented))
+    assert not run_experiments.TABLE.exists()
+
+
+def test_data_that_lies_elsewhere_is_the_same(stand: Any, segmented: Study) -> None:
+    stand.change = lambda recipe, seed, variant, lines: [
+        {**line, "case": line["case"].replace("/data", f"/{recipe}")} for line in lines
+    ]
+    assert ("HSSL - scratch", "1 subject/dice") in by_key(stand.run(segmented))
+
+
+def test_reads_what_an_evaluation_writes(stand: Any, tmp_path: Path) -> None:
+    lines = stand.lines_of("HSSL", 0, "1 subject")
+    cases = cases_of(lines)
+    write_tables(tmp_path / "eval", cases, summarize(cases))
+    assert study_statistics.read_cases(tmp_path) == lines
