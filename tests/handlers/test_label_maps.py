@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import ImageFileReader
-from dissect_monai.handlers.label_maps import LabelMapSaver, relative_names, save_label_map
+from dissect_monai.handlers.savers import LabelMapSaver, relative_names, save_label_map
 from dissect_monai.transforms.labels import LargestComponentsd, chosen_structures
 from dissect_monai.transforms.spatial import OriginalGridd
 

@@ -18,7 +18,7 @@ from torch import nn
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers.calibration import Calibration, read_calibration, write_calibration
-from dissect_monai.handlers.predictions import PredictionSaver
+from dissect_monai.handlers.savers import PredictionSaver
 
 NAMES = ["Opacity", "Pleural Thickening"]
 
