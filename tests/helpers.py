@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -102,6 +103,12 @@ def counting_engine(max_epochs: int = 4) -> Engine:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def network_state(ckpt_dir: Path) -> dict[str, Any]:

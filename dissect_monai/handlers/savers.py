@@ -322,7 +322,8 @@ class EmbeddingSaver(Saver):
         return [dict(zip(parts, each, strict=True)) for each in zip(*arrays, strict=True)]
 
     def _write(self) -> None:
-        images, errors, first = self.images, self.loader.errors, next(iter(self.results.values()), {})
+        images, errors = self.images, self.loader.errors
+        first: dict[str, Any] = next(iter(self.results.values()), {})
         if self.path.suffix == ".npz":
             arrays: dict[str, Any] = {name: np.stack([each[name] for each in self.results.values()]) for name in first}
             arrays |= {"image": [images[index] for index in self.results]}

@@ -123,35 +123,53 @@ class ValuesToClassesd(MapTransform):
             where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
             if self.image_key is not None:
                 refuse_apart(item[key], item[self.image_key], where)
-            table = self._table(item.get(self.labels_key), where)
+            if not isinstance(item.get(self.labels_key), Mapping):
+                got = item.get(self.labels_key)
+                raise InputError(f"{where} must come with the names of its values (`{self.labels_key}`), got {got!r}.")
+            labels = item[self.labels_key]
             array = np.asarray(item[key])
             label_map = integer_map(where, array[0] if len(array) == 1 else array)
-            unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
+            classes, unknown = values_to_classes(label_map, labels, self.class_names, where)
             if unknown:
+                named = sorted({0, *(value for values in labels.values() for value in values)})
                 raise InputError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(sorted(table))}), got "
+                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(named)}), got "
                     f"{shorten(unknown)}: name them there, or correct the label map."
                 )
-            classes = np.zeros(max(table) + 1, np.uint8)
-            classes[list(table)] = list(table.values())
-            item[key] = convert_to_dst_type(classes[label_map][None], item[key], dtype=classes.dtype)[0]
+            item[key] = convert_to_dst_type(classes[None], item[key], dtype=classes.dtype)[0]
         return item
 
-    def _table(self, labels: Any, where: str) -> dict[int, int]:
-        """Class of every value of a file."""
-        if not isinstance(labels, Mapping):
-            raise InputError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
-        table = {0: 0}
-        for name, values in labels.items():
-            index = self.class_names.index(name) + 1 if name in self.class_names else 0
-            for value in values:
-                if value < 1:
-                    raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
-                # A region that is not learnt may share values with one that is.
-                if index and table.get(value, 0) not in (0, index):
-                    raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
-                table[value] = index or table.get(value, 0)
-        return table
+
+def values_to_classes(
+    label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Classes 1, 2, ... of the named structures in the place of a file's values, 0 for everything else.
+
+    Args:
+        label_map: integers of any shape and dtype.
+        labels: values of each structure; one that is no class may share values with one that is.
+        class_names: structures of the classes, at most 255.
+        where: what a message calls the label map.
+
+    Returns:
+        The classes, and the values that `labels` does not name, which become background.
+
+    Raises:
+        ValueError: if a value is under 1, or in two classes.
+    """
+    table = {0: 0}
+    for name, values in labels.items():
+        index = list(class_names).index(name) + 1 if name in class_names else 0
+        for value in values:
+            if value < 1:
+                raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
+            if index and table.get(value, 0) not in (0, index):
+                raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
+            table[value] = index or table.get(value, 0)
+    unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
+    classes = np.zeros(max(table) + 1, np.uint8)
+    classes[list(table)] = list(table.values())
+    return classes[np.where(np.isin(label_map, unknown), 0, label_map) if unknown else label_map], unknown
 
 
 class LargestComponentsd(MapTransform):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from dissect_monai.transforms.labels import ValuesToClassesd
+from dissect_monai.transforms.labels import LargestComponentsd, ValuesToClassesd, chosen_structures
 
 
 def classes(values: Any, labels: Any, class_names: Sequence[str] = ("spleen", "kidneys"), **meta: Any) -> Any:
@@ -132,3 +132,43 @@ def test_label_maps_that_do_not_fit_their_names_are_refused(values: Any, labels:
 def test_structures_that_are_not_learnt_may_share_a_value() -> None:
     labels = {"heart": [4, 5], "vessels": [5], "spleen": [1]}
     assert classes(volume(0, 5, 1), labels).flatten().tolist() == [0, 0, 1]
+
+
+# --- chosen structures, and their largest parts
+
+
+STRUCTURES = ["spleen", "liver"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [("none", []), ("all", STRUCTURES), ("liver", ["liver"]), (STRUCTURES[::-1],) * 2, ([], [])]
+)
+def test_structures_are_chosen_by_name(names: Any, expected: list[str]) -> None:
+    assert chosen_structures(names, STRUCTURES) == expected
+
+
+@pytest.mark.parametrize(("names", "got"), [("heart", "heart"), (["liver", "heart", "lung"], "heart, lung"), (3, "3")])
+def test_structures_that_are_unknown_are_refused(names: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"must be none, all, or among spleen, liver, got {got}"):
+        chosen_structures(names, STRUCTURES)
+
+
+@pytest.mark.parametrize("structures", [["spleen"], ["liver"], STRUCTURES, []])
+def test_only_the_largest_part_of_the_chosen_structures_stays(structures: list[str]) -> None:
+    label = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
+    label[0, 0, 0, 0], label[0, 2:5, 0, 0] = 1, 1
+    label[0, 0, 4, 4], label[0, 2:5, 4, 4] = 2, 2
+    given = MetaTensor(label.clone(), affine=torch.diag(torch.tensor([1, 2, 3, 1.0])), meta={"filename_or_obj": "a"})
+    item = LargestComponentsd("pred", STRUCTURES, structures)({"pred": given, "other": 1})
+    result = item["pred"]
+    for value, name in enumerate(STRUCTURES, 1):
+        assert int((result == value).sum()) == (3 if name in structures else 4)
+    assert (result.dtype, item["other"], result.meta["filename_or_obj"]) == (torch.uint8, 1, "a")
+    np.testing.assert_allclose(result.affine, given.affine)
+    assert torch.equal(given.as_tensor(), label)
+
+
+def test_a_missing_key_may_be_allowed_where_parts_are_cleaned() -> None:
+    assert LargestComponentsd("pred", STRUCTURES, STRUCTURES, allow_missing_keys=True)({"image": 1}) == {"image": 1}
+    with pytest.raises(ValueError, match="'heart' is not in list"):
+        LargestComponentsd("pred", STRUCTURES, ["heart"])
