@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Interval, Item
 from dissect_monai.handlers.monitors import GAP, MIN_SIDE
 from dissect_monai.losses.pretraining import unexplained_variance
-from dissect_monai.metrics.intervals import Interval, bootstrap
+from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.visualize.training import show_mask, view_figure
 from dissect_monai.writing import metric_name, write_csv
 

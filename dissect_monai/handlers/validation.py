@@ -24,7 +24,6 @@ from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
     expected_calibration_error,
-    left_out,
     macro_auroc,
     usable_findings,
 )
@@ -99,7 +98,7 @@ class ClassificationMetrics:
         outputs = self.collector.outputs()
         probabilities = outputs.probabilities()
         usable = usable_findings(outputs.labels, probabilities)
-        names = left_out(self.label_names, usable)
+        names = [name for index, name in enumerate(self.label_names) if index not in usable]
         if names and not self.named_left_out:
             logger.warning("Left out, for lack of positives or negatives in validation: %s.", ", ".join(names))
             self.named_left_out = True
@@ -159,7 +158,7 @@ class KNNHandler:
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
         for name, (bank, queries) in banks.items():
             scores = knn_scores(bank, self.labels[0], queries, self.k)
-            value = macro_auroc(self.labels[1], scores, self.label_names).value
+            value = macro_auroc(self.labels[1], scores)
             if not isnan(value):  # else no finding has both classes here, and there is nothing to log
                 engine.state.metrics[name] = value
         collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
