@@ -14,6 +14,7 @@ from dissect_monai.bundle import min_over_ranks as min_over_ranks
 from dissect_monai.bundle import process_device as process_device
 from dissect_monai.bundle import refuse_overwriting as refuse_overwriting
 from dissect_monai.bundle import refuse_small_data as refuse_small_data
+from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import Datalist as Datalist
 from dissect_monai.data.datalists import labelled as labelled
 from dissect_monai.data.datalists import read_datalist as read_datalist
@@ -47,10 +48,12 @@ from dissect_monai.handlers.checkpoints import TrainingCheckpoint as TrainingChe
 from dissect_monai.handlers.checkpoints import newest_checkpoint as newest_checkpoint
 from dissect_monai.handlers.classifier import ClassifierEvaluation as ClassifierEvaluation
 from dissect_monai.handlers.hssl_validation import HSSLValidation as HSSLValidation
-from dissect_monai.handlers.image_probes import ProbeHandler as ProbeHandler
-from dissect_monai.handlers.image_probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
+from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
+from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
+from dissect_monai.handlers.probes import check_probe_data as check_probe_data
+from dissect_monai.handlers.probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
 from dissect_monai.handlers.savers import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.savers import LabelMapSaver as LabelMapSaver
@@ -65,12 +68,8 @@ from dissect_monai.handlers.training import TargetMomentumHandler as TargetMomen
 from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
-from dissect_monai.handlers.volume_probes import VolumeProbeHandler as VolumeProbeHandler
-from dissect_monai.handlers.volume_probes import check_probe_data as check_probe_data
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
-from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss as HierarchicalContrastiveLoss
-from dissect_monai.losses.contrastive import retrieval_accuracy as retrieval_accuracy
 from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss
 from dissect_monai.losses.multilabel import positive_weights as positive_weights
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
@@ -80,7 +79,6 @@ from dissect_monai.metrics.segmentation import score_structures as score_structu
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
-from dissect_monai.networks.quantizers import EMACodebook as EMACodebook
 from dissect_monai.networks.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.networks.segmentation import DeepSupervisionNet as DeepSupervisionNet
 from dissect_monai.networks.segmentation import init_class_prior as init_class_prior
@@ -101,11 +99,8 @@ from dissect_monai.transforms.intensity import NormalizeModalityd as NormalizeMo
 from dissect_monai.transforms.labels import LargestComponentsd as LargestComponentsd
 from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.labels import chosen_structures as chosen_structures
-from dissect_monai.transforms.labels import largest_components as largest_components
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
-from dissect_monai.transforms.spatial import to_original_grid as to_original_grid
-from dissect_monai.transforms.views import AugmentedBatch as AugmentedBatch
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views

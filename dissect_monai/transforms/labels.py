@@ -1,4 +1,4 @@
-"""Label maps: values to classes, components, and which structures are wanted."""
+"""Label maps: values of files to classes and back, largest components, and which structures are wanted."""
 
 from __future__ import annotations
 
@@ -20,37 +20,82 @@ Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 
 
-def largest_components(
-    label_map: ArrayLike, structures: Sequence[Sequence[int]], background: int = 0
-) -> NDArray[np.integer[Any]]:
-    """Keep the largest connected part of each structure and make the others background; faces connect, edges do not.
-
-    It suits structures that are one piece. Of two kidneys under one value, it removes one.
+class ValuesToClassesd(MapTransform):
+    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
 
     Args:
-        label_map: shape (X, Y, Z), integers of any dtype.
-        structures: the values of each structure to clean; voxels of others stay.
-        background: value of what is removed.
-
-    Returns:
-        A new label map of the same shape. Of parts of equal size, the first is kept.
+        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype. The item must have the values of
+            each structure as `labels`, {name: values}.
+        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
+        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
 
     Raises:
-        ValueError: if the label map is not 3-D or has fractions.
-
-    Example:
-        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
-        array([[[3, 3, 0, 0, 2]]])
+        ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
+            map has fractions, a value that it does not name, or lies beside its image.
     """
-    cleaned = integer_map("label_map", label_map).copy()
-    found = ndimage.find_objects(cleaned)
-    for values in structures:
-        part = cleaned[box_around([found], values)]
-        components, count = ndimage.label(np.isin(part, values))
-        if count > 1:
-            sizes = np.bincount(components.ravel())[1:]
-            part[(components > 0) & (components != sizes.argmax() + 1)] = background
-    return cleaned
+
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str], image_key: str | None = None) -> None:
+        super().__init__(keys)
+        if len(class_names) > 255:
+            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
+        self.class_names = list(class_names)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the label maps of an item by classes in uint8."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
+            if self.image_key is not None:
+                refuse_apart(item[key], item[self.image_key], where)
+            labels = item.get("labels")
+            if not isinstance(labels, Mapping):
+                raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")
+            array = np.asarray(item[key])
+            label_map = integer_map(where, array[0] if len(array) == 1 else array)
+            classes, unknown = values_to_classes(label_map, labels, self.class_names, where)
+            if unknown:
+                named = sorted({0, *(value for values in labels.values() for value in values)})
+                raise InputError(
+                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(named)}), got "
+                    f"{shorten(unknown)}: name them there, or correct the label map."
+                )
+            item[key] = convert_to_dst_type(classes[None], item[key], dtype=classes.dtype)[0]
+        return item
+
+
+def values_to_classes(
+    label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Classes 1, 2, ... of the named structures in place of a file's values, 0 for everything else.
+
+    Args:
+        label_map: integers of any shape and dtype.
+        labels: values of each structure; one that is no class may share values with one that is.
+        class_names: structures of the classes, at most 255.
+        where: what a message calls the label map.
+
+    Returns:
+        The classes, and the values that `labels` does not name, which become background.
+
+    Raises:
+        ValueError: if a value is under 1, or in two classes.
+    """
+    class_of = {0: 0}
+    for name, values in labels.items():
+        index = list(class_names).index(name) + 1 if name in class_names else 0
+        for value in values:
+            if value < 1:
+                raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
+            if index and class_of.get(value, 0) not in (0, index):
+                raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
+            class_of[value] = index or class_of.get(value, 0)
+    unknown = sorted({*np.unique(label_map).tolist()} - class_of.keys())
+    if unknown:
+        label_map = np.where(np.isin(label_map, unknown), 0, label_map)
+    table = np.zeros(max(class_of) + 1, np.uint8)
+    table[list(class_of)] = list(class_of.values())
+    return table[label_map], unknown
 
 
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
@@ -87,89 +132,34 @@ def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> 
     return x, y, z
 
 
-class ValuesToClassesd(MapTransform):
-    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
+def largest_components(label_map: ArrayLike, structures: Sequence[Sequence[int]]) -> LabelMap:
+    """Keep the largest connected part of each structure; the others become background. Faces connect, edges do not.
+
+    It suits structures that are one piece. Of two kidneys under one value, it removes one.
 
     Args:
-        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype.
-        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
-        labels_key: key of the item's {name: values}.
-        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
-
-    Raises:
-        ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
-            map has fractions, a value that it does not name, or lies beside its image.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        class_names: Sequence[str],
-        labels_key: str = "labels",
-        image_key: str | None = None,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if len(class_names) > 255:
-            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
-        self.class_names = list(class_names)
-        self.labels_key, self.image_key = labels_key, image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the label maps of an item by classes in uint8."""
-        item = dict(data)
-        for key in self.key_iterator(item):
-            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
-            if self.image_key is not None:
-                refuse_apart(item[key], item[self.image_key], where)
-            if not isinstance(item.get(self.labels_key), Mapping):
-                got = item.get(self.labels_key)
-                raise InputError(f"{where} must come with the names of its values (`{self.labels_key}`), got {got!r}.")
-            labels = item[self.labels_key]
-            array = np.asarray(item[key])
-            label_map = integer_map(where, array[0] if len(array) == 1 else array)
-            classes, unknown = values_to_classes(label_map, labels, self.class_names, where)
-            if unknown:
-                named = sorted({0, *(value for values in labels.values() for value in values)})
-                raise InputError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(named)}), got "
-                    f"{shorten(unknown)}: name them there, or correct the label map."
-                )
-            item[key] = convert_to_dst_type(classes[None], item[key], dtype=classes.dtype)[0]
-        return item
-
-
-def values_to_classes(
-    label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
-) -> tuple[NDArray[np.uint8], list[int]]:
-    """Classes 1, 2, ... of the named structures in the place of a file's values, 0 for everything else.
-
-    Args:
-        label_map: integers of any shape and dtype.
-        labels: values of each structure; one that is no class may share values with one that is.
-        class_names: structures of the classes, at most 255.
-        where: what a message calls the label map.
+        label_map: shape (X, Y, Z), integers of any dtype.
+        structures: the values of each structure to clean; voxels of others stay.
 
     Returns:
-        The classes, and the values that `labels` does not name, which become background.
+        A new label map of the same shape. Of parts of equal size, the first is kept.
 
     Raises:
-        ValueError: if a value is under 1, or in two classes.
+        ValueError: if the label map is not 3-D or has fractions.
+
+    Example:
+        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
+        array([[[3, 3, 0, 0, 2]]])
     """
-    table = {0: 0}
-    for name, values in labels.items():
-        index = list(class_names).index(name) + 1 if name in class_names else 0
-        for value in values:
-            if value < 1:
-                raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
-            if index and table.get(value, 0) not in (0, index):
-                raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
-            table[value] = index or table.get(value, 0)
-    unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
-    classes = np.zeros(max(table) + 1, np.uint8)
-    classes[list(table)] = list(table.values())
-    return classes[np.where(np.isin(label_map, unknown), 0, label_map) if unknown else label_map], unknown
+    cleaned = integer_map("label_map", label_map).copy()
+    found = ndimage.find_objects(cleaned)
+    for values in structures:
+        part = cleaned[box_around([found], values)]
+        components, count = ndimage.label(np.isin(part, values))
+        if count > 1:
+            sizes = np.bincount(components.ravel())[1:]
+            part[(components > 0) & (components != sizes.argmax() + 1)] = 0
+    return cleaned
 
 
 class LargestComponentsd(MapTransform):
@@ -179,17 +169,10 @@ class LargestComponentsd(MapTransform):
         keys: keys of the label maps, of shape (1, X, Y, Z), integers.
         class_names: structures of the classes 1, 2, ...
         structures: names of those to clean.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        class_names: Sequence[str],
-        structures: Sequence[str],
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: Sequence[str]) -> None:
+        super().__init__(keys)
         self.values = [[list(class_names).index(name) + 1] for name in structures]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
