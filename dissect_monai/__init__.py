@@ -76,7 +76,6 @@ from dissect_monai.losses.multilabel import positive_weights as positive_weights
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
 from dissect_monai.losses.pretraining import VQSSLLoss as VQSSLLoss
 from dissect_monai.metrics.probes import FeatureDataset as FeatureDataset
-from dissect_monai.metrics.segmentation import score_structures as score_structures
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
@@ -111,5 +110,3 @@ from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images
 from dissect_monai.visualize.domains import report_domains as report_domains
-from dissect_monai.visualize.saliency import saliency_maps as saliency_maps
-from dissect_monai.visualize.segmentation import segmentation_overlay as segmentation_overlay

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,35 @@ def patch_transform(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, n
         "preprocessing": {"_target_": "Compose", "transforms": PATCHES},
     }
     return ConfigParser(config).get_parsed_content("preprocessing")
+
+
+class Page(HTMLParser):
+    """Reads a page: its texts by element, its images, every attribute; fails on unbalanced elements."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.stack
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.stack[-1], data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for element, text in self.texts if element == tag]
+
+    def values(self, attribute: str) -> list[str | None]:
+        return [value for name, value in self.attributes if name == attribute]

@@ -28,9 +28,15 @@ from dissect_monai.handlers.finding_table import (
 from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import expected_calibration_error, fit_temperature, youden_threshold
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import NUM_BINS, figure_to_png, reliability_plot, roc_plot
+from dissect_monai.visualize.classifier import (
+    NUM_BINS,
+    figure_to_png,
+    overlay_png,
+    reliability_plot,
+    roc_plot,
+    saliency_maps,
+)
 from dissect_monai.visualize.page import Case, FindingRow, Picture, write_report
-from dissect_monai.visualize.saliency import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv
 
 Array = NDArray[np.floating[Any]]

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import InputError
 from dissect_monai.data.datasets import items_of
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE, NUM_PICTURES, level_metrics
+from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
@@ -142,7 +142,7 @@ class HSSLValidation:
                 one = slice(index, index + 1)
                 masked = None if target.masked is None else target.masked[one]
                 columns = [target.views[one], show_mask(seen[one], masked), output.reconstruction[one].clamp(0, 1)]
-                rows.append(view_figure(columns, MIN_SIDE, GAP, slices=True))
+                rows.append(view_figure(columns, slices=True))
 
     def _scored(self) -> dict[str, float]:
         """Metrics of the views."""

@@ -179,9 +179,6 @@ class SSLMonitor(Monitor):
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
 
 
-MIN_SIDE, GAP = 192, 4  # pixels: of a tile, in which anatomy can be recognised, and between two
-
-
 class HSSLMonitor(Monitor):
     """Writes every loss term, retrieval, accuracy, collapse indicators and the views; stops a run that is lost.
 
@@ -212,7 +209,7 @@ class HSSLMonitor(Monitor):
         shown = [slice(start, start + min(NUM_PICTURES, num_items)) for start in (0, num_items)]
         inputs = show_mask(seen, target.masked)
         columns = [images[view] for view in shown for images in (target.views, inputs)]
-        writer.add_image("views", view_figure(columns, MIN_SIDE, GAP, slices=True), engine.state.epoch)
+        writer.add_image("views", view_figure(columns, slices=True), engine.state.epoch)
 
 
 def level_metrics(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
-from dissect_monai.visualize.saliency import overlay_png, saliency_maps
+from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 
 OVERLAYS = ("none", "top", "all")
 

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from dissect_monai.common import InputError, Interval, Item
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.visualize.training import show_mask, view_figure
@@ -90,7 +89,7 @@ class ReconstructionHandler:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows, nan="nan")
         columns = zip(*(self._pictures[row.task] for row in rows), strict=True)
-        figure = view_figure([torch.cat(column) for column in columns], MIN_SIDE, GAP, slices=True)
+        figure = view_figure([torch.cat(column) for column in columns], slices=True)
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(self.output_dir / "reconstruction.png")
         engine.state.metrics |= {metric_name("reconstruction_error", row.task): row.masked_error for row in rows}

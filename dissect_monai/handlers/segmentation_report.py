@@ -91,8 +91,6 @@ def case_figure(
     pred_map: ArrayLike,
     labels: Mapping[str, Sequence[int]],
     window: Sequence[float] | None = None,
-    structure: str | None = None,
-    title: str = "",
 ) -> Figure:
     """Draw a prediction and its label over the image of a case, see `segmentation_overlay`.
 
@@ -105,8 +103,6 @@ def case_figure(
         labels: values of each named structure; its place among them is its colour. One without values is not drawn.
         window: values of the image that are black and white, in HU; only for CT or an unknown modality, others have
             the default of `segmentation_overlay`.
-        structure: what to show in the middle; None shows all.
-        title: heading, such as the name of the case.
 
     Returns:
         A figure 1500 pixels wide.
@@ -133,7 +129,7 @@ def case_figure(
     known = item.get("modality")
     is_hu = not known or is_ct(known if isinstance(known, str) else known[0])
     limits = (window[0], window[1]) if window is not None and is_hu else None
-    return segmentation_overlay(volume, label_map, pred, labels, spacing, structure, limits, title)
+    return segmentation_overlay(volume, label_map, pred, labels, spacing, limits)
 
 
 def representative_cases(cases: Sequence[CaseScores]) -> dict[str, CaseScores]:

@@ -13,12 +13,13 @@ from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE, HSSLMonitor, level_metrics
+from dissect_monai.handlers.monitors import HSSLMonitor, level_metrics
 from dissect_monai.losses.contrastive import retrieval_accuracy
 from dissect_monai.losses.pretraining import HSSLLoss
 from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
 from dissect_monai.transforms.views import HierarchyViews
+from dissect_monai.visualize.training import GAP, SLICE_SIDE
 
 TERMS = ("image", "task", "group", "classification", "reconstruction")
 BATCH = [f"{name}_{level}" for name in ("retrieval", "accuracy") for level in ("task", "group")] + ["retrieval_image"]
@@ -127,7 +128,7 @@ def test_draws_both_views_and_what_is_seen_of_them_at_the_end_of_every_epoch(tmp
     assert written.Tags()["images"] == ["views"]
     images = written.Images("views")
     assert [event.step for event in images] == [1, 2]
-    assert (images[0].height, images[0].width) == (3 * (MIN_SIDE + GAP), 4 * (MIN_SIDE + GAP))
+    assert (images[0].height, images[0].width) == (3 * (SLICE_SIDE + GAP), 4 * (SLICE_SIDE + GAP))
 
 
 def test_looking_changes_nothing_in_the_run() -> None:

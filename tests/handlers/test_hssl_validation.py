@@ -12,13 +12,13 @@ from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet
 
 from dissect_monai.handlers.hssl_validation import HSSLValidation
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics
 from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
+from dissect_monai.visualize.training import GAP, SLICE_SIDE
 
 TASKS, GROUPS = ["a", "b b", "c"], ["x", "y"]
 GROUP_OF = {"a": "x", "b b": "y", "c": "y"}
@@ -260,7 +260,7 @@ def test_draws_a_few_images_of_every_task_at_the_trainers_epoch(spatial_dims: in
     writer = Writer()
     Validation(spatial_dims=spatial_dims, per_task=per_task, writer=writer)(epoch=7)
     assert set(writer.images) == {"embedding_map", *(f"reconstruction/{task}" for task in TASKS)}
-    side = MIN_SIDE + GAP
+    side = SLICE_SIDE + GAP
     for task in TASKS:
         assert writer.images[f"reconstruction/{task}"] == [(7, (3, min(per_task, 4) * side, 3 * side))]
     ((step, shape),) = writer.images["embedding_map"]

@@ -13,11 +13,11 @@ from test_evaluation import pick, table
 from test_volume_evaluation import Decoded, segresnet
 from torch import nn
 
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE
 from dissect_monai.handlers.reconstruction import ReconstructionHandler
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.transforms.augment import Corrupt
 from dissect_monai.transforms.views import MaskedImages
+from dissect_monai.visualize.training import GAP, SLICE_SIDE
 
 NUM_PATCHES = 12
 
@@ -126,7 +126,7 @@ def test_a_patch_without_masked_voxels_has_no_masked_error(tmp_path: Path) -> No
 def test_the_picture_has_a_row_per_task(tmp_path: Path, spatial_dims: int) -> None:
     evaluate(tmp_path, segresnet(spatial_dims=spatial_dims), patches(spatial_dims))
     with Image.open(tmp_path / "reconstruction.png") as picture:
-        side = MIN_SIDE + GAP
+        side = SLICE_SIDE + GAP
         assert picture.size == (3 * side, 2 * side)  # target, input and reconstruction of two tasks
 
 

@@ -7,9 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import Page
 from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
-from test_report import Page
 
 from dissect_monai.handlers import segmentation_report
 from dissect_monai.handlers.segmentation_report import (
@@ -102,13 +102,13 @@ def test_rejects_what_is_no_label_map(given: np.ndarray) -> None:
 def test_all_three_are_drawn_in_ras(tmp_path: Path, drawn: list[Any], axes: str, image_axes: str) -> None:
     item = write(tmp_path, axes, image_axes)
     pred = np.where(label_map() == 6, 0, label_map())
-    case_figure(item, oriented(pred, axes)[0], LABELS, (0, 100), "spleen", "Case")
-    image, label, drawn_pred, labels, spacing, structure, window, title = drawn[0]
+    case_figure(item, oriented(pred, axes)[0], LABELS, (0, 100))
+    image, label, drawn_pred, labels, spacing, window = drawn[0]
     np.testing.assert_allclose(image, NUMBERS, atol=0 if axes == image_axes else 1e-2)
     np.testing.assert_array_equal(label, label_map())
     np.testing.assert_array_equal(drawn_pred, pred)
     assert (labels, spacing) == (LABELS, pytest.approx(SPACING))
-    assert (structure, window, title) == ("spleen", (0, 100), "Case")
+    assert window == (0, 100)
 
 
 def test_an_image_on_another_grid_is_brought_to_that_of_its_label(tmp_path: Path, drawn: list[Any]) -> None:
@@ -123,7 +123,7 @@ def test_an_image_on_another_grid_is_brought_to_that_of_its_label(tmp_path: Path
 )
 def test_the_window_is_for_ct(tmp_path: Path, drawn: list[Any], modality: Any, windowed: bool) -> None:
     case_figure(write(tmp_path, modality=modality), label_map(), LABELS, [-160, 240])
-    assert drawn[0][6] == ((-160, 240) if windowed else None)
+    assert drawn[0][5] == ((-160, 240) if windowed else None)
 
 
 def test_the_first_channel_is_drawn(tmp_path: Path, drawn: list[Any]) -> None:
