@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE_SIDE = 128  # pixels of the longer side of an image, at least, to be read in TensorBoard
-SLICE_SIDE = 192  # likewise of a slice, for anatomy to be recognised
-GAP = 4  # pixels of white on the right of a slice and below it
+TILE_SIDE = 128  # pixels of a picture's longer side, at least, to be read in TensorBoard
+SLICE_SIDE, SLICE_GAP = 192, 4  # likewise of a slice, for anatomy to be recognised, and pixels between two
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
 
@@ -49,19 +48,22 @@ def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[T
     return _tile(columns)
 
 
-def view_figure(columns: Sequence[Tensor], slices: bool = False) -> Tensor:
+def view_figure(columns: Sequence[Tensor]) -> Tensor:
     """Batches of equal shape side by side, one row an image, enlarged if need be: two views, or reconstructions, too.
 
     Args:
         columns: batches (B, C, *spatial) in [0, 1].
-        slices: show axial slices of volumes, 2-D images among them, with gaps; not pictures as they are read.
 
     Returns:
         picture of shape (3, rows, columns) in [0, 1].
     """
-    side, gap = (SLICE_SIDE, GAP) if slices else (TILE_SIDE, 0)
-    pictures = [_enlarged(_pictures(images, slices), side) for images in columns]
-    return _tile([F.pad(picture, (0, gap, 0, gap), value=1) for picture in pictures])
+    return _tile([_enlarged(_pictures(images), TILE_SIDE) for images in columns])
+
+
+def slice_figure(columns: Sequence[Tensor]) -> Tensor:
+    """`view_figure` of volumes or their axial slices, as a radiologist sees them: larger, with white between them."""
+    pictures = [_enlarged(_pictures(images, slices=True), SLICE_SIDE) for images in columns]
+    return _tile([F.pad(picture, (0, SLICE_GAP, 0, SLICE_GAP), value=1) for picture in pictures])
 
 
 def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:

@@ -248,7 +248,7 @@ def test_a_structure_has_one_colour_in_all_pictures(tmp_path: Path, drawn: list[
     maps = {each.case: StoredMap(label_map()) for each in cases}
     report(tmp_path, cases=cases, summaries=summarize(cases, 20), items=items, maps=maps, window=[0, 9])
     assert [list(call[3]) for call in drawn] == [["organ_0", "organ_1"]] * 2
-    assert [call[6] for call in drawn] == [(0, 9)] * 2
+    assert [call[5] for call in drawn] == [(0, 9)] * 2
 
 
 def test_a_case_of_another_process_has_no_picture(tmp_path: Path) -> None:
