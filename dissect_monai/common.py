@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
 
 
+class MissingPackageError(InputError, ImportError):
+    """An optional package that this input needs is not installed."""
+
+
 def shorten(values: Sequence[Any], count: int = 8) -> str:
     """The first values as a text, with dots if there are more."""
     return ", ".join(map(str, values[:count])) + ", ..." * (len(values) > count)

@@ -14,7 +14,7 @@ from monai.data import ImageReader, NibabelReader
 from monai.utils import MetaKeys, SpaceKeys
 from PIL import Image
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, MissingPackageError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -180,7 +180,7 @@ def simpleitk(path: Path) -> Any:
     try:
         import SimpleITK
     except ImportError:
-        raise ImportError(
+        raise MissingPackageError(
             f"Reading {path} needs SimpleITK: `pip install SimpleITK`, or convert the images to PNG or NIfTI."
         ) from None
     return SimpleITK
