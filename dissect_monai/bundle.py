@@ -252,8 +252,6 @@ TEXTS = Rule("a text or a list of them", PATHS.holds)
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool) or str(value).lower() in ("true", "false"))
 NUMBER = Rule("a number", lambda value: _is_number(value) and isfinite(value))
 FRACTION = Rule("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
-FOLDS = Rule("0 (off) or a whole number of at least 3", lambda value: value == 0 or _whole(3).holds(value))
-MULTIPLE_OF_8 = Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0)
 AXES = Rule(
     "a list of different axes among 0 (right to left), 1 (back to front) and 2 (feet to head), or []",
     lambda value: isinstance(value, (list, tuple)) and {*value} <= {0, 1, 2} and len({*value}) == len(value),
@@ -267,61 +265,53 @@ STAGES = Rule(  # how many there are, the network knows
     lambda value: _list_of(_whole(1)).holds(value) and len(set(value)) == len(value),
 )
 
-# By the names that all bundles use; a config is held to the rules of the knobs that it has.
-RULES = {
-    name: rule
-    for rule, names in (
-        (SWITCH, "amp baselines codes compile on_device report shard temperature_scaling"),
-        (NUMBER, "a_max a_min"),
-        (_whole(0), "deep_supervision freeze_epochs num_workers num_worst patches_seed seed split_seed"),
-        (_whole(0), "warmup_epochs"),
-        (_whole(1), "batch_size ckpt_interval embedding_dim hidden_dim iterations_per_epoch log_interval mask_size"),
-        (_whole(1), "max_epochs num_samples patches_per_volume patience schedule_epochs val_interval"),
-        (_whole(2), "num_embeddings"),
-        (_whole(16), "image_size"),
-        (MULTIPLE_OF_8, "init_filters"),
-        (
-            Rule("0 (off) or a whole number of at least 3", lambda value: value == 0 or _whole(3).holds(value)),
-            "num_folds",
-        ),
-        (_optional(_whole(0)), "fold"),
-        (
-            _number(0),
-            "ce_weight classification_weight commitment_weight continuous_weight dense_weight discrete_weight",
-        ),
-        (_number(0), "group_weight image_weight reconstruction_weight task_weight tolerance weight_decay"),
-        (_number(0, 1), "mask_fraction momentum sampling_temperature"),
-        (_positive(), "learning_rate temperature"),
-        (_positive(1), "label_fraction layer_decay"),
-        (FRACTION, "decay overlap validation_fraction"),
-        (_list_of(_whole(1)), "blocks_down blocks_up"),
-        (_list_of(_whole(8), 3), "patch_size"),
-        (_list_of(_positive(), 3), "pixdim"),
-        (STAGES, "stages"),
-        (AXES, "flip_axes test_flip_axes"),
-        (PATH, "output_dir"),
-        (_optional(PATH), "cache_dir calibration checkpoint pretrained"),
-        (_optional(PATHS), "dataset_dir"),
-        (_optional(TEXT), "shortcut"),
-        (TEXTS, "largest_only"),
-        (_optional(TEXTS), "findings structures"),
-        (_optional(PER_FOLDER), "group modality task"),
-        (_one_of(2, 3), "spatial_dims"),
-        (_one_of(*BALANCES), "class_balance"),
-        (_one_of(*ENCODERS), "encoder"),
-        (_one_of("add", "attention", "concat", "replace"), "fusion"),
-        (_one_of("cosine", "euclidean"), "metric"),
-        (_one_of(*MODES), "mode"),
-        (_one_of("raise", "skip"), "on_corrupt"),
-        (_one_of("csv", "npz"), "output_format"),
-        (_one_of(*OVERLAYS), "overlays"),
-        (_one_of("best", "last"), "select"),
-        (_one_of("auto", "validation", "test", "all"), "split"),
-        (Rule("true, false or auto", lambda value: str(value).lower() == "auto" or SWITCH.holds(value)), "resume"),
-        (Rule("a device that this machine has, such as cpu or cuda:0", _is_device), "device"),
-    )
-    for name in names.split()
-}
+# Names that all bundles use; a config is held to the rules of the knobs that it has. First those on which the weights
+# depend, then those that a run which goes on may change.
+_RULES: list[tuple[Rule, str, str]] = [
+    (SWITCH, "amp shard", "baselines codes compile on_device report temperature_scaling"),
+    (NUMBER, "a_max a_min", ""),
+    (_whole(0), "deep_supervision freeze_epochs seed split_seed warmup_epochs", "num_workers num_worst patches_seed"),
+    (_whole(1), "batch_size embedding_dim hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
+    (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
+    (_whole(2), "num_embeddings", ""),
+    (_whole(16), "image_size", ""),
+    (Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0), "init_filters", ""),
+    (Rule("0 (off) or a whole number of at least 3", lambda v: v == 0 or _whole(3).holds(v)), "num_folds", ""),
+    (_optional(_whole(0)), "fold", ""),
+    (_number(0), "ce_weight classification_weight commitment_weight continuous_weight dense_weight", "tolerance"),
+    (_number(0), "discrete_weight group_weight image_weight reconstruction_weight task_weight weight_decay", ""),
+    (_number(0, 1), "mask_fraction momentum sampling_temperature", ""),
+    (_positive(), "learning_rate temperature", ""),
+    (_positive(1), "label_fraction layer_decay", ""),
+    (FRACTION, "decay validation_fraction", "overlap"),
+    (_list_of(_whole(1)), "blocks_down blocks_up", ""),
+    (_list_of(_whole(8), 3), "patch_size", ""),
+    (_list_of(_positive(), 3), "pixdim", ""),
+    (STAGES, "stages", ""),
+    (AXES, "flip_axes", "test_flip_axes"),
+    (PATH, "", "output_dir"),
+    (_optional(PATH), "", "cache_dir calibration checkpoint pretrained"),
+    (_optional(PATHS), "", "dataset_dir"),
+    (_optional(TEXT), "", "shortcut"),
+    (TEXTS, "", "largest_only"),
+    (_optional(TEXTS), "findings structures", ""),
+    (_optional(PER_FOLDER), "group modality task", ""),
+    (_one_of(2, 3), "spatial_dims", ""),
+    (_one_of(*BALANCES), "class_balance", ""),
+    (_one_of(*ENCODERS), "encoder", ""),
+    (_one_of("add", "attention", "concat", "replace"), "fusion", ""),
+    (_one_of("cosine", "euclidean"), "metric", ""),
+    (_one_of(*MODES), "mode", ""),
+    (_one_of("raise", "skip"), "", "on_corrupt"),
+    (_one_of("csv", "npz"), "", "output_format"),
+    (_one_of(*OVERLAYS), "", "overlays"),
+    (_one_of("best", "last"), "select", ""),
+    (_one_of("auto", "validation", "test", "all"), "", "split"),
+    (Rule("true, false or auto", lambda value: str(value).lower() == "auto" or SWITCH.holds(value)), "", "resume"),
+    (Rule("a device that this machine has, such as cpu or cuda:0", _is_device), "", "device"),
+]
+RULES = {name: rule for rule, settings, others in _RULES for name in f"{settings} {others}".split()}
+SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 
 
 def is_true(value: bool | str, name: str) -> bool:
@@ -428,42 +418,6 @@ def _check_mode(mode: str, pretrained: str | None) -> None:
         refuse_missing_weights(pretrained)
 
 
-# Knobs on which the weights do not depend, or which a run that goes on may change.
-NOT_SETTINGS = frozenset(
-    [
-        "baselines",
-        "cache_dir",
-        "calibration",
-        "checkpoint",
-        "ckpt_interval",
-        "codes",
-        "compile",
-        "dataset_dir",
-        "device",
-        "log_interval",
-        "max_epochs",
-        "num_workers",
-        "num_worst",
-        "on_corrupt",
-        "on_device",
-        "output_dir",
-        "output_format",
-        "overlap",
-        "overlays",
-        "patience",
-        "pretrained",
-        "report",
-        "resume",
-        "shortcut",
-        "split",
-        "temperature_scaling",
-        "test_flip_axes",
-        "tolerance",
-        "val_interval",
-    ]
-)
-
-
 def run_settings(**facts: Any) -> dict[str, Any]:
     """What the weights of the running bundle depend on: its knobs, and what is given here, which comes first.
 
@@ -474,8 +428,8 @@ def run_settings(**facts: Any) -> dict[str, Any]:
     """
     workflow = running_workflow()
     parser = ConfigParser() if workflow is None else workflow.parser
-    names = [name for name in parser.config or () if name in RULES and name not in NOT_SETTINGS]
-    knobs = {name: parser.get_parsed_content(name) for name in names if not _is_disabled(parser[name])}
+    names = [name for name in parser.config or () if name in SETTINGS and not _is_disabled(parser[name])]
+    knobs = {name: parser.get_parsed_content(name) for name in names}
     return {**knobs, **facts}
 
 

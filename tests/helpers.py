@@ -62,9 +62,6 @@ def run_config(config: Any = None, **knobs: Any) -> None:
     files = [config] if isinstance(config, (str, Path)) else [*(config or [])]
     given = {"config_file": [*map(str, files)]} if files else {}
     given |= {name: _plain(value) for name, value in knobs.items()}
-        **({"config_file": [*map(str, files)]} if files else {}),
-        **{n: _plain(value) for n, value in knobs.items()},
-    }
     with patch.object(sys, "argv", [monai.bundle.__main__.__file__, "run", *_arguments(given)]):
         run(**given)
 
