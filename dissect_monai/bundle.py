@@ -31,7 +31,7 @@ from dissect_monai.common import InputError, MissingPackageError
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.predictions import OVERLAYS
 from dissect_monai.losses.multilabel import BALANCES
-from dissect_monai.networks.weights import MODES, refuse_missing_weights
+from dissect_monai.networks.weights import MODES, refuse_bad_mode
 
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.
@@ -409,30 +409,6 @@ def _check_pairs(batch_size: int, _: float) -> None:
         raise InputError(f"`batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
 
 
-def _check_mode(mode: str, pretrained: str | None) -> None:
-    if mode == "scratch" and pretrained:
-        raise InputError(f"`mode` scratch starts from no weights, got `pretrained` {pretrained}: give one of the two.")
-    if mode == "finetune" and not pretrained:
-        raise InputError("`mode` finetune needs weights: give `pretrained`, a models/model.pt, or `mode` scratch.")
-    if pretrained:
-        refuse_missing_weights(pretrained)
-
-
-def run_settings(**facts: Any) -> dict[str, Any]:
-    """What the weights of the running bundle depend on: its knobs, and what is given here, which comes first.
-
-    It is written beside the weights, for evaluation and inference, and a run that goes on must have the same.
-
-    Args:
-        facts: what no knob says, such as the number of images.
-    """
-    workflow = running_workflow()
-    parser = ConfigParser() if workflow is None else workflow.parser
-    names = [name for name in parser.config or () if name in SETTINGS and not _is_disabled(parser[name])]
-    knobs = {name: parser.get_parsed_content(name) for name in names}
-    return {**knobs, **facts}
-
-
 # What knobs must be to each other, in a config that has all of them.
 TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
     ("train::trainer::max_epochs", "schedule_epochs", "warmup_epochs"): _check_schedule,
@@ -442,8 +418,22 @@ TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
     ("blocks_down", "blocks_up"): _check_blocks,
     ("mask_size", "patch_size", "spatial_dims"): _check_mask,
     ("batch_size", "sampling_temperature"): _check_pairs,
-    ("mode", "pretrained"): _check_mode,
+    ("mode", "pretrained"): refuse_bad_mode,
 }
+
+
+def run_settings(**facts: Any) -> dict[str, Any]:
+    """What the weights of the running bundle depend on: its knobs, in their order, and what is given here.
+
+    It is written beside the weights, for evaluation and inference, and a run that goes on must have the same.
+
+    Args:
+        facts: what no knob says, such as the number of images; they come before a knob of the same name.
+    """
+    workflow = running_workflow()
+    config = {} if workflow is None else workflow.parser.config
+    names = [name for name, knob in config.items() if name in SETTINGS and not _is_disabled(knob)]
+    return {**{name: workflow.parser.get_parsed_content(name) for name in names if workflow}, **facts}
 
 
 # ---- before the first step -----------------------------------------------------------------------------------------

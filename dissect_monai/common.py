@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -18,6 +18,14 @@ class InputError(ValueError):
 
 class MissingPackageError(InputError, ImportError):
     """An optional package that this input needs is not installed."""
+
+
+class Interval(NamedTuple):
+    """A statistic and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def shorten(values: Sequence[Any], count: int = 8) -> str:

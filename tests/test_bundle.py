@@ -209,7 +209,7 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
             {"train": {"trainer": {"max_epochs": 3}}, "schedule_epochs": 2, "warmup_epochs": 0},
             "`schedule_epochs` must be at least",
         ),
-        ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: give `pretrained`"),
+        ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
         ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
     ],
 )
@@ -250,9 +250,8 @@ def test_settings_are_the_knobs_on_which_weights_depend(tiny_bundle: Path) -> No
     }  # fmt: skip
     write(tiny_bundle / "configs" / "train.json", config)
     run_bundle(tiny_bundle)
-    assert Path("settings").read_text() == str(
-        {"batch_size": 8, "modality": "CT", "learning_rate": 0.1, "num_images": 5}
-    )
+    expected = {"learning_rate": 0.1, "batch_size": 8, "modality": "CT", "num_images": 5}
+    assert Path("settings").read_text() == str(expected)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------

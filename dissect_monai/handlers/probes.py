@@ -152,8 +152,8 @@ class FrozenProbes:
         rows = [row for result in scored for row in self._rows(result)]
         _name_left_out(scored)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "findings.csv", Row._fields, rows)
-        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(scored))
+        write_csv(self.output_dir / "findings.csv", Row._fields, rows, nan="nan")
+        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(scored), nan="nan")
         self._save_scores(scored)
         for row in rows:
             column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"

@@ -88,7 +88,7 @@ class ReconstructionHandler:
             raise InputError(f"`data` must be the {len(self._errors)} patches of the evaluator, got {len(self.data)}.")
         rows = [self._row(task) for task in sorted({item["task"] for item in self.data})]
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows)
+        write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows, nan="nan")
         columns = zip(*(self._pictures[row.task] for row in rows), strict=True)
         figure = view_figure([torch.cat(column) for column in columns], MIN_SIDE, GAP, slices=True)
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()

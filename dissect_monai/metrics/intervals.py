@@ -9,16 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dissect_monai.common import InputError
+from dissect_monai.common import Interval as Interval
 
 Array = NDArray[np.floating[Any]]
-
-
-class Interval(NamedTuple):
-    """A statistic and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Resampled(NamedTuple):

@@ -59,8 +59,7 @@ def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int 
             logger.warning(
                 "The CT of task %s has no value below 0, so it hardly is in HU, as its window expects.", row.task
             )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_csv(Path(path), DomainRow._fields, rows)
+    write_csv(path, DomainRow._fields, rows, nan="nan")
     return rows
 
 
