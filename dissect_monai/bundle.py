@@ -489,28 +489,39 @@ def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
     return newest[0] if newest else None
 
 
-def check_output(
-    smoke: bool, data_dir: object, output_dir: str | Path, *folders: str, resume_from: str | None = None
-) -> None:
-    """Check where a run is to write, make its folders there, and say in one line which images it uses.
+def check_training(smoke: bool, data_dir: object, output_dir: str | Path, resume_from: str | None) -> None:
+    """The same as `check_output` for a training, which must not overwrite the checkpoints of another run.
 
     Args:
         smoke: whether it runs on generated phantoms, and may write over an earlier run.
         data_dir: folder or folders of the images; None if the caller of the run lists them.
-        output_dir: where the run is to write.
-        folders: names of the folders below it; with "checkpoints" among them it is a training.
-        resume_from: checkpoint from which a training goes on.
+        output_dir: where the run is to write, in `checkpoints`, `eval` and `models`.
+        resume_from: checkpoint from which it goes on, or None.
 
     Raises:
         InputError: if the output folder cannot be written, or holds the checkpoints of another run.
     """
-    if "checkpoints" in folders and resume_from is None and not smoke and data_dir is not None:
-        ckpt_dir = Path(output_dir, "checkpoints")
-        if checkpoints_in(ckpt_dir):
-            raise InputError(
-                f"{ckpt_dir} holds the checkpoints of another run: go on with it (`resume` true), or give another "
-                "`output_dir`."
-            )
+    ckpt_dir = Path(output_dir, "checkpoints")
+    if resume_from is None and not smoke and data_dir is not None and checkpoints_in(ckpt_dir):
+        raise InputError(
+            f"{ckpt_dir} holds the checkpoints of another run: go on with it (`resume` true), or give another "
+            "`output_dir`."
+        )
+    check_output(smoke, data_dir, output_dir, ("checkpoints", "eval", "models"))
+
+
+def check_output(smoke: bool, data_dir: object, output_dir: str | Path, folders: Sequence[str] = ("eval",)) -> None:
+    """Say in one line which images a run uses, and make the folders that it writes to.
+
+    Args:
+        smoke: whether it runs on generated phantoms.
+        data_dir: folder or folders of the images; None if the caller of the run lists them.
+        output_dir: where the run is to write.
+        folders: names of the folders below it.
+
+    Raises:
+        InputError: if the output folder cannot be written.
+    """
     named = ", ".join(map(str, ensure_tuple(data_dir)))
     if smoke:
         logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", named)

@@ -28,6 +28,7 @@ from dissect_monai.bundle import (
     check_batches,
     check_knobs,
     check_output,
+    check_training,
     checkpoint_to_resume,
     destroy_group,
     given_items,
@@ -323,10 +324,10 @@ def test_an_output_has_its_folders_and_the_log_says_which_images_are_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dissect_monai")
-    check_output(True, "phantoms", tmp_path / "out", "eval", "models")
-    check_output(False, ["a", "b"], tmp_path / "out")
+    check_output(True, "phantoms", tmp_path / "out")
+    check_training(False, ["a", "b"], tmp_path / "out", resume_from=None)
     check_output(False, None, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["eval", "models"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["checkpoints", "eval", "models"]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
     for message in ("generated phantoms in phantoms;", "images in a, b.", "images that the caller lists."):
         assert message in caplog.text
@@ -335,21 +336,20 @@ def test_an_output_has_its_folders_and_the_log_says_which_images_are_used(
 def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"`output_dir` must be a folder that can be written, got .*file: "):
-        check_output(True, "phantoms", tmp_path / "file", "eval")
+        check_output(True, "phantoms", tmp_path / "file")
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     ckpt_dir = tmp_path / "checkpoints"
-    check_output(False, "images", tmp_path, "checkpoints")
+    check_training(False, "images", tmp_path, None)
     (ckpt_dir / "checkpoint_epoch=best.pt").touch()  # no name that a run would write
-    check_output(False, "images", tmp_path, "checkpoints")
+    check_training(False, "images", tmp_path, None)
     (ckpt_dir / "checkpoint_epoch=3.pt").touch()
     with pytest.raises(InputError, match=r"holds the checkpoints of another run: go on .*`resume` true.*, or give"):
-        check_output(False, "images", tmp_path, "checkpoints")
-    check_output(False, "images", tmp_path, "checkpoints", resume_from=str(ckpt_dir / "checkpoint_epoch=3.pt"))
-    check_output(True, "phantoms", tmp_path, "checkpoints")  # a smoke run may be repeated
-    check_output(False, None, tmp_path, "checkpoints")  # and so may a training of a server
-    check_output(False, "images", tmp_path, "eval")  # an evaluation overwrites none
+        check_training(False, "images", tmp_path, None)
+    check_training(False, "images", tmp_path, str(ckpt_dir / "checkpoint_epoch=3.pt"))
+    check_training(True, "phantoms", tmp_path, None)  # a smoke run may be repeated
+    check_training(False, None, tmp_path, None)  # and so may a training of a server
 
 
 @pytest.mark.parametrize("resume", [True, "true", "auto", False, "false"])
