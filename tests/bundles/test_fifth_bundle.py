@@ -51,9 +51,12 @@ TRAIN = {
             ],
         },
         "dataset": {
-            "_target_": "dissect_monai.cached_dataset", "data": "$@datalist.training", "transform": "@train#preprocessing",
+            "_target_": "dissect_monai.cached_dataset", "data": "$@datalist.training",
+            "transform": "@train#preprocessing",
         },
-        "dataloader": {"_target_": "DataLoader", "dataset": "@train#dataset", "batch_size": "@batch_size", "shuffle": True},
+        "dataloader": {
+            "_target_": "DataLoader", "dataset": "@train#dataset", "batch_size": "@batch_size", "shuffle": True,
+        },
         "handlers": [
             {"_target_": "dissect_monai.EpochSeedHandler", "seed": "@seed"},
             {"_target_": "dissect_monai.FiniteLoss"},
