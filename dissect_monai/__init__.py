@@ -12,6 +12,7 @@ from dissect_monai.bundle import is_true as is_true
 from dissect_monai.bundle import min_over_ranks as min_over_ranks
 from dissect_monai.bundle import process_device as process_device
 from dissect_monai.bundle import run_settings as run_settings
+from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import Datalist as Datalist
 from dissect_monai.data.datalists import labelled as labelled
 from dissect_monai.data.datalists import read_datalist as read_datalist
@@ -46,12 +47,14 @@ from dissect_monai.handlers.checkpoints import newest_checkpoint as newest_check
 from dissect_monai.handlers.classifier import ClassifierEvaluation as ClassifierEvaluation
 from dissect_monai.handlers.embeddings import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.hssl_validation import HSSLValidation as HSSLValidation
-from dissect_monai.handlers.image_probes import ProbeHandler as ProbeHandler
-from dissect_monai.handlers.image_probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.label_maps import LabelMapSaver as LabelMapSaver
 from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.handlers.predictions import PredictionSaver as PredictionSaver
+from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
+from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
+from dissect_monai.handlers.probes import check_probe_data as check_probe_data
+from dissect_monai.handlers.probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
 from dissect_monai.handlers.segmentation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.handlers.segmentation import refuse_unmapped as refuse_unmapped
@@ -63,8 +66,6 @@ from dissect_monai.handlers.training import TargetMomentumHandler as TargetMomen
 from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
-from dissect_monai.handlers.volume_probes import VolumeProbeHandler as VolumeProbeHandler
-from dissect_monai.handlers.volume_probes import check_probe_data as check_probe_data
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
 from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss as HierarchicalContrastiveLoss

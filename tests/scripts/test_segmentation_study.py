@@ -16,7 +16,7 @@ from PIL import Image
 
 from dissect_monai.data.splits import select_fraction
 from dissect_monai.handlers.segmentation_table import CaseScores, summarize, write_tables
-from dissect_monai.metrics.intervals import paired_bootstrap
+from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,7 +219,7 @@ def test_with_one_seed_a_difference_is_the_paired_bootstrap_without_what_is_unde
         known = ~np.isnan(values)
         return lambda weight: weight[:, known] @ values[known] / weight[:, known].sum(1)
 
-    expected = paired_bootstrap(statistic(one), statistic(two), subjects)
+    expected = bootstrap(lambda weight: statistic(one)(weight) - statistic(two)(weight), subjects)
     assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
 
 
