@@ -68,8 +68,6 @@ from dissect_monai.handlers.validation import ClassificationMetrics as Classific
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
-from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss as HierarchicalContrastiveLoss
-from dissect_monai.losses.contrastive import retrieval_accuracy as retrieval_accuracy
 from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss
 from dissect_monai.losses.multilabel import positive_weights as positive_weights
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
@@ -80,7 +78,6 @@ from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks.encoders import place_network as place_network
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
-from dissect_monai.networks.quantizers import EMACodebook as EMACodebook
 from dissect_monai.networks.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.networks.segmentation import DeepSupervisionNet as DeepSupervisionNet
 from dissect_monai.networks.segmentation import init_class_prior as init_class_prior
@@ -100,11 +97,8 @@ from dissect_monai.transforms.intensity import NormalizeModalityd as NormalizeMo
 from dissect_monai.transforms.labels import LargestComponentsd as LargestComponentsd
 from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.labels import chosen_structures as chosen_structures
-from dissect_monai.transforms.labels import largest_components as largest_components
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
-from dissect_monai.transforms.spatial import to_original_grid as to_original_grid
-from dissect_monai.transforms.views import AugmentedBatch as AugmentedBatch
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views

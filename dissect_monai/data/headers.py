@@ -23,16 +23,24 @@ class VolumeHeader(NamedTuple):
     channels: int  # values of a voxel
 
 
-class _Header(NamedTuple):
-    """The same in the file's own axes, of which there may be more than three."""
+class Grid(NamedTuple):
+    """Where the voxels of a volume lie, along the axes of its file."""
 
     shape: tuple[int, ...]
     affine: np.ndarray  # (4, 4), to mm in RAS
-    channels: int
+    channels: int = 1
 
 
 def read_header(path: str | PathLike[str]) -> VolumeHeader:
-    """Read the header of a NIfTI, MHA, NRRD or DICOM volume.
+    """Read the header of a NIfTI, MHA, NRRD or DICOM volume; arguments and errors are those of `read_grid`."""
+    shape, affine, channels = read_grid(path)
+    order, spacing = np.argsort(nibabel.io_orientation(affine)[:, 0]), voxel_sizes(affine)
+    x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
+    return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)
+
+
+def read_grid(path: str | PathLike[str]) -> Grid:
+    """Read the grid of a NIfTI, MHA, NRRD or DICOM volume from its header.
 
     Args:
         path: file, or folder of one DICOM series.
@@ -47,35 +55,32 @@ def read_header(path: str | PathLike[str]) -> VolumeHeader:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
     with explained(path):
         header = _nifti(path) if kind == "nifti" else _series(path) if kind == "series" else _itk(path)
-    shape, affine, channels = header
-    if len(shape) < 3 or prod(shape[3:]) != 1:
+    shape, affine, _ = header
+    # More axes of length 1 are read from NIfTI alone.
+    if len(shape) < 3 or prod(shape[3:]) != 1 or (len(shape) > 3 and kind != "nifti"):
         raise InputError(
             f"{path} must be one 3-D volume, got shape {shape}: write every frame or channel to a file of its own, "
             "or remove it from the data list."
         )
-    # Axis of the file that runs along each axis of the patient; NaN where the affine lacks one.
-    axes = nibabel.io_orientation(affine)[:, 0] if np.isfinite(affine).all() else np.full(3, np.nan)
-    if np.isnan(axes).any():
+    if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
-    order, spacing = np.argsort(axes), voxel_sizes(affine)
-    x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
-    return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)
+    return header._replace(shape=tuple(shape[:3]))
 
 
-def _nifti(path: Path) -> _Header:
+def _nifti(path: Path) -> Grid:
     image = nibabel.load(path)
     colours = image.get_data_dtype().fields
-    return _Header(image.shape, image.affine, 1 if colours is None else len(colours))
+    return Grid(image.shape, image.affine, 1 if colours is None else len(colours))
 
 
-def _itk(path: Path | str) -> _Header:
+def _itk(path: Path | str) -> Grid:
     image = _information(path)
     # Frames of a fourth axis have no part in the orientation, and are refused anyway.
     affine = ras_affine(image) if image.GetDimension() == 3 else np.eye(4)
-    return _Header(image.GetSize(), affine, image.GetNumberOfComponents())
+    return Grid(image.GetSize(), affine, image.GetNumberOfComponents())
 
 
-def _series(folder: Path) -> _Header:
+def _series(folder: Path) -> Grid:
     files = series_files(folder)
     first = _itk(files[0])
     if len(files) == 1:

@@ -234,19 +234,14 @@ class FrozenProbes:
 class ProbeHandler(FrozenProbes):
     """`FrozenProbes` of labelled images or volumes: how well the findings can be read off the features.
 
-    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels.
+    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. Arguments that
+    are not named here are those of `FrozenProbes`.
 
     Args:
-        encoders: as for `FrozenProbes`.
-        loaders: as for `FrozenProbes`.
         label_names: names of the values of a label.
-        output_dir: folder for the tables.
         findings: findings to score, of `label_names` or "No finding" (all labels 0); None is all of them.
         shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
-        num_folds: 0 for the given splits, else the number of folds.
         pixels: whether to judge the baseline; of volumes there is none.
-        num_samples: bootstrap resamples.
-        seed: seed of folds and resamples.
 
     Raises:
         ValueError: if a finding is unknown or the shortcut has not two values.
@@ -286,16 +281,12 @@ class VolumeProbeHandler(FrozenProbes):
     - `domains_in_group`: the same for tasks that share a group, among its patches: which scanner, where the region is
       no help.
 
-    The baseline is histograms of the intensities.
+    The baseline is histograms of the intensities. Arguments that are not named here are those of `FrozenProbes`.
 
     Args:
-        encoders: as for `FrozenProbes`.
-        loaders: as for `FrozenProbes`, of data sets as `patch_dataset` gives them.
-        output_dir: folder for the tables.
+        loaders: loaders of the three splits, of data sets as `patch_dataset` gives them.
         label_names: names of the values of a label.
         intensity: whether to judge the baseline.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
     """
 
     def __init__(

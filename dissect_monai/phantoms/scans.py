@@ -63,8 +63,7 @@ class Scan(NamedTuple):
 
 def _axes(codes: str) -> NDArray[np.float64]:
     """Directions of axes that are called as nibabel calls them, such as LPS."""
-    ends = ["LR".find, "PA".find, "IS".find]
-    return np.array([[{-1: 0, 0: -1, 1: 1}[end(code)] for code in codes] for end in ends], dtype=float)
+    return np.array([[(code == end) - (code == start) for code in codes] for start, end in ("LR", "PA", "IS")], float)
 
 
 # Those of BTCV, in its order.
@@ -101,10 +100,14 @@ SCANS = {
 def scan_phantom(scan: Scan, seed: Sequence[int], image_size: int) -> VolumePhantom:
     """Draw a subject and scan it.
 
+    The subject varies in the size, place, pose and shape of every structure and in its intensities, the scan in grid,
+    noise, bias field and unit. Spacing, field of view, orientation and noise are the task's: they betray it as a
+    scanner does. Organs overlap in intensity, so that place and shape are needed to tell them apart.
+
     Args:
         scan: what and how.
-        seed: of the subject and of its scan.
-        image_size: voxels along the longest side of the field of view.
+        seed: of the subject and of its scan; on another `image_size` it gives the same subject.
+        image_size: voxels along the longest side of the field of view, at least 16.
     """
     # The body draws from a stream of its own, so that it is the same on every grid.
     body_rng, rng = np.random.default_rng(seed).spawn(2)
