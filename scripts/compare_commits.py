@@ -199,7 +199,10 @@ def is_equal(first: Value, second: Value) -> bool:
         return type(first) is type(second) and first == second
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (first, second)))
+    as_bytes = (
+        each.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for each in (first, second)
+    )
+    return torch.equal(*as_bytes)
 
 
 def gap(first: Value, second: Value) -> float:

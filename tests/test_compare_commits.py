@@ -87,6 +87,22 @@ def test_says_what_differs(tmp_path: Path, change: Callable[[Path], object], exp
     ]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (torch.tensor(float("nan")), torch.tensor(float("nan")), True),
+        (torch.tensor(1.0).expand(1), torch.ones(1), True),
+        (torch.ones(2, 3).T, torch.ones(3, 2), True),
+        (torch.tensor([True]), torch.tensor([True]), True),
+        (torch.zeros(1), -torch.zeros(1), False),
+        (torch.zeros(1), torch.zeros(1, 1), False),
+        (torch.zeros(1), "0", False),
+    ],
+)
+def test_tensors_are_equal_bit_for_bit(first: torch.Tensor, second: torch.Tensor | str, expected: bool) -> None:
+    assert compare_commits.is_equal(first, second) == expected
+
+
 def test_says_which_commit_has_a_file_alone(tmp_path: Path) -> None:
     leave_outputs(tmp_path / "a")
     (leave_outputs(tmp_path / "b") / "metrics.csv").rename(tmp_path / "b" / "outputs" / "table.csv")
