@@ -14,10 +14,18 @@ Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
+BTCV_ORGANS = (  # in the order of their values
+    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
+)  # fmt: skip
 
 
 class InputError(ValueError):
     """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """An optional package that this input needs is not installed."""
 
 
 class Interval(NamedTuple):

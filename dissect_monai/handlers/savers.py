@@ -19,12 +19,12 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from dissect_monai.common import NO_FINDING, InputError
-from dissect_monai.data.datalists import VOLUME_SUFFIXES
 from dissect_monai.data.datasets import ReadableLoader
+from dissect_monai.data.readers import VOLUME_SUFFIXES
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.networks.quantizers import MultiScaleQuantizer
 from dissect_monai.networks.weights import load_torch
-from dissect_monai.visualize.saliency import overlay_png, saliency_maps
+from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")

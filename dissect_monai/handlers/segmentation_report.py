@@ -246,7 +246,7 @@ def case_figure(
     known = item.get("modality")
     is_hu = not known or is_ct(known if isinstance(known, str) else known[0])
     limits = (window[0], window[1]) if window is not None and is_hu else None
-    return segmentation_overlay(volume, label, pred, labels, spacing, window=limits)
+    return segmentation_overlay(volume, label, pred, labels, spacing, limits)
 
 
 def representative_cases(cases: Sequence[CaseScores]) -> dict[str, CaseScores]:

@@ -7,10 +7,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import table
+from helpers import Page, table
 from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
-from test_report import Page
 
 from dissect_monai.handlers import segmentation_report
 from dissect_monai.handlers.segmentation_report import (
@@ -174,11 +173,11 @@ def maps_of(pred: np.ndarray, axes: str = "RAS") -> CaseMaps:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What `segmentation_overlay` is called with; the window comes last."""
+    """What `segmentation_overlay` is called with."""
     calls: list[tuple[Any, ...]] = []
 
-    def overlay(*arguments: Any, window: Any) -> Figure:
-        calls.append((*arguments, window))
+    def overlay(*arguments: Any) -> Figure:
+        calls.append(arguments)
         return Figure((1, 1))
 
     monkeypatch.setattr(segmentation_report, "segmentation_overlay", overlay)
