@@ -14,6 +14,10 @@ Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
+BTCV_ORGANS = (  # in the order of their values
+    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
+)  # fmt: skip
 
 
 class InputError(ValueError):

@@ -21,15 +21,15 @@ from dissect_monai.writing import save_atomically
 logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint_epoch=\d+\.pt")
 ANEW = "or start anew with another `output_dir`"
+NUM_KEPT = 2  # checkpoints of a run
 
 
 class TrainingCheckpoint:
     """Saves all that a run needs to go on, and its weights, at the end of epochs; resumes from it.
 
-    Both are written to a temporary file and renamed, so a run killed at any moment leaves the newest complete files
-    intact; MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`.
-    Attach it before handlers that look at the network when the run starts, such as a `ValidationHandler`, and after
-    those that change what is saved at the end of epochs.
+    A run killed at any moment leaves the newest complete files intact, where MONAI's `CheckpointSaver` writes in place.
+    Random state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the
+    run starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
 
     Args:
         ckpt_dir: folder for `checkpoint_epoch=N.pt`.
@@ -37,14 +37,13 @@ class TrainingCheckpoint:
         weights: module whose plain state dict other bundles load; None leaves that to another, such as `BestWeights`.
         weights_path: where `weights` go, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
         settings: what the weights depend on, such as encoder and image size; a resumed run must have the same.
-        interval: epochs between checkpoints; the last epoch is always saved.
-        num_kept: how many checkpoints of this run stay.
+        interval: epochs between checkpoints, of which the newest two stay; the last epoch is always saved.
         resume_from: checkpoint to load when the run starts, or None.
         rank: rank of this process; all load, rank 0 saves.
 
     Raises:
-        ValueError: if `interval` or `num_kept` is not positive, or one of `weights` and `weights_path` is given alone;
-            when the run starts, if the checkpoint is of another run or another version of this package.
+        ValueError: if `interval` is not positive, or one of `weights` and `weights_path` is given alone; when the run
+            starts, if the checkpoint is of another run or another version of this package.
     """
 
     def __init__(
@@ -55,12 +54,11 @@ class TrainingCheckpoint:
         weights_path: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         interval: int = 1,
-        num_kept: int = 2,
         resume_from: str | None = None,
         rank: int = 0,
     ) -> None:
-        if interval < 1 or num_kept < 1:
-            raise InputError(f"`interval` and `num_kept` must be at least 1, got {interval} and {num_kept}.")
+        if interval < 1:
+            raise InputError(f"`interval` must be at least 1, got {interval}.")
         if (weights is None) != (weights_path is None):
             raise InputError("`weights` and `weights_path` must be given together, got one of them.")
         self.ckpt_dir = Path(ckpt_dir)
@@ -69,7 +67,6 @@ class TrainingCheckpoint:
         self.weights_path = weights_path
         self.settings = dict(settings or {})
         self.interval = interval
-        self.num_kept = num_kept
         self.resume_from = resume_from
         self.rank = rank
         self.saved: list[Path] = []
@@ -94,7 +91,7 @@ class TrainingCheckpoint:
         if self.weights is not None and self.weights_path is not None:
             save_weights(self.weights, self.weights_path, self.settings)
         self.saved = [*(old for old in self.saved if old != path), path]
-        while len(self.saved) > self.num_kept:
+        while len(self.saved) > NUM_KEPT:
             self.saved.pop(0).unlink(missing_ok=True)
 
     def _remove_halves(self) -> None:

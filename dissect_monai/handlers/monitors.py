@@ -23,6 +23,7 @@ from dissect_monai.transforms.views import HierarchyTarget
 from dissect_monai.visualize.training import code_figure, show_mask, slice_figure, view_figure
 
 NUM_PICTURES = 4
+PATIENCE = 5  # looks in a row at which the features must be collapsed before the run stops
 
 
 class Monitor(ABC):
@@ -34,11 +35,10 @@ class Monitor(ABC):
         optimizer: for the learning rate.
         writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
         interval: iterations between looks; each waits for the device.
-        patience: looks in a row at which the features must be collapsed before the run stops.
 
     Raises:
-        ValueError: if `interval` or `patience` is not positive; during the run, if the loss is not finite or the
-            features have collapsed.
+        ValueError: if `interval` is not positive; during the run, if the loss is not finite or the features have
+            collapsed.
     """
 
     spread: str  # scalar on the scale of `feature_std` by which a collapse is judged
@@ -53,16 +53,14 @@ class Monitor(ABC):
         optimizer: Optimizer,
         writer: SummaryWriter | None = None,
         interval: int = 10,
-        patience: int = 5,
     ) -> None:
-        if interval < 1 or patience < 1:
-            raise InputError(f"`interval` and `patience` must be at least 1, got {interval} and {patience}.")
+        if interval < 1:
+            raise InputError(f"`interval` must be at least 1, got {interval}.")
         self.network = network
         self.loss = loss
         self.optimizer = optimizer
         self.writer = writer
         self.interval = interval
-        self.patience = patience
         self.collapsed = 0
 
     def attach(self, engine: Engine) -> None:
@@ -99,11 +97,11 @@ class Monitor(ABC):
     def _refuse_collapse(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
         spread = float(scalars[self.spread])
         self.collapsed = self.collapsed + 1 if spread < self.collapsed_std else 0
-        if self.collapsed >= self.patience:
+        if self.collapsed >= PATIENCE:
             raise InputError(
                 f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: the "
                 f"{self.spread_of} is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
-                f"{float(scalars['collapse/effective_rank']):.1f}, at {self.patience} looks in a row. {self.remedy}"
+                f"{float(scalars['collapse/effective_rank']):.1f}, at {PATIENCE} looks in a row. {self.remedy}"
             )
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dissect_monai.common import Array, InputError, Interval, Item
-from dissect_monai.data.datalists import SPLITS, Datalist, DomainDatalist, data_folders, finding_matrix
+from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 from dissect_monai.metrics.intervals import Resampled, mean_resampled, percentile_interval, resample
@@ -234,19 +234,14 @@ class FrozenProbes:
 class ProbeHandler(FrozenProbes):
     """`FrozenProbes` of labelled images or volumes: how well the findings can be read off the features.
 
-    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels.
+    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. Arguments that
+    are not named here are those of `FrozenProbes`.
 
     Args:
-        encoders: as for `FrozenProbes`.
-        loaders: as for `FrozenProbes`.
         label_names: names of the values of a label.
-        output_dir: folder for the tables.
         findings: findings to score, of `label_names` or "No finding" (all labels 0); None is all of them.
         shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
-        num_folds: 0 for the given splits, else the number of folds.
         pixels: whether to judge the baseline; of volumes there is none.
-        num_samples: bootstrap resamples.
-        seed: seed of folds and resamples.
 
     Raises:
         ValueError: if a finding is unknown or the shortcut has not two values.
@@ -267,7 +262,7 @@ class ProbeHandler(FrozenProbes):
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         names = list(ensure_tuple(findings) if findings else label_names)
-        questions = [Question("findings", names, [finding_matrix(items, label_names, names) for items in splits])]
+        questions = [Question("findings", names, [label_matrix(items, label_names, names) for items in splits])]
         if shortcut is not None:
             questions.append(_shortcut(splits, shortcut))
         baseline = _pixel_components if pixels else None
@@ -286,16 +281,12 @@ class VolumeProbeHandler(FrozenProbes):
     - `domains_in_group`: the same for tasks that share a group, among its patches: which scanner, where the region is
       no help.
 
-    The baseline is histograms of the intensities.
+    The baseline is histograms of the intensities. Arguments that are not named here are those of `FrozenProbes`.
 
     Args:
-        encoders: as for `FrozenProbes`.
-        loaders: as for `FrozenProbes`, of data sets as `patch_dataset` gives them.
-        output_dir: folder for the tables.
+        loaders: loaders of the three splits, of data sets as `patch_dataset` gives them.
         label_names: names of the values of a label.
         intensity: whether to judge the baseline.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
     """
 
     def __init__(
@@ -311,7 +302,7 @@ class VolumeProbeHandler(FrozenProbes):
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         asked = [_structures(splits), *_domains(splits)]
         if label_names:
-            labels = [finding_matrix(items, label_names, label_names) for items in splits]
+            labels = [label_matrix(items, label_names, label_names) for items in splits]
             asked.insert(1, Question("findings", list(label_names), labels))
         questions = [question for question in map(_scorable, asked) if question.columns]
         if not questions:
@@ -341,7 +332,7 @@ def refuse_unlabelled(
         )
     names = list(ensure_tuple(findings) if findings else datalist.label_names)
     judged = [split for split in splits if split != "validation"]
-    labels = [finding_matrix(getattr(datalist, split), datalist.label_names, names) for split in judged]
+    labels = [label_matrix(getattr(datalist, split), datalist.label_names, names) for split in judged]
     if not both_classes(*labels).any():
         raise InputError(
             f"no finding ({', '.join(names)}) has both a 1 and a 0 in {' and in '.join(judged)}: nothing can be learnt "
@@ -350,7 +341,7 @@ def refuse_unlabelled(
 
 
 def check_probe_data(
-    datalist: DomainDatalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
+    datalist: Datalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
 ) -> None:
     """Refuse volumes that cannot be evaluated, before they are read: an empty split, or nothing to measure.
 

@@ -126,22 +126,14 @@ class KNNHandler:
         training: loader of the labelled training images, a part of a data set with a data list (see `labelled_part`).
         validation: loader of the labelled validation images, of a data set with a data list.
         label_names: names of the findings.
-        k: number of neighbours.
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        training: DataLoader[Any],
-        validation: DataLoader[Any],
-        label_names: Sequence[str],
-        k: int = 20,
+        self, encoder: nn.Module, training: DataLoader[Any], validation: DataLoader[Any], label_names: Sequence[str]
     ) -> None:
         self.encoder = encoder
         self.loaders = training, validation
         self.labels = [label_matrix(items_of(each.dataset), label_names) for each in self.loaders]
-        self.label_names = label_names
-        self.k = k
         self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
 
     def attach(self, engine: Engine) -> None:
@@ -153,7 +145,7 @@ class KNNHandler:
         train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
         for name, (bank, queries) in banks.items():
-            scores = knn_scores(bank, self.labels[0], queries, self.k)
+            scores = knn_scores(bank, self.labels[0], queries)
             value = macro_auroc(self.labels[1], scores)
             if not isnan(value):
                 engine.state.metrics[name] = value

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.phantoms.anatomy import HEART_AXES, abdomen, abdomen_in_detail, head, heart
 from dissect_monai.phantoms.shapes import Shapes, Structure, posed, ripples
 
@@ -66,15 +67,10 @@ def _axes(codes: str) -> NDArray[np.float64]:
     return np.array([[(code == end) - (code == start) for code in codes] for start, end in ("LR", "PA", "IS")], float)
 
 
-# Those of BTCV, in its order.
-_ORGANS = (
-    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
-)  # fmt: skip
 _HEAD_PARTS = ("cerebrum", "cerebellum", "brainstem", "ventricles", "right_eye", "left_eye")
 SCANS = {
     "abdomen_ct": Scan(
-        "abdominal CT after contrast, axial", "abdomen", "CT", _ORGANS, abdomen_in_detail, CT_CONTRAST,
+        "abdominal CT after contrast, axial", "abdomen", "CT", BTCV_ORGANS, abdomen_in_detail, CT_CONTRAST,
         _axes("LPS"), (350, 264, 250), 1.1, (0, -5, -8), 15,
     ),
     "abdomen_mr": Scan(

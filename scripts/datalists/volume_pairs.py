@@ -14,9 +14,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from datalists.source import walk
 from dissect_monai import ImageFileReader
 from dissect_monai.common import shorten
-from dissect_monai.data.datalists import VOLUME_SUFFIXES
-from dissect_monai.data.headers import Grid, read_grid
-from dissect_monai.data.readers import image_format
+from dissect_monai.data.readers import VOLUME_SUFFIXES, Grid, image_format, read_grid
 
 K = TypeVar("K")
 # Corners of two grids may lie this share of the smallest spacing apart. Formats round an affine to far less, while the

@@ -285,7 +285,7 @@ def test_one_dicom_file_is_enough(trained: Path, tmp_path: Path) -> None:
     [
         ({"mode": "probe"}, "`--mode` must be one of linear_probe, finetune, scratch"),
         ({"mode": "finetune"}, "needs weights: set .*pretrained"),
-        ({"findings": ["cysts", "mass"]}, "the labels must know mass, got nodules"),
+        ({"findings": ["cysts", "mass"]}, "the labels must include mass, got nodules"),
         ({"pretrained": "nowhere.pt", "mode": "finetune"}, r"no weights at .*nowhere\.pt"),
         ({"findings": ["cysts", "cysts"]}, "`findings` must be different, got cysts, cysts"),
         ({"class_balance": "focal"}, "`--class_balance` must be one of none, weighted"),
@@ -336,5 +336,5 @@ def test_weights_without_a_head_are_no_classifier(encoder: Path, dataset_dir: Pa
 def test_refuses_data_without_labels(tmp_path: Path) -> None:
     for index in range(9):
         Image.new("L", (32, 32), index).save(tmp_path / f"{index}.png")
-    with refused("labels are needed, and there are none"):
+    with refused("`dataset_dir` must have labels, got none"):
         train(tmp_path, tmp_path / "out")

@@ -109,9 +109,9 @@ def test_saves_at_the_interval_and_at_the_end_and_keeps_the_newest(tmp_path: Pat
         go(folder, max_epochs=5, **kwargs)
         return sorted(path.name[-4] for path in folder.glob("*.pt"))
 
-    assert epochs_left(interval=1, num_kept=2) == ["4", "5"]
-    assert epochs_left(interval=2, num_kept=9) == ["2", "4", "5"]
-    assert epochs_left(interval=9, num_kept=1) == ["5"]
+    assert epochs_left(interval=1) == ["4", "5"]
+    assert epochs_left(interval=3) == ["3", "5"]
+    assert epochs_left(interval=9) == ["5"]
 
 
 def test_other_ranks_load_but_do_not_save(tmp_path: Path) -> None:
@@ -174,8 +174,7 @@ def test_refuses_a_checkpoint_of_another_version_by_its_name(tmp_path: Path, ver
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"interval": 0}, "`interval` and `num_kept` must be at least 1, got 0 and 2"),
-        ({"num_kept": 0}, "`interval` and `num_kept` must be at least 1, got 1 and 0"),
+        ({"interval": 0}, "`interval` must be at least 1, got 0"),
         ({"weights": nn.Linear(1, 1)}, "`weights` and `weights_path` must be given together, got one of them"),
     ],
 )

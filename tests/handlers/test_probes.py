@@ -15,8 +15,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
 from dissect_monai.data.datalists import SPLITS, Datalist, label_matrix
-from dissect_monai.data.domains import aggregate
 from dissect_monai.data.patches import patch_dataset
+from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.handlers.probes import ProbeHandler, VolumeProbeHandler, check_probe_data, refuse_unlabelled
 from dissect_monai.handlers.reconstruction import ReconstructionHandler
 from dissect_monai.metrics.probes import extract_features, knn_scores
@@ -228,7 +228,7 @@ def test_one_finding_may_be_a_text() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"findings": ["Mass", "Nodule"]}, "`findings` must be among Opacity, Nodule, Rare, No finding, got Mass"),
+        ({"findings": ["Mass", "Nodule"]}, "the labels must include Mass, got Opacity, Nodule, Rare"),
         ({"shortcut": "subject"}, "`shortcut` must name a key of the items with two values, got 'subject' with"),
         ({"shortcut": "age"}, "`shortcut` must name a key of the items with two values, got 'age' with"),
         ({"num_folds": 48}, "`num_folds` must be at most the 47 subjects, got 48"),

@@ -17,8 +17,8 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
 from torch import Tensor, nn
 
-from dissect_monai.data.domains import aggregate
 from dissect_monai.data.readers import ImageFileReader
+from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.handlers import segmentation as segmentation_evaluation
 from dissect_monai.handlers.segmentation import SegmentationEvaluation, refuse_unmapped, score_case
 from dissect_monai.handlers.segmentation_report import NO_MAP

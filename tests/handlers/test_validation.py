@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,28 +8,15 @@ import pytest
 import torch
 from helpers import Writer
 from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import ValidationHandler
+from monai.engines import SupervisedEvaluator
 from monai.networks.nets import resnet10
-from monai.transforms import Compose, EnsureTyped, LoadImaged, ScaleIntensityRanged
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
-from dissect_monai.data.datalists import read_datalist
-from dissect_monai.data.datasets import cached_dataset
-from dissect_monai.data.readers import ImageFileReader
-from dissect_monai.handlers.checkpoints import BestWeights, TrainingCheckpoint, newest_checkpoint
-from dissect_monai.handlers.training import EpochSeedHandler
 from dissect_monai.handlers.validation import ClassificationMetrics, KNNHandler
-from dissect_monai.losses.multilabel import MultiLabelLoss, positive_weights
 from dissect_monai.metrics.classification import expected_calibration_error
-from dissect_monai.metrics.probes import FeatureDataset, extract_features, knn_scores
+from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.optimizers import adamw
-from dissect_monai.networks.weights import trained_part
-from dissect_monai.phantoms.xray import write_xray_phantoms
-from dissect_monai.transforms.augment import BatchAugment
-from dissect_monai.transforms.views import Views
 
 NAN = float("nan")
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
@@ -130,7 +116,7 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
 def neighbours(network: nn.Module) -> dict[str, float]:
     training, validation = labelled_images(0), labelled_images(1)
     images = [Dataset(items, lambda item: {"image": item["image"]}) for items in (training, validation)]
-    handler = KNNHandler(network, *(DataLoader(each, batch_size=16) for each in images), NAMES, k=5)
+    handler = KNNHandler(network, *(DataLoader(each, batch_size=16) for each in images), NAMES)
     return evaluated(network, [{"image": item["image"]} for item in validation], handler).state.metrics
 
 
@@ -140,7 +126,7 @@ def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
     train, val = (extract_features(network, each, "cpu", feature_maps) for each in images)
     labels = drawn()[1].numpy()
     for name, bank, queries in (("knn_auroc", train.last, val.last), ("knn_auroc_stages", train.stages, val.stages)):
-        scores = knn_scores(bank, labels, queries, k=5)
+        scores = knn_scores(bank, labels, queries)
         known = ~np.isnan(labels)
         expected = [roc_auc_score(labels[known[:, i], i], scores[known[:, i], i]) for i in range(2)]
         assert metrics[name] == pytest.approx(np.mean(expected))
@@ -156,95 +142,3 @@ def test_knn_says_when_the_embedding_has_collapsed() -> None:
             return images
 
     assert 1 >= neighbours(Constant())["embedding_collapse"] > neighbours(encoder())["embedding_collapse"] >= 0
-
-
-# ---- a training run ----------------------------------------------------------------------------------------------
-
-
-class Training:
-    """The classifier's bundle, in small, on phantoms."""
-
-    def __init__(self, folder: Path, mode: str, max_epochs: int, resume: bool = False, init_seed: int = 0) -> None:
-        data = read_datalist(write_xray_phantoms(folder.parent / "phantoms", 48, 24, 0, image_size=32))
-        steps = [
-            LoadImaged(keys="image", ensure_channel_first=True, reader=ImageFileReader(spatial_dims=2)),
-            EnsureTyped(keys="image", dtype=torch.uint8, track_meta=False),
-            EnsureTyped(keys="label", dtype=torch.float32, track_meta=False),
-        ]
-        scale = ScaleIntensityRanged(keys="image", a_min=0, a_max=255, b_min=0, b_max=1)
-        images = cached_dataset(data.training, Compose(steps))
-        validation = cached_dataset(data.validation, Compose([*steps, scale]))
-        torch.manual_seed(init_seed)
-        self.network = resnet10(
-            spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.25, num_classes=len(data.label_names)
-        )
-        self.optimizer = adamw(self.network, 0.01, 0.01, layer_decay=0.7)
-        self.evaluator = SupervisedEvaluator(
-            device="cpu",
-            val_data_loader=DataLoader(validation, batch_size=12),
-            network=self.network,
-            val_handlers=[ClassificationMetrics(data.label_names)],
-            decollate=False,
-        )
-        part = trained_part(self.network, mode)
-        self.path = folder / "models" / "model.pt"
-        self.best = BestWeights(self.evaluator, self.network, self.path, patience=50)
-        augmented = Views(BatchAugment(crop_scale=(0.8, 1), blur_prob=0), num_views=1, target_key="label")
-        probe = mode == "linear_probe"
-        state = {"network": self.network, "optimizer": self.optimizer}
-        resume_from = newest_checkpoint(folder / "checkpoints") if resume else None
-        self.trainer = SupervisedTrainer(
-            device="cpu",
-            max_epochs=max_epochs,
-            train_data_loader=DataLoader(
-                FeatureDataset(images, self.network) if probe else images, batch_size=16, shuffle=True
-            ),
-            network=part,
-            optimizer=self.optimizer,
-            loss_function=MultiLabelLoss(positive_weights(data.training, data.label_names)),
-            decollate=False,
-            train_handlers=[
-                EpochSeedHandler(0, epoch_seeded=[augmented]),
-                ValidationHandler(interval=1, validator=self.evaluator),
-                self.best,
-                TrainingCheckpoint(folder / "checkpoints", state, resume_from=resume_from),
-            ],
-            **({} if probe else {"prepare_batch": augmented}),
-        )
-        for engine in (self.trainer, self.evaluator):
-            engine.logger.setLevel(logging.ERROR)
-
-    def run(self) -> Training:
-        self.trainer.run()
-        return self
-
-
-def test_finetuning_learns_and_writes_the_whole_network_of_the_best_epoch(tmp_path: Path) -> None:
-    training = Training(tmp_path / "run", "finetune", max_epochs=8).run()
-    assert training.trainer.state.best_metric > 0.55
-    training.network.load_state_dict(torch.load(training.path, weights_only=True))
-    training.evaluator.run()
-    assert training.evaluator.state.metrics["auroc"] == pytest.approx(training.trainer.state.best_metric, abs=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["finetune", "linear_probe"])
-def test_two_and_two_epochs_are_four_even_from_other_weights(tmp_path: Path, mode: str) -> None:
-    whole = Training(tmp_path / "whole", mode, 4).run()
-    Training(tmp_path / "parts", mode, 2).run()
-    resumed = Training(tmp_path / "parts", mode, 4, resume=True, init_seed=1).run()
-    for first, second in (
-        (resumed.network.state_dict(), whole.network.state_dict()),
-        (torch.load(resumed.path), torch.load(whole.path)),
-    ):
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
-    assert resumed.trainer.state_dict() == whole.trainer.state_dict()
-
-
-def test_a_linear_probe_leaves_the_encoder_and_learns(tmp_path: Path) -> None:
-    training = Training(tmp_path / "run", "linear_probe", max_epochs=4)
-    before: dict[str, Any] = {key: value.clone() for key, value in training.network.state_dict().items()}
-    training.run()
-    changed = {key for key, value in training.network.state_dict().items() if not torch.equal(before[key], value)}
-    assert changed == {"fc.weight", "fc.bias"}
-    assert torch.load(training.path).keys() == before.keys()

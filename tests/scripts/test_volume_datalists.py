@@ -14,7 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from helpers import volume, write_series
 
 from dissect_monai.data.datalists import read_datalist
-from dissect_monai.data.domains import aggregate
+from dissect_monai.data.volume_lists import aggregate
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
