@@ -187,13 +187,6 @@ def test_trains_all_of_the_online_network_and_nothing_of_the_target(fusion: str)
     assert all(each.grad is None and not each.requires_grad for each in frozen)
 
 
-def test_targets_and_embedding_carry_no_graph() -> None:
-    output = small_net()(views())
-    assert not any(each.requires_grad for each in (output.targets, output.discrete_targets, output.embedding))
-    assert output.predictions.requires_grad
-    assert output.discrete_predictions.requires_grad
-
-
 def test_training_moves_the_codebooks_and_evaluation_does_not() -> None:
     net, images = small_net(), views()
     net(images)
