@@ -141,9 +141,9 @@ def git(repository: Path, *arguments: str) -> None:
 
 def committed_copy(root: Path) -> Path:
     """All bundles and the package, without what runs have left in them, as a repository of their own."""
-    outputs = ("models", "eval", "checkpoints", "phantoms", "__pycache__")
-    for folder in ("bundles", "dissect_monai"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*outputs))
+    outputs = {"bundles": ("models", "eval", "checkpoints", "phantoms"), "dissect_monai": ("__pycache__",)}
+    for folder, left_out in outputs.items():
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*left_out))
     shutil.copy(ROOT / ".gitignore", root)
     git(root, "init", "--quiet")
     git(root, "add", ".")

@@ -1,9 +1,11 @@
-"""Archives of bundles: what they hold, what they refuse, and that nothing else is needed to run them."""
+"""Archives of bundles and the wheel: what they hold, what they refuse, and that nothing else is needed to run them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +21,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export,
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from package_bundle import main, package
+
+BUNDLES = sorted(path.name for path in ROOT.glob("bundles/*"))
+every_bundle = pytest.mark.parametrize("bundle", BUNDLES)
 
 
 @pytest.fixture
@@ -96,15 +101,68 @@ def test_a_misspelt_bundle_is_refused_with_the_nearest(tmp_path: Path) -> None:
         main("cxr_clasify", output_dir=tmp_path / "dist")
 
 
-def from_archive(*arguments: str, cwd: Path) -> str:
-    """A command with the installed packages, but nothing of this repository on the path."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sysconfig.get_paths()["purelib"]}
-    command = [sys.executable, "-S", *arguments]  # without `site`, which would add an editable install
+def command(*arguments: str, cwd: Path, packages: Path | None = None) -> str:
+    """A command with the installed packages and those of a folder, but nothing of this repository on the path."""
+    path = os.pathsep.join([*([str(packages)] if packages else []), sysconfig.get_paths()["purelib"]])
     result = subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
-    )
+        [sys.executable, "-S", *arguments],  # without `site`, which would add an editable install
+        cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def given(**knobs: Any) -> list[str]:
+    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+
+
+def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(dataset_dir: Path, tmp_path: Path) -> None:
+    source = committed_copy(tmp_path / "source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # Without isolation, setuptools is the installed one, and nothing is downloaded.
+    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+    build = ("--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path))
+    command(*pip, "wheel", str(source), *build, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {str(path.relative_to(source)) for path in (source / "dissect_monai").rglob("*.*") if path.is_file()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if name.startswith("dissect_monai/")} == files
+    packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
+    command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
+    shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
+    knobs = given(**short_training("pretrain_vq_ssl", dataset_dir, tmp_path))
+    run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
+    command(*run, *knobs, cwd=bundle, packages=packages)
+    assert (bundle / "models" / "model.pt").is_file()
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Version of each package, with nothing else in its line."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    return {name.lower(): version for name, version in (line.split("==") for line in lines)}
+
+
+@every_bundle
+def test_metadata_name_the_versions_that_are_tested(bundle: str) -> None:
+    tested = pins(ROOT / "constraints.txt")
+    metadata = read(ROOT / "bundles" / bundle / "configs" / "metadata.json")
+    named = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    assert {name.lower(): version for name, version in named.items()}.items() <= tested.items()
+
+
+def test_monai_label_is_tested_with_the_same_versions() -> None:
+    tested = pins(ROOT / "constraints.txt")
+    for name in ("requirements.txt", "no_dependencies.txt"):
+        shared = {each: version for each, version in pins(ROOT / "scripts" / "label" / name).items() if each in tested}
+        assert shared.items() - {("jsonschema", "3.2.0")} <= tested.items()
 
 
 class Unpacked(NamedTuple):
@@ -114,7 +172,7 @@ class Unpacked(NamedTuple):
     knobs: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=sorted(path.name for path in ROOT.glob("bundles/*")))
+@pytest.fixture(scope="module", params=BUNDLES)
 def unpacked(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
     work, name = tmp_path_factory.mktemp(request.param), request.param
     knobs = short_training(name, dataset_dir, work / "data")
@@ -123,21 +181,21 @@ def unpacked(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory
     archive = package(repository / "bundles" / name, work / "weights", work / "dist")
     (work / "empty").mkdir()
     source = ("--name", name, "--url", archive.as_uri(), "--bundle_dir", ".")
-    from_archive("-m", "monai.bundle", "download", *source, cwd=work / "empty")
+    command("-m", "monai.bundle", "download", *source, cwd=work / "empty")
     return Unpacked(work / "empty" / name, knobs)
 
 
 @pytest.mark.slow
 def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(unpacked: Unpacked, tmp_path: Path) -> None:
     folder, knobs = unpacked
-    where = from_archive("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=folder)
+    where = command("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=folder)
     assert Path(where.strip()).parent == folder / "dissect_monai"
     run = ("-m", "monai.bundle", "run", "--dataset_dir", str(knobs["dataset_dir"]), "--config_file")
-    from_archive(*run, "configs/inference.json", cwd=folder)
+    command(*run, "configs/inference.json", cwd=folder)
     assert list((folder / "eval").iterdir())
-    given = [part for knob, value in {**knobs, "output_dir": tmp_path}.items() for part in (f"--{knob}", str(value))]
-    from_archive("-m", "monai.bundle", "run", "--config_file", "configs/train.json", *given, cwd=folder)
-    from_archive(*run, "configs/evaluate.json", "--output_dir", str(tmp_path), cwd=folder)
+    train = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
+    command(*train, *given(**knobs, output_dir=tmp_path), cwd=folder)
+    command(*run, "configs/evaluate.json", "--output_dir", str(tmp_path), cwd=folder)
     assert (tmp_path / "eval" / "metrics.csv").is_file()
 
 

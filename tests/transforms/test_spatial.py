@@ -171,10 +171,6 @@ def test_logits_are_interpolated_linearly_before_the_largest_wins() -> None:
 def test_what_lies_beyond_the_prediction_is_background() -> None:
     affine, meta = np.diag([2.0, 2, 2, 1]), {"filename_or_obj": "a.nii"}
     ones = MetaTensor(torch.full((1, 4, 4, 4), 7, dtype=torch.int16), affine=affine, meta=meta)
-        torch.full((1, 4, 4, 4), 7, dtype=torch.int16),
-        affine=np.diag([2.0, 2, 2, 1]),
-        meta={"filename_or_obj": "a.nii"},
-    )
     origin = np.eye(4)
     origin[:3, 3] = -5
     restored = to_original_grid(ones, (16, 16, 16), origin)
