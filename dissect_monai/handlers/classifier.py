@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from monai.engines import SupervisedEvaluator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dissect_monai.common import Item
+from dissect_monai.common import Item, __version__
 from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
 from dissect_monai.handlers.finding_table import (
     finding_rows,
@@ -28,9 +27,15 @@ from dissect_monai.handlers.finding_table import (
 from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import expected_calibration_error, fit_temperature, youden_threshold
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import NUM_BINS, figure_to_png, reliability_plot, roc_plot
+from dissect_monai.visualize.classifier import (
+    NUM_BINS,
+    figure_to_png,
+    overlay_png,
+    reliability_plot,
+    roc_plot,
+    saliency_maps,
+)
 from dissect_monai.visualize.page import Case, FindingRow, Picture, write_report
-from dissect_monai.visualize.saliency import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv
 
 Array = NDArray[np.floating[Any]]
@@ -204,17 +209,10 @@ class ClassifierEvaluation:
             "thresholds": "Youden's index on validation",
             "bootstrap resamples": self.num_samples,
             "date": date.today().isoformat(),
-            "software": f"dissect_monai {_version()}",
+            "software": f"dissect_monai {__version__}",
         }
         title, notes = "Evaluation of the classifier", table_notes(rows)
         write_report(self.output_dir / "report.html", title, summary, rows, figures, cases, notes)
-
-
-def _version() -> str:
-    try:
-        return version("dissect-monai")
-    except PackageNotFoundError:  # run from its folder
-        return "not installed"
 
 
 def _texts(probability: float, label: float) -> tuple[str, str]:
