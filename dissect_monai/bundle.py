@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dissect_monai.common import InputError, MissingPackageError
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
-from dissect_monai.handlers.predictions import OVERLAYS
+from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.multilabel import BALANCES
 from dissect_monai.networks.weights import MODES, refuse_bad_mode
 

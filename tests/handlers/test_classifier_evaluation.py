@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Sequence
 from datetime import date
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import table
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.handlers import MetricsSaver
@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_s
 from torch import Tensor, nn
 
 from dissect_monai.common import __version__
+from dissect_monai.handlers.calibration import Calibration, read_calibration, write_calibration
 from dissect_monai.handlers.classifier import ClassifierEvaluation
 
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
@@ -91,11 +92,6 @@ class Evaluated:
     def logits(self, split: Set) -> np.ndarray:
         with torch.no_grad():
             return self.network(split.images).double().numpy()
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -259,3 +255,30 @@ def test_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert evaluated.network.training
     assert evaluated.network.scale.grad is None
     assert evaluated.network.scale.item() == 4
+
+
+def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+    network, written = Quadrants(), Calibration(1.5, {NAMES[0]: 0.25, NAMES[1]: 0.5, NAMES[2]: float("nan")})
+    write_calibration(tmp_path / "calibration.json", written, network)
+    found = read_calibration(tmp_path / "calibration.json", NAMES, network)
+    assert found.temperature == 1.5
+    assert found.thresholds[NAMES[0]] == 0.25
+    assert np.isnan(found.thresholds[NAMES[2]])
+    assert read_calibration(None, NAMES, network) == Calibration(1.0, {})
+
+
+def test_refuses_a_calibration_of_other_weights_or_findings(tmp_path: Path) -> None:
+    path, network = tmp_path / "calibration.json", Quadrants()
+    write_calibration(path, Calibration(1.0, dict.fromkeys(NAMES, 0.5)), network)
+    with pytest.raises(ValueError, match=r"other findings \(Opacity, Pleural Thickening, Rare\)"):
+        read_calibration(path, NAMES[::-1], network)
+    with torch.no_grad():
+        network.scale += 0.1
+    with pytest.raises(ValueError, match="other weights: evaluate these weights"):
+        read_calibration(path, NAMES, network)
+    with pytest.raises(FileNotFoundError, match=r"there is no calibration at .*evaluate first"):
+        read_calibration(tmp_path / "none.json", NAMES, network)
+    for content in ("{", "[]", '{"temperature": 1}', '{"temperature": 1, "weights": "", "thresholds": {"x": "y"}}'):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"must be the calibration\.json of an evaluation"):
+            read_calibration(path, NAMES, network)
