@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import date
+from io import StringIO
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,14 @@ class Evaluated:
             decollate=False,
         )
         logging.getLogger("ignite").setLevel(logging.ERROR)
+        log, logger = StringIO(), logging.getLogger("dissect_monai.handlers.classifier")
+        logger.addHandler(handler := logging.StreamHandler(log))
         evaluator.run()
+        logger.removeHandler(handler)
+        self.log = log.getvalue()
         self.metrics = evaluator.state.metrics
         self.findings, self.predictions = table(folder / "findings.csv"), table(folder / "predictions.csv")
-        with np.load(folder / "scores.npz") as arrays:
-            self.arrays = dict(arrays)
+        self.folder = folder
 
     def logits(self, split: Set) -> np.ndarray:
         with torch.no_grad():
@@ -114,7 +118,7 @@ def numbers(row: dict[str, str], names: Sequence[str]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
-    return Evaluated(tmp_path_factory.mktemp("evaluated"))
+    return Evaluated(tmp_path_factory.mktemp("evaluated"), num_worst=4)
 
 
 def test_findings_are_those_of_sklearn(evaluated: Evaluated) -> None:
@@ -144,51 +148,35 @@ def test_thresholds_come_from_validation_alone(evaluated: Evaluated) -> None:
         assert called[label == 1].mean() - called[label == 0].mean() == pytest.approx((tpr - fpr).max())
 
 
-def test_the_macro_row_is_the_mean_and_intervals_hold_their_value(evaluated: Evaluated) -> None:
-    macro, *singles = evaluated.findings[:3]
-    assert macro["finding"] == "macro"
-    assert macro["n"] == macro["positives"] == ""
-    for metric in METRICS:
-        mean = np.mean([float(row[metric]) for row in singles])
-        assert float(macro[metric]) == pytest.approx(mean, abs=1e-4)
-        for row in evaluated.findings[:3]:
-            assert float(row[f"{metric}_low"]) <= float(row[metric]) <= float(row[f"{metric}_high"])
-
-
-def test_findings_without_positives_are_named_with_their_counts_and_have_no_metrics(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    evaluated = Evaluated(tmp_path)
+def test_findings_without_positives_are_named_with_their_counts_and_have_no_metrics(evaluated: Evaluated) -> None:
     assert [row["finding"] for row in evaluated.findings] == ["macro", *NAMES]
-    rare = evaluated.findings[-1]
+    rare = dict(evaluated.findings[-1])
     assert (rare.pop("n"), rare.pop("positives"), float(rare.pop("threshold")) > 0) == ("60", "0", True)
     assert set(rare.values()) == {"Rare", ""}
+    assert "Left out, for lack of positives or negatives in the test split: Rare." in evaluated.log
+
+
+def test_metrics_are_left_for_the_saver(evaluated: Evaluated) -> None:
+    assert {"auroc", "auroc_low", "auroc_high", "ece_Pleural_Thickening", "temperature"} <= set(evaluated.metrics)
     assert not [name for name in evaluated.metrics if "Rare" in name]
-    assert "Left out, for lack of positives or negatives in the test split: Rare." in caplog.text
+    assert "sensitivity_Pleural_Thickening_high" in (evaluated.folder / "metrics.csv").read_text()
 
 
-def test_predictions_name_image_subject_probability_and_label(evaluated: Evaluated) -> None:
-    row = evaluated.predictions[7]
-    probability = sigmoid(evaluated.logits(evaluated.test))[7]
-    assert row["image"] == "folder/1_7.png"
-    assert row["subject"] == "3"
+def test_predictions_and_scores_hold_every_image(evaluated: Evaluated) -> None:
+    row, probability = evaluated.predictions[7], sigmoid(evaluated.logits(evaluated.test))[7]
+    assert (row["image"], row["subject"]) == ("folder/1_7.png", "3")
     assert numbers(row, [f"{name} probability" for name in NAMES]) == pytest.approx(probability, abs=1e-6)
-    assert row["Pleural Thickening label"] == ""
-    assert row["Rare label"] == "0"
-    assert len(evaluated.predictions) == 60
+    assert (row["Pleural Thickening label"], row["Rare label"], len(evaluated.predictions)) == ("", "0", 60)
+    with np.load(evaluated.folder / "scores.npz") as arrays:
+        assert set(arrays) == {"subjects", "labels/findings", "scores/classifier/-/finetune/findings"}
+        np.testing.assert_array_equal(arrays["labels/findings"], evaluated.test.labels.numpy())
+        assert arrays["subjects"].tolist() == [str(item["subject"]) for item in evaluated.test.data]
 
 
-def test_scores_are_laid_out_as_those_of_the_probes(evaluated: Evaluated) -> None:
-    assert set(evaluated.arrays) == {"subjects", "labels/findings", "scores/classifier/-/finetune/findings"}
-    np.testing.assert_array_equal(evaluated.arrays["labels/findings"], evaluated.test.labels.numpy())
-    assert evaluated.arrays["subjects"].tolist() == [str(item["subject"]) for item in evaluated.test.data]
-
-
-def test_metrics_are_left_for_the_saver(tmp_path: Path) -> None:
-    metrics = Evaluated(tmp_path).metrics
-    assert {"auroc", "auroc_low", "auroc_high", "ece_Pleural_Thickening", "temperature"} <= set(metrics)
-    saved = (tmp_path / "metrics.csv").read_text()
-    assert "sensitivity_Pleural_Thickening_high" in saved
+def test_leaves_the_network_as_it_was(evaluated: Evaluated) -> None:
+    assert evaluated.network.training
+    assert evaluated.network.scale.grad is None
+    assert evaluated.network.scale.item() == 4
 
 
 def test_temperature_repairs_overconfidence_and_moves_no_rank(tmp_path: Path) -> None:
@@ -208,10 +196,22 @@ def test_without_a_class_in_validation_there_is_no_threshold(tmp_path: Path) -> 
     assert float(row["auroc"]) > 0.5
 
 
-def test_the_report_shows_curves_and_the_worst_cases(tmp_path: Path) -> None:
-    evaluated = Evaluated(tmp_path, num_worst=4)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "made up" in page
+def test_the_report_shows_curves_facts_and_the_worst_cases(evaluated: Evaluated) -> None:
+    page = (evaluated.folder / "report.html").read_text(encoding="utf-8")
+    facts = {
+        "Data": "made up",
+        "Test images": "60",
+        "Validation images": "50",
+        "Bootstrap resamples": "50",
+        "Date": date.today().isoformat(),
+        "Software": f"dissect_monai {__version__}",
+    }
+    for name, value in facts.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "Rare (0 positives of 60)." in page
+    assert "<td>60</td><td>0</td><td>–</td>" in page
+    for caption in ("ROC curves on the test split: ", "Reliability on the test split: "):
+        assert f"<figcaption>{caption}" in page
     assert page.count("data:image/png;base64,") == 2 + 2 * 4
     wrong = evaluated.logits(evaluated.test)[:, :2].copy()
     labels = evaluated.test.labels.numpy()[:, :2]
@@ -229,24 +229,6 @@ def test_the_report_says_where_saliency_is_empty(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 2 + 4
 
 
-def test_the_report_says_what_it_rests_on(tmp_path: Path) -> None:
-    Evaluated(tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    facts = {
-        "Test images": "60",
-        "Validation images": "50",
-        "Bootstrap resamples": "50",
-        "Date": date.today().isoformat(),
-    }
-    for name, value in facts.items():
-        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
-    assert f"<dt>Software</dt><dd>dissect_monai {__version__}</dd>" in page
-    assert "Rare (0 positives of 60)." in page
-    assert "<td>60</td><td>0</td><td>–</td>" in page
-    for caption in ("ROC curves on the test split: ", "Reliability on the test split: "):
-        assert f"<figcaption>{caption}" in page
-
-
 def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path) -> None:
     test = Set(20, 1, rare=False)
     test.labels[:] = 0
@@ -258,13 +240,6 @@ def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path) -> No
     assert "auroc" not in evaluated.metrics
     assert len(evaluated.predictions) == 20
     assert not (tmp_path / "report.html").exists()
-
-
-def test_leaves_the_network_as_it_was(tmp_path: Path) -> None:
-    evaluated = Evaluated(tmp_path)
-    assert evaluated.network.training
-    assert evaluated.network.scale.grad is None
-    assert evaluated.network.scale.item() == 4
 
 
 def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
@@ -335,6 +310,8 @@ def test_findings_that_lack_a_class_have_no_metrics_and_enter_no_mean() -> None:
     for metric in METRICS:
         mean = np.mean([getattr(row, metric).value for row in found[1:3]])
         assert getattr(found[0], metric).value == pytest.approx(mean)
+        for interval in (getattr(row, metric) for row in found[:3]):
+            assert isnan(interval.low) or interval.low <= interval.value <= interval.high
 
 
 def test_a_proportion_at_0_or_1_claims_no_certainty() -> None:
