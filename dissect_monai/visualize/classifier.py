@@ -68,20 +68,9 @@ def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figu
 def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequence[str]) -> Figure:
     """Observed frequency over probability, per finding and pooled, above a histogram of the probabilities.
 
-    The findings are those of `roc_plot`. The pooled curve, of the labels of all of them, has 95 % Wilson intervals,
-    which take labels for independent. Its calibration error is not the mean over the findings, which is in the title:
-    pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
-
-    Args:
-        labels: shape (N, C), 1, 0 or NaN (unknown).
-        probabilities: shape (N, C), in [0, 1].
-        names: names of the C findings.
-
-    Returns:
-        A figure 900 pixels wide.
-
-    Raises:
-        ValueError: if the shapes disagree, a label is not 1, 0 or NaN, or a probability is outside [0, 1].
+    Arguments, result and findings are those of `roc_plot`, but the scores must be in [0, 1]. The pooled curve has 95 %
+    Wilson intervals, which take labels for independent. Its calibration error is not the mean over the findings, which
+    is in the title: pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
     """
     figure, (axes, histogram) = _figure(len(names), panels=2)
     lines: list[Any] = []
@@ -148,11 +137,11 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int, layer: str |
     """How much each place of the images speaks for a finding, by MONAI's Grad-CAM.
 
     Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
-    network stays as it is: without hooks, in its mode, its gradients untouched.
+    network stays as it is.
 
     By default the maps are those of the last stage of a ResNet that has at least 4 places along every axis: stage 4
-    from about 100 pixels on, stage 2 at 48. A finer stage says more of where and less of what; where its map is empty,
-    that of the next coarser one is taken. The last one's is empty only if its features lower the logit on balance.
+    from about 100 pixels on, stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The last
+    one's is empty only if its features lower the logit on balance.
 
     Args:
         network: classifier that returns logits (B, C).
