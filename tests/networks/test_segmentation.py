@@ -39,7 +39,7 @@ def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
 def test_an_untrained_network_calls_every_structure_rare(spatial_dims: int) -> None:
     network = segresnet(spatial_dims)
     before = copy_of(network)
-    init_class_prior(network, share=0.02)
+    init_class_prior(network, prior=0.02)
     background, *structures = network.conv_final[-1].conv.bias.softmax(0).tolist()
     assert [each / (each + background) for each in structures] == pytest.approx([0.02, 0.02])
     changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
@@ -52,10 +52,10 @@ def test_coarser_levels_start_rare_too() -> None:
     assert shares == [pytest.approx([0.98019, 0.0099, 0.0099], abs=1e-4)] * 2
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.1])
-def test_shares_out_of_range_are_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="`share` must lie between 0 and 1"):
-        init_class_prior(segresnet(), share)
+@pytest.mark.parametrize("prior", [0, 1, -0.1])
+def test_priors_out_of_range_are_refused(prior: float) -> None:
+    with pytest.raises(ValueError, match="`prior` must lie between 0 and 1"):
+        init_class_prior(segresnet(), prior)
 
 
 # --- coarser levels
