@@ -11,9 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import monai.bundle.__main__
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -53,14 +56,22 @@ TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
     "network": {"_target_": "monai.networks.nets.resnet10", "widen_factor": 0.5},
     "metric_name": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
     "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "initialize": ["$bundle.check_knobs()"],
+    "initialize": ["$bundle.begin()"],
     "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
 }
 
 
-def run_config(config: Path, **knobs: Any) -> None:
-    """`monai.bundle run` in this process."""
-    run(config_file=str(config), **{name: _plain(value) for name, value in knobs.items()})
+def run_config(config: Any = None, **knobs: Any) -> None:
+    """`python -m monai.bundle run` in this process: of a config file, of several, or of an `args_file`."""
+    files = [config] if isinstance(config, (str, Path)) else [*(config or [])]
+    given = {"config_file": [*map(str, files)]} if files else {}
+    given |= {name: _plain(value) for name, value in knobs.items()}
+    with patch.object(sys, "argv", [monai.bundle.__main__.__file__, "run", *_arguments(given)]):
+        run(**given)
+
+
+def _arguments(knobs: dict[str, Any]) -> list[str]:
+    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
 
 
 def _plain(value: Any) -> Any:
@@ -70,8 +81,8 @@ def _plain(value: Any) -> Any:
 def command_line(
     config: str | Path, cwd: Path = ROOT, launcher: tuple[str, ...] = (), threads: int | None = 1, **knobs: Any
 ) -> Any:
-    arguments = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, *(launcher or ("-m",)), "monai.bundle", "run", "--config_file", str(config), *arguments]
+    launcher = launcher or ("-m",)
+    command = [sys.executable, *launcher, "monai.bundle", "run", "--config_file", str(config), *_arguments(knobs)]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     return subprocess.run(
         command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
@@ -86,7 +97,7 @@ def two_processes(*configs: Path, cwd: Path, **knobs: Any) -> Any:
 
 @contextmanager
 def refused(message: str) -> Iterator[None]:
-    """The run ends with an error that `explain_errors` shortens to one message."""
+    """The run ends with an error that the command line shortens to one message."""
     with pytest.raises(Exception) as raised:  # noqa: PT011
         yield
     cause = bad_input(raised.value)
@@ -117,7 +128,7 @@ def write(path: Path, content: Any) -> Path:
 
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
-    run(config_file=str(bundle / "configs" / "train.json"), **overrides)
+    run_config(bundle / "configs" / "train.json", **overrides)
 
 
 def short_training(bundle: str, xrays: Path, folder: Path) -> dict[str, Any]:
@@ -281,3 +292,35 @@ def patch_transform(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, n
         "preprocessing": {"_target_": "Compose", "transforms": PATCHES},
     }
     return ConfigParser(config).get_parsed_content("preprocessing")
+
+
+class Page(HTMLParser):
+    """Reads a page: its texts by element, its images, every attribute; fails on unbalanced elements."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.stack
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.stack[-1], data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for element, text in self.texts if element == tag]
+
+    def values(self, attribute: str) -> list[str | None]:
+        return [value for name, value in self.attributes if name == attribute]

@@ -252,7 +252,7 @@ def test_two_epochs_and_two_more_are_bit_for_bit_four(trained: Path, dataset_dir
     [
         ({"num_embeddings": 32}, r"of a run with num_embeddings 16 \(now 32\)"),
         ({"max_epochs": 6}, r"of a run with schedule_epochs 4 \(now 6\)"),
-        ({"learning_rate": 0.5, "seed": 9}, r"learning_rate 0\.001 \(now 0\.5\), seed 0 \(now 9\)"),
+        ({"learning_rate": 0.5, "seed": 9}, r"seed 0 \(now 9\), learning_rate 0\.001 \(now 0\.5\)"),
         ({"reconstruction_weight": 0}, r"reconstruction_weight 1\.0 \(now 0\)"),
         ({"batch_size": 6}, r"iterations an epoch 3 \(now 4\), batch_size 8 \(now 6\)"),
         ({"max_epochs": 1, "schedule_epochs": 4}, "has done 2 epochs, more than .*max_epochs.* 1"),

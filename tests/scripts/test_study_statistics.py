@@ -11,7 +11,7 @@ import run_experiments
 import study_statistics
 from sklearn.metrics import roc_auc_score
 
-from dissect_monai.handlers.segmentation_table import CaseScores, summarize, write_tables
+from dissect_monai.handlers.segmentation_report import CaseScores, summarize, write_tables
 from dissect_monai.metrics.classification import auroc, average_precision
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore

@@ -44,7 +44,7 @@ def bundle(repository: Path) -> Path:
 
 def test_holds_bundle_package_and_weights_in_one_folder_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
     path = package(bundle, bundle, tmp_path / "dist")
-    assert path.name == "seg_finetune_btcv_v0.1.0.zip"
+    assert path.name == "seg_finetune_btcv_v0.2.0.zip"
     with zipfile.ZipFile(path) as archive:
         names = {Path(name) for name in archive.namelist()}
         assert archive.read("seg_finetune_btcv/models/model.pt") == b"weights"
@@ -68,9 +68,9 @@ def test_the_same_commit_and_weights_give_the_same_bytes(bundle: Path, tmp_path:
 
 def test_a_version_without_a_changelog_entry_is_refused(bundle: Path, tmp_path: Path) -> None:
     metadata = bundle / "configs" / "metadata.json"
-    write(metadata, {**read(metadata), "version": "0.2.0"})
+    write(metadata, {**read(metadata), "version": "0.3.0"})
     git(bundle, "commit", "--quiet", "--all", "--message", "version")
-    with pytest.raises(ValueError, match=r"version 0\.2\.0 of seg_finetune_btcv must have an entry in `changelog`"):
+    with pytest.raises(ValueError, match=r"version 0\.3\.0 of seg_finetune_btcv must have an entry in `changelog`"):
         package(bundle, bundle, tmp_path / "dist")
     assert not (tmp_path / "dist").exists()
 
