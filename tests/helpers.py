@@ -26,7 +26,7 @@ from monai.bundle import ConfigParser, run
 from monai.data import Dataset
 from PIL import Image
 
-from dissect_monai.bundle import bad_input
+from dissect_monai.bundle import bad_input, with_dashes
 from dissect_monai.handlers.checkpoints import newest_checkpoint
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
@@ -102,7 +102,7 @@ def refused(message: str) -> Iterator[None]:
         yield
     cause = bad_input(raised.value)
     assert cause is not None, raised.value
-    assert re.search(message, str(cause)), cause
+    assert re.search(message, with_dashes(str(cause))), cause
 
 
 def counting_engine(max_epochs: int = 4) -> Engine:

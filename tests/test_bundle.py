@@ -239,7 +239,7 @@ def test_weights_without_a_file_are_refused_before_anything_is_built(tmp_path: P
 
 
 def test_the_running_bundle_is_held_to_the_rules(tiny_bundle: Path) -> None:
-    with refused("`learning_rate` must be a number over 0, got 'fast'"):
+    with refused("`--learning_rate` must be a number over 0, got 'fast'"):
         run_bundle(tiny_bundle, learning_rate="fast")
     assert not Path("ran").exists()
 

@@ -325,9 +325,10 @@ class EmbeddingSaver(Saver):
         images, errors = self.images, self.loader.errors
         first: dict[str, Any] = next(iter(self.results.values()), {})
         if self.path.suffix == ".npz":
-            arrays: dict[str, Any] = {name: np.stack([each[name] for each in self.results.values()]) for name in first}
+            arrays: dict[str, Any] = {"error": list(errors.values())}
+            arrays |= {name: np.stack([each[name] for each in self.results.values()]) for name in first}
             arrays |= {"image": [images[index] for index in self.results]}
-            arrays |= {"unreadable": [images[index] for index in errors], "error": list(errors.values())}
+            arrays |= {"unreadable": [images[index] for index in errors]}
             np.savez_compressed(self.path, **arrays)
             return
         rows = [
@@ -336,9 +337,8 @@ class EmbeddingSaver(Saver):
             else [image, "", *(f"{value:.6g}" for value in self.results[index]["embedding"])]
             for index, image in enumerate(images)
         ]
-        write_csv(
-            self.path, ["image", "error", *(f"e{index}" for index in range(len(first.get("embedding", ()))))], rows
-        )
+        width = len(first.get("embedding", ()))
+        write_csv(self.path, ["image", "error", *(f"e{index}" for index in range(width))], rows)
 
 
 class TrainedQuantizer(NamedTuple):

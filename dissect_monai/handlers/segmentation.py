@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
+NUM_OVERLAYS = 2
 
 
 class SegmentationEvaluation:
@@ -53,8 +54,7 @@ class SegmentationEvaluation:
         largest_only: structures of which only the largest connected part counts.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
-        writer: TensorBoard, which gets the first cases as overlays; None draws none.
-        num_overlays: how many cases are drawn for `writer`.
+        writer: TensorBoard, which gets the first two cases as overlays; None draws none.
         facts: headline facts of the report by name, such as where the weights come from; None writes no report.
         notes: sentences of the report on how to read it.
         window: values of the images that are black and white in the pictures, where the modality is CT.
@@ -73,7 +73,6 @@ class SegmentationEvaluation:
         num_samples: int = 1000,
         seed: int = 0,
         writer: SummaryWriter | None = None,
-        num_overlays: int = 2,
         facts: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         window: tuple[float, float] | None = None,
@@ -83,7 +82,7 @@ class SegmentationEvaluation:
         self.tolerance = tolerance
         self.largest_only = largest_only
         self.num_samples, self.seed = num_samples, seed
-        self.writer, self.num_overlays = writer, num_overlays
+        self.writer = writer
         self.facts, self.notes, self.window = facts, notes, window
         self.items: dict[str, Item] = {}
         self.cases: dict[str, CaseScores] = {}
@@ -111,7 +110,7 @@ class SegmentationEvaluation:
             self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
             if self.facts is not None:
                 self.stored[image] = maps.compressed()
-            if self.writer is not None and len(self.cases) <= self.num_overlays:
+            if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
                 figure = case_figure(item, maps, scored_classes(item, self.class_names), self.window)
                 name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)

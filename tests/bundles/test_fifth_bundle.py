@@ -119,6 +119,6 @@ def test_it_trains_resumes_and_its_weights_load(train: Path, dataset_dir: Path, 
 def test_its_knobs_are_guarded(train: Path, dataset_dir: Path, tmp_path: Path) -> None:
     with refused("there is no --imagesize to override; did you mean --image_size"):
         run_config(train, dataset_dir=dataset_dir, imagesize=64)
-    with refused("`batch_size` must be a whole number of at least 1, got 0"):
+    with refused("`--batch_size` must be a whole number of at least 1, got 0"):
         run_config(train, dataset_dir=dataset_dir, batch_size=0)
     assert not (train.parent.parent / "models").exists()
