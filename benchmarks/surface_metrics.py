@@ -15,12 +15,13 @@ import argparse
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from common import Timings, compare, conclude
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def build(shape: tuple[int, ...], kind: str) -> Case:
     axes = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
     distance = np.sqrt(sum(axis**2 for axis in axes))
 
-    def wave(amplitude: float) -> np.ndarray:
+    def wave(amplitude: float) -> NDArray[Any]:
         """A smooth random field with that standard deviation."""
         coarse = rng.normal(size=[8] * 3)
         field = ndimage.zoom(coarse, [size / 8 for size in shape], order=3, mode="nearest")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
 from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, VolumeHeader, image_format
@@ -130,7 +131,7 @@ def label_matrix(
     label_names: Sequence[str],
     findings: Sequence[str] | None = None,
     allow_missing: bool = False,
-) -> np.ndarray:
+) -> NDArray[Any]:
     """Labels of shape (N, C), 1, 0 or NaN (unknown); an item without label is unknown throughout.
 
     The columns are `findings`, or `label_names` if None. "No finding" is derived if it is no label itself: 1 where

@@ -15,6 +15,7 @@ import numpy as np
 from monai.data import ImageReader, NibabelReader
 from monai.utils import MetaKeys, SpaceKeys
 from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
 from PIL import Image
 
 from dissect_monai.common import InputError, MissingPackageError
@@ -103,7 +104,7 @@ class ImageFileReader(ImageReader):
             raise InputError(f"`data` must be an image file, got {path}.")
         return path
 
-    def get_data(self, img: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    def get_data(self, img: Path) -> tuple[NDArray[Any], dict[str, Any]]:
         """Decode what `read` accepted into the array and MONAI's metadata."""
         if not img.exists():
             raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
@@ -113,7 +114,7 @@ class ImageFileReader(ImageReader):
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
         return self._fit_spatial_dims(array, meta, img)
 
-    def _decode(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    def _decode(self, path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
         if path.is_dir():
             return _read_dicom_series(path, self.window)
         kind = image_format(path)
@@ -127,8 +128,8 @@ class ImageFileReader(ImageReader):
         return _from_itk(simpleitk(path).ReadImage(fspath(path)))
 
     def _fit_spatial_dims(
-        self, array: np.ndarray, meta: dict[str, Any], path: Path
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+        self, array: NDArray[Any], meta: dict[str, Any], path: Path
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
@@ -175,7 +176,7 @@ def simpleitk(path: Path) -> Any:
     return SimpleITK
 
 
-def _read_picture(path: Path) -> np.ndarray:
+def _read_picture(path: Path) -> NDArray[Any]:
     with Image.open(path) as image:
         # Pillow would clip 16-bit and float pictures to 255 on converting them to "L".
         is_grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
@@ -183,7 +184,7 @@ def _read_picture(path: Path) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False).T
 
 
-def _read_dicom_series(folder: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
+def _read_dicom_series(folder: Path, window: bool) -> tuple[NDArray[Any], dict[str, Any]]:
     files = series_files(folder)
     if len(files) == 1:
         return _read_dicom(Path(files[0]), window)
@@ -199,7 +200,7 @@ def series_files(folder: Path) -> Sequence[str]:
     return list(reader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
 
 
-def _read_dicom(path: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
+def _read_dicom(path: Path, window: bool) -> tuple[NDArray[Any], dict[str, Any]]:
     image = simpleitk(path).ReadImage(fspath(path), imageIO="GDCMImageIO")
     array, meta = _from_itk(image)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -228,7 +229,7 @@ def _tag(image: Any, key: str) -> float | None:
     return float(first) if first else None
 
 
-def _from_itk(image: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def _from_itk(image: Any) -> tuple[NDArray[Any], dict[str, Any]]:
     from SimpleITK import GetArrayFromImage
 
     array = GetArrayFromImage(image)
@@ -242,7 +243,7 @@ def _from_itk(image: Any) -> tuple[np.ndarray, dict[str, Any]]:
     return _with_meta(array.T, ras_affine(image) if array.ndim == 3 else None)
 
 
-def ras_affine(image: Any) -> np.ndarray:
+def ras_affine(image: Any) -> NDArray[Any]:
     """Affine (4, 4) from voxels to mm in RAS, of a 3-D SimpleITK image or of a reader that has read its header."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
@@ -251,7 +252,7 @@ def ras_affine(image: Any) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def _with_meta(array: np.ndarray, affine: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def _with_meta(array: NDArray[Any], affine: NDArray[Any] | None = None) -> tuple[NDArray[Any], dict[str, Any]]:
     meta = {MetaKeys.SPATIAL_SHAPE: np.array(array.shape), MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan")}
     if affine is not None:
         meta.update({MetaKeys.AFFINE: affine, MetaKeys.ORIGINAL_AFFINE: affine.copy(), MetaKeys.SPACE: SpaceKeys.RAS})
@@ -270,7 +271,7 @@ class Grid(NamedTuple):
     """Where the voxels of a volume lie, along the axes of its file."""
 
     shape: tuple[int, ...]
-    affine: np.ndarray  # (4, 4), to mm in RAS
+    affine: NDArray[Any]  # (4, 4), to mm in RAS
     channels: int = 1
 
 

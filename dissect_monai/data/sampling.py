@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from monai.data import Dataset
+from numpy.typing import NDArray
 from torch.utils import data as torch_data
 
 from dissect_monai.common import InputError, Item
@@ -107,7 +108,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
                 yield from map(SeededIndex, drawn, seeds.tolist())
 
 
-def _take(count: int, queue: list[int], items: np.ndarray, rng: np.random.Generator) -> list[int]:
+def _take(count: int, queue: list[int], items: NDArray[Any], rng: np.random.Generator) -> list[int]:
     """Take items off the end of the queue; an empty one is refilled, with those just taken at its start."""
     taken: list[int] = []
     while len(taken) < count:

@@ -405,12 +405,10 @@ def _structures(splits: Sequence[list[Item]]) -> Question:
     def label(item: Item, task: str, name: str) -> float:
         return item.get("structures", {}).get(name, np.nan) if item["task"] == task else np.nan
 
-    labels = [
-        np.array([[label(item, *pair) for pair in pairs] for item in items], dtype=float).reshape(
-            len(items), len(pairs)
-        )
-        for items in splits
-    ]
+    labels: list[Array] = []
+    for items in splits:
+        rows = [[label(item, *pair) for pair in pairs] for item in items]
+        labels.append(np.array(rows, dtype=float).reshape(len(items), len(pairs)))
     return Question("structures", ["/".join(pair) for pair in pairs], labels, _parts([task for task, _ in pairs]))
 
 

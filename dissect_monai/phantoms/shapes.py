@@ -41,9 +41,9 @@ class Shapes:
         `vary` is the standard deviation of its variation: times 3 mm, 8 % and 6 degrees.
         """
         centre = np.asarray(centre) + vary * self.rng.normal(0, 3, 3)
-        radii = np.asarray(radii) * np.exp(vary * self.rng.normal(0, 0.08, 3))
+        scaled: NDArray[np.float64] = np.asarray(radii) * np.exp(vary * self.rng.normal(0, 0.08, 3))
         turn = rotation(np.asarray(tilt) + vary * self.rng.normal(0, 6, 3))
-        return _from_surface(_transform(turn.T, self.points, centre), radii)
+        return _from_surface(_transform(turn.T, self.points, centre), scaled)
 
     def column(self, centre: tuple[float, float], radii: tuple[float, float], *, vary: float = 1) -> Array:
         """Distance to an endless elliptic cylinder along z; as `ellipsoid`, without a tilt."""

@@ -10,6 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, ScaleIntensityRange
 from monai.utils import convert_to_dst_type
+from numpy.typing import NDArray
 
 from dissect_monai.common import InputError
 
@@ -125,7 +126,7 @@ def is_ct(modality: object) -> bool:
     return str(modality).strip().upper().startswith("CT")
 
 
-def sample_voxels(image: torch.Tensor | np.ndarray) -> np.ndarray:
+def sample_voxels(image: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
     """At most about a million of the voxels, evenly spaced, as a flat array: enough for percentiles, and quick."""
     values = np.asarray(image).ravel()
     # An odd step does not meet the same columns of every row.

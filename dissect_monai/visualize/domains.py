@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import Array, InputError, Item
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
@@ -84,7 +84,7 @@ def _intensities(items: Sequence[Item], num_volumes: int) -> tuple[float, float,
     """Minimum, 1 %, 99 % and maximum over volumes that are evenly spaced in the list."""
     reader = ImageFileReader(spatial_dims=3)
     chosen = np.linspace(0, len(items) - 1, min(num_volumes, len(items))).round().astype(int)
-    values = [np.full(1, np.nan)]
+    values: list[Array] = [np.full(1, np.nan)]
     for index in chosen:
         try:
             values.append(sample_voxels(reader.get_data(reader.read(items[index]["image"]))[0]))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import nibabel
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
+from numpy.typing import NDArray
 
 from datalists.source import walk
 from dissect_monai import ImageFileReader
@@ -122,7 +123,7 @@ def difference(image: Grid, label: Grid) -> str | None:
 def describe(grid: Grid) -> dict[str, str]:
     """A grid in words, part by part."""
 
-    def numbers(values: np.ndarray) -> str:
+    def numbers(values: NDArray[Any]) -> str:
         # Adding 0 turns -0 into 0.
         return f"({', '.join(f'{value:g}' for value in np.round(values, 3) + 0.0)})"
 

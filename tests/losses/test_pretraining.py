@@ -131,10 +131,10 @@ def make_net(spatial_dims: int = 2, dense: bool = False) -> HSSLNet:
     return HSSLNet(segresnet, 3, 2, hidden_dim=16, out_dim=8, dense=dense)
 
 
-def make_batch(spatial_dims: int = 2) -> ViewBatch:
+def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:
     generator = torch.Generator().manual_seed(1)
     # Every task has a brightness of its own, every image a pattern.
-    noise = torch.rand(4, 1, *[8] * spatial_dims, generator=generator)
+    noise = torch.rand(4, 1, *[size] * spatial_dims, generator=generator)
     images = 0.3 * TASK.view(-1, 1, *[1] * spatial_dims) + 0.4 * noise
     views = images.repeat(2, *[1] * (spatial_dims + 1)).clamp(0, 1)
     images, masked = Corrupt(0.4, mask_size=4)(views, generator)
@@ -269,7 +269,8 @@ def test_other_terms_train_the_encoder_alone(name: str) -> None:
 
 @both_dims
 def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
-    net, (images, target) = make_net(spatial_dims), make_batch(spatial_dims)
+    # Of 3-D convolutions of 2³ voxels torch 2.13 leaves parts of the gradient unwritten in bfloat16 on CPUs: here are 4³.
+    net, (images, target) = make_net(spatial_dims), make_batch(spatial_dims, size=16)
     output = AutocastInferer()(images, net)
     assert output.task_logits.dtype == torch.bfloat16
     terms, expected = HSSLLoss().terms(output, target), HSSLLoss().terms(net(images), target)
