@@ -269,7 +269,7 @@ def test_other_terms_train_the_encoder_alone(name: str) -> None:
 
 @both_dims
 def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
-    # Of 3-D convolutions of 2³ voxels torch 2.13 leaves parts of the gradient unwritten in bfloat16 on CPUs: here are 4³.
+    # In bfloat16 on CPUs torch 2.13 leaves parts of the gradient of 3-D convolutions of 2³ voxels unwritten: here are 4³.
     net, (images, target) = make_net(spatial_dims), make_batch(spatial_dims, size=16)
     output = AutocastInferer()(images, net)
     assert output.task_logits.dtype == torch.bfloat16
