@@ -269,7 +269,7 @@ def test_other_terms_train_the_encoder_alone(name: str) -> None:
 
 @both_dims
 def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
-    # Not 2³ voxels at the bottleneck: of such 3-D convolutions torch 2.13 leaves gradients in bfloat16 partly unwritten.
+    # Of 3-D convolutions of 2³ voxels torch 2.13 leaves bfloat16 gradients partly unwritten on CPUs.
     net, (images, target) = make_net(spatial_dims), make_batch(spatial_dims, size=16)
     output = AutocastInferer()(images, net)
     assert output.task_logits.dtype == torch.bfloat16
