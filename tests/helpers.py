@@ -6,12 +6,15 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -65,21 +68,69 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def command_line(
-    config: str | Path, cwd: Path = ROOT, launcher: tuple[str, ...] = (), threads: int | None = 1, **knobs: Any
-) -> Any:
-    arguments = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, *(launcher or ("-m",)), "monai.bundle", "run", "--config_file", str(config), *arguments]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
-    )
+class Ended(NamedTuple):
+    """What processes have left."""
+
+    returncode: int  # 0 if all have succeeded
+    stdout: str
+    stderr: str
 
 
-def two_processes(*configs: Path, cwd: Path, **knobs: Any) -> Any:
-    """`monai.bundle run` of a training by two processes."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    return command_line(f"[{','.join(repr(str(config)) for config in configs)}]", cwd=cwd, launcher=launcher, **knobs)
+@cache
+def fork_server() -> subprocess.Popen[str]:
+    """It ends with the tests, which hold its input."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command, pipe = [sys.executable, str(Path(__file__).with_name("forks.py"))], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment)
+
+
+def command_line(config: str | Path, cwd: Path = ROOT, **knobs: Any) -> Ended:
+    """`monai.bundle run` in a process of its own."""
+    return forked(config, cwd, [{}], **knobs)
+
+
+def two_processes(
+    *configs: Path, cwd: Path, meanwhile: Callable[[list[int]], None] | None = None, **knobs: Any
+) -> Ended:
+    """`monai.bundle run` of a training by two processes, as torchrun starts them; `meanwhile` gets their ids."""
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [{**ranks, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return forked(str([str(config) for config in configs]), cwd, environments, meanwhile, **knobs)
+
+
+def forked(
+    config: str | Path,
+    cwd: Path,
+    environments: list[dict[str, str]],
+    meanwhile: Callable[[list[int]], None] | None = None,
+    **knobs: Any,
+) -> Ended:
+    """`monai.bundle run` in a process for each environment."""
+    options = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+    arguments = ["monai.bundle", "run", "--config_file", str(config), *options]
+    server = fork_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with TemporaryDirectory() as folder:
+        logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]
+        processes = [
+            {"arguments": arguments, "cwd": str(cwd), "environment": environment, "stdout": out, "stderr": error}
+            for environment, (out, error) in zip(environments, logs, strict=True)
+        ]
+        server.stdin.write(json.dumps(processes) + "\n")
+        server.stdin.flush()
+        pids = json.loads(server.stdout.readline())
+        if meanwhile is not None:
+            meanwhile(pids)
+        statuses = json.loads(server.stdout.readline())
+        texts = ("".join(Path(path).read_text(errors="replace") for path in paths) for paths in zip(*logs, strict=True))
+        return Ended(max(statuses, key=abs), *texts)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

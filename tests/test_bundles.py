@@ -510,7 +510,7 @@ def test_inference_names_what_it_cannot_read_and_does_the_rest(
 @pytest.mark.slow
 def test_the_first_command_pretrains_on_phantoms_and_raises_the_auroc(tmp_path: Path) -> None:
     shared = {"output_dir": tmp_path}
-    result = command_line(PRETRAIN / "train.json", threads=None, **shared)
+    result = command_line(PRETRAIN / "train.json", **shared)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     events = EventAccumulator(str(tmp_path / "eval"))
@@ -518,7 +518,7 @@ def test_the_first_command_pretrains_on_phantoms_and_raises_the_auroc(tmp_path: 
     for name in ("knn_auroc", "knn_auroc_stages"):
         untrained, *_, pretrained = (event.value for event in events.Scalars(name))
         assert pretrained > untrained + 0.015
-    assert command_line(PRETRAIN / "evaluate.json", threads=None, **shared).returncode == 0
+    assert command_line(PRETRAIN / "evaluate.json", **shared).returncode == 0
     with open(tmp_path / "eval" / "differences.csv", encoding="utf-8") as file:
         rows = {(row["task"], row["features"], row["probe"], row["baseline"]): row for row in csv.DictReader(file)}
     assert float(rows["findings", "last", "knn", "random"]["difference"]) > 0

@@ -150,7 +150,7 @@ def test_two_processes_train_one_network(dataset_dir: Path, encoder: Path, tmp_p
 
 @pytest.mark.slow
 def test_the_smoke_run_is_clearly_above_chance(tmp_path: Path) -> None:
-    result = command_line(CONFIGS / "train.json", threads=None, output_dir=tmp_path)
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     events = EventAccumulator(str(tmp_path / "eval"))

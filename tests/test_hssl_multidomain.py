@@ -527,7 +527,7 @@ def test_exports_and_load_give_the_pretrained_network(trained: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_the_first_command_learns_on_phantoms(tmp_path: Path) -> None:
-    result = command_line(CONFIGS / "train.json", threads=None, output_dir=tmp_path)
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     events = events_of(tmp_path)
@@ -541,5 +541,5 @@ def test_the_first_command_learns_on_phantoms(tmp_path: Path) -> None:
     domains = table(tmp_path / "eval" / "domains.csv")
     assert len({row["task"] for row in domains}) >= 4
     assert len({row["group"] for row in domains}) >= 2
-    assert command_line(CONFIGS / "evaluate.json", threads=None, output_dir=tmp_path, num_samples=50).returncode == 0
+    assert command_line(CONFIGS / "evaluate.json", output_dir=tmp_path, num_samples=50).returncode == 0
     assert len(table(tmp_path / "eval" / "reconstruction.csv")) == len(domains)
