@@ -24,7 +24,8 @@ from monai import transforms as mt
 from monai.data import set_track_meta
 from torch import Tensor
 
-from dissect_monai.augment import BatchAugment, TwoViews
+from dissect_monai.transforms.augment import BatchAugment
+from dissect_monai.transforms.views import TwoViews
 
 try:
     import kornia.augmentation as ka

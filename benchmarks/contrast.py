@@ -24,7 +24,7 @@ from monai.losses import ContrastiveLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from dissect_monai.contrast import HierarchicalContrastiveLoss, supervised_contrast
+from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss, supervised_contrast
 
 try:
     from pytorch_metric_learning.losses import SupConLoss

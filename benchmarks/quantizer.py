@@ -21,7 +21,7 @@ from common import Timings, compare, conclude, peak_memory
 from monai.networks.layers.vector_quantizer import EMAQuantizer, VectorQuantizer
 from torch import Tensor, nn
 
-from dissect_monai.quantizers import EMACodebook
+from dissect_monai.networks.quantizers import EMACodebook
 
 try:
     from vector_quantize_pytorch import VectorQuantize

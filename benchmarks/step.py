@@ -35,12 +35,14 @@ from monai.networks import nets
 from quantizer import make_module
 from torch import Tensor, nn
 
-from dissect_monai.augment import BatchAugment, TwoViews
-from dissect_monai.datasets import cached_dataset
-from dissect_monai.losses import VQSSLLoss
-from dissect_monai.networks import FUSIONS, VQSSLNet, feature_maps
-from dissect_monai.optimizers import ssl_optimizer
-from dissect_monai.quantizers import Quantized
+from dissect_monai.data.datasets import cached_dataset
+from dissect_monai.losses.pretraining import VQSSLLoss
+from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.networks.optimizers import ssl_optimizer
+from dissect_monai.networks.quantizers import Quantized
+from dissect_monai.networks.vqssl import FUSIONS, VQSSLNet
+from dissect_monai.transforms.augment import BatchAugment
+from dissect_monai.transforms.views import TwoViews
 
 Batch = dict[str, Tensor]
 

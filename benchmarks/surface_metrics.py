@@ -24,7 +24,8 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 from torch import Tensor
 
-from dissect_monai.segmentation_metrics import Mask, mask_overlap
+from dissect_monai.metrics.segmentation import mask_overlap
+from dissect_monai.transforms.labels import Mask
 
 SPACING, TOLERANCE = (0.8, 0.8, 2.5), 2.0  # mm
 BOXES = {"0.5 M": (96, 96, 56), "4 M": (192, 192, 112)}  # voxels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, combinations
 from typing import Any
 
@@ -76,24 +76,3 @@ class FlippingWindowInferer(SlidingWindowInferer):
             # The result keeps the metadata of the volume as it is.
             total = logits if total is None else total.add_(logits.as_subclass(torch.Tensor).flip(axes))
         return total.div_(len(self.flips)) if len(self.flips) > 1 else total
-
-
-def prepare_images(
-    batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Batch of a MONAI evaluator whose images are cached as uint8: move them first, scale them to [0, 1] there.
-
-    Args:
-        batchdata: with an "image" of any shape, uint8, or float, which is left as it is; and possibly a "label".
-        device: where to.
-        non_blocking: whether the copy may overlap.
-        kwargs: for `Tensor.to`.
-
-    Returns:
-        the images as float32, and the label, or None.
-    """
-    image = torch.as_tensor(batchdata["image"]).to(device, non_blocking=non_blocking, **kwargs)
-    label = batchdata.get("label")
-    if label is not None:
-        label = torch.as_tensor(label).to(device, non_blocking=non_blocking)
-    return (image.float() / 255 if image.dtype == torch.uint8 else image), label

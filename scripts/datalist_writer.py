@@ -19,9 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 from volume_pairs import UNNAMED_VALUES, Found, check_grids, check_values
 
-from dissect_monai.data import SPLITS, read_datalist
-from dissect_monai.knobs import is_true
-from dissect_monai.readers import ImageFileReader, decoding_reason, image_format
+from dissect_monai.bundle import is_true
+from dissect_monai.data.datalists import SPLITS, read_datalist
+from dissect_monai.data.readers import ImageFileReader, decoding_reason, image_format
 
 T = TypeVar("T")
 DRAWN = "; drawn with seed"  # begins what a description says of the splits

@@ -35,9 +35,9 @@ from datalist_source import Label, Record, Source, absolute, columns, few, find_
 from datalist_writer import make_datalist
 from volume_sources import VolumeSources
 
-from dissect_monai.data import SPLITS
-from dissect_monai.knobs import is_true
-from dissect_monai.readers import image_format
+from dissect_monai.bundle import is_true
+from dissect_monai.data.datalists import SPLITS
+from dissect_monai.data.readers import image_format
 
 # fmt: off
 NIH_FINDINGS = [

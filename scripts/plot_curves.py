@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from dissect_monai.plots import COLORS, LINES
+from dissect_monai.visualize.classifier import COLORS, LINES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

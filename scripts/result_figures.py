@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 
-from dissect_monai.plots import COLORS, MARKERS
+from dissect_monai.visualize.classifier import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

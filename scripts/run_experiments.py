@@ -42,9 +42,9 @@ from study_statistics import (
     usable_columns,
 )
 
-from dissect_monai.data import read_datalist
-from dissect_monai.metrics import auroc, average_precision
-from dissect_monai.segmentation_table import CaseScores
+from dissect_monai.data.datalists import read_datalist
+from dissect_monai.handlers.segmentation_table import CaseScores
+from dissect_monai.metrics.classification import auroc, average_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "results.csv"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from study_statistics import Array, difference_row, mean_row, resample
 
-from dissect_monai.segmentation_metrics import StructureScore
-from dissect_monai.segmentation_table import METRICS, CaseScores, subject_scores, summarize
+from dissect_monai.handlers.segmentation_table import METRICS, CaseScores, subject_scores, summarize
+from dissect_monai.metrics.segmentation import StructureScore
 
 
 def cases_file(folder: Path) -> Path:

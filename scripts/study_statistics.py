@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dissect_monai.metrics import Interval
+from dissect_monai.metrics.intervals import Interval
 
 Array = NDArray[np.floating[Any]]
 Measure = Callable[..., Array]  # labels, scores, weights → values, as in dissect_monai.metrics

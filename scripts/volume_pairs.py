@@ -13,9 +13,9 @@ import nibabel
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 
-from dissect_monai.data import VOLUME_SUFFIXES
-from dissect_monai.headers import read_header
-from dissect_monai.readers import ImageFileReader, explained, image_format, ras_affine, series_files, simpleitk
+from dissect_monai.data.datalists import VOLUME_SUFFIXES
+from dissect_monai.data.headers import read_header
+from dissect_monai.data.readers import ImageFileReader, explained, image_format, ras_affine, series_files, simpleitk
 
 # Corners of two grids may lie this share of the smallest spacing apart. Formats round an affine to far less, while the
 # least real mistake, origins that differ by half a voxel, is far more.

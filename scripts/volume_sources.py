@@ -14,8 +14,9 @@ from datalist_source import Options, Record, Source, Volumes, absolute, columns,
 from datalist_writer import DRAWN, leave_out
 from volume_pairs import find_volumes, without_channels
 
-from dissect_monai.knobs import is_true
-from dissect_monai.segmentation_data import BTCV_ORGANS, BTCV_VALIDATION
+from dissect_monai.bundle import is_true
+from dissect_monai.data.segmentation import BTCV_ORGANS
+from dissect_monai.data.splits import BTCV_VALIDATION
 
 BTCV_PARENTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training")
 BTCV_PARTS = (("img", "label"), ("imagesTr", "labelsTr"), ("images", "labels"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, TINY_BUNDLE, write
 
-from dissect_monai.synthetic import write_xray_phantoms
+from dissect_monai.phantoms.xray import write_xray_phantoms
 
 
 @pytest.fixture(scope="session", autouse=True)

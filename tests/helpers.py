@@ -23,9 +23,9 @@ from ignite.engine import Engine
 from monai.bundle import run
 from PIL import Image
 
-from dissect_monai.checkpoints import newest_checkpoint
-from dissect_monai.preflight import bad_input
-from dissect_monai.volume_phantoms import write_volume_phantoms
+from dissect_monai.bundle import bad_input
+from dissect_monai.handlers.checkpoints import newest_checkpoint
+from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
@@ -43,10 +43,9 @@ TINY = {  # knobs that all training configs have
 TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
     "imports": [
         "$from pathlib import Path",
-        "$from dissect_monai import knobs",
-        "$from dissect_monai import preflight",
+        "$from dissect_monai import bundle",
     ],
-    "root": "$preflight.bundle_root('tiny')",
+    "root": "$bundle.bundle_root('tiny')",
     "learning_rate": 0.1,
     "data": "$1 / 0",
     "loss_name": "DiceLoss",
@@ -54,7 +53,7 @@ TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
     "network": {"_target_": "monai.networks.nets.resnet10", "widen_factor": 0.5},
     "metric_name": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
     "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "initialize": ["$knobs.check_knobs()"],
+    "initialize": ["$bundle.check_knobs()"],
     "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
 }
 

@@ -17,13 +17,15 @@ from monai.networks.nets import resnet10
 from monai.transforms import Compose, RandomizableTrait
 from torch import Tensor, nn
 
-from dissect_monai.data import read_datalist, select_fraction
-from dissect_monai.evaluation import ProbeHandler
-from dissect_monai.losses import VQSSLLoss
-from dissect_monai.metrics import code_usage
-from dissect_monai.networks import Fusion, VQSSLNet, feature_maps
-from dissect_monai.probes import extract_features
-from dissect_monai.quantizers import EMACodebook
+from dissect_monai.data.datalists import read_datalist
+from dissect_monai.data.splits import select_fraction
+from dissect_monai.handlers.image_probes import ProbeHandler
+from dissect_monai.losses.pretraining import VQSSLLoss
+from dissect_monai.metrics.probes import extract_features
+from dissect_monai.metrics.representation import code_usage
+from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.networks.quantizers import EMACodebook
+from dissect_monai.networks.vqssl import Fusion, VQSSLNet
 
 
 def encoder() -> nn.Module:

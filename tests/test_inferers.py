@@ -10,7 +10,8 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer, sliding_window_inference
 from torch import Tensor, nn
 
-from dissect_monai.inferers import AutocastInferer, FlippingWindowInferer, prepare_images
+from dissect_monai.inferers import AutocastInferer, FlippingWindowInferer
+from dissect_monai.transforms.views import prepare_images
 
 
 def network(symmetric: bool = False) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 from helpers import refused, run_bundle
 from monai.bundle import ConfigParser
 
-from dissect_monai.knobs import RULES, is_true, refuse_bad_knobs
+from dissect_monai.bundle import RULES, is_true, refuse_bad_knobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 BAD = {

@@ -7,7 +7,7 @@ import pytest
 from helpers import refused, run_bundle, write
 from monai.bundle import ConfigWorkflow, run
 
-from dissect_monai.overrides import given_items, refuse_unknown_overrides
+from dissect_monai.bundle import given_items, refuse_unknown_overrides
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 

@@ -9,7 +9,7 @@ import torch
 from helpers import TINY_BUNDLE, command_line, run_bundle, write
 from monai.bundle import run
 
-from dissect_monai.preflight import (
+from dissect_monai.bundle import (
     announce,
     bad_input,
     bundle_root,
@@ -109,27 +109,27 @@ def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def run_in_a_process(tiny_bundle: Path, expression: str) -> Any:
-    initialize = ["$preflight.explain_errors()"]
+    initialize = ["$bundle.explain_errors()"]
     config = {"imports": TINY_BUNDLE["imports"], "initialize": initialize, "run": [f"${expression}"]}
     return command_line(write(tiny_bundle / "configs" / "train.json", config), cwd=Path())
 
 
 def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: Path) -> None:
-    result = run_in_a_process(tiny_bundle, "preflight.refuse_small_data([], 4)")
+    result = run_in_a_process(tiny_bundle, "bundle.refuse_small_data([], 4)")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: `training` holds no images")
     assert "Traceback" not in result.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
-    result = run_in_a_process(tiny_bundle, "preflight.refuse_small_data(None, 4)")  # a TypeError inside this package
+    result = run_in_a_process(tiny_bundle, "bundle.refuse_small_data(None, 4)")  # a TypeError inside this package
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "TypeError" in result.stderr
 
 
 def test_what_torch_raises_inside_this_package_keeps_its_traceback(tiny_bundle: Path) -> None:
-    from dissect_monai.metrics import feature_std
+    from dissect_monai.metrics.representation import feature_std
 
     with pytest.raises(RuntimeError) as raised:
         feature_std(torch.zeros(2, 2, device="meta")).item()
@@ -142,7 +142,7 @@ def test_what_torch_raises_inside_this_package_keeps_its_traceback(tiny_bundle: 
 def test_the_message_of_a_refusal_that_has_a_cause_is_its_own() -> None:
     from monai.bundle import ConfigParser
 
-    from dissect_monai.knobs import refuse_bad_knobs
+    from dissect_monai.bundle import refuse_bad_knobs
 
     with pytest.raises(ValueError, match="device") as raised:
         refuse_bad_knobs(ConfigParser({"device": "abacus"}))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dissect_monai.processes import leave_group, process_device
+from dissect_monai.bundle import leave_group, process_device
 
 
 def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Files to items: data lists, splits, readers, data sets, samplers."""

@@ -1,0 +1,245 @@
+"""Data sets that decode each image once, and parts of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, list_data_collate
+from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
+from torch.utils import data as torch_data
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from dissect_monai.common import Item
+from dissect_monai.data.datalists import labelled
+from dissect_monai.data.sampling import SeededDataset
+from dissect_monai.data.splits import select_fraction
+
+logger = logging.getLogger(__name__)
+Attempt = tuple[int, Any, "str | None"]  # index of the item, its contents, why it could not be read
+
+
+def cached_dataset(
+    data: list[Item],
+    transform: Callable[..., Any],
+    cache_dir: str | Path | None = None,
+    on_corrupt: str = "raise",
+    num_workers: int = 0,
+    progress: bool = False,
+    seeded: bool = False,
+    complete: Callable[[list[Item]], list[Item]] | None = None,
+) -> Dataset | SeededDataset:
+    """A data set that decodes and preprocesses every image once, now, and finds all unreadable files at that.
+
+    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. In
+    `cache_dir`, files are found again by item and by the transforms' settings; empty it when images change in place.
+
+    Args:
+        data: items of a data list.
+        transform: MONAI transforms, usually a `Compose`.
+        cache_dir: folder for the cache, kept between runs; None keeps it in memory.
+        on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
+        num_workers: threads that fill the cache; at least one.
+        progress: show a progress bar.
+        seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
+        complete: adds to the items what a caller that lists them itself, such as MONAI Label, leaves out.
+
+    Returns:
+        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
+        `seeded`; `.data` is the list of the items that could be read. What is taken from memory is not copied: do not
+        change it in place.
+
+    Raises:
+        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
+    """
+    steps, num_deterministic = flattened(transform)
+    preprocessing = Compose(steps.transforms[:num_deterministic])
+    data = data if complete is None else complete(data)
+    if not data:
+        return Dataset(data, steps)  # the validation split of unlabelled images, say
+    if cache_dir is None:
+        contents, good = read_all(Dataset(data, preprocessing), on_corrupt, num_workers, progress)
+    else:
+        stored = PersistentDataset(data, preprocessing, cache_dir, hash_transform=pickle_hashing)
+        contents, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
+    dataset: Dataset
+    if cache_dir is None:
+        dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
+    else:
+        dataset = PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+    return SeededDataset(dataset) if seeded else dataset
+
+
+def labelled_part(
+    dataset: Dataset, fraction: float = 1.0, seed: int = 0, label_names: Sequence[str] | None = None
+) -> Subset[Any]:
+    """The labelled images of a data set, or a fraction of them by subject; nothing is read again.
+
+    Args:
+        dataset: with a data list `data`, such as `cached_dataset` gives it.
+        fraction: share of the labelled subjects in (0, 1], as `select_fraction` draws it.
+        seed: draws other subjects.
+        label_names: names for the warning about findings that lose their last positive.
+    """
+    drawn = {id(item) for item in select_fraction(labelled(dataset.data), fraction, seed, label_names)}
+    return Subset(dataset, [index for index, item in enumerate(dataset.data) if id(item) in drawn])
+
+
+def items_of(dataset: Any) -> list[Item]:
+    """The data list of a data set or of a part of one, in its order."""
+    if isinstance(dataset, Subset):
+        items = items_of(dataset.dataset)
+        return [items[index] for index in dataset.indices]
+    return list(dataset.data)
+
+
+class ReadableLoader:
+    """Batches of the images that can be read; those that cannot are left out, and named in `errors`.
+
+    Images are read while the network runs, and none is kept. A batch has an "index" beside the keys of its items, and
+    may be smaller than `batch_size`. There is no length, since nobody knows it beforehand.
+
+    Args:
+        dataset: items of a data list under preprocessing transforms.
+        batch_size: items a batch.
+        num_workers: processes that read.
+
+    Attributes:
+        errors: index of each item that could not be read, and the reason; complete when the iteration has ended.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int = 1, num_workers: int = 0) -> None:
+        self.dataset = dataset
+        self.errors: dict[int, str] = {}
+        self.loader = DataLoader(
+            _Attempts(dataset), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_readable
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.errors.clear()
+        for batch, errors in self.loader:
+            self.errors |= errors
+            if batch is not None:
+                yield batch
+
+    def refuse_unreadable(self, path: str | Path) -> None:
+        """End the run with an error, when all is written to `path`, if there were images that could not be read.
+
+        Raises:
+            ValueError: saying how many.
+        """
+        if self.errors:
+            raise ValueError(
+                f"{len(self.errors)} of {len(self.dataset)} images could not be read: {path} names them and says why. "
+                "All others are done."
+            )
+
+
+def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
+    """One item, or why its file cannot be read.
+
+    Args:
+        dataset: reads a file per item.
+        index: which item.
+
+    Returns:
+        the contents and None, or None and the reason.
+
+    Raises:
+        ImportError: if a package is missing, which is no fault of the file.
+    """
+    try:
+        content = dataset[index]
+    except RuntimeError as error:  # in which MONAI wraps anything that a transform raises, and so any decoder
+        cause: BaseException = error
+        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ImportError):
+            raise cause from None
+        return None, f"{cause}" or type(cause).__name__
+    return convert_to_contiguous(content), None
+
+
+def flattened(transform: Callable[..., Any]) -> tuple[Compose, int]:
+    """All transforms in one row, and how many come before the first random one, or the first that is not MONAI's."""
+    steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
+    first_random = steps.get_index_of_first(
+        lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
+    )
+    return steps, len(steps.transforms) if first_random is None else first_random
+
+
+def read_all(
+    dataset: Dataset, on_corrupt: str = "raise", num_workers: int = 0, progress: bool = False, keep: bool = True
+) -> tuple[list[Any], list[Item]]:
+    """Read a data set once; arguments and errors are those of `cached_dataset`.
+
+    Args:
+        dataset: reads a file per item of its list `data`.
+        on_corrupt: "raise" or "skip".
+        num_workers: threads; at least one.
+        progress: show a progress bar.
+        keep: whether the contents are wanted.
+
+    Returns:
+        The contents (none if not `keep`) and the items that could be read, in their order.
+    """
+    if on_corrupt not in ("raise", "skip"):
+        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
+
+    def load(index: int) -> tuple[Any, str | None]:
+        content, error = attempt(dataset, index)
+        return (content if keep else None), error
+
+    torch_threads = torch.get_num_threads()
+    try:
+        # One image gains nothing from torch's own threads; beside ours they cost a factor of ten on a busy machine.
+        with ThreadPool(max(1, num_workers), torch.set_num_threads, (1,)) as pool:
+            results = pool.imap(load, range(len(dataset)))
+            attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
+    finally:
+        torch.set_num_threads(torch_threads)
+    errors = {index: error for index, (_, error) in enumerate(attempts) if error is not None}
+    if errors:
+        _report(errors, dataset.data, skip=on_corrupt == "skip")
+    contents = [content for content, error in attempts if keep and error is None]
+    return contents, [item for index, item in enumerate(dataset.data) if index not in errors]
+
+
+def _report(errors: dict[int, str], data: list[Item], skip: bool) -> None:
+    lines = []
+    for index, error in errors.items():
+        image = str(data[index].get("image", f"item {index}"))
+        lines.append(error if image in error else f"{image}: {error}")
+    if skip and len(errors) < len(data):
+        for line in lines:
+            logger.warning("Skipped: %s", line)
+        return
+    raise ValueError(
+        f"`data` must hold images that can be read, got {len(errors)} of {len(data)} that cannot:\n  "
+        + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
+        + "\nRepair them, remove them from the data list, or give --on_corrupt skip."
+    )
+
+
+class _Attempts(torch_data.Dataset[Attempt]):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Attempt:
+        return index, *attempt(self.dataset, index)
+
+
+def _collate_readable(attempts: list[Attempt]) -> tuple[dict[str, Any] | None, dict[int, str]]:
+    errors = {index: error for index, _, error in attempts if error is not None}
+    contents = [{**content, "index": index} for index, content, error in attempts if error is None]
+    return (list_data_collate(contents) if contents else None), errors

@@ -1,0 +1,148 @@
+"""A fixed set of patches of volumes, and which structures lie in each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from monai.transforms import Compose
+from torch import Tensor
+
+from dissect_monai.common import Item
+from dissect_monai.data.datasets import flattened, read_all
+
+logger = logging.getLogger(__name__)
+LABEL_MAP = "label_map"  # key of the path of a label map, which `transform` makes the map
+# Part of the voxels of a patch, or of those of the structure itself, from which on a structure counts as shown.
+_PART_OF_PATCH = 1e-3
+_PART_OF_STRUCTURE = 0.5
+
+
+def patch_dataset(
+    data: list[Item],
+    transform: Callable[..., Any],
+    on_corrupt: str = "raise",
+    num_workers: int = 0,
+    progress: bool = False,
+    seed: int = 0,
+) -> Dataset:
+    """A fixed set of patches: every volume is read once, now, and nothing but its patches is kept.
+
+    What is drawn of a volume follows from `seed` and its place in `data` alone. Where an item has a label map, its
+    path goes to `transform` under the key "label_map" instead of "label", and its patches have `structures`, {name: 1,
+    0 or NaN (unknown)} for those that `labels` of the item name. A patch shows a structure (1) if it fills 0.1 % of the
+    patch, or half of it lies there, and does not (0) if none of it does; anything between is unknown. A structure that
+    the map of the whole volume never has is unknown in all patches: it may be there without having been annotated.
+
+    Args:
+        data: items of a data list, as `aggregate` gives them.
+        transform: MONAI transforms whose random ones come last and cut patches, such as `RandCropByPosNegLabeld` with
+            `num_samples`; they leave "image" and, where there is one, "label_map", of the same place.
+        on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
+        num_workers: threads that read; at least one.
+        progress: show a progress bar.
+        seed: draws other patches.
+
+    Returns:
+        A data set of {"image", "task", "group"}, the last two being names, that reads no more files; its `.data` has
+        for each patch the item of its volume, with `structures` if there is a label map.
+
+    Raises:
+        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named; or if
+            `transform` does not load the label maps.
+    """
+    volumes = _Volumes(data, transform, seed)
+    contents, items = read_all(volumes, on_corrupt, num_workers, progress) if data else ([], [])
+    _name_unnamed(items)
+    patches = [(item, patch) for item, of_volume in zip(items, contents, strict=True) for patch in of_volume]
+    data = [{**item, **{key: patch[key] for key in patch if key != "image"}} for item, patch in patches]
+    return _PatchDataset(data, [patch["image"] for _, patch in patches])
+
+
+class _PatchDataset(Dataset):
+    def __init__(self, data: list[Item], images: list[Tensor]) -> None:
+        super().__init__(data)
+        self.images = images
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        names = {key: self.data[index][key] for key in ("task", "group") if key in self.data[index]}
+        return {"image": self.images[index], **names}
+
+
+class _Volumes(Dataset):
+    """The patches of every volume."""
+
+    def __init__(self, data: list[Item], transform: Callable[..., Any], seed: int) -> None:
+        super().__init__(data)
+        self.steps, self.num_deterministic = flattened(transform)
+        self.seed = seed
+
+    def _transform(self, index: int) -> list[dict[str, Any]]:
+        item = dict(self.data[index])
+        if isinstance(item.get("label"), str):
+            item[LABEL_MAP] = item.pop("label")
+        volume = self.steps(item, end=self.num_deterministic)
+        drawn = self._seeded(index)(volume, start=self.num_deterministic)
+        drawn = drawn if isinstance(drawn, list) else [drawn]
+        patches: list[dict[str, Any]] = [{"image": _plain(patch["image"])} for patch in drawn]
+        sizes = _sizes(volume.get(LABEL_MAP), item) if LABEL_MAP in item else None
+        if sizes is not None:
+            for patch, source in zip(patches, drawn, strict=True):
+                patch["structures"] = _shown(source[LABEL_MAP], sizes, item["labels"])
+        return patches
+
+    def _seeded(self, index: int) -> Compose:
+        """A copy, because threads share the transforms, that draws what follows from the seed and the index."""
+        words = np.random.SeedSequence([self.seed, index]).generate_state(1)
+        return deepcopy(self.steps).set_random_state(int(words[0]))
+
+
+def _plain(image: Any) -> Tensor:
+    """A tensor of its own, without which a patch would keep its volume in memory."""
+    return torch.as_tensor(image).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
+
+
+def _sizes(label_map: Any, item: Item) -> dict[str, int] | None:
+    """Voxels of each named structure in a volume; None without names."""
+    if not isinstance(label_map, Tensor):
+        raise ValueError(
+            f'`transform` must load "{LABEL_MAP}" as it loads "image", got {type(label_map).__name__} for '
+            f"{item['image']}: add it to its keys, with `allow_missing_keys`."
+        )
+    labels = item.get("labels")
+    if not isinstance(labels, Mapping):
+        return None
+    return _voxels(label_map, labels)
+
+
+def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]]) -> dict[str, float]:
+    shown = {}
+    for name, count in _voxels(label_map, labels).items():
+        size = sizes[name]
+        enough = count >= min(_PART_OF_PATCH * label_map[0].numel(), _PART_OF_STRUCTURE * size)
+        shown[name] = float("nan") if not size or (count > 0 and not enough) else float(count > 0)
+    return shown
+
+
+def _voxels(label_map: Tensor, labels: Mapping[str, list[int]]) -> dict[str, int]:
+    counts = torch.bincount(label_map.as_subclass(Tensor).flatten().clamp_min(0).long()).tolist()
+    return {name: sum(counts[value] for value in values if value < len(counts)) for name, values in labels.items()}
+
+
+def _name_unnamed(items: list[Item]) -> None:
+    """Say which label maps nobody can use, for want of names."""
+    unnamed = {
+        item.get("task"): item["image"]
+        for item in items
+        if isinstance(item.get("label"), str) and not isinstance(item.get("labels"), Mapping)
+    }
+    for task, image in unnamed.items():
+        logger.warning(
+            "Task %s has label maps whose structures have no names (see %s): write `labels`, such as "
+            '{"1": "spleen"}, into its dataset.json.', task, image,
+        )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Which volume comes next: balanced over tasks, and all that is drawn for it a function of the seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from monai.data import Dataset
+from torch.utils import data as torch_data
+
+from dissect_monai.common import Item
+
+
+class SeededIndex(int):
+    """An index of an item, which carries the seed of everything random that is done to it.
+
+    To anything but `SeededDataset` it is a plain integer.
+    """
+
+    seed: int
+
+    def __new__(cls, index: int, seed: int) -> SeededIndex:
+        """The index with its seed, in [0, 2**32)."""
+        self = super().__new__(cls, index)
+        self.seed = seed
+        return self
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        """What `pickle` makes it of again, on its way to a worker process."""
+        return int(self), self.seed
+
+
+class DomainSampler(torch_data.Sampler[SeededIndex]):
+    """Draws tasks with probability ∝ n^temperature, n being the number of items of a task, and items of that task.
+
+    Items of a task come in random order, and none again until all have come. `items_per_draw` of them follow each other
+    in the samples of one process, so that batches whose size is a multiple of it hold positives of the task-level
+    contrast. All processes follow one sequence, of which each takes the draws at its own positions: no draw is shared,
+    and the samples do not depend on the number of processes. The sequence depends on seed and epoch alone, so that a
+    resumed run repeats it.
+
+    Args:
+        data: items of a data list, in the order of the data set; each with a "task".
+        temperature: in [0, 1]: 1 draws every item equally often, 0 every task.
+        num_samples: samples of an epoch over all processes, rounded down to whole draws of each; the number of items
+            if None.
+        items_per_draw: items of one task that follow each other, different ones if it has so many.
+        seed: seed of all draws.
+        rank: rank of this process.
+        num_replicas: number of processes.
+
+    Raises:
+        ValueError: if an argument is outside its range, an item has no task, or there is no draw for each process.
+
+    Example:
+        >>> data = [{"task": "large"}] * 100 + [{"task": "small"}] * 4
+        >>> sampler = DomainSampler(data, temperature=0.5, num_samples=1200)
+        >>> len(sampler), round(sum(index >= 100 for index in sampler) / 1200, 1)
+        (1200, 0.2)
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Item],
+        temperature: float = 0.5,
+        num_samples: int | None = None,
+        items_per_draw: int = 2,
+        seed: int = 0,
+        rank: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
+        if not 0 <= temperature <= 1:
+            raise ValueError(f"`temperature` must be in [0, 1], got {temperature}.")
+        if items_per_draw < 1:
+            raise ValueError(f"`items_per_draw` must be at least 1, got {items_per_draw}.")
+        if seed < 0 or not 0 <= rank < num_replicas:
+            raise ValueError(f"`seed` must not be negative and `rank` in [0, {num_replicas}), got {seed} and {rank}.")
+        without = next((item for item in data if "task" not in item), None)
+        if without is not None:
+            raise ValueError(f'`data` must be items with a "task", got {without}: merge the folders by `aggregate`.')
+        tasks = np.array([item["task"] for item in data])
+        self.items = [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
+        self.items_per_draw = items_per_draw
+        self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * num_replicas)
+        if self.num_draws < 1:
+            raise ValueError(
+                f"`num_samples` must give {num_replicas} process(es) a draw of {items_per_draw} items each, "
+                f"got {num_samples} for {len(data)} items: raise it."
+            )
+        weights = np.array([len(items) for items in self.items], dtype=float) ** temperature
+        self.probabilities = weights / weights.sum()
+        self.seed, self.rank, self.num_replicas = seed, rank, num_replicas
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew for the epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Samples of this process in an epoch."""
+        return self.num_draws * self.items_per_draw
+
+    def __iter__(self) -> Iterator[SeededIndex]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        total = self.num_draws * self.num_replicas
+        queues: list[list[int]] = [[] for _ in self.items]
+        for position, task in enumerate(rng.choice(len(self.items), total, p=self.probabilities)):
+            drawn = _take(self.items_per_draw, queues[task], self.items[task], rng)
+            seeds = rng.integers(2**32, size=self.items_per_draw)
+            if position % self.num_replicas == self.rank:
+                yield from map(SeededIndex, drawn, seeds.tolist())
+
+
+def _take(count: int, queue: list[int], items: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Take items off the end of the queue; an empty one is refilled, so that those just taken come last again."""
+    taken: list[int] = []
+    while len(taken) < count:
+        if not queue:
+            order = rng.permutation(items).tolist()
+            queue += [item for item in order if item in taken] + [item for item in order if item not in taken]
+        taken.append(queue.pop())
+    return taken
+
+
+def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
+    """At most `num_items` of each task, evenly spaced in the data list: enough to fit a probe, and soon read.
+
+    Args:
+        dataset: with a data list `data`, each of its items with a "task".
+        num_items: at least 1.
+
+    Raises:
+        ValueError: if `num_items` is below 1.
+    """
+    if num_items < 1:
+        raise ValueError(f"`num_items` must be at least 1, got {num_items}.")
+    places: dict[str, list[int]] = {}
+    for index, item in enumerate(dataset.data):
+        places.setdefault(item["task"], []).append(index)
+    spaced = [np.linspace(0, len(each) - 1, min(num_items, len(each))).round().astype(int) for each in places.values()]
+    chosen = [each[index] for each, indices in zip(places.values(), spaced, strict=True) for index in indices]
+    return torch_data.Subset(dataset, sorted(chosen))
+
+
+class SeededDataset(torch_data.Dataset[Any]):
+    """Seeds the random transforms of a data set for every item, so that what they draw follows from the index.
+
+    With the indices of `DomainSampler` the draws are a function of seed, epoch and position, on any number of processes
+    and of workers, persistent or not, and in a resumed run; with plain ones, as of a validation loader, they are the
+    same in every epoch.
+
+    Args:
+        dataset: with MONAI transforms, such as `cached_dataset` gives it.
+
+    Attributes:
+        data: the data list of `dataset`.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.data = dataset.data
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        self.dataset.transform.set_random_state(index.seed if isinstance(index, SeededIndex) else index)
+        return self.dataset[int(index)]

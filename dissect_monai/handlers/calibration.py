@@ -1,0 +1,68 @@
+"""A classifier's calibration, as an evaluation writes it and predictions read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from math import isnan, nan
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Calibration(NamedTuple):
+    """What an evaluation has fitted on validation."""
+
+    temperature: float = 1.0  # the logits are divided by it
+    thresholds: Mapping[str, float] = MappingProxyType({})  # finding → probability to call it; NaN: unknown
+
+
+def write_calibration(path: str | Path, calibration: Calibration, network: nn.Module) -> None:
+    """Write a calibration as JSON, with the fingerprint of the weights that it is for."""
+    thresholds = {name: None if isnan(value) else value for name, value in calibration.thresholds.items()}
+    content = {"temperature": calibration.temperature, "thresholds": thresholds, "weights": fingerprint(network)}
+    Path(path).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def read_calibration(path: str | Path | None, label_names: Sequence[str], network: nn.Module) -> Calibration:
+    """Read what `write_calibration` wrote, for a network that has its weights.
+
+    Args:
+        path: the calibration.json of an evaluation; None is a temperature of 1, and no thresholds.
+        label_names: names of the network's outputs, in order.
+        network: the network of the predictions, its weights loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no calibration, or one of other findings or weights.
+    """
+    if path is None:
+        return Calibration()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no calibration at {path.absolute()}: evaluate first, or check the path.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names, weights = list(content["thresholds"]), content["weights"]
+        given = [nan if value is None else float(value) for value in content["thresholds"].values()]
+        calibration = Calibration(float(content["temperature"]), dict(zip(names, given, strict=True)))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
+        ) from error
+    if names != list(label_names) or weights != fingerprint(network):
+        what = "weights" if names == list(label_names) else f"findings ({', '.join(names)})"
+        raise ValueError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
+    return calibration
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of the names and values of all that the network's state dict holds."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,238 @@
+"""Checkpoints that a killed run leaves whole, and going on from one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import nn
+
+from dissect_monai.networks.weights import load_torch, save_weights
+from dissect_monai.writing import save_atomically
+
+logger = logging.getLogger(__name__)
+CHECKPOINT = re.compile(r"checkpoint_epoch=\d+\.pt")
+
+
+class TrainingCheckpoint:
+    """Saves everything a run needs to go on, and the encoder's weights, at the end of epochs; resumes from it.
+
+    Both are written to a temporary file and renamed, so a run killed at any moment leaves the newest complete files
+    intact; MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`.
+    Attach it before handlers that look at the network when the run starts, such as a `ValidationHandler`, and after
+    those that change what is saved at the end of epochs.
+
+    Args:
+        ckpt_dir: folder for `checkpoint_epoch=N.pt`.
+        save_dict: objects with `state_dict`, by name; the engine's own state is added as `trainer`.
+        weights: module whose plain state dict other bundles load; None leaves that to another, such as `BestWeights`.
+        weights_path: where `weights` go, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
+        settings: what the weights depend on, such as encoder and image size; a resumed run must have the same.
+        interval: epochs between checkpoints; the last epoch is always saved.
+        num_kept: how many checkpoints of this run stay.
+        resume_from: checkpoint to load when the run starts, or None.
+        rank: rank of this process; all load, rank 0 saves.
+
+    Raises:
+        ValueError: if `interval` or `num_kept` is not positive, one of `weights` and `weights_path` is given alone, or
+            the checkpoint is of another run.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str | Path,
+        save_dict: Mapping[str, Any],
+        weights: nn.Module | None = None,
+        weights_path: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+        interval: int = 1,
+        num_kept: int = 2,
+        resume_from: str | None = None,
+        rank: int = 0,
+    ) -> None:
+        if interval < 1 or num_kept < 1:
+            raise ValueError(f"`interval` and `num_kept` must be at least 1, got {interval} and {num_kept}.")
+        if (weights is None) != (weights_path is None):
+            raise ValueError("`weights` and `weights_path` must be given together, got one of them.")
+        self.ckpt_dir = Path(ckpt_dir)
+        self.save_dict = dict(save_dict)
+        self.weights = weights
+        self.weights_path = weights_path
+        self.settings = dict(settings or {})
+        self.interval = interval
+        self.num_kept = num_kept
+        self.resume_from = resume_from
+        self.rank = rank
+        self.saved: list[Path] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Load at the start, save at the end of epochs."""
+        if self.resume_from is not None:
+            engine.add_event_handler(Events.STARTED, self._resume, self.resume_from)
+        if self.rank == 0:
+            engine.add_event_handler(Events.STARTED, self._remove_halves)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Save if it is due."""
+        epoch = engine.state.epoch
+        is_last = epoch == engine.state.max_epochs or engine.should_terminate
+        if epoch % self.interval and not is_last:
+            return
+        path = self.ckpt_dir / f"checkpoint_epoch={epoch}.pt"
+        objects = {**self.save_dict, "trainer": engine}
+        states = {name: item.state_dict() for name, item in objects.items()}
+        save_atomically({**states, "settings": self.settings}, path)
+        if self.weights is not None and self.weights_path is not None:
+            save_weights(self.weights, self.weights_path, self.settings)
+        self.saved = [*(old for old in self.saved if old != path), path]
+        while len(self.saved) > self.num_kept:
+            self.saved.pop(0).unlink(missing_ok=True)
+
+    def _remove_halves(self, engine: Engine) -> None:
+        # What a run that was killed while it saved has left.
+        for half in self.ckpt_dir.glob(".checkpoint_epoch=*.pt.*.tmp"):
+            half.unlink(missing_ok=True)
+
+    def _resume(self, engine: Engine, path: str) -> None:
+        checkpoint = load_torch(path, "give an older one by --resume_from, or start anew with another --output_dir")
+        if not isinstance(checkpoint.get("trainer"), dict):
+            raise ValueError(f"{path} is no checkpoint of a training run: give a checkpoint_epoch=N.pt.")
+        self._refuse_another_run(engine, checkpoint, path)
+        max_epochs = engine.state.max_epochs
+        Checkpoint.load_objects({**self.save_dict, "trainer": engine}, checkpoint)
+        engine.state.max_epochs = max_epochs
+        logger.info("Going on from %s, after epoch %d.", path, engine.state.epoch)
+        self.saved = checkpoints_in(Path(path).parent)
+
+    def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:
+        # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
+        was, now = (
+            {"iterations an epoch": length} for length in (_epoch_length(checkpoint), engine.state.epoch_length)
+        )
+        was |= checkpoint.get("settings", {})
+        now |= self.settings
+        other = [
+            f"{name} {was.get(name)} (now {now.get(name)})" for name in was | now if was.get(name) != now.get(name)
+        ]
+        if other:
+            raise ValueError(
+                f"{path} is of a run with {', '.join(other)}: resume with the same knobs, images and number of "
+                "processes, or start anew with another --output_dir."
+            )
+        epoch = checkpoint["trainer"]["iteration"] // _epoch_length(checkpoint)
+        if epoch > engine.state.max_epochs:
+            raise ValueError(
+                f"{path} has done {epoch} epochs, more than --max_epochs {engine.state.max_epochs}: raise it."
+            )
+
+
+def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder, which need not exist, in the order in which they were written."""
+    found = [path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def newest_checkpoint(ckpt_dir: str | Path) -> str:
+    """Path of the checkpoint written last in `ckpt_dir`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    found = checkpoints_in(ckpt_dir)
+    if not found:
+        raise FileNotFoundError(
+            f"there is no checkpoint_epoch=N.pt in {Path(ckpt_dir).absolute()}: check --output_dir, or train first."
+        )
+    return str(found[-1])
+
+
+def _epoch_length(checkpoint: Mapping[str, Any]) -> int:
+    return int(checkpoint["trainer"]["epoch_length"])
+
+
+class BestWeights:
+    """Keeps the weights of the best validation, and ends the run when validation has not improved for long.
+
+    Unlike MONAI's `CheckpointSaver` and `EarlyStopHandler` it writes atomically, stops all processes of a distributed
+    run together although one of them validates, and goes on where it was: `best_metric`, `best_epoch` and `num_worse`
+    are part of the trainer's state. As long as the metric is NaN, since validation cannot judge any finding, the latest
+    weights are the best.
+
+    Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
+    resumed run would count that validation twice) and before the `TrainingCheckpoint`.
+
+    Args:
+        evaluator: the validator; it may validate in one process alone.
+        weights: module whose plain state dict is written.
+        weights_path: where it goes, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
+        settings: what the weights depend on, such as encoder, image size and the names of the findings.
+        metric: the evaluator's metric, larger is better.
+        patience: validations in a row without improvement after which the run ends.
+        rank: of this process, if every process validates; 0 writes.
+
+    Raises:
+        ValueError: if `patience` is not positive; during the run, if the evaluator has no such metric.
+    """
+
+    def __init__(
+        self,
+        evaluator: Engine,
+        weights: nn.Module,
+        weights_path: str | Path,
+        settings: Mapping[str, Any] | None = None,
+        metric: str = "auroc",
+        patience: int = 10,
+        rank: int = 0,
+    ) -> None:
+        if patience < 1:
+            raise ValueError(f"`patience` must be at least 1, got {patience}.")
+        self.evaluator = evaluator
+        self.weights = weights
+        self.weights_path = weights_path
+        self.settings = dict(settings or {})
+        self.metric = metric
+        self.patience = patience
+        self.rank = rank
+        self.trainer: Engine | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Compare after every validation, stop at the end of the trainer's epoch."""
+        self.trainer = engine
+        for name, value in {"best_metric": nan, "best_epoch": 0, "num_worse": 0}.items():
+            setattr(engine.state, name, value)
+            engine.state_dict_user_keys.append(name)
+        self.evaluator.add_event_handler(Events.COMPLETED, self)
+        # At the start, too: a run that has stopped and is resumed stays stopped, unless `patience` is raised.
+        engine.add_event_handler(Events.EPOCH_STARTED | Events.EPOCH_COMPLETED, self._stop)
+
+    def __call__(self, evaluator: Engine) -> None:
+        """Write the weights if the validation that has ended is the best so far."""
+        if self.metric not in evaluator.state.metrics:
+            found = ", ".join(evaluator.state.metrics) or "none"
+            raise ValueError(f"`metric` must be one of the evaluator's ({found}), got {self.metric!r}.")
+        if self.trainer is None:
+            raise ValueError("`BestWeights` must be attached to a trainer before the evaluator runs.")
+        score, state = float(evaluator.state.metrics[self.metric]), self.trainer.state
+        if score > state.best_metric or isnan(state.best_metric):
+            state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
+            if self.rank == 0:
+                save_weights(self.weights, self.weights_path, self.settings)
+        else:
+            state.num_worse += 1
+
+    def _stop(self, engine: Engine) -> None:
+        state = engine.state
+        # Every process must leave the loop in the same epoch, else the others wait for its gradients for ever.
+        if idist.all_reduce(float(state.num_worse >= self.patience), "MAX"):
+            logger.info(
+                "No better %s than %.4f of epoch %d: stopped.", self.metric, state.best_metric, state.best_epoch
+            )
+            engine.terminate()

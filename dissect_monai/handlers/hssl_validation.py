@@ -1,0 +1,188 @@
+"""What hierarchical self-supervision has learnt, judged on validation data: retrieval, reconstruction, shortcuts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from dissect_monai.data.datasets import items_of
+from dissect_monai.handlers.monitors import GAP, MIN_SIDE, NUM_PICTURES, level_metrics
+from dissect_monai.losses.pretraining import unexplained_variance
+from dissect_monai.metrics.probes import extract_features, intensity_histograms
+from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
+from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
+from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
+from dissect_monai.visualize.classifier import embedding_map, figure_to_tensor
+from dissect_monai.visualize.training import show_mask, view_figure
+from dissect_monai.writing import metric_name
+
+NUM_BINS = 32  # of the intensity histograms
+logger = logging.getLogger(__name__)
+
+
+class _Seen(NamedTuple):
+    """What is kept of a batch of B images."""
+
+    embeddings: Tensor  # (B, 2, 3, D), both views at the image, task and group level
+    task_logits: Tensor  # (B, 2, number of tasks)
+    group_logits: Tensor  # (B, 2, number of groups)
+    task: Tensor  # (B,)
+    group: Tensor  # (B,)
+    error: Tensor  # (B,), of the reconstruction
+
+
+class HSSLValidation:
+    """Judges an `HSSLNet` on validation data, among others by how well its features betray the data set.
+
+    Attached to an evaluator whose network is the `HSSLNet` and whose `prepare_batch` is `views`. It leaves in the
+    engine's metrics
+
+    - `retrieval_*` and `accuracy_*`, see `level_metrics`, over all validation images;
+    - `reconstruction_error_<task>`, the unexplained variance over the masked voxels (over all, where a batch has none),
+      a mean over the views of a task, and `reconstruction_error`, the mean over tasks;
+    - `shortcut_*`, see `shortcut_metrics`, of the bottleneck for the images as they are, with `training` as bank;
+    - `collapse_*` and `domain_shift` of the same features, see `collapse_metrics`.
+
+    What cannot be told from the data, with a single task above all, is left out. The pictures are
+    `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
+    and reconstructed; and `embedding_map`, of the features.
+
+    Args:
+        network: the network, not its wrapper.
+        views: makes two views of every image; restarted at every validation, so that all have the same views.
+        training: loader of a few fixed training images, not shuffled, of a data set with a data list.
+        validation: loader of the evaluator, likewise. Items of both have a "task" and a "group".
+        task_names: names of the tasks, in the order of `views`.
+        group_names: names of the groups, in the order of `views`.
+        writer: TensorBoard; None draws nothing.
+
+    Raises:
+        ValueError: if `views` makes another number of views, or has other names.
+    """
+
+    def __init__(
+        self,
+        network: HSSLNet,
+        views: HierarchyViews,
+        training: DataLoader[Any],
+        validation: DataLoader[Any],
+        task_names: Sequence[str],
+        group_names: Sequence[str],
+        writer: SummaryWriter | None = None,
+    ) -> None:
+        if views.num_views != 2:
+            raise ValueError(f"`views` must make 2 views of every image, got {views.num_views}.")
+        for key, names in {"task": task_names, "group": group_names}.items():
+            if list(views.numbers[key]) != list(names):
+                raise ValueError(f"`{key}_names` must be those of `views`, {list(views.numbers[key])}, got {names}.")
+        self.network = network
+        self.views = views
+        self.loaders = training, validation
+        self.task_names = task_names
+        self.writer = writer
+        self.seen: list[_Seen] = []
+        self.pictures: dict[str, list[Tensor]] = {}
+        if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in self.loaders):
+            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
+
+    def attach(self, engine: Engine) -> None:
+        """Collect during a validation and judge at its end; attach before what writes the metrics."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Leave the metrics in the engine's state, and draw."""
+        bank, items = (self._features(loader, engine.state.device) for loader in self.loaders)
+        engine.state.metrics |= self._judged() | shortcut_metrics(bank, items) | collapse_metrics(items)
+        if self.writer is not None:
+            epoch = engine.state.epoch
+            for task, rows in self.pictures.items():
+                self.writer.add_image(f"reconstruction/{task}", torch.cat(rows, dim=1), epoch)
+            figure = embedding_map(items.features, items.task, items.group)
+            self.writer.add_image("embedding_map", figure_to_tensor(figure), epoch)
+            self.writer.flush()
+
+    def _start(self) -> None:
+        self.views.set_epoch(0)
+        self.seen, self.pictures = [], {}
+
+    @torch.no_grad()
+    def _collect(self, engine: Engine) -> None:
+        target, output = engine.state.output["label"], engine.state.output["pred"]
+        self.seen.append(
+            _Seen(
+                embeddings=_by_image(torch.stack(output.embeddings, 1)),
+                task_logits=_by_image(output.task_logits),
+                group_logits=_by_image(output.group_logits),
+                task=target.task,
+                group=target.group,
+                error=_by_image(_errors(output, target)).mean(1),
+            )
+        )
+        if self.writer is not None:
+            self._draw(engine.state.output["image"], target, output)
+
+    def _draw(self, seen: Tensor, target: HierarchyTarget, output: HSSLOutput) -> None:
+        """Keep the pictures of the first images of each task, not the images."""
+        for index, task in enumerate(target.task.tolist()):
+            rows = self.pictures.setdefault(self.task_names[task], [])
+            if len(rows) < NUM_PICTURES:
+                one = slice(index, index + 1)
+                masked = None if target.masked is None else target.masked[one]
+                columns = [target.views[one], show_mask(seen[one], masked), output.reconstruction[one].clamp(0, 1)]
+                rows.append(view_figure(columns, MIN_SIDE, GAP, slices=True))
+
+    def _judged(self) -> dict[str, float]:
+        """Metrics of the views."""
+        seen = _Seen(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
+        embeddings = [_by_view(level) for level in seen.embeddings.unbind(2)]
+        logits = [_by_view(seen.task_logits), _by_view(seen.group_logits)]
+        metrics = {
+            name: float(value) for name, value in level_metrics(embeddings, logits, (seen.task, seen.group)).items()
+        }
+        errors = {
+            metric_name("reconstruction_error", self.task_names[task]): float(seen.error[seen.task == task].mean())
+            for task in seen.task.unique().tolist()
+        }
+        return {**metrics, "reconstruction_error": float(np.mean([*errors.values()])), **errors}
+
+    def _features(self, loader: DataLoader[Any], device: torch.device) -> DomainFeatures:
+        found = extract_features(self.network.segresnet, loader, device, _histograms_and_bottleneck)
+        items = items_of(loader.dataset)
+        task, group = ([item[key] for item in items] for key in ("task", "group"))
+        return DomainFeatures(found.last, found.stages[:, :NUM_BINS], task, group)
+
+
+def _errors(output: HSSLOutput, target: HierarchyTarget) -> Tensor:
+    """Unexplained variance of each view, (2·B,)."""
+    regions = [None] * len(target.views)
+    if target.masked is not None and target.masked.any():
+        regions = target.masked.split(1)
+    parts = zip(output.reconstruction.split(1), target.views.split(1), regions, strict=True)
+    return torch.stack([unexplained_variance(*part) for part in parts])
+
+
+def _histograms_and_bottleneck(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Two "stages" for `extract_features`, so that the images are read once."""
+    return [intensity_histograms(images, NUM_BINS).unsqueeze(2), feature_maps(encoder, images)[-1]]
+
+
+def _by_image(views: Tensor) -> Tensor:
+    """All first views, then all second ones, (2·B, ...) → (B, 2, ...)."""
+    return views.unflatten(0, (2, -1)).transpose(0, 1)
+
+
+def _by_view(views: Tensor) -> Tensor:
+    """The inverse of `_by_image`."""
+    return views.transpose(0, 1).flatten(0, 1)

@@ -1,0 +1,243 @@
+"""What a pretraining run shows while it runs, and when it must stop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from dissect_monai.common import LEVELS
+from dissect_monai.losses.contrastive import retrieval_accuracy
+from dissect_monai.metrics.representation import code_usage, effective_rank, feature_std, perplexity
+from dissect_monai.networks.hssl import HSSLOutput
+from dissect_monai.networks.vqssl import SSLOutput, VQSSLNet
+from dissect_monai.transforms.views import HierarchyTarget
+from dissect_monai.visualize.training import code_figure, show_mask, view_figure
+
+COLLAPSED_STD = 0.01  # on a scale on which isotropic features have 1
+NUM_PICTURES = 4
+
+
+class HasTerms(Protocol):
+    """A loss that names its terms: `VQSSLLoss`, `HSSLLoss`."""
+
+    def terms(self, output: Any, target: Any, /) -> dict[str, Tensor]:
+        """Unweighted terms by name, scalars, of what the network returned and of what it is compared with."""
+
+
+class Monitor(ABC):
+    """Looks at a pretraining run: writes scalars and pictures, and stops a run that is lost.
+
+    What is seen of a network is up to the subclass.
+
+    Args:
+        network: the pretraining network, not its wrapper.
+        loss: its loss, for the terms by name.
+        optimizer: for the learning rate.
+        writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
+        interval: iterations between looks; each waits for the device.
+        patience: looks in a row at which the features must be collapsed before the run stops.
+
+    Raises:
+        ValueError: if `interval` or `patience` is not positive.
+        RuntimeError: during the run, if the loss is not finite or the features have collapsed.
+    """
+
+    spread: str  # scalar on the scale of `feature_std` by which a collapse is judged
+    spread_of: str  # what it is called
+    collapsed_std = COLLAPSED_STD  # below which it is one
+    remedy: str  # against a collapse
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: HasTerms,
+        optimizer: Optimizer,
+        writer: SummaryWriter | None = None,
+        interval: int = 10,
+        patience: int = 5,
+    ) -> None:
+        if interval < 1 or patience < 1:
+            raise ValueError(f"`interval` and `patience` must be at least 1, got {interval} and {patience}.")
+        self.network = network
+        self.loss = loss
+        self.optimizer = optimizer
+        self.writer = writer
+        self.interval = interval
+        self.patience = patience
+        self.collapsed = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Look every `interval` iterations, draw at the end of every epoch; attach before what saves the network."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Look at the last iteration."""
+        output, target = engine.state.output["pred"], engine.state.output["label"]
+        scalars = {f"loss/{name}": term for name, term in self.loss.terms(output, target).items()}
+        scalars["loss/total"] = engine.state.output["loss"].detach()
+        self._refuse_nonfinite(engine, scalars)
+        scalars |= self._indicators(output, target)
+        self._refuse_collapse(engine, scalars)
+        if self.writer is not None:
+            schedules = {"schedule/learning_rate": self.optimizer.param_groups[0]["lr"], **self._schedules(engine)}
+            for name, value in {**scalars, **schedules}.items():
+                self.writer.add_scalar(name, float(value), engine.state.iteration)
+
+    @abstractmethod
+    def _indicators(self, output: Any, target: Any) -> dict[str, Tensor]:
+        """Scalars beside the terms of the loss, among them `spread` and "collapse/effective_rank"."""
+
+    def _schedules(self, engine: Engine) -> dict[str, float]:
+        """What is in force beside the learning rate."""
+        return {}
+
+    @abstractmethod
+    def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
+        """Write pictures of the last iteration."""
+
+    def _refuse_nonfinite(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
+        bad = [f"{name} = {float(value)}" for name, value in scalars.items() if not torch.isfinite(value)]
+        if bad:
+            raise RuntimeError(
+                f"the loss is not finite in epoch {engine.state.epoch}, iteration {engine.state.iteration}: "
+                f"{', '.join(bad)}. Lower --learning_rate, lengthen --warmup_epochs, or set --amp false; "
+                "checkpoints of earlier epochs are intact."
+            )
+
+    def _refuse_collapse(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
+        spread = float(scalars[self.spread])
+        self.collapsed = self.collapsed + 1 if spread < self.collapsed_std else 0
+        if self.collapsed >= self.patience:
+            raise RuntimeError(
+                f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: the "
+                f"{self.spread_of} is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
+                f"{float(scalars['collapse/effective_rank']):.1f}, at {self.patience} looks in a row. {self.remedy}"
+            )
+
+    @torch.no_grad()
+    def _end_epoch(self, engine: Engine) -> None:
+        # Once more, because an epoch may be shorter than the interval, and its checkpoint is written next.
+        self._refuse_nonfinite(engine, {"loss/total": engine.state.output["loss"].detach()})
+        if self.writer is not None:
+            self._draw(engine, self.writer)
+            self.writer.flush()
+
+
+class SSLMonitor(Monitor):
+    """Writes every loss term, rates, codebook and collapse indicators and pictures; stops a run that is lost.
+
+    Attach it after `TargetMomentumHandler`, whose momentum it writes. Arguments and errors are those of `Monitor`; the
+    network is a `VQSSLNet`.
+    """
+
+    network: VQSSLNet
+    spread = "collapse/target_std"
+    spread_of = "targets' standard deviation"
+    remedy = "Raise --momentum, lower --learning_rate or enlarge --batch_size."
+
+    def _indicators(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
+        scalars = {
+            "collapse/feature_std": feature_std(output.embedding),
+            "collapse/target_std": feature_std(output.targets),
+            "collapse/effective_rank": effective_rank(output.embedding),
+        }
+        for stage, scale, codebook in self._scales(output):
+            scalars[f"codes/perplexity_stage{stage}"] = perplexity(scale, len(codebook))
+            scalars[f"codes/usage_stage{stage}"] = code_usage(scale, len(codebook))
+        return scalars
+
+    def _schedules(self, engine: Engine) -> dict[str, float]:
+        return {"schedule/target_momentum": engine.state.target_momentum}
+
+    def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
+        books = [codebook.embedding.weight for codebook in self.network.codebooks]
+        indices = [scale.indices for scale in output.quantized]
+        return list(zip(self.network.stages, indices, books, strict=True))
+
+    def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
+        epoch, output = engine.state.epoch, engine.state.output["pred"]
+        seen, clean = engine.state.output["image"], engine.state.output["label"]
+        first = slice(0, min(NUM_PICTURES, len(seen) // 2))
+        second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
+        writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
+        if output.reconstruction is not None:
+            columns = [clean[first], output.reconstruction[first]]
+            if not torch.equal(seen, clean):  # else the input is the target
+                columns.insert(0, seen[first])
+            writer.add_image("reconstruction", view_figure(columns), epoch)
+        _, indices, books = zip(*self._scales(output), strict=True)
+        figure = code_figure(seen[first], [scale[first] for scale in indices], books)
+        writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
+
+
+MIN_SIDE, GAP = 192, 4  # pixels: of a tile, in which anatomy can be recognised, and between two
+
+
+class HSSLMonitor(Monitor):
+    """Writes every loss term, retrieval, accuracy, collapse indicators and the views; stops a run that is lost.
+
+    Arguments and errors are those of `Monitor`; the network is an `HSSLNet`. Over several processes all must attach it,
+    as the contrasts are those of the joined batch; all else is of the writing process alone. The picture `views` has
+    a row per item: the first view as it is and as the network sees it, the masked voxels blue, then the second view.
+    """
+
+    spread = "collapse/feature_std"
+    spread_of = "pooled bottleneck's standard deviation"
+    # The pooled features of a SegResNet share most of their direction, which `feature_std` does not subtract: it is
+    # about 0.07 at the start, and runs that end at 0.2 and more first pass through 0.013.
+    collapsed_std = 0.001
+    remedy = "Lower --learning_rate, lengthen --warmup_epochs, enlarge --batch_size or raise --reconstruction_weight."
+
+    def _indicators(self, output: HSSLOutput, target: HierarchyTarget) -> dict[str, Tensor]:
+        logits = (output.task_logits, output.group_logits)
+        levels = level_metrics(output.embeddings, logits, (target.task, target.group))
+        return {
+            **{f"batch/{name}": value for name, value in levels.items()},
+            "collapse/feature_std": feature_std(output.embedding),
+            "collapse/effective_rank": effective_rank(output.embedding),
+        }
+
+    def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
+        seen, target = engine.state.output["image"], engine.state.output["label"]
+        num_items = len(target.task)
+        shown = [slice(start, start + min(NUM_PICTURES, num_items)) for start in (0, num_items)]
+        inputs = show_mask(seen, target.masked)
+        columns = [images[view] for view in shown for images in (target.views, inputs)]
+        writer.add_image("views", view_figure(columns, MIN_SIDE, GAP, slices=True), engine.state.epoch)
+
+
+def level_metrics(
+    embeddings: Sequence[Tensor], logits: Sequence[Tensor], labels: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Retrieval at every level, and accuracy of the classifiers of task and group.
+
+    An image must find its other view. For task and group the first views alone are compared, where the other view would
+    be too easy an answer, and the first views alone are classified.
+
+    Args:
+        embeddings: of the image, task and group level, each (2·B, D): all first views, then all second ones.
+        logits: of task and group, each (2·B, number of classes) in that order.
+        labels: task and group, each (B,), int64.
+
+    Returns:
+        scalars in [0, 1]: `retrieval_image`, `retrieval_task`, `retrieval_group`, `accuracy_task`, `accuracy_group`;
+        a single item has no task or group to find.
+    """
+    num_items = len(labels[0])
+    image = torch.arange(num_items, device=embeddings[0].device).repeat(2)
+    metrics = {"retrieval_image": retrieval_accuracy(embeddings[0], image)}
+    for level, embedding, label in zip(LEVELS[1:], embeddings[1:], labels, strict=True):
+        if num_items > 1:
+            metrics[f"retrieval_{level}"] = retrieval_accuracy(embedding[:num_items], label)
+    for level, logit, label in zip(LEVELS[1:], logits, labels, strict=True):
+        metrics[f"accuracy_{level}"] = (logit[:num_items].argmax(1) == label).float().mean()
+    return metrics

@@ -1,0 +1,114 @@
+"""How well a pretrained decoder fills in what is masked of a patch, per data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dissect_monai.common import Item
+from dissect_monai.handlers.monitors import GAP, MIN_SIDE
+from dissect_monai.losses.pretraining import unexplained_variance
+from dissect_monai.metrics.intervals import Interval, bootstrap
+from dissect_monai.visualize.training import show_mask, view_figure
+from dissect_monai.writing import metric_name, write_csv
+
+
+class ReconstructionRow(NamedTuple):
+    """One line of reconstruction.csv: a task; errors are shares of the variance of a patch, with 95 % intervals."""
+
+    task: str
+    group: str
+    patches: int
+    subjects: int
+    masked_error: float
+    masked_error_low: float
+    masked_error_high: float
+    error: float
+    error_low: float
+    error_high: float
+
+
+class ReconstructionHandler:
+    """Measures the reconstructions of an evaluator whose `prepare_batch` is `MaskedImages`, per task.
+
+    It writes reconstruction.csv, whose lines are `ReconstructionRow`s, and reconstruction.png, the first patch of every
+    task, in the order of the lines: as it was, as the network saw it, the masked voxels blue, and as it reconstructed
+    it. The error of the masked voxels is left in the engine's metrics as `reconstruction_error_<task>`.
+
+    Args:
+        data: the data list of the patches, each with "task", "group" and "subject", in the order of the evaluator.
+        output_dir: folder for both files.
+        num_samples: bootstrap resamples.
+        seed: seed of the resamples.
+
+    Raises:
+        ValueError: during the run, if the evaluator sees another number of patches.
+    """
+
+    def __init__(self, data: Sequence[Item], output_dir: str | Path, num_samples: int = 1000, seed: int = 0) -> None:
+        self.data = data
+        self.output_dir = Path(output_dir)
+        self.num_samples, self.seed = num_samples, seed
+        self._clear()
+
+    def attach(self, engine: Engine) -> None:
+        """Measure every batch, and sum up when `engine` has seen them all."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _clear(self) -> None:
+        self._errors: list[tuple[float, float]] = []  # of the masked voxels, NaN if there are none, and of all
+        self._pictures: dict[str, list[Tensor]] = {}  # target, input and reconstruction of each task
+
+    def _measure(self, engine: Engine) -> None:
+        output = engine.state.output
+        views, masked = output["label"]
+        images, reconstructions = output["image"], output["pred"].float()
+        for index in range(len(views)):
+            one = slice(index, index + 1)
+            task = self.data[len(self._errors)]["task"] if len(self._errors) < len(self.data) else ""
+            shown = (views[one], show_mask(images[one], masked[one]), reconstructions[one])
+            self._pictures.setdefault(task, [each.cpu() for each in shown])
+            pair = reconstructions[one], views[one]
+            within = float(unexplained_variance(*pair, masked[one])) if masked[one].any() else float("nan")
+            self._errors.append((within, float(unexplained_variance(*pair))))
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the table and the picture, and leave the metrics."""
+        if len(self._errors) != len(self.data):
+            raise ValueError(f"`data` must be the {len(self._errors)} patches of the evaluator, got {len(self.data)}.")
+        rows = [self._row(task) for task in sorted({item["task"] for item in self.data})]
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows)
+        columns = zip(*(self._pictures[row.task] for row in rows), strict=True)
+        figure = view_figure([torch.cat(column) for column in columns], MIN_SIDE, GAP, slices=True)
+        pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(self.output_dir / "reconstruction.png")
+        engine.state.metrics |= {metric_name("reconstruction_error", row.task): row.masked_error for row in rows}
+
+    def _row(self, task: str) -> ReconstructionRow:
+        chosen = [index for index, item in enumerate(self.data) if item["task"] == task]
+        items = [self.data[index] for index in chosen]
+        subjects = [str(item.get("subject", item["image"])) for item in items]
+        within, whole = (self._interval(errors, subjects) for errors in np.array(self._errors)[chosen].T)
+        return ReconstructionRow(task, items[0]["group"], len(items), len(set(subjects)), *within, *whole)
+
+    def _interval(self, errors: NDArray[np.floating[Any]], subjects: Sequence[str]) -> Interval:
+        known = ~np.isnan(errors)
+        if not known.any():
+            return Interval(*[float("nan")] * 3)
+
+        def mean(weight: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+            with np.errstate(invalid="ignore"):
+                return weight[:, known] @ errors[known] / weight[:, known].sum(1)
+
+        return bootstrap(mean, subjects, self.num_samples, self.seed)

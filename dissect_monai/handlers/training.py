@@ -1,0 +1,229 @@
+"""What happens over time: target momentum, seeds and progress, as ignite handlers."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from math import cos, isfinite, pi
+from typing import Any, Protocol
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
+from monai.networks.nets import SegResNet
+from tqdm.auto import tqdm
+
+from dissect_monai.networks.vqssl import VQSSLNet
+from dissect_monai.networks.weights import SEGRESNET_ENCODER
+
+
+class SetsEpoch(Protocol):
+    """Anything whose random draws follow from the epoch: a `DistributedSampler`, `TwoViews`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Reseed for the epoch."""
+
+
+class TargetMomentumHandler:
+    """Moves the target network after every iteration, with a momentum that rises from `momentum` to 1.
+
+    Args:
+        network: the network whose `update_target` is called; not its DDP or compiled wrapper.
+        momentum: τ at the first iteration, in [0, 1].
+        num_iterations: iterations over which τ follows a half cosine to 1.
+
+    Raises:
+        ValueError: if `momentum` or `num_iterations` is out of range.
+
+    Reference:
+        Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
+    """
+
+    def __init__(self, network: VQSSLNet, momentum: float, num_iterations: int) -> None:
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"`momentum` must be in [0, 1], got {momentum}.")
+        if num_iterations < 1:
+            raise ValueError(f"`num_iterations` must be at least 1, got {num_iterations}.")
+        self.network = network
+        self.momentum = momentum
+        self.num_iterations = num_iterations
+
+    def attach(self, engine: Engine) -> None:
+        """Run after every iteration of `engine`."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Update the target with the momentum of this iteration, left as `engine.state.target_momentum`."""
+        engine.state.target_momentum = self.momentum_at(engine.state.iteration)
+        self.network.update_target(engine.state.target_momentum)
+
+    def momentum_at(self, iteration: int) -> float:
+        """τ after `iteration` iterations."""
+        progress = min(1.0, iteration / self.num_iterations)
+        return 1 - (1 - self.momentum) * (cos(pi * progress) + 1) / 2
+
+
+class EpochSeedHandler:
+    """Makes the draws of python, torch and `epoch_seeded` in an epoch a function of seed, rank and epoch alone.
+
+    A run resumed at epoch n thereby draws what an uninterrupted run draws, on any number of ranks, without random
+    state in the checkpoint. MONAI's random transforms keep a state of their own, which this leaves alone.
+
+    Args:
+        seed: seed of the run.
+        rank: rank of this process; ranks draw differently.
+        epoch_seeded: samplers and augmentations with `set_epoch`.
+    """
+
+    def __init__(self, seed: int, rank: int = 0, epoch_seeded: Sequence[SetsEpoch] = ()) -> None:
+        self.seed = seed
+        self.rank = rank
+        self.epoch_seeded = epoch_seeded
+
+    def attach(self, engine: Engine) -> None:
+        """Run before the first batch of every epoch is fetched."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed python and torch, and whatever has an epoch."""
+        epoch = engine.state.epoch
+        # Odd factors keep neighbouring seeds, epochs and ranks apart.
+        seed = (self.seed * 1_000_003 + epoch * 8_191 + self.rank) % 2**31
+        random.seed(seed)
+        torch.manual_seed(seed)
+        for drawer in self.epoch_seeded:
+            drawer.set_epoch(epoch)
+
+
+class ProgressHandler:
+    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left.
+
+    Args:
+        interval: iterations between updates of the loss; reading it waits for the device.
+        description: what the bar is of.
+    """
+
+    def __init__(self, interval: int = 10, description: str = "pretraining") -> None:
+        self.interval = interval
+        self.description = description
+        self.bar: tqdm[Any] | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine` from its start, or from where it resumes."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
+            engine.add_event_handler(event, self._close)
+
+    def __call__(self, engine: Engine) -> None:
+        """Advance by one iteration."""
+        if self.bar is None:
+            return
+        self.bar.update()
+        output = engine.state.output
+        if engine.state.iteration % self.interval == 0 and isinstance(output, Mapping) and "loss" in output:
+            loss = float(output["loss"].detach())
+            self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
+
+    def _open(self, engine: Engine) -> None:
+        if self.bar is None:
+            length = engine.state.epoch_length  # None as long as nobody knows it
+            total = None if length is None else engine.state.max_epochs * length
+            self.bar = tqdm(total=total, initial=engine.state.iteration, unit="it", desc=self.description)
+
+    def _close(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        # Ignite leaves an exception to its handlers once there is one.
+        if error is not None:
+            raise error
+
+
+class FiniteLoss:
+    """Stops a run whose loss is not finite, with an error; attach it before what saves the network.
+
+    Args:
+        interval: iterations between looks; each waits for the device.
+    """
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Look every `interval` iterations, and at the end of every epoch."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Look at the last iteration."""
+        loss = float(engine.state.output["loss"].detach())
+        if not isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} in epoch {engine.state.epoch}, iteration {engine.state.iteration}: lower "
+                "--learning_rate, or set --amp false; checkpoints of earlier epochs are intact."
+            )
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnseenClasses:
+    """Says after the first epoch which structures no patch has shown, such as when few labels are left.
+
+    Args:
+        class_names: structures of the classes 1, 2, ... of the batches' "label".
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+        self.seen: set[int] = set()
+
+    def attach(self, engine: Engine) -> None:
+        """Look at the first epoch of `engine`."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), self._report)
+
+    def __call__(self, engine: Engine) -> None:
+        """Remember the classes of one batch."""
+        if engine.state.epoch == 1 and len(self.seen) < len(self.class_names):
+            self.seen |= {*torch.as_tensor(engine.state.batch["label"]).unique().int().tolist()} - {0}
+
+    def _report(self, engine: Engine) -> None:
+        unseen = [name for index, name in enumerate(self.class_names, start=1) if index not in self.seen]
+        if unseen:
+            logger.warning(
+                "No patch of the first epoch shows %s: with these labels it cannot be learnt.", ", ".join(unseen)
+            )
+
+
+class FrozenEncoder:
+    """Keeps the encoder of a `SegResNet` as it is for the first epochs, so that a new head does not spoil it.
+
+    Its gradients are dropped before the optimiser sees them, which works in any number of processes: optimisers of
+    PyTorch leave parameters without gradient alone, weight decay included.
+
+    Args:
+        network: the network.
+        num_epochs: how many epochs, at least 0.
+
+    Raises:
+        ValueError: if `num_epochs` is negative.
+    """
+
+    def __init__(self, network: SegResNet, num_epochs: int) -> None:
+        if num_epochs < 0:
+            raise ValueError(f"`num_epochs` must be at least 0, got {num_epochs}.")
+        self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
+        self.num_epochs = num_epochs
+
+    def attach(self, engine: Engine) -> None:
+        """Run after every backward pass."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Drop the gradients of the encoder, if it is early."""
+        if engine.state.epoch <= self.num_epochs:
+            for parameter in self.parameters:
+                parameter.grad = None

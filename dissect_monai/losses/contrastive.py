@@ -1,0 +1,229 @@
+"""Supervised contrast over a hierarchy of labels, exact and without an N×N matrix, and retrieval accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dissect_monai.common import LEVELS, _rank, _world_size
+
+# Similarities of one block of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
+
+
+class HierarchicalContrastiveLoss(nn.Module):
+    """Supervised contrast at three levels: embeddings of one image, of one task and of one group attract each other.
+
+    The sum of the three terms; each is `supervised_contrast` with other labels, all embeddings of the batch being
+    candidates. Over several processes it is the loss of the joined batch, see there.
+
+    Args:
+        temperature: divides the cosine similarities, positive; smaller weighs the nearest negatives more.
+
+    Raises:
+        ValueError: if `temperature` is not positive.
+
+    Reference:
+        Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886): the levels. Khosla et al.,
+        Supervised Contrastive Learning, NeurIPS 2020, Eq. 2: the form of all three. Independent implementation from
+        the abstract of the former.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.temperature = temperature
+
+    def terms(self, embeddings: Tensor | Sequence[Tensor], task: Tensor, group: Tensor) -> dict[str, Tensor]:
+        """The terms "image", "task" and "group", scalars.
+
+        Args:
+            embeddings: of V ≥ 2 views of each of B items, all first views, then all second ones, and so on: one tensor
+                of shape (V·B, D) for all levels or one per level; a tensor that levels share is compared once.
+            task: integer task of each item, shape (B,).
+            group: integer group of each item, shape (B,).
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        levels = [embeddings] * len(LEVELS) if isinstance(embeddings, Tensor) else list(embeddings)
+        if len(levels) != len(LEVELS) or any(level.ndim != 2 for level in levels):
+            shapes = [tuple(level.shape) for level in levels]
+            raise ValueError(f"`embeddings` must be one tensor (V·B, D) or {len(LEVELS)}, one per level, got {shapes}.")
+        items = len(task)
+        if task.shape != (items,) or group.shape != (items,):
+            raise ValueError(f"`task` and `group` must be (B,), got {tuple(task.shape)} and {tuple(group.shape)}.")
+        if not items or any(len(level) % items or len(level) < 2 * items for level in levels):
+            sizes = [len(level) for level in levels]
+            raise ValueError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
+        image = torch.arange(items, device=task.device) + items * _rank()
+        labels = dict(zip(LEVELS, (image, task, group), strict=True))
+        losses: dict[str, Tensor] = {}
+        for shared in {id(level): level for level in levels}.values():
+            names = [name for name, level in zip(LEVELS, levels, strict=True) if level is shared]
+            given = [labels[name].repeat(len(shared) // items) for name in names]
+            losses |= zip(names, supervised_contrast(shared, given, self.temperature), strict=True)
+        return {name: losses[name] for name in LEVELS}
+
+    def forward(self, embeddings: Tensor | Sequence[Tensor], task: Tensor, group: Tensor) -> Tensor:
+        """Sum of the terms, a scalar."""
+        return torch.stack(list(self.terms(embeddings, task, group).values())).sum()
+
+
+def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperature: float = 0.1) -> list[Tensor]:
+    """Mean over anchors i of −1/|P(i)| Σ_p∈P(i) log( exp(z_i·z_p / τ) / Σ_a≠i exp(z_i·z_a / τ) ), for each labelling.
+
+    P(i) are the other embeddings with the label of i; an anchor without any contributes nothing, and without any
+    anchor the loss is 0. All labellings share the denominator, which is summed in blocks of rows and again in the
+    backward pass: time O(N²·D), memory O(N·D). Computed in float32 at least, under autocast, too.
+
+    Over several processes with equally many embeddings each, all return the loss of the joined batch, and gradients
+    become that of the joined batch when `DistributedDataParallel` averages them; all must call it, in the same order.
+
+    Args:
+        embeddings: shape (N, D); normalised here.
+        labels: integers of shape (N,), any values.
+        temperature: τ, positive.
+
+    Returns:
+        one scalar per labelling, at least 0.
+
+    Raises:
+        ValueError: if a labelling has another length than the embeddings, or `temperature` is not positive.
+
+    Reference:
+        Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, Eq. 2.
+    """
+    _check_temperature(temperature)
+    _check_labels(embeddings, labels)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        rows = _Gather.apply(_normalised(embeddings))
+        denominators = _LogDenominators.apply(rows, 1 / temperature)
+        return [_contrast(rows, denominators, _gather(each), temperature) for each in labels]
+
+
+@torch.no_grad()
+def retrieval_accuracy(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Share of the embeddings whose nearest other one, by cosine, has the same label; of this process alone.
+
+    Of several views of an image leave all but one out where the other view of an image is no worthy answer.
+
+    Args:
+        embeddings: shape (N, D), N ≥ 2.
+        labels: integers of shape (N,).
+
+    Returns:
+        scalar in [0, 1].
+
+    Raises:
+        ValueError: if there is no other embedding, or `labels` have another length.
+
+    Example:
+        >>> retrieval_accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([5, 5, 7]))
+        tensor(0.6667)
+    """
+    _check_labels(embeddings, [labels])
+    nearest = torch.empty_like(labels, dtype=torch.long)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        for block, similarities in _similarities(_normalised(embeddings), 0, len(labels)):
+            nearest[block] = similarities.argmax(1)
+    return (labels[nearest] == labels).float().mean()
+
+
+def _contrast(rows: Tensor, denominators: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    # The first place of its label in sorted order numbers a class; not `unique`, which waits for the GPU.
+    classes = torch.searchsorted(labels.sort().values, labels)
+    sizes = torch.zeros_like(denominators).index_add_(0, classes, torch.ones_like(denominators))
+    # Σ_i z_i·(S − z_i) = ‖S‖² − Σ_i ‖z_i‖² over the anchors of a class whose embeddings sum to S.
+    similarities = torch.zeros_like(rows).index_add(0, classes, rows).square().sum(1)
+    similarities = similarities - torch.zeros_like(denominators).index_add(0, classes, rows.square().sum(1))
+    positives = (similarities / (sizes - 1).clamp_min(1)).where(sizes > 1, 0).sum() / temperature
+    anchors = sizes[classes] > 1
+    return (denominators.where(anchors, 0).sum() - positives) / anchors.sum().clamp_min(1)
+
+
+class _LogDenominators(torch.autograd.Function):
+    """log Σ_a≠i exp(scale · z_i·z_a) of rows z (N, D) → (N,); a process computes its own rows, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scale: float) -> Tensor:
+        own = len(rows) // _world_size()
+        ctx.start, ctx.scale = own * _rank(), scale
+        result = rows.new_empty(own)
+        for block, logits in _similarities(rows, ctx.start, ctx.start + own, scale):
+            largest = logits.amax(1)
+            sums = logits.sub_(largest[:, None]).exp_().sum(1)
+            result[block.start - ctx.start : block.stop - ctx.start] = sums.log_().add_(largest)
+        result = _gather(result)
+        ctx.save_for_backward(rows, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, result = ctx.saved_tensors
+        own = len(rows) // _world_size()
+        grad_rows = torch.zeros_like(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            for block, logits in _similarities(rows, ctx.start, ctx.start + own, ctx.scale):
+                # z_i is anchor of its own denominator and candidate in those of all others.
+                candidate = (logits - result).exp_().mul_(grad)
+                anchor = logits.sub_(result[block, None]).exp_().mul_(grad[block, None])
+                torch.mm(anchor.add_(candidate), rows, out=grad_rows[block])
+        return grad_rows.mul_(ctx.scale), None
+
+
+def _similarities(rows: Tensor, start: int, stop: int, scale: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
+    """Products of the rows `start` to `stop` with all, a block at a time in one buffer; −inf with themselves."""
+    size = max(1, BLOCK_BYTES.get(rows.device.type, 2**27) // (len(rows) * rows.element_size()))
+    buffer = rows.new_empty(min(size, stop - start), len(rows))
+    for first in range(start, stop, size):
+        block = slice(first, min(first + size, stop))
+        part = buffer[: block.stop - first]
+        torch.addmm(part, rows[block], rows.t(), beta=0, alpha=scale, out=part)
+        part.diagonal(first).fill_(-torch.inf)
+        yield block, part
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes. Each differentiates the same joined loss, so its own part of the gradient is complete."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.own = slice(_rank() * len(rows), (_rank() + 1) * len(rows))
+        return _gather(rows) if _world_size() > 1 else rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad[ctx.own] * _world_size()  # over which the gradients of the parameters will be averaged
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    if _world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def _normalised(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+
+
+def _check_labels(embeddings: Tensor, labels: Sequence[Tensor]) -> None:
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise ValueError(f"`embeddings` must be (N, D) with N of at least 2, got {tuple(embeddings.shape)}.")
+    if any(each.shape != embeddings.shape[:1] for each in labels):
+        shapes = [tuple(each.shape) for each in labels]
+        raise ValueError(f"`labels` must be ({len(embeddings)},), one per embedding, got {shapes}.")

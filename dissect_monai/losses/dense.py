@@ -1,0 +1,72 @@
+"""Dense contrast: what lies at one place of an image is alike in both of its views, and unlike the rest of it."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dissect_monai.transforms.augment import Placement
+
+
+def dense_contrast(features: Tensor, placement: Placement, temperature: float = 0.1) -> Tensor:
+    """InfoNCE between the cells of two feature maps: the positive of a cell is the nearest one of the other view.
+
+    A cell that has none within half the diagonal of a cell, as it lies outside the other view, is no anchor; the
+    negatives are all other cells of that view. Both directions count. Computed in float32 at least.
+
+    Args:
+        features: maps of shape (2·B, D, *cells) of the first views of B images, then of their second ones.
+        placement: of the 2·B views in their images.
+        temperature: divides the cosine similarities, positive.
+
+    Returns:
+        scalar, at least 0; 0 if no view overlaps with the other.
+
+    Raises:
+        ValueError: if `temperature` is not positive, or there are not two views, each with a place.
+
+    Reference:
+        Wang et al., Dense Contrastive Learning (DenseCL), CVPR 2021, Sec. 3.3: the loss. Xie et al., Propagate Yourself
+        (PixPro), CVPR 2021, Sec. 3.1: positives by place. Departure: the negatives come from the same image.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+    if len(features) % 2 or len(placement.matrix) != len(features):
+        raise ValueError(
+            f"`features` must be of two views of each image, each with a place, got {len(features)} maps and "
+            f"{len(placement.matrix)} places."
+        )
+    cells = features.shape[2:]
+    with torch.autocast(features.device.type, enabled=False):
+        embeddings = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2), dim=1)
+        first, second = embeddings.chunk(2)
+        similarity = torch.einsum("bdm,bdn->bmn", first, second) / temperature
+        one, two = (Placement(*parts) for parts in zip(*(part.chunk(2) for part in placement), strict=True))
+        forward = _cross_entropies(similarity, _nearest(one, two, cells))
+        backward = _cross_entropies(similarity.transpose(1, 2), _nearest(two, one, cells))
+        entropies, anchors = (torch.cat(parts) for parts in zip(forward, backward, strict=True))
+        return entropies.where(anchors, 0).sum() / anchors.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def _nearest(view: Placement, other: Placement, cells: torch.Size) -> tuple[Tensor, Tensor]:
+    """The nearest cell in the other view of every cell in this one, (B, M), and whether it is near enough."""
+    size = torch.tensor(cells, device=view.center.device, dtype=view.center.dtype)
+    axes = [(2 * torch.arange(length, device=size.device) + 1) / length - 1 for length in cells]
+    centers = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2).to(size.dtype)  # (M, dims)
+    in_image = centers @ view.matrix.transpose(1, 2) + view.center[:, None]
+    in_other = torch.linalg.solve(other.matrix, (in_image - other.center[:, None]).transpose(1, 2)).transpose(1, 2)
+    # Cells of the other view are the unit of length; of a grid the nearest point is found axis by axis.
+    place = (in_other + 1) * size / 2 - 0.5
+    index = place.round().clamp_min(0).minimum(size - 1)
+    is_near = (place - index).norm(dim=-1) <= 0.5 * sqrt(len(cells)) + 1e-4
+    strides = [cells[axis + 1 :].numel() for axis in range(len(cells))]
+    return (index.long() * torch.tensor(strides, device=size.device)).sum(-1), is_near
+
+
+def _cross_entropies(similarity: Tensor, nearest: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    positive, is_near = nearest
+    return F.cross_entropy(similarity.transpose(1, 2), positive, reduction="none"), is_near

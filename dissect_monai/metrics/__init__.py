@@ -1,0 +1,1 @@
+"""Pure numbers: scores, intervals, probes."""

@@ -1,0 +1,356 @@
+"""What frozen features are worth: feature extraction, k-NN, the linear probe and the pixel baseline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import DataLoader
+from numpy.typing import ArrayLike, NDArray
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.utils.data import Dataset, get_worker_info
+
+from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.transforms.views import prepare_images
+
+Array = NDArray[np.floating[Any]]
+logger = logging.getLogger(__name__)
+CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DEFAULT_C = 1e-2  # used where validation cannot choose; the middle of CS
+_KNN_ROWS = 1024  # test rows whose similarities are held at once
+
+
+class Features(NamedTuple):
+    """Frozen features of a data set, pooled over space."""
+
+    last: NDArray[np.float32]  # (N, C of the last stage)
+    stages: NDArray[np.float32]  # (N, sum of C over all stages)
+
+
+class ProbeResult(NamedTuple):
+    """What a linear probe says of the test items."""
+
+    scores: Array  # (M, C), probabilities; NaN for the findings left out
+    c: float  # inverse strength of the L2 penalty that validation chose
+    left_out: tuple[int, ...]  # columns that lack a class in training
+
+
+def extract_features(
+    encoder: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    device: torch.device | str,
+    stages_fn: Callable[[nn.Module, Tensor], list[Tensor]],
+) -> Features:
+    """Pooled features of every image, the encoder frozen: in eval mode, without gradients.
+
+    Afterwards each module is back in the mode that it had.
+
+    Args:
+        encoder: network on `device`.
+        loader: batches with an "image" of shape (B, C, *spatial): uint8, which is scaled to [0, 1], or float.
+        device: where to run.
+        stages_fn: maps encoder and images to one feature map (B, C, *spatial) per stage, the last stage last.
+
+    Returns:
+        The global average of the last stage, and of all stages side by side, in the order of the loader.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    pooled: list[list[Tensor]] = []
+    try:
+        with torch.inference_mode():
+            for batch in loader:
+                image, _ = prepare_images(batch, device, non_blocking=True)
+                pooled.append([stage.flatten(2).mean(2).float() for stage in stages_fn(encoder, image)])
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not pooled:
+        raise ValueError("`loader` must yield at least one batch, got none.")
+    stages = [torch.cat(stage).cpu().numpy() for stage in zip(*pooled, strict=True)]
+    return Features(stages[-1], np.concatenate(stages, axis=1))
+
+
+def intensity_histograms(images: Tensor, num_bins: int = 32) -> Tensor:
+    """How the intensities of each image are distributed: what can be told of it without any network.
+
+    Args:
+        images: shape (B, C, *spatial) in [0, 1]; values outside count in the first or the last bin.
+        num_bins: number of bins of equal width.
+
+    Returns:
+        Shares of the B images, all channels together, shape (B, `num_bins`); each row sums to 1.
+
+    Raises:
+        ValueError: if `num_bins` is not positive.
+
+    Example:
+        >>> intensity_histograms(torch.tensor([[[0.1, 0.2, 0.9, 1.0]]]), num_bins=2)
+        tensor([[0.5000, 0.5000]])
+    """
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+    bins = images.flatten(1).mul(num_bins).long().clamp_(0, num_bins - 1)
+    row = torch.arange(len(images), device=images.device).unsqueeze(1)
+    counts = torch.bincount((bins + num_bins * row).flatten(), minlength=len(images) * num_bins)
+    return counts.view(len(images), num_bins) / bins.shape[1]
+
+
+def pixel_pca(
+    train_images: Tensor, *other_images: Tensor, num_components: int = 100, size: int = 32
+) -> list[NDArray[np.float32]]:
+    """Principal components of the pixels, the baseline that needs no network; fitted on the training images only.
+
+    Args:
+        train_images: shape (N, C, H, W), any real dtype.
+        other_images: further sets, to be projected on the same components.
+        num_components: number of components, cut to N − 1 and C·size².
+        size: height and width to which images are averaged first.
+
+    Returns:
+        Features of shape (N, `num_components`) of the training images and of each further set.
+    """
+    pixels = [
+        F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in (train_images, *other_images)
+    ]
+    # One less than the images: the last component of as many would be rounding error, blown up by the probe.
+    pca = PCA(min(num_components, len(pixels[0]) - 1, pixels[0].shape[1]), random_state=0).fit(pixels[0])
+    return [pca.transform(each) for each in pixels]
+
+
+def knn_scores(
+    train_x: ArrayLike, train_y: ArrayLike, test_x: ArrayLike, k: int = 20, temperature: float = 0.07
+) -> Array:
+    """Weighted k-nearest-neighbour vote for each finding, among the training items whose label is known.
+
+    Features are standardised with the training statistics and L2-normalised; a neighbour of cosine similarity s weighs
+    exp(s / temperature).
+
+    Args:
+        train_x: shape (N, D).
+        train_y: shape (N, C), 1, 0 or NaN (unknown).
+        test_x: shape (M, D).
+        k: number of neighbours; all are used where fewer are known.
+        temperature: smaller lets the nearest count for more.
+
+    Returns:
+        Scores in [0, 1] of shape (M, C), NaN for a finding that lacks a class in training.
+
+    Raises:
+        ValueError: if `k` or `temperature` is not positive, shapes disagree or a label is not 1, 0 or NaN.
+
+    Reference:
+        Wu et al., Unsupervised feature learning via non-parametric instance discrimination, CVPR 2018, Sec. 3.4 and
+        its temperature. Standardising is ours: the raw cosines of pooled ReLU features, all positive, hardly differ.
+    """
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"`k` and `temperature` must be positive, got {k} and {temperature}.")
+    train_x, train_y = _checked(train_x, train_y)
+    train_x, test_x = (F.normalize(torch.from_numpy(x), dim=1).numpy() for x in _standardised(train_x, test_x))
+    blocks = np.array_split(test_x, len(test_x) // _KNN_ROWS + 1)
+    return np.concatenate([_vote(block @ train_x.T, train_y, k, temperature) for block in blocks])
+
+
+def linear_probe(
+    train_x: ArrayLike,
+    train_y: ArrayLike,
+    val_x: ArrayLike,
+    val_y: ArrayLike,
+    test_x: ArrayLike,
+    cs: Sequence[float] = CS,
+) -> ProbeResult:
+    """Logistic regression on standardised frozen features: one problem a finding, one C for all, chosen on validation.
+
+    C is the one of highest macro AUROC over the findings with both classes in validation, the smallest of equals; if
+    validation can judge no finding, it is `DEFAULT_C`, and the log says so. Items of unknown label are dropped finding
+    by finding. Findings with a single class in training get NaN scores and are named in the log.
+
+    Args:
+        train_x: shape (N, D); the scaler and the models are fitted on it alone.
+        train_y: shape (N, C), 1, 0 or NaN (unknown).
+        val_x: validation features.
+        val_y: validation labels.
+        test_x: shape (M, D).
+        cs: inverse strengths of the L2 penalty to choose from.
+
+    Returns:
+        The probabilities of the test items, C, and the columns left out.
+
+    Raises:
+        ValueError: if `cs` is empty or not positive, shapes disagree or a label is not 1, 0 or NaN.
+    """
+    train_x, train_y = _checked(train_x, train_y)
+    c = _choose_c(train_x, train_y, *_checked(val_x, val_y), cs)
+    left_out = tuple(index for index, label in enumerate(train_y.T) if not _has_both_classes(label))
+    if left_out:
+        logger.warning("Left out of the linear probe, for lack of a class in training: findings %s.", left_out)
+    return ProbeResult(_fit_predict(train_x, train_y, test_x, c), c, left_out)
+
+
+def grouped_cross_val_scores(
+    x: ArrayLike, y: ArrayLike, subjects: ArrayLike, num_folds: int = 5, seed: int = 0, cs: Sequence[float] = CS
+) -> Array:
+    """Out-of-fold scores of the linear probe for every item, the folds made of whole subjects.
+
+    For each fold C is chosen by holding out the next one from training, and the probe is then fitted on all the others.
+
+    Args:
+        x: shape (N, D).
+        y: shape (N, C), 1, 0 or NaN (unknown).
+        subjects: subject of each item.
+        num_folds: number of folds, at least 3: one to score, one to choose C, the others to train.
+        seed: seed of the folds.
+        cs: inverse strengths of the L2 penalty to choose from.
+
+    Returns:
+        Probabilities of shape (N, C); NaN where a finding lacks a class in the training folds.
+
+    Raises:
+        ValueError: as for `linear_probe`, and if there are fewer than 3 folds or fewer subjects than folds.
+    """
+    x, y = _checked(x, y)
+    names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
+    if len(item_subject) != len(x):
+        raise ValueError(f"`subjects` must name the subject of each of the {len(x)} items, got {len(item_subject)}.")
+    if not 3 <= num_folds <= len(names):
+        raise ValueError(f"`num_folds` must be in [3, {len(names)}], the number of subjects, got {num_folds}.")
+    fold = (np.random.default_rng(seed).permutation(len(names)) % num_folds)[item_subject]
+    scores = np.full(y.shape, np.nan)
+    for held_out in range(num_folds):
+        test = fold == held_out
+        val = fold == (held_out + 1) % num_folds
+        train = ~test & ~val
+        c = _choose_c(x[train], y[train], x[val], y[val], cs)
+        scores[test] = _fit_predict(x[~test], y[~test], x[test], c)
+    return scores
+
+
+def _checked(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"Features and labels must have shapes (N, D) and (N, C), N > 0, got {x.shape} and {y.shape}.")
+    if not (np.isin(y, (0, 1)) | np.isnan(y)).all():
+        raise ValueError(f"Labels must be 1, 0 or NaN (unknown), got {np.unique(y)}.")
+    return x, y
+
+
+def _standardised(train_x: ArrayLike, test_x: ArrayLike) -> tuple[Array, Array]:
+    """Both sets in float64, less the mean of the first and over its standard deviation."""
+    scaler = StandardScaler().fit(np.asarray(train_x, dtype=np.float64))
+    return scaler.transform(train_x), scaler.transform(np.asarray(test_x, dtype=np.float64))
+
+
+def _vote(similarity: Array, train_y: Array, k: int, temperature: float) -> Array:
+    """Scores (M, C) from the similarities (M, N) of test and training items."""
+    scores = np.full((len(similarity), train_y.shape[1]), np.nan)
+    for finding, label in enumerate(train_y.T):
+        known = np.flatnonzero(~np.isnan(label))
+        if _has_both_classes(label):  # else every score would be the same, and its AUROC a meaningless 0.5
+            near, index = torch.from_numpy(similarity[:, known]).topk(min(k, len(known)))
+            weight = (near / temperature).softmax(1).numpy()
+            scores[:, finding] = (weight * label[known][index.numpy()]).sum(1)
+    return scores
+
+
+def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array, cs: Sequence[float]) -> float:
+    if not cs or min(cs) <= 0:
+        raise ValueError(f"`cs` must hold positive values, got {cs}.")
+    if train_y.shape[1] != val_y.shape[1]:
+        raise ValueError(
+            "Labels must have the same findings in training and validation, "
+            f"got {train_y.shape[1]} and {val_y.shape[1]}."
+        )
+    judged = [i for i in range(val_y.shape[1]) if _has_both_classes(train_y[:, i]) and _has_both_classes(val_y[:, i])]
+    if not judged:
+        logger.warning("No finding has both classes in training and validation: C is the default, %g.", DEFAULT_C)
+        return DEFAULT_C
+
+    def macro_auroc(c: float) -> float:
+        scores = _fit_predict(train_x, train_y, val_x, c)
+        known = ~np.isnan(val_y)
+        return float(np.mean([roc_auc_score(val_y[known[:, i], i], scores[known[:, i], i]) for i in judged]))
+
+    return max(sorted(cs), key=macro_auroc)
+
+
+def _fit_predict(train_x: Array, train_y: Array, test_x: ArrayLike, c: float) -> Array:
+    """Probabilities (M, C) of the test items."""
+    train_x, test_x = _standardised(train_x, test_x)
+    scores = np.full((len(test_x), train_y.shape[1]), np.nan)
+    # Products this small do not repay threads, which on a busy machine wait for each other fifty times as long.
+    with threadpool_limits(1, user_api="blas"):
+        for finding, label in enumerate(train_y.T):
+            if _has_both_classes(label):
+                known = ~np.isnan(label)
+                # At the default tolerance of 1e-4 probabilities are still up to 0.01 from the optimum.
+                model = LogisticRegression(C=c, tol=1e-5, max_iter=2000).fit(train_x[known], label[known])
+                scores[:, finding] = model.predict_proba(test_x)[:, 1]
+    return scores
+
+
+def _has_both_classes(label: Array) -> bool:
+    return bool(np.isin((0, 1), label).all())
+
+
+class FeatureDataset(Dataset[dict[str, Tensor]]):
+    """Frozen features in place of images: what the head of a linear probe trains on.
+
+    The global averages of the last stage are computed once, in eval mode, from the images as the data set gives them.
+    That happens at the first access, so after pretrained weights are loaded and after a run has resumed.
+
+    Args:
+        dataset: items {"image", "label"} without augmentation; images uint8, which are scaled to [0, 1], or float.
+        network: a MONAI `ResNet` on `device`, whose head `fc` is left out.
+        device: where to compute; the features are kept in main memory.
+        batch_size: images at once.
+        num_workers: processes that read the images. The loader of the features themselves must have none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        network: nn.Module,
+        device: torch.device | str = "cpu",
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.network = network
+        self.device = device
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The feature (C,) of one image as "image", and its "label"."""
+        features, labels = self._cache
+        return {"image": features[index], "label": labels[index]}
+
+    @cached_property
+    def _cache(self) -> tuple[Tensor, Tensor]:
+        if get_worker_info() is not None:
+            raise ValueError("`num_workers` must be 0 for the features of a linear probe: each would compute them all.")
+        labels: list[Tensor] = []
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            for batch in DataLoader(self.dataset, batch_size=self.batch_size, num_workers=self.num_workers):
+                labels.append(batch["label"])
+                yield batch
+
+        features = extract_features(self.network, batches(), self.device, feature_maps).last
+        return torch.from_numpy(features), torch.cat(labels)

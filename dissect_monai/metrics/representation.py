@@ -1,0 +1,197 @@
+"""What frozen features and codes show: usage, rank, collapse, shortcuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.metrics import EmbeddingCollapseMetric
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dissect_monai.metrics.classification import _counts, _matrix, macro_auroc
+from dissect_monai.metrics.probes import DEFAULT_C, linear_probe
+
+
+def perplexity(indices: Tensor, num_embeddings: int) -> Tensor:
+    """Effective number of codes in use: the exponential of the usage entropy.
+
+    Args:
+        indices: code indices of any shape, integers in [0, `num_embeddings`).
+        num_embeddings: size of the codebook.
+
+    Returns:
+        A scalar in [1, `num_embeddings`].
+
+    Raises:
+        ValueError: if `indices` is empty or holds a code that the codebook lacks.
+
+    Example:
+        >>> perplexity(torch.tensor([0, 1, 1, 0]), num_embeddings=8)
+        tensor(2.)
+    """
+    usage = _counts(indices, num_embeddings) / indices.numel()
+    return torch.special.entr(usage).sum().exp()
+
+
+def code_usage(indices: Tensor, num_embeddings: int) -> Tensor:
+    """Share of the codes that occur at all.
+
+    Args:
+        indices: code indices of any shape, integers in [0, `num_embeddings`).
+        num_embeddings: size of the codebook.
+
+    Returns:
+        A scalar in (0, 1].
+
+    Raises:
+        ValueError: if `indices` is empty or holds a code that the codebook lacks.
+
+    Example:
+        >>> code_usage(torch.tensor([0, 1, 1, 0]), num_embeddings=8)
+        tensor(0.2500)
+    """
+    return (_counts(indices, num_embeddings) > 0).float().mean()
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """Number of directions that the features fill: the exponential of the entropy of their singular values.
+
+    The features are centred first, so that a collapsed set (all rows equal) has the lowest value, 1.
+
+    Args:
+        features: shape (N, D), any float dtype.
+
+    Returns:
+        A float64 scalar in [1, min(N, D)].
+
+    Raises:
+        ValueError: if `features` is not a non-empty matrix.
+
+    Reference:
+        Roy & Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007, Definition 1.
+    """
+    features = _matrix(features).double()
+    values = torch.linalg.svdvals(features - features.mean(0))
+    # Rounding leaves singular values of this size in a constant set, where they would count as directions.
+    rounding = torch.finfo(torch.float64).eps * max(features.shape) * torch.linalg.matrix_norm(features)
+    values = torch.where(values > rounding, values, 0)
+    share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(share).sum().exp()
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """Spread of the features on the unit sphere: about 1 if they are isotropic, 0 if they have collapsed.
+
+    Each row is L2-normalised; the standard deviations over rows are averaged over dimensions and multiplied by √D.
+
+    Args:
+        features: shape (N, D), any float dtype.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: if `features` is not a non-empty matrix.
+
+    Reference:
+        Chen & He, Exploring simple Siamese representation learning, CVPR 2021, Sec. 4.1 and Fig. 2.
+    """
+    features = _matrix(features)
+    return F.normalize(features.float(), dim=1).std(0, correction=0).mean() * features.shape[1] ** 0.5
+
+
+Array = NDArray[np.floating[Any]]
+MIN_ITEMS = 3  # of a task whose shift is measured: centred, two items lie on a line, and any two lines are alike
+
+
+class DomainFeatures(NamedTuple):
+    """Frozen features of N images, what their intensities alone say, and where each comes from."""
+
+    features: Array  # (N, D)
+    intensities: Array  # (N, number of bins)
+    task: Sequence[str]
+    group: Sequence[str]
+
+
+def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, float]:
+    """Macro AUROC over tasks with which a linear probe, fitted on the bank, tells the task of an item: 0.5 is chance.
+
+    The inverse strength of the probe's penalty is fixed, `DEFAULT_C`, as the items are those that are scored.
+
+    Args:
+        bank: training images.
+        items: validation images.
+
+    Returns:
+        `shortcut_task` from the features, `shortcut_task_intensity` from the intensities, and `shortcut_within_group`
+        from the features, for the tasks that share a group and among the items of it. Tasks count that both bank and
+        items hold; where there is nothing to tell them from, the metric is left out.
+    """
+    tasks, within = _task_labels(bank, items), _task_labels(bank, items, within_group=True)
+    values = {
+        "shortcut_task": _separability(bank.features, items.features, *tasks),
+        "shortcut_task_intensity": _separability(bank.intensities, items.intensities, *tasks),
+        "shortcut_within_group": _separability(bank.features, items.features, *within),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
+    """MONAI's indicators of a collapse of the features and of the difference between tasks.
+
+    MONAI's `domain_shift` is a linear CKA that pairs the items of two tasks, which have nothing to do with each other,
+    after centring each task. So it says how alike the shapes of two clouds of features are, not whether they lie apart,
+    and it falls with the number of items: only values of the same items can be compared.
+
+    Args:
+        items: validation images.
+
+    Returns:
+        `collapse_effective_rank` in [0, 1], 1 if the features have collapsed to a line; from two tasks on
+        `collapse_centroid_similarity`, 1 if their means have one direction; and `domain_shift`, the mean over pairs of
+        tasks with at least 3 items, 1 for clouds of one shape. What cannot be computed is left out.
+    """
+    if len(items.task) < 2:
+        return {}
+    features = torch.from_numpy(np.asarray(items.features))
+    names, labels = np.unique(items.task, return_inverse=True)
+    collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank", "centroid_similarity"])
+    scores = collapse(features, labels=torch.from_numpy(labels))
+    metrics = {
+        "collapse_effective_rank": scores["effective_rank_score"],
+        "collapse_centroid_similarity": scores["centroid_similarity"],
+    }
+    clouds = [cloud for cloud in (features[labels == task] for task in range(len(names))) if len(cloud) >= MIN_ITEMS]
+    shift = EmbeddingCollapseMetric(include_indicators=["domain_shift"])
+    shifts = [shift(one, target_embeddings=other)["domain_shift"] for one, other in combinations(clouds, 2)]
+    if shifts:
+        metrics["domain_shift"] = torch.stack(shifts).mean()
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _task_labels(bank: DomainFeatures, items: DomainFeatures, within_group: bool = False) -> tuple[Array, Array]:
+    """A column for each task of both sets that can be told from others: 1, 0, or NaN for images that do not count."""
+    group_of = {task: group for task, group in zip(bank.task, bank.group, strict=True) if task in set(items.task)}
+
+    def label(task: str, group: str, name: str) -> float:
+        counts = task in group_of and (not within_group or group == group_of[name])
+        return float(task == name) if counts else np.nan
+
+    train, val = (
+        np.array([[label(*image, name) for name in group_of] for image in zip(part.task, part.group, strict=True)])
+        for part in (bank, items)
+    )
+    usable = np.all([(labels == value).any(0) for labels in (train, val) for value in (0, 1)], axis=0)
+    return train[:, usable], val[:, usable]
+
+
+def _separability(train_x: Array, val_x: Array, train_y: Array, val_y: Array) -> float | None:
+    if not train_y.shape[1]:
+        return None
+    scores = linear_probe(train_x, train_y, val_x, val_y, val_x, cs=(DEFAULT_C,)).scores
+    return macro_auroc(val_y, scores, [str(column) for column in range(val_y.shape[1])]).value

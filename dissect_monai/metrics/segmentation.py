@@ -1,0 +1,192 @@
+"""How well the structures of a label map were found: Dice, HD95, surface Dice and volumes; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.metrics.utils import create_table_neighbour_code_to_surface_area
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from dissect_monai.transforms.labels import Mask, box_around, integer_map
+
+Points = NDArray[np.floating[Any]]  # (N, 3) in mm
+Values = NDArray[np.floating[Any]]  # (N,)
+OUTCOMES = ("scored", "missed", "false_positive", "absent")
+NAN = float("nan")
+_ROUNDING = 1e-6  # part of the tolerance by which a distance may exceed it: headers hold spacings in float32
+
+
+class StructureScore(NamedTuple):
+    """How well one structure of one case was found; NaN is undefined, never a bad score."""
+
+    structure: str
+    values: tuple[int, ...]  # in the label map
+    dice: float  # in [0, 1]
+    hd95: float  # mm
+    surface_dice: float  # in [0, 1]
+    label_ml: float
+    pred_ml: float
+    outcome: str  # of `OUTCOMES`
+
+
+class Overlap(NamedTuple):
+    """How well two masks that both have voxels agree."""
+
+    dice: float
+    hd95: float  # mm
+    surface_dice: float
+
+
+def score_structures(
+    label: ArrayLike,
+    pred: ArrayLike,
+    labels: Mapping[str, Sequence[int]],
+    spacing: Sequence[float],
+    tolerance: float = 2.0,
+) -> list[StructureScore]:
+    """Score the structures of one case on one grid, each as the voxels that have one of its values.
+
+    | outcome          | label | pred | Dice, surface Dice | HD95 |
+    |------------------|-------|------|--------------------|------|
+    | `scored`         | yes   | yes  | in [0, 1]          | mm   |
+    | `missed`         | yes   | no   | 0                  | NaN  |
+    | `false_positive` | no    | yes  | NaN                | NaN  |
+    | `absent`         | no    | no   | NaN                | NaN  |
+
+    NaN is left out of every mean. So a structure that the label lacks is no zero: it may never have been contoured, and
+    whether a false positive is an error follows from how the labels were made; `pred_ml` says how large it is. A missed
+    structure lowers both kinds of Dice, but has no distance: a mean HD95 is to be read beside the number of missed.
+
+    Args:
+        label: label map of shape (X, Y, Z), integers of any dtype.
+        pred: the same of the prediction, with the same values.
+        labels: values of each named structure, {name: values}, as `aggregate` gives them; they may overlap.
+        spacing: mm between voxels along the three axes.
+        tolerance: of the surface Dice in mm.
+
+    Returns:
+        A score for each structure, in the order of `labels`.
+
+    Raises:
+        ValueError: if the shapes differ or are not 3-D, a label map has fractions, `spacing` has no three positive
+            numbers, `tolerance` is negative, or a structure has no values or one under 1.
+    """
+    label_map, pred_map = integer_map("label", label), integer_map("pred", pred)
+    if label_map.shape != pred_map.shape:
+        raise ValueError(
+            f"`label` and `pred` must lie on one grid, got the shapes {label_map.shape} and {pred_map.shape}: "
+            "resample the prediction with `to_original_grid`."
+        )
+    spacing = _checked(spacing, tolerance)
+    unclear = {name: list(values) for name, values in labels.items() if min(values, default=0) < 1}
+    if unclear or not labels:
+        raise ValueError(
+            f"`labels` must give every structure its values over 0, such as {{'spleen': [1]}}, got {unclear}."
+        )
+    found = [ndimage.find_objects(part) for part in (label_map, pred_map)]
+    voxel_ml = float(np.prod(spacing)) / 1000
+    scores = []
+    for name, given in labels.items():
+        values = tuple(map(int, given))
+        box = box_around(found, values)
+        masks = np.isin(label_map[box], values), np.isin(pred_map[box], values)
+        label_ml, pred_ml = (float(mask.sum()) * voxel_ml for mask in masks)
+        outcome, overlap = _outcome(*masks, spacing, tolerance)
+        scores.append(StructureScore(name, values, *overlap, label_ml, pred_ml, outcome))
+    return scores
+
+
+def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float = 2.0) -> Overlap:
+    """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z), neither of them empty.
+
+    They equal MONAI's, in half of the time or less, and depend on nothing outside the box around both masks: beyond the
+    border of the array there is background, so that a structure cut off there has a surface there.
+
+    - HD95: of each mask, the voxels that a 6-neighbour outside touches; from each the distance in mm to the nearest of
+      the other mask, centre to centre; the larger of both 95 % percentiles. Voxels count alike, whatever the area of
+      their faces.
+    - Surface Dice: the share of both surfaces that lies within `tolerance` of the other, by area: between voxels, as
+      marching cubes draws them, with the spacing. Counting voxels instead, as MONAI does by default, would give the
+      large faces between thick slices the weight of the small ones.
+
+    Args:
+        label: one mask.
+        pred: the other.
+        spacing: mm between voxels along the three axes.
+        tolerance: of the surface Dice in mm.
+
+    Raises:
+        ValueError: if the shapes differ or are not 3-D, or a mask is empty.
+
+    Reference:
+        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
+        radiotherapy, 2018 (arXiv 1809.04430), for the surface Dice. Their HD95 weighs distances by area, ours does not.
+    """
+    if label.ndim != 3 or label.shape != pred.shape or not (label.any() and pred.any()):
+        raise ValueError(
+            f"`label` and `pred` must be masks of one shape (X, Y, Z) with voxels, got {label.shape} with "
+            f"{label.sum()} and {pred.shape} with {pred.sum()}."
+        )
+    dice = 2 * float((label & pred).sum()) / float(label.sum() + pred.sum())
+    to_pred, to_label = _nearest(*(_edge_points(mask, spacing) for mask in (label, pred)))
+    hd95 = max(float(np.percentile(each, 95)) for each in (to_pred, to_label))
+    (label_points, label_areas), (pred_points, pred_areas) = (_surface(mask, spacing) for mask in (label, pred))
+    to_pred, to_label = _nearest(label_points, pred_points)
+    limit = tolerance * (1 + _ROUNDING)
+    near = label_areas[to_pred <= limit].sum() + pred_areas[to_label <= limit].sum()
+    return Overlap(dice, hd95, float(near / (label_areas.sum() + pred_areas.sum())))
+
+
+def _nearest(one: Points, other: Points) -> tuple[Values, Values]:
+    """Distance of each point to the nearest of the other set, in both directions.
+
+    Trees of the surfaces' points give what distance maps of the whole box do, in half of the time or less.
+    """
+    trees = [cKDTree(points, balanced_tree=False, compact_nodes=False) for points in (one, other)]
+    return trees[1].query(one)[0], trees[0].query(other)[0]
+
+
+def _edge_points(mask: Mask, spacing: Sequence[float]) -> Points:
+    """Centres in mm of the voxels that a 6-neighbour outside touches."""
+    return np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing, dtype=float)
+
+
+def _surface(mask: Mask, spacing: Sequence[float]) -> tuple[Points, Values]:
+    """Corners in mm between voxels of which some are inside, and the area in mm² of the surface at each."""
+    padded = np.pad(mask, 1).view(np.uint8)
+    codes = np.zeros([size - 1 for size in padded.shape], np.uint8)
+    for bit, (x, y, z) in enumerate(product((0, 1), repeat=3)):
+        shifted = padded[x : len(codes) + x, y : codes.shape[1] + y, z : codes.shape[2] + z]
+        codes |= shifted << np.uint8(7 - bit)
+    places = np.nonzero((codes > 0) & (codes < 255))
+    return np.stack(places, 1) * np.asarray(spacing, dtype=float), _corner_areas(tuple(spacing))[codes[places]]
+
+
+@cache
+def _corner_areas(spacing: tuple[float, ...]) -> Values:
+    """Area in mm² that marching cubes gives to each of the 256 kinds of corners."""
+    table, _ = create_table_neighbour_code_to_surface_area(spacing)
+    return np.asarray(table, dtype=float)
+
+
+def _checked(spacing: Sequence[float], tolerance: float) -> list[float]:
+    values = [float(each) for each in spacing]
+    if len(values) != 3 or not all(0 < each < float("inf") for each in values):
+        raise ValueError(f"`spacing` must hold three positive numbers in mm, got {values}.")
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"`tolerance` must be at least 0 mm, got {tolerance}.")
+    return values
+
+
+def _outcome(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float) -> tuple[str, Overlap]:
+    if label.any():
+        return (
+            ("scored", mask_overlap(label, pred, spacing, tolerance)) if pred.any() else ("missed", Overlap(0, NAN, 0))
+        )
+    return ("false_positive" if pred.any() else "absent"), Overlap(NAN, NAN, NAN)

@@ -1,0 +1,1 @@
+"""Quantisers, the two pretraining networks, weights in and out, optimisers."""

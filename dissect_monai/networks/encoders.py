@@ -1,0 +1,74 @@
+"""Feature maps of encoders, stage by stage."""
+
+from __future__ import annotations
+
+from monai.networks.nets import ResNet, SegResNet
+from torch import Tensor, nn
+
+
+def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Feature maps of every stage of a stock MONAI encoder, fine to coarse.
+
+    A `ResNet` gives the outputs of its four residual layers, a network with `encode` (`SegResNet`) the maps of each
+    level, and any other module must itself return a list of maps.
+
+    Args:
+        encoder: the encoder; its own parameters and buffers are used, nothing is wrapped or copied.
+        images: batch of shape (B, C, *spatial).
+
+    Returns:
+        maps of shape (B, C_i, *spatial_i), one per stage.
+
+    Raises:
+        ValueError: if the encoder returns something else than a list of maps.
+    """
+    if isinstance(encoder, ResNet):
+        x = encoder.act(encoder.bn1(encoder.conv1(images)))
+        maps = [encoder.layer1(x if encoder.no_max_pool else encoder.maxpool(x))]
+        for layer in (encoder.layer2, encoder.layer3, encoder.layer4):
+            maps.append(layer(maps[-1]))
+        return maps
+    encode = getattr(encoder, "encode", None)
+    maps = encoder(images) if encode is None else encode(images)[1]
+    if not isinstance(maps, (list, tuple)):
+        raise ValueError(
+            f"`encoder` must be a MONAI ResNet, have `encode`, or return a list of feature maps, "
+            f"got {type(encoder).__name__} returning {type(maps).__name__}."
+        )
+    return list(maps)
+
+
+def pool(features: Tensor) -> Tensor:
+    """Global average over the spatial axes: (B, C, *spatial) → (B, C) in float32."""
+    return features.float().flatten(2).mean(-1)
+
+
+class SegResNetEncoder(nn.Module):
+    """The encoder of a `SegResNet` without its decoder, which would wait for a gradient that never comes.
+
+    The keys of its state dict are those of the `SegResNet`, so that its weights load into one by key.
+
+    Args:
+        segresnet: the network whose modules are used; nothing is copied.
+    """
+
+    def __init__(self, segresnet: SegResNet) -> None:
+        super().__init__()
+        self.convInit = segresnet.convInit
+        self.dropout = nn.Identity() if segresnet.dropout_prob is None else segresnet.dropout
+        self.down_layers = segresnet.down_layers
+
+    def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The bottleneck and the maps of all levels, fine to coarse, as `SegResNet.encode` gives them.
+
+        Args:
+            images: batch of shape (B, in_channels, *spatial).
+        """
+        maps = [self.dropout(self.convInit(images))]
+        for layer in self.down_layers:
+            maps.append(layer(maps[-1]))
+        return maps[-1], maps[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled bottleneck of shape (B, C), as a headless `ResNet` returns it."""
+        return pool(self.encode(images)[0])

@@ -1,0 +1,89 @@
+"""Segmentation networks: their start, and deep supervision."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from monai.networks.layers.factories import Conv
+from monai.networks.nets import SegResNet
+from torch import Tensor, nn
+
+
+def start_rare(network: SegResNet, share: float = 0.01) -> None:
+    """Make an untrained network call every structure rare.
+
+    With the usual biases of zero each class starts with the same share of all voxels, which is far more than a
+    structure has. The Dice loss then pushes all structures down, and those whose features are not told apart soon
+    reach probabilities at which it has no gradient: they are never found.
+
+    Args:
+        network: the biases of its last convolution are changed in place; its first output is the background.
+        share: probability of each structure against the background, in (0, 1).
+
+    Raises:
+        ValueError: if `share` is out of range.
+
+    Reference:
+        Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the default is.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`share` must lie between 0 and 1, got {share}.")
+    _start_rare(network.conv_final[-1].conv.bias, share)
+
+
+def _start_rare(biases: Tensor, share: float = 0.01) -> None:
+    """As `start_rare`, of the biases of one convolution."""
+    with torch.no_grad():
+        biases.fill_(math.log(share / (1 - share)))
+        biases[0] = 0
+
+
+class DeepSupervisionNet(nn.Module):
+    """A `SegResNet` that, while it trains, segments at coarser levels of its decoder, too.
+
+    Each of these levels has a 1×1×1 convolution of its own, which is not part of `segresnet`: that is what to save.
+
+    Args:
+        segresnet: the network in 2-D or 3-D.
+        num_heads: how many coarser levels have an output, from the finest on; at least 1 and fewer than the levels of
+            the decoder.
+
+    Raises:
+        ValueError: if `num_heads` is out of range.
+
+    Reference:
+        Lee et al., Deeply-supervised nets, AISTATS 2015, Sec. 2.
+    """
+
+    def __init__(self, segresnet: SegResNet, num_heads: int = 2) -> None:
+        super().__init__()
+        levels = len(segresnet.up_layers)
+        if not 1 <= num_heads < levels:
+            raise ValueError(f"`num_heads` must be at least 1 and fewer than the {levels} levels, got {num_heads}.")
+        self.segresnet = segresnet
+        classes = segresnet.conv_final[-1].out_channels
+        conv = Conv[Conv.CONV, segresnet.spatial_dims]
+        # Level 0 is that of the output itself.
+        heads = [conv(segresnet.init_filters * 2**level, classes, 1) for level in range(1, num_heads + 1)]
+        for head in heads:
+            _start_rare(head.bias)
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """Logits (B, classes, *spatial); in training a list with those of coarser levels behind, each half as fine.
+
+        Args:
+            images: shape (B, in_channels, *spatial).
+        """
+        if not self.training:
+            return self.segresnet(images)
+        features, maps = self.segresnet.encode(images)
+        skips = maps[::-1][1:]
+        decoded = []
+        for upsample, layer, skip in zip(self.segresnet.up_samples, self.segresnet.up_layers, skips, strict=False):
+            features = layer(upsample(features) + skip)
+            decoded.append(features)
+        finest, *coarser = decoded[::-1]
+        others = [head(each) for head, each in zip(self.heads, coarser, strict=False)]
+        return [self.segresnet.conv_final(finest), *others]

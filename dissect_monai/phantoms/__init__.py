@@ -1,0 +1,1 @@
+"""Generated images with labels, the data of the demo."""

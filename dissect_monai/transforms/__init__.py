@@ -1,0 +1,1 @@
+"""Items to tensors to views, and back to the grid of the file."""

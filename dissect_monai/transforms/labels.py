@@ -1,0 +1,198 @@
+"""Label maps: values to classes, components, and which structures are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from dissect_monai.common import few
+from dissect_monai.transforms.spatial import refuse_apart
+
+LabelMap = NDArray[np.integer[Any]]
+Mask = NDArray[np.bool_]
+Box = tuple[slice, slice, slice]
+
+
+def largest_components(
+    label_map: ArrayLike, structures: Sequence[Sequence[int]], background: int = 0
+) -> NDArray[np.integer[Any]]:
+    """Keep the largest connected part of each structure and make the others background; faces connect, edges do not.
+
+    It suits structures that are one piece. Of two kidneys under one value, it removes one.
+
+    Args:
+        label_map: shape (X, Y, Z), integers of any dtype.
+        structures: the values of each structure to clean; voxels of others stay.
+        background: value of what is removed.
+
+    Returns:
+        A new label map of the same shape. Of parts of equal size, the first is kept.
+
+    Raises:
+        ValueError: if the label map is not 3-D or has fractions.
+
+    Example:
+        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
+        array([[[3, 3, 0, 0, 2]]])
+    """
+    cleaned = integer_map("label_map", label_map).copy()
+    found = ndimage.find_objects(cleaned)
+    for values in structures:
+        part = cleaned[box_around([found], values)]
+        components, count = ndimage.label(np.isin(part, values))
+        if count > 1:
+            sizes = np.bincount(components.ravel())[1:]
+            part[(components > 0) & (components != sizes.argmax() + 1)] = background
+    return cleaned
+
+
+def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
+    """A label map as an array of integers, which files often hold as floats.
+
+    Raises:
+        ValueError: if it is not 3-D or has fractions; `name` is what the message calls it.
+    """
+    array = np.asarray(label_map)
+    if array.ndim != 3:
+        raise ValueError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
+    if array.dtype.kind in "iu":
+        return array
+    with np.errstate(invalid="ignore"):  # NaN is refused below
+        integers = array.astype(np.int32)
+    if not np.array_equal(integers, array):
+        raise ValueError(
+            f"`{name}` must hold integers, got fractions: resample label maps by their nearest neighbours, and give "
+            "logits to `to_original_grid`."
+        )
+    return integers
+
+
+def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> Box:
+    """The smallest box around all voxels that have one of some values; an empty one if there are none.
+
+    Args:
+        found: of each label map, what `scipy.ndimage.find_objects` gives.
+        values: the values, of which 0 has no box.
+    """
+    boxes = [each[value - 1] for each in found for value in values if 0 < value <= len(each)]
+    axes = list(zip(*(box for box in boxes if box is not None), strict=True)) or [(slice(0, 0),)] * 3
+    x, y, z = (slice(min(each.start for each in axis), max(each.stop for each in axis)) for axis in axes)
+    return x, y, z
+
+
+class LabelClassesd(MapTransform):
+    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
+
+    Args:
+        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype.
+        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
+        labels_key: key of the item's {name: values}.
+        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
+            map has fractions, a value that it does not name, or lies beside its image.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        class_names: Sequence[str],
+        labels_key: str = "labels",
+        image_key: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if len(class_names) > 255:
+            raise ValueError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
+        self.class_names = list(class_names)
+        self.labels_key, self.image_key = labels_key, image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the label maps of an item by classes in uint8."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
+            if self.image_key is not None:
+                refuse_apart(item[key], item[self.image_key], where)
+            table = self._table(item.get(self.labels_key), where)
+            array = np.asarray(item[key])
+            label_map = integer_map(where, array[0] if len(array) == 1 else array)
+            unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
+            if unknown:
+                raise ValueError(
+                    f"{where} must hold values that `labels` of its dataset.json names ({few(sorted(table))}), got "
+                    f"{few(unknown)}: name them there, or correct the label map."
+                )
+            classes = np.zeros(max(table) + 1, np.uint8)
+            classes[list(table)] = list(table.values())
+            item[key] = convert_to_dst_type(classes[label_map][None], item[key], dtype=classes.dtype)[0]
+        return item
+
+    def _table(self, labels: Any, where: str) -> dict[int, int]:
+        """Class of every value of a file."""
+        if not isinstance(labels, Mapping):
+            raise ValueError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
+        table = {0: 0}
+        for name, values in labels.items():
+            index = self.class_names.index(name) + 1 if name in self.class_names else 0
+            for value in values:
+                if value < 1:
+                    raise ValueError(f"{where} must have structures with values over 0, got {value} for {name}.")
+                # A region that is not learnt may share values with one that is.
+                if index and table.get(value, 0) not in (0, index):
+                    raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
+                table[value] = index or table.get(value, 0)
+        return table
+
+
+class LargestComponentsd(MapTransform):
+    """Keeps the largest connected part of some structures of a label map, see `largest_components`.
+
+    Args:
+        keys: keys of the label maps, of shape (1, X, Y, Z), integers.
+        class_names: structures of the classes 1, 2, ...
+        structures: names of those to clean.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        class_names: Sequence[str],
+        structures: Sequence[str],
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.values = [[list(class_names).index(name) + 1] for name in structures]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the label maps of an item."""
+        item = dict(data)
+        for key in self.key_iterator(item) if self.values else ():
+            cleaned = largest_components(np.asarray(item[key].cpu())[0], self.values)
+            item[key] = convert_to_dst_type(cleaned[None], item[key], dtype=cleaned.dtype)[0]
+        return item
+
+
+def chosen_structures(names: str | Sequence[str], class_names: Sequence[str]) -> list[str]:
+    """Structures as a knob names them: "none", "all", or some of them.
+
+    Raises:
+        ValueError: if one is unknown.
+    """
+    if names in ("none", "all"):
+        return list(class_names) if names == "all" else []
+    chosen = list(ensure_tuple(names))
+    unknown = [str(name) for name in chosen if name not in class_names]
+    if unknown:
+        raise ValueError(f"structures must be none, all, or among {', '.join(class_names)}, got {', '.join(unknown)}.")
+    return chosen

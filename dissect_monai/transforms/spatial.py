@@ -1,0 +1,228 @@
+"""Volumes on grids: to the spacing of training, and back to the grid of their file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Spacing
+from monai.utils import MetaKeys
+from nibabel.affines import apply_affine
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.floating[Any]]
+_MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
+_ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
+
+
+class OriginalGridd(MapTransform):
+    """Replaces a prediction by the label map on the grid of its file, see `to_original_grid`.
+
+    Shape and affine of the file are those that `LoadImaged` left in the metadata, which a prediction has from its
+    image. For `postprocessing`, before `SaveImaged`; nothing is inverted step by step.
+
+    Args:
+        keys: keys of the predictions.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if a prediction has lost its metadata.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the predictions of an item."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            meta = getattr(item[key], "meta", {})
+            if MetaKeys.SPATIAL_SHAPE not in meta or MetaKeys.ORIGINAL_AFFINE not in meta:
+                raise ValueError(
+                    f"{key!r} must be a MetaTensor with the `{MetaKeys.SPATIAL_SHAPE}` and "
+                    f"`{MetaKeys.ORIGINAL_AFFINE}` of its file, got metadata {sorted(map(str, meta))}: keep "
+                    "`track_meta` in the preprocessing, or call `to_original_grid`."
+                )
+            shape = [int(size) for size in meta[MetaKeys.SPATIAL_SHAPE]]
+            item[key] = to_original_grid(item[key], shape, meta[MetaKeys.ORIGINAL_AFFINE])
+        return item
+
+
+def to_original_grid(
+    pred: Tensor, shape: Sequence[int], affine: Tensor | Array, pred_affine: Tensor | Array | None = None
+) -> MetaTensor:
+    """Resample the logits of classes, or a label map, to another grid, as a label map.
+
+    Logits are interpolated linearly, and the largest wins; of a label map, the nearest voxel is taken. Both affines say
+    where voxels lie, so that orientation, spacing, cropping and padding need not be undone one by one. What lies beyond
+    the outermost voxels of `pred` is background: cropping to the foreground removed it as such.
+
+    The grid is filled in slabs along its first axis, so that about 0.5 GB are needed beside `pred` and the result,
+    whatever their size and the number of classes.
+
+    Args:
+        pred: logits of shape (C, X, Y, Z), C > 1, the first of the background, any float dtype; or a label map of
+            shape (1, X, Y, Z). On any device.
+        shape: voxels of the grid along its three axes.
+        affine: affine (4, 4) of the grid, from voxels to mm in RAS.
+        pred_affine: affine of `pred`; None takes that of a `MetaTensor`.
+
+    Returns:
+        Label map of shape (1, *shape) with that affine, on the device of `pred`: uint8 of indices of classes, or the
+        dtype of the label map. Its other metadata are those of `pred`.
+
+    Raises:
+        ValueError: if `pred` is not 4-D or has no affine, `shape` has not three positive sizes, or an affine cannot be
+            inverted.
+    """
+    if pred.ndim != 4 or pred.numel() == 0 or len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            "`pred` must have shape (C, X, Y, Z), of one item, and `shape` three positive sizes, "
+            f"got {tuple(pred.shape)} and {tuple(shape)}."
+        )
+    if pred_affine is None and not isinstance(pred, MetaTensor):
+        raise ValueError("`pred_affine` must be given if `pred` is no MetaTensor, got None.")
+    source = _affine("pred_affine", pred.affine if pred_affine is None else pred_affine)  # type: ignore[attr-defined]
+    to_pred = np.linalg.solve(source, _affine("affine", affine))
+    meta = {key: value for key, value in getattr(pred, "meta", {}).items() if key != MetaKeys.AFFINE}
+    pred = pred.detach().as_subclass(Tensor)
+    label_map = torch.empty(tuple(shape), dtype=pred.dtype if len(pred) == 1 else torch.uint8, device=pred.device)
+    thickness = max(1, min(_MAX_VOXELS, _MAX_VALUES // len(pred)) // (shape[1] * shape[2]))
+    for start in range(0, shape[0], thickness):
+        slab = label_map[start : start + thickness]
+        shift = np.eye(4)
+        shift[0, 3] = start
+        slab.copy_(_resample(pred, tuple(slab.shape), to_pred @ shift))
+    return MetaTensor(label_map[None], affine=torch.as_tensor(np.asarray(affine, dtype=float)), meta=meta)
+
+
+def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
+    """Refuse a label map whose grid lies wholly beside that of its image: all of the image would be background.
+
+    Grids of other shape, orientation or spacing are fine, and so is one that covers a part of the other.
+
+    Args:
+        label: shape (C, X, Y, Z).
+        image: the same; or a prediction for it.
+        where: what the message calls the label map.
+
+    Raises:
+        ValueError: naming the boxes in mm around both.
+    """
+    boxes = [_box(each) for each in (image, label)]
+    low, high = np.max([box[0] for box in boxes], 0), np.min([box[1] for box in boxes], 0)
+    if (low >= high).any():
+        texts = [
+            ", ".join(f"{start:g} to {stop:g}" for start, stop in zip(*np.round(box), strict=True)) for box in boxes
+        ]
+        raise ValueError(
+            f"{where} must lie where its image lies, got x, y, z of {texts[1]} mm for the label map and {texts[0]} mm "
+            "for the image: correct the affine of one of them, or name the right file."
+        )
+
+
+def _box(volume: MetaTensor) -> tuple[Array, Array]:
+    """Lowest and highest x, y and z in mm of the corners of a grid."""
+    corners = np.array(list(product(*((-0.5, size - 0.5) for size in volume.shape[1:]))))
+    places = apply_affine(_affine("affine", volume.affine), corners)
+    return places.min(0), places.max(0)
+
+
+def _affine(name: str, affine: Tensor | Array) -> Array:
+    matrix = np.asarray(torch.as_tensor(affine).cpu(), dtype=float)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
+        raise ValueError(f"`{name}` must be an affine (4, 4) that can be inverted, got {matrix.tolist()}.")
+    return matrix
+
+
+def _resample(pred: Tensor, shape: tuple[int, ...], to_pred: Array) -> Tensor:
+    """Label map of shape `shape`, whose voxels `to_pred` maps to those of `pred`."""
+    sizes = pred.shape[1:]
+    positions = _positions(shape, to_pred, pred.device)
+    inside = torch.ones(shape, dtype=torch.bool, device=pred.device)
+    grid, crop = [], []
+    for position, size in zip(positions, sizes, strict=True):
+        inside &= (position >= -0.5 - _ROUNDING) & (position <= size - 0.5 + _ROUNDING)
+        position.clamp_(0, size - 1)
+        # Only what this slab needs becomes float32.
+        first, last = int(position.min().floor()), int(position.max().ceil())
+        crop.append(slice(first, last + 1))
+        grid.append(((2 * (position - first) + 1) / (last + 1 - first) - 1).float())
+    if not inside.any():
+        return torch.zeros(shape, dtype=torch.uint8, device=pred.device)
+    mode = "nearest" if len(pred) == 1 else "bilinear"
+    near = pred[(slice(None), *crop)].float()[None]
+    # grid_sample's x is the last axis.
+    values = F.grid_sample(near, torch.stack(grid[::-1], -1)[None], mode, "border", align_corners=False)[0]
+    # Several times as fast as argmax.
+    labels = values[0] if len(pred) == 1 else values.max(0).indices
+    return torch.where(inside, labels, 0)
+
+
+def _positions(shape: Sequence[int], to_pred: Array, device: torch.device) -> list[Tensor]:
+    """Position of each voxel along each axis of the prediction, in its voxels, float64 of shape `shape`."""
+    steps = torch.meshgrid(*(torch.arange(size, dtype=torch.float64, device=device) for size in shape), indexing="ij")
+    return [
+        sum((weight * step for weight, step in zip(row[:3].tolist(), steps, strict=True)), start=torch.zeros(()))
+        + row[3]
+        for row in to_pred[:3]
+    ]
+
+
+class PatchSpacingd(MapTransform):
+    """Resamples to a common spacing, but to a finer one where a whole volume is smaller than a patch.
+
+    MONAI's `Spacingd` would leave a crop of the hippocampus as a few voxels in a patch of padding, from which there is
+    nothing to learn. Here the spacing of such a volume shrinks, by one factor for all axes, until it reaches two
+    opposite sides of the patch.
+
+    Args:
+        keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
+        pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
+        spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
+        mode: interpolation.
+        allow_missing_keys: whether an item without a key of `keys` is left alone.
+
+    Raises:
+        ValueError: if `pixdim` or `spatial_size` has no three values, or a size is below 1.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        pixdim: Sequence[float],
+        spatial_size: Sequence[int],
+        mode: str = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if len(pixdim) != 3 or len(spatial_size) != 3 or min(spatial_size) < 1:
+            raise ValueError(
+                f"`pixdim` and `spatial_size` must hold three values, the sizes at least 1, got {pixdim} and "
+                f"{spatial_size}."
+            )
+        self.pixdim = np.array(pixdim, dtype=float)
+        self.spatial_size = np.array(spatial_size)
+        self.mode = mode
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the images of an item."""
+        item = dict(data)
+        counted = (self.pixdim > 0) & (self.spatial_size > 1)
+        for key in self.key_iterator(item):
+            image = item[key]
+            # From the centre of the first voxel to that of the last, which is what resampling keeps.
+            extent = (np.array(image.shape[1:]) - 1) * image.pixdim.numpy()
+            filled = (extent / np.maximum((self.spatial_size - 1) * self.pixdim, 1e-6))[counted]  # parts of the sides
+            factor = min(1.0, filled.max()) if filled.any() else 1.0
+            # In single precision, which halves the time, positions are right to a hundredth of a voxel.
+            spacing = Spacing(np.where(counted, self.pixdim * factor, self.pixdim), mode=self.mode, dtype=np.float32)
+            item[key] = spacing(image)
+        return item

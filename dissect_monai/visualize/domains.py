@@ -1,0 +1,102 @@
+"""A table of what was aggregated, to look at before hours are spent on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dissect_monai.common import Item
+from dissect_monai.data.datalists import SPLITS, DomainDatalist
+from dissect_monai.data.readers import ImageFileReader
+from dissect_monai.transforms.intensity import is_ct, sample_voxels
+from dissect_monai.writing import write_csv
+
+logger = logging.getLogger(__name__)
+
+
+class DomainRow(NamedTuple):
+    """One line of domains.csv: a task."""
+
+    task: str
+    group: str
+    modality: str
+    subjects: str  # training + validation + test
+    images: str  # the same
+    voxels: int  # of all images
+    spacing: str  # median over the images, mm from left to right, posterior to anterior, inferior to superior
+    shape: str  # median, voxels along the same axes
+    minimum: float  # intensities, before any scaling, of a sample of the volumes
+    percentile_1: float
+    percentile_99: float
+    maximum: float
+
+
+def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int = 4) -> list[DomainRow]:
+    """Log a table of the tasks and write it as CSV, with a warning where the values of a CT are not in HU.
+
+    Args:
+        datalist: as `aggregate` gives it.
+        path: file to write, such as domains.csv; its folder is created.
+        num_volumes: how many volumes of each task are read for their intensities, at least 1; one that cannot be read
+            is logged, and left to the data set to refuse or to skip.
+
+    Returns:
+        The table, one row a task.
+
+    Raises:
+        ValueError: if `num_volumes` is below 1.
+    """
+    if num_volumes < 1:
+        raise ValueError(f"`num_volumes` must be at least 1, got {num_volumes}.")
+    rows = [_row(name, datalist, num_volumes) for name in datalist.task_names]
+    logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
+    for row in rows:
+        if is_ct(row.modality) and row.minimum >= 0:
+            logger.warning(
+                "The CT of task %s has no value below 0, so it hardly is in HU, as its window expects.", row.task
+            )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_csv(Path(path), DomainRow._fields, rows)
+    return rows
+
+
+def _row(task: str, datalist: DomainDatalist, num_volumes: int) -> DomainRow:
+    splits = [[item for item in getattr(datalist, split) if item["task"] == task] for split in SPLITS]
+    items = [item for split in splits for item in split]
+    headers = [datalist.headers[item["image"]] for item in items]
+    return DomainRow(
+        task,
+        items[0]["group"],
+        "/".join(sorted({item["modality"] for item in items})),
+        " + ".join(str(len({item["subject"] for item in split})) for split in splits),
+        " + ".join(str(len(split)) for split in splits),
+        sum(int(np.prod(header.shape)) for header in headers),
+        " x ".join(f"{value:.3g}" for value in np.median([header.spacing for header in headers], axis=0)),
+        " x ".join(f"{value:.0f}" for value in np.median([header.shape for header in headers], axis=0)),
+        *_intensities(splits[0], num_volumes),
+    )
+
+
+def _intensities(items: Sequence[Item], num_volumes: int) -> tuple[float, float, float, float]:
+    """Minimum, 1 %, 99 % and maximum over volumes that are evenly spaced in the list."""
+    reader = ImageFileReader(spatial_dims=3)
+    chosen = np.linspace(0, len(items) - 1, min(num_volumes, len(items))).round().astype(int)
+    values = [np.full(1, np.nan)]
+    for index in chosen:
+        try:
+            values.append(sample_voxels(reader.get_data(reader.read(items[index]["image"]))[0]))
+        except ValueError as error:
+            logger.warning("Not in the table of intensities: %s", error)
+    low, first, last, high = np.nanpercentile(np.concatenate(values), [0, 1, 99, 100]).tolist()
+    return low, first, last, high
+
+
+def _aligned(rows: Sequence[DomainRow]) -> str:
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    table = [list(DomainRow._fields), *cells]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)

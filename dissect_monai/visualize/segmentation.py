@@ -1,0 +1,213 @@
+"""Pictures of a segmentation over its image, as a radiologist reads it: three planes with organ names and colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from dissect_monai.transforms.intensity import sample_voxels
+from dissect_monai.transforms.labels import Box, LabelMap, Mask, box_around, integer_map
+from dissect_monai.visualize.classifier import GREY, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# For grey and black: Okabe & Ito's palette, its blue lighter, then others that differ from it.
+ORGAN_COLORS = (
+    "#E69F00", "#56B4E9", "#00B783", "#F0E442", "#3F7FFF", "#FF6A1F", "#EE86C2", "#A5F53D",
+    "#FF4D5E", "#A77BFF", "#00F0E0", "#C48A5A", "#FF2FD0", "#B9C7FF", "#9AA83A", "#FFC9A8",
+)  # fmt: skip
+FILL = 0.38  # opacity of the prediction: the anatomy below stays readable
+WIDTH = 10.0  # inches
+_MARGIN, _SINGLE_MARGIN = 15.0, 40.0  # mm of image around all structures, and around a single one
+_LEGEND_COLUMNS = 5
+_BARS = (200, 100, 50, 20, 10, 5, 2, 1)  # mm
+
+
+class _Plane(NamedTuple):
+    title: str
+    axis: int  # that is cut, of an array in RAS
+    letters: str  # of the patient's sides on the left, right, top and bottom
+
+
+_PLANES = (_Plane("Axial", 2, "RLAP"), _Plane("Coronal", 1, "RLSI"), _Plane("Sagittal", 0, "APSI"))
+
+
+def segmentation_overlay(
+    image: ArrayLike,
+    label: ArrayLike,
+    pred: ArrayLike,
+    labels: Mapping[str, Sequence[int]],
+    spacing: Sequence[float],
+    structure: str | None = None,
+    window: tuple[float, float] | None = None,
+    title: str = "",
+) -> Figure:
+    """Three planes of a volume: the prediction as filled areas, the label as outlines of the same colours.
+
+    Where an area ends at its outline, both agree; an outline without area was missed, an area without outline added.
+    The orientation is radiological: the patient's right on the left of axial and coronal planes, the front on the left
+    of sagittal ones. All planes have one scale, and show the structures with 15 mm of the image around them.
+
+    Args:
+        image: shape (X, Y, Z) in RAS, as MONAI's `Orientation` makes it; any real dtype.
+        label: label map of the same shape.
+        pred: the same of the prediction, with the same values.
+        labels: values of each named structure; its place among them is its colour.
+        spacing: mm between voxels along the three axes.
+        structure: the planes meet in its middle and show it with 40 mm around it; by default each plane is the one that
+            cuts most structures.
+        window: values of the image that are black and white, such as (-160, 240) for the abdomen in CT; by default the
+            0.5 and 99.5 % percentiles of what is shown.
+        title: heading, such as the name of the case.
+
+    Returns:
+        A figure 1500 pixels wide.
+
+    Raises:
+        ValueError: if shapes or `spacing` do not fit, `window` is empty, or `structure` is unknown.
+    """
+    volume, *maps = _checked(image, label, pred, spacing)
+    if structure is not None and structure not in labels:
+        raise ValueError(f"`structure` must be one of {', '.join(labels)}, got {structure!r}.")
+    if window is not None and not window[0] < window[1]:
+        raise ValueError(f"`window` must be increasing, got {window}.")
+    found = [ndimage.find_objects(each) for each in maps]
+    groups = list(labels.values()) if structure is None else [labels[structure]]
+    tight = box_around(found, [value for values in groups for value in values])
+    center = _center(maps, groups, tight)
+    box = _enlarged(tight, spacing, _MARGIN if structure is None else _SINGLE_MARGIN)
+    low, high = np.percentile(sample_voxels(volume[box]), (0.5, 99.5)) if window is None else window
+    extent = [size * step for size, step in zip(volume[box].shape, spacing, strict=True)]
+    figure, panels = _figure(extent, title, len(labels))
+    for plane, axes in zip(_PLANES, panels, strict=True):
+        picture, *cuts = (_as_seen(each, plane.axis, center, box) for each in (volume, *maps))
+        across, up = (step for axis, step in enumerate(spacing) if axis != plane.axis)
+        norm: dict[str, Any] = {"vmin": float(low), "vmax": max(float(high), float(low) + 1e-6)}
+        axes.imshow(picture, "gray", origin="lower", aspect=up / across, interpolation="bilinear", **norm)
+        for index, values in enumerate(labels.values()):
+            _draw(axes, ORGAN_COLORS[index % len(ORGAN_COLORS)], *(np.isin(each, values) for each in cuts))
+        _annotate(axes, plane, picture.shape, across)
+    _legend(figure, labels, found)
+    return figure
+
+
+def _checked(
+    image: ArrayLike, label: ArrayLike, pred: ArrayLike, spacing: Sequence[float]
+) -> tuple[NDArray[Any], LabelMap, LabelMap]:
+    volume = np.asarray(image)
+    maps = integer_map("label", label), integer_map("pred", pred)
+    if volume.shape != maps[0].shape or volume.shape != maps[1].shape or len(spacing) != 3 or min(spacing) <= 0:
+        raise ValueError(
+            "`image`, `label` and `pred` must have one shape (X, Y, Z), and `spacing` three positive numbers, got "
+            f"{volume.shape}, {maps[0].shape}, {maps[1].shape} and {list(spacing)}."
+        )
+    return volume, *maps
+
+
+def _center(maps: Sequence[LabelMap], groups: Sequence[Sequence[int]], box: Box) -> list[int]:
+    """Where the planes meet: within a box around some structures, given by their values, or in the middle of all."""
+    shape = maps[0][box].shape
+    if not min(shape):
+        return [size // 2 for size in maps[0].shape]
+    starts = [part.start for part in box]
+    if len(groups) == 1:
+        label, pred = (np.argwhere(np.isin(each[box], groups[0])) for each in maps)
+        places = label if len(label) else pred
+        # A curved structure may not reach its own middle: take its voxel that is nearest.
+        nearest = places[((places - np.median(places, 0)) ** 2).sum(1).argmin()]
+        return [start + int(place) for start, place in zip(starts, nearest, strict=True)]
+    scores = [np.zeros(size) for size in shape]
+    for values in groups:
+        mask = np.isin(maps[0][box], values) | np.isin(maps[1][box], values)
+        for axis, score in enumerate(scores):
+            area = mask.sum(tuple(other for other in range(3) if other != axis))
+            # Of slices with equally many structures, the one that cuts them best.
+            score += (area > 0) + area / max(area.max(), 1) / (len(groups) + 1)
+    return [start + int(score.argmax()) for start, score in zip(starts, scores, strict=True)]
+
+
+def _enlarged(box: Box, spacing: Sequence[float], margin: float) -> Box:
+    """A box with `margin` mm more on every side; everything if it is empty."""
+    if box[0].start == box[0].stop:
+        return slice(None), slice(None), slice(None)
+    voxels = [round(margin / step) for step in spacing]
+    x, y, z = (slice(max(0, part.start - more), part.stop + more) for part, more in zip(box, voxels, strict=True))
+    return x, y, z
+
+
+def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Box) -> NDArray[Any]:
+    """A plane of an array in RAS, its rows from below to above and its columns from left to right."""
+    within = tuple(part for other, part in enumerate(box) if other != axis)
+    return volume.take(center[axis], axis)[within].T[:, ::-1]
+
+
+def _figure(extent: Sequence[float], title: str, num_structures: int) -> tuple[Figure, list[Axes]]:
+    """Three panels as wide as their planes, for a volume of `extent` mm, above a legend."""
+    from matplotlib.figure import Figure
+
+    widths = [extent[0], extent[0], extent[1]]
+    height = WIDTH * max(extent[1], extent[2]) / sum(widths)
+    around = 0.6 + 0.3 * bool(title) + 0.2 * (2 + num_structures) / _LEGEND_COLUMNS
+    figure = Figure(figsize=(WIDTH, min(12.0, height + around)), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return figure, figure.subplots(1, 3, squeeze=False, width_ratios=widths, subplot_kw={"anchor": "N"})[0].tolist()
+
+
+def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
+    from matplotlib.colors import to_rgb
+
+    if pred.any():
+        fill = np.zeros((*pred.shape, 4))
+        fill[pred] = (*to_rgb(color), FILL)
+        axes.imshow(fill, origin="lower", aspect=axes.get_aspect(), interpolation="nearest")
+    if label.any():
+        # With a border, for outlines to close where a structure is cut off; along the edges of voxels.
+        enlarged = np.pad(label, 1).repeat(4, 0).repeat(4, 1)
+        rows, columns = (np.arange(4 * size + 8) / 4 - 1.375 for size in label.shape)
+        axes.contour(columns, rows, enlarged, levels=[0.5], colors=[color], linewidths=1.3)
+
+
+def _annotate(axes: Axes, plane: _Plane, shape: tuple[int, ...], across: float) -> None:
+    """Title, the patient's sides and a scale."""
+    from matplotlib.patheffects import withStroke
+
+    axes.set_title(plane.title, loc="left", fontsize=10, color=INK)
+    axes.set(xticks=[], yticks=[], xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), facecolor="black")
+    axes.spines[:].set_visible(False)
+    style: dict[str, Any] = {"color": "white", "fontsize": 9, "fontweight": "bold", "transform": axes.transAxes}
+    halo = [withStroke(linewidth=2.5, foreground="black")]  # to be read on bone
+    places = [(0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center")]
+    places += [(0.5, 0.985, "center", "top"), (0.5, 0.015, "center", "bottom")]
+    for letter, (x, y, horizontal, vertical) in zip(plane.letters, places, strict=True):
+        axes.text(x, y, letter, ha=horizontal, va=vertical, path_effects=halo, **style)
+    length = next((bar for bar in _BARS if bar <= 0.3 * shape[1] * across), 1)
+    ends = [0.03, 0.03 + length / across / shape[1]]
+    axes.plot(ends, [0.03, 0.03], color="white", linewidth=2, transform=axes.transAxes, path_effects=halo)
+    small = {**style, "fontsize": 8, "fontweight": "normal"}
+    axes.text(ends[0], 0.045, f"{length} mm", ha="left", va="bottom", path_effects=halo, **small)
+
+
+def _legend(figure: Figure, labels: Mapping[str, Sequence[int]], found: Sequence[Sequence[Box | None]]) -> None:
+    """What colours, areas and outlines mean; a structure that only one of the label maps has is called so."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=GREY, alpha=FILL, label="Prediction"),
+        Patch(facecolor="none", edgecolor=GREY, label="Label"),
+    ]
+    for index, (name, values) in enumerate(labels.items()):
+        label, pred = (box_around([each], values)[0].stop > 0 for each in found)
+        if label or pred:
+            only = " (missed)" if not pred else " (not in the label)" if not label else ""
+            color = ORGAN_COLORS[index % len(ORGAN_COLORS)]
+            handles.append(Patch(facecolor=color, label=f"{name.replace('_', ' ')}{only}"))
+    place: dict[str, Any] = {"loc": "outside lower left", "ncols": _LEGEND_COLUMNS, "frameon": False, "fontsize": 9}
+    figure.legend(handles=handles, handlelength=1.4, columnspacing=1.6, **place)

@@ -1,0 +1,545 @@
+"""The bundle of hierarchical self-supervision: what it trains, shows, refuses, judges and embeds."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, command_line, network_state, read, refused, run_config, two_processes, write
+from monai.bundle import ConfigParser, ckpt_export, load, onnx_export
+from monai.networks.nets import SegResNet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dissect_monai.data.domains import aggregate
+from dissect_monai.networks.weights import load_segresnet
+from dissect_monai.phantoms.volumes import write_volume_phantoms
+
+pytestmark = pytest.mark.usefixtures("_in_root")
+CONFIGS = ROOT / "bundles" / "hssl_multidomain" / "configs"
+TASKS = ("abdomen_ct", "head_ct", "head_mr")
+TINY = {
+    "pixdim": [12, 12, 12],
+    "patch_size": [16, 16, 16],
+    "blocks_down": [1, 1, 1],
+    "blocks_up": [1, 1],
+    "init_filters": 8,
+    "hidden_dim": 16,
+    "mask_size": 4,
+    "iterations_per_epoch": 2,
+    "batch_size": 4,
+    "max_epochs": 1,
+    "warmup_epochs": 0,
+    "num_workers": 0,
+    "log_interval": 1,
+    "val_interval": 1,
+    "amp": False,
+}
+JUDGE = {"num_workers": 0, "num_samples": 20, "patches_per_volume": 2}
+NO_DRAWS = {
+    "mask_fraction": 0,
+    **{f"train#augment#{name}": [1, 1] for name in ("crop_scale", "crop_ratio", "gamma", "contrast")},
+    **{f"train#augment#{name}": 0 for name in ("rotation", "brightness", "blur_prob")},
+}
+Folders = list[str]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Phantoms of three tasks in two groups, few and small."""
+    written = write_volume_phantoms(tmp_path_factory.mktemp("volumes"), 3, 2, 2, image_size=24, tasks=TASKS)
+    return [str(folder) for folder in written]
+
+
+@pytest.fixture(scope="session")
+def trained(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a run of two epochs."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    train(folders, output_dir, max_epochs=2, schedule_epochs=4)
+    return output_dir
+
+
+def train(folders: Any, output_dir: Path, **knobs: Any) -> None:
+    run_config(CONFIGS / "train.json", **{**TINY, **knobs, "dataset_dir": folders, "output_dir": output_dir})
+
+
+def evaluate(folders: Any, output_dir: Path, **knobs: Any) -> None:
+    run_config(CONFIGS / "evaluate.json", **{**JUDGE, **knobs, "dataset_dir": folders, "output_dir": output_dir})
+
+
+def embed(folders: Any, output_dir: Path, **knobs: Any) -> list[dict[str, str]]:
+    shared = {"num_workers": 0, "dataset_dir": folders, "output_dir": output_dir}
+    run_config(CONFIGS / "inference.json", **{**shared, **knobs})
+    return table(output_dir / "eval" / "embeddings.csv")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path / "models" / "model.pt", weights_only=True)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def events_of(output_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(output_dir / "eval"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def values(row: dict[str, str]) -> list[float]:
+    return [float(value) for name, value in row.items() if re.fullmatch(r"e\d+", name)]
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_weights_checkpoints_and_events_and_nothing_else(trained: Path) -> None:
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoints", "eval", "models"]
+    assert sorted(path.name for path in (trained / "models").iterdir()) == ["model.json", "model.pt"]
+    settings = read(trained / "models" / "model.json")
+    assert settings["tasks"] == list(TASKS)
+    assert settings["groups"] == ["abdomen", "head"]
+    assert settings["patch_size"] == [16, 16, 16]
+
+
+def test_weights_load_into_a_segmentation_network_but_for_the_last_layer(trained: Path) -> None:
+    network = SegResNet(3, init_filters=8, out_channels=14, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    state = weights(trained)
+    assert state.keys() == network.state_dict().keys()
+    differing = {key for key, value in network.state_dict().items() if value.shape != state[key].shape}
+    assert differing == {"conv_final.2.conv.weight", "conv_final.2.conv.bias"}
+
+
+def test_the_aggregated_domains_are_written_before_training(trained: Path) -> None:
+    rows = table(trained / "eval" / "domains.csv")
+    assert [(row["task"], row["group"], row["modality"]) for row in rows] == [
+        ("abdomen_ct", "abdomen", "CT"),
+        ("head_ct", "head", "CT"),
+        ("head_mr", "head", "MR"),
+    ]
+    assert {row["subjects"] for row in rows} == {"3 + 2 + 2"}
+    assert all(float(row["minimum"]) < float(row["maximum"]) for row in rows)
+
+
+def test_tensorboard_shows_terms_retrieval_accuracy_shortcuts_and_pictures(trained: Path) -> None:
+    tags = events_of(trained).Tags()
+    terms = {f"loss/{name}" for name in ("image", "task", "group", "classification", "reconstruction", "total")}
+    levels = {f"retrieval_{level}" for level in ("image", "task", "group")}
+    judged = levels | {"accuracy_task", "accuracy_group", "reconstruction_error", "reconstruction_error_head_mr"}
+    shortcuts = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
+    indicators = {"collapse_effective_rank", "collapse_centroid_similarity", "collapse/feature_std"}
+    assert terms | judged | {f"batch/{name}" for name in levels} | shortcuts | indicators <= set(tags["scalars"])
+    assert {"views", "embedding_map", *(f"reconstruction/{task}" for task in TASKS)} == set(tags["images"])
+
+
+def test_two_epochs_and_two_more_are_bit_for_bit_four(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    resumed, straight = tmp_path / "resumed", tmp_path / "straight"
+    shutil.copytree(trained, resumed)
+    train(folders, resumed, max_epochs=4, resume=True)
+    train(folders, straight, max_epochs=4)
+    first, second = network_state(resumed / "checkpoints"), network_state(straight / "checkpoints")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_two_processes_compute_what_one_does_with_the_joined_batch(folders: Folders, tmp_path: Path) -> None:
+    saving = "$torch.save(@ssl_network.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
+    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
+    # Apart from what is drawn of each view, which is each process's own.
+    knobs = {**TINY, **NO_DRAWS, "iterations_per_epoch": 3, "dataset_dir": folders, "batch_size": 2}
+    result = two_processes(*configs, cwd=tmp_path, **knobs, output_dir=tmp_path / "two")
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(list(tmp_path.glob("two/eval/events*"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "two"}  # other ranks write nothing
+
+    train(folders, tmp_path / "one", **{**knobs, "batch_size": 4})
+    one, two = events_of(tmp_path / "one"), events_of(tmp_path / "two")
+    # These are of the joined batch on every rank; with the last one, two updates have been equal.
+    for name in ("loss/image", "loss/task", "loss/group"):
+        expected, found = ([event.value for event in events.Scalars(name)] for events in (one, two))
+        assert len(found) == 3
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_path: Path) -> None:
+    train(folders[:1], tmp_path)
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    scalars = set(events_of(tmp_path).Tags()["scalars"])
+    assert "retrieval_image" in scalars
+    assert not {name for name in scalars if name.startswith("shortcut")}
+    assert events_of(tmp_path).Scalars("loss/classification")[-1].value == 0
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"dense_weight": 1.0, "optimizer_name": "lars"},
+        {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0},
+        {"mask_fraction": 0},
+        {"amp": "true", "device": "cpu"},  # as the command line gives them
+        {"cache_dir": "$@output_dir + '/cache'", "num_workers": 2},
+        {"compile": True, "train#trainer#compile_kwargs": {"backend": "eager"}},
+    ],
+    ids=str,
+)
+def test_knobs_change_the_run(folders: Folders, tmp_path: Path, knobs: dict[str, Any]) -> None:
+    train(folders, tmp_path, **knobs)
+    assert len(weights(tmp_path)) == len(SegResNet(3, blocks_down=(1, 1, 1), blocks_up=(1, 1)).state_dict())
+
+
+def test_pretrained_weights_start_the_network(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    train(folders, tmp_path, pretrained=trained / "models" / "model.pt", learning_rate=1e-12, weight_decay=0)
+    before, after = weights(trained), weights(tmp_path)
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+def test_slices_of_volumes_train_and_embed_and_are_judged_in_two_dimensions(folders: Folders, tmp_path: Path) -> None:
+    train(folders, tmp_path, spatial_dims=2)
+    assert weights(tmp_path)["convInit.conv.weight"].ndim == 4
+    evaluate(folders, tmp_path)
+    assert {row["question"] for row in table(tmp_path / "eval" / "findings.csv")} >= {"structures", "domains"}
+    rows = embed(folders, tmp_path)
+    assert len(rows) == 21
+    assert all(len(values(row)) == 32 for row in rows)
+
+
+def test_a_two_dimensional_embedding_is_the_mean_over_axial_slices(folders: Folders, tmp_path: Path) -> None:
+    # Slices no larger than a patch, so that each is one window.
+    shape = {"spatial_dims": 2, "pixdim": [30, 30, 12], "patch_size": [16, 16, 8]}
+    train(folders, tmp_path, **shape)
+    row = embed(folders, tmp_path)[0]
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser["pretrained"] = str(tmp_path / "models" / "model.pt")
+    volume = parser.get_parsed_content("preprocessing")({"image": row["image"], "modality": "CT"})["image"]
+    assert tuple(volume.shape[1:3]) == (16, 16)
+    assert volume.shape[3] not in (1, 16)
+    network = load_segresnet(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt").eval()
+    with torch.no_grad():
+        bottleneck = network.encode(torch.as_tensor(volume).movedim(3, 0))[0]
+    np.testing.assert_allclose(values(row), bottleneck.mean((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-4)
+
+
+# ---- data of all kinds, good and bad -----------------------------------------------------------------------------
+
+
+def test_folders_of_many_formats_get_task_group_and_modality_by_knobs(tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+    from test_readers import volume, write_series
+
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        image = sitk.GetImageFromArray(rng.normal(100, 30, (12, 14, 16)).astype(np.float32))
+        image.SetSpacing((8, 8, 8))
+        path = tmp_path / "a" / f"nested{index % 2}" / f"{index}.{('mha', 'nrrd')[index % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(image, path)
+        (tmp_path / "b" / f"series{index}").mkdir(parents=True)
+        write_series(tmp_path / "b" / f"series{index}", volume())
+    knobs = {"task": ["one", "two"], "group": "body", "modality": {"a": "MR", "b": "CT"}, "a_min": -2000, "a_max": 3000}
+    train([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", **knobs)
+    rows = table(tmp_path / "out" / "eval" / "domains.csv")
+    assert [(row["task"], row["group"], row["modality"]) for row in rows] == [
+        ("one", "body", "MR"),
+        ("two", "body", "CT"),
+    ]
+
+
+def broken_set(folders: Folders, tmp_path: Path, shape: tuple[int, ...] | None = None) -> tuple[Path, Path]:
+    """A copy of a set, one training volume of which cannot be used."""
+    folder = tmp_path / "broken"
+    shutil.copytree(folders[0], folder)
+    path = sorted((folder / "images").glob("*training*"))[1]
+    if shape is None:
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), path)
+    return folder, path
+
+
+@pytest.mark.parametrize("shape", [None, (8, 8, 8, 3)], ids=["cut off", "4-D"])
+def test_a_volume_that_cannot_be_used_is_fatal_by_default_and_skipped_by_a_knob(
+    folders: Folders, tmp_path: Path, shape: tuple[int, ...] | None
+) -> None:
+    folder, path = broken_set(folders, tmp_path, shape)
+    with refused(re.escape(path.name)):
+        train([str(folder), *folders[1:]], tmp_path / "fatal")
+    assert not (tmp_path / "fatal" / "models" / "model.pt").exists()
+    train([str(folder), *folders[1:]], tmp_path / "skipped", on_corrupt="skip")
+    assert (tmp_path / "skipped" / "models" / "model.pt").is_file()
+
+
+def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
+    """A copy of a set whose dataset.json says something else; None removes a key."""
+    copy = tmp_path / Path(folder).name
+    shutil.copytree(folder, copy)
+    spec = {**read(copy / "dataset.json"), **changes}
+    write(copy / "dataset.json", {key: value for key, value in spec.items() if value is not None})
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": None}, r"abdomen_ct must have a `task`, got None for .*nii\.gz: write it into its dataset\.json"),
+        ({"group": ""}, r"abdomen_ct must have a `group`, got ''"),
+        (
+            {"modality": {"0": "CT", "1": "PET"}},
+            r"abdomen_ct must have one channel, got the modalities \['CT', 'PET'\]",
+        ),
+        ({"task": "head_ct"}, r"task 'head_ct' must have one group, got 'abdomen' for .* and 'head' for"),
+    ],
+)
+def test_refuses_sets_that_cannot_be_aggregated(
+    folders: Folders, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with refused(message):
+        train([edited(folders[0], tmp_path, **changes), *folders[1:]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_task_of_a_single_subject(folders: Folders, tmp_path: Path) -> None:
+    training = read(Path(folders[0]) / "dataset.json")["training"][:1]
+    with refused(r"task 'abdomen_ct' must have at least two training subjects, .*, got 1 \(see .*training_000"):
+        train([edited(folders[0], tmp_path, training=training), *folders[1:]], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"patch_sise": [16, 16, 16]}, "--patch_sise .*--patch_size"),
+        ({"resume": True}, "checkpoint"),
+        ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
+        ({"sampling_temperature": 2}, "`--sampling_temperature` must be"),
+        ({"temperature": 0}, "`--temperature` must be"),
+        ({"task_weight": -1}, "`--task_weight` must be"),
+        ({"spatial_dims": 4}, "`--spatial_dims` must be one of 2, 3"),
+        ({"patch_size": [16, 16]}, "`--patch_size` must be"),
+        ({"patch_size": [18, 16, 16]}, "18"),
+        ({"pixdim": [1, 0, 1]}, "`--pixdim` must be"),
+        ({"validation_fraction": 1}, "`--validation_fraction` must be"),
+        ({"batch_size": 3}, "`--batch_size` must be"),
+        ({"mask_size": 16}, "`--mask_size` must be smaller than the sides of --patch_size"),
+        ({"a_min": 300}, "`--a_min` must be below --a_max, got 300 and 275"),
+        ({"dataset_dir": "nowhere"}, "nowhere"),
+        (
+            {"task": {"elsewhere": "liver"}},
+            "`task` must name folders among abdomen_ct, head_ct, head_mr, got elsewhere",
+        ),
+        ({"train#sampler#items_per_drow": 2}, "train#sampler#items_per_draw"),
+    ],
+    ids=str,
+)
+def test_refuses_bad_knobs_before_training(
+    folders: Folders, tmp_path: Path, knob: dict[str, Any], message: str
+) -> None:
+    with refused(message):
+        run_config(CONFIGS / "train.json", **{**TINY, "dataset_dir": folders, "output_dir": tmp_path / "out", **knob})
+    assert not (tmp_path / "out" / "models" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"task_weight": 2.0}, r"task_weight 1\.0 \(now 2\.0\)"),
+        ({"sampling_temperature": 0}, r"sampling_temperature 0\.5 \(now 0\)"),
+        ({"mask_fraction": 0.2}, r"mask_fraction 0\.5 \(now 0\.2\)"),
+        ({"amp": True, "modality": {"head_ct": "MR"}}, r"amp False \(now True\), data \w+ \(now \w+\)"),
+        ({"pixdim": [10, 12, 12]}, r"pixdim \[12, 12, 12\] \(now \[10, 12, 12\]\)"),
+    ],
+)
+def test_refuses_to_resume_another_run(
+    trained: Path, folders: Folders, tmp_path: Path, knob: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    with refused(message):
+        train(folders, tmp_path / "out", **{"max_epochs": 4, "resume": True, **knob})
+
+
+def test_refuses_to_resume_with_other_tasks(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    with refused(r"of a run with .*tasks .*head_mr.*\(now .*abdomen_ct.*head_ct"):
+        train(folders[:2], tmp_path / "out", max_epochs=4, resume=True)
+
+
+def test_bad_input_ends_with_one_line_and_a_status(tmp_path: Path) -> None:
+    result = command_line(CONFIGS / "train.json", dataset_dir=tmp_path / "nowhere", output_dir=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_judges_structures_shortcuts_and_reconstruction(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
+    evaluate(folders, tmp_path, pretrained=trained / "models" / "model.pt")
+    written = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert {"findings.csv", "differences.csv", "metrics.csv", "reconstruction.csv", "scores.npz"} <= written
+    rows = table(tmp_path / "eval" / "findings.csv")
+    assert {row["question"] for row in rows} == {"structures", "domains", "domains_in_group"}
+    assert {row["source"] for row in rows} == {"pretrained", "random", "intensity"}
+    assert {row["probe"] for row in rows} == {"linear", "knn"}
+    errors = table(tmp_path / "eval" / "reconstruction.csv")
+    assert [row["task"] for row in errors] == list(TASKS)
+    assert all(0 < float(row["masked_error_low"]) <= float(row["masked_error"]) for row in errors)
+    metrics = dict(line.split(",") for line in (tmp_path / "eval" / "metrics.csv").read_text().splitlines())
+    assert any(name.startswith("pretrained_last_linear_auroc_structures_") for name in metrics)
+    assert 0 <= float(metrics["pretrained_last_linear_auroc_domains_macro"]) <= 1
+    assert float(metrics["reconstruction_error_head_ct"]) == pytest.approx(float(errors[1]["masked_error"]), abs=1e-3)
+
+
+def test_evaluation_of_an_encoder_alone_leaves_out_the_reconstruction(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "models", tmp_path / "models")
+    state = {key: value for key, value in weights(trained).items() if key.startswith(("convInit", "down_layers"))}
+    torch.save(state, tmp_path / "models" / "model.pt")
+    evaluate(folders, tmp_path, baselines=False)
+    assert (tmp_path / "eval" / "findings.csv").is_file()
+    assert not (tmp_path / "eval" / "reconstruction.csv").exists()
+    assert len(embed(folders, tmp_path)) == 21
+
+
+def test_the_subjects_that_pretraining_held_out_are_scored_and_no_others(folders: Folders, tmp_path: Path) -> None:
+    spec = read(Path(folders[0]) / "dataset.json")
+    everything = [item for split in ("training", "validation", "test") for item in spec[split]]
+    unsplit = [edited(folders[0], tmp_path, training=everything, validation=None, test=None)]
+    train(unsplit, tmp_path / "some", validation_fraction=0.3, seed=4)
+    evaluate(unsplit, tmp_path / "some", seed=1, baselines=False)
+    with np.load(tmp_path / "some" / "eval" / "scores.npz") as file:
+        tested = set(file["subjects"].tolist())
+    held_out = aggregate(unsplit, validation_fraction=0.3, seed=4).validation
+    assert tested == {item["subject"] for item in held_out}
+    train(unsplit, tmp_path / "all", validation_fraction=0)
+    with refused("validation, test has none in .*abdomen_ct. Add the list `test` of other subjects"):
+        evaluate(unsplit, tmp_path / "all")
+
+
+def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        evaluate(folders, tmp_path / str(seed), pretrained=trained / "models" / "model.pt", seed=seed, baselines=False)
+        with np.load(tmp_path / str(seed) / "eval" / "scores.npz") as file:
+            found.append({name: file[name] for name in file.files if not name.startswith("scores/random")})
+    assert found[0].keys() == found[1].keys()
+    for name, array in found[0].items():
+        assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
+
+
+def test_a_single_unlabelled_task_is_judged_by_its_reconstruction(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
+    spec = read(Path(folders[0]) / "dataset.json")
+    bare = {
+        split: [{"image": item["image"], "subject": item["subject"]} for item in spec[split]]
+        for split in ("training", "validation", "test")
+    }
+    evaluate([edited(folders[0], tmp_path, **bare)], tmp_path / "out", pretrained=trained / "models" / "model.pt")
+    assert [row["task"] for row in table(tmp_path / "out" / "eval" / "reconstruction.csv")] == ["abdomen_ct"]
+
+
+def test_a_set_without_test_split_is_judged_on_its_validation_split(
+    trained: Path, folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = read(Path(folders[0]) / "dataset.json")
+    moved = {"training": spec["training"], "validation": spec["validation"], "test": None}
+    changed = [edited(folders[0], tmp_path, **moved), *folders[1:]]
+    evaluate(changed, tmp_path / "out", pretrained=trained / "models" / "model.pt", baselines=False)
+    assert "Task abdomen_ct has no test split: its validation split is scored" in capsys.readouterr().out
+    with np.load(tmp_path / "out" / "eval" / "scores.npz") as file:
+        tested = {subject for subject in file["subjects"].tolist() if "abdomen_ct" in subject}
+    assert tested == {f"abdomen_ct/abdomen_ct_validation_00{index}" for index in (0, 1)}
+
+
+# ---- embeddings and exports --------------------------------------------------------------------------------------
+
+
+def test_inference_writes_one_embedding_per_volume(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    rows = embed(folders, tmp_path, pretrained=trained / "models" / "model.pt")
+    assert len(rows) == 21
+    assert all(np.isfinite(values(row)).all() and len(values(row)) == 32 for row in rows)
+    assert len({tuple(values(row)) for row in rows}) == 21
+
+
+def test_an_embedding_does_not_depend_on_how_the_file_is_stored(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
+    image = nib.load(sorted((Path(folders[0]) / "images").iterdir())[0])
+    nib.save(image, tmp_path / "a.nii.gz")
+    turned = image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+    nib.save(turned, tmp_path / "b.nii.gz")
+    knobs = {"pretrained": trained / "models" / "model.pt", "modality": "CT"}
+    first, second = (values(row) for row in embed(tmp_path, tmp_path / "out", **knobs))
+    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_inference_names_what_it_cannot_read_and_does_the_rest(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    folder, path = broken_set(folders, tmp_path)
+    with refused("1 of 7 images could not be read"):
+        embed(folder, tmp_path / "out", pretrained=trained / "models" / "model.pt")
+    rows = table(tmp_path / "out" / "eval" / "embeddings.csv")
+    assert [Path(row["image"]).name for row in rows if row["error"]] == [path.name]
+
+
+def test_exports_and_load_give_the_pretrained_network(trained: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    bundle = tmp_path / "hssl_multidomain"
+    shutil.copytree(CONFIGS, bundle / "configs")
+    shutil.copytree(trained / "models", bundle / "models")
+    network = load(
+        "hssl_multidomain", bundle_dir=str(tmp_path), source="monaihosting", workflow_type="inference"
+    ).eval()
+    saved = weights(trained)
+    assert all(torch.equal(value, saved[key]) for key, value in network.state_dict().items())
+    files = {
+        "meta_file": str(bundle / "configs" / "metadata.json"),
+        "config_file": str(bundle / "configs" / "inference.json"),
+        "ckpt_file": str(bundle / "models" / "model.pt"),
+        "bundle_root": str(bundle),
+    }
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **files)
+    onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), **files)
+    images = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        expected = network.cpu()(images)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(images), expected, rtol=1e-4, atol=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    exported = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    np.testing.assert_allclose(exported, expected.numpy(), rtol=1e-3, atol=1e-3)
+
+
+# ---- the first command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_first_command_learns_on_phantoms(tmp_path: Path) -> None:
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Smoke run on generated phantoms" in result.stdout + result.stderr
+    events = events_of(tmp_path)
+    for name in ("image", "task", "group", "classification", "reconstruction", "total"):
+        losses = [event.value for event in events.Scalars(f"loss/{name}")]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]), name
+    first, last = ({tag: events.Scalars(tag)[place].value for tag in events.Tags()["scalars"]} for place in (0, -1))
+    assert last["accuracy_task"] > first["accuracy_task"] + 0.3
+    assert last["reconstruction_error"] < 0.7 * first["reconstruction_error"]
+    assert last["retrieval_task"] > first["retrieval_task"]
+    domains = table(tmp_path / "eval" / "domains.csv")
+    assert len({row["task"] for row in domains}) >= 4
+    assert len({row["group"] for row in domains}) >= 2
+    assert command_line(CONFIGS / "evaluate.json", output_dir=tmp_path, num_samples=50).returncode == 0
+    assert len(table(tmp_path / "eval" / "reconstruction.csv")) == len(domains)

@@ -1,0 +1,1200 @@
+"""The bundle of segmentation: what it trains, starts from, scores, writes and refuses."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, command_line, read, refused, run_config, two_processes, write
+from monai.bundle import ConfigParser, ckpt_export, load, onnx_export
+from monai.networks.nets import SegResNet
+from scipy import ndimage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dissect_monai.data.segmentation import BTCV_ORGANS, read_segmentation
+from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
+from dissect_monai.phantoms.volumes import write_volume_phantoms
+
+pytestmark = pytest.mark.usefixtures("_in_root")
+CONFIGS = ROOT / "bundles" / "seg_finetune_btcv" / "configs"
+PRETRAIN = ROOT / "bundles" / "pretrain_vq_ssl" / "configs"
+TINY = {
+    "pixdim": [12, 12, 12],
+    "patch_size": [16, 16, 16],
+    "blocks_down": [1, 1, 1],
+    "blocks_up": [1, 1],
+    "init_filters": 8,
+    "iterations_per_epoch": 2,
+    "batch_size": 2,
+    "max_epochs": 1,
+    "warmup_epochs": 0,
+    "learning_rate": 0.01,
+    "num_workers": 0,
+    "val_interval": 1,
+    "log_interval": 1,
+    "amp": False,
+}
+SMALL = {"pixdim": [3, 3, 3]}  # for the volumes of `write_set`
+FROZEN = {"learning_rate": 1e-12, "weight_decay": 0}
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def organs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms of 13 organs, few and small."""
+    return write_volume_phantoms(tmp_path_factory.mktemp("organs"), 4, 2, 2, image_size=32, tasks=["abdomen_ct"])[0]
+
+
+@pytest.fixture(scope="session")
+def trained(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a run of two epochs of four, on the phantoms."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    train(organs, output_dir, max_epochs=2, schedule_epochs=4)
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six subjects with two structures, without splits."""
+    return write_set(tmp_path_factory.mktemp("blocks") / "blocks", 6)
+
+
+@pytest.fixture(scope="session")
+def on_blocks(blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a run that sees both structures."""
+    output_dir = tmp_path_factory.mktemp("on_blocks")
+    knobs = {"max_epochs": 3, "iterations_per_epoch": 16, "batch_size": 4, "learning_rate": 0.004, "select": "last"}
+    train(blocks, output_dir, **SMALL, **knobs)
+    return output_dir
+
+
+def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
+    shared = {"dataset_dir": dataset_dir, "output_dir": output_dir}
+    run_config(CONFIGS / "train.json", **{**TINY, **shared, **knobs})
+
+
+def evaluate(dataset_dir: Any, output_dir: Path, **knobs: Any) -> list[dict[str, str]]:
+    shared = {"dataset_dir": dataset_dir, "output_dir": output_dir, "num_workers": 0, "num_samples": 20, "amp": False}
+    run_config(CONFIGS / "evaluate.json", **{**shared, **knobs})
+    return table(output_dir / "eval" / "cases.csv")
+
+
+def segment(dataset_dir: Any, output_dir: Path, **knobs: Any) -> Path:
+    """Folder of the label maps."""
+    shared = {"dataset_dir": dataset_dir, "output_dir": output_dir, "num_workers": 0, "amp": False}
+    run_config(CONFIGS / "inference.json", **{**shared, **knobs})
+    return output_dir / "eval" / "label_maps"
+
+
+def model(output_dir: Path) -> Path:
+    return output_dir / "models" / "model.pt"
+
+
+def weights(output_dir: Path) -> Weights:
+    return torch.load(model(output_dir), weights_only=True)
+
+
+def settings(output_dir: Path) -> dict[str, Any]:
+    return read(output_dir / "models" / "model.json")
+
+
+def same(first: Weights, second: Weights) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def part(state: Weights, prefix: str | tuple[str, ...]) -> Weights:
+    return {key: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def checkpoint(output_dir: Path, epoch: int) -> dict[str, Any]:
+    return torch.load(output_dir / "checkpoints" / f"checkpoint_epoch={epoch}.pt", weights_only=True)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def metrics_of(output_dir: Path) -> dict[str, float]:
+    lines = (output_dir / "eval" / "metrics.csv").read_text().splitlines()
+    return {name: float(value) for name, value in (line.split(",") for line in lines)}
+
+
+def events_of(output_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(output_dir / "eval"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def values_of(path: str | Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def box_volume(seed: int, values: tuple[int, int] = (1, 2), channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """A CT of a body with two blocks of different HU, and its label map."""
+    rng = np.random.default_rng(seed)
+    image, label = np.full((20, 18, 16), -1000.0), np.zeros((20, 18, 16), np.uint8)
+    image[2:-2, 2:-2, 1:-1] = 0
+    for value, x, density in zip(values, (4, 11), (100, 200), strict=True):
+        low, high = rng.integers(3, 6), rng.integers(10, 14)
+        image[x : x + 5, low:high, 4:12], label[x : x + 5, low:high, 4:12] = density, value
+    image += rng.normal(0, 10, image.shape)
+    volumes = [image, 300 - image / 2][:channels]
+    return np.stack(volumes, -1).astype(np.int16).squeeze(), label
+
+
+def write_set(folder: Path, count: int = 4, values: tuple[int, int] = (1, 2), channels: int = 1, **spec: Any) -> Path:
+    """A data set of `box_volume`s, 3 mm between voxels; `spec` is what dataset.json says beside the items."""
+    affine = np.diag([-3.0, 3.0, 3.0, 1.0])
+    affine[:3, 3] = 30, -25, 400
+    items = []
+    for index in range(count):
+        item = {"image": f"images/{index}.nii.gz", "label": f"labels/{index}.nii.gz", "subject": f"s{index}"}
+        for array, name in zip(box_volume(index, values, channels), (item["image"], item["label"]), strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), folder / name)
+        items.append(item)
+    known = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "dim", "2": "bright"}, "training": items}
+    write(folder / "dataset.json", {**known, **spec})
+    return folder
+
+
+def edited(folder: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A copy of a set whose dataset.json says something else; None removes a key."""
+    copy = tmp_path / f"edited_{folder.name}"
+    shutil.copytree(folder, copy)
+    spec = {**read(copy / "dataset.json"), **changes}
+    write(copy / "dataset.json", {key: value for key, value in spec.items() if value is not None})
+    return copy
+
+
+def dice(label: np.ndarray, pred: np.ndarray) -> float:
+    return float(2 * (label & pred).sum() / (label.sum() + pred.sum()))
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_weights_checkpoints_and_events_and_nothing_else(trained: Path) -> None:
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoints", "eval", "models"]
+    assert sorted(path.name for path in (trained / "models").iterdir()) == ["model.json", "model.pt"]
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == [
+        f"checkpoint_epoch={epoch}.pt" for epoch in (1, 2)
+    ]
+    assert all("tfevents" in path.name for path in (trained / "eval").iterdir())
+
+
+def test_the_json_says_what_the_weights_are_and_what_they_saw(trained: Path) -> None:
+    said = settings(trained)
+    assert said["class_names"] == list(BTCV_ORGANS)
+    assert (said["modality"], said["in_channels"], said["num_volumes"]) == ("CT", 1, 4)
+    assert (said["pixdim"], said["patch_size"], said["pretrained"]) == ([12, 12, 12], [16, 16, 16], None)
+    network = SegResNet(3, init_filters=8, out_channels=14, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    network.load_state_dict(weights(trained))
+
+
+def test_tensorboard_shows_loss_scores_and_overlays(trained: Path) -> None:
+    events = events_of(trained)
+    scores = {f"{metric}_mean" for metric in ("dice", "surface_dice")} | {f"dice_{name}" for name in BTCV_ORGANS[:3]}
+    assert {"train_loss", "missed", "false_positives"} | scores <= set(events.Tags()["scalars"])
+    losses = [event.value for event in events.Scalars("train_loss")]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+    assert [event.step for event in events.Scalars("dice_mean")] == [1, 2]
+    assert events.Tags()["images"] == [f"overlays/{index}_abdomen_ct_validation_00{index - 1}" for index in (1, 2)]
+
+
+def test_the_weights_are_those_of_the_best_validation_or_the_last_epoch(trained: Path, on_blocks: Path) -> None:
+    scores = [event.value for event in events_of(trained).Scalars("dice_mean")]
+    best = int(np.argmax(scores)) + 1
+    assert checkpoint(trained, 2)["trainer"]["best_epoch"] == best
+    assert same(weights(trained), checkpoint(trained, best)["network"])
+    assert same(weights(on_blocks), checkpoint(on_blocks, 3)["network"])
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_two_epochs_and_two_more_are_bit_for_bit_four(select: str, blocks: Path, tmp_path: Path) -> None:
+    knobs = {**SMALL, "select": select, "schedule_epochs": 4}
+    train(blocks, tmp_path / "straight", max_epochs=4, **knobs)
+    train(blocks, tmp_path / "resumed", max_epochs=2, **knobs)
+    train(blocks, tmp_path / "resumed", max_epochs=4, resume=True, **knobs)
+    straight, resumed = (checkpoint(tmp_path / name, 4) for name in ("straight", "resumed"))
+    assert same(straight["network"], resumed["network"])
+    assert straight["trainer"] == resumed["trainer"]
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
+    assert settings(tmp_path / "straight") == settings(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"ce_weight": 0.3}, r"of a run with ce_weight 1\.0 \(now 0\.3\)"),
+        ({"structures": ["liver"]}, r"class_names \['spleen', .*\(now \['liver'\]\)"),
+        ({"fold": 0, "num_folds": 3}, r"fold None \(now 0\), num_folds 5 \(now 3\).*data \w+ \(now \w+\)"),
+        ({"label_fraction": 0.5}, r"label_fraction 1\.0 \(now 0\.5\), num_volumes 4 \(now 2\)"),
+        ({"select": "last"}, r"select best \(now last\)"),
+        ({"flip_axes": [0]}, r"flip_axes \[\] \(now \[0\]\)"),
+        ({"freeze_epochs": 1}, r"freeze_epochs 0 \(now 1\)"),
+    ],
+    ids=str,
+)
+def test_refuses_to_resume_another_run(
+    trained: Path, organs: Path, tmp_path: Path, knob: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    with refused(message):
+        train(organs, tmp_path / "out", **{"max_epochs": 4, "resume": True, **knob})
+    assert same(weights(tmp_path / "out"), weights(trained))
+
+
+def test_a_used_folder_is_not_overwritten(trained: Path, organs: Path) -> None:
+    before = weights(trained)
+    with refused("holds the checkpoints of another run: go on with it by --resume true"):
+        train(organs, trained)
+    assert same(weights(trained), before)
+
+
+def test_training_ends_when_validation_has_not_improved_for_long(organs: Path, tmp_path: Path) -> None:
+    train(organs, tmp_path, **FROZEN, max_epochs=9, patience=2)
+    assert len(events_of(tmp_path).Scalars("dice_mean")) == 3
+    assert (tmp_path / "checkpoints" / "checkpoint_epoch=3.pt").is_file()
+    assert not (tmp_path / "checkpoints" / "checkpoint_epoch=4.pt").exists()
+
+
+def run_state(dataset_dir: Path, output_dir: Path, **knobs: Any) -> Weights:
+    train(dataset_dir, output_dir, **{**SMALL, "select": "last", "validation_fraction": 0, **knobs})
+    return weights(output_dir)
+
+
+@pytest.fixture(scope="session")
+def plain(blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    """Weights of one epoch, with which those of other knobs are compared."""
+    return run_state(blocks, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"on_device": "true"}, {"num_workers": 2}, {"cache_dir": "cache"}, {"device": "cpu", "compile": "false"}],
+    ids=str,
+)
+def test_how_batches_are_made_does_not_change_the_weights(
+    blocks: Path, plain: Weights, tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    if "cache_dir" in knobs:
+        knobs = {"cache_dir": tmp_path / "cache"}
+    assert same(run_state(blocks, tmp_path / "out", **knobs), plain)
+
+
+def test_a_cache_is_found_again(blocks: Path, plain: Weights, tmp_path: Path) -> None:
+    run_state(blocks, tmp_path / "first", cache_dir=tmp_path / "cache")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(before) == 6
+    assert same(run_state(blocks, tmp_path / "second", cache_dir=tmp_path / "cache"), plain)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"flip_axes": [0, 1, 2]},
+        {"amp": "true", "device": "cpu"},  # as the command line gives them
+        {"ce_weight": 0},
+        {"seed": 1},
+        {"weight_decay": 10.0},
+    ],
+    ids=str,
+)
+def test_knobs_change_the_weights(blocks: Path, plain: Weights, tmp_path: Path, knobs: dict[str, Any]) -> None:
+    state = run_state(blocks, tmp_path, **knobs)
+    assert state.keys() == plain.keys()
+    assert all(value.isfinite().all() for value in state.values())
+    assert not same(state, plain)
+
+
+def test_a_compiled_run_leaves_plain_weights(blocks: Path, plain: Weights, tmp_path: Path) -> None:
+    state = run_state(blocks, tmp_path, compile=True, **{"train#trainer#compile_kwargs": {"backend": "eager"}})
+    assert state.keys() == plain.keys()
+
+
+def test_deep_supervision_leaves_the_weights_of_a_plain_network(blocks: Path, tmp_path: Path) -> None:
+    levels = {"blocks_down": [1, 1, 1, 1], "blocks_up": [1, 1, 1]}
+    state = run_state(blocks, tmp_path / "deep", deep_supervision=2, schedule_epochs=2, **levels)
+    network = SegResNet(3, init_filters=8, out_channels=3, blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1))
+    network.load_state_dict(state)
+    assert len(part(checkpoint(tmp_path / "deep", 1)["network"], "heads.")) == 4  # weight and bias of two
+    assert not same(state, run_state(blocks, tmp_path / "without", schedule_epochs=2, **levels))
+    more = {**levels, "deep_supervision": 2, "schedule_epochs": 2, "max_epochs": 2}
+    resumed = run_state(blocks, tmp_path / "deep", **more, resume=True)
+    assert same(resumed, run_state(blocks, tmp_path / "straight", **more))
+    with refused("`num_heads` must be at least 1 and fewer than the 2 levels, got 2"):
+        run_state(blocks, tmp_path / "few", deep_supervision=2)
+
+
+# ---- which subjects ----------------------------------------------------------------------------------------------
+
+
+def trained_on(dataset_dir: Path, **knobs: Any) -> set[str]:
+    """Subjects that a run would train on."""
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "train.json"))
+    parser.update({**TINY, **SMALL, "dataset_dir": str(dataset_dir), **knobs})
+    return {item["subject"] for item in parser.get_parsed_content("train#dataset").data}
+
+
+EVERYONE = {f"s{index}" for index in range(6)}
+
+
+def test_a_fraction_of_the_labels_is_part_of_every_larger_one(blocks: Path) -> None:
+    found = [
+        trained_on(blocks, label_fraction=fraction, validation_fraction=0, select="last")
+        for fraction in (0.01, 0.5, 1.0)
+    ]
+    assert [len(each) for each in found] == [1, 3, 6]
+    assert found[0] < found[1] < found[2] == EVERYONE
+    other = trained_on(blocks, label_fraction=0.5, validation_fraction=0, select="last", seed=3)
+    assert other != found[1]
+
+
+def test_validation_is_held_out_of_training(blocks: Path) -> None:
+    learnt = trained_on(blocks, validation_fraction=0.5)
+    assert len(learnt) == 3
+    assert learnt != trained_on(blocks, validation_fraction=0.5, split_seed=1)
+    assert trained_on(blocks, validation_fraction=0, select="last") == EVERYONE
+
+
+def test_each_fold_is_scored_by_the_weights_that_have_not_seen_it(blocks: Path, tmp_path: Path) -> None:
+    folds = [EVERYONE - trained_on(blocks, fold=fold, num_folds=3) for fold in range(3)]
+    assert [len(fold) for fold in folds] == [2, 2, 2]
+    assert set().union(*folds) == EVERYONE
+    train(blocks, tmp_path / "out", **SMALL, fold=1, num_folds=3)
+    assert settings(tmp_path / "out")["num_volumes"] == 4
+    # The weights know their fold.
+    assert {row["subject"] for row in evaluate(blocks, tmp_path / "out")} == folds[1]
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+def scored(cases: list[dict[str, str]]) -> set[tuple[str, str]]:
+    return {(row["structure"], row["values"]) for row in cases}
+
+
+def test_classes_are_those_of_the_data_set(on_blocks: Path, blocks: Path) -> None:
+    assert settings(on_blocks)["class_names"] == ["dim", "bright"]
+    assert weights(on_blocks)["conv_final.2.conv.bias"].shape == (3,)
+    assert scored(evaluate(blocks, on_blocks)) == {("dim", "1"), ("bright", "2")}
+
+
+def test_labels_may_be_those_of_nnunet_with_regions_and_gaps(tmp_path: Path) -> None:
+    labels = {"background": 0, "everything": [2, 7], "nothing": 9}
+    folder = write_set(tmp_path / "set", values=(2, 7), labels=labels, channel_names={"0": "CT"})
+    train(folder, tmp_path / "out", **SMALL)
+    assert settings(tmp_path / "out")["class_names"] == ["everything", "nothing"]
+    rows = evaluate(folder, tmp_path / "out")
+    assert scored(rows) == {("everything", "2 7"), ("nothing", "9")}
+    label = values_of(read_segmentation(folder).validation[0]["label"])
+    assert float(rows[0]["label_ml"]) == pytest.approx((label > 0).sum() * 0.027, abs=1e-3)
+
+
+def test_structures_choose_and_order_the_classes(organs: Path, tmp_path: Path) -> None:
+    train(organs, tmp_path, structures=["liver", "spleen"], label_fraction=0.5)
+    assert settings(tmp_path)["class_names"] == ["liver", "spleen"]
+    assert settings(tmp_path)["num_volumes"] == 2
+    assert scored(evaluate(organs, tmp_path)) == {("liver", "6"), ("spleen", "1")}
+    maps = segment(organs / "images" / "abdomen_ct_test_000.nii.gz", tmp_path)
+    said = read(maps / "abdomen_ct_test_000_seg.json")
+    assert said["labels"] == {"0": "background", "1": "liver", "2": "spleen"}
+
+
+def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", channels=2, modality={"0": "T2", "1": "ADC"})
+    train(folder, tmp_path / "out", **SMALL)
+    said = settings(tmp_path / "out")
+    assert (said["modality"], said["in_channels"]) == (["T2", "ADC"], 2)
+    assert weights(tmp_path / "out")["convInit.conv.weight"].shape[1] == 2
+    assert len(evaluate(folder, tmp_path / "out")) == 2
+    image = folder / "images" / "0.nii.gz"
+    maps = segment(image, tmp_path / "out")
+    assert values_of(maps / "0_seg.nii.gz").shape == nib.load(image).shape[:3]
+
+
+def test_several_folders_are_one_data_set(blocks: Path, tmp_path: Path) -> None:
+    other = write_set(tmp_path / "other", 3)
+    train([str(blocks), str(other)], tmp_path / "out", **SMALL, validation_fraction=0, select="last")
+    assert settings(tmp_path / "out")["num_volumes"] == 9
+    third = write_set(tmp_path / "third", 2, labels={"1": "dim"})
+    with refused("all folders must name the same structures, got dim, bright in .*blocks and dim in .*third"):
+        train([str(blocks), str(third)], tmp_path / "refused", **SMALL)
+
+
+# ---- weights to start from ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def hssl(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of hssl_multidomain, on other voxels and with other blocks than `TINY`."""
+    output_dir = tmp_path_factory.mktemp("hssl")
+    shape = {"pixdim": [11, 11, 12], "patch_size": [16, 16, 8], "blocks_down": [1, 2, 1], "blocks_up": [1, 1]}
+    knobs = {name: TINY[name] for name in TINY.keys() - {"pixdim", "patch_size", "blocks_down", "blocks_up"}}
+    knobs |= {"hidden_dim": 16, "mask_size": 4, "a_min": -150, **shape}
+    config = ROOT / "bundles" / "hssl_multidomain" / "configs" / "train.json"
+    run_config(config, **knobs, dataset_dir=organs, output_dir=output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def vq_ssl(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of pretrain_vq_ssl on volumes: an encoder alone."""
+    output_dir = tmp_path_factory.mktemp("vq_ssl")
+    knobs = {**TINY, "hidden_dim": 32, "num_embeddings": 16, "embedding_dim": 16, "output_dir": str(output_dir)}
+    for name in ("blocks_up", "val_interval"):
+        del knobs[name]
+    from monai.bundle import run
+
+    run(config_file=[str(PRETRAIN / f"{name}.json") for name in ("train", "volumes")], dataset_dir=str(organs), **knobs)
+    return output_dir
+
+
+OWN = {name: TINY[name] for name in TINY.keys() - {"pixdim", "patch_size", "blocks_down", "blocks_up", "init_filters"}}
+
+
+def finetune(dataset_dir: Path, output_dir: Path, pretrained: Path, **knobs: Any) -> None:
+    """A run that leaves shape and scaling to the JSON beside the weights."""
+    shared = {"dataset_dir": dataset_dir, "output_dir": output_dir, "pretrained": pretrained}
+    run_config(CONFIGS / "train.json", **{**OWN, **shared, **knobs})
+
+
+def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, tmp_path: Path) -> None:
+    finetune(organs, tmp_path, model(hssl), **FROZEN)
+    said = settings(tmp_path)
+    shape = {"pixdim": [11, 11, 12], "patch_size": [16, 16, 8], "blocks_down": [1, 2, 1], "a_min": -150}
+    assert {name: said[name] for name in shape} == shape
+    assert said["pretrained"] == str(model(hssl))
+    before, after = weights(hssl), weights(tmp_path)
+    kept = [key for key in before if not key.startswith(LAST_LAYER)]
+    assert len(kept) == len(before) - 2
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in kept)
+    assert len(evaluate(organs, tmp_path)) == 26
+
+
+def test_weights_of_an_encoder_alone_start_the_encoder(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
+    finetune(organs, tmp_path, model(vq_ssl), **FROZEN)
+    before, after = weights(vq_ssl), weights(tmp_path)
+    assert part(after, SEGRESNET_ENCODER).keys() == before.keys()
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+def test_weights_of_the_same_classes_start_all_layers(trained: Path, organs: Path, tmp_path: Path) -> None:
+    finetune(organs, tmp_path / "all", model(trained), **FROZEN)
+    before, after = weights(trained), weights(tmp_path / "all")
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    finetune(organs, tmp_path / "some", model(trained), **FROZEN, structures=list(BTCV_ORGANS)[::-1])
+    other = weights(tmp_path / "some")
+    assert {key for key in before if not torch.allclose(before[key], other[key], atol=1e-6)} == {
+        f"{LAST_LAYER}conv.{kind}" for kind in ("weight", "bias")
+    }
+
+
+def test_the_encoder_is_frozen_for_the_first_epochs(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
+    knobs = {"freeze_epochs": 1, "max_epochs": 2, "weight_decay": 0.1, "select": "last"}
+    finetune(organs, tmp_path, model(vq_ssl), **knobs)
+    first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
+    assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl))
+    assert not same(part(first, "up_layers."), part(second, "up_layers."))
+    assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
+    fresh = tmp_path / "fresh"
+    finetune(organs, fresh, model(vq_ssl), **FROZEN, select="last")
+    assert not same(part(weights(fresh), "up_layers."), part(first, "up_layers."))
+
+
+def wrong_weights(kind: str, hssl: Path, tmp_path: Path) -> Path:
+    """A copy of weights that has something wrong."""
+    shutil.copytree(hssl / "models", tmp_path / "models")
+    path, state = tmp_path / "models" / "model.pt", weights(hssl)
+    said = read(path.with_suffix(".json"))
+    if kind == "broken":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "no json":
+        path.with_suffix(".json").unlink()
+    elif kind == "2-D":
+        write(path.with_suffix(".json"), {**said, "spatial_dims": 2})
+    elif kind == "checkpoint":
+        torch.save({"network": state}, path)
+    elif kind == "NaN":
+        torch.save({**state, "convInit.conv.weight": state["convInit.conv.weight"] * float("nan")}, path)
+    elif kind == "channels":
+        torch.save({**state, "convInit.conv.weight": torch.zeros(8, 4, 3, 3, 3)}, path)
+    elif kind == "other network":
+        torch.save({"conv1.weight": torch.zeros(1)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs", "message"),
+    [
+        ("broken", {}, r"model\.pt cannot be loaded, it is damaged"),
+        ("no json", {}, r"there is no model\.json beside .*model\.pt to say how it was trained"),
+        ("2-D", {}, r"model\.pt must hold weights for 3-D images, got some for 2-D ones"),
+        ("checkpoint", {}, r"do not fit the SegResNet: .* 1 unexpected \(network\).*no checkpoint"),
+        ("NaN", {}, r"must be finite, got NaN or infinity in 1 of"),
+        ("channels", {}, r"1 of another shape \(convInit\.conv\.weight\)"),
+        ("other network", {}, r"missing .*1 unexpected \(conv1\.weight\)"),
+        ("of other knobs", {"init_filters": 16}, r"of another shape \(convInit\.conv\.weight.*init_filters"),
+        ("of other knobs", {"blocks_down": [1, 1, 1]}, r"unexpected \(down_layers"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_are_refused(
+    hssl: Path, organs: Path, tmp_path: Path, kind: str, knobs: dict[str, Any], message: str
+) -> None:
+    with refused(message):
+        finetune(organs, tmp_path / "out", wrong_weights(kind, hssl, tmp_path), **knobs)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def judged(trained: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of an evaluation."""
+    output_dir = tmp_path_factory.mktemp("judged")
+    evaluate(organs, output_dir, pretrained=model(trained))
+    return output_dir
+
+
+def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(judged: Path) -> None:
+    assert [path.name for path in judged.iterdir()] == ["eval"]
+    written = {"cases.csv", "subjects.csv", "summary.csv", "metrics.csv", "report.html"}
+    assert {path.name for path in (judged / "eval").iterdir()} == written
+    cases = table(judged / "eval" / "cases.csv")
+    assert [row["structure"] for row in cases] == [*BTCV_ORGANS, *BTCV_ORGANS]
+    subjects = table(judged / "eval" / "subjects.csv")
+    assert [row["subject"] for row in subjects] == ["abdomen_ct_test_000", "abdomen_ct_test_001"]
+    summary = table(judged / "eval" / "summary.csv")
+    assert [row["structure"] for row in summary] == ["mean", *BTCV_ORGANS]
+    mean = np.mean([float(row["dice"]) for row in subjects])
+    assert metrics_of(judged)["dice_mean"] == pytest.approx(mean, abs=1e-4)
+    assert float(summary[0]["dice"]) == pytest.approx(mean, abs=1e-4)
+    report = (judged / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "right adrenal gland" in report
+    assert "optimistic" not in report
+
+
+def scores_by_hand(dataset_dir: Path, maps: Path, class_names: list[str]) -> dict[tuple[str, str], float]:
+    """Dice of each image and structure, of the label maps that inference wrote; NaN without label."""
+    datalist = read_segmentation(dataset_dir)
+    found = {}
+    for item in datalist.validation + datalist.test:
+        label = values_of(item["label"])
+        pred = values_of(maps / Path(item["image"]).name.replace(".nii.gz", "_seg.nii.gz"))
+        for index, name in enumerate(class_names, 1):
+            is_label, is_pred = np.isin(label, item["labels"][name]), pred == index
+            found[item["image"], name] = dice(is_label, is_pred) if is_label.any() else float("nan")
+    return found
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{}, {"largest_only": "all"}, {"test_flip_axes": [0, 1], "overlap": 0.25, "largest_only": ["dim"]}],
+    ids=str,
+)
+def test_scores_are_those_of_the_label_maps_that_inference_writes(
+    on_blocks: Path, blocks: Path, tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    knobs = {**knobs, "pretrained": model(on_blocks)}
+    cases = evaluate(blocks, tmp_path, **knobs)
+    expected = scores_by_hand(blocks, segment(blocks, tmp_path, **knobs), ["dim", "bright"])
+    assert len(cases) == 2 * len(read_segmentation(blocks).validation)
+    for row in cases:
+        assert float(row["dice"]) == pytest.approx(expected[row["case"], row["structure"]], abs=1e-4)
+    assert max(float(row["dice"]) for row in cases) > 0.2  # else it says little
+
+
+def test_scores_of_thirteen_organs_are_those_of_the_label_maps(organs: Path, tmp_path: Path) -> None:
+    train(organs, tmp_path, iterations_per_epoch=60, batch_size=8)  # to find some of them
+    expected = scores_by_hand(organs, segment(organs, tmp_path), list(BTCV_ORGANS))
+    for row in evaluate(organs, tmp_path):
+        score = expected[row["case"], row["structure"]]
+        assert row["dice"] == "" if np.isnan(score) else float(row["dice"]) == pytest.approx(score, abs=1e-4)
+    assert max(expected.values()) > 0
+
+
+def test_the_largest_part_alone_is_kept_of_the_structures_that_are_named(on_blocks: Path, tmp_path: Path) -> None:
+    body = box_volume(0)[0]
+    image = np.concatenate([body, body[:, :14]], axis=1)  # two bodies, of which one is smaller
+    nib.save(nib.Nifti1Image(image, np.diag([3.0, 3, 3, 1])), tmp_path / "a.nii.gz")
+
+    def parts(name: str, **knobs: Any) -> list[int]:
+        maps = segment(tmp_path / "a.nii.gz", tmp_path / name, pretrained=model(on_blocks), **knobs)
+        return [ndimage.label(values_of(maps / "a_seg.nii.gz") == value)[1] for value in (1, 2)]
+
+    dim, bright = parts("kept")
+    assert min(dim, bright) > 1
+    assert parts("cleaned", largest_only="all") == [1, 1]
+    assert parts("some", largest_only=["bright"]) == [dim, 1]
+    with refused("structures must be none, all, or among dim, bright, got liver"):
+        parts("refused", largest_only=["liver"])
+
+
+def test_flips_at_the_test_make_the_result_follow_a_mirrored_volume(on_blocks: Path, tmp_path: Path) -> None:
+    image = box_volume(1)[0][2:18, 1:17].copy()
+    image[[0, -1]] = image[:, [0, -1]] = image[..., [0, -1]] = 0  # all is foreground, and one window holds it
+    for name, array in (("a", image), ("b", image[::-1])):
+        nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([3.0, 3, 3, 1])), tmp_path / f"{name}.nii.gz")
+    differences = {}
+    for axes in ((), (0,)):
+        knobs = {"pretrained": model(on_blocks), "test_flip_axes": list(axes)}
+        inputs = tmp_path / "images"
+        inputs.mkdir(exist_ok=True)
+        for name in ("a", "b"):
+            shutil.copy(tmp_path / f"{name}.nii.gz", inputs)
+        maps = segment(inputs, tmp_path / f"out{len(axes)}", **knobs)
+        first, second = (values_of(maps / f"{name}_seg.nii.gz") for name in ("a", "b"))
+        differences[axes] = float((first != second[::-1]).mean())
+    assert differences[0,] < 1e-3 < differences[()]
+
+
+@pytest.mark.parametrize(
+    ("split", "subjects"), [("test", "test"), ("auto", "test"), ("validation", "validation")], ids=str
+)
+def test_a_split_is_scored_by_name(trained: Path, organs: Path, tmp_path: Path, split: str, subjects: str) -> None:
+    cases = evaluate(organs, tmp_path, pretrained=model(trained), split=split, report=False)
+    assert {row["subject"] for row in cases} == {f"abdomen_ct_{subjects}_00{index}" for index in (0, 1)}
+    assert not (tmp_path / "eval" / "report.html").exists()
+
+
+def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
+    trained: Path, on_blocks: Path, blocks: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untested = edited(organs, tmp_path, test=None)
+    cases = evaluate(untested, tmp_path / "best", pretrained=model(trained))
+    assert {row["subject"] for row in cases} == {f"abdomen_ct_validation_00{index}" for index in (0, 1)}
+    note = "The weights were chosen on these very subjects, so that the scores are optimistic"
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "best" / "eval" / "report.html").read_text(encoding="utf-8")
+    evaluate(blocks, tmp_path / "last", pretrained=model(on_blocks))
+    assert "optimistic" not in (tmp_path / "last" / "eval" / "report.html").read_text(encoding="utf-8")
+    with refused("`test` must hold volumes with label maps to be scored, got none"):
+        evaluate(untested, tmp_path / "none", pretrained=model(trained), split="test")
+
+
+def test_a_label_map_on_another_grid_scores_alike(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
+    turned = edited(blocks, tmp_path)
+    for path in (turned / "labels").iterdir():
+        label = nib.load(path)
+        nib.save(label.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])).slicer[1:, :-1], path)
+    first, second = (
+        evaluate(folder, tmp_path / name, pretrained=model(on_blocks), report=False)
+        for folder, name in ((blocks, "a"), (turned, "b"))
+    )
+    assert [row["dice"] for row in first] == pytest.approx([row["dice"] for row in second])
+    # What was cut off the label maps is not scored.
+    assert all(float(a["pred_ml"]) >= float(b["pred_ml"]) for a, b in zip(first, second, strict=True))
+
+
+def test_a_run_trains_alike_on_label_maps_of_other_orientation(blocks: Path, plain: Weights, tmp_path: Path) -> None:
+    turned = edited(blocks, tmp_path)
+    for path in (turned / "labels").iterdir():
+        nib.save(nib.load(path).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])), path)
+    assert same(run_state(turned, tmp_path / "out"), plain)
+
+
+def test_sets_of_other_formats_train_and_score_alike(blocks: Path, on_blocks: Path, tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    folder = tmp_path / "formats"
+    items = []
+    for item in read(blocks / "dataset.json")["training"]:
+        names = {"image": item["image"].replace(".nii.gz", ".mha"), "label": item["label"].replace(".nii.gz", ".nrrd")}
+        for key, name in names.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(sitk.ReadImage(blocks / item[key]), folder / name)
+        items.append({**item, **names})
+    write(folder / "dataset.json", {**read(blocks / "dataset.json"), "training": items})
+    expected, found = (run_state(each, tmp_path / each.name) for each in (blocks, folder))
+    assert all(torch.allclose(expected[key], found[key], atol=1e-3) for key in expected)
+    first, second = (evaluate(each, tmp_path / "out", pretrained=model(on_blocks)) for each in (blocks, folder))
+    assert [float(row["dice"]) for row in first] == pytest.approx([float(row["dice"]) for row in second], abs=5e-3)
+
+
+# ---- label maps --------------------------------------------------------------------------------------------------
+
+
+def test_inference_writes_a_label_map_and_its_names_for_every_volume(
+    trained: Path, organs: Path, tmp_path: Path
+) -> None:
+    maps = segment(organs, tmp_path, pretrained=model(trained))
+    rows = table(maps / "label_maps.csv")
+    assert len(rows) == 8
+    assert {path.name for path in maps.iterdir()} == {"label_maps.csv"} | {
+        f"{Path(row['image']).name.removesuffix('.nii.gz')}_seg{suffix}"
+        for row in rows
+        for suffix in (".nii.gz", ".json")
+    }
+    for row in rows:
+        image, label_map = nib.load(row["image"]), nib.load(row["label_map"])
+        assert row["error"] == ""
+        assert label_map.shape == image.shape
+        assert label_map.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(label_map.affine, image.affine, atol=1e-4)
+        said = read(Path(row["label_map"].replace(".nii.gz", ".json")))
+        assert said["image"] == row["image"]
+        assert list(said["labels"].values()) == ["background", *BTCV_ORGANS]
+        counts = np.bincount(values_of(row["label_map"]).ravel(), minlength=14)[1:]
+        voxel_ml = abs(np.linalg.det(image.affine)) / 1000
+        assert list(said["volumes_ml"].values()) == pytest.approx((counts * voxel_ml).tolist(), abs=1e-2)
+    assert len({*np.unique([values_of(row["label_map"]).max() for row in rows])}) >= 1
+
+
+def lps_affine(image: Any) -> np.ndarray:
+    """Affine of a SimpleITK image in RAS, by what ITK says of each axis."""
+    columns = [
+        np.subtract(image.TransformIndexToPhysicalPoint(step), image.TransformIndexToPhysicalPoint((0, 0, 0)))
+        for step in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = np.stack(columns, 1), image.GetOrigin()
+    return np.diag([-1.0, -1, 1, 1]) @ affine
+
+
+@pytest.fixture(scope="session")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One oblique volume as NIfTI, MHA, NRRD and a DICOM series."""
+    import SimpleITK as sitk  # noqa: N813
+    from test_readers import DIRECTION, write_series
+
+    image = sitk.GetImageFromArray(box_volume(2)[0].T.astype(np.int16))
+    image.SetSpacing((3.0, 3.0, 4.0))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    image.SetDirection(DIRECTION)
+    folder = tmp_path_factory.mktemp("formats")
+    for name in ("a.nii.gz", "b.mha", "c.nrrd"):
+        sitk.WriteImage(image, folder / name)
+    write_series(folder / "d", image)
+    return folder
+
+
+def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path, formats: Path, tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    maps = segment(formats, tmp_path, pretrained=model(on_blocks))
+    image = sitk.ReadImage(formats / "b.mha")
+    expected = values_of(maps / "b_seg.nii.gz")
+    assert len(np.unique(expected)) == 3
+    for name in "abcd":
+        label_map = nib.load(maps / f"{name}_seg.nii.gz")
+        assert label_map.shape == image.GetSize()
+        np.testing.assert_allclose(label_map.affine, lps_affine(image), atol=1e-3)
+        assert (values_of(maps / f"{name}_seg.nii.gz") != expected).mean() < 2e-3
+        # ITK, which viewers use, sees it where the image is.
+        seen = sitk.ReadImage(maps / f"{name}_seg.nii.gz")
+        np.testing.assert_allclose(seen.GetDirection(), image.GetDirection(), atol=1e-4)
+        np.testing.assert_allclose(seen.GetOrigin(), image.GetOrigin(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["b.mha", "d"])
+def test_a_single_file_or_series_is_enough(on_blocks: Path, formats: Path, tmp_path: Path, name: str) -> None:
+    maps = segment(formats / name, tmp_path, pretrained=model(on_blocks))
+    assert {path.name for path in maps.iterdir()} == {
+        "label_maps.csv", f"{name[0]}_seg.nii.gz", f"{name[0]}_seg.json"
+    }  # fmt: skip
+
+
+def test_a_label_map_does_not_depend_on_how_the_file_is_stored(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
+    image = nib.load(blocks / "images" / "0.nii.gz")
+    nib.save(image, tmp_path / "a.nii.gz")
+    nib.save(image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), tmp_path / "b.nii.gz")
+    maps = segment(tmp_path, tmp_path / "out", pretrained=model(on_blocks))
+    first, second = (nib.load(maps / f"{name}_seg.nii.gz") for name in "ab")
+    assert first.shape != second.shape
+    ras = [nib.as_closest_canonical(each) for each in (first, second)]
+    np.testing.assert_allclose(ras[0].affine, ras[1].affine, atol=1e-4)
+    labels = [np.asarray(each.dataobj) for each in ras]
+    assert len(np.unique(labels[0])) == 3
+    assert (labels[0] != labels[1]).mean() < 2e-3
+
+
+def test_inference_names_what_it_cannot_read_and_does_the_rest(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
+    shutil.copytree(blocks / "images", tmp_path / "images")
+    broken = tmp_path / "images" / "3.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:500])
+    knobs = {"dataset_dir": tmp_path / "images", "output_dir": tmp_path / "out", "num_workers": 0}
+    result = command_line(CONFIGS / "inference.json", pretrained=model(on_blocks), **knobs)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: 1 of 6 images could not be read: ")
+    assert "Traceback" not in result.stderr
+    rows = table(tmp_path / "out" / "eval" / "label_maps" / "label_maps.csv")
+    assert [row["image"] for row in rows if row["error"]] == [str(broken)]
+    assert [Path(row["label_map"]).is_file() for row in rows if not row["error"]] == [True] * 5
+
+
+def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
+    on_blocks: Path, blocks: Path, tmp_path: Path
+) -> None:
+    # As MONAI Label and Deploy call them.
+    image = blocks / "images" / "0.nii.gz"
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    parser["pretrained"] = str(model(on_blocks))
+    parser["device"] = "cpu"
+    names = ("preprocessing", "network_def", "inferer", "postprocessing")
+    preprocessing, network, inferer, postprocessing = (parser.get_parsed_content(name) for name in names)
+    network.load_state_dict(weights(on_blocks))
+    item = preprocessing({"image": str(image)})
+    with torch.no_grad():
+        pred = inferer(item["image"][None], network.eval())[0]
+    label_map = postprocessing({"image": item["image"], "pred": pred})["pred"]
+    maps = segment(image, tmp_path, pretrained=model(on_blocks))
+    assert np.array_equal(label_map[0].numpy(), values_of(maps / "0_seg.nii.gz"))
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def test_two_processes_do_what_one_does_with_the_joined_batch_and_share_its_validation(
+    blocks: Path, tmp_path: Path
+) -> None:
+    saving = "$torch.save(@network_def.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
+    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
+    # Three volumes to validate: an odd number. The cross-entropy alone is a mean over the samples of a batch.
+    knobs = {**TINY, **SMALL, "validation_fraction": 0.5, "max_epochs": 2, "batch_size": 1, "dice_ce#lambda_dice": 0}
+    result = two_processes(*configs, cwd=tmp_path, **knobs, dataset_dir=blocks, output_dir=tmp_path / "two")
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert same(first, second)
+    assert len(list(tmp_path.glob("two/eval/events*"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "two"}  # other ranks write nothing
+    written = {"checkpoints", "eval", "models", "rank0.pth", "rank1.pth"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == written
+    assert settings(tmp_path / "two")["world_size"] == 2
+
+    train(blocks, tmp_path / "one", **{**knobs, "batch_size": 2})
+    one, two = (checkpoint(tmp_path / name, 2)["network"] for name in ("one", "two"))
+    assert same(two, first)
+    # Adam divides small gradients by their size, and so makes much of the rounding of a few.
+    differing = torch.cat([(one[key] - two[key]).abs().ravel() for key in one])
+    assert (differing > 1e-3).float().mean() < 0.01
+    scores = [[event.value for event in events_of(tmp_path / name).Scalars("dice_mean")] for name in ("one", "two")]
+    assert scores[1] == pytest.approx(scores[0], abs=0.02)
+
+    cases = evaluate(blocks, tmp_path / "two", split="validation")
+    assert len({row["subject"] for row in cases}) == 3
+    assert metrics_of(tmp_path / "two")["dice_mean"] == pytest.approx(max(scores[1]), abs=1e-4)
+
+
+# ---- lists of a server -------------------------------------------------------------------------------------------
+
+
+def served(organs: Path, trained: Path, root: Path, **changes: Any) -> None:
+    """A training as MONAI Label calls it: in a bundle with weights, with lists of images and label maps alone."""
+    shutil.copytree(CONFIGS, root / "configs", dirs_exist_ok=True)
+    shutil.copytree(trained / "models", root / "models", dirs_exist_ok=True)
+    items = [{"image": str(item["image"]), "label": str(item["label"])} for item in read_segmentation(organs).training]
+    loader = {
+        "_target_": "CheckpointLoader", "load_path": str(model(root)), "load_dict": {"model": "$@network"},
+        "strict": False,
+    }  # fmt: skip
+    given = {
+        "bundle_root": str(root), "train#trainer#max_epochs": 1, "train#dataset#data": items[:3],
+        "validate#dataset#data": items[3:], "device": "cpu",
+        "train#handlers": [loader, *read(CONFIGS / "train.json")["train"]["handlers"]],
+        "iterations_per_epoch": 2, "batch_size": 2, "num_workers": 0,
+    }  # fmt: skip
+    run_config(root / "configs" / "train.json", **{**given, **changes})
+
+
+def test_lists_of_a_server_train_the_served_weights_on(organs: Path, trained: Path, tmp_path: Path) -> None:
+    served(organs, trained, tmp_path, **FROZEN)
+    for key, value in weights(tmp_path).items():
+        torch.testing.assert_close(value, weights(trained)[key])
+    before, after = settings(trained), settings(tmp_path)
+    kept = ("class_names", "modality", "in_channels", "pixdim", "patch_size", "init_filters", "blocks_down")
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    assert (after["num_volumes"], after["select"], after["schedule_epochs"]) == (3, "best", 1)
+    assert {*after["trained_on"]} > {*before["trained_on"]}
+    served(organs, trained, tmp_path)  # again, over what the first has left
+    assert not same(weights(tmp_path), weights(trained))
+
+
+@pytest.mark.parametrize("nothing", [[], "@validate#items"])
+def test_without_a_list_for_validation_the_last_weights_are_kept(
+    organs: Path, trained: Path, tmp_path: Path, nothing: Any
+) -> None:
+    served(organs, trained, tmp_path, **{"validate#dataset#data": nothing})
+    assert settings(tmp_path)["select"] == "last"
+    assert not same(weights(tmp_path), weights(trained))
+
+
+def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Path, tmp_path: Path) -> None:
+    with refused("give studies a final label in MONAI Label"):
+        served(organs, trained, tmp_path, **{"train#dataset#data": [], "validate#dataset#data": []})
+
+
+def test_lists_of_a_server_need_weights_that_name_the_structures(organs: Path, trained: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(trained, changed)
+    write(changed / "models" / "model.json", {**settings(trained), "class_names": []})
+    with refused("names of their structures need weights that say them"):
+        served(organs, changed, tmp_path / "bundle")
+
+
+# ---- exports -----------------------------------------------------------------------------------------------------
+
+
+def test_exports_and_load_give_the_trained_network(trained: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    bundle = tmp_path / "seg_finetune_btcv"
+    shutil.copytree(CONFIGS, bundle / "configs")
+    shutil.copytree(trained / "models", bundle / "models")
+    network = load("seg_finetune_btcv", bundle_dir=str(tmp_path), source="monaihosting", workflow_type="inference")
+    network = network.cpu().eval()
+    assert same(dict(network.state_dict()), weights(trained))
+    files = {
+        "meta_file": str(bundle / "configs" / "metadata.json"),
+        "config_file": str(bundle / "configs" / "inference.json"),
+        "ckpt_file": str(bundle / "models" / "model.pt"),
+        "bundle_root": str(bundle),
+    }
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **files)
+    onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), **files)
+    shape = read(bundle / "configs" / "metadata.json")["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    sizes = [side if isinstance(side, int) else 16 for side in shape]
+    images = torch.rand(1, 1, *sizes)
+    with torch.no_grad():
+        expected = network(images)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(images), expected, rtol=1e-4, atol=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    exported = session.run(None, {session.get_inputs()[0].name: images[..., :8, :8, :8].numpy()})[0]
+    with torch.no_grad():
+        expected = network(images[..., :8, :8, :8])
+    np.testing.assert_allclose(exported, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def moved(folder: Path, shift: float) -> None:
+    """Move a label map of a set by as many mm along every axis."""
+    path = folder / "labels" / "1.nii.gz"
+    label = nib.load(path)
+    affine = label.affine.copy()
+    affine[:3, 3] += shift
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), affine), path)
+
+
+def test_unknown_values_in_a_label_map_are_refused(blocks: Path, tmp_path: Path) -> None:
+    folder = edited(blocks, tmp_path, labels={"1": "dim"})
+    knobs = {**TINY, **SMALL, "dataset_dir": folder, "output_dir": tmp_path / "out", "validation_fraction": 0}
+    result = command_line(CONFIGS / "train.json", **knobs, select="last")
+    assert result.returncode == 1
+    message = result.stderr[result.stderr.rindex("error: ") :]
+    assert "got 6 of 6 that cannot" in message
+    assert re.search(r"label map .*0\.nii\.gz must hold values that `labels` .* names \(0, 1\), got 2", message)
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "models" / "model.pt").exists()
+
+
+def test_a_label_map_beside_its_image_is_refused(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
+    folder = edited(blocks, tmp_path)
+    moved(folder, 500)
+    message = r"labels/1\.nii\.gz must lie where its image lies"
+    with refused(message):
+        run_state(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "models" / "model.pt").exists()
+    run_state(folder, tmp_path / "skipped", on_corrupt="skip")
+    assert settings(tmp_path / "skipped")["num_volumes"] == 5
+    for split, place in (("validation", "validation_fraction"), ("test", "test")):
+        spec = read(folder / "dataset.json")
+        others = [item for item in spec["training"] if item["subject"] != "s1"]
+        own = [item for item in spec["training"] if item["subject"] == "s1"]
+        judged = edited(folder, tmp_path / place, **{"training": others, split: own})
+        with refused(message):
+            evaluate(judged, tmp_path / place / "out", pretrained=model(on_blocks), split=split)
+
+
+BAD_SETS: dict[str, tuple[dict[str, Any], str]] = {
+    "no names": (
+        {"labels": None},
+        r'must have a dataset.json that names the values of its label maps, such as "labels": \{"1": "spleen"\}',
+    ),
+    "odd names": ({"labels": {"spleen": "one"}}, "`labels` of .* must give integers names"),
+    "one value twice": ({"labels": {"dim": 1, "bright": [1, 2]}}, r"must give each value one class, got 1 in bright"),
+    "no labels": (
+        {"training": [{"image": "images/0.nii.gz"}]},
+        "dataset.json must list volumes with the path of a label",
+    ),
+    "nothing": ({"training": []}, "dataset.json must list volumes"),
+    "a file that is missing": (
+        {"training": [{"image": "images/0.nii.gz", "label": "labels/gone.nii.gz"}]},
+        r"must list existing files, got 1 missing: .*gone\.nii\.gz",
+    ),
+    "one subject": (
+        {"training": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz"}]},
+        "`--select best` chooses the weights on a validation split, and there is none",
+    ),
+    "a subject in two splits": (
+        {"test": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz", "subject": "s0"}]},
+        "`training` and `test` must share no subject",
+    ),
+    "channels without modality": ({"modality": "CT"}, "modalities CT, got 2: correct `modality` in dataset"),
+    "modality without channel": ({"modality": {"0": "T2", "1": "ADC"}}, "must have a channel for each of the modal"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETS)
+def test_refuses_bad_sets_before_training(case: str, blocks: Path, tmp_path: Path) -> None:
+    changes, message = BAD_SETS[case]
+    folder = write_set(tmp_path / "two", channels=2) if case == "channels without modality" else blocks
+    with refused(message):
+        train(edited(folder, tmp_path, **changes), tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out" / "models" / "model.pt").exists()
+
+
+def fractions(label: np.ndarray) -> np.ndarray:
+    return label * 0.5
+
+
+def several(label: np.ndarray) -> np.ndarray:
+    return np.stack([label] * 3, -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(fractions, "must hold integers, got fractions"), (several, r"must have shape \(X, Y, Z\)")]
+)
+def test_refuses_what_is_no_label_map(on_blocks: Path, blocks: Path, tmp_path: Path, change: Any, message: str) -> None:
+    folder = edited(blocks, tmp_path)
+    for path in (folder / "labels").iterdir():
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(change(np.asarray(label.dataobj)), label.affine), path)
+    with refused(rf"labels/0\.nii\.gz` {message}"):
+        run_state(folder, tmp_path / "out")
+    with refused(rf"labels/\d\.nii\.gz` {message}"):
+        evaluate(folder, tmp_path / "out", pretrained=model(on_blocks))
+
+
+def test_label_maps_may_be_floats(blocks: Path, plain: Weights, tmp_path: Path) -> None:
+    folder = edited(blocks, tmp_path)
+    for path in (folder / "labels").iterdir():
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(label.dataobj).astype(np.float32), label.affine), path)
+    assert same(run_state(folder, tmp_path / "out"), plain)
+
+
+def test_volumes_of_other_channels_than_the_weights_are_named(on_blocks: Path, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "two", 2, channels=2, modality={"0": "T2", "1": "ADC"})
+    with refused("2 of 2 images could not be read"):
+        segment(folder / "images", tmp_path / "out", pretrained=model(on_blocks))
+    rows = table(tmp_path / "out" / "eval" / "label_maps" / "label_maps.csv")
+    assert all("a channel for each of the modalities CT, got 2" in row["error"] for row in rows)
+    message = r"must have the 1 channel\(s\) that the weights were trained on, got T2, ADC for .*nii\.gz"
+    with refused(message):
+        evaluate(folder, tmp_path / "out", pretrained=model(on_blocks))
+    with refused(message):
+        segment(folder, tmp_path / "out", pretrained=model(on_blocks))
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"structure": ["liver"]}, "--structure .*--structures"),
+        ({"train#patches#transforms#0#num_sample": 2}, "num_samples"),
+        ({"structures": ["liver", "heart"]}, "`structures` must be different ones of spleen, .*, got liver, heart"),
+        ({"structures": ["liver", "liver"]}, "`structures` must be different ones"),
+        ({"structures": 6}, "`--structures` must be a text or a list of them"),
+        ({"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
+        ({"fold": 0, "num_folds": 7}, "`num_folds` must be at most the 6 subjects, got 7"),
+        ({"fold": "first"}, "`--fold` must be"),
+        ({"validation_fraction": 1}, "`--validation_fraction` must be"),
+        ({"label_fraction": 0}, "`--label_fraction` must be"),
+        ({"split_seed": -1}, "`--split_seed` must be"),
+        ({"flip_axes": [3]}, "`--flip_axes` must be a list of different axes"),
+        ({"flip_axes": 0}, "`--flip_axes` must be a list"),
+        ({"select": "first"}, "`--select` must be one of best, last"),
+        ({"deep_supervision": "yes"}, "`--deep_supervision` must be"),
+        ({"freeze_epochs": -1}, "`--freeze_epochs` must be"),
+        ({"ce_weight": "heavy"}, "`--ce_weight` must be"),
+        ({"overlap": 1}, "`--overlap` must be"),
+        ({"on_device": "maybe"}, "`--on_device` must be true or false"),
+        ({"patience": 0}, "`--patience` must be"),
+        ({"patch_size": [18, 16, 16]}, "`--patch_size` must be multiples of 4"),
+        ({"blocks_up": [1]}, "`--blocks_up` must have one value fewer"),
+        ({"init_filters": 12}, "`--init_filters` must be a multiple of 8"),
+        ({"a_min": 300}, "`--a_min` must be below --a_max"),
+        ({"resume": True}, "checkpoint"),
+        ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
+        ({"dataset_dir": "nowhere"}, "nowhere"),
+        ({"val_interval": 3, "max_epochs": 2}, "`--val_interval` must be at most --max_epochs with --select best"),
+        ({"schedule_epochs": 1, "max_epochs": 2}, "`--schedule_epochs` must be at least --max_epochs"),
+    ],
+    ids=str,
+)
+def test_refuses_bad_knobs_before_training(organs: Path, tmp_path: Path, knob: dict[str, Any], message: str) -> None:
+    with refused(message):
+        run_config(CONFIGS / "train.json", **{**TINY, "dataset_dir": organs, "output_dir": tmp_path / "out", **knob})
+    assert not (tmp_path / "out" / "models").exists()
+
+
+def test_the_best_weights_need_a_validation_split(blocks: Path, tmp_path: Path) -> None:
+    with refused("`--select best` chooses the weights on a validation split, and there is none"):
+        train(blocks, tmp_path, **SMALL, validation_fraction=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "knob", "message"),
+    [
+        ("evaluate", {"test_flip_axes": [0, 0]}, "`--test_flip_axes` must be a list of different axes"),
+        ("evaluate", {"split": "training"}, "`--split` must be one of auto, validation, test"),
+        ("evaluate", {"tolerance": -1}, "`--tolerance` must be"),
+        ("evaluate", {"report": "maybe"}, "true or false"),
+        ("evaluate", {"largest_only": ["heart"]}, "structures must be none, all, or among"),
+        ("evaluate", {"largest_onli": "all"}, "--largest_onli .*--largest_only"),
+        ("evaluate", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
+        ("inference", {"largest_only": 3}, "`--largest_only` must be a text or a list of them"),
+        ("inference", {"overlap": -0.5}, "`--overlap` must be"),
+        ("inference", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
+        ("inference", {"dataset_dir": "nowhere"}, "nowhere"),
+    ],
+    ids=str,
+)
+def test_refuses_bad_knobs_before_anything_is_segmented(
+    trained: Path, organs: Path, tmp_path: Path, config: str, knob: dict[str, Any], message: str
+) -> None:
+    shared = {"dataset_dir": organs, "output_dir": tmp_path / "out", "num_workers": 0, "pretrained": model(trained)}
+    with refused(message):
+        run_config(CONFIGS / f"{config}.json", **{**shared, **knob})
+    assert not (tmp_path / "out").exists()
+
+
+def test_misspelt_knobs_end_with_one_line_and_a_status(blocks: Path, tmp_path: Path) -> None:
+    result = command_line(CONFIGS / "train.json", dataset_dir=blocks, output_dir=tmp_path / "out", freeze_epoch=1)
+    assert result.returncode == 1
+    assert re.match(r"error: .*--freeze_epoch.*--freeze_epochs", result.stderr.splitlines()[-1])
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the first command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_first_command_learns_on_phantoms(tmp_path: Path) -> None:
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Smoke run on generated phantoms" in result.stdout + result.stderr
+    scores = [event.value for event in events_of(tmp_path).Scalars("dice_mean")]
+    assert scores[-1] > scores[0] + 0.05
+    for config in ("evaluate", "inference"):
+        assert command_line(CONFIGS / f"{config}.json", output_dir=tmp_path).returncode == 0
+    found = metrics_of(tmp_path)
+    assert found["dice_mean"] > 0.4
+    for large in ("liver", "spleen", "right_kidney", "left_kidney", "stomach", "aorta", "inferior_vena_cava"):
+        assert found[f"dice_{large}"] > 0.5, large

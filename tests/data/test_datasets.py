@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import images, write_images
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    LoadImaged,
+    RandGaussianNoised,
+    Resized,
+    ScaleIntensityRangePercentilesd,
+    SelectItemsd,
+)
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dissect_monai.data.datalists import read_datalist
+from dissect_monai.data.datasets import cached_dataset, items_of, labelled_part
+from dissect_monai.data.readers import ImageFileReader
+
+NAN = float("nan")
+
+
+def preprocessing(size: int = 8) -> Compose:
+    """The deterministic transforms of the X-ray bundles."""
+    return Compose(
+        [
+            LoadImaged("image", reader=ImageFileReader(spatial_dims=2), ensure_channel_first=True),
+            Resized("image", spatial_size=[size, size], mode="area"),
+            ScaleIntensityRangePercentilesd("image", lower=0.5, upper=99.5, b_min=0, b_max=255, clip=True),
+            EnsureTyped("image", dtype=torch.uint8, track_meta=False),
+            EnsureTyped("label", dtype=torch.float32, track_meta=False, allow_missing_keys=True),
+            SelectItemsd(["image", "label"], allow_missing_keys=True),
+        ]
+    )
+
+
+def make_items(folder: Path, count: int = 6) -> list[dict[str, Any]]:
+    names = write_images(folder, count)
+    return [{"image": str(folder / name), "label": [1.0, NAN], "subject": name} for name in names]
+
+
+def test_items_are_completed_before_they_are_read(tmp_path: Path) -> None:
+    names = write_images(tmp_path, 2)
+    paths = [{"image": str(tmp_path / name)} for name in names]
+    dataset = cached_dataset(
+        paths, preprocessing(), complete=lambda items: [{**item, "label": [1.0]} for item in items]
+    )
+    assert [item["label"] for item in dataset.data] == [[1.0], [1.0]]
+    assert [item["label"].tolist() for item in dataset] == [[1.0], [1.0]]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def cache_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return tmp_path / "cache" if request.param == "disk" else None
+
+
+def test_cached_items_are_what_the_transform_gives(tmp_path: Path, cache_dir: Path | None) -> None:
+    data = make_items(tmp_path)
+    dataset = cached_dataset(data, preprocessing(), cache_dir, num_workers=2)
+    assert len(dataset) == 6
+    for item, cached in zip(data, dataset, strict=True):
+        expected = preprocessing()(item)
+        assert set(cached) == {"image", "label"}
+        assert type(cached["image"]) is torch.Tensor
+        assert cached["image"].dtype == torch.uint8
+        assert cached["label"].dtype == torch.float32
+        torch.testing.assert_close(cached["image"], expected["image"], rtol=0, atol=0)
+        np.testing.assert_equal(cached["label"].numpy(), [1, NAN])
+
+
+def test_images_are_decoded_once(tmp_path: Path, cache_dir: Path | None) -> None:
+    data = make_items(tmp_path)
+    dataset = cached_dataset(data, preprocessing(), cache_dir)
+    for item in data:
+        Path(item["image"]).unlink()
+    assert dataset[5]["image"].shape == (1, 8, 8)
+
+
+def test_a_disk_cache_is_found_again_but_not_by_other_settings(tmp_path: Path) -> None:
+    data, cache_dir = make_items(tmp_path / "images"), tmp_path / "cache"
+    for size, expected in ((8, 6), (8, 6), (9, 12)):
+        dataset = cached_dataset(data, preprocessing(size), cache_dir)
+        assert dataset[0]["image"].shape == (1, size, size)
+        assert len(list(cache_dir.iterdir())) == expected
+
+
+def test_random_transforms_stay_random(tmp_path: Path, cache_dir: Path | None) -> None:
+    transform = Compose([*preprocessing().transforms[:3], RandGaussianNoised("image", prob=1.0, std=9.0)])
+    dataset = cached_dataset(make_items(tmp_path, 1), transform, cache_dir)
+    assert not torch.equal(dataset[0]["image"], dataset[0]["image"])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_can_load_it(tmp_path: Path, cache_dir: Path | None, context: str) -> None:
+    dataset = cached_dataset(make_items(tmp_path), preprocessing(), cache_dir)
+    batch = next(iter(DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context=context)))
+    assert batch["image"].shape == (6, 1, 8, 8)
+    assert batch["label"].shape == (6, 2)
+
+
+def test_a_constant_image_becomes_zeros(tmp_path: Path) -> None:
+    Image.new("L", (10, 12), 7).save(tmp_path / "a.png")
+    with pytest.warns(Warning, match="Divide by zero"):
+        dataset = cached_dataset([{"image": str(tmp_path / "a.png")}], preprocessing())
+    assert dataset[0]["image"].unique().tolist() == [0]
+
+
+def test_torch_keeps_its_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    cached_dataset(make_items(tmp_path), preprocessing(), num_workers=2)
+    assert torch.get_num_threads() == before
+
+
+def test_corrupt_items_can_be_skipped(tmp_path: Path, cache_dir: Path | None, caplog: pytest.LogCaptureFixture) -> None:
+    data = make_items(tmp_path)
+    Path(data[1]["image"]).write_bytes(b"broken")
+    dataset = cached_dataset(data, preprocessing(), cache_dir, on_corrupt="skip")
+    assert images(dataset.data) == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+    torch.testing.assert_close(dataset[1]["image"], preprocessing()(data[2])["image"])
+    assert "1.png must be an intact image" in caplog.text
+
+
+def test_labelled_images_are_taken_without_reading_them_again(tmp_path: Path) -> None:
+    data = make_items(tmp_path)
+    del data[2]["label"]
+    dataset = cached_dataset(data, preprocessing())
+    for item in data:
+        Path(item["image"]).unlink()
+    part = labelled_part(dataset)
+    assert images(items_of(part)) == ["0.png", "1.png", "3.png", "4.png", "5.png"]
+    assert part[2]["image"] is dataset[3]["image"]
+    assert images(items_of(labelled_part(dataset, fraction=0.4, seed=1))) != images(items_of(part))
+
+
+def test_what_was_skipped_is_in_no_part(tmp_path: Path) -> None:
+    data = make_items(tmp_path)
+    Path(data[1]["image"]).write_bytes(b"broken")
+    dataset = cached_dataset(data, preprocessing(), on_corrupt="skip")
+    assert images(items_of(labelled_part(dataset))) == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+
+
+# --- errors
+
+
+def test_all_corrupt_items_are_named_with_their_cause(tmp_path: Path, cache_dir: Path | None) -> None:
+    data = make_items(tmp_path)
+    for index in (1, 4):
+        Path(data[index]["image"]).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"(?s)got 2 of 6.*1\.png .*4\.png .*--on_corrupt skip") as caught:
+        cached_dataset(data, preprocessing(), cache_dir)
+    assert str(caught.value).count("1.png") == 1  # what pillow repeats is left out
+
+
+def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
+    data = [{"image": str(tmp_path / f"{index}.png")} for index in range(7)]
+    with pytest.raises(ValueError, match=r"(?s)got 7 of 7.*0\.png does not exist.*4\.png.*\.\.\.") as caught:
+        cached_dataset(data, preprocessing(), on_corrupt="skip")
+    assert "5.png" not in str(caught.value)
+
+
+def test_a_volume_in_a_two_dimensional_run_is_named(tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    sitk.WriteImage(sitk.Image(4, 5, 6, sitk.sitkUInt8), tmp_path / "v.nii.gz")
+    with pytest.raises(ValueError, match=r"v\.nii\.gz must have `spatial_dims` = 2 axes, got shape \(4, 5, 6\)"):
+        cached_dataset(read_datalist(tmp_path).training, preprocessing())
+
+
+def test_a_missing_package_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
+    (tmp_path / "a.dcm").touch()
+    data = [*make_items(tmp_path), {"image": str(tmp_path / "a.dcm")}]
+    with pytest.raises(ImportError, match="pip install SimpleITK"):
+        cached_dataset(data, preprocessing(), on_corrupt="skip")
+
+
+def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space left on device"):
+        cached_dataset(make_items(tmp_path), preprocessing(), tmp_path / "cache", on_corrupt="skip")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"on_corrupt": "ignore"}, '`on_corrupt` must be "raise" or "skip"')],
+)
+def test_cached_dataset_rejects(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cached_dataset(**{"data": make_items(tmp_path, 1), "transform": preprocessing(), **arguments})

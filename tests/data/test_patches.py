@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader
+from monai.transforms import Compose, EnsureTyped, Lambdad, RandSpatialCropSamplesd
+
+from dissect_monai.data.patches import LABEL_MAP, patch_dataset
+
+READER = {"_target_": "dissect_monai.ImageFileReader", "spatial_dims": 3}
+BOTH = {"keys": ["image", LABEL_MAP], "allow_missing_keys": True}
+TRANSFORMS = [
+    {"_target_": "LoadImaged", **BOTH, "ensure_channel_first": True, "reader": READER},
+    {"_target_": "Orientationd", **BOTH, "axcodes": "RAS", "labels": None},
+    {"_target_": "dissect_monai.NormalizeModalityd", "keys": "image", "b_max": 255},
+    {"_target_": "dissect_monai.PatchSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"},
+    {
+        "_target_": "ResampleToMatchd", "keys": LABEL_MAP, "key_dst": "image", "mode": "nearest",
+        "padding_mode": "zeros", "allow_missing_keys": True,
+    },
+    {"_target_": "CropForegroundd", **BOTH, "source_key": "image", "allow_smaller": True},
+    {"_target_": "SpatialPadd", **BOTH, "spatial_size": "@crop_size"},
+    {"_target_": "EnsureTyped", **BOTH, "dtype": "$torch.uint8", "track_meta": False},
+    {"_target_": "dissect_monai.ForegroundIndicesd", "keys": "image"},
+    {
+        "_target_": "SelectItemsd", "keys": ["image", LABEL_MAP, "image_fg_indices", "image_bg_indices"],
+        "allow_missing_keys": True,
+    },
+    {
+        "_target_": "RandCropByPosNegLabeld", **BOTH, "label_key": "image", "spatial_size": "@crop_size", "neg": 0,
+        "num_samples": "@num_samples", "fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices",
+    },
+    {"_target_": "SqueezeDimd", "_disabled_": "$@spatial_dims == 3", **BOTH, "dim": -1},
+]  # fmt: skip
+
+
+def chain(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, num_samples: int = 4) -> Any:
+    """The whole chain, as the evaluation of a bundle has it."""
+    config = {
+        "imports": ["$import torch", "$import dissect_monai"],
+        "spatial_dims": spatial_dims,
+        "pixdim": [pixdim] * 3,
+        "num_samples": num_samples,
+        "crop_size": [size, size, size if spatial_dims == 3 else 1],
+        "preprocessing": {"_target_": "Compose", "transforms": TRANSFORMS},
+    }
+    return ConfigParser(config).get_parsed_content("preprocessing")
+
+
+def write_volume(folder: Path, index: int, size: int = 16) -> dict[str, Any]:
+    """A dim body in air with a bright structure in it, at another place in each volume, and its label map."""
+    rng = np.random.default_rng(index)
+    image = np.zeros((size, size + 2, size - 2))
+    body = tuple(slice(2, length - 1) for length in image.shape)
+    image[body] = rng.uniform(60, 100, image[body].shape)
+    corner = rng.integers(3, size - 10, 3)
+    bright = tuple(slice(start, start + length) for start, length in zip(corner, (3, 5, 4), strict=True))
+    image[bright] = rng.uniform(180, 200, (3, 5, 4))
+    item = {"image": str(folder / f"{index}.nii.gz"), "label": str(folder / f"{index}_label.nii.gz")}
+    affine = np.diag([-1.0, 1, 1, 1])
+    nib.save(nib.Nifti1Image(image, affine), item["image"])
+    nib.save(nib.Nifti1Image((image > 150).astype(np.uint8), affine), item["label"])
+    labels = {"lump": [1], "other": [2]}
+    return {**item, "subject": str(index), "task": "a", "group": "g", "modality": "MR", "labels": labels}
+
+
+def write_volumes(folder: Path, count: int = 3) -> list[dict[str, Any]]:
+    return [write_volume(folder, index) for index in range(count)]
+
+
+def pixels(dataset: Any) -> torch.Tensor:
+    return torch.stack([patch["image"] for patch in dataset])
+
+
+# --- the whole chain
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_image_and_label_map_are_of_the_same_place(tmp_path: Path, spatial_dims: int) -> None:
+    transform, shown = chain(spatial_dims, num_samples=16).set_random_state(0), 0
+    for item in write_volumes(tmp_path):
+        item[LABEL_MAP] = item.pop("label")
+        for patch in transform(item):
+            assert patch["image"].shape == patch[LABEL_MAP].shape == (1, *[8] * spatial_dims)
+            np.testing.assert_array_equal(patch["image"] > 150, patch[LABEL_MAP] == 1)
+            shown += int(patch[LABEL_MAP].sum() > 0)
+    assert shown > 3
+
+
+def test_a_resampled_label_map_still_lies_on_its_image(tmp_path: Path) -> None:
+    item = write_volume(tmp_path, 0)
+    item[LABEL_MAP] = item.pop("label")
+    patches = chain(pixdim=0.5, size=24).set_random_state(0)(item)
+    bright, lump = (
+        torch.stack([patch[key] for patch in patches]) > low for key, low in (("image", 150), (LABEL_MAP, 0))
+    )
+    assert bright.sum() > 100
+    assert (bright & lump).sum() > 0.9 * bright.sum()
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_patches_know_the_structures_that_they_show(tmp_path: Path, spatial_dims: int) -> None:
+    data = write_volumes(tmp_path)
+    dataset = patch_dataset(data, chain(spatial_dims, num_samples=10), num_workers=2)
+    assert len(dataset) == len(dataset.data) == 30
+    images = pixels(dataset)
+    assert images.shape == (30, 1, *[8] * spatial_dims)
+    assert images.dtype == torch.uint8
+    assert [item["subject"] for item in dataset.data] == [str(index // 10) for index in range(30)]
+    lump = [item["structures"]["lump"] for item in dataset.data]
+    counts = (images > 150).flatten(1).sum(1).tolist()
+    assert {0, 1} <= {*lump}
+    assert all((value == 0) == (count == 0) for value, count in zip(lump, counts, strict=True))
+    assert all(np.isnan(item["structures"]["other"]) for item in dataset.data)  # no volume has it annotated
+
+
+def test_patches_come_with_names_for_loaders_and_views(tmp_path: Path) -> None:
+    dataset = patch_dataset(write_volumes(tmp_path), chain())
+    assert set(dataset[0]) == {"image", "task", "group"}
+    assert type(dataset[0]["image"]) is torch.Tensor
+    batch = next(iter(DataLoader(dataset, batch_size=5)))
+    assert batch["image"].shape == (5, 1, 8, 8, 8)
+    assert (batch["task"], batch["group"]) == (["a"] * 5, ["g"] * 5)
+
+
+def test_volumes_without_a_label_map_are_unknown(tmp_path: Path) -> None:
+    data = write_volumes(tmp_path, 3)
+    del data[0]["label"]
+    data[1]["label"] = [1.0, 0.0]  # findings of the whole volume
+    dataset = patch_dataset(data, chain())
+    assert ["structures" in item for item in dataset.data] == [False] * 8 + [True] * 4
+    assert dataset.data[4]["label"] == [1.0, 0.0]
+    assert dataset.data[8]["label"] == data[2]["label"]
+
+
+def test_label_maps_without_names_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_volumes(tmp_path, 1)
+    del data[0]["labels"]
+    dataset = patch_dataset(data, chain())
+    assert "structures" not in dataset.data[0]
+    assert "Task a has label maps whose structures have no names" in caplog.text
+
+
+# --- what counts as shown
+
+
+def shown(label_map: np.ndarray, size: int, labels: dict[str, list[int]]) -> list[dict[str, float]]:
+    """Structures of the patches of one label map, two along its first axis."""
+
+    def halves(item: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{key: item[key][:, start : start + size] for key in ("image", LABEL_MAP)} for start in (0, size)]
+
+    def load(path: str) -> np.ndarray:
+        return label_map[None]
+
+    item = {"image": "i", "label": "l", "labels": labels}
+    transform = Compose([Lambdad(["image", LABEL_MAP], load), EnsureTyped(["image", LABEL_MAP]), halves])
+    return [each["structures"] for each in patch_dataset([item], transform).data]
+
+
+def test_a_structure_counts_from_a_thousandth_of_a_patch_or_half_of_itself() -> None:
+    label_map = np.zeros((40, 20, 10), dtype=np.uint8)  # patches of 4,000 voxels
+    label_map[:20, 0, 0] = 1  # 20 voxels, all in the first
+    label_map[18:21, 1, 0] = 2  # 2 of 3 in the first, 1 in the second
+    label_map[:3, 2, 0] = label_map[20:24, 2, 0] = 3  # 3 of 7, 4 of 7
+    label_map[5:10, 3, 0] = label_map[20:23, 3, :8] = 4  # 5 of 29, 24 of 29
+    names = {"large": [1], "tiny": [2], "split": [3], "part": [4], "both": [1, 2], "absent": [300]}
+    first, second = shown(label_map, 20, names)
+    nan = pytest.approx(np.nan, nan_ok=True)
+    assert first == {"large": 1, "tiny": 1, "split": nan, "part": 1, "both": 1, "absent": nan}
+    assert second == {"large": 0, "tiny": nan, "split": 1, "part": 1, "both": nan, "absent": nan}
+
+
+# --- what is drawn
+
+
+def test_what_is_drawn_follows_from_the_seed_and_the_item_alone(tmp_path: Path) -> None:
+    data, transform = write_volumes(tmp_path, 3), chain()
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    images = pixels(patch_dataset(data, transform))
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    transform.set_random_state(7)
+    assert torch.equal(pixels(patch_dataset(data, transform, num_workers=3)), images)
+    assert torch.equal(pixels(patch_dataset(data[:2], transform)), images[:8])
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    other = pixels(patch_dataset(data, transform, seed=1))
+    assert (images != other).flatten(1).any(1).float().mean() > 0.5
+    assert len(images.flatten(1).unique(dim=0)) > 8
+
+
+def test_what_a_skipped_volume_would_draw_leaves_the_others_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_volumes(tmp_path, 3)
+    images = pixels(patch_dataset(data, chain()))
+    Path(data[1]["image"]).write_bytes(b"broken")
+    dataset = patch_dataset(data, chain(), on_corrupt="skip")
+    assert torch.equal(pixels(dataset), images[[0, 1, 2, 3, 8, 9, 10, 11]])
+    assert [item["subject"] for item in dataset.data] == ["0"] * 4 + ["2"] * 4
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_patches_do_not_keep_their_volumes() -> None:
+    load = Lambdad("image", lambda path: torch.zeros(1, 32, 32, 32))
+    transform = Compose([load, RandSpatialCropSamplesd("image", [4, 32, 32], 2, random_size=False)])
+    for patch in patch_dataset([{"image": "a"}], transform):
+        assert patch["image"].untyped_storage().nbytes() == 4 * 4 * 32 * 32
+
+
+def test_no_items_are_no_patches() -> None:
+    dataset = patch_dataset([], chain())
+    assert len(dataset) == len(dataset.data) == 0
+
+
+# --- refusals
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    data = write_volumes(tmp_path, 3)
+    Path(data[1]["label"]).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"(?s)got 1 of 3 that cannot:.*1_label\.nii\.gz.*--on_corrupt skip"):
+        patch_dataset(data, chain())
+    with pytest.raises(ValueError, match='`on_corrupt` must be "raise" or "skip", got \'ignore\''):
+        patch_dataset(data, chain(), on_corrupt="ignore")
+
+
+def test_a_transform_that_leaves_out_the_label_map_is_refused(tmp_path: Path) -> None:
+    transform = Compose([Lambdad("image", lambda path: torch.zeros(1, 4, 4, 4))])
+    with pytest.raises(ValueError, match='`transform` must load "label_map" as it loads "image", got str for'):
+        patch_dataset(write_volumes(tmp_path, 1), transform)

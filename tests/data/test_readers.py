@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from monai.transforms import LoadImage
+from PIL import Image
+
+from dissect_monai.data.readers import ImageFileReader, image_format
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (6, 9), dtype=np.uint8)  # (rows, columns) = (y, x)
+DIRECTION = (0.0, -1.0, 0.0, 0.8, 0.0, -0.6, 0.6, 0.0, 0.8)
+
+
+def load(path: Path, **kwargs: object) -> np.ndarray:
+    reader = ImageFileReader(**kwargs)
+    return reader.get_data(reader.read(path))[0]
+
+
+def write_dicom(path: Path, pixels: np.ndarray, **tags: str) -> Path:
+    """`tags` such as t0028_1050; MONOCHROME1 is patched in, since GDCM writes MONOCHROME2 whatever it is told."""
+    photometric = tags.pop("photometric", "MONOCHROME2")
+    image = sitk.GetImageFromArray(pixels[None], isVector=pixels.ndim == 3)
+    for tag, value in tags.items():
+        image.SetMetaData(tag[1:].replace("_", "|"), value)
+    sitk.WriteImage(image, path.with_suffix(".dcm"), imageIO="GDCMImageIO")
+    data = path.with_suffix(".dcm").read_bytes()
+    path.with_suffix(".dcm").unlink()
+    path.write_bytes(data.replace(b"MONOCHROME2", photometric.encode()))
+    return path
+
+
+def volume() -> sitk.Image:
+    image = sitk.GetImageFromArray(RNG.integers(-1000, 1000, (4, 5, 6), dtype=np.int16))
+    image.SetSpacing((0.5, 0.75, 2.0))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    image.SetDirection(DIRECTION)
+    return image
+
+
+def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    direction = np.reshape(image.GetDirection(), (3, 3))
+    for index in range(image.GetSize()[2]):
+        piece = image[:, :, index]
+        position = image.TransformIndexToPhysicalPoint((0, 0, index))
+        values = {
+            "0008|0060": "CT",
+            "0020|000e": f"1.2.3.{series}",
+            "0020|0032": "\\".join(map(str, position)),
+            "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
+            "0018|0050": str(image.GetSpacing()[2]),
+            "0028|1050": "0",
+            "0028|1051": "10",
+        }
+        for tag, value in values.items():
+            piece.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices
+        writer.Execute(piece)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_pictures_are_read_as_x_y(tmp_path: Path, suffix: str) -> None:
+    Image.fromarray(PICTURE).save(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(load(tmp_path / f"a.{suffix}"), PICTURE.T)
+
+
+def test_jpeg_is_read_within_its_loss(tmp_path: Path) -> None:
+    Image.fromarray(np.full((6, 9), 100, np.uint8)).save(tmp_path / "a.jpg")
+    assert np.abs(load(tmp_path / "a.jpg") - 100.0).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_kept(tmp_path: Path, suffix: str) -> None:
+    pixels = PICTURE.astype(np.uint16) * 200
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(load(tmp_path / f"a.{suffix}"), pixels.T)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "1"])
+def test_other_modes_become_luminance(tmp_path: Path, mode: str) -> None:
+    Image.fromarray((PICTURE > 127).astype(np.uint8) * 255).convert(mode).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load(tmp_path / "a.png"), (PICTURE.T > 127) * 255)
+
+
+def test_colour_weighs_alike_in_png_and_dicom(tmp_path: Path) -> None:
+    colour = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "a.png")
+    png, dicom = load(tmp_path / "a.png"), load(write_dicom(tmp_path / "a.dcm", colour))
+    np.testing.assert_allclose(png.astype(int), dicom.astype(int), atol=1)
+    np.testing.assert_allclose(png, (colour @ [0.299, 0.587, 0.114]).T, atol=1)
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.IMA", "IM0001", "1.2.840.7"])
+def test_dicom_equals_the_png_of_the_same_picture(tmp_path: Path, name: str) -> None:
+    path = write_dicom(tmp_path / name, PICTURE)
+    np.testing.assert_array_equal(load(path), PICTURE.T)
+    np.testing.assert_array_equal(LoadImage(reader=ImageFileReader())(path), PICTURE.T)
+
+
+def test_monochrome1_is_inverted(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", 255 - PICTURE, photometric="MONOCHROME1")
+    np.testing.assert_array_equal(load(path), PICTURE.T)
+
+
+def test_signed_monochrome1_with_rescale_stays_in_its_range(tmp_path: Path) -> None:
+    tags = {"t0028_1052": "-1000", "t0028_1053": "2"}
+    pixels = PICTURE.astype(np.int16) * 2 - 1000
+    plain = load(write_dicom(tmp_path / "a.dcm", pixels, **tags))
+    inverted = load(write_dicom(tmp_path / "b.dcm", pixels, photometric="MONOCHROME1", **tags))
+    np.testing.assert_array_equal(plain, pixels.T)
+    np.testing.assert_array_equal(inverted, -1 * 2 + 2 * -1000 - pixels.T)
+
+
+def test_first_window_clips_a_single_file_unless_switched_off(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PICTURE, t0028_1050="100\\3", t0028_1051="51\\7")
+    np.testing.assert_array_equal(load(path), PICTURE.T.clip(74.5, 124.5))
+    np.testing.assert_array_equal(load(path, window=False), PICTURE.T)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_the_window_of_monochrome1_is_of_the_values_in_the_file(tmp_path: Path, bits: int) -> None:
+    tags = {"photometric": "MONOCHROME1", "t0028_1050": "1000", "t0028_1051": "1001"}
+    stored = PICTURE.astype(np.uint16) * 16
+    path = write_dicom(tmp_path / "a.dcm", stored, **tags)
+    for tag, written in ((b"\x28\x00\x01\x01", 16), (b"\x28\x00\x02\x01", 15)):  # bits stored and the highest bit
+        element = tag + b"\x02\x00\x00\x00"
+        old, new = element + bytes([written]), element + bytes([written + bits - 16])
+        assert old in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(old, new))
+    expected = 2**bits - 1 - stored.T.clip(499.5, 1499.5)
+    np.testing.assert_array_equal(load(path), expected)
+
+
+@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd", "nii", "nii.gz", "series"])
+def test_volumes_agree_with_the_nifti_that_monai_reads(tmp_path: Path, suffix: str) -> None:
+    image, path = volume(), tmp_path / f"v.{suffix}"
+    sitk.WriteImage(image, tmp_path / "reference.nii")
+    if suffix == "series":
+        write_series(path, image)
+    else:
+        sitk.WriteImage(image, path)
+    expected = LoadImage()(tmp_path / "reference.nii")
+    result = LoadImage(reader=ImageFileReader(spatial_dims=3))(path)
+    assert result.shape == (6, 5, 4)
+    np.testing.assert_array_equal(result, expected)
+    np.testing.assert_allclose(result.affine, expected.affine, atol=1e-4)
+
+
+def test_trailing_axes_of_length_one_are_dropped(tmp_path: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(PICTURE[None]), tmp_path / "a.nii.gz")
+    result = LoadImage(reader=ImageFileReader(spatial_dims=2), ensure_channel_first=True)(tmp_path / "a.nii.gz")
+    assert result.shape == (1, 9, 6)
+
+
+def test_a_series_of_one_file_is_a_picture(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "a.dcm", 255 - PICTURE, photometric="MONOCHROME1")
+    np.testing.assert_array_equal(load(tmp_path), PICTURE.T)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.PNG", "picture"), ("a.nii.gz", "nifti"), ("a.nhdr", "itk"), ("a.txt", None), ("DICOMDIR", None), ("a", None)],
+)
+def test_the_name_tells_the_format(name: str, expected: str | None) -> None:
+    assert image_format(name) == expected
+
+
+def test_nifti_is_left_to_monai_when_it_chooses_the_reader() -> None:
+    reader = ImageFileReader()
+    assert reader.verify_suffix(["a.png"])
+    assert not reader.verify_suffix("a.nii.gz")
+    assert not reader.verify_suffix(["a.png", "b.png"])
+
+
+def test_other_files_are_left_to_the_readers_of_monai(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", PICTURE)
+    np.testing.assert_array_equal(LoadImage(reader=ImageFileReader())(tmp_path / "a.npy"), PICTURE)
+
+
+@pytest.mark.parametrize("suffix", ["png", "dcm", "mha", "nrrd", "nii", "nii.gz"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.7])
+def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, kept: float) -> None:
+    path = tmp_path / f"a.{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(RNG.integers(0, 255, (1, 64, 64), dtype=np.uint8)), path)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"a\.{suffix} must be an intact image .* Replace it or remove it"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", ["dcm", "mha", "nrrd"])
+def test_the_reason_names_no_address_and_no_source_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(RNG.integers(0, 255, (1, 64, 64), dtype=np.uint8)), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r", got: [A-Z][\w: /.-]+ [\w/.-]+\. Replace it") as caught:
+        load(path)
+    assert not re.search(r"0x|ImageIO|\.cxx", str(caught.value))
+
+
+def test_a_volume_in_a_two_dimensional_run_is_named_with_its_shape(tmp_path: Path) -> None:
+    sitk.WriteImage(volume(), tmp_path / "v.mha")
+    with pytest.raises(ValueError, match=r"v\.mha must have `spatial_dims` = 2 axes, got shape \(6, 5, 4\)"):
+        load(tmp_path / "v.mha", spatial_dims=2)
+
+
+def test_a_folder_of_two_series_is_refused(tmp_path: Path) -> None:
+    for series in "12":
+        write_series(tmp_path / "v", volume(), series)
+    with pytest.raises(ValueError, match="one DICOM series, got 2"):
+        load(tmp_path / "v")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):
+        load(tmp_path / "a.png")
+
+
+def test_a_missing_simpleitk_is_named_and_png_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dicom(tmp_path / "a.dcm", PICTURE)
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    assert load(tmp_path / "a.png").shape == (9, 6)
+    with pytest.raises(ImportError, match=r"a\.dcm needs SimpleITK: `pip install SimpleITK`"):
+        load(tmp_path / "a.dcm")
+
+
+@pytest.mark.parametrize("spatial_dims", [0, 1, "2"])
+def test_rejects_other_numbers_of_dimensions(spatial_dims: object) -> None:
+    with pytest.raises(ValueError, match="`spatial_dims` must be 2, 3 or None"):
+        ImageFileReader(spatial_dims=spatial_dims)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    pixels = np.ones((8, 8), dtype=np.float32)
+    pixels[2, 3] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif must hold finite values, got NaN or infinity"):
+        ImageFileReader().get_data(tmp_path / "a.tif")

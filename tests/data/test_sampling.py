@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import CacheDataset, DataLoader, Dataset
+from monai.transforms import Compose, EnsureTyped, RandScaleIntensityd, RandSpatialCropd
+
+from dissect_monai.data.sampling import DomainSampler, SeededDataset, SeededIndex, part_of_tasks
+
+COUNTS = {"large": 60, "medium": 15, "small": 4}
+DATA = [{"task": task} for task, count in COUNTS.items() for _ in range(count)]
+
+
+def task_of(index: int) -> str:
+    return DATA[index]["task"]
+
+
+def drawn(**arguments: Any) -> list[int]:
+    epoch = arguments.pop("epoch", 0)
+    sampler = DomainSampler(DATA, **arguments)
+    sampler.set_epoch(epoch)
+    indices = list(sampler)
+    assert len(indices) == len(sampler)
+    return indices
+
+
+def seeds(indices: list[Any]) -> list[int]:
+    return [index.seed for index in indices]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5, 1])
+def test_tasks_come_in_proportion_to_a_power_of_their_size(temperature: float) -> None:
+    found = Counter(map(task_of, drawn(temperature=temperature, num_samples=20_000)))
+    weights = {task: count**temperature for task, count in COUNTS.items()}
+    for task, weight in weights.items():
+        assert found[task] / 20_000 == pytest.approx(weight / sum(weights.values()), abs=0.02)
+
+
+def test_all_items_of_a_task_come_before_one_comes_again() -> None:
+    for task, count in COUNTS.items():
+        indices = [index for index in drawn(num_samples=2000) if task_of(index) == task]
+        rounds = [indices[start : start + count] for start in range(0, len(indices) - count, count)]
+        assert len(rounds) > 5
+        assert all(len(set(each)) == count for each in rounds)
+        assert len({tuple(each) for each in rounds}) > 1  # in another order
+
+
+def test_an_epoch_covers_every_task_that_is_drawn_often_enough() -> None:
+    assert set(drawn(temperature=1, num_samples=600)) == set(range(len(DATA)))
+
+
+@pytest.mark.parametrize("items_per_draw", [1, 2, 3])
+def test_draws_are_different_items_of_one_task(items_per_draw: int) -> None:
+    indices = drawn(num_samples=1200, items_per_draw=items_per_draw)
+    for start in range(0, len(indices), items_per_draw):
+        draw = indices[start : start + items_per_draw]
+        assert len({task_of(index) for index in draw}) == 1
+        assert len(set(draw)) == items_per_draw
+
+
+def test_a_task_with_fewer_items_than_a_draw_repeats_them() -> None:
+    assert Counter(DomainSampler(DATA[-2:], num_samples=4, items_per_draw=4)) == {0: 2, 1: 2}
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3])
+def test_processes_share_the_draws_of_one(num_replicas: int) -> None:
+    alone = drawn(num_samples=60, temperature=1)
+    shared = [
+        drawn(num_samples=60, temperature=1, rank=rank, num_replicas=num_replicas) for rank in range(num_replicas)
+    ]
+    assert {len(indices) for indices in shared} == {60 // num_replicas}
+    pairs = [[indices[start : start + 2] for start in range(0, len(indices), 2)] for indices in shared]
+    assert [index for step in zip(*pairs, strict=True) for pair in step for index in pair] == alone
+    assert sorted(seed for indices in shared for seed in seeds(indices)) == sorted(seeds(alone))
+
+
+def test_processes_share_no_item_until_a_task_is_used_up() -> None:
+    shared = [drawn(num_samples=8, temperature=1, rank=rank, num_replicas=2) for rank in range(2)]
+    assert not set(shared[0]) & set(shared[1])
+
+
+def test_samples_that_cannot_be_shared_out_are_dropped() -> None:
+    assert [len(DomainSampler(DATA, rank=rank, num_replicas=3)) for rank in range(3)] == [26] * 3  # of 79
+
+
+def test_draws_depend_on_seed_and_epoch_alone() -> None:
+    first = drawn(seed=1, epoch=3)
+    assert (drawn(seed=1, epoch=3), seeds(drawn(seed=1, epoch=3))) == (first, seeds(first))
+    assert drawn(seed=1, epoch=4) != first
+    assert drawn(seed=2, epoch=3) != first
+    sampler = DomainSampler(DATA, seed=1)
+    for epoch in (1, 2, 3):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+    assert indices == first  # whatever was drawn before
+
+
+def test_seeds_differ_between_samples_and_epochs() -> None:
+    both = [*seeds(drawn(num_samples=500)), *seeds(drawn(num_samples=500, epoch=1))]
+    assert len(set(both)) == 1000
+
+
+def test_a_seeded_index_is_an_integer_that_survives_pickling() -> None:
+    index = pickle.loads(pickle.dumps(SeededIndex(2, 12345)))
+    assert (index, index.seed, "abc"[index]) == (2, 12345, "c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 1.1}, r"`temperature` must be in \[0, 1\], got 1.1"),
+        ({"items_per_draw": 0}, "`items_per_draw` must be at least 1, got 0"),
+        ({"seed": -1}, "`seed` must not be negative"),
+        ({"rank": 2, "num_replicas": 2}, r"`rank` in \[0, 2\), got 0 and 2"),
+        ({"num_samples": 3, "num_replicas": 2}, r"must give 2 process\(es\) a draw of 2 items each, got 3"),
+        ({"data": [{"image": "a"}]}, r"`data` must be items with a \"task\", got .*image"),
+        ({"data": []}, "got None for 0 items"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DomainSampler(**{"data": DATA, **arguments})
+
+
+# --- data sets
+
+
+def noise(count: int = 6) -> SeededDataset:
+    volumes = np.random.default_rng(0).random((count, 1, 9, 9, 9), dtype=np.float32)
+    transform = Compose([
+        EnsureTyped("image", track_meta=False),
+        RandSpatialCropd("image", roi_size=[3, 3, 3], random_size=False),
+        RandScaleIntensityd("image", factors=0.5, prob=1),
+    ])  # fmt: skip
+    data = [{"image": volume, "task": "a"} for volume in volumes]
+    return SeededDataset(CacheDataset(data, transform, progress=False))
+
+
+def batches(epochs: int = 2, start: int = 0, num_workers: int = 0, batch_size: int = 4) -> list[torch.Tensor]:
+    dataset = noise()
+    sampler = DomainSampler(dataset.data, num_samples=12)
+    loader = DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
+    )
+    found = []
+    for epoch in range(start, epochs):
+        sampler.set_epoch(epoch)
+        found += [batch["image"] for batch in loader]
+    return found
+
+
+def test_random_transforms_follow_from_the_index() -> None:
+    dataset = noise()
+    torch.testing.assert_close(dataset[2]["image"], dataset[2]["image"], rtol=0, atol=0)
+    index = SeededIndex(2, 77)
+    torch.testing.assert_close(dataset[index]["image"], noise()[index]["image"], rtol=0, atol=0)
+    assert not torch.equal(dataset[index]["image"], dataset[SeededIndex(2, 78)]["image"])
+    assert len(dataset) == len(dataset.data) == 6
+
+
+def test_volumes_that_come_twice_are_cropped_twice() -> None:
+    patches = torch.cat(batches(epochs=2))
+    assert len(patches) == 24
+    assert len(patches.flatten(1).unique(dim=0)) == 24
+
+
+def test_a_resumed_run_draws_the_same_patches() -> None:
+    torch.testing.assert_close(torch.cat(batches()[3:]), torch.cat(batches(start=1)), rtol=0, atol=0)
+
+
+def test_draws_do_not_depend_on_batches_or_worker_processes() -> None:
+    expected = torch.cat(batches())
+    torch.testing.assert_close(torch.cat(batches(batch_size=6)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(batches(num_workers=2)), expected, rtol=0, atol=0)
+
+
+def test_a_part_of_every_task_is_evenly_spaced() -> None:
+    dataset = Dataset([{"task": "a"}] * 9 + [{"task": "b"}] * 2)
+    assert list(part_of_tasks(dataset, 3).indices) == [0, 4, 8, 9, 10]
+    assert len(part_of_tasks(dataset)) == 11
+    with pytest.raises(ValueError, match="`num_items` must be at least 1, got 0"):
+        part_of_tasks(dataset, 0)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import logging
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from helpers import counting_engine
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from dissect_monai.handlers.training import EpochSeedHandler, ProgressHandler, TargetMomentumHandler
+
+# ---- momentum ----------------------------------------------------------------------------------------------------
+
+
+def test_momentum_follows_a_half_cosine_to_one() -> None:
+    schedule = TargetMomentumHandler(nn.Identity(), momentum=0.996, num_iterations=100)
+    assert schedule.momentum_at(0) == pytest.approx(0.996)
+    assert schedule.momentum_at(50) == pytest.approx(0.998)
+    assert schedule.momentum_at(25) == pytest.approx(1 - 0.004 * (math.cos(math.pi / 4) + 1) / 2)
+    assert schedule.momentum_at(100) == 1
+    assert schedule.momentum_at(101) == 1
+
+
+def test_momentum_moves_the_target_after_every_iteration() -> None:
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given: list[float] = []
+
+        def update_target(self, momentum: float) -> None:
+            self.given.append(momentum)
+
+    network, engine = Recorder(), counting_engine(max_epochs=2)
+    handler = TargetMomentumHandler(network, momentum=0.5, num_iterations=6)
+    handler.attach(engine)
+    engine.run(range(3), max_epochs=2)
+    assert network.given == [handler.momentum_at(iteration) for iteration in range(1, 7)]
+    assert engine.state.target_momentum == 1
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": 1.5}, {"momentum": -0.1}])
+def test_rejects_a_momentum_out_of_range(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\]"):
+        TargetMomentumHandler(nn.Identity(), num_iterations=1, **kwargs)
+
+
+def test_rejects_a_schedule_without_iterations() -> None:
+    with pytest.raises(ValueError, match="`num_iterations` must be at least 1, got 0"):
+        TargetMomentumHandler(nn.Identity(), 0.9, num_iterations=0)
+
+
+# ---- seeds -------------------------------------------------------------------------------------------------------
+
+
+class Drawing(torch.utils.data.Dataset[Tensor]):
+    """Items that draw a number wherever they are made, in this process or in a worker."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.cat([torch.tensor([float(index)]), torch.rand(1)])
+
+
+def draws(num_workers: int, epochs_done: int = 0, seed: int = 0, rank: int = 0) -> dict[int, list[Any]]:
+    """What each epoch sees and draws; with `epochs_done` the engine is a resumed one."""
+    seen: dict[int, list[Any]] = {}
+
+    def step(engine: Engine, batch: Tensor) -> None:
+        own = torch.rand(1).item(), random.random()
+        seen.setdefault(engine.state.epoch, []).append((batch.tolist(), own))
+
+    dataset = Drawing()
+    sampler = DistributedSampler(dataset, num_replicas=1, rank=0)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler, num_workers=num_workers)
+    engine = Engine(step)
+    EpochSeedHandler(seed, rank, epoch_seeded=[sampler]).attach(engine)
+    torch.manual_seed(epochs_done)  # a resumed process has drawn other numbers before
+    if epochs_done:
+        engine.load_state_dict({"epoch_length": 3, "max_epochs": 3, "epoch": epochs_done})
+    engine.run(loader, max_epochs=3)
+    return seen
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_draws_what_it_would_have_drawn(num_workers: int) -> None:
+    whole, resumed = draws(num_workers), draws(num_workers, epochs_done=2)
+    assert list(resumed) == [3]
+    assert resumed[3] == whole[3]
+    assert whole[2] != whole[3]
+
+
+def test_ranks_and_seeds_draw_differently() -> None:
+    assert draws(0)[1] != draws(0, rank=1)[1]
+    assert draws(0)[1] != draws(0, seed=1)[1]
+
+
+# ---- progress ----------------------------------------------------------------------------------------------------
+
+
+def test_progress_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = counting_engine(max_epochs=2)
+    ProgressHandler(interval=3).attach(engine)
+    engine.run(range(3), max_epochs=2)
+    shown = capsys.readouterr().err
+    assert "6/6" in shown
+    assert "epoch 2/2, loss 1.000" in shown
+
+
+def test_progress_starts_where_the_run_resumes(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = counting_engine()
+    engine.load_state_dict({"epoch_length": 3, "max_epochs": 4, "epoch": 2})
+    handler = ProgressHandler()
+    handler.attach(engine)
+    engine.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: print(handler.bar.n, handler.bar.total))
+    engine.run(range(3), max_epochs=4)
+    assert capsys.readouterr().out == "6 12\n"
+
+
+def test_progress_lets_an_error_pass() -> None:
+    def fail(engine: Engine, batch: int) -> None:
+        raise RuntimeError("the loss is not finite")
+
+    engine = Engine(fail)
+    engine.logger.setLevel(logging.CRITICAL)
+    handler = ProgressHandler()
+    handler.attach(engine)
+    with pytest.raises(RuntimeError, match="the loss is not finite"):
+        engine.run(range(3))
+    assert handler.bar is None
+
+
+@pytest.mark.parametrize("output", [None, 3.0, [{"pred": 1}], {"pred": 1}])
+def test_progress_without_a_loss_counts(output: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(lambda engine, batch: output)
+    handler = ProgressHandler(interval=1, description="volumes")
+    handler.attach(engine)
+    engine.run(range(4), max_epochs=1)
+    shown = capsys.readouterr().err
+    assert "volumes: 100%" in shown
+    assert "4/4" in shown
+    assert "loss" not in shown
+    assert handler.bar is None
+
+
+def test_progress_of_an_unknown_length_counts_without_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(lambda engine, batch: None)
+    handler = ProgressHandler(interval=1, description="volumes")
+    handler.attach(engine)
+    totals = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: totals.append((handler.bar.n, handler.bar.total)))
+    engine.run((index for index in range(3)), max_epochs=1)
+    assert totals == [(1, None), (2, None), (3, None)]
+    assert "volumes: 3it" in capsys.readouterr().err
+    assert handler.bar is None

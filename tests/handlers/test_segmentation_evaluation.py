@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.inferers import SlidingWindowInferer
+from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
+from torch import Tensor, nn
+
+from dissect_monai.data.domains import aggregate
+from dissect_monai.data.readers import ImageFileReader
+from dissect_monai.handlers import segmentation as segmentation_evaluation
+from dissect_monai.handlers.segmentation import SegmentationEvaluation, file_values, refuse_unmapped, score_case
+from dissect_monai.handlers.segmentation_report import NO_MAP
+from dissect_monai.handlers.segmentation_table import CaseScores
+from dissect_monai.phantoms.volumes import write_volume_phantoms
+
+LABELS = {"liver": [6], "kidneys": [2, 3], "spleen": [1]}
+CLASSES = ["spleen", "liver", "kidneys"]
+SHAPE, SPACING = (20, 16, 14), (1.2, 1.5, 2.0)
+
+
+def label_map() -> np.ndarray:
+    label = np.zeros(SHAPE, dtype=np.uint8)
+    label[2:11, 3:12, 2:11] = 6
+    label[13:18, 2:6, 3:7], label[13:18, 9:13, 3:7] = 2, 3
+    label[4:9, 12:15, 5:12] = 1
+    return label
+
+
+def write(folder: Path, name: str, label: np.ndarray, flipped: bool = False) -> dict[str, Any]:
+    """An image whose values are the classes of `CLASSES`, and its label map, in another orientation if `flipped`."""
+    affine = np.diag([*SPACING, 1.0])
+    if flipped:
+        label, affine = (
+            label.transpose(2, 0, 1)[:, ::-1],
+            np.eye(4)[[1, 2, 0, 3]] * [SPACING[2], -SPACING[0], SPACING[1], 1],
+        )
+    classes = np.zeros(label.shape, dtype=np.float32)
+    for index, each in enumerate(CLASSES, 1):
+        classes[np.isin(label, LABELS[each])] = index
+    item = {key: str(folder / f"{name}_{key}.nii.gz") for key in ("image", "label")}
+    nib.save(nib.Nifti1Image(classes, affine), item["image"])
+    nib.save(nib.Nifti1Image(label, affine), item["label"])
+    return {**item, "subject": name, "labels": LABELS}
+
+
+class Oracle(nn.Module):
+    """Logits of the class that is the value of the image; of those in `lost`, of background."""
+
+    def __init__(self, lost: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def forward(self, images: Tensor) -> Tensor:
+        classes = images[:, 0].round().long().clamp(0, 3)
+        for value in self.lost:
+            classes[classes == value] = 0
+        return 10.0 * nn.functional.one_hot(classes, 4).movedim(-1, 1)
+
+
+def evaluated(
+    items: list[dict[str, Any]],
+    handler: SegmentationEvaluation,
+    network: nn.Module | None = None,
+    pixdim: tuple[float, ...] = SPACING,
+    **arguments: Any,
+) -> dict[str, float]:
+    """Metrics of an evaluator that resamples, pads and slides a window, as a bundle's does."""
+    steps = Compose(
+        [
+            LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
+            Orientationd("image", axcodes="RAS", labels=None),
+            Spacingd("image", pixdim, mode="nearest"),
+            SpatialPadd("image", (24, 24, 24)),
+            SelectItemsd("image"),
+        ]
+    )
+    logging.getLogger("ignite").setLevel(logging.ERROR)
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(items, steps), batch_size=1),
+        network=network or Oracle(),
+        inferer=SlidingWindowInferer((16, 16, 16), overlap=0.5),
+        val_handlers=[handler],
+        **arguments,
+    )
+    evaluator.run()
+    return evaluator.state.metrics
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- the evaluator
+
+
+@pytest.mark.parametrize("decollate", [True, False])
+def test_a_perfect_network_is_perfect_on_the_grid_of_the_files(tmp_path: Path, decollate: bool) -> None:
+    items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
+    handler = SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20)
+    metrics = evaluated(items, handler, decollate=decollate)
+    names = ["dice_mean", "surface_dice_mean", "dice_liver", "dice_kidneys", "dice_spleen"]
+    assert [metrics[name] for name in names] == [1] * 5
+    assert (metrics["hd95_mean"], metrics["missed"], metrics["false_positives"]) == (0, 0, 0)
+    cases = table(tmp_path / "eval" / "cases.csv")
+    assert [(row["subject"], row["structure"], row["values"]) for row in cases[:3]] == [
+        ("a", "liver", "6"), ("a", "kidneys", "2 3"), ("a", "spleen", "1"),
+    ]  # fmt: skip
+    liver = (label_map() == 6).sum() * np.prod(SPACING) / 1000
+    assert [float(row["label_ml"]) for row in cases[::3]] == pytest.approx([liver, liver], abs=1e-4)
+
+
+def test_resampling_costs_little(tmp_path: Path) -> None:
+    items = [write(tmp_path, name, label_map(), flipped) for name, flipped in (("a", False), ("b", True))]
+    metrics = evaluated(items, SegmentationEvaluation(None, CLASSES, num_samples=20), pixdim=(1.0, 1.0, 1.0))
+    assert metrics["dice_mean"] > 0.9
+    assert metrics["hd95_mean"] <= 2
+    assert not (tmp_path / "eval").exists()
+
+
+def test_what_is_missed_and_what_was_never_there_is_told_apart(tmp_path: Path) -> None:
+    without = np.where(label_map() == 1, 0, label_map())
+    items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", without)]
+    handler = SegmentationEvaluation(tmp_path, CLASSES, num_samples=20)
+    metrics = evaluated(items, handler, Oracle(lost=(1,)))
+    assert (metrics["dice_spleen"], metrics["missed"]) == (0, 1)
+    assert metrics["dice_mean"] == pytest.approx((2 / 3 + 1) / 2)
+    outcomes = [
+        (row["subject"], row["outcome"]) for row in table(tmp_path / "cases.csv") if row["structure"] == "spleen"
+    ]
+    assert outcomes == [("a", "missed"), ("b", "absent")]
+
+
+def test_a_second_run_starts_anew(tmp_path: Path) -> None:
+    items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map())]
+    handler = SegmentationEvaluation(tmp_path, CLASSES, num_samples=20)
+    evaluated(items, handler, Oracle(lost=(2,)))
+    assert evaluated(items[1:], handler)["dice_mean"] == 1
+    assert {row["subject"] for row in table(tmp_path / "subjects.csv")} == {"b"}
+
+
+def test_structures_that_cannot_be_scored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item = write(tmp_path, "a", np.where(label_map() == 1, 200, label_map()))
+    item["labels"] = {**LABELS, "heart": [9]}
+    metrics = evaluated([item], SegmentationEvaluation(None, CLASSES, num_samples=20))
+    assert "Not scored, since the network has no class for them: heart." in caplog.text
+    assert "Not scored, since no label map has them: spleen." in caplog.text
+    assert "has the values 200, which `labels` does not name: they count as background" in caplog.text
+    assert "dice_spleen" not in metrics
+    assert metrics["dice_mean"] == 1
+
+
+def test_a_prediction_of_unknown_origin_is_refused(tmp_path: Path) -> None:
+    forgets = {"postprocessing": lambda item: {**item, "pred": item["pred"].as_subclass(Tensor)}}
+    with pytest.raises(ValueError, match=r"`pred` must know the file of its image.*keep `track_meta`"):
+        evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(None, CLASSES), **forgets)
+
+
+# --- pictures and report
+
+
+class Pictures:
+    """A TensorBoard writer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, Tensor, int]] = []
+
+    def add_image(self, tag: str, image: Tensor, global_step: int) -> None:
+        self.given.append((tag, image, global_step))
+
+
+@pytest.mark.parametrize("num_overlays", [0, 2])
+def test_the_first_cases_become_overlays_in_tensorboard(tmp_path: Path, num_overlays: int) -> None:
+    items = [
+        write(tmp_path, name, label_map(), flipped) for name, flipped in (("a", False), ("b.c", True), ("d", False))
+    ]
+    writer: Any = Pictures()
+    handler = SegmentationEvaluation(None, CLASSES, num_samples=20, writer=writer, num_overlays=num_overlays)
+    evaluated(items, handler)
+    names = [name for name, _, _ in writer.given]
+    assert names == ["overlays/1_a_image", "overlays/2_b"][:num_overlays]
+    for _, image, epoch in writer.given:
+        assert (image.ndim, len(image), epoch) == (3, 3, 1)
+        assert image.min() >= 0
+        assert image.max() <= 1
+        assert len(image.unique()) > 20
+
+
+def test_overlays_show_the_prediction_in_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(segmentation_evaluation, "case_figure", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(segmentation_evaluation, "figure_to_tensor", lambda figure: torch.zeros(3, 1, 1))
+    item = write(tmp_path, "a", label_map(), flipped=True)
+    writer: Any = Pictures()
+    handler = SegmentationEvaluation(None, CLASSES, num_samples=20, writer=writer, window=(-100.0, 300.0))
+    evaluated([item], handler, Oracle(lost=(1,)))
+    ((given, pred, labels, window),) = drawn
+    assert given["image"] == item["image"]
+    label = np.asarray(nib.load(item["label"]).dataobj)
+    expected = np.where(label == 1, 0, np.where(label == 3, 2, label))  # kidneys have the first of their values
+    np.testing.assert_array_equal(pred, expected)  # on the grid of the file
+    assert (labels, window) == (LABELS, (-100.0, 300.0))
+
+
+@pytest.mark.parametrize("facts", [None, {}, {"weights": "models/model.pt"}])
+def test_a_report_is_written_only_with_facts(tmp_path: Path, facts: dict[str, str] | None) -> None:
+    items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
+    notes = ["The weights were chosen on these very subjects."]
+    handler = SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20, facts=facts, notes=notes)
+    evaluated(items, handler)
+    written = {path.name for path in (tmp_path / "eval").iterdir()}
+    tables = {"cases.csv", "subjects.csv", "summary.csv"}
+    assert written == (tables if facts is None else {*tables, "report.html"})
+    assert set(handler.stored) == (set() if facts is None else {item["image"] for item in items})
+    if facts is not None:
+        page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+        assert all(text in page for text in (*facts.values(), *notes))
+        assert page.count("data:image/png") == 2
+        assert NO_MAP not in page
+
+
+def test_facts_without_a_folder_write_nothing(tmp_path: Path) -> None:
+    evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(None, CLASSES, num_samples=20, facts={}))
+    assert {path.name for path in tmp_path.iterdir()} == {"a_image.nii.gz", "a_label.nii.gz"}
+
+
+# --- several processes
+
+
+def as_first_of_two(monkeypatch: pytest.MonkeyPatch, other: dict[str, CaseScores]) -> None:
+    """The other process has scored these cases."""
+
+    def all_gather_object(gathered: list[Any], own: Any) -> None:
+        gathered[:] = [own, other]
+
+    distributed = SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=all_gather_object
+    )
+    monkeypatch.setattr(segmentation_evaluation, "dist", distributed)
+
+
+def test_processes_have_the_metrics_of_all_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = np.where(label_map() == 1, 0, label_map())
+    maps = {"a": label_map(), "b": without, "c": label_map(), "d": np.roll(label_map(), 1, 0)}
+    items = [write(tmp_path, name, label) for name, label in maps.items()]
+    network = Oracle(lost=(3,))
+    whole = evaluated(items, SegmentationEvaluation(tmp_path / "whole", CLASSES, num_samples=50), network)
+    other = SegmentationEvaluation(None, CLASSES, num_samples=50)
+    evaluated([items[3], items[0]], other, network)
+    as_first_of_two(monkeypatch, other.cases)
+    # Both have scored `a`, as where items do not divide by processes.
+    shared = SegmentationEvaluation(tmp_path / "shared", CLASSES, num_samples=50)
+    assert evaluated(items[:3], shared, network) == whole
+    for name in ("cases.csv", "subjects.csv", "summary.csv"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_report_has_no_picture_of_what_another_process_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [write(tmp_path, name, label_map()) for name in "ab"]
+    other = SegmentationEvaluation(None, CLASSES, num_samples=20)
+    evaluated(items[1:], other, Oracle(lost=(1,)))
+    as_first_of_two(monkeypatch, other.cases)
+    evaluated(items[:1], SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20, facts={}))
+    page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 1
+    assert page.count(NO_MAP) == 1
+
+
+# --- one case
+
+
+def test_label_maps_with_the_values_of_files_are_scored_too(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map(), flipped=True)
+    pred = LoadImaged("pred", reader=ImageFileReader(), ensure_channel_first=True)({"pred": item["label"]})["pred"]
+    pred = Orientationd("pred", axcodes="RAS", labels=None)({"pred": pred})["pred"]
+    assert [each.dice for each in score_case(item, pred).structures] == [1, 1, 1]
+
+
+def test_label_files_may_have_any_format(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map())
+    image = SimpleITK.ReadImage(item["label"])
+    item["label"] = str(tmp_path / "a_label.mha")
+    SimpleITK.WriteImage(image, item["label"])
+    pred = MetaTensor(torch.as_tensor(label_map()[None]), affine=np.diag([*SPACING, 1.0]))
+    assert [each.dice for each in score_case(item, pred).structures] == [1, 1, 1]
+
+
+def test_only_the_largest_parts_of_the_named_structures_count(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map())
+    spilled = label_map()
+    spilled[19, 15, 13], spilled[0, 15, 13] = 6, 1
+    pred = MetaTensor(torch.as_tensor(spilled[None]), affine=np.diag([*SPACING, 1.0]))
+
+    def dice(largest_only: Any) -> list[float]:
+        return [each.dice for each in score_case(item, pred, largest_only=largest_only).structures]
+
+    assert [value == 1 for value in dice(False)] == [False, True, False]
+    assert [value == 1 for value in dice(["liver"])] == [True, True, False]
+    assert [value == 1 for value in dice(True)] == [True, False, True]  # one of two kidneys is gone
+
+
+def test_phantoms_as_aggregate_leaves_them_are_scored(tmp_path: Path) -> None:
+    (folder,) = write_volume_phantoms(tmp_path, 2, 0, 0, image_size=24, tasks=["abdomen_ct"])
+    item = aggregate(folder).training[0]
+    label = nib.load(item["label"])
+    pred = MetaTensor(torch.as_tensor(np.asarray(label.dataobj)[None].astype(np.int16)), affine=label.affine)
+    scores = score_case(item, pred, list(item["labels"]))
+    assert scores.subject == item["subject"]
+    assert {each.structure: each.dice for each in scores.structures if each.outcome == "scored"}["liver"] == 1
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("class_names", "channels", "message"),
+    [
+        (["heart"], 2, r"`class_names` must share a structure with the `labels` of .*got \['heart'\] and \['liver'"),
+        (["liver"], 4, r"`class_names` must name the 3 classes of the logits, got \['liver'\]"),
+        (None, 4, "`class_names` must name the 3 classes of the logits, got None"),
+    ],
+)
+def test_classes_that_fit_nothing_are_refused(tmp_path: Path, class_names: Any, channels: int, message: str) -> None:
+    pred = MetaTensor(torch.zeros(channels, *SHAPE), affine=np.eye(4))
+    with pytest.raises(ValueError, match=message):
+        score_case(write(tmp_path, "a", label_map()), pred, class_names)
+
+
+def test_a_label_file_beside_the_prediction_is_named(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map())
+    affine = np.diag([*SPACING, 1.0])
+    affine[0, 3] = 300
+    nib.save(nib.Nifti1Image(label_map(), affine), item["label"])
+    with pytest.raises(ValueError, match=r"label map .*a_label\.nii\.gz must lie where its image lies"):
+        evaluated([item], SegmentationEvaluation(None, CLASSES, num_samples=20))
+
+
+def test_a_label_file_with_fractions_is_named(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map())
+    nib.save(nib.Nifti1Image(label_map() * 0.5, np.eye(4)), item["label"])
+    with pytest.raises(ValueError, match=r"`label map .*a_label.nii.gz` must hold integers"):
+        score_case(item, MetaTensor(torch.zeros(1, *SHAPE), affine=np.eye(4)))
+
+
+@pytest.mark.parametrize("missing", [{"label": [1.0, 0.0]}, {"label": None}, {"labels": ["liver"]}, {"labels": {}}])
+def test_items_without_names_or_label_map_are_refused(missing: dict[str, Any]) -> None:
+    item = {"image": "a.nii", "label": "b.nii", "labels": LABELS}
+    refuse_unmapped([item])
+    with pytest.raises(ValueError, match=r"every volume must have a label map .* for a.nii: write them"):
+        refuse_unmapped([item, {**item, **missing}])
+    with pytest.raises(ValueError, match="at least one volume with a label map, got none"):
+        refuse_unmapped([])
+
+
+def test_classes_get_the_first_value_of_their_structure() -> None:
+    pred = np.array([[0, 1, 2, 3]])
+    assert file_values(pred, CLASSES, LABELS).tolist() == [[0, 1, 6, 2]]
+    large = file_values(pred, ["a", "b", "c"], {"a": [300], "b": [70_000]})
+    assert (large.tolist(), large.dtype) == ([[0, 300, 70_000, 0]], np.int32)
+    assert file_values(pred, ["a", "b", "c"], {"a": [300]}).dtype == np.uint16
+
+
+@pytest.mark.parametrize(("classes", "labels"), [(["a", "b"], {"a": [1, 2], "b": [2]}), (["a"], {"a": [1]})])
+def test_classes_that_share_a_value_or_lack_a_name_are_refused(classes: list[str], labels: Any) -> None:
+    with pytest.raises(ValueError, match="`class_names` must name the 2 classes of the prediction"):
+        file_values([0, 1, 2], classes, labels)

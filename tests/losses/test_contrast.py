@@ -1,0 +1,272 @@
+"""Tests of dissect_monai.losses.contrastive."""
+
+from __future__ import annotations
+
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from monai.losses import ContrastiveLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+from dissect_monai.common import LEVELS
+from dissect_monai.losses.contrastive import (
+    BLOCK_BYTES,
+    HierarchicalContrastiveLoss,
+    retrieval_accuracy,
+    supervised_contrast,
+)
+
+TASK, GROUP = torch.tensor([3, 3, 8, 8, 8, 1, -4, -4]), torch.tensor([0, 0, 1, 1, 1, 0, 1, 1])
+
+
+def random_embeddings(num: int = 16, dim: int = 6, dtype: torch.dtype = torch.double, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, dim, dtype=dtype, generator=generator).requires_grad_()
+
+
+def naive_contrast(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Eq. 2 of Khosla et al. with masks of all pairs."""
+    z = F.normalize(embeddings, dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool)
+    logits = z @ z.T / temperature
+    log_prob = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    positive = (labels[:, None] == labels) & ~itself
+    anchors = positive.any(1)
+    per_anchor = -log_prob.where(positive, 0).sum(1)[anchors] / positive.sum(1)[anchors]
+    return per_anchor.sum() / max(1, len(per_anchor))
+
+
+def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, embeddings, retain_graph=True)[0]
+
+
+# ---- shapes and ranges -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_views", [2, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_terms_are_named_scalars(num_views: int, shared: bool) -> None:
+    levels = [random_embeddings(8 * num_views, dim, torch.float32, seed=dim) for dim in (4, 6, 8)]
+    loss = HierarchicalContrastiveLoss()
+    terms = loss.terms(levels[0] if shared else levels, TASK, GROUP)
+    assert tuple(terms) == LEVELS
+    assert all(term.shape == () and term.dtype == torch.float32 and term > 0 for term in terms.values())
+    torch.testing.assert_close(loss(levels[0] if shared else levels, TASK, GROUP), sum(terms.values()))
+
+
+def test_retrieval_accuracy_is_that_of_a_search_over_all_pairs() -> None:
+    embeddings = random_embeddings(200, 4)
+    labels = torch.arange(200) % 3
+    similarities = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=2).fill_diagonal_(-2)
+    expected = (labels[similarities.argmax(1)] == labels).float().mean()
+    torch.testing.assert_close(retrieval_accuracy(embeddings, labels), expected)
+    assert retrieval_accuracy(embeddings, torch.zeros(200)) == 1
+    assert retrieval_accuracy(embeddings, torch.arange(200)) == 0
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+
+def test_length_of_the_embeddings_and_values_of_the_labels_do_not_matter() -> None:
+    embeddings = random_embeddings()
+    labels = TASK.repeat(2)
+    loss = supervised_contrast(embeddings, [labels])[0]
+    lengths = torch.linspace(0.1, 9, 16)[:, None]
+    torch.testing.assert_close(supervised_contrast(embeddings * lengths, [7 - 3 * labels])[0], loss)
+
+
+def test_image_level_draws_the_views_of_an_item_together_and_the_others_apart() -> None:
+    views = torch.eye(4).repeat(2, 1)
+    assert HierarchicalContrastiveLoss(0.1).terms(views, GROUP[:4], GROUP[:4])["image"] < 1e-3
+    crossed = views[[*range(4), 5, 6, 7, 4]]
+    assert HierarchicalContrastiveLoss(0.1).terms(crossed, GROUP[:4], GROUP[:4])["image"] > 5
+
+
+def test_task_level_knows_tasks_and_group_level_groups() -> None:
+    of_task = F.one_hot(torch.unique(TASK, return_inverse=True)[1]).double().repeat(2, 1)
+    of_group = F.one_hot(GROUP).double().repeat(2, 1)
+    loss = HierarchicalContrastiveLoss()
+    by_task, by_group = (loss.terms(embeddings, TASK, GROUP) for embeddings in (of_task, of_group))
+    assert by_task["task"] < by_group["task"]
+    assert by_group["group"] < by_task["group"]
+
+
+def test_anchor_without_positive_contributes_nothing() -> None:
+    embeddings = random_embeddings(6)
+    alone = supervised_contrast(embeddings, [torch.tensor([0, 0, 1, 2, 3, 4])])[0]
+    pair = F.normalize(embeddings, dim=1)[:2]
+    logits = (pair @ F.normalize(embeddings, dim=1).T / 0.1).masked_fill(torch.eye(2, 6, dtype=torch.bool), -torch.inf)
+    torch.testing.assert_close(alone, F.cross_entropy(logits, torch.tensor([1, 0])))
+
+
+def test_no_anchor_with_a_positive_is_zero_with_zero_gradient() -> None:
+    embeddings = random_embeddings()
+    loss = supervised_contrast(embeddings, [torch.arange(16)])[0]
+    assert loss == 0
+    assert (gradient(loss, embeddings) == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-2])
+def test_low_temperature_is_stable_in_float32(temperature: float) -> None:
+    embeddings = random_embeddings()
+    labels = TASK.repeat(2)
+    single = embeddings.detach().float().requires_grad_()
+    expected, actual = (supervised_contrast(each, [labels], temperature)[0] for each in (embeddings, single))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient(actual, single).double(), gradient(expected, embeddings), rtol=1e-3, atol=1e-2)
+
+
+def test_autocast_and_half_precision_are_computed_in_float32() -> None:
+    embeddings = random_embeddings(dtype=torch.float32)
+    labels = [TASK.repeat(2)]
+    expected = supervised_contrast(embeddings, labels)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = supervised_contrast(embeddings, labels)[0]
+        torch.testing.assert_close(gradient(actual, embeddings), gradient(expected, embeddings))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
+    half = embeddings.detach().bfloat16()
+    torch.testing.assert_close(supervised_contrast(half, labels), supervised_contrast(half.float(), labels))
+
+
+def test_shared_embeddings_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(embeddings: Tensor, labels: list[Tensor], temperature: float) -> list[Tensor]:
+        calls.append(len(labels))
+        return supervised_contrast(embeddings, labels, temperature)
+
+    monkeypatch.setattr("dissect_monai.losses.contrastive.supervised_contrast", counted)
+    one, other = random_embeddings(), random_embeddings(seed=1)
+    terms = HierarchicalContrastiveLoss().terms([one, other, one], TASK, GROUP)
+    assert calls == [2, 1]
+    for name, embeddings, labels in zip(LEVELS, (one, other, one), (torch.arange(8), TASK, GROUP), strict=True):
+        torch.testing.assert_close(terms[name], naive_contrast(embeddings, labels.repeat(2), 0.1))
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000, 2**20])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+def test_equals_masks_of_all_pairs(temperature: float, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block_bytes)
+    embeddings = random_embeddings()
+    terms = HierarchicalContrastiveLoss(temperature).terms(embeddings, TASK, GROUP)
+    for name, labels in zip(LEVELS, (torch.arange(8), TASK, GROUP), strict=True):
+        expected = naive_contrast(embeddings, labels.repeat(2), temperature)
+        torch.testing.assert_close(terms[name], expected)
+        torch.testing.assert_close(gradient(terms[name], embeddings), gradient(expected, embeddings))
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8).repeat(2), TASK.repeat(2), torch.arange(16) // 9])
+def test_equals_pytorch_metric_learning(labels: Tensor) -> None:
+    library = pytest.importorskip("pytorch_metric_learning.losses", reason="comes with the extra `dev`")
+    embeddings = random_embeddings()
+    expected = library.SupConLoss(temperature=0.2)(embeddings, labels)
+    actual = supervised_contrast(embeddings, [labels], 0.2)[0]
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradient(actual, embeddings), gradient(expected, embeddings))
+
+
+def test_image_level_equals_monai() -> None:
+    first, second = random_embeddings(8), random_embeddings(8, seed=1)
+    terms = HierarchicalContrastiveLoss(0.5).terms(torch.cat([first, second]), TASK, GROUP)
+    torch.testing.assert_close(terms["image"], ContrastiveLoss(temperature=0.5)(first, second))
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    labels = [torch.arange(8).repeat(2), TASK.repeat(2), torch.arange(16)]
+    torch.autograd.gradcheck(lambda z: tuple(supervised_contrast(z, labels)), random_embeddings())
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def make_head() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(5, 6)
+
+
+def train_one_rank(rank: int, directory: Path, parts: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    store = f"file://{directory}/store"
+    torch.distributed.init_process_group("gloo", store, timedelta(minutes=5), world_size=len(parts), rank=rank)
+    head = make_head()
+    inputs, task, group = parts[rank]
+    embeddings = head(inputs)
+    terms = HierarchicalContrastiveLoss().terms([embeddings, embeddings * 2, embeddings], task, group)
+    (terms["image"] + 2 * terms["task"] + 3 * terms["group"]).backward()
+    for parameter in head.parameters():  # as DistributedDataParallel does, which can hang when torn down in a test
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= len(parts)
+    result = {"terms": {name: term.detach() for name, term in terms.items()}, "weight": head.weight.grad}
+    torch.save(result, directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_loss_and_gradient_of_the_joined_batch(tmp_path: Path) -> None:
+    inputs = random_embeddings(16, 5, torch.float32).detach()
+    views = inputs.view(2, 8, 5)
+    parts = [(views[:, part].reshape(8, 5), TASK[part], GROUP[part]) for part in (slice(0, 4), slice(4, 8))]
+    other = multiprocessing.get_context("spawn").Process(target=train_one_rank, args=(1, tmp_path, parts))
+    other.start()
+    train_one_rank(0, tmp_path, parts)
+    other.join()
+
+    head = make_head()
+    terms = HierarchicalContrastiveLoss().terms(head(inputs), TASK, GROUP)
+    (terms["image"] + 2 * terms["task"] + 3 * terms["group"]).backward()
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(result["terms"], {name: term.detach() for name, term in terms.items()})
+        torch.testing.assert_close(result["weight"], head.weight.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu() -> None:
+    embeddings = torch.randn(16, 8, device="cuda", requires_grad=True)
+    task, group = TASK.cuda(), GROUP.cuda()
+    loss = HierarchicalContrastiveLoss()
+    loss(embeddings, task, group).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(embeddings, task, group).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0, -1, float("nan")])
+def test_rejects_bad_temperature(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"`temperature` must be positive, got {temperature}"):
+        HierarchicalContrastiveLoss(temperature)
+    with pytest.raises(ValueError, match="`temperature` must be positive"):
+        supervised_contrast(torch.rand(4, 2), [torch.zeros(4)], temperature)
+
+
+@pytest.mark.parametrize("shapes", [[(16, 4), (16, 4)], [(16, 4), (16, 4), (16, 4, 1)], []])
+def test_rejects_embeddings_that_are_not_one_per_level(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match=r"`embeddings` must be one tensor \(V·B, D\) or 3, one per level, got"):
+        HierarchicalContrastiveLoss()([torch.rand(shape) for shape in shapes], TASK, GROUP)
+
+
+@pytest.mark.parametrize("num", [8, 15, 4])
+def test_rejects_what_are_not_two_views_of_each_item(num: int) -> None:
+    with pytest.raises(ValueError, match=f"must hold two or more views of each of the 8 items, got .{num}, {num}"):
+        HierarchicalContrastiveLoss()(torch.rand(num, 4), TASK, GROUP)
+
+
+def test_rejects_labels_of_another_length() -> None:
+    with pytest.raises(ValueError, match=r"`task` and `group` must be \(B,\), got \(8,\) and \(7,\)"):
+        HierarchicalContrastiveLoss()(torch.rand(16, 4), TASK, GROUP[1:])
+    with pytest.raises(ValueError, match=r"`labels` must be \(4,\), one per embedding, got \[\(3,\)\]"):
+        supervised_contrast(torch.rand(4, 2), [torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"`embeddings` must be \(N, D\) with N of at least 2, got \(1, 2\)"):
+        retrieval_accuracy(torch.rand(1, 2), torch.zeros(1))

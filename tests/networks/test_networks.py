@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from monai.networks.nets import SegResNet, resnet10, resnet18
+from torch import Tensor, nn
+
+from dissect_monai.inferers import AutocastInferer
+from dissect_monai.losses.pretraining import VQSSLLoss
+from dissect_monai.networks.encoders import SegResNetEncoder, feature_maps, pool
+from dissect_monai.networks.vqssl import FUSIONS, Decoder, Fusion, SSLOutput, VQSSLNet, mlp
+
+every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
+
+
+def encoder(name: str = "resnet10") -> nn.Module:
+    torch.manual_seed(0)
+    if name == "segresnet":
+        return SegResNet(spatial_dims=3, in_channels=1, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    layers = {"resnet10": resnet10, "resnet18": resnet18}[name]
+    return layers(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+
+
+def small_net(name: str = "resnet10", **kwargs: object) -> VQSSLNet:
+    dims = 3 if name == "segresnet" else 2
+    stages = (2, 3) if dims == 3 else (2, 3, 4)
+    size = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12}
+    return VQSSLNet(encoder(name), **{"spatial_dims": dims, "stages": stages, **size, **kwargs})
+
+
+def views(name: str = "resnet10", num: int = 6) -> Tensor:
+    shape = (16, 16, 16) if name == "segresnet" else (32, 32)
+    return torch.rand((num, 1, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def codes(net: VQSSLNet) -> list[Tensor]:
+    return [tensor.clone() for codebook in net.codebooks for tensor in codebook.state_dict().values()]
+
+
+def total(output: SSLOutput, images: Tensor) -> Tensor:
+    return VQSSLLoss(reconstruction_weight=0 if output.reconstruction is None else 1)(output, images)
+
+
+# ---- shapes and ranges -------------------------------------------------------------------------------------------
+
+
+@every_fusion
+@pytest.mark.parametrize(("name", "width"), [("resnet10", 512), ("resnet18", 512), ("segresnet", 32)])
+def test_embeds_every_view(name: str, width: int, fusion: str) -> None:
+    net, images = small_net(name, fusion=fusion, decode=True), views(name)
+    output = net(images)
+    for each in (output.predictions, output.targets, output.discrete_predictions, output.discrete_targets):
+        assert each.shape == (6, 12)
+        assert each.isfinite().all()
+    assert output.embedding.shape == (6, width)
+    assert len(output.quantized) == len(net.stages)
+    assert output.reconstruction is not None
+    assert output.reconstruction.shape == images.shape
+    assert output.reconstruction.min() >= 0
+    assert output.reconstruction.max() <= 1
+
+
+def test_quantises_the_chosen_stages() -> None:
+    net, images = small_net(stages=(1, 3)), views()
+    maps = feature_maps(net.encoder, images)
+    for stage, scale in zip(net.stages, net(images).quantized, strict=True):
+        assert scale.indices.shape == (6, *maps[stage - 1].shape[2:])
+
+
+def test_each_stage_may_have_a_codebook_of_its_own_size() -> None:
+    assert [codebook.num_embeddings for codebook in small_net(num_embeddings=[4, 8, 16]).codebooks] == [4, 8, 16]
+
+
+def test_takes_several_channels() -> None:
+    layers = resnet10(spatial_dims=2, n_input_channels=3, conv1_t_stride=2, feed_forward=False)
+    net = VQSSLNet(layers, in_channels=3, num_embeddings=8, embedding_dim=8, hidden_dim=16, decode=True)
+    assert net(torch.rand(4, 3, 32, 32)).reconstruction.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("spatial_dims", "size"), [(2, (17, 20)), (3, (9, 8, 11))])
+def test_decoder_reaches_any_image_size(spatial_dims: int, size: tuple[int, ...]) -> None:
+    maps = [torch.rand(2, 8, *[side] * spatial_dims) for side in (4, 2, 1)]
+    image = Decoder(spatial_dims, 8, out_channels=2, num_scales=3)(maps, size)
+    assert image.shape == (2, 2, *size)
+    assert ((image >= 0) & (image <= 1)).all()
+
+
+def test_a_head_is_linear_norm_relu_linear() -> None:
+    assert [type(layer).__name__ for layer in mlp(4, 8, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert mlp(4, 8, 2)(torch.rand(3, 4)).shape == (3, 2)
+
+
+# ---- the encoder of a SegResNet ----------------------------------------------------------------------------------
+
+
+def segresnet(spatial_dims: int = 3, **kwargs: object) -> SegResNet:
+    torch.manual_seed(0)
+    return SegResNet(spatial_dims, init_filters=8, out_channels=3, blocks_down=(1, 2, 1), blocks_up=(1, 1), **kwargs)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_encoder_of_a_segresnet_gives_its_maps(spatial_dims: int) -> None:
+    network, images = segresnet(spatial_dims), torch.rand(2, 1, *[16] * spatial_dims)
+    encoder = SegResNetEncoder(network)
+    bottleneck, maps = network.encode(images)
+    assert torch.equal(encoder.encode(images)[0], bottleneck)
+    for ours, reference, chosen in zip(encoder.encode(images)[1], maps, feature_maps(encoder, images), strict=True):
+        assert torch.equal(ours, reference)
+        assert torch.equal(ours, chosen)
+    assert torch.equal(encoder(images), pool(bottleneck))
+
+
+def test_encoder_of_a_segresnet_drops_out_as_it_does() -> None:
+    network, images = segresnet(dropout_prob=0.5), torch.rand(1, 1, 16, 16, 16)
+    encoder = SegResNetEncoder(network)
+    torch.manual_seed(1)
+    expected = network.encode(images)[0]
+    torch.manual_seed(1)
+    assert torch.equal(encoder.encode(images)[0], expected)
+    assert not torch.equal(encoder.eval().encode(images)[0], expected)
+
+
+def test_encoder_of_a_segresnet_has_its_keys_and_loads_into_another() -> None:
+    state = SegResNetEncoder(segresnet()).state_dict()
+    assert list(state) == [key for key in segresnet().state_dict() if key.startswith(("convInit.", "down_layers."))]
+    missing, unexpected = segresnet().load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert not any(key.startswith(("convInit", "down_layers")) for key in missing)
+
+
+@every_fusion
+@pytest.mark.parametrize("size", [(16, 16, 8), (8, 12, 24)])
+def test_every_parameter_of_an_encoder_of_a_segresnet_is_trained(fusion: str, size: tuple[int, ...]) -> None:
+    small = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12, "decode": True}
+    net = VQSSLNet(SegResNetEncoder(segresnet()), spatial_dims=3, stages=(2, 3), fusion=fusion, **small)
+    images = torch.rand(4, 1, *size)
+    output = net(images)
+    assert output.reconstruction is not None
+    assert output.reconstruction.shape == images.shape
+    total(output, images).backward()
+    forgotten = [name for name, each in net.named_parameters() if each.requires_grad and each.grad is None]
+    assert forgotten == []  # what DistributedDataParallel demands
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+
+def test_scale_weights_have_mean_one() -> None:
+    net = small_net(num_embeddings=[1, 8, 16])
+    assert torch.equal(net.scale_weights(), torch.ones(3))  # before any code is used
+    net(views())
+    assert net.scale_weights().mean().item() == pytest.approx(1)
+
+
+def test_a_scale_that_uses_more_of_its_codes_weighs_more() -> None:
+    net = small_net()
+    for codebook, used in zip(net.codebooks, (1, 4, 16), strict=True):
+        codebook.ema_cluster_size[:used] = 1
+    weights = net.scale_weights()
+    assert weights[0] < weights[1] < weights[2]
+
+
+def test_target_starts_as_a_copy_of_the_online_network() -> None:
+    net, images = small_net(), views()
+    for name in ("encoder", "fusions"):
+        online, target = getattr(net, name).state_dict(), getattr(net.target, name).state_dict()
+        assert all(torch.equal(online[key], target[key]) for key in online)
+    assert net.target.encoder is not net.encoder
+    output = net(images)
+    with torch.no_grad():
+        expected = net.projectors["continuous"](pool(feature_maps(net.encoder, images)[-1]))
+    torch.testing.assert_close(output.targets, expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.25, 1.0])
+def test_target_moves_by_the_momentum(momentum: float) -> None:
+    net = small_net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand_like(parameter))
+    online = [*net.encoder.parameters(), *net.quantizer.projections.parameters(), *net.fusions.parameters()]
+    online += net.projectors.parameters()
+    before = [parameter.clone() for parameter in net.target.parameters()]
+    net.update_target(momentum)
+    for old, new, followed in zip(before, net.target.parameters(), online, strict=True):
+        torch.testing.assert_close(new, momentum * old + (1 - momentum) * followed)
+        if momentum in (0, 1):
+            assert torch.equal(new, old if momentum else followed)
+
+
+@every_fusion
+def test_fusion_keeps_the_shape(fusion: str) -> None:
+    for size in ((3, 5), (2, 3, 4)):
+        assert Fusion(8, fusion)(torch.rand(2, 8, *size), torch.rand(2, 8, *size)).shape == (2, 8, *size)
+
+
+def test_fusions_without_parameters_do_what_they_say() -> None:
+    quantized, projected = torch.rand(2, 8, 3, 3), torch.rand(2, 8, 3, 3)
+    assert torch.equal(Fusion(8, "replace")(quantized, projected), quantized)
+    assert torch.equal(Fusion(8, "add")(quantized, projected), quantized + projected)
+
+
+# ---- references --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("no_max_pool", [False, True])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_pooled_maps_are_the_output_of_a_stock_resnet(spatial_dims: int, no_max_pool: bool) -> None:
+    stock = resnet10(
+        spatial_dims=spatial_dims, n_input_channels=1, conv1_t_stride=2, no_max_pool=no_max_pool, feed_forward=False
+    ).eval()
+    images = torch.rand(2, 1, *[32] * spatial_dims)
+    with torch.no_grad():
+        maps = feature_maps(stock, images)
+        torch.testing.assert_close(pool(maps[-1]), stock(images))
+    assert [each.shape[1] for each in maps] == [64, 128, 256, 512]
+
+
+def test_maps_of_a_segresnet_are_those_that_it_decodes() -> None:
+    stock, images = encoder("segresnet").eval(), views("segresnet")
+    with torch.no_grad():
+        maps = feature_maps(stock, images)
+        torch.testing.assert_close(stock.decode(maps[-1], maps[::-1]), stock(images))
+
+
+def test_any_module_that_returns_maps_is_an_encoder() -> None:
+    class Stages(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return images, images[..., ::2]
+
+    assert [each.shape[-1] for each in feature_maps(Stages(), views())] == [32, 16]
+
+
+def test_attention_is_that_of_the_formula() -> None:
+    fusion = Fusion(8, "attention", num_heads=1)
+    quantized, projected = torch.rand(2, 8, 3, 4), torch.rand(2, 8, 3, 4)
+    query, value = (each.flatten(2).transpose(1, 2) for each in (quantized, projected))
+    wq, wk, wv = fusion.mix.in_proj_weight.chunk(3)
+    share = ((query @ wq.T) @ (value @ wk.T).transpose(1, 2) / 8**0.5).softmax(-1)
+    expected = query + share @ (value @ wv.T) @ fusion.mix.out_proj.weight.T
+    torch.testing.assert_close(fusion(quantized, projected).flatten(2).transpose(1, 2), expected)
+
+
+def test_weights_of_the_encoder_load_into_a_stock_one() -> None:
+    stock = encoder()
+    stock.load_state_dict(small_net().encoder.state_dict(), strict=True)
+
+
+def test_state_dict_makes_an_equal_network() -> None:
+    torch.manual_seed(0)
+    trained, fresh, images = small_net(), small_net(), views()
+    trained(images)
+    trained.update_target(0.5)
+    fresh.load_state_dict(trained.state_dict(), strict=True)
+    for ours, theirs in zip(trained.eval()(images)[:4], fresh.eval()(images)[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ---- training, evaluation and gradients --------------------------------------------------------------------------
+
+
+@every_fusion
+def test_trains_all_of_the_online_network_and_nothing_of_the_target(fusion: str) -> None:
+    net, images = small_net(fusion=fusion, decode=True), views()
+    total(net(images), images).backward()
+    missing = [name for name, each in net.named_parameters() if each.requires_grad and each.grad is None]
+    assert not missing
+    assert net.encoder.conv1.weight.grad.abs().sum() > 0
+    frozen = [*net.target.parameters(), *(codebook.embedding.weight for codebook in net.codebooks)]
+    assert all(each.grad is None and not each.requires_grad for each in frozen)
+
+
+def test_targets_and_embedding_carry_no_graph() -> None:
+    output = small_net()(views())
+    assert not any(each.requires_grad for each in (output.targets, output.discrete_targets, output.embedding))
+    assert output.predictions.requires_grad
+    assert output.discrete_predictions.requires_grad
+
+
+def test_training_moves_the_codebooks_and_evaluation_does_not() -> None:
+    net, images = small_net(), views()
+    net(images)
+    seeded = codes(net)
+    net.eval()(images)
+    assert all(torch.equal(old, new) for old, new in zip(seeded, codes(net), strict=True))
+    net.train()(images)
+    assert not all(torch.equal(old, new) for old, new in zip(seeded, codes(net), strict=True))
+
+
+def test_the_target_never_moves_the_codebooks() -> None:
+    first, images = small_net(), views()
+    second = deepcopy(first)
+    with torch.no_grad():
+        for parameter in second.target.parameters():
+            parameter.mul_(-3)
+    first(images)
+    second(images)
+    assert all(torch.equal(one, other) for one, other in zip(codes(first), codes(second), strict=True))
+
+
+def test_building_it_leaves_the_encoder_as_it_was() -> None:
+    stock = encoder()
+    stock.bn1.eval()
+    before = deepcopy(stock.state_dict())
+    VQSSLNet(stock, num_embeddings=4, embedding_dim=8, hidden_dim=8)
+    assert stock.training
+    assert not stock.bn1.training
+    assert all(torch.equal(before[key], value) for key, value in stock.state_dict().items())
+
+
+def test_runs_in_bfloat16_with_results_in_float32() -> None:
+    net, images = small_net(decode=True), views()
+    output = AutocastInferer()(images, net)
+    loss = total(output, images)
+    loss.backward()
+    assert output.predictions.dtype == torch.bfloat16
+    assert loss.dtype == output.embedding.dtype == output.quantized[0].features.dtype == torch.float32
+    assert loss.isfinite()
+    assert net.encoder.conv1.weight.grad.isfinite().all()
+
+
+def test_runs_in_float32_without_amp() -> None:
+    net, images = small_net().eval(), views()
+    for ours, theirs in zip(AutocastInferer(amp=False)(images, net)[:4], net(images)[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [(), (0, 1), (2, 2), (3, 2), (4, 5)])
+def test_rejects_stages_that_are_not_there(stages: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="`stages` must be increasing numbers from 1 to 4"):
+        small_net(stages=stages)
+
+
+def test_rejects_an_unknown_fusion() -> None:
+    with pytest.raises(ValueError, match="`fusion` must be one of attention, add, concat, replace, got 'sum'"):
+        small_net(fusion="sum")
+
+
+def test_rejects_a_width_that_the_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="`embedding_dim` must be a multiple of the 8 attention heads, got 12"):
+        small_net(embedding_dim=12, fusion="attention")
+    assert small_net(embedding_dim=12, fusion="add")(views()).predictions.shape == (6, 12)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1])
+def test_rejects_a_momentum_out_of_range(momentum: float) -> None:
+    with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\], got"):
+        small_net().update_target(momentum)
+
+
+def test_rejects_an_encoder_without_maps() -> None:
+    with pytest.raises(ValueError, match=r"`encoder` must be a MONAI ResNet, .* got Conv2d returning Tensor"):
+        VQSSLNet(nn.Conv2d(1, 4, 3))

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from monai.networks.layers.vector_quantizer import EMAQuantizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from dissect_monai.networks import quantizers
+from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer
+
+every_metric = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+
+
+def plain_codebook(num_embeddings: int = 16, embedding_dim: int = 8) -> EMACodebook:
+    """Without seeding and revival, that is, what MONAI has."""
+    return EMACodebook(num_embeddings, embedding_dim, data_init=False, revive_fraction=0)
+
+
+def batches(steps: int, *shape: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for _ in range(steps)]
+
+
+def as_rows(maps: Tensor) -> Tensor:
+    return maps.movedim(1, -1).flatten(0, -2)
+
+
+def smoothed_codes(codebook: EMACodebook) -> Tensor:
+    total = codebook.ema_cluster_size.sum()
+    sizes = codebook.ema_cluster_size + codebook.epsilon
+    return codebook.ema_w / (sizes / sizes.sum() * total).unsqueeze(1)
+
+
+@every_metric
+@pytest.mark.parametrize("spatial", [(4, 6), (4, 6, 2)])
+def test_returns_maps_of_the_input_size(spatial: tuple[int, ...], metric: str) -> None:
+    output = EMACodebook(16, 8, metric=metric)(torch.randn(2, 8, *spatial))
+    assert output.features.shape == output.projected.shape == (2, 8, *spatial)
+    assert output.indices.shape == (2, *spatial)
+    assert output.indices.dtype == torch.int64
+    assert output.indices.min() >= 0
+    assert output.indices.max() < 16
+    assert output.commitment.shape == ()
+
+
+def test_every_position_gets_its_nearest_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantizers.CHUNK_BYTES, "cpu", 7 * 16 * 4)  # seven rows a chunk: the last one is shorter
+    codebook = plain_codebook().eval()
+    [inputs] = batches(1, 2, 8, 5, 5)
+    output = codebook(inputs)
+    nearest = torch.cdist(as_rows(inputs), codebook.embedding.weight).argmin(1)
+    assert torch.equal(output.indices.flatten(), nearest)
+    assert torch.equal(as_rows(output.features), codebook.embedding.weight[nearest])
+    torch.testing.assert_close(output.commitment, 0.25 * F.mse_loss(output.features, inputs))
+
+
+def test_channels_last_input_is_not_copied() -> None:
+    inputs = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    output = plain_codebook()(inputs)
+    assert output.projected.data_ptr() == inputs.data_ptr()
+    assert output.features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_first_training_batch_seeds_the_codes() -> None:
+    codebook = EMACodebook(16, 8, decay=0.0, revive_fraction=0)
+    [inputs] = batches(1, 2, 8, 4, 4)
+    output = codebook(inputs)
+    seeds = as_rows(inputs)[::2]
+    assert torch.equal(as_rows(output.features)[::2], seeds)
+    assert len(output.indices.unique()) == 16
+    torch.testing.assert_close(codebook.embedding.weight, smoothed_codes(codebook))
+
+
+def test_only_a_codebook_that_never_trained_is_seeded() -> None:
+    first, second = batches(2, 2, 8, 4, 4)
+    trained, fresh = EMACodebook(16, 8), EMACodebook(16, 8)
+    fresh_state = copy.deepcopy(fresh.state_dict())
+    trained(first)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(trained(second).features, fresh(second).features)
+    trained.load_state_dict(fresh_state)
+    assert torch.isin(as_rows(trained(second).features), as_rows(second)).all()
+
+
+@every_metric
+def test_a_resumed_run_repeats_an_uninterrupted_one(metric: str) -> None:
+    codebook, resumed = (EMACodebook(16, 8, metric=metric, decay=0.5, revive_fraction=0.5) for _ in range(2))
+    for step, inputs in enumerate(batches(8, 2, 8, 4, 4)):
+        if step == 4:
+            resumed.load_state_dict(codebook.state_dict())
+        codebook(inputs)
+        if step >= 4:
+            resumed(inputs)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in codebook.state_dict().items())
+
+
+def test_dead_codes_become_current_features_and_the_others_stay() -> None:
+    revived, kept = plain_codebook(), plain_codebook()
+    for codebook in (revived, kept):
+        codebook.embedding.weight.copy_(torch.eye(16, 8))
+        codebook.embedding.weight[10:] = 100.0
+        codebook.ema_cluster_size.fill_(1)
+        codebook.ema_cluster_size[10:] = 0.01
+        codebook.ema_w.copy_(codebook.ema_cluster_size.unsqueeze(1) * codebook.embedding.weight)
+    revived.revive_fraction = 0.1
+    [inputs] = batches(1, 2, 8, 5, 5)
+    revived(inputs)
+    kept(inputs)
+    codes = revived.embedding.weight
+    offered = torch.cdist(codes[10:], as_rows(inputs))
+    torch.testing.assert_close(offered.amin(1), torch.zeros(6), atol=2e-3, rtol=0)
+    assert len(offered.argmin(1).unique()) == 6
+    assert torch.equal(revived.ema_w[:10], kept.ema_w[:10])
+    torch.testing.assert_close(revived.ema_cluster_size[10:], 0.2 * kept.ema_cluster_size.mean().expand(6))
+
+
+@every_metric
+@pytest.mark.parametrize("extras", [{"revive_fraction": 0.05}, {"data_init": True}])
+def test_codes_do_not_collapse(metric: str, extras: dict[str, float]) -> None:
+    def used(codebook: EMACodebook) -> int:
+        for noise in batches(60, 4, 8, 8, 8):
+            indices = codebook(3 + 0.5 * noise).indices  # far from codes drawn from N(0, 1)
+        return len(indices.unique())
+
+    torch.manual_seed(0)
+    off = {"data_init": False, "revive_fraction": 0.0}
+    collapsed = EMACodebook(32, 8, metric=metric, **off)  # type: ignore[arg-type]
+    assert used(collapsed) <= 8
+    assert used(EMACodebook(32, 8, metric=metric, **{**off, **extras})) >= 30  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spatial", [(5, 5), (3, 4, 5)])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_equals_the_quantizer_of_monai(spatial: tuple[int, ...], memory_format: str) -> None:
+    reference, codebook = EMAQuantizer(len(spatial), 16, 8), plain_codebook()
+    codebook.load_state_dict(reference.state_dict(), strict=True)
+    for inputs in batches(6, 2, 8, *spatial):
+        expected_input, actual_input = inputs.clone().requires_grad_(), inputs.clone()
+        if memory_format == "channels_last":
+            actual_input = actual_input.movedim(1, -1).contiguous().movedim(-1, 1)
+        actual_input.requires_grad_()
+        features, commitment, indices = reference(expected_input)
+        output = codebook(actual_input)
+        weight = torch.randn_like(features)
+        ((features * weight).sum() + 10 * commitment).backward()
+        ((output.features * weight).sum() + 10 * output.commitment).backward()
+        assert torch.equal(output.indices, indices)
+        torch.testing.assert_close(output.features, features)
+        torch.testing.assert_close(output.commitment, commitment)
+        torch.testing.assert_close(actual_input.grad, expected_input.grad)
+        torch.testing.assert_close(dict(codebook.state_dict()), dict(reference.state_dict()))
+    reference.load_state_dict(codebook.state_dict(), strict=True)
+
+
+def test_cosine_equals_a_naive_version() -> None:
+    codebook = EMACodebook(16, 8, metric="cosine", decay=0.9, data_init=False, revive_fraction=0)
+    codes, sums = codebook.embedding.weight.clone(), codebook.ema_w.clone()
+    for inputs in batches(5, 2, 8, 4, 4):
+        rows = F.normalize(as_rows(inputs))
+        indices = (rows @ codes.T).argmax(1)
+        output = codebook(7 * inputs)
+        assert torch.equal(output.indices.flatten(), indices)
+        torch.testing.assert_close(as_rows(output.features), codes[indices])
+        torch.testing.assert_close(as_rows(output.projected), rows)
+        torch.testing.assert_close(output.commitment, 0.25 * F.mse_loss(codes[indices], rows))
+        sums = 0.9 * sums + 0.1 * F.one_hot(indices, 16).float().T @ rows
+        codes = F.normalize(sums)
+        torch.testing.assert_close(codebook.embedding.weight, codes)
+
+
+def test_eval_mode_moves_nothing() -> None:
+    codebook = EMACodebook(16, 8).eval()
+    before = copy.deepcopy(codebook.state_dict())
+    codebook(torch.randn(2, 8, 4, 4))
+    assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
+
+
+def test_lookup_moves_nothing_even_in_training_mode() -> None:
+    codebook = EMACodebook(16, 8)
+    inputs = torch.randn(2, 8, 4, 4)
+    codebook(inputs)
+    before = copy.deepcopy(codebook.state_dict())
+    looked_up = codebook.lookup(inputs)
+    assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
+    assert torch.equal(looked_up.features, codebook(inputs).features)
+
+
+def test_gradient_is_straight_through() -> None:
+    inputs = torch.randn(2, 8, 4, 4, requires_grad=True)
+    gradient = torch.randn(2, 8, 4, 4)
+    plain_codebook()(inputs).features.backward(gradient)
+    assert torch.equal(inputs.grad, gradient)  # type: ignore[arg-type]
+
+
+@every_metric
+def test_commitment_draws_the_input_to_its_code(metric: str) -> None:
+    codebook = EMACodebook(4, 8, metric=metric, data_init=False).eval()
+    inputs = torch.randn(2, 8, 4, 4, requires_grad=True)
+    commitment = codebook(inputs).commitment
+    (gradient,) = torch.autograd.grad(commitment, inputs)
+    assert codebook(inputs - gradient).commitment < commitment
+    assert not any(parameter.requires_grad for parameter in codebook.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_float_dtype_is_computed_in_float32(dtype: torch.dtype) -> None:
+    codebook = plain_codebook()
+    inputs = torch.randn(2, 8, 4, 4).to(dtype).requires_grad_()
+    expected = copy.deepcopy(codebook)(inputs.detach().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = codebook(inputs)
+    output.features.sum().backward()
+    assert output.features.dtype == output.commitment.dtype == codebook.ema_w.dtype == torch.float32
+    assert torch.equal(output.features, expected.features)
+    assert inputs.grad is not None
+    assert inputs.grad.dtype == dtype
+
+
+def test_runs_compiled_and_with_deterministic_algorithms() -> None:
+    codebook = EMACodebook(16, 8)
+    compiled = torch.compile(copy.deepcopy(codebook), backend="eager")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for inputs in batches(3, 2, 8, 4, 4):
+            left, right = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+            expected, actual = codebook(left), compiled(right)
+            expected.commitment.backward()
+            actual.commitment.backward()
+            torch.testing.assert_close(actual.features, expected.features)
+            torch.testing.assert_close(right.grad, left.grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu() -> None:
+    codebook = EMACodebook(16, 8).cuda()
+    inputs = torch.randn(2, 8, 4, 4, device="cuda", requires_grad=True)
+    codebook(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        codebook(inputs).commitment.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def train_one_rank(rank: int, directory: Path, parts: list[list[Tensor]]) -> None:
+    store = f"file://{directory}/store"
+    torch.distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=len(parts), rank=rank)
+    codebook = EMACodebook(16, 8, decay=0.5, revive_fraction=0.5)
+    codebook.load_state_dict(torch.load(directory / "start.pt"))
+    for part in parts[rank]:
+        codebook(part)
+    torch.save(codebook.state_dict(), directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
+    codebook = EMACodebook(16, 8, decay=0.5, revive_fraction=0.5)
+    torch.save(codebook.state_dict(), tmp_path / "start.pt")
+    whole = batches(5, 5, 8, 4, 4)
+    parts = [[inputs[:2] for inputs in whole], [inputs[2:] for inputs in whole]]
+    other = multiprocessing.get_context("spawn").Process(target=train_one_rank, args=(1, tmp_path, parts))
+    other.start()
+    train_one_rank(0, tmp_path, parts)
+    other.join()
+    for inputs in whole:
+        codebook(inputs)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.testing.assert_close(first, dict(codebook.state_dict()))
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_multi_scale_quantises_every_stage(spatial_dims: int) -> None:
+    quantizer = MultiScaleQuantizer(spatial_dims, in_channels=[4, 6], num_embeddings=[16, 32], embedding_dim=8)
+    features = [torch.randn(2, channels, *[side] * spatial_dims) for channels, side in [(4, 4), (6, 2)]]
+    outputs = quantizer(features)
+    assert [tuple(output.features.shape) for output in outputs] == [
+        (2, 8, *[4] * spatial_dims),
+        (2, 8, *[2] * spatial_dims),
+    ]
+    assert quantizer.num_embeddings == (16, 32)
+    torch.testing.assert_close(outputs[1].projected, quantizer.projections[1](features[1]))
+
+
+def test_multi_scale_trains_its_projections() -> None:
+    quantizer = MultiScaleQuantizer(2, in_channels=[4, 6], num_embeddings=16, embedding_dim=8, metric="cosine")
+    outputs = quantizer([torch.randn(2, 4, 4, 4), torch.randn(2, 6, 4, 4)])
+    torch.stack([output.commitment for output in outputs]).sum().backward()
+    gradients = [parameter.grad for parameter in quantizer.projections.parameters()]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"num_embeddings": 0}, "`num_embeddings` must be at least 1, got 0"),
+        ({"embedding_dim": 0}, "`embedding_dim` must be at least 1, got 0"),
+        ({"commitment_cost": -1.0}, "`commitment_cost` must be at least 0, got -1.0"),
+        ({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"),
+        ({"epsilon": 0.0}, "`epsilon` must be positive, got 0.0"),
+        ({"metric": "dot"}, "`metric` must be 'euclidean' or 'cosine', got 'dot'"),
+        ({"revive_fraction": 1.0}, r"`revive_fraction` must be in \[0, 1\), where 0 revives no code, got 1.0"),
+    ],
+)
+def test_codebook_rejects_bad_arguments(argument: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EMACodebook(**{"num_embeddings": 16, "embedding_dim": 8, **argument})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"spatial_dims": 1}, "`spatial_dims` must be 2 or 3, got 1"),
+        ({"in_channels": []}, r"`in_channels` must be one positive number per stage, got \[\]"),
+        ({"num_embeddings": [16]}, r"`num_embeddings` must be one number or 2, one per stage, got \[16\]"),
+    ],
+)
+def test_multi_scale_rejects_bad_arguments(argument: dict[str, object], message: str) -> None:
+    defaults = {"spatial_dims": 2, "in_channels": [4, 6], "num_embeddings": 16, "embedding_dim": 8}
+    with pytest.raises(ValueError, match=message):
+        MultiScaleQuantizer(**{**defaults, **argument})  # type: ignore[arg-type]
+
+
+def test_rejects_maps_that_do_not_fit() -> None:
+    quantizer = MultiScaleQuantizer(2, in_channels=[64, 128], num_embeddings=16, embedding_dim=8)
+    with pytest.raises(ValueError, match=r"`features\[1\]` must have 128 channels, got 64"):
+        quantizer([torch.randn(1, 64, 2, 2)] * 2)
+    with pytest.raises(ValueError, match="`features` must have 2 stages, got 1"):
+        quantizer([torch.randn(1, 64, 2, 2)])
+    with pytest.raises(ValueError, match=r"`inputs` must be \(B, 8, \*spatial\), got \(1, 4, 2, 2\)"):
+        plain_codebook()(torch.randn(1, 4, 2, 2))

@@ -1,0 +1,251 @@
+from functools import cache
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dissect_monai.phantoms.anatomy import abdomen
+from dissect_monai.phantoms.scans import SCANS, VolumePhantom, scan_phantom
+from dissect_monai.phantoms.volumes import VOLUME_TASKS, volume_phantom
+
+ABDOMEN = SCANS["abdomen_ct"].labels
+every_task = pytest.mark.parametrize("task", VOLUME_TASKS)
+
+
+@cache
+def drawn(task: str, seed: int = 0) -> VolumePhantom:
+    """Of the default size; do not change it."""
+    return volume_phantom(task, seed)
+
+
+def mask(phantom: VolumePhantom, task: str, name: str) -> np.ndarray:
+    return phantom.label == SCANS[task].labels.index(name) + 1
+
+
+def centre(phantom: VolumePhantom, task: str, name: str) -> np.ndarray:
+    """Right, anterior, superior in mm."""
+    return nib.affines.apply_affine(phantom.affine, np.argwhere(mask(phantom, task, name)).mean(0))
+
+
+def volume(phantom: VolumePhantom, task: str, name: str) -> float:
+    """In ml."""
+    return mask(phantom, task, name).sum() * abs(np.linalg.det(phantom.affine[:3, :3])) / 1000
+
+
+def best_threshold_dice(image: np.ndarray, organ: np.ndarray) -> float:
+    """The highest Dice that any interval of intensities reaches."""
+    edges = np.unique(np.quantile(image, np.linspace(0, 1, 101)))
+    inside, found = (np.r_[0, np.histogram(values, edges)[0].cumsum()] for values in (image[organ], image))
+    hits, size = inside[None] - inside[:, None], found[None] - found[:, None]
+    return float((2 * hits / np.maximum(size + organ.sum(), 1))[size > 0].max())
+
+
+@every_task
+@pytest.mark.parametrize("image_size", [24, 48])
+def test_phantom_has_its_types_and_its_longest_side(task: str, image_size: int) -> None:
+    phantom = volume_phantom(task, 0, image_size)
+    assert (phantom.image.dtype, phantom.label.dtype) == (np.int16, np.uint8)
+    assert phantom.image.shape == phantom.label.shape
+    assert max(phantom.image.shape) == image_size
+    assert min(phantom.image.shape) >= 5
+    assert phantom.affine.shape == (4, 4)
+
+
+@every_task
+def test_every_label_is_present_and_no_other(task: str) -> None:
+    for seed in range(4):
+        values, counts = np.unique(drawn(task, seed).label, return_counts=True)
+        assert values.tolist() == list(range(len(SCANS[task].labels) + 1))
+        assert counts.min() >= 12
+
+
+def test_abdominal_ct_has_the_organs_of_btcv_in_its_order() -> None:
+    assert ABDOMEN == (
+        "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+        "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
+    )  # fmt: skip
+
+
+def test_no_organ_of_the_abdomen_is_lost_in_many_subjects() -> None:
+    counts = np.array([np.bincount(drawn("abdomen_ct", seed).label.ravel(), minlength=14) for seed in range(40)])
+    assert counts.shape == (40, 14)
+    assert counts.min() >= 8
+
+
+@every_task
+def test_phantom_follows_its_seed(task: str) -> None:
+    first, again, other = (volume_phantom(task, seed, 24) for seed in (5, 5, 6))
+    for one, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert first.image.shape != other.image.shape or (first.image != other.image).mean() > 0.5
+    assert not np.allclose(first.affine, other.affine)
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    volume_phantom("heart_mr", 0, 16)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_the_subject_is_the_same_on_another_grid() -> None:
+    small, large, other = (volume_phantom("abdomen_ct", seed, size) for seed, size in ((1, 32), (1, 64), (2, 64)))
+    for organ in ("liver", "stomach", "right_kidney", "spleen"):
+        size = volume(large, "abdomen_ct", organ)
+        assert volume(small, "abdomen_ct", organ) == pytest.approx(size, rel=0.15)
+        assert volume(other, "abdomen_ct", organ) != pytest.approx(size, rel=0.001)
+
+
+def test_organs_have_human_sizes() -> None:
+    phantoms = [drawn("abdomen_ct", seed) for seed in range(4)]
+    volumes = {name: np.mean([volume(phantom, "abdomen_ct", name) for phantom in phantoms]) for name in ABDOMEN}
+    assert 900 < volumes["liver"] < 2500
+    assert 80 < volumes["right_kidney"] < 300
+    assert 80 < volumes["left_kidney"] < 300
+    assert 70 < volumes["spleen"] < 350
+    assert 15 < volumes["gallbladder"] < 80
+    assert 10 < volumes["esophagus"] < 40
+    assert 60 < volumes["aorta"] < 140
+    assert 60 < volumes["inferior_vena_cava"] < 160
+    assert 15 < volumes["portal_and_splenic_veins"] < 50
+    assert 40 < volumes["pancreas"] < 120
+    assert 5 < volumes["right_adrenal_gland"] < 20
+    assert 5 < volumes["left_adrenal_gland"] < 20
+
+
+def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
+    for seed in range(3):
+        for task in ("abdomen_ct", "abdomen_mr"):
+            phantom = drawn(task, seed)
+            liver, spleen = (centre(phantom, task, name) for name in ("liver", "spleen"))
+            right, left = (centre(phantom, task, f"{side}_kidney") for side in ("right", "left"))
+            assert min(liver[0], right[0]) > max(spleen[0], left[0]) + 60
+            assert min(liver[2], spleen[2]) > max(right[2], left[2])
+            assert liver[1] > max(right[1], left[1])
+        for task in ("head_ct", "head_mr"):
+            phantom = drawn(task, seed)
+            cerebrum, cerebellum, stem, right, left = (
+                centre(phantom, task, name) for name in ("cerebrum", "cerebellum", "brainstem", "right_eye", "left_eye")
+            )
+            assert right[0] > cerebrum[0] + 15 > cerebrum[0] - 15 > left[0]
+            assert min(right[1], left[1]) > cerebrum[1] + 30 > stem[1] > cerebellum[1]
+            assert cerebrum[2] > cerebellum[2] + 20
+        phantom = drawn("heart_mr", seed)
+        right, left = (centre(phantom, "heart_mr", f"{side}_ventricle") for side in ("right", "left"))
+        assert (right[:2] > left[:2] + 5).all()  # to the right and to the front
+
+
+def test_small_organs_lie_beside_their_neighbours() -> None:
+    for seed in range(8):
+        place = {name: centre(drawn("abdomen_ct", seed), "abdomen_ct", name) for name in ABDOMEN}
+        aorta, cava, veins, gullet = (
+            place[name] for name in ("aorta", "inferior_vena_cava", "portal_and_splenic_veins", "esophagus")
+        )
+        assert cava[0] > aorta[0] + 15
+        assert gullet[2] > max(place[name][2] for name in ABDOMEN if name != "esophagus")
+        assert place["stomach"][0] < gullet[0] < cava[0]
+        assert place["spleen"][0] < veins[0] < place["liver"][0]
+        assert veins[1] > cava[1]
+        for side, sign in (("right", 1), ("left", -1)):
+            gland, kidney = place[f"{side}_adrenal_gland"], place[f"{side}_kidney"]
+            assert sign * aorta[0] < sign * gland[0] < sign * kidney[0] - 15
+            assert gland[2] > kidney[2] + 15
+            assert gland[1] < veins[1]
+
+
+def test_the_small_organs_leave_the_others_nearly_whole() -> None:
+    """They are painted last: what the abdomen without them, as in MR, has under them is little of any organ."""
+    names = [
+        name for name in ABDOMEN if "adrenal" not in name and name not in ("esophagus", "portal_and_splenic_veins")
+    ]
+    for seed in range(8):
+        plain = scan_phantom(SCANS["abdomen_ct"]._replace(anatomy=abdomen), [0, seed], 48)
+        for name in names:
+            before = mask(plain, "abdomen_ct", name)
+            assert (before & mask(drawn("abdomen_ct", seed), "abdomen_ct", name)).sum() > 0.8 * before.sum()
+
+
+def test_the_wall_of_the_left_ventricle_is_closed_in_every_slice() -> None:
+    for seed in range(3):
+        label = drawn("heart_mr", seed).label
+        for axis in (0, 1):
+            for step in (-1, 1):
+                beside = np.roll(label, step, axis)[label == 3]
+                assert np.isin(beside, (2, 3)).mean() > 0.97
+
+
+@pytest.mark.parametrize("task", [task for task in VOLUME_TASKS if SCANS[task].modality == "CT"])
+def test_ct_is_in_hounsfield_units(task: str) -> None:
+    for seed in range(3):
+        image = drawn(task, seed).image
+        assert -1024 <= image.min() < -1000 < 400 < image.max() <= 3071
+        assert np.median(image[image < -900]) == pytest.approx(-1000, abs=30)
+        assert (image > 300).mean() > 0.01
+
+
+def test_tissues_of_the_abdomen_have_their_hounsfield_units() -> None:
+    phantoms = [drawn("abdomen_ct", seed) for seed in range(4)]
+
+    def typical(name: str) -> float:
+        return float(np.median(np.concatenate([p.image[mask(p, "abdomen_ct", name)] for p in phantoms])))
+
+    assert all(
+        40 < typical(name) < 130
+        for name in ("liver", "spleen", "right_kidney", "left_kidney", "aorta", "inferior_vena_cava")
+    )
+    assert 0 < typical("gallbladder") < 40
+    between = np.concatenate([p.image[(p.label == 0) & (p.image > -250) & (p.image < -50)] for p in phantoms])
+    assert np.median(between) == pytest.approx(-100, abs=15)  # fat
+
+
+@pytest.mark.parametrize("task", [task for task in VOLUME_TASKS if SCANS[task].modality == "MR"])
+def test_mr_is_positive_and_in_units_of_its_own(task: str) -> None:
+    images = [volume_phantom(task, seed, 24).image for seed in range(6)]
+    assert min(image.min() for image in images) >= 0
+    brightness = [np.quantile(image, 0.95) for image in images]
+    assert max(brightness) > 1.5 * min(brightness)
+
+
+def test_mr_has_a_bias_field() -> None:
+    """The same tissue is brighter at one end of an organ than at the other, by more than noise explains."""
+    slopes = []
+    for seed in range(6):
+        phantom = drawn("abdomen_mr", seed)
+        voxels = np.argwhere(mask(phantom, "abdomen_mr", "liver"))
+        values = phantom.image[tuple(voxels.T)] / np.median(phantom.image[tuple(voxels.T)])
+        design = np.c_[voxels / phantom.image.shape, np.ones(len(voxels))]
+        slopes.append(np.linalg.norm(np.linalg.lstsq(design, values, rcond=None)[0][:3]))
+    assert np.mean(slopes) > 0.15
+
+
+@every_task
+def test_no_threshold_finds_an_organ(task: str) -> None:
+    phantom = drawn(task, 0)
+    for name in {*SCANS[task].labels} - {"cerebrum"}:  # which is most of what a head holds
+        assert best_threshold_dice(phantom.image, mask(phantom, task, name)) < 0.6
+
+
+def test_scanners_differ_in_orientation_and_spacing() -> None:
+    affines = [drawn(task, 0).affine for task in VOLUME_TASKS]
+    assert len({nib.aff2axcodes(affine) for affine in affines}) == len(VOLUME_TASKS)
+    spacings = [nib.affines.voxel_sizes(affine) for affine in affines]
+    assert max(max(spacing) / min(spacing) for spacing in spacings) > 2
+    for affine, spacing in zip(affines, spacings, strict=True):
+        axes = affine[:3, :3] / spacing
+        np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-9)
+
+
+def test_tasks_can_be_told_apart_by_their_intensities_alone() -> None:
+    """After each volume is scaled to its own range: what a shortcut probe has to find."""
+    images = [[volume_phantom(task, seed, 24).image for seed in range(8)] for task in VOLUME_TASKS]
+    features = np.array([np.quantile(image, np.linspace(0.02, 0.98, 25)) for of_task in images for image in of_task])
+    features = (features - features[:, :1]) / (features[:, -1:] - features[:, :1])
+    distance = np.linalg.norm(features[:, None] - features, axis=-1) + np.diag([np.inf] * len(features))
+    tasks = np.repeat(np.arange(len(VOLUME_TASKS)), 8)
+    assert (tasks[distance.argmin(1)] == tasks).mean() > 0.8  # chance is 0.2
+
+
+def test_rejects_an_unknown_task_and_a_tiny_image() -> None:
+    with pytest.raises(ValueError, match=r"`task` must be one of abdomen_ct, .*, got 'knee'"):
+        volume_phantom("knee", 0)
+    with pytest.raises(ValueError, match="`image_size` must be at least 16, got 15"):
+        volume_phantom("head_ct", 0, 15)

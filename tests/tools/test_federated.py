@@ -1,0 +1,76 @@
+"""MONAI's federated client runs the bundle of segmentation as it is."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, read, write
+from monai.fl.client import MonaiAlgo
+from monai.fl.utils.constants import ExtraItems
+from monai.fl.utils.exchange_object import ExchangeObject
+
+from dissect_monai.phantoms.volumes import write_volume_phantoms
+
+BUNDLE = ROOT / "bundles" / "seg_finetune_btcv"
+KNOBS = {
+    "pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8, "blocks_down": [1, 1, 1],
+    "blocks_up": [1, 1], "iterations_per_epoch": 20, "batch_size": 8, "max_epochs": 2, "schedule_epochs": 2,
+    "warmup_epochs": 0, "learning_rate": 0.01, "num_workers": 0, "val_interval": 1, "amp": False, "select": "last",
+}  # fmt: skip
+
+
+def client(name: str, dataset_dir: Path, output_dir: Path) -> MonaiAlgo:
+    knobs: dict[str, Any] = {**KNOBS, "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
+    algorithm = MonaiAlgo(
+        str(BUNDLE), send_weight_diff=False, train_kwargs=dict(knobs), eval_kwargs=dict(knobs),
+        config_evaluate_filename="configs/train.json",
+    )  # fmt: skip
+    algorithm.initialize({ExtraItems.CLIENT_NAME: name})
+    return algorithm
+
+
+@pytest.fixture
+def hospitals(tmp_path: Path) -> list[Path]:
+    """Two data sets with half of the training volumes each, and the same two for validation."""
+    folder = write_volume_phantoms(tmp_path / "data", 4, 2, 2, image_size=32, tasks=["abdomen_ct"])[0]
+    datalist = read(folder / "dataset.json")
+    hospitals = [tmp_path / name for name in ("first", "second")]
+    for index, hospital in enumerate(hospitals):
+        shutil.copytree(folder, hospital)
+        write(hospital / "dataset.json", {**datalist, "training": datalist["training"][index::2]})
+    return hospitals
+
+
+def sent_by(algorithm: MonaiAlgo) -> dict[str, Any]:
+    """The weights of a client as they arrive elsewhere: without a copy they are its network's own memory."""
+    return {key: np.array(value) for key, value in algorithm.get_weights().weights.items()}
+
+
+def average(weights: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: torch.stack([torch.as_tensor(each[key]) for each in weights]).mean(0).numpy() for key in weights[0]}
+
+
+def test_two_rounds_of_two_hospitals_learn_one_network(hospitals: list[Path], tmp_path: Path) -> None:
+    clients = [client(each.name, each, tmp_path / f"output_{each.name}") for each in hospitals]
+    shared = sent_by(clients[0])
+    scores = [clients[0].evaluate(ExchangeObject(weights=shared)).metrics["dice_mean"]]
+    for _ in range(2):
+        for each in clients:
+            each.train(ExchangeObject(weights=shared))
+        trained = [sent_by(each) for each in clients]
+        assert any((trained[0][key] != trained[1][key]).any() for key in shared)
+        shared = average(trained)
+        metrics = [each.evaluate(ExchangeObject(weights=shared)).metrics for each in clients]
+        # The same volumes are validated in both, by the same weights.
+        assert metrics[0]["dice_mean"] == pytest.approx(metrics[1]["dice_mean"])
+        scores.append(metrics[0]["dice_mean"])
+    logging.getLogger(__name__).info("mean Dice of the shared network after 0, 1 and 2 rounds: %s", scores)
+    assert scores[2] > scores[0]
+    for each in clients:
+        each.finalize()

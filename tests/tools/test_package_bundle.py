@@ -1,0 +1,195 @@
+"""Archives of bundles: what they hold, what they refuse, and that nothing else is needed to run them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, committed_copy, git, read, run_config, short_training, write
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from package_bundle import main, package
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return committed_copy(tmp_path / "repository")
+
+
+@pytest.fixture
+def bundle(repository: Path) -> Path:
+    """One of them with weights in it."""
+    bundle = repository / "bundles" / "seg_finetune_btcv"
+    write(bundle / "models" / "model.json", {"in_channels": 1})
+    (bundle / "models" / "model.pt").write_bytes(b"weights")
+    (bundle / "eval").mkdir()
+    (bundle / "eval" / "metrics.csv").write_text("dice,1")
+    return bundle
+
+
+def test_holds_bundle_package_and_weights_in_one_folder_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
+    path = package(bundle, bundle, tmp_path / "dist")
+    assert path.name == "seg_finetune_btcv_v0.1.0.zip"
+    with zipfile.ZipFile(path) as archive:
+        names = {Path(name) for name in archive.namelist()}
+        assert archive.read("seg_finetune_btcv/models/model.pt") == b"weights"
+    assert {name.parts[0] for name in names} == {bundle.name}
+    inside = {name.relative_to(bundle.name).as_posix() for name in names}
+    own = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dissect_monai").rglob("*.py")}
+    assert inside == own - {"eval/metrics.csv"} | modules
+
+
+def test_the_same_commit_and_weights_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
+    first = package(bundle, bundle, tmp_path / "first")
+    for file in bundle.rglob("*"):
+        os.utime(file, (1e9, 1e9))
+    (bundle / "LICENSE").chmod(0o600)
+    second = package(bundle, bundle, tmp_path / "second")
+    assert first.read_bytes() == second.read_bytes()
+    digest, name = second.with_name(f"{second.name}.sha256").read_text().split()
+    assert (digest, name) == (hashlib.sha256(second.read_bytes()).hexdigest(), second.name)
+
+
+def test_a_version_without_a_changelog_entry_is_refused(bundle: Path, tmp_path: Path) -> None:
+    metadata = bundle / "configs" / "metadata.json"
+    write(metadata, {**read(metadata), "version": "0.2.0"})
+    git(bundle, "commit", "--quiet", "--all", "--message", "version")
+    with pytest.raises(ValueError, match=r"version 0\.2\.0 of seg_finetune_btcv must have an entry in `changelog`"):
+        package(bundle, bundle, tmp_path / "dist")
+    assert not (tmp_path / "dist").exists()
+
+
+@pytest.mark.parametrize("file", ["bundles/seg_finetune_btcv/configs/train.json", "dissect_monai/data/new.py"])
+def test_what_is_not_committed_is_refused(bundle: Path, tmp_path: Path, file: str) -> None:
+    with open(bundle.parent.parent / file, "a") as changed:
+        changed.write("\n")
+    with pytest.raises(ValueError, match=f"as they are committed, got 1 changed or new files, {file} first"):
+        package(bundle, bundle, tmp_path / "dist")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.json"])
+def test_weights_must_be_there_with_their_settings(bundle: Path, tmp_path: Path, name: str) -> None:
+    (bundle / "models" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has no .*{name}: train it, or give --weights DIR"):
+        package(bundle, bundle, tmp_path / "dist")
+
+
+def test_outside_a_repository_git_says_why(tmp_path: Path) -> None:
+    write(tmp_path / "bundles" / "a" / "configs" / "metadata.json", {"version": "1", "changelog": {"1": "first"}})
+    with pytest.raises(ValueError, match="are packaged from a git repository, and git says: fatal: not a git"):
+        package(tmp_path / "bundles" / "a", tmp_path, tmp_path / "dist")
+
+
+def test_a_misspelt_bundle_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"there is no bundle cxr_clasify; did you mean cxr_classify\?"):
+        main("cxr_clasify", output_dir=tmp_path / "dist")
+
+
+def from_archive(*arguments: str, cwd: Path) -> str:
+    """A command with the installed packages, but nothing of this repository on the path."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    command = [sys.executable, "-S", *arguments]  # without `site`, which would add an editable install
+    result = subprocess.run(
+        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+class Unpacked(NamedTuple):
+    """A bundle as `download` leaves it, in a folder that was empty."""
+
+    folder: Path
+    knobs: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=sorted(path.name for path in ROOT.glob("bundles/*")))
+def unpacked(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
+    work, name = tmp_path_factory.mktemp(request.param), request.param
+    knobs = short_training(name, dataset_dir, work / "data")
+    run_config(ROOT / "bundles" / name / "configs" / "train.json", **knobs, output_dir=work / "weights")
+    repository = committed_copy(work / "repository")
+    archive = package(repository / "bundles" / name, work / "weights", work / "dist")
+    (work / "empty").mkdir()
+    source = ("--name", name, "--url", archive.as_uri(), "--bundle_dir", ".")
+    from_archive("-m", "monai.bundle", "download", *source, cwd=work / "empty")
+    return Unpacked(work / "empty" / name, knobs)
+
+
+@pytest.mark.slow
+def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(unpacked: Unpacked, tmp_path: Path) -> None:
+    folder, knobs = unpacked
+    where = from_archive("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=folder)
+    assert Path(where.strip()).parent == folder / "dissect_monai"
+    run = ("-m", "monai.bundle", "run", "--dataset_dir", str(knobs["dataset_dir"]), "--config_file")
+    from_archive(*run, "configs/inference.json", cwd=folder)
+    assert list((folder / "eval").iterdir())
+    given = [part for knob, value in {**knobs, "output_dir": tmp_path}.items() for part in (f"--{knob}", str(value))]
+    from_archive("-m", "monai.bundle", "run", "--config_file", "configs/train.json", *given, cwd=folder)
+    from_archive(*run, "configs/evaluate.json", "--output_dir", str(tmp_path), cwd=folder)
+    assert (tmp_path / "eval" / "metrics.csv").is_file()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """What MONAI's commands need to know of a bundle."""
+    configs = folder / "configs"
+    return {
+        "meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json"),
+        "bundle_root": str(folder),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked, tmp_path: Path) -> None:
+    folder = unpacked.folder
+    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/inference.json", "models/model.pt"):
+        assert (folder / name).is_file(), name
+    metadata = read(folder / "configs" / "metadata.json")
+    assert metadata["version"] in metadata["changelog"]
+    files = files_of(folder)
+    schema = ROOT / "tests" / "meta_schema_20240725.json"
+    verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
+    workflow = ConfigWorkflow(files["config_file"], workflow_type="infer", logging_file=False, bundle_root=str(folder))
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    verify_net_in_out("network_def", device="cpu", **files)
+    weights = str(folder / "models" / "model.pt")
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=weights, **files)
+    torch.jit.load(tmp_path / "model.ts")
+
+
+@pytest.mark.slow
+def test_exports_give_what_the_network_gives_on_an_image(unpacked: Unpacked, tmp_path: Path) -> None:
+    import onnxruntime
+
+    files, weights = files_of(unpacked.folder), unpacked.folder / "models" / "model.pt"
+    parser = ConfigParser()
+    parser.read_config(files["config_file"])
+    parser.update({"bundle_root": files["bundle_root"], "dataset_dir": unpacked.knobs["dataset_dir"]})
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    image = torch.as_tensor(parser.get_parsed_content("dataset")[0]["image"])[None]
+    image = image[(..., *(slice(16) for _ in range(3)))] if image.ndim == 5 else image  # a window of a volume
+    with torch.no_grad():
+        expected = network(image)
+
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(weights), **files)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=0, atol=1e-4)
+    shape = list(image.shape)
+    onnx_export(
+        "network_def", filepath=str(tmp_path / "model.onnx"), ckpt_file=str(weights), input_shape=shape, **files
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (exported,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    np.testing.assert_allclose(exported, expected.numpy(), rtol=0, atol=1e-4)

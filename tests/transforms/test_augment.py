@@ -1,0 +1,443 @@
+"""Tests of dissect_monai.transforms.augment."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedTrainer
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from dissect_monai.transforms.augment import BatchAugment, Corrupt, _gaussian_blur
+from dissect_monai.transforms.views import TwoViews
+
+OFF: dict[str, Any] = {
+    "crop_scale": None,
+    "flip_prob": 0,
+    "rotation": 0,
+    "gamma": None,
+    "brightness": 0,
+    "contrast": None,
+    "blur_prob": 0,
+}
+EVERYTHING: dict[str, Any] = {"noise_std": 0.1, "erase_prob": 0.5}
+both_dims = pytest.mark.parametrize("shape", [(24, 18), (16, 12, 10)], ids=["2d", "3d"])
+
+
+def only(spatial_dims: int = 2, **switches: Any) -> BatchAugment:
+    return BatchAugment(spatial_dims, **{**OFF, **switches})
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(shape: tuple[int, ...], batch: int = 4, channels: int = 2) -> Tensor:
+    return torch.randint(0, 256, (batch, channels, *shape), dtype=torch.uint8, generator=generator())
+
+
+def coordinates(shape: tuple[int, ...], batch: int = 16) -> Tensor:
+    """Images whose channel k holds the position along axis k, 0 to 1 from edge to edge."""
+    axes = [(torch.arange(length) + 0.5) / length for length in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(batch, *[-1] * (len(shape) + 1))
+
+
+def jacobians(views: Tensor) -> Tensor:
+    """Derivative of every channel of coordinate images along every axis at the centre, as matrices (B, C, axes)."""
+    center = [length // 2 for length in views.shape[2:]]
+    columns = []
+    for axis in range(len(center)):
+        ahead = [position + (axis == other) for other, position in enumerate(center)]
+        columns.append(views[(slice(None), slice(None), *ahead)] - views[(slice(None), slice(None), *center)])
+    return torch.stack(columns, 2)
+
+
+@both_dims
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_have_the_given_size_and_range(shape: tuple[int, ...], channels: int) -> None:
+    size = tuple(length - 3 for length in shape)
+    augment = BatchAugment(len(shape), image_size=size, **EVERYTHING)
+    views = augment(random_images(shape, channels=channels), generator())
+    assert views.shape == (4, channels, *size)
+    assert views.dtype == torch.float32
+    assert views.min() >= 0
+    assert views.max() <= 1
+    assert views.is_contiguous(memory_format=torch.channels_last if len(shape) == 2 else torch.channels_last_3d)
+
+
+def test_size_is_kept_by_default_and_one_number_serves_all_axes() -> None:
+    images = random_images((24, 18))
+    assert BatchAugment()(images).shape == images.shape
+    assert BatchAugment(image_size=8)(images).shape == (4, 2, 8, 8)
+
+
+@both_dims
+def test_everything_off_gives_the_images(shape: tuple[int, ...]) -> None:
+    images = random_images(shape)
+    torch.testing.assert_close(only(len(shape))(images), images / 255)
+
+
+@both_dims
+def test_everything_off_but_the_size_gives_the_resized_images(shape: tuple[int, ...]) -> None:
+    images = random_images(shape)
+    resized = F.interpolate(
+        images / 255, size=(9, 21, 7)[: len(shape)], mode="bilinear" if len(shape) == 2 else "trilinear"
+    )
+    views = only(len(shape), image_size=(9, 21, 7)[: len(shape)])(images)
+    torch.testing.assert_close(views, resized, atol=1e-5, rtol=0)
+
+
+@both_dims
+def test_crop_lies_in_the_image_and_has_the_drawn_area(shape: tuple[int, ...]) -> None:
+    images = coordinates(shape)
+    views = only(len(shape), crop_scale=(0.3, 0.6), crop_ratio=(0.5, 2))(images, generator())
+    matrix = jacobians(views)
+    side = matrix.diagonal(dim1=1, dim2=2) * torch.tensor(shape)
+    area = side.prod(1)
+    torch.testing.assert_close(matrix * torch.tensor(shape), torch.diag_embed(side), atol=1e-4, rtol=0)
+    assert area.min() > 0.3 - 1e-4
+    assert area.max() < 0.6 + 1e-4
+    assert area.std() > 0.01
+    ratio = side[:, 1:] / side[:, :1]
+    assert ratio.min() > 0.5 - 1e-4
+    assert ratio.max() < 2 + 1e-4
+    center = views.flatten(2).mean(2)
+    assert ((center - side / 2) > -0.02).all()
+    assert ((center + side / 2) < 1.02).all()
+
+
+def test_longest_side_of_a_stretched_crop_stops_at_the_image() -> None:
+    views = only(crop_scale=(0.8, 0.8), crop_ratio=(4, 4))(coordinates((20, 20)))
+    side = jacobians(views).diagonal(dim1=1, dim2=2) * 20
+    torch.testing.assert_close(side, torch.tensor([0.8, 1.0]).expand(16, 2), atol=1e-4, rtol=0)
+
+
+@both_dims
+def test_rotation_turns_voxels_about_the_centre(shape: tuple[int, ...]) -> None:
+    views = only(len(shape), rotation=20)(coordinates(shape), generator())
+    sizes = torch.tensor(shape, dtype=torch.float32)
+    matrix = jacobians(views) * sizes[:, None]  # from parts of a side to voxels
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(len(shape)).expand_as(matrix), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(matrix), torch.ones(16), atol=1e-3, rtol=0)
+    planes = len(shape) * (len(shape) - 1) // 2
+    largest = math.cos(math.radians(20)) ** planes
+    assert matrix.diagonal(dim1=1, dim2=2).min() > largest - 0.1
+    assert matrix[:, 0, 1].abs().max() < 0.4
+    assert matrix[:, 0, 1].std() > 0.05
+
+
+def test_outside_of_a_rotated_image_repeats_the_border() -> None:
+    views = only(rotation=45)(torch.full((8, 1, 16, 16), 0.7))
+    torch.testing.assert_close(views, torch.full((8, 1, 16, 16), 0.7))
+
+
+@both_dims
+def test_one_flip_probability_is_for_the_first_axis_alone(shape: tuple[int, ...]) -> None:
+    images = random_images(shape)
+    torch.testing.assert_close(only(len(shape), flip_prob=1)(images), images.flip(2) / 255, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_flip_follows_the_probability_of_its_axis(axis: int) -> None:
+    images = random_images((6, 5, 4))
+    views = only(3, flip_prob=[float(axis == other) for other in range(3)])(images)
+    torch.testing.assert_close(views, images.flip(2 + axis) / 255, atol=1e-5, rtol=0)
+
+
+def test_flip_takes_about_the_given_part_of_the_images() -> None:
+    images = coordinates((4, 4), batch=1000)
+    flipped = jacobians(only(flip_prob=0.25)(images, generator()))[:, 0, 0] < 0
+    assert 0.2 < flipped.float().mean() < 0.3
+
+
+@both_dims
+def test_blur_equals_scipy(shape: tuple[int, ...]) -> None:
+    images = random_images(shape) / 255
+    blurred = only(len(shape), blur_prob=1, blur_sigma=(1.4, 1.4))(images)
+    axes = tuple(range(2, images.ndim))
+    reference = torch.from_numpy(gaussian_filter(images.numpy(), 1.4, mode="nearest", radius=5, axes=axes))
+    torch.testing.assert_close(blurred, reference, atol=1e-5, rtol=0)
+
+
+def test_blur_keeps_the_mean_and_lowers_the_variance() -> None:
+    images = F.pad(random_images((16, 16)) / 255, [8] * 4, value=0.5)
+    blurred = only(blur_prob=1, blur_sigma=(0.8, 1.5))(images)
+    torch.testing.assert_close(blurred.mean((2, 3)), images.mean((2, 3)))
+    assert (blurred.var((2, 3)) < 0.5 * images.var((2, 3))).all()
+
+
+def test_every_blur_has_a_sigma_of_its_own() -> None:
+    impulses = F.pad(torch.ones(32, 1, 1, 1), [10] * 4)
+    blurred = only(blur_prob=1, blur_sigma=(0.6, 1.5))(impulses, generator())
+    sigma = (blurred.sum((1, 2)) @ torch.arange(-10.0, 11) ** 2).sqrt()
+    assert sigma.min() > 0.55
+    assert sigma.max() < 1.5
+    assert sigma.std() > 0.1
+
+
+def test_blur_leaves_the_images_that_are_not_drawn_exactly() -> None:
+    images = random_images((16, 16), batch=400)
+    kept = (only(blur_prob=0.7, blur_sigma=(1, 1))(images, generator()) == only()(images)).flatten(1).all(1)
+    assert 0.2 < kept.float().mean() < 0.4
+    assert torch.equal(only(blur_prob=1e-6)(images, generator()), only()(images))
+    # On a GPU these go through the convolution with a sigma that must change nothing.
+    assert torch.equal(_gaussian_blur(images.float(), torch.full((400,), 0.01), largest=1.5), images.float())
+
+
+@both_dims
+@pytest.mark.parametrize(
+    ("switches", "formula"),
+    [
+        ({"gamma": (0.7, 0.7)}, lambda x, mean: x**0.7),
+        ({"gamma": (2, 2)}, lambda x, mean: x**2),
+        ({"contrast": (0.5, 0.5)}, lambda x, mean: mean + 0.5 * (x - mean)),
+        ({"contrast": (1.4, 1.4)}, lambda x, mean: (mean + 1.4 * (x - mean)).clamp(0, 1)),
+    ],
+    ids=["gamma 0.7", "gamma 2", "contrast 0.5", "contrast 1.4"],
+)
+def test_intensity_equals_its_formula(
+    shape: tuple[int, ...], switches: dict[str, Any], formula: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    images = random_images(shape) / 255
+    mean = images.flatten(1).mean(1).view(-1, *[1] * (images.ndim - 1))
+    torch.testing.assert_close(only(len(shape), **switches)(images), formula(images, mean))
+
+
+def test_brightness_shifts_every_image_by_its_own_amount() -> None:
+    images = 0.4 + 0.2 * random_images((6, 6), batch=200) / 255
+    shift = (only(brightness=0.3)(images, generator()) - images).flatten(1)
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
+    assert -0.3 <= shift.min() < -0.28
+    assert 0.28 < shift.max() <= 0.3
+
+
+def test_noise_is_gaussian_up_to_the_given_deviation() -> None:
+    noise = only(noise_std=0.1)(torch.full((200, 1, 16, 16), 0.5), generator()).flatten(1) - 0.5
+    assert noise.mean().abs() < 1e-3
+    assert noise.std(1).min() < 0.01
+    assert 0.09 < noise.std(1).max() < 0.115
+
+
+@both_dims
+def test_erased_part_is_a_box_of_the_drawn_area(shape: tuple[int, ...]) -> None:
+    size = tuple(4 * length for length in shape)
+    erased = only(len(shape), erase_prob=1, erase_scale=(0.1, 0.2))(torch.ones(8, 2, *size), generator()) == 0
+    assert torch.equal(erased[:, 0], erased[:, 1])
+    assert erased.float().flatten(1).mean(1).min() > 0.05
+    assert erased.float().flatten(1).mean(1).max() < 0.25
+    for image in erased[:, 0]:
+        extents = [torch.unique(index) for index in image.nonzero().unbind(1)]
+        assert math.prod(len(extent) for extent in extents) == image.sum()
+
+
+def test_erasing_takes_about_the_given_part_of_the_images() -> None:
+    untouched = only(erase_prob=0.3)(torch.ones(1000, 1, 8, 8), generator()).flatten(1).all(1)
+    assert 0.6 < untouched.float().mean() < 0.85
+
+
+@both_dims
+def test_uint8_and_float_images_give_the_same_views(shape: tuple[int, ...]) -> None:
+    images = random_images(shape)
+    augment = BatchAugment(len(shape), **EVERYTHING)
+    torch.testing.assert_close(augment(images, generator()), augment(images / 255, generator()))
+
+
+def test_input_is_left_as_it_was_and_clipped() -> None:
+    images = torch.rand(4, 1, 8, 8) * 3 - 1
+    before = images.clone()
+    assert BatchAugment(crop_scale=None, flip_prob=0, rotation=0)(images).isfinite().all()
+    assert torch.equal(images, before)
+    assert torch.equal(only()(images), images.clamp(0, 1))
+
+
+@both_dims
+def test_same_generator_gives_the_same_views_and_another_gives_others(shape: tuple[int, ...]) -> None:
+    images = random_images(shape)
+    augment = BatchAugment(len(shape), **EVERYTHING)
+    first = augment(images, generator(1))
+    assert torch.equal(first, augment(images, generator(1)))
+    assert not torch.allclose(first, augment(images, generator(2)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"crop_scale": (0.5, 1)},
+        {"rotation": 10},
+        {"gamma": (0.5, 2)},
+        {"brightness": 0.1},
+        {"contrast": (0.5, 1.5)},
+        {"blur_prob": 1},
+        {"noise_std": 0.1},
+        {"erase_prob": 1},
+    ],
+    ids=lambda switches: next(iter(switches)),
+)
+def test_every_image_has_a_draw_of_its_own(switches: dict[str, Any]) -> None:
+    images = random_images((16, 16), batch=1).expand(3, -1, -1, -1)
+    views = only(**switches)(images, generator())
+    assert not torch.allclose(views[0], views[1], atol=1e-3)
+    assert not torch.allclose(views[0], views[2], atol=1e-3)
+
+
+def test_augmentation_carries_no_gradient() -> None:
+    assert not BatchAugment()(torch.rand(2, 1, 8, 8, requires_grad=True)).requires_grad
+
+
+@both_dims
+def test_corrupt_masks_whole_blocks_in_all_channels(shape: tuple[int, ...]) -> None:
+    images = torch.ones(50, 2, *shape)
+    masked = Corrupt(mask_fraction=0.4, mask_size=5)(images, generator()) == 0
+    assert 0.3 < masked.float().mean() < 0.5
+    assert torch.equal(masked[:, 0], masked[:, 1])
+    block = masked[(slice(None), 0, *[slice(0, 5)] * len(shape))].flatten(1)
+    assert torch.equal(block.all(1), block.any(1))
+    assert (images == 1).all()
+
+
+@both_dims
+def test_every_image_loses_blocks_of_its_own_and_the_mask_says_which(shape: tuple[int, ...]) -> None:
+    corrupt = Corrupt(mask_fraction=0.5, mask_size=3, noise_std=0.01)
+    images = torch.ones(8, 2, *shape)
+    masked = corrupt.mask(images, generator())
+    assert masked.shape == (8, 1, *shape)
+    assert len(masked.flatten(1).unique(dim=0)) == 8
+    assert torch.equal(corrupt(images, generator(), masked) == 0, masked.expand_as(images))
+
+
+def test_corrupt_adds_noise_in_range() -> None:
+    noisy = Corrupt(mask_fraction=0, noise_std=0.2)(torch.full((8, 1, 32, 32), 0.5), generator())
+    assert abs(noisy.std().item() - 0.2) < 0.01
+    assert noisy.min() >= 0
+    assert noisy.max() <= 1
+
+
+def test_views_come_one_after_the_other_and_differ() -> None:
+    images = random_images((8, 8))
+    views = TwoViews(BatchAugment())({"image": images}, "cpu")
+    assert views.images.shape == (8, 2, 8, 8)
+    assert views.target is views.images
+    assert not torch.allclose(views.images[:4], views.images[4:], atol=1e-2)
+    unchanged = TwoViews(only(), num_views=3, key="scan")({"scan": images}, "cpu").images
+    torch.testing.assert_close(unchanged, (images / 255).repeat(3, 1, 1, 1))
+
+
+def test_target_is_the_input_before_corruption() -> None:
+    views = TwoViews(only(), corrupt=Corrupt(mask_fraction=0.5, mask_size=2))({"image": torch.ones(2, 1, 8, 8)}, "cpu")
+    assert (views.target == 1).all()
+    assert 0 < views.images.mean() < 1
+
+
+def test_epochs_repeat_from_seed_rank_and_epoch() -> None:
+    batch = {"image": random_images((8, 8))}
+
+    def second_batch(seed: int, rank: int, epoch: int) -> Tensor:
+        views = TwoViews(BatchAugment(), seed=seed, rank=rank)
+        views(batch, "cpu")
+        views.set_epoch(epoch)
+        views(batch, "cpu")
+        return views(batch, "cpu").images
+
+    reference = second_batch(1, 2, 3)
+    assert torch.equal(reference, second_batch(1, 2, 3))
+    for other in [(0, 2, 3), (1, 0, 3), (1, 2, 0), (3, 2, 1)]:
+        assert not torch.allclose(reference, second_batch(*other), atol=1e-2)
+
+
+def test_draws_leave_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    views = TwoViews(BatchAugment(**EVERYTHING), corrupt=Corrupt(noise_std=0.1))
+    views({"image": random_images((8, 8))}, "cpu")
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_trainer_takes_the_views_of_meta_tensors() -> None:
+    dataset = Dataset([{"image": MetaTensor(torch.rand(1, 8, 8))} for _ in range(4)])
+    network = torch.nn.Conv2d(1, 1, 1)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=DataLoader(dataset, batch_size=4),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), 0.1),
+        loss_function=torch.nn.MSELoss(),
+        prepare_batch=TwoViews(BatchAugment(), corrupt=Corrupt()),
+        decollate=False,
+    )
+    trainer.run()
+    assert trainer.state.output["image"].shape == (8, 1, 8, 8)
+    assert type(trainer.state.output["image"]) is Tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@both_dims
+def test_nothing_waits_for_the_gpu(shape: tuple[int, ...]) -> None:
+    images = random_images(shape).cuda()
+    views = TwoViews(BatchAugment(len(shape), **EVERYTHING), corrupt=Corrupt(noise_std=0.1))
+    views({"image": images}, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert views({"image": images}, "cuda").images.is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spatial_dims": 1}, r"`spatial_dims` must be 2 or 3, got 1"),
+        ({"image_size": 0}, r"`image_size` must be one positive number or one per axis \(2\), got 0"),
+        ({"image_size": (8, 8, 8)}, r"`image_size` must be one positive number or one per axis \(2\)"),
+        ({"crop_scale": (0, 1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\], got \(0, 1\)"),
+        ({"crop_scale": (0.5, 1.1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\]"),
+        ({"crop_ratio": (2, 1)}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got \(2, 1\)"),
+        (
+            {"flip_prob": (0.5, 0.5, 0.5)},
+            r"`flip_prob` must be one number or one per axis \(2\), got \(0.5, 0.5, 0.5\)",
+        ),
+        ({"flip_prob": 2}, r"`flip_prob` must be a number in \[0, 1\], got 2"),
+        ({"rotation": -1}, r"`rotation` must be a number in \[0, 180\], got -1"),
+        ({"gamma": (0, 1)}, r"`gamma` must be two increasing numbers"),
+        ({"brightness": 2}, r"`brightness` must be a number in \[0, 1\]"),
+        ({"contrast": (-1, 1)}, r"`contrast` must be two increasing numbers"),
+        ({"blur_sigma": (0, 1)}, r"`blur_sigma` must be two increasing numbers"),
+        ({"blur_prob": 1.5}, r"`blur_prob` must be a number in \[0, 1\]"),
+        ({"noise_std": -0.1}, r"`noise_std` must be a number in \[0, inf\]"),
+        ({"erase_prob": -0.1}, r"`erase_prob` must be a number in \[0, 1\]"),
+        ({"erase_scale": (0.5, 2)}, r"`erase_scale` must be two increasing numbers"),
+    ],
+)
+def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchAugment(**arguments)
+
+
+def test_rejects_bad_images() -> None:
+    with pytest.raises(ValueError, match=r"`images` must have shape \(B, C, X, Y\), got \(1, 8, 8\)"):
+        BatchAugment()(torch.rand(1, 8, 8))
+    with pytest.raises(ValueError, match=r"`images` must have shape \(B, C, X, Y, Z\), got \(1, 1, 8, 8\)"):
+        BatchAugment(3)(torch.rand(1, 1, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"`images` must be uint8 in \[0, 255\] or floating in \[0, 1\], got torch.int16"
+    ):
+        BatchAugment()(torch.zeros(1, 1, 8, 8, dtype=torch.int16))
+
+
+def test_rejects_bad_corruption_and_views() -> None:
+    with pytest.raises(ValueError, match=r"`mask_size` must be at least 1 pixel, got 0"):
+        Corrupt(mask_size=0)
+    with pytest.raises(ValueError, match=r"`mask_fraction` must be a number in \[0, 1\], got 1.5"):
+        Corrupt(mask_fraction=1.5)
+    with pytest.raises(ValueError, match=r"`noise_std` must be a number in \[0, inf\], got -1"):
+        Corrupt(noise_std=-1)
+    with pytest.raises(ValueError, match=r"`num_views` must be at least 1, got 0"):
+        TwoViews(BatchAugment(), num_views=0)
+    with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, -1, 0"):
+        TwoViews(BatchAugment(), rank=-1)
+    with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, 0, -1"):
+        TwoViews(BatchAugment()).set_epoch(-1)

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    Invertd,
+    LoadImaged,
+    Orientationd,
+    SaveImaged,
+    Spacingd,
+    SpatialPadd,
+)
+from torch import Tensor
+
+from dissect_monai.data.readers import ImageFileReader
+from dissect_monai.transforms import spatial as original_grid
+from dissect_monai.transforms.spatial import OriginalGridd, to_original_grid
+
+SHAPE, SPACING = (22, 17, 13), (1.0, 1.4, 2.5)
+ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
+every_orientation = pytest.mark.parametrize(("axes", "signs"), ORIENTATIONS)
+
+
+def affine_of(
+    axes: tuple[int, ...] = (0, 1, 2), signs: tuple[int, ...] = (1, 1, 1), spacing: tuple[float, ...] = SPACING
+) -> np.ndarray:
+    """Axis i of the array runs along axis `axes[i]` of the patient, or against it."""
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for column, (axis, sign) in enumerate(zip(axes, signs, strict=True)):
+        affine[axis, column] = sign * spacing[column]
+    affine[:3, 3] = (-31.5, 12.25, 7.0)
+    return affine
+
+
+def label_map(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """A large and a small structure, at no symmetric place, with air on every side."""
+    places = np.stack(np.meshgrid(*(np.arange(size) / (size - 1) for size in shape), indexing="ij"), -1)
+    label = np.zeros(shape, dtype=np.uint8)
+    label[(((places - [0.42, 0.45, 0.55]) / [0.36, 0.34, 0.34]) ** 2).sum(-1) < 1] = 1
+    label[(((places - [0.55, 0.3, 0.4]) / [0.16, 0.18, 0.2]) ** 2).sum(-1) < 1] = 2
+    return label
+
+
+def preprocessed(label: np.ndarray, affine: np.ndarray, pixdim: tuple[float, ...] | None, mode: str) -> MetaTensor:
+    """As a bundle prepares an image: in RAS, resampled, without its air, and padded."""
+    channels = label[None] if mode == "nearest" else np.stack([label == value for value in range(3)])
+    item = {"image": MetaTensor(torch.as_tensor(channels, dtype=torch.float32), affine=torch.as_tensor(affine))}
+    steps = [
+        Orientationd("image", axcodes="RAS", labels=None),
+        *([Spacingd("image", pixdim, mode=mode)] if pixdim else []),
+        CropForegroundd("image", source_key="image", select_fn=foreground, allow_smaller=True),
+        SpatialPadd("image", spatial_size=(21, 19, 18)),
+    ]
+    return Compose(steps)(item)["image"]
+
+
+def foreground(image: Tensor) -> Tensor:
+    return image[-1:] > 0 if len(image) == 1 else image[1:].sum(0, keepdim=True) > 0.01
+
+
+def logits_of(channels: MetaTensor) -> MetaTensor:
+    """Logits whose largest is that of the class; padding, which has no class, becomes background."""
+    channels[0] += 1 - channels.sum(0)
+    return channels * 20 - 10
+
+
+def dice(first: Any, second: Any, value: int) -> float:
+    first, second = np.asarray(first) == value, np.asarray(second) == value
+    return 2 * (first & second).sum() / (first.sum() + second.sum())
+
+
+# --- every orientation
+
+
+@every_orientation
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_what_was_not_resampled_comes_back_exactly(axes: Any, signs: Any, mode: str) -> None:
+    label, affine = label_map(), affine_of(axes, signs)
+    pred = preprocessed(label, affine, None, mode)
+    restored = to_original_grid(pred if mode == "nearest" else logits_of(pred), SHAPE, affine)
+    np.testing.assert_array_equal(restored[0], label)
+
+
+@every_orientation
+def test_logits_of_another_spacing_come_back_to_the_label(axes: Any, signs: Any) -> None:
+    label, affine = label_map(), affine_of(axes, signs)
+    pred = preprocessed(label, affine, (1.3, 1.3, 1.6), "bilinear")
+    np.testing.assert_allclose(pred.pixdim, [1.3, 1.3, 1.6])
+    restored = to_original_grid(logits_of(pred), SHAPE, affine)
+    assert restored.shape == (1, *SHAPE)
+    assert dice(restored[0], label, 1) > 0.95
+    assert dice(restored[0], label, 2) > 0.9
+    for value in (1, 2):  # nothing is shifted
+        shift = np.argwhere(restored[0].numpy() == value).mean(0) - np.argwhere(label == value).mean(0)
+        assert np.abs(shift).max() < 0.15
+
+
+@every_orientation
+def test_label_maps_of_another_spacing_come_back_to_the_label(axes: Any, signs: Any) -> None:
+    label, affine = label_map(), affine_of(axes, signs, (1.5, 1.5, 1.5))
+    pred = preprocessed(label, affine, (1.0, 1.1, 0.9), "nearest")
+    assert dice(to_original_grid(pred, SHAPE, affine)[0], label, 1) > 0.93
+
+
+def test_oblique_volumes_come_back() -> None:
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]]
+    label, affine = label_map(), turn @ affine_of((1, 2, 0), (-1, 1, -1))
+    np.testing.assert_array_equal(
+        to_original_grid(preprocessed(label, affine, None, "nearest"), SHAPE, affine)[0], label
+    )
+    restored = to_original_grid(logits_of(preprocessed(label, affine, (1.3, 1.3, 1.6), "bilinear")), SHAPE, affine)
+    assert dice(restored[0], label, 1) > 0.95
+
+
+def test_a_grid_that_is_turned_against_the_prediction_is_filled() -> None:
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]]
+    straight = to_original_grid(MetaTensor(torch.as_tensor(label_map()[None]), affine=affine_of()), SHAPE, affine_of())
+    turned = to_original_grid(straight, (30, 30, 13), turn @ affine_of())
+    assert dice(to_original_grid(turned, SHAPE, affine_of())[0], label_map(), 1) > 0.9
+
+
+# --- agreement with MONAI
+
+
+def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
+    affine = affine_of((2, 0, 1), (-1, 1, 1))
+    nib.save(nib.Nifti1Image(label_map(), affine), tmp_path / "a.nii.gz")
+    steps = Compose(
+        [
+            LoadImaged("image", reader=ImageFileReader(), ensure_channel_first=True),
+            Orientationd("image", axcodes="RAS", labels=None),
+            Spacingd("image", (1.3, 1.2, 1.6), mode="nearest"),
+            CropForegroundd("image", source_key="image", allow_smaller=True),
+            SpatialPadd("image", spatial_size=(20, 18, 16)),
+        ]
+    )
+    item = steps({"image": str(tmp_path / "a.nii.gz")})
+    item["pred"] = item["image"].clone()
+    inverted = Invertd("pred", transform=steps, orig_keys="image", nearest_interp=True)(dict(item))["pred"]
+    restored = OriginalGridd("pred")(dict(item))["pred"]
+    assert restored.shape == inverted.shape
+    np.testing.assert_allclose(restored.affine, inverted.affine)
+    assert dice(restored, inverted, 1) > 0.97
+    assert dice(restored, label_map()[None], 1) >= dice(inverted, label_map()[None], 1) - 0.01
+
+
+def test_a_saved_prediction_lies_on_the_grid_of_its_file(tmp_path: Path) -> None:
+    affine = affine_of((1, 0, 2), (1, -1, -1))
+    nib.save(nib.Nifti1Image(label_map(), affine), tmp_path / "a.nii.gz")
+    item = LoadImaged("image", reader=ImageFileReader(), ensure_channel_first=True)({"image": tmp_path / "a.nii.gz"})
+    item = Orientationd("image", axcodes="RAS", labels=None)(item)
+    saver = SaveImaged("image", output_dir=tmp_path / "out", separate_folder=False, print_log=False)
+    saver(OriginalGridd("image")(item))
+    (path,) = (tmp_path / "out").iterdir()
+    saved = nib.load(path)
+    np.testing.assert_allclose(saved.affine, affine)
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), label_map())
+
+
+# --- values
+
+
+def test_logits_are_interpolated_linearly_before_the_largest_wins() -> None:
+    logits = torch.randn(4, 9, 8, 7, generator=torch.Generator().manual_seed(0))
+    finer = np.diag([0.5, 0.5, 0.5, 1])
+    finer[:3, 3] = -0.25
+    expected = F.interpolate(logits[None], scale_factor=2, mode="trilinear")[0].argmax(0)
+    restored = to_original_grid(logits, (18, 16, 14), finer, np.eye(4))
+    assert restored.dtype == torch.uint8
+    assert (restored[0] == expected).float().mean() > 0.999  # rounding, where two are equal
+
+
+def test_what_lies_beyond_the_prediction_is_background() -> None:
+    ones = MetaTensor(torch.full((1, 4, 4, 4), 7, dtype=torch.int16), affine=np.diag([2.0, 2, 2, 1]))
+    origin = np.eye(4)
+    origin[:3, 3] = -5
+    restored = to_original_grid(ones, (16, 16, 16), origin)
+    assert restored.dtype == torch.int16
+    expected = torch.zeros(16, 16, 16)
+    expected[4:13, 4:13, 4:13] = 7  # -1 to 7 mm: the voxels, from edge to edge
+    torch.testing.assert_close(restored[0].as_tensor().float(), expected)
+    origin[:3, 3] = 50
+    assert not to_original_grid(ones, (5, 5, 5), origin).any()
+
+
+def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, affine = torch.randn(5, 10, 9, 8), affine_of((2, 1, 0), (1, -1, 1), (0.5, 0.4, 0.6))
+    source = affine_of(spacing=(1.0, 1.0, 1.0))
+    source[:3, 3] = affine[:3, 3] - (0, 8, 0)
+    whole = to_original_grid(logits, (14, 16, 18), affine, source)
+    assert len(whole.unique()) == 5
+    sizes = []
+    sample = F.grid_sample
+
+    def counted(*arguments: Any, **keywords: Any) -> Tensor:
+        values = sample(*arguments, **keywords)
+        sizes.append((values.numel(), arguments[0].numel()))
+        return values
+
+    monkeypatch.setattr(original_grid, "_MAX_VALUES", 5 * 2 * 16 * 18)
+    monkeypatch.setattr(F, "grid_sample", counted)
+    torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine, source), whole)
+    assert [values for values, _ in sizes] == [5 * 2 * 16 * 18] * 7
+    assert max(used for _, used in sizes) < logits.numel() / 2  # of the logits, what the slab needs
+    monkeypatch.setattr(original_grid, "_MAX_VOXELS", 1)
+    torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine, source), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_logits_may_have_any_precision(dtype: torch.dtype) -> None:
+    label, affine = label_map(), affine_of((1, 2, 0), (1, 1, -1))
+    logits = logits_of(preprocessed(label, affine, None, "bilinear")).to(dtype)
+    np.testing.assert_array_equal(to_original_grid(logits, SHAPE, affine)[0], label)
+
+
+def test_metadata_stay_but_for_the_affine() -> None:
+    pred = MetaTensor(torch.ones(1, 3, 3, 3), affine=np.eye(4), meta={"filename_or_obj": "a.nii"})
+    restored = to_original_grid(pred, (4, 4, 4), affine_of())
+    assert restored.meta["filename_or_obj"] == "a.nii"
+    np.testing.assert_allclose(restored.affine, affine_of())
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3, 3, 3), (3, 3, 3), np.eye(4), np.eye(4)), r"must have shape \(C, X, Y, Z\).*got \(3, 3, 3\)"),
+        ((torch.ones(1, 3, 3, 3), (3, 3), np.eye(4), np.eye(4)), r"three positive sizes, got .* and \(3, 3\)"),
+        ((torch.ones(1, 3, 3, 3), (3, 3, 3), np.eye(4)), "`pred_affine` must be given if `pred` is no MetaTensor"),
+        ((torch.ones(1, 3, 3, 3), (3, 3, 3), np.zeros((4, 4)), np.eye(4)), "`affine` must be an affine"),
+        ((torch.ones(1, 3, 3, 3), (3, 3, 3), np.eye(4), np.eye(3)), "`pred_affine` must be an affine"),
+    ],
+)
+def test_bad_grids_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_original_grid(*arguments)
+
+
+@pytest.mark.parametrize("pred", [torch.ones(1, 3, 3, 3), MetaTensor(torch.ones(1, 3, 3, 3))])
+def test_a_prediction_without_the_metadata_of_a_file_is_refused(pred: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"'pred' must be a MetaTensor with the `spatial_shape`.*keep `track_meta`"):
+        OriginalGridd("pred")({"pred": pred})
+    assert OriginalGridd("pred", allow_missing_keys=True)({"image": 1}) == {"image": 1}

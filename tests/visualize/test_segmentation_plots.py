@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from dissect_monai.visualize.classifier import figure_to_tensor
+from dissect_monai.visualize.segmentation import FILL, ORGAN_COLORS, segmentation_overlay
+
+LABELS = {"liver": [1], "right_kidney": [2], "spleen": [3, 4], "heart": [9]}
+SHAPE, SPACING = (24, 20, 12), (1.0, 2.0, 5.0)
+
+
+def maps() -> tuple[np.ndarray, np.ndarray]:
+    label = np.zeros(SHAPE, dtype=np.uint8)
+    label[12:20, 8:16, 3:9], label[4:9, 9:13, 4:8] = 1, 2
+    pred = np.where(label == 2, 0, label)
+    pred[3:6, 3:6, 4:7] = 4
+    return label, pred
+
+
+def overlay(**changes: Any) -> Any:
+    label, pred = maps()
+    image = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    return segmentation_overlay(
+        **{"image": image, "label": label, "pred": pred, "labels": LABELS, "spacing": SPACING, **changes}
+    )
+
+
+def shown(axes: Any) -> np.ndarray:
+    """Grey values as a screen shows them: rows from above."""
+    return np.asarray(axes.images[0].get_array())[::-1]
+
+
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def letters(axes: Any) -> dict[str, tuple[float, float]]:
+    return {text.get_text(): text.get_position() for text in axes.texts if len(text.get_text()) == 1}
+
+
+def test_a_figure_is_1500_pixels_wide() -> None:
+    picture = figure_to_tensor(overlay(title="Case 1"))
+    assert picture.shape[::2] == (3, 1500)
+    assert (picture.min(), picture.max()) == (0, 1)
+
+
+def test_planes_have_the_orientation_of_a_radiologist() -> None:
+    places = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
+    # Columns go to the patient's left, or to the back; rows go to the back, or down.
+    steps = {0: [(0, 1, -1), (1, 0, -1)], 1: [(0, 1, -1), (2, 0, -1)], 2: [(1, 1, -1), (2, 0, -1)]}
+    for plane, directions in steps.items():
+        for axis, direction, sign in directions:
+            picture = shown(overlay(image=places[axis]).axes[plane])
+            assert (np.diff(picture.astype(int), axis=direction) == sign).all()
+
+
+def test_the_patients_sides_are_written_where_they_are() -> None:
+    figure = overlay()
+    for axes, sides in zip(figure.axes, ("RLAP", "RLSI", "APSI"), strict=True):
+        found = letters(axes)
+        left, right, top, bottom = (found[side] for side in sides)
+        assert left[0] < 0.1 < 0.9 < right[0]
+        assert bottom[1] < 0.1 < 0.9 < top[1]
+
+
+def test_voxels_have_their_proportions() -> None:
+    assert [axes.get_aspect() for axes in overlay().axes] == [2, 5, 2.5]
+
+
+def center(**changes: Any) -> list[int]:
+    """Where the planes meet, told from images whose values are places along one axis."""
+    places = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
+    return [int(shown(overlay(**changes, image=places[axis]).axes[2 - axis])[0, 0]) for axis in range(3)]
+
+
+def test_planes_show_most_structures_or_the_middle_of_the_one_asked_for() -> None:
+    label, pred = maps()
+    x, y, z = center()
+    for cut in (np.s_[:, :, z], np.s_[:, y], np.s_[x]):
+        assert len(set(np.unique([label[cut], pred[cut]])) - {0}) >= 2
+    assert set(np.unique([label[:, :, z], pred[:, :, z]])) == {0, 1, 2, 4}
+    assert label[tuple(center(structure="right_kidney"))] == 2
+    assert pred[tuple(center(structure="spleen"))] == 4  # the label lacks it
+
+
+def test_predictions_are_areas_and_labels_are_outlines_of_one_colour() -> None:
+    axes = overlay(structure="liver").axes[0]
+    fills = [np.asarray(image.get_array()) for image in axes.images[1:]]
+    assert len(fills) == 2  # liver and spleen, but no kidney
+    np.testing.assert_allclose(fills[0].max((0, 1)), (*to_rgb(ORGAN_COLORS[0]), FILL))
+    assert (fills[0][..., 3] > 0).sum() == 8 * 8
+    outlines = [tuple(contour.get_edgecolor()[0][:3]) for contour in axes.collections]
+    assert outlines == [pytest.approx(to_rgb(ORGAN_COLORS[index])) for index in (0, 1)]
+    (path,) = axes.collections[0].get_paths()
+    ends = path.get_extents()
+    # Along the edges of the voxels of the liver, x from right to left.
+    first = fills[0][..., 3].any(0).argmax()
+    assert (ends.x0, ends.x1) == pytest.approx((first - 0.5, first + 7.5), abs=0.13)
+
+
+def test_the_legend_names_what_is_missed_or_not_in_the_label() -> None:
+    names = ["Prediction", "Label", "liver", "right kidney (missed)", "spleen (not in the label)"]
+    assert legend(overlay()) == names
+
+
+def test_structures_fill_the_picture() -> None:
+    label = np.zeros((24, 24, 24), dtype=int)
+    label[10:12, 10:12, 10:12] = 1
+    arguments = {"image": np.zeros(label.shape), "label": label, "pred": label, "spacing": (5.0, 5.0, 5.0)}
+    assert shown(overlay(**arguments).axes[0]).shape == (8, 8)  # 15 mm more on every side
+    assert shown(overlay(**arguments, structure="liver").axes[0]).shape == (18, 18)
+
+
+def test_a_case_without_structures_shows_its_middle() -> None:
+    empty = np.zeros(SHAPE, dtype=int)
+    figure = overlay(label=empty, pred=empty)
+    assert shown(figure.axes[0]).shape == (20, 24)
+    assert legend(figure) == ["Prediction", "Label"]
+    assert legend(overlay(label=empty, pred=empty, structure="heart")) == ["Prediction", "Label"]
+
+
+def test_the_window_is_what_is_black_and_white() -> None:
+    assert overlay(window=(-160, 240)).axes[0].images[0].get_clim() == (-160, 240)
+    low, high = overlay().axes[0].images[0].get_clim()
+    assert 0 < low < high < np.prod(SHAPE)
+
+
+def test_there_may_be_more_structures_than_colours() -> None:
+    label = np.arange(24 * 20 * 12).reshape(SHAPE) % 40
+    labels = {f"organ {value}": [value] for value in range(1, 40)}
+    assert len(legend(overlay(label=label, pred=label, labels=labels))) == 41
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": np.zeros((3, 3, 3))}, r"must have one shape \(X, Y, Z\).*got \(3, 3, 3\), \(24, 20, 12\)"),
+        ({"spacing": (1, 1)}, r"`spacing` three positive numbers, got .* \[1, 1\]"),
+        ({"structure": "lung"}, "`structure` must be one of liver, right_kidney, spleen, heart, got 'lung'"),
+        ({"window": (5, 5)}, r"`window` must be increasing, got \(5, 5\)"),
+        ({"label": np.full(SHAPE, 0.5)}, "`label` must hold integers"),
+    ],
+)
+def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        overlay(**changes)
