@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,24 +20,44 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from ignite.engine import Engine
 from monai.bundle import run
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dissect_monai.bundle import bad_input
-from dissect_monai.handlers.checkpoints import newest_checkpoint
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
-TINY = {  # knobs that all training configs have
-    "encoder": "resnet18",
+BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
+RECIPES = {bundle.name: [bundle / "configs" / "train.json"] for bundle in BUNDLES} | {
+    f"{config.parts[-3]}_{config.stem}": [config.with_name("train.json"), config]
+    for config in sorted(ROOT.glob("bundles/*/configs/*.json"))
+    if config.stem not in (*STANDARD_CONFIGS, "multi_gpu_train")
+}
+TASKS = ("abdomen_ct", "head_ct", "head_mr")  # of two groups
+TINY = {  # knobs of the recipes, for a training of a second
+    "encoder": "resnet10",
     "image_size": 32,
+    "num_embeddings": 16,
+    "embedding_dim": 16,
+    "hidden_dim": 16,
+    "pixdim": [12, 12, 12],
+    "patch_size": [16, 16, 16],
+    "blocks_down": [1, 1, 1],
+    "blocks_up": [1, 1],
+    "init_filters": 8,
+    "mask_size": 4,
+    "iterations_per_epoch": 2,
     "batch_size": 8,
     "max_epochs": 1,
     "warmup_epochs": 0,
-    "num_workers": 0,
+    "learning_rate": 0.01,
+    "val_interval": 1,
     "log_interval": 1,
+    "num_workers": 0,
     "amp": False,
 }
 
@@ -58,9 +79,50 @@ TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
 }
 
 
-def run_config(config: Path, **knobs: Any) -> None:
+class Recipe:
+    """A bundle's train.json, with a config for other data over it if there is one: its training, in small."""
+
+    def __init__(self, name: str, xrays: Path, volumes: Sequence[Path], folder: Path) -> None:
+        self.name, self.configs = name, RECIPES[name]
+        self.bundle = self.configs[0].parent.parent
+        known = {key: value for config in self.configs for key, value in read(config).items()}
+        self.knobs: dict[str, Any] = {key: value for key, value in TINY.items() if key in known}
+        if "patch_size" in known:
+            self.knobs["batch_size"] //= 2
+            for key in ("encoder", "image_size"):
+                self.knobs.pop(key, None)
+        data = xrays if "patch_size" not in known else volumes[0] if "structures" in known else volumes
+        self.knobs["dataset_dir"] = str(data) if isinstance(data, Path) else [str(each) for each in data]
+        self._finished = folder / name
+
+    def train(self, output_dir: Path, **knobs: Any) -> None:
+        """`monai.bundle run` in this process."""
+        run_config(self.configs, **{**self.knobs, "output_dir": output_dir, **knobs})
+
+    def run(self, config: str, output_dir: Path, **knobs: Any) -> None:
+        """Another config of the bundle, with the weights of the finished training."""
+        shared = {"dataset_dir": self.knobs["dataset_dir"], "pretrained": self.model, "num_workers": 0}
+        run_config(self.bundle / "configs" / f"{config}.json", **{**shared, "output_dir": output_dir, **knobs})
+
+    @property
+    def finished(self) -> Path:
+        """Output folder of a training of two epochs, which the first that asks for it makes for all processes."""
+        with FileLock(f"{self._finished}.lock"):
+            if not self._finished.with_suffix(".done").exists():
+                self.train(self._finished, max_epochs=2)
+                self._finished.with_suffix(".done").touch()
+        return self._finished
+
+    @property
+    def model(self) -> Path:
+        """The weights that it has left."""
+        return self.finished / "models" / "model.pt"
+
+
+def run_config(config: Path | Sequence[Path], **knobs: Any) -> None:
     """`monai.bundle run` in this process."""
-    run(config_file=str(config), **{name: _plain(value) for name, value in knobs.items()})
+    files = str(config) if isinstance(config, Path) else [str(each) for each in config]
+    run(config_file=files, **{name: _plain(value) for name, value in knobs.items()})
 
 
 def _plain(value: Any) -> Any:
@@ -83,9 +145,10 @@ def fork_server() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment)
 
 
-def command_line(config: str | Path, cwd: Path = ROOT, **knobs: Any) -> Ended:
+def command_line(config: str | Path | Sequence[Path], cwd: Path = ROOT, **knobs: Any) -> Ended:
     """`monai.bundle run` in a process of its own."""
-    return forked(config, cwd, [{}], **knobs)
+    files = str(config) if isinstance(config, str | Path) else str([str(each) for each in config])
+    return forked(files, cwd, [{}], **knobs)
 
 
 def two_processes(
@@ -98,7 +161,7 @@ def two_processes(
 
 
 def forked(
-    config: str | Path,
+    files: str,
     cwd: Path,
     environments: list[dict[str, str]],
     meanwhile: Callable[[list[int]], None] | None = None,
@@ -106,7 +169,7 @@ def forked(
 ) -> Ended:
     """`monai.bundle run` in a process for each environment."""
     options = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-    arguments = ["monai.bundle", "run", "--config_file", str(config), *options]
+    arguments = ["monai.bundle", "run", "--config_file", files, *options]
     server = fork_server()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -154,8 +217,48 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def network_state(ckpt_dir: Path) -> dict[str, Any]:
-    return torch.load(newest_checkpoint(ckpt_dir), weights_only=True)["network"]
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def metrics_of(output_dir: Path) -> dict[str, float]:
+    lines = (output_dir / "eval" / "metrics.csv").read_text().splitlines()
+    return {name: float(value) for name, value in (line.split(",") for line in lines)}
+
+
+def events_of(output_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(output_dir / "eval"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def tags_of(output_dir: Path) -> set[str]:
+    tags = events_of(output_dir).Tags()
+    return {*tags["scalars"], *tags["images"]}
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output_dir / "models" / "model.pt", weights_only=True)
+
+
+def settings(output_dir: Path) -> dict[str, Any]:
+    return read(output_dir / "models" / "model.json")
+
+
+def checkpoint(output_dir: Path, epoch: int) -> dict[str, Any]:
+    return torch.load(output_dir / "checkpoints" / f"checkpoint_epoch={epoch}.pt", weights_only=True)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Bit for bit, in nested containers, too."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
 
 
 def write(path: Path, content: Any) -> Path:

@@ -1,0 +1,269 @@
+"""Every bundle, and every recipe of it, is found and not listed: its files, and the life of its trainings."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BUNDLES,
+    ROOT,
+    STANDARD_CONFIGS,
+    Recipe,
+    checkpoint,
+    command_line,
+    read,
+    refused,
+    same,
+    settings,
+    two_processes,
+    weights,
+    write,
+)
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+import dissect_monai
+
+pytestmark = pytest.mark.usefixtures("_in_root")
+CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
+OVERRIDES = [path for path in CONFIGS if path.stem not in STANDARD_CONFIGS]
+
+every_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def targets(config: Any) -> Iterator[str]:
+    if isinstance(config, dict):
+        if isinstance(config.get("_target_"), str):
+            yield config["_target_"]
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            yield from targets(value)
+
+
+@every_config
+def test_names_what_is_public_and_no_absolute_path(config: Path) -> None:
+    text = config.read_text(encoding="utf-8")
+    ours = {name for name in targets(read(config)) if name.startswith("dissect_monai.")}
+    for name in ours | set(re.findall(r"dissect_monai\.\w+", text)):
+        assert hasattr(dissect_monai, name.removeprefix("dissect_monai.")), name
+    assert "/home/" not in text
+    assert "environ" not in text
+
+
+def image_steps(preprocessing: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps that change the images alone."""
+    others = ("SelectItemsd", "dissect_monai.ForegroundIndicesd")
+    return [step for step in preprocessing["transforms"] if step["keys"] == "image" and step["_target_"] not in others]
+
+
+@every_bundle
+def test_network_and_preprocessing_are_the_same_in_all_configs(bundle: Path) -> None:
+    configs = {name: read(bundle / "configs" / f"{name}.json") for name in ("train", "evaluate", "inference")}
+    networks = [config["network_def"] for config in configs.values()]
+    assert networks[0] == networks[1] == networks[2]
+    train, evaluate, inference = (
+        image_steps(config.get("train", config)["preprocessing"]) for config in configs.values()
+    )
+    assert len(train) >= 4
+    assert evaluate == train
+    assert inference[: len(train)] == train
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_overrides_change_what_exists_or_use_what_they_add(override: Path) -> None:
+    trained, text = ConfigParser(read(override.with_name("train.json"))), override.read_text(encoding="utf-8")
+    for name in read(override):
+        key = name.removeprefix("+")
+        assert key in trained or f"@{key}" in text, name
+
+
+def test_several_gpus_are_used_in_the_same_way_by_all_bundles() -> None:
+    overrides = {path.read_bytes() for path in ROOT.glob("bundles/*/configs/multi_gpu_train.json")}
+    assert len(overrides) == 1
+
+
+def test_no_property_that_monai_requires_is_missing(recipe: Recipe, tmp_path: Path) -> None:
+    workflows = [(recipe.configs, "train", recipe.knobs)]
+    if len(recipe.configs) == 1:
+        judge = {"dataset_dir": recipe.knobs["dataset_dir"], "pretrained": str(recipe.model)}
+        workflows.append(([recipe.configs[0].with_name("evaluate.json")], "infer", judge))
+    for configs, kind, knobs in workflows:
+        files = [str(config) for config in configs]
+        workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, output_dir=str(tmp_path), **knobs)
+        workflow.initialize()
+        assert workflow.check_properties() == []
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_weights_checkpoints_and_events_and_nothing_else(recipe: Recipe) -> None:
+    folder = recipe.finished
+    assert names(folder) == ["checkpoints", "eval", "models"]
+    assert names(folder / "models") == ["model.json", "model.pt"]
+    assert names(folder / "checkpoints") == [f"checkpoint_epoch={epoch}.pt" for epoch in (1, 2)]
+    assert [name.split(".")[-1] for name in names(folder / "eval") if "tfevents" not in name] in ([], ["csv"])
+    said = settings(folder)
+    own = {name: value for name, value in recipe.knobs.items() if name in said}
+    assert {name: said[name] for name in own} == own
+    assert {"encoder", "patch_size"} & {*own}
+
+
+def test_an_epoch_and_one_more_are_bit_for_bit_two(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.train(tmp_path, max_epochs=1, schedule_epochs=2)
+    recipe.train(tmp_path, max_epochs=2, resume=True)
+    assert same(checkpoint(tmp_path, 2), checkpoint(recipe.finished, 2))
+    assert same(weights(tmp_path), weights(recipe.finished))
+    assert settings(tmp_path) == settings(recipe.finished)
+
+
+def test_cache_loaders_and_compiler_do_not_change_the_weights(recipe: Recipe, tmp_path: Path) -> None:
+    eager = {"compile": True, "train#trainer#compile_kwargs": {"backend": "eager"}}
+    recipe.train(tmp_path, max_epochs=2, cache_dir="$@output_dir + '/cache'", num_workers=2, **eager)
+    assert list((tmp_path / "cache").iterdir())
+    assert same(weights(tmp_path), weights(recipe.finished))
+
+
+def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(recipe.finished, tmp_path, dirs_exist_ok=True)
+    with refused("holds the checkpoints of another run: go on with it by --resume true"):
+        recipe.train(tmp_path)
+    for knobs, message in (
+        ({"max_epochs": 3}, r"of a run with schedule_epochs 2 \(now 3\)"),
+        ({"max_epochs": 2, "seed": 9, "learning_rate": 0.5}, r"learning_rate 0\.01 \(now 0\.5\).*seed 0 \(now 9\)"),
+        ({"max_epochs": 1, "schedule_epochs": 2}, "has done 2 epochs, more than --max_epochs 1"),
+    ):
+        with refused(message):
+            recipe.train(tmp_path, resume=True, **knobs)
+    newest = tmp_path / "checkpoints" / "checkpoint_epoch=2.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one by --resume_from"):
+        recipe.train(tmp_path, resume=True, max_epochs=2)
+    assert same(weights(tmp_path), weights(recipe.finished))
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"max_epoch": 3}, "--max_epoch .*max_epochs"),
+        ({"train#trainer#max_epoch": 3}, "max_epochs"),
+        ({"resume": True}, "checkpoint"),
+        ({"resume": "maybe"}, "true or false"),
+        ({"pretrained": "nowhere.pt"}, r"no weights at .*nowhere\.pt"),
+        ({"dataset_dir": "nowhere"}, "nowhere"),
+        ({"max_epochs": 4, "schedule_epochs": 2}, "`--schedule_epochs` must be at least --max_epochs, got 2 and 4"),
+        ({"warmup_epochs": 1}, "`--warmup_epochs` must be fewer than the 1 of the schedule, got 1"),
+    ],
+    ids=str,
+)
+def test_refuses_bad_knobs_before_training(recipe: Recipe, tmp_path: Path, knob: dict[str, Any], message: str) -> None:
+    with refused(message):
+        recipe.train(tmp_path / "out", **knob)
+    assert not (tmp_path / "out" / "models").exists()
+
+
+def test_what_cannot_be_written_or_found_ends_with_one_line_and_a_status(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with refused("`--output_dir` must be a folder that can be written, got .*file"):
+        recipe.train(tmp_path / "file")
+    result = command_line(recipe.configs, dataset_dir=tmp_path / "nowhere", output_dir=tmp_path / "out")
+    assert result.returncode == 1
+    assert re.match("error: .*nowhere", result.stderr.splitlines()[-1])
+    assert "Traceback" not in result.stderr
+    assert names(tmp_path) == ["file"]
+
+
+def copied_data(recipe: Recipe, folder: Path) -> tuple[list[str], Path]:
+    """A copy of the data, in which an image for training is cut off."""
+    given = recipe.knobs["dataset_dir"]
+    first, *others = [given] if isinstance(given, str) else given
+    shutil.copytree(first, folder)
+    broken = folder / read(folder / "dataset.json")["training"][1]["image"]
+    broken.write_bytes(broken.read_bytes()[:60])
+    return [str(folder), *others], broken
+
+
+def test_a_broken_image_is_fatal_by_default_and_skipped_by_a_knob(recipe: Recipe, tmp_path: Path) -> None:
+    data, broken = copied_data(recipe, tmp_path / "set")
+    with refused(re.escape(broken.name)):
+        recipe.train(tmp_path / "fatal", dataset_dir=data)
+    assert not (tmp_path / "fatal" / "models" / "model.pt").exists()
+    recipe.train(tmp_path / "skipped", dataset_dir=data, on_corrupt="skip")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "skipped").values())
+
+
+@every_bundle
+def test_inference_names_what_it_cannot_read_and_does_the_rest(
+    bundle: Path, recipe_of: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    recipe = recipe_of(bundle.name)
+    (folder, *_), broken = copied_data(recipe, tmp_path / "set")
+    knobs = {"dataset_dir": Path(folder) / "images", "output_dir": tmp_path / "out", "num_workers": 0}
+    result = command_line(bundle / "configs" / "inference.json", pretrained=recipe.model, **knobs)
+    assert result.returncode == 1
+    count = len(names(Path(folder) / "images"))
+    assert result.stderr.splitlines()[-1].startswith(f"error: 1 of {count} images could not be read: ")
+    assert "Traceback" not in result.stderr
+    (path,) = (tmp_path / "out" / "eval").rglob("*.csv")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows if row["error"]] == [str(broken)]
+    assert len(rows) == count
+    assert all(all(row[key] for key in row if key != "error") for row in rows if not row["error"])
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+SAVED = "$torch.save(@{}.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
+
+
+@pytest.mark.slow
+def test_two_processes_hold_one_network_and_outlive_the_loss_of_one(recipe: Recipe, tmp_path: Path) -> None:
+    name = "ssl_network" if "ssl_network" in read(recipe.configs[0]) else "network_def"
+    more = write(tmp_path / "more.json", {"+run": [SAVED.format(name)]})
+    configs = [*recipe.configs, recipe.configs[0].with_name("multi_gpu_train.json"), more]
+    knobs = {**recipe.knobs, "batch_size": recipe.knobs["batch_size"] // 2, "output_dir": tmp_path / "out"}
+    knobs |= {"max_epochs": 8, "val_interval": 8, "resume": "auto"}
+    first = tmp_path / "out" / "checkpoints" / "checkpoint_epoch=1.pt"
+
+    def lose_one(pids: list[int]) -> None:
+        for _ in range(6000):
+            if first.is_file():
+                break
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGKILL)
+
+    lost = two_processes(*configs, cwd=tmp_path, meanwhile=lose_one, **knobs)
+    assert lost.returncode, "neither has noticed"
+    assert first.is_file(), lost.stderr[-3000:]
+    result = two_processes(*configs, cwd=tmp_path, **knobs)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (epoch,) = re.findall(r"Going on from \S+, after epoch (\d)\.", result.stdout + result.stderr)  # one says so
+    assert 1 <= int(epoch) < 8
+    assert checkpoint(tmp_path / "out", 8)["trainer"]["epoch"] == 8
+    assert settings(tmp_path / "out")["world_size"] == 2
+    states = [torch.load(tmp_path / "out" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    differing = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
+    # Running statistics of BatchNorm are each rank's own until DDP hands out those of rank 0 at the next step.
+    assert all("running_" in key for key in differing), differing
+    assert len([name for name in names(tmp_path / "out" / "eval") if "tfevents" in name]) == 2  # of the two starts
+    assert names(tmp_path) == ["more.json", "out"]  # other ranks write nothing
+    assert names(tmp_path / "out") == ["checkpoints", "eval", "models", "rank0.pth", "rank1.pth"]
