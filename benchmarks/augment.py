@@ -25,7 +25,7 @@ from monai.data import set_track_meta
 from torch import Tensor
 
 from dissect_monai.transforms.augment import BatchAugment
-from dissect_monai.transforms.views import TwoViews
+from dissect_monai.transforms.views import Views
 
 try:
     import kornia.augmentation as ka
@@ -96,7 +96,7 @@ def make_variants(images: Tensor, device: str) -> dict[str, Callable[[], Tensor]
     def with_kornia(transform: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         return lambda: torch.cat([transform(on_device / 255) for _ in range(2)])
 
-    views = TwoViews(BatchAugment(image_size=SIZE))
+    views = Views(BatchAugment(image_size=SIZE))
     return {
         "monai": with_monai(monai_transform(one_affine=True)),
         "monai crop": with_monai(monai_transform(one_affine=False)),

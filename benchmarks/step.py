@@ -3,7 +3,7 @@
     python benchmarks/step.py --device cpu
     python benchmarks/step.py --device cuda --encoder resnet50
 
-The step: two views of decoded uint8 images (`TwoViews`), `VQSSLNet` without a decoder, `VQSSLLoss`, backward, fused
+The step: two views of decoded uint8 images (`Views`), `VQSSLNet` without a decoder, `VQSSLLoss`, backward, fused
 AdamW, EMA target. It has the network's default codebooks: stages 2, 3, 4 (strides 8, 16, 32), 64 channels, 1,024 codes.
 Two defaults are changed: the lookup is Euclidean, the only one that MONAI has, and maps are fused by "add", because
 attention would add to all variants alike and hide the codebooks; `--fusion attention` measures it.
@@ -42,7 +42,7 @@ from dissect_monai.networks.optimizers import ssl_optimizer
 from dissect_monai.networks.quantizers import Quantized
 from dissect_monai.networks.vqssl import FUSIONS, VQSSLNet
 from dissect_monai.transforms.augment import BatchAugment
-from dissect_monai.transforms.views import TwoViews
+from dissect_monai.transforms.views import Views
 
 Batch = dict[str, Tensor]
 
@@ -96,7 +96,7 @@ class Step:
     ) -> None:
         torch.manual_seed(0)
         self.device = args.device
-        self.augment = TwoViews(BatchAugment(image_size=args.image_size))
+        self.augment = Views(BatchAugment(image_size=args.image_size))
         encoder = getattr(nets, args.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
         network: Any = VQSSLNet(encoder, metric="euclidean", fusion=args.fusion)
         self.network = network.to(args.device, memory_format=memory_format)

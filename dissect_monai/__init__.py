@@ -1,16 +1,16 @@
 """Self-supervised learning on medical images: vector-quantised and hierarchical, for MONAI bundles."""
 
-from dissect_monai.bundle import announce as announce
 from dissect_monai.bundle import bundle_root as bundle_root
 from dissect_monai.bundle import check_knobs as check_knobs
+from dissect_monai.bundle import check_writable as check_writable
 from dissect_monai.bundle import checkpoint_to_resume as checkpoint_to_resume
-from dissect_monai.bundle import claim_output as claim_output
 from dissect_monai.bundle import complete_tracking as complete_tracking
+from dissect_monai.bundle import destroy_group as destroy_group
 from dissect_monai.bundle import explain_errors as explain_errors
-from dissect_monai.bundle import fewest as fewest
 from dissect_monai.bundle import given_items as given_items
 from dissect_monai.bundle import is_true as is_true
-from dissect_monai.bundle import leave_group as leave_group
+from dissect_monai.bundle import log_data_source as log_data_source
+from dissect_monai.bundle import min_over_ranks as min_over_ranks
 from dissect_monai.bundle import process_device as process_device
 from dissect_monai.bundle import refuse_overwriting as refuse_overwriting
 from dissect_monai.bundle import refuse_small_data as refuse_small_data
@@ -38,7 +38,7 @@ from dissect_monai.data.splits import refuse_other_channels as refuse_other_chan
 from dissect_monai.data.splits import refuse_untrainable as refuse_untrainable
 from dissect_monai.data.splits import scored_subjects as scored_subjects
 from dissect_monai.data.splits import select_fraction as select_fraction
-from dissect_monai.data.splits import share_of_process as share_of_process
+from dissect_monai.data.splits import shard as shard
 from dissect_monai.data.splits import subject_digest as subject_digest
 from dissect_monai.data.splits import with_test_split as with_test_split
 from dissect_monai.handlers.calibration import read_calibration as read_calibration
@@ -66,7 +66,7 @@ from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
 from dissect_monai.handlers.volume_probes import VolumeProbeHandler as VolumeProbeHandler
-from dissect_monai.handlers.volume_probes import refuse_unprobed as refuse_unprobed
+from dissect_monai.handlers.volume_probes import check_probe_data as check_probe_data
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
 from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss as HierarchicalContrastiveLoss
@@ -84,7 +84,7 @@ from dissect_monai.networks.optimizers import ssl_optimizer as ssl_optimizer
 from dissect_monai.networks.quantizers import EMACodebook as EMACodebook
 from dissect_monai.networks.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.networks.segmentation import DeepSupervisionNet as DeepSupervisionNet
-from dissect_monai.networks.segmentation import start_rare as start_rare
+from dissect_monai.networks.segmentation import init_class_prior as init_class_prior
 from dissect_monai.networks.vqssl import VQSSLNet as VQSSLNet
 from dissect_monai.networks.weights import has_decoder as has_decoder
 from dissect_monai.networks.weights import load_encoder as load_encoder
@@ -104,17 +104,17 @@ from dissect_monai.transforms.augment import BatchAugment as BatchAugment
 from dissect_monai.transforms.augment import Corrupt as Corrupt
 from dissect_monai.transforms.intensity import ForegroundIndicesd as ForegroundIndicesd
 from dissect_monai.transforms.intensity import NormalizeModalityd as NormalizeModalityd
-from dissect_monai.transforms.labels import LabelClassesd as LabelClassesd
 from dissect_monai.transforms.labels import LargestComponentsd as LargestComponentsd
+from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.labels import chosen_structures as chosen_structures
 from dissect_monai.transforms.labels import largest_components as largest_components
+from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
-from dissect_monai.transforms.spatial import PatchSpacingd as PatchSpacingd
 from dissect_monai.transforms.spatial import to_original_grid as to_original_grid
 from dissect_monai.transforms.views import AugmentedBatch as AugmentedBatch
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import MaskedImages as MaskedImages
-from dissect_monai.transforms.views import TwoViews as TwoViews
+from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images
 from dissect_monai.visualize.domains import report_domains as report_domains
 from dissect_monai.visualize.saliency import saliency_maps as saliency_maps

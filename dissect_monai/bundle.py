@@ -463,7 +463,7 @@ def process_device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def of_first_process(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What the first process calls this with, in all processes; the value itself without a process group.
 
     Args:
@@ -476,7 +476,7 @@ def of_first_process(value: Any) -> Any:
     return values[0]
 
 
-def fewest(count: int) -> int:
+def min_over_ranks(count: int) -> int:
     """The smallest count of all processes; the count itself without a process group.
 
     Args:
@@ -489,7 +489,7 @@ def fewest(count: int) -> int:
     return min(counts)
 
 
-def leave_group(network: DistributedDataParallel) -> None:
+def destroy_group(network: DistributedDataParallel) -> None:
     """Wait until all processes of the run are done, and end what connects them, in each of them.
 
     Gloo's threads may still hold tensors of the last collective, and abort a process whose interpreter ends before they
@@ -564,7 +564,7 @@ def bundle_root(name: str) -> str:
     raise FileNotFoundError(f"cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
 
 
-def announce(smoke: bool, data_dir: object) -> None:
+def log_data_source(smoke: bool, data_dir: object) -> None:
     """Say in one line which images the run uses.
 
     Args:
@@ -580,7 +580,7 @@ def announce(smoke: bool, data_dir: object) -> None:
         logger.info("Using the images in %s.", folders)
 
 
-def claim_output(output_dir: str | Path, *folders: str) -> None:
+def check_writable(output_dir: str | Path, *folders: str) -> None:
     """Make the folders that a run needs, and refuse an output folder that cannot be written.
 
     Args:
@@ -629,7 +629,7 @@ def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
     auto = str(resume).lower() == "auto"
     if not auto and not is_true(resume, "resume"):
         return None
-    newest = of_first_process([str(path) for path in checkpoints_in(ckpt_dir)[-1:]])
+    newest = broadcast_object([str(path) for path in checkpoints_in(ckpt_dir)[-1:]])
     if not newest and not auto:
         return newest_checkpoint(ckpt_dir)  # says what is missing
     return newest[0] if newest else None

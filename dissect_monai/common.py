@@ -9,19 +9,19 @@ import torch.distributed as dist
 
 Item = dict[str, Any]
 NO_FINDING = "No finding"
+LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 
 
-def few(values: Sequence[Any], count: int = 8) -> str:
+def shorten(values: Sequence[Any], count: int = 8) -> str:
     """The first values as a text, with dots if there are more."""
     return ", ".join(map(str, values[:count])) + ", ..." * (len(values) > count)
 
 
-LEVELS = ("image", "task", "group")
+def rank() -> int:
+    """Rank of this process; 0 without a process group."""
+    return dist.getrank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.getworld_size() if dist.is_available() and dist.is_initialized() else 1

@@ -101,6 +101,6 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(os.path.expanduser(str(path))))
 
 
-def few(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
     """The first names of many."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

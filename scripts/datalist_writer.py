@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from datalist_counts import print_findings, print_structures
-from datalist_source import Options, Record, Source, Volumes, absolute, few, one_of
+from datalist_source import Options, Record, Source, Volumes, absolute, one_of, shorten
 from PIL import Image
 from tqdm import tqdm
 from volume_pairs import UNNAMED_VALUES, Found, check_grids, check_values
@@ -106,14 +106,14 @@ def refuse_repeats(records: Sequence[Record]) -> None:
     """Refuse images that are listed twice and subjects in several splits."""
     twice = [str(image) for image, count in Counter(record.image for record in records).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} images are listed more than once: {few(twice)}. Remove the repetitions.")
+        raise ValueError(f"{len(twice)} images are listed more than once: {shorten(twice)}. Remove the repetitions.")
     splits: defaultdict[str, set[str]] = defaultdict(set)
     for record in records:
         splits[record.group].add(str(record.split))
     leaks = [f"{group} ({', '.join(sorted(found))})" for group, found in splits.items() if len(found) > 1]
     if leaks:
         raise ValueError(
-            f"{len(leaks)} subjects are in more than one split: {few(leaks)}. "
+            f"{len(leaks)} subjects are in more than one split: {shorten(leaks)}. "
             "Move each to one split, else the evaluation is on training data."
         )
 
@@ -127,7 +127,7 @@ def check_images(records: list[Record], options: Options) -> list[Record]:
     missing = [str(image) for image, is_file in zip(images, found, strict=True) if not is_file]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(images)} images do not exist: {few(missing)}. "
+            f"{len(missing)} of {len(images)} images do not exist: {shorten(missing)}. "
             "Complete the download, correct the paths, or remove them from the table."
         )
     if not opens:
@@ -136,7 +136,7 @@ def check_images(records: list[Record], options: Options) -> list[Record]:
     corrupt = [f"{image} ({error})" for image, error in zip(images, errors, strict=True) if error]
     if corrupt and not skip:
         raise ValueError(
-            f"{len(corrupt)} of {len(images)} images cannot be read: {few(corrupt)}. "
+            f"{len(corrupt)} of {len(images)} images cannot be read: {shorten(corrupt)}. "
             "Replace them, or leave them out with --skip_corrupt true."
         )
     for line in corrupt:

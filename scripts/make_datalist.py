@@ -31,7 +31,7 @@ from inspect import cleandoc, getmembers, isfunction, signature
 from pathlib import Path
 
 import fire
-from datalist_source import Label, Record, Source, absolute, columns, few, find_file, one_of, subject_of
+from datalist_source import Label, Record, Source, absolute, columns, find_file, one_of, shorten, subject_of
 from datalist_writer import make_datalist
 from volume_sources import VolumeSources
 
@@ -109,7 +109,7 @@ class Sources(VolumeSources):
         if absent and not partial:
             raise ValueError(
                 f"{table} must have a row for each image of the official lists, got none for {len(absent)}: "
-                f"{few(absent)}. Complete the download, or say that a part of the images is meant with --subset true."
+                f"{shorten(absent)}. Complete the download, or give --subset true if only a part is meant."
             )
         which = "A part of NIH ChestX-ray14" if absent else "NIH ChestX-ray14"
         description = f"{which} with its official test list; labels are text-mined and noisy"
@@ -174,7 +174,7 @@ class Sources(VolumeSources):
         classes = sorted(set(class_of.values()))
         wrong = [name for path, name in class_of.items() if path.parent == root or name.lower() in SPLIT_NAMES]
         if wrong or len(classes) < 2:
-            got = few(sorted(set(wrong or classes)))
+            got = shorten(sorted(set(wrong or classes)))
             raise ValueError(
                 f"{root} must hold two or more folders, one per class, got {got}. Move it, or use `table`."
             )

@@ -10,11 +10,11 @@ from helpers import TINY_BUNDLE, command_line, run_bundle, write
 from monai.bundle import run
 
 from dissect_monai.bundle import (
-    announce,
     bad_input,
     bundle_root,
+    check_writable,
     checkpoint_to_resume,
-    claim_output,
+    log_data_source,
     refuse_overwriting,
     refuse_small_data,
 )
@@ -56,8 +56,8 @@ def test_says_that_there_is_no_bundle(tiny_bundle: Path) -> None:
 
 def test_says_which_images_the_run_uses(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dissect_monai")
-    announce(smoke=True, data_dir="phantoms")
-    announce(smoke=False, data_dir="images")
+    log_data_source(smoke=True, data_dir="phantoms")
+    log_data_source(smoke=False, data_dir="images")
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert "Smoke run on generated phantoms in phantoms" in caplog.text
     assert "Using the images in images" in caplog.text
@@ -86,14 +86,14 @@ def test_refuses_an_empty_training_list() -> None:
 
 
 def test_an_output_is_claimed_with_its_folders(tmp_path: Path) -> None:
-    claim_output(tmp_path / "out", "eval", "models")
+    check_writable(tmp_path / "out", "eval", "models")
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["eval", "models"]
 
 
 def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"`--output_dir` must be a folder that can be written, got .*file: "):
-        claim_output(tmp_path / "file", "eval")
+        check_writable(tmp_path / "file", "eval")
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:

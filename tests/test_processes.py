@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dissect_monai.bundle import leave_group, process_device
+from dissect_monai.bundle import destroy_group, process_device
 
 
 def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,6 @@ def test_no_thread_of_the_group_is_left(tmp_path: Path) -> None:
     network(torch.ones(1, 2)).sum().backward()
     dist.all_reduce(torch.ones(1))
     assert gloo_threads()
-    leave_group(network)
+    destroy_group(network)
     assert not dist.is_initialized()
     assert not gloo_threads()

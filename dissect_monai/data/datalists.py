@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import NO_FINDING, Item, few
+from dissect_monai.common import NO_FINDING, Item, shorten
 from dissect_monai.data.headers import VolumeHeader
 from dissect_monai.data.readers import DICOM_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, image_format
 
@@ -264,7 +264,7 @@ def _refuse_missing(paths: list[str], datalist: Path) -> None:
     missing = [path for path in unlisted if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(
-            f"{datalist} must list existing files, got {len(missing)} missing: {few(missing, 3)}. "
+            f"{datalist} must list existing files, got {len(missing)} missing: {shorten(missing, 3)}. "
             "Correct the paths, which are relative to its folder, or remove the items."
         )
 
@@ -288,7 +288,7 @@ def _read_label(label: Any, names: list[str], where: str) -> list[float]:
         label = [label.get(name) for name in names]
     label = label if isinstance(label, list) else [label]
     if len(label) != len(names):
-        raise ValueError(f"{where}: the label must have {len(names)} values ({few(names, 3)}), got {len(label)}.")
+        raise ValueError(f"{where}: the label must have {len(names)} values ({shorten(names, 3)}), got {len(label)}.")
     # NaN, which Python's JSON reads, is the one value that differs from itself.
     values = [float("nan") if value is None or value != value else value for value in label]
     if not all(isinstance(value, (int, float)) and (value in (0, 1) or value != value) for value in values):
@@ -335,14 +335,14 @@ def _refuse_leaks(datalist: Datalist) -> None:
             if shared:
                 example = " and ".join(sorted({where[split][shared[0]] for split in (first, second)}))
                 raise ValueError(
-                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {few(shared, 5)} "
+                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {shorten(shared, 5)} "
                     f"(see {example}). Move each to one split of dataset.json, else the evaluation is on training data."
                 )
     for split in SPLITS:
         images = [item["image"] for item in getattr(datalist, split)]
         if len(set(images)) < len(images):
             repeated = [image for image, count in Counter(images).items() if count > 1]
-            logger.warning("`%s` lists %d images more than once: %s.", split, len(repeated), few(repeated, 3))
+            logger.warning("`%s` lists %d images more than once: %s.", split, len(repeated), shorten(repeated, 3))
 
 
 def _values(item: Item) -> list[float]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dissect_monai.common import Item, few
+from dissect_monai.common import Item, shorten
 from dissect_monai.data.datalists import (
     SPLITS,
     Datalist,
@@ -177,8 +177,8 @@ def _common_names(found: list[list[str]], folders: list[Path], structures: Seque
     for names, folder in zip(found, folders, strict=True):
         if {*names} != {*found[0]}:
             raise ValueError(
-                f"all folders must name the same structures, got {few(found[0])} in {folders[0]} and {few(names)} "
-                f"in {folder}: what one set has not contoured would count as background."
+                f"all folders must name the same structures, got {shorten(found[0])} in {folders[0]} and "
+                f"{shorten(names)} in {folder}: what one set has not contoured would count as background."
             )
     if structures is None:
         return found[0]

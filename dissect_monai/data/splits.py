@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import Item, few
+from dissect_monai.common import Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, DomainDatalist, SegmentationDatalist, _name, _positives
 
 
@@ -246,7 +246,7 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
     if trained_on:
         raise ValueError(
             f"`{name}` must hold no subject that the weights were trained on, got {len(trained_on)}: "
-            f"{few(trained_on)}. Give the --fold, --split_seed and --validation_fraction of training, or the "
+            f"{shorten(trained_on)}. Give the --fold, --split_seed and --validation_fraction of training, or the "
             "dataset.json as it was then."
         )
     for note in notes:
@@ -276,7 +276,7 @@ def subject_digest(item: Item) -> str:
     return hashlib.sha256(f"{item['task']}\t{item['subject']}".encode()).hexdigest()[:12]
 
 
-def share_of_process(items: list[Item], rank: int, world_size: int) -> list[Item]:
+def shard(items: list[Item], rank: int, world_size: int) -> list[Item]:
     """The items that one process validates: every one is some process's, and each process has one, if there is any."""
     return items[rank::world_size] or items[:1]
 

@@ -104,7 +104,7 @@ class HSSLValidation:
     def __call__(self, engine: Engine) -> None:
         """Leave the metrics in the engine's state, and draw."""
         bank, items = (self._features(loader, engine.state.device) for loader in self.loaders)
-        engine.state.metrics |= self._judged() | shortcut_metrics(bank, items) | collapse_metrics(items)
+        engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         if self.writer is not None:
             epoch = engine.state.epoch
             for task, rows in self.pictures.items():
@@ -143,7 +143,7 @@ class HSSLValidation:
                 columns = [target.views[one], show_mask(seen[one], masked), output.reconstruction[one].clamp(0, 1)]
                 rows.append(view_figure(columns, MIN_SIDE, GAP, slices=True))
 
-    def _judged(self) -> dict[str, float]:
+    def _scored(self) -> dict[str, float]:
         """Metrics of the views."""
         seen = _Seen(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
         embeddings = [_by_view(level) for level in seen.embeddings.unbind(2)]

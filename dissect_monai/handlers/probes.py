@@ -1,4 +1,4 @@
-"""Frozen features judged once on the test split, by k-NN and linear probe: what all such evaluations share."""
+"""Frozen features scored once on the test split, by k-NN and linear probe: what all such evaluations share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Baseline(NamedTuple):
     splits: list[Array]  # (N, D) each
 
 
-class Judged(NamedTuple):
+class ProbeScores(NamedTuple):
     """The scores of one probe on one kind of features for one question."""
 
     question: Question
@@ -142,18 +142,18 @@ class FrozenProbes:
 
     def __call__(self, engine: Engine) -> None:
         """Extract features, probe them, write the tables and leave the metrics."""
-        judged = [
-            self._judged(question, source, kind, probe, scores)
+        scored = [
+            self._scored(question, source, kind, probe, scores)
             for source, kind, features in self._features(engine.state.device)
             for question in self.questions
             for probe, scores in self._scores(question, features).items()
         ]
-        rows = [row for result in judged for row in self._rows(result)]
-        _name_left_out(judged)
+        rows = [row for result in scored for row in self._rows(result)]
+        _name_left_out(scored)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_csv(self.output_dir / "findings.csv", Row._fields, rows)
-        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(judged))
-        self._save_scores(judged)
+        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(scored))
+        self._save_scores(scored)
         for row in rows:
             column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
             name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
@@ -168,10 +168,10 @@ class FrozenProbes:
             return self.questions[0].columns
         return [question.columns[0] for question in self.questions if len(question.columns) == 1]
 
-    def _save_scores(self, judged: Sequence[Judged]) -> None:
+    def _save_scores(self, scored: Sequence[ProbeScores]) -> None:
         """Every score and label in scores.npz, so that runs can be compared pairwise later."""
         arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
-        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in judged}
+        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in scored}
         np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
 
     def _features(self, device: torch.device) -> Iterator[tuple[str, str, list[Array]]]:
@@ -199,19 +199,19 @@ class FrozenProbes:
                 scores["knn"][:, part] = knn_scores(x[0][known], train[known], x[2])
         return scores
 
-    def _judged(self, question: Question, source: str, kind: str, probe: str, scores: Array) -> Judged:
+    def _scored(self, question: Question, source: str, kind: str, probe: str, scores: Array) -> ProbeScores:
         aurocs, aps = {}, {}
         for index, columns in enumerate(zip(self._truth(question).T, scores.T, strict=True)):
             if not np.isnan(auroc(*columns)):
                 draws = self.subjects, self.num_samples, self.seed
                 aurocs[index] = resample(partial(auroc, *columns), *draws)
                 aps[index] = resample(partial(average_precision, *columns), *draws)
-        return Judged(question, source, kind, probe, scores, aurocs, aps)
+        return ProbeScores(question, source, kind, probe, scores, aurocs, aps)
 
     def _truth(self, question: Question) -> Array:
         return np.concatenate(question.labels) if self.num_folds else question.labels[2]
 
-    def _rows(self, result: Judged) -> Iterator[Row]:
+    def _rows(self, result: ProbeScores) -> Iterator[Row]:
         truth = self._truth(result.question)
         groups = {result.question.columns[index]: [index] for index in result.auroc}
         if len(groups) > 1:
@@ -226,10 +226,10 @@ class FrozenProbes:
             place = (result.source, result.features, result.probe, result.question.name)
             yield Row(*place, name, *intervals[0], *intervals[1], n, positives)
 
-    def _differences(self, judged: Sequence[Judged]) -> Iterator[Difference]:
+    def _differences(self, scored: Sequence[ProbeScores]) -> Iterator[Difference]:
         main = next(iter(self.encoders))
-        for result in judged:
-            for other in judged:
+        for result in scored:
+            for other in scored:
                 same = other.question is result.question and other.probe == result.probe
                 comparable = other.features == result.features or other.source not in self.encoders
                 if result.source != main or other.source == main or not same or not comparable:
@@ -243,9 +243,9 @@ class FrozenProbes:
                 yield Difference(*place, *percentile_interval(paired))
 
 
-def _name_left_out(judged: Sequence[Judged]) -> None:
+def _name_left_out(scored: Sequence[ProbeScores]) -> None:
     left_out = {
-        name: None for each in judged for index, name in enumerate(each.question.columns) if index not in each.auroc
+        name: None for each in scored for index, name in enumerate(each.question.columns) if index not in each.auroc
     }
     if left_out:
         logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(left_out))

@@ -19,7 +19,7 @@ from dissect_monai.networks.weights import SEGRESNET_ENCODER
 
 
 class SetsEpoch(Protocol):
-    """Anything whose random draws follow from the epoch: a `DistributedSampler`, `TwoViews`."""
+    """Anything whose random draws follow from the epoch: a `DistributedSampler`, `Views`."""
 
     def set_epoch(self, epoch: int) -> None:
         """Reseed for the epoch."""

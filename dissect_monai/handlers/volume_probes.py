@@ -72,7 +72,7 @@ class VolumeProbeHandler(FrozenProbes):
             Question("findings", list(label_names), findings),
             *_domains(splits),
         ]
-        questions = [question for question in map(_answerable, asked) if question.columns]
+        questions = [question for question in map(_scorable, asked) if question.columns]
         if not questions:
             logger.warning("No probe: %s.", _NOTHING_TO_ASK)
         super().__init__(encoders, loaders, questions, output_dir, num_samples=num_samples, seed=seed)
@@ -89,7 +89,7 @@ class VolumeProbeHandler(FrozenProbes):
         return Baseline("intensity", "histogram", [np.concatenate(histograms) for histograms in splits])
 
 
-def refuse_unprobed(
+def check_probe_data(
     datalist: DomainDatalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
 ) -> None:
     """Refuse data that cannot be evaluated, before they are read: an empty split, or nothing to measure.
@@ -151,7 +151,7 @@ def _domains(splits: Sequence[list[Item]]) -> list[Question]:
     return [Question("domains", tasks, everywhere), Question("domains_in_group", sharing, within, parts)]
 
 
-def _answerable(question: Question) -> Question:
+def _scorable(question: Question) -> Question:
     """The columns that have both classes in training and in test; the others are named."""
     kept = [
         index

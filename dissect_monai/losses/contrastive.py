@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dissect_monai.common import LEVELS, _rank, _world_size
+from dissect_monai.common import LEVELS, rank, world_size
 
 # Similarities of one block of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
@@ -62,7 +62,7 @@ class HierarchicalContrastiveLoss(nn.Module):
         if not items or any(len(level) % items or len(level) < 2 * items for level in levels):
             sizes = [len(level) for level in levels]
             raise ValueError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
-        image = torch.arange(items, device=task.device) + items * _rank()
+        image = torch.arange(items, device=task.device) + items * rank()
         labels = dict(zip(LEVELS, (image, task, group), strict=True))
         losses: dict[str, Tensor] = {}
         for shared in {id(level): level for level in levels}.values():
@@ -153,8 +153,8 @@ class _LogDenominators(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, scale: float) -> Tensor:
-        own = len(rows) // _world_size()
-        ctx.start, ctx.scale = own * _rank(), scale
+        own = len(rows) // world_size()
+        ctx.start, ctx.scale = own * rank(), scale
         result = rows.new_empty(own)
         for block, logits in _similarities(rows, ctx.start, ctx.start + own, scale):
             largest = logits.amax(1)
@@ -168,7 +168,7 @@ class _LogDenominators(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, result = ctx.saved_tensors
-        own = len(rows) // _world_size()
+        own = len(rows) // world_size()
         grad_rows = torch.zeros_like(rows)
         with torch.autocast(rows.device.type, enabled=False):
             for block, logits in _similarities(rows, ctx.start, ctx.start + own, ctx.scale):
@@ -196,18 +196,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.own = slice(_rank() * len(rows), (_rank() + 1) * len(rows))
-        return _gather(rows) if _world_size() > 1 else rows.view_as(rows)
+        ctx.own = slice(rank() * len(rows), (rank() + 1) * len(rows))
+        return _gather(rows) if world_size() > 1 else rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad[ctx.own] * _world_size()  # over which the gradients of the parameters will be averaged
+        return grad[ctx.own] * world_size()  # over which the gradients of the parameters will be averaged
 
 
 def _gather(tensor: Tensor) -> Tensor:
-    if _world_size() == 1:
+    if world_size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 

@@ -10,7 +10,7 @@ from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
 
-def start_rare(network: SegResNet, share: float = 0.01) -> None:
+def init_class_prior(network: SegResNet, share: float = 0.01) -> None:
     """Make an untrained network call every structure rare.
 
     With the usual biases of zero each class starts with the same share of all voxels, which is far more than a
@@ -29,11 +29,11 @@ def start_rare(network: SegResNet, share: float = 0.01) -> None:
     """
     if not 0 < share < 1:
         raise ValueError(f"`share` must lie between 0 and 1, got {share}.")
-    _start_rare(network.conv_final[-1].conv.bias, share)
+    _init_class_prior(network.conv_final[-1].conv.bias, share)
 
 
-def _start_rare(biases: Tensor, share: float = 0.01) -> None:
-    """As `start_rare`, of the biases of one convolution."""
+def _init_class_prior(biases: Tensor, share: float = 0.01) -> None:
+    """As `init_class_prior`, of the biases of one convolution."""
     with torch.no_grad():
         biases.fill_(math.log(share / (1 - share)))
         biases[0] = 0
@@ -67,7 +67,7 @@ class DeepSupervisionNet(nn.Module):
         # Level 0 is that of the output itself.
         heads = [conv(segresnet.init_filters * 2**level, classes, 1) for level in range(1, num_heads + 1)]
         for head in heads:
-            _start_rare(head.bias)
+            _init_class_prior(head.bias)
         self.heads = nn.ModuleList(heads)
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:

@@ -12,7 +12,7 @@ from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from dissect_monai.common import few
+from dissect_monai.common import shorten
 from dissect_monai.transforms.spatial import refuse_apart
 
 LabelMap = NDArray[np.integer[Any]]
@@ -87,7 +87,7 @@ def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> 
     return x, y, z
 
 
-class LabelClassesd(MapTransform):
+class ValuesToClassesd(MapTransform):
     """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
 
     Args:
@@ -129,8 +129,8 @@ class LabelClassesd(MapTransform):
             unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
             if unknown:
                 raise ValueError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({few(sorted(table))}), got "
-                    f"{few(unknown)}: name them there, or correct the label map."
+                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(sorted(table))}), got "
+                    f"{shorten(unknown)}: name them there, or correct the label map."
                 )
             classes = np.zeros(max(table) + 1, np.uint8)
             classes[list(table)] = list(table.values())

@@ -176,7 +176,7 @@ def _positions(shape: Sequence[int], to_pred: Array, device: torch.device) -> li
     ]
 
 
-class PatchSpacingd(MapTransform):
+class AdaptiveSpacingd(MapTransform):
     """Resamples to a common spacing, but to a finer one where a whole volume is smaller than a patch.
 
     MONAI's `Spacingd` would leave a crop of the hippocampus as a few voxels in a patch of padding, from which there is

@@ -34,14 +34,14 @@ def prepare_images(
     return (image.float() / 255 if image.dtype == torch.uint8 else image), label
 
 
-class Views(NamedTuple):
-    """What `TwoViews` returns: the first views of all images, then their second views, and so on."""
+class ViewBatch(NamedTuple):
+    """What `Views` returns: the first views of all images, then their second views, and so on."""
 
     images: Tensor  # (num_views * B, C, *spatial), the network's input
     target: Tensor  # the same before corruption: what a decoder reconstructs
 
 
-class TwoViews(PrepareBatch):
+class Views(PrepareBatch):
     """Make the views of a batch on the device: the `prepare_batch` of a trainer.
 
     Args:
@@ -86,10 +86,10 @@ class TwoViews(PrepareBatch):
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> Views:
+    ) -> ViewBatch:
         """Views of `batchdata[key]`, shape (B, C, *spatial); `kwargs` go to `Tensor.to`."""
         target = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs).images
-        return Views(self.corrupt(target, self._generator) if self.corrupt else target, target)
+        return ViewBatch(self.corrupt(target, self._generator) if self.corrupt else target, target)
 
     def _augmented(self, images: Tensor, **kwargs: Any) -> Augmented:
         # A MetaTensor would follow every operation with its own bookkeeping.
@@ -101,7 +101,7 @@ class TwoViews(PrepareBatch):
         return Augmented(torch.cat([view.images for view in views]), Placement(matrix, center))
 
 
-class AugmentedBatch(TwoViews):
+class AugmentedBatch(Views):
     """Augment the images of a batch on the device, and leave the labels: the `prepare_batch` of a classifier.
 
     Args:
@@ -183,21 +183,21 @@ class HierarchyBatch(NamedTuple):
     target: HierarchyTarget
 
 
-class HierarchyViews(TwoViews):
-    """`TwoViews` of images from several data sets: the `prepare_batch` of a trainer with `HSSLLoss`.
+class HierarchyViews(Views):
+    """`Views` of images from several data sets: the `prepare_batch` of a trainer with `HSSLLoss`.
 
     Args:
         augment: makes one view of each image.
         tasks: all names that `task` of an image may have; their order numbers them.
         groups: all names that `group` of an image may have.
-        seed: see `TwoViews`, as for the arguments below.
+        seed: see `Views`, as for the arguments below.
         rank: rank of this process.
         num_views: views per image.
         key: key of the images in the batch.
         corrupt: applied to the network's input alone.
 
     Raises:
-        ValueError: as `TwoViews`, or if names repeat or are none, or an image has no `task` or `group` of that name.
+        ValueError: as `Views`, or if names repeat or are none, or an image has no `task` or `group` of that name.
     """
 
     def __init__(

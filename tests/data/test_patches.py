@@ -20,7 +20,7 @@ TRANSFORMS = [
     {"_target_": "LoadImaged", **BOTH, "ensure_channel_first": True, "reader": READER},
     {"_target_": "Orientationd", **BOTH, "axcodes": "RAS", "labels": None},
     {"_target_": "dissect_monai.NormalizeModalityd", "keys": "image", "b_max": 255},
-    {"_target_": "dissect_monai.PatchSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"},
+    {"_target_": "dissect_monai.AdaptiveSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"},
     {
         "_target_": "ResampleToMatchd", "keys": LABEL_MAP, "key_dst": "image", "mode": "nearest",
         "padding_mode": "zeros", "allow_missing_keys": True,

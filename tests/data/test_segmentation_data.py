@@ -21,10 +21,10 @@ from dissect_monai.data.splits import (
     labelled_subjects,
     refuse_untrainable,
     scored_subjects,
-    share_of_process,
+    shard,
     subject_digest,
 )
-from dissect_monai.transforms.labels import LabelClassesd
+from dissect_monai.transforms.labels import ValuesToClassesd
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
 BTCV = [f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))]
@@ -475,11 +475,11 @@ def test_nothing_to_score_is_refused(split: str, message: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None:
     items = [{"image": str(index)} for index in range(5)]
-    shares = [share_of_process(items, rank, world_size) for rank in range(world_size)]
+    shares = [shard(items, rank, world_size) for rank in range(world_size)]
     assert all(shares)
     assert {item["image"] for share in shares for item in share} == set("01234")
     assert sum(map(len, shares)) == max(5, world_size)
-    assert share_of_process([], 0, world_size) == []
+    assert shard([], 0, world_size) == []
 
 
 def test_the_best_weights_cannot_be_chosen_without_a_validation_split() -> None:
@@ -496,7 +496,7 @@ def test_the_best_weights_cannot_be_chosen_without_a_validation_split() -> None:
 
 def classes(values: Any, labels: Any, class_names: Sequence[str] = ("spleen", "kidneys"), **meta: Any) -> Any:
     label_map = MetaTensor(torch.as_tensor(values)[None], meta={"filename_or_obj": "/data/a.nii.gz", **meta})
-    return LabelClassesd("label", class_names)({"label": label_map, "labels": labels})["label"]
+    return ValuesToClassesd("label", class_names)({"label": label_map, "labels": labels})["label"]
 
 
 def volume(*values: float, dtype: Any = np.uint8) -> np.ndarray:
@@ -529,7 +529,7 @@ def test_affine_and_path_stay() -> None:
     affine = torch.tensor([[0.0, 2, 0, -5], [-1.5, 0, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
     label = MetaTensor(torch.ones(1, 2, 3, 4), affine=affine, meta={"filename_or_obj": "a.nii.gz"})
     item = {"label": label, "labels": {"spleen": [1]}, "image": 3}
-    result = LabelClassesd("label", ["spleen"])(item)
+    result = ValuesToClassesd("label", ["spleen"])(item)
     assert isinstance(result["label"], MetaTensor)
     np.testing.assert_allclose(result["label"].affine, affine)
     assert result["label"].meta["filename_or_obj"] == "a.nii.gz"
@@ -543,7 +543,7 @@ def test_more_structures_than_uint8_can_number_are_refused() -> None:
     labels = {name: [index] for index, name in enumerate(names, 1)}
     assert classes(volume(0, 1, 255), labels, names[:-1]).flatten().tolist() == [0, 1, 255]
     with pytest.raises(ValueError, match="must be at most 255, which uint8 can number, got 256"):
-        LabelClassesd("label", names)
+        ValuesToClassesd("label", names)
 
 
 @pytest.mark.parametrize("labels", [{"kidneys": [2, 3], "left": [2]}, {"left": [2], "kidneys": [2, 3]}])
@@ -555,7 +555,7 @@ def test_a_region_that_is_not_learnt_may_share_values(labels: dict[str, list[int
 def test_a_label_map_of_several_channels_is_refused() -> None:
     label_map = torch.zeros(2, 3, 3, 3)
     with pytest.raises(ValueError, match=r"`label map label` must have shape \(X, Y, Z\), got \(2, 3, 3, 3\)"):
-        LabelClassesd("label", ["spleen"])({"label": label_map, "labels": {"spleen": [1]}})
+        ValuesToClassesd("label", ["spleen"])({"label": label_map, "labels": {"spleen": [1]}})
 
 
 def placed(start: float, spacing: float = 1.0) -> MetaTensor:
@@ -568,7 +568,7 @@ def placed(start: float, spacing: float = 1.0) -> MetaTensor:
 @pytest.mark.parametrize(("start", "spacing"), [(0, 1), (3, 1), (-2.9, 1), (-50, 30), (1, 0.1)])
 def test_a_label_map_may_cover_a_part_of_its_image(start: float, spacing: float) -> None:
     item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
-    assert (LabelClassesd("label", ["spleen"], image_key="image")(item)["label"] == 1).all()
+    assert (ValuesToClassesd("label", ["spleen"], image_key="image")(item)["label"] == 1).all()
 
 
 @pytest.mark.parametrize(("start", "spacing"), [(4, 1), (-100, 1), (500, 3)])
@@ -576,14 +576,14 @@ def test_a_label_map_beside_its_image_is_refused(start: float, spacing: float) -
     item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
     message = r"label map label must lie where its image lies, got x, y, z of .* for the image: correct the affine"
     with pytest.raises(ValueError, match=message):
-        LabelClassesd("label", ["spleen"], image_key="image")(item)
-    assert LabelClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
+        ValuesToClassesd("label", ["spleen"], image_key="image")(item)
+    assert ValuesToClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
 
 
 def test_missing_keys_may_be_allowed() -> None:
-    assert LabelClassesd("label", ["spleen"], allow_missing_keys=True)({"image": 1}) == {"image": 1}
+    assert ValuesToClassesd("label", ["spleen"], allow_missing_keys=True)({"image": 1}) == {"image": 1}
     with pytest.raises(KeyError):
-        LabelClassesd("label", ["spleen"])({"image": 1})
+        ValuesToClassesd("label", ["spleen"])({"image": 1})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dissect_monai.networks.optimizers import ssl_optimizer
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import read_settings
 from dissect_monai.transforms.augment import BatchAugment
-from dissect_monai.transforms.views import TwoViews
+from dissect_monai.transforms.views import Views
 
 EPOCHS = 4
 
@@ -45,7 +45,7 @@ class Training:
         images = torch.randint(256, (13, 1, 32, 32), dtype=torch.uint8, generator=generator)
         dataset = Dataset([{"image": image} for image in images])
         sampler = DistributedSampler(dataset, num_replicas=1, rank=0, drop_last=True)
-        self.views = TwoViews(BatchAugment(2))
+        self.views = Views(BatchAugment(2))
         state = {"network": self.network, "optimizer": self.optimizer, "lr_scheduler": self.schedule}
         self.trainer = SupervisedTrainer(
             device="cpu",

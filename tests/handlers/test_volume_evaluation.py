@@ -19,7 +19,7 @@ from dissect_monai.data.datalists import SPLITS
 from dissect_monai.data.domains import aggregate
 from dissect_monai.data.patches import patch_dataset
 from dissect_monai.handlers.reconstruction import ReconstructionHandler
-from dissect_monai.handlers.volume_probes import VolumeProbeHandler, refuse_unprobed
+from dissect_monai.handlers.volume_probes import VolumeProbeHandler, check_probe_data
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 from dissect_monai.transforms.augment import Corrupt
 from dissect_monai.transforms.views import MaskedImages
@@ -251,7 +251,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_path: Path, spatial_dims: int) -> None:
     datalist = aggregate(phantoms)
-    refuse_unprobed(datalist, phantoms)
+    check_probe_data(datalist, phantoms)
     transform = chain(spatial_dims, pixdim=12, size=8, num_samples=6)
     patches = {split: patch_dataset(getattr(datalist, split), transform) for split in SPLITS}
     assert [len(patches[split]) for split in SPLITS] == [54, 36, 36]
@@ -288,20 +288,20 @@ def test_nothing_to_ask_is_logged_and_nothing_is_probed(tmp_path: Path, caplog: 
 def test_an_empty_split_is_refused(phantoms: list[Path], split: str) -> None:
     datalist = aggregate(phantoms)._replace(**{split: []})
     with pytest.raises(ValueError, match=f"are needed in .*; {split} has none in {phantoms[0]}, .*Add the list"):
-        refuse_unprobed(datalist, phantoms, reconstructs=True)
+        check_probe_data(datalist, phantoms, reconstructs=True)
 
 
 def test_one_task_without_labels_is_refused(phantoms: list[Path]) -> None:
     datalist = aggregate(phantoms[0])
-    refuse_unprobed(datalist, phantoms[0])
+    check_probe_data(datalist, phantoms[0])
     for item in datalist.test:
         del item["labels"]
     with pytest.raises(
         ValueError, match=f"nothing to ask of the features: give label maps .* got neither in {phantoms[0]}"
     ):
-        refuse_unprobed(datalist, phantoms[0])
-    refuse_unprobed(datalist._replace(label_names=["Fracture"]), phantoms[0])
-    refuse_unprobed(datalist._replace(task_names=["a", "b"]), phantoms[0])
+        check_probe_data(datalist, phantoms[0])
+    check_probe_data(datalist._replace(label_names=["Fracture"]), phantoms[0])
+    check_probe_data(datalist._replace(task_names=["a", "b"]), phantoms[0])
 
 
 def test_the_log_has_a_line_for_every_macro(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

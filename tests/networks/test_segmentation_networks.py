@@ -13,7 +13,7 @@ from monai.networks.nets import SegResNet
 from torch import Tensor
 
 from dissect_monai.handlers.training import FrozenEncoder, UnseenClasses
-from dissect_monai.networks.segmentation import DeepSupervisionNet, start_rare
+from dissect_monai.networks.segmentation import DeepSupervisionNet, init_class_prior
 from dissect_monai.networks.weights import SEGRESNET_ENCODER
 
 
@@ -45,7 +45,7 @@ def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
 def test_an_untrained_network_calls_every_structure_rare(spatial_dims: int) -> None:
     network = segresnet(spatial_dims)
     before = copy_of(network)
-    start_rare(network, share=0.02)
+    init_class_prior(network, share=0.02)
     background, *structures = network.conv_final[-1].conv.bias.softmax(0).tolist()
     assert [each / (each + background) for each in structures] == pytest.approx([0.02, 0.02])
     changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
@@ -61,7 +61,7 @@ def test_coarser_levels_start_rare_too() -> None:
 @pytest.mark.parametrize("share", [0, 1, -0.1])
 def test_shares_out_of_range_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match="`share` must lie between 0 and 1"):
-        start_rare(segresnet(), share)
+        init_class_prior(segresnet(), share)
 
 
 # --- coarser levels

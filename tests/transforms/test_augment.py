@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from dissect_monai.transforms.augment import BatchAugment, Corrupt, _gaussian_blur
-from dissect_monai.transforms.views import TwoViews
+from dissect_monai.transforms.views import Views
 
 OFF: dict[str, Any] = {
     "crop_scale": None,
@@ -318,16 +318,16 @@ def test_corrupt_adds_noise_in_range() -> None:
 
 def test_views_come_one_after_the_other_and_differ() -> None:
     images = random_images((8, 8))
-    views = TwoViews(BatchAugment())({"image": images}, "cpu")
+    views = Views(BatchAugment())({"image": images}, "cpu")
     assert views.images.shape == (8, 2, 8, 8)
     assert views.target is views.images
     assert not torch.allclose(views.images[:4], views.images[4:], atol=1e-2)
-    unchanged = TwoViews(only(), num_views=3, key="scan")({"scan": images}, "cpu").images
+    unchanged = Views(only(), num_views=3, key="scan")({"scan": images}, "cpu").images
     torch.testing.assert_close(unchanged, (images / 255).repeat(3, 1, 1, 1))
 
 
 def test_target_is_the_input_before_corruption() -> None:
-    views = TwoViews(only(), corrupt=Corrupt(mask_fraction=0.5, mask_size=2))({"image": torch.ones(2, 1, 8, 8)}, "cpu")
+    views = Views(only(), corrupt=Corrupt(mask_fraction=0.5, mask_size=2))({"image": torch.ones(2, 1, 8, 8)}, "cpu")
     assert (views.target == 1).all()
     assert 0 < views.images.mean() < 1
 
@@ -336,7 +336,7 @@ def test_epochs_repeat_from_seed_rank_and_epoch() -> None:
     batch = {"image": random_images((8, 8))}
 
     def second_batch(seed: int, rank: int, epoch: int) -> Tensor:
-        views = TwoViews(BatchAugment(), seed=seed, rank=rank)
+        views = Views(BatchAugment(), seed=seed, rank=rank)
         views(batch, "cpu")
         views.set_epoch(epoch)
         views(batch, "cpu")
@@ -350,7 +350,7 @@ def test_epochs_repeat_from_seed_rank_and_epoch() -> None:
 
 def test_draws_leave_the_global_generator_alone() -> None:
     state = torch.random.get_rng_state()
-    views = TwoViews(BatchAugment(**EVERYTHING), corrupt=Corrupt(noise_std=0.1))
+    views = Views(BatchAugment(**EVERYTHING), corrupt=Corrupt(noise_std=0.1))
     views({"image": random_images((8, 8))}, "cpu")
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -365,7 +365,7 @@ def test_trainer_takes_the_views_of_meta_tensors() -> None:
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), 0.1),
         loss_function=torch.nn.MSELoss(),
-        prepare_batch=TwoViews(BatchAugment(), corrupt=Corrupt()),
+        prepare_batch=Views(BatchAugment(), corrupt=Corrupt()),
         decollate=False,
     )
     trainer.run()
@@ -378,7 +378,7 @@ def test_trainer_takes_the_views_of_meta_tensors() -> None:
 @both_dims
 def test_nothing_waits_for_the_gpu(shape: tuple[int, ...]) -> None:
     images = random_images(shape).cuda()
-    views = TwoViews(BatchAugment(len(shape), **EVERYTHING), corrupt=Corrupt(noise_std=0.1))
+    views = Views(BatchAugment(len(shape), **EVERYTHING), corrupt=Corrupt(noise_std=0.1))
     views({"image": images}, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -436,8 +436,8 @@ def test_rejects_bad_corruption_and_views() -> None:
     with pytest.raises(ValueError, match=r"`noise_std` must be a number in \[0, inf\], got -1"):
         Corrupt(noise_std=-1)
     with pytest.raises(ValueError, match=r"`num_views` must be at least 1, got 0"):
-        TwoViews(BatchAugment(), num_views=0)
+        Views(BatchAugment(), num_views=0)
     with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, -1, 0"):
-        TwoViews(BatchAugment(), rank=-1)
+        Views(BatchAugment(), rank=-1)
     with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, 0, -1"):
-        TwoViews(BatchAugment()).set_epoch(-1)
+        Views(BatchAugment()).set_epoch(-1)

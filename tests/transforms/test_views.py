@@ -9,7 +9,7 @@ import torch
 from monai.data import DataLoader, Dataset
 
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
-from dissect_monai.transforms.views import HierarchyViews, TwoViews
+from dissect_monai.transforms.views import HierarchyViews, Views
 
 TASKS, GROUPS = ["spleen", "pancreas", "heart"], ["abdomen", "thorax"]
 both_dims = pytest.mark.parametrize("shape", [(16, 12), (8, 12, 10)], ids=["2d", "3d"])
@@ -59,7 +59,7 @@ def test_without_corruption_nothing_is_masked() -> None:
 
 
 def test_views_are_those_of_two_views() -> None:
-    expected = TwoViews(BatchAugment(), seed=3, rank=1)
+    expected = Views(BatchAugment(), seed=3, rank=1)
     actual = make_views(mask_fraction=None, seed=3, rank=1)
     for views in (expected, actual):
         views.set_epoch(2)

@@ -14,7 +14,7 @@ from monai.transforms import RandCropByPosNegLabeld, Spacingd
 from dissect_monai.data.datasets import cached_dataset
 from dissect_monai.data.sampling import SeededDataset, SeededIndex
 from dissect_monai.transforms.intensity import ForegroundIndicesd, NormalizeModalityd, is_ct, sample_voxels
-from dissect_monai.transforms.spatial import PatchSpacingd
+from dissect_monai.transforms.spatial import AdaptiveSpacingd
 
 
 def normalized(image: Any, modality: str | None = "MR", **arguments: Any) -> torch.Tensor:
@@ -170,7 +170,7 @@ def volume(shape: tuple[int, ...], spacing: tuple[float, ...]) -> MetaTensor:
 
 
 def spaced(image: MetaTensor, pixdim: list[float], spatial_size: list[int]) -> MetaTensor:
-    result = PatchSpacingd("image", pixdim, spatial_size)({"image": image})["image"]
+    result = AdaptiveSpacingd("image", pixdim, spatial_size)({"image": image})["image"]
     assert result.dtype == torch.float32
     return result
 
@@ -211,7 +211,7 @@ def test_a_volume_without_extent_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(("pixdim", "spatial_size"), [([1, 1], [8, 8, 8]), ([1, 1, 1], [8, 8]), ([1, 1, 1], [8, 8, 0])])
 def test_sizes_of_other_dimensions_are_refused(pixdim: list[float], spatial_size: list[int]) -> None:
     with pytest.raises(ValueError, match="`pixdim` and `spatial_size` must hold three values"):
-        PatchSpacingd("image", pixdim, spatial_size)
+        AdaptiveSpacingd("image", pixdim, spatial_size)
 
 
 # --- the whole chain, as a bundle has it
@@ -225,7 +225,7 @@ TRANSFORMS = [
     {"_target_": "dissect_monai.NormalizeModalityd", "keys": "image", "b_max": 255},
     {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "allow_smaller": True},
     {
-        "_target_": "dissect_monai.PatchSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"
+        "_target_": "dissect_monai.AdaptiveSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"
     },
     {"_target_": "SpatialPadd", "keys": "image", "spatial_size": "@crop_size"},
     {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.uint8", "track_meta": False},
