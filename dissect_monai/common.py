@@ -19,9 +19,9 @@ def shorten(values: Sequence[Any], count: int = 8) -> str:
 
 def rank() -> int:
     """Rank of this process; 0 without a process group."""
-    return dist.getrank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
-    return dist.getworld_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,6 +1,6 @@
 """Forks processes for the tests out of one that has imported everything: an import costs more than a small run.
 
-Reads a line of JSON for each group of processes and answers with two: their ids, and when they have ended their statuses.
+Reads a line of JSON for each group of processes and answers with two: their ids, and their statuses in the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fork(process: dict[str, Any]) -> int:
 
 
 def statuses(pids: list[int]) -> list[int]:
-    """Of a group; when one of it fails, the others, who would wait for it, are ended."""
+    """Of a group, in the order of their ends; when one of it fails, the others, who would wait for it, are ended."""
     found: dict[int, int] = {}
     while len(found) < len(pids):
         pid, status = os.wait()
@@ -42,7 +42,7 @@ def statuses(pids: list[int]) -> list[int]:
         if found[pid]:
             for other in {*pids} - {*found}:
                 os.kill(other, signal.SIGTERM)
-    return [found[pid] for pid in pids]
+    return [*found.values()]
 
 
 def is_forked() -> bool:

@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 class Ended(NamedTuple):
     """What processes have left."""
 
-    returncode: int  # 0 if all have succeeded
+    returncode: int  # of the first that failed, else 0
     stdout: str
     stderr: str
 
@@ -182,11 +182,13 @@ def forked(
         server.stdin.write(json.dumps(processes) + "\n")
         server.stdin.flush()
         pids = json.loads(server.stdout.readline())
-        if meanwhile is not None:
-            meanwhile(pids)
-        statuses = json.loads(server.stdout.readline())
+        try:
+            if meanwhile is not None:
+                meanwhile(pids)
+        finally:
+            statuses = json.loads(server.stdout.readline())
         texts = ("".join(Path(path).read_text(errors="replace") for path in paths) for paths in zip(*logs, strict=True))
-        return Ended(max(statuses, key=abs), *texts)
+        return Ended(next(filter(None, statuses), 0), *texts)
 
 
 def free_port() -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, list_data_collate
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
+from monai.utils import ImageMetaKey
 from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -66,14 +67,30 @@ def cached_dataset(
     if cache_dir is None:
         contents, good = read_all(Dataset(data, preprocessing), on_corrupt, num_workers, progress)
     else:
-        stored = PersistentDataset(data, preprocessing, cache_dir, hash_transform=pickle_hashing)
+        stored = _StoredDataset(data, preprocessing, cache_dir)
         contents, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
     dataset: Dataset
     if cache_dir is None:
         dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
     else:
-        dataset = PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+        dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
+
+
+class _StoredDataset(PersistentDataset):
+    """With the metadata of images that have them, and of no other tensor, as in memory."""
+
+    def __init__(self, data: list[Item], transform: Callable[..., Any], cache_dir: str | Path) -> None:
+        super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
+
+    def _cachecheck(self, item_transformed: Item) -> Item:
+        stored: Item = super()._cachecheck(item_transformed)
+        return {key: value.as_tensor() if _knows_nothing(value) else value for key, value in stored.items()}
+
+
+def _knows_nothing(value: Any) -> bool:
+    """Whether a value became a MetaTensor only by being stored."""
+    return isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta
 
 
 def labelled_part(

@@ -74,6 +74,16 @@ def test_cached_items_are_what_the_transform_gives(tmp_path: Path, cache_dir: Pa
         np.testing.assert_equal(cached["label"].numpy(), [1, NAN])
 
 
+def test_images_keep_their_metadata_and_nothing_else_gets_some(tmp_path: Path, cache_dir: Path | None) -> None:
+    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=2), ensure_channel_first=True)
+    data = make_items(tmp_path / "images", 2)
+    for _ in range(2):  # the second time from what is stored
+        dataset = cached_dataset(data, Compose([load, EnsureTyped("label", track_meta=False)]), cache_dir)
+        for item, given in zip(dataset, data, strict=True):
+            assert item["image"].meta["filename_or_obj"] == given["image"]
+            assert type(item["label"]) is torch.Tensor
+
+
 def test_images_are_decoded_once(tmp_path: Path, cache_dir: Path | None) -> None:
     data = make_items(tmp_path)
     dataset = cached_dataset(data, preprocessing(), cache_dir)
