@@ -26,6 +26,7 @@ from monai.networks import nets
 from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 
+from dissect_monai.common import InputError
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.predictions import OVERLAYS
 from dissect_monai.losses.multilabel import BALANCES
@@ -58,10 +59,10 @@ def refuse_unknown_overrides() -> None:
         if name.startswith("_meta_"):
             continue
         if name in parser and is_disabled(parser[name]):
-            raise ValueError(f"--{identifier} has no meaning with {_names(config_file)}: leave it out.")
+            raise InputError(f"--{identifier} has no meaning with {_names(config_file)}: leave it out.")
         if name not in parser and not _is_argument(parser, name):
             near = get_close_matches(name, [*known, *_arguments(parser, name)], n=1, cutoff=0)
-            raise ValueError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
+            raise InputError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
         parser[name] = value
 
 
@@ -345,7 +346,7 @@ def is_true(value: bool | str, name: str = "") -> bool:
         ValueError: if it is neither true nor false.
     """
     if not SWITCH.holds(value):
-        raise ValueError(f"{f'`{name}`' if name else 'a switch'} must be {SWITCH.says}, got {value!r}.")
+        raise InputError(f"{f'`{name}`' if name else 'a switch'} must be {SWITCH.says}, got {value!r}.")
     return str(value).lower() == "true"
 
 
@@ -374,9 +375,9 @@ def refuse_bad_knobs(parser: ConfigParser) -> None:
         try:
             holds = rule.holds(value)
         except (TypeError, RuntimeError, AssertionError) as error:  # as torch reports devices, and `in` odd types
-            raise ValueError(f"`--{name}` must be {rule.says}, got {value!r}: {error}") from error
+            raise InputError(f"`--{name}` must be {rule.says}, got {value!r}: {error}") from error
         if not holds:
-            raise ValueError(f"`--{name}` must be {rule.says}, got {value!r}.")
+            raise InputError(f"`--{name}` must be {rule.says}, got {value!r}.")
     for names, refuse in TOGETHER.items():
         if all(name in parser for name in names):
             refuse(*map(parser.get_parsed_content, names))
@@ -384,25 +385,25 @@ def refuse_bad_knobs(parser: ConfigParser) -> None:
 
 def _refuse_bad_schedule(max_epochs: int, schedule_epochs: int, warmup_epochs: int) -> None:
     if schedule_epochs < max_epochs:
-        raise ValueError(
+        raise InputError(
             f"`--schedule_epochs` must be at least --max_epochs, got {schedule_epochs} and {max_epochs}: past its end "
             "the learning rate would rise again."
         )
     if warmup_epochs >= schedule_epochs:
-        raise ValueError(
+        raise InputError(
             f"`--warmup_epochs` must be fewer than the {schedule_epochs} of the schedule, got {warmup_epochs}."
         )
 
 
 def _refuse_bad_window(a_min: float, a_max: float) -> None:
     if a_min >= a_max:
-        raise ValueError(f"`--a_min` must be below --a_max, got {a_min} and {a_max}.")
+        raise InputError(f"`--a_min` must be below --a_max, got {a_min} and {a_max}.")
 
 
 def _refuse_bad_patch(patch_size: Sequence[int], spatial_dims: int, blocks_down: Sequence[int]) -> None:
     stride = 2 ** (len(blocks_down) - 1)
     if any(size % stride for size in patch_size[:spatial_dims]):
-        raise ValueError(
+        raise InputError(
             f"`--patch_size` must be multiples of {stride}, the stride of the {len(blocks_down)} levels of "
             f"--blocks_down, got {list(patch_size[:spatial_dims])}."
         )
@@ -410,7 +411,7 @@ def _refuse_bad_patch(patch_size: Sequence[int], spatial_dims: int, blocks_down:
 
 def _refuse_bad_blocks(blocks_down: Sequence[int], blocks_up: Sequence[int]) -> None:
     if len(blocks_up) != len(blocks_down) - 1:
-        raise ValueError(
+        raise InputError(
             f"`--blocks_up` must have one value fewer than the {len(blocks_down)} of --blocks_down, got {blocks_up}."
         )
 
@@ -418,7 +419,7 @@ def _refuse_bad_blocks(blocks_down: Sequence[int], blocks_up: Sequence[int]) -> 
 def _refuse_large_mask(mask_size: int, patch_size: Sequence[int], spatial_dims: int) -> None:
     smallest = min(patch_size[:spatial_dims])
     if mask_size >= smallest:
-        raise ValueError(
+        raise InputError(
             "`--mask_size` must be smaller than the sides of --patch_size, else all is masked or nothing, "
             f"got {mask_size} for {smallest}."
         )
@@ -426,12 +427,12 @@ def _refuse_large_mask(mask_size: int, patch_size: Sequence[int], spatial_dims: 
 
 def _refuse_odd_batch(batch_size: int, _: float) -> None:
     if batch_size % 2:
-        raise ValueError(f"`--batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
+        raise InputError(f"`--batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
 
 
 def _refuse_rare_validation(max_epochs: int, val_interval: int, select: str) -> None:
     if select == "best" and val_interval > max_epochs:
-        raise ValueError(
+        raise InputError(
             "`--val_interval` must be at most --max_epochs with --select best, else no weights are ever chosen, "
             f"got {val_interval} and {max_epochs}."
         )
@@ -456,7 +457,7 @@ def process_device() -> torch.device:
         ValueError: if torchrun did not start it.
     """
     if "LOCAL_RANK" not in os.environ:
-        raise ValueError(
+        raise InputError(
             "multi_gpu_train.json needs one process per GPU: start it by "
             "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
         )
@@ -596,7 +597,7 @@ def check_writable(output_dir: str | Path, *folders: str) -> None:
             with TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"`--output_dir` must be a folder that can be written, got {output_dir}: {error}"
             ) from error
 
@@ -608,7 +609,7 @@ def refuse_overwriting(ckpt_dir: str | Path) -> None:
         ValueError: saying what to do.
     """
     if checkpoints_in(ckpt_dir):
-        raise ValueError(
+        raise InputError(
             f"{ckpt_dir} holds the checkpoints of another run: go on with it by --resume true, or give another "
             "--output_dir."
         )
@@ -642,11 +643,11 @@ def refuse_small_data(dataset: Sized, batch_size: int, world_size: int = 1) -> N
         ValueError: saying how many images there are and what to do.
     """
     if not len(dataset):
-        raise ValueError("`training` holds no images: list some there in dataset.json.")
+        raise InputError("`training` holds no images: list some there in dataset.json.")
     if batch_size < 2:
-        raise ValueError(f"`--batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
+        raise InputError(f"`--batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
     if len(dataset) < batch_size * world_size:
-        raise ValueError(
+        raise InputError(
             f"`training` holds {len(dataset)} images, fewer than one batch of {batch_size} on {world_size} "
             "process(es): lower --batch_size."
         )

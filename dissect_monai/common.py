@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
+
+
+class InputError(ValueError):
+    """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
+
+
+class Interval(NamedTuple):
+    """A statistic and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def shorten(values: Sequence[Any], count: int = 8) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
+from dissect_monai.common import InputError
+
 
 class AutocastInferer(SimpleInferer):
     """Runs the network in bfloat16 where that is safe.
@@ -59,7 +61,7 @@ class FlippingWindowInferer(SlidingWindowInferer):
     ) -> None:
         super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cpu_thresh=max_voxels)
         if len({*flip_axes}) < len(flip_axes) or not {*flip_axes} <= {0, 1, 2}:
-            raise ValueError(f"`flip_axes` must be different ones of 0, 1, 2, got {flip_axes}.")
+            raise InputError(f"`flip_axes` must be different ones of 0, 1, 2, got {flip_axes}.")
         self.flips = list(chain.from_iterable(combinations(flip_axes, size) for size in range(len(flip_axes) + 1)))
         self.amp = amp
 

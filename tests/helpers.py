@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from filelock import FileLock
 from ignite.engine import Engine
-from monai.bundle import run
+from monai.bundle import ConfigParser, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -315,3 +316,78 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 def images(items: list[dict[str, Any]]) -> list[str]:
     return [Path(item["image"]).name for item in items]
+
+
+DIRECTION = (0.0, -1.0, 0.0, 0.8, 0.0, -0.6, 0.6, 0.0, 0.8)  # of `volume`
+
+
+def volume() -> sitk.Image:
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(-1000, 1000, (4, 5, 6), dtype=np.int16))
+    image.SetSpacing((0.5, 0.75, 2.0))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    image.SetDirection(DIRECTION)
+    return image
+
+
+def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    direction = np.reshape(image.GetDirection(), (3, 3))
+    for index in range(image.GetSize()[2]):
+        piece = image[:, :, index]
+        position = image.TransformIndexToPhysicalPoint((0, 0, index))
+        values = {
+            "0008|0060": "CT",
+            "0020|000e": f"1.2.3.{series}",
+            "0020|0032": "\\".join(map(str, position)),
+            "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
+            "0018|0050": str(image.GetSpacing()[2]),
+            "0028|1050": "0",
+            "0028|1051": "10",
+        }
+        for tag, value in values.items():
+            piece.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices
+        writer.Execute(piece)
+    return folder
+
+
+VOLUME_READER = {"_target_": "dissect_monai.ImageFileReader", "spatial_dims": 3}
+_BOTH = {"keys": ["image", "label_map"], "allow_missing_keys": True}
+PATCHES = [
+    {"_target_": "LoadImaged", **_BOTH, "ensure_channel_first": True, "reader": VOLUME_READER},
+    {"_target_": "Orientationd", **_BOTH, "axcodes": "RAS", "labels": None},
+    {"_target_": "dissect_monai.NormalizeModalityd", "keys": "image", "b_max": 255},
+    {"_target_": "dissect_monai.AdaptiveSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"},
+    {
+        "_target_": "ResampleToMatchd", "keys": "label_map", "key_dst": "image", "mode": "nearest",
+        "padding_mode": "zeros", "allow_missing_keys": True,
+    },
+    {"_target_": "CropForegroundd", **_BOTH, "source_key": "image", "allow_smaller": True},
+    {"_target_": "SpatialPadd", **_BOTH, "spatial_size": "@crop_size"},
+    {"_target_": "EnsureTyped", **_BOTH, "dtype": "$torch.uint8", "track_meta": False},
+    {"_target_": "dissect_monai.ForegroundIndicesd", "keys": "image"},
+    {
+        "_target_": "SelectItemsd", "keys": ["image", "label_map", "image_fg_indices", "image_bg_indices"],
+        "allow_missing_keys": True,
+    },
+    {
+        "_target_": "RandCropByPosNegLabeld", **_BOTH, "label_key": "image", "spatial_size": "@crop_size", "neg": 0,
+        "num_samples": "@num_samples", "fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices",
+    },
+    {"_target_": "SqueezeDimd", "_disabled_": "$@spatial_dims == 3", **_BOTH, "dim": -1},
+]  # fmt: skip
+
+
+def patch_transform(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, num_samples: int = 4) -> Any:
+    """The whole chain, as the evaluation of a bundle has it."""
+    config = {
+        "imports": ["$import torch", "$import dissect_monai"],
+        "spatial_dims": spatial_dims,
+        "pixdim": [pixdim] * 3,
+        "num_samples": num_samples,
+        "crop_size": [size, size, size if spatial_dims == 3 else 1],
+        "preprocessing": {"_target_": "Compose", "transforms": PATCHES},
+    }
+    return ConfigParser(config).get_parsed_content("preprocessing")

@@ -12,7 +12,8 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "dissect_monai"
 FLOORS = [
-    {"common", "phantoms"},
+    {"common"},
+    {"phantoms"},
     {"writing", "inferers"},
     {"data", "transforms", "networks"},
     {"metrics", "losses"},

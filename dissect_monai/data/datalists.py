@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import NO_FINDING, Item, shorten
+from dissect_monai.common import NO_FINDING, InputError, Item, shorten
 from dissect_monai.data.headers import VolumeHeader
 from dissect_monai.data.readers import DICOM_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, image_format
 
@@ -65,7 +65,7 @@ def read_datalist(
         ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image.
     """
     if spatial_dims not in (2, 3):
-        raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
+        raise InputError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
     folders = data_folders(dataset_dir)
     return merge_datalists([read_folder(folder, spatial_dims, check) for folder in folders], folders, check)
 
@@ -79,7 +79,7 @@ def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     given = _listed(dataset_dir) if isinstance(dataset_dir, (str, Path)) else dataset_dir
     folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in given]
     if not folders or len(set(folders)) < len(folders):
-        raise ValueError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
+        raise InputError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
 
 
@@ -106,7 +106,7 @@ def label_matrix(items: list[Item], label_names: Sequence[str]) -> np.ndarray:
     for row, item in zip(matrix, items, strict=True):
         values = _values(item)
         if values and len(values) != len(label_names):
-            raise ValueError(f"The label of {item['image']} must have {len(label_names)} values, got {len(values)}.")
+            raise InputError(f"The label of {item['image']} must have {len(label_names)} values, got {len(values)}.")
         row[: len(values)] = values
     return matrix
 
@@ -129,7 +129,7 @@ def finding_matrix(items: list[Item], label_names: Sequence[str], findings: Sequ
         columns.setdefault(NO_FINDING, columns[own])  # CheXpert writes "No Finding"
     unknown = [name for name in findings if name not in columns]
     if unknown:
-        raise ValueError(f"`findings` must be among {', '.join(columns)}, got {', '.join(unknown)}.")
+        raise InputError(f"`findings` must be among {', '.join(columns)}, got {', '.join(unknown)}.")
     return np.stack([columns[name] for name in findings], axis=1)
 
 
@@ -148,18 +148,18 @@ def with_findings(
     """
     names = list(datalist.label_names) if findings is None else [findings] if isinstance(findings, str) else [*findings]
     if not datalist.label_names:
-        raise ValueError(
+        raise InputError(
             "labels are needed, and there are none: give a --dataset_dir whose dataset.json has a `label`."
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"`findings` must be different, got {', '.join(names)}.")
+        raise InputError(f"`findings` must be different, got {', '.join(names)}.")
     known = [name for name in names if name in datalist.label_names]
     # "No finding" of a model that knows more findings than these labels is unknown.
     if NO_FINDING in names and NO_FINDING not in known and {*names} - {NO_FINDING} <= {*known}:
         known.append(NO_FINDING)
     if not known or (len(known) < len(names) and not allow_missing):
         lacking = ", ".join(name for name in names if name not in known)
-        raise ValueError(f"the labels must know {lacking}, got {', '.join(datalist.label_names)}.")
+        raise InputError(f"the labels must know {lacking}, got {', '.join(datalist.label_names)}.")
 
     def relabelled(items: list[Item]) -> list[Item]:
         items = labelled(items)
@@ -180,7 +180,7 @@ def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist
         return _read_json(folder, check)
     if not folder.is_dir():
         if image_format(folder) is None:
-            raise ValueError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
+            raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
         return Datalist([{"image": str(folder)}], [], [], [])
     if (folder / "dataset.json").exists():
         return _read_json(folder / "dataset.json", check)
@@ -208,13 +208,13 @@ def _read_json(path: Path, check: bool) -> Datalist:
     try:
         spec = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
+        raise InputError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
     if not isinstance(spec, dict) or "training" not in spec:
         got = f"the keys {list(spec)}" if isinstance(spec, dict) else f"a {type(spec).__name__}"
-        raise ValueError(f"{path} must be a JSON object with a list `training`, got {got}.")
+        raise InputError(f"{path} must be a JSON object with a list `training`, got {got}.")
     for key in spec.keys() - set(SPLITS) - {"label_names"}:
         if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
-            raise ValueError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
+            raise InputError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
     shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
     if isinstance(spec.get("labels"), dict):  # else they are no names
         shared["labels"] = spec["labels"]
@@ -232,12 +232,12 @@ def _read_json(path: Path, check: bool) -> Datalist:
 
 def _read_items(given: Any, split: str, path: Path, shared: Item) -> list[Item]:
     if not isinstance(given, list):
-        raise ValueError(f"{path}: `{split}` must be a list of items, got a {type(given).__name__}.")
+        raise InputError(f"{path}: `{split}` must be a list of items, got a {type(given).__name__}.")
     items = []
     for index, entry in enumerate(given):
         entry = {"image": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise ValueError(f'{path}: `{split}`[{index}] must have the path of an "image", got {entry}.')
+            raise InputError(f'{path}: `{split}`[{index}] must have the path of an "image", got {entry}.')
         item = {**shared, **entry}
         for key in ("label", "subject"):
             if item.get(key) is None:
@@ -272,7 +272,7 @@ def _refuse_missing(paths: list[str], datalist: Path) -> None:
 def _label_names(items: list[Item], given: Any, path: Path) -> list[str]:
     given = [] if given is None else given
     if not isinstance(given, list) or len({name for name in given if isinstance(name, str)}) < len(given):
-        raise ValueError(f"{path}: `label_names` must be a list of different names, got {given}.")
+        raise InputError(f"{path}: `label_names` must be a list of different names, got {given}.")
     labels = [item["label"] for item in items if "label" in item and not isinstance(item["label"], str)]
     if given or not labels:
         return list(given) if labels else []
@@ -284,15 +284,15 @@ def _label_names(items: list[Item], given: Any, path: Path) -> list[str]:
 def _read_label(label: Any, names: list[str], where: str) -> list[float]:
     if isinstance(label, dict):
         if not set(label) <= set(names):
-            raise ValueError(f"{where}: the label must use the names {names}, got {list(label)}.")
+            raise InputError(f"{where}: the label must use the names {names}, got {list(label)}.")
         label = [label.get(name) for name in names]
     label = label if isinstance(label, list) else [label]
     if len(label) != len(names):
-        raise ValueError(f"{where}: the label must have {len(names)} values ({shorten(names, 3)}), got {len(label)}.")
+        raise InputError(f"{where}: the label must have {len(names)} values ({shorten(names, 3)}), got {len(label)}.")
     # NaN, which Python's JSON reads, is the one value that differs from itself.
     values = [float("nan") if value is None or value != value else value for value in label]
     if not all(isinstance(value, (int, float)) and (value in (0, 1) or value != value) for value in values):
-        raise ValueError(f"{where}: label values must be 1, 0 or null (unknown), got {label}.")
+        raise InputError(f"{where}: label values must be 1, 0 or null (unknown), got {label}.")
     return [float(value) for value in values]
 
 
@@ -334,7 +334,7 @@ def _refuse_leaks(datalist: Datalist) -> None:
             shared = sorted(where[first].keys() & where[second].keys())
             if shared:
                 example = " and ".join(sorted({where[split][shared[0]] for split in (first, second)}))
-                raise ValueError(
+                raise InputError(
                     f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {shorten(shared, 5)} "
                     f"(see {example}). Move each to one split of dataset.json, else the evaluation is on training data."
                 )

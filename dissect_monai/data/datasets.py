@@ -17,7 +17,7 @@ from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
@@ -152,7 +152,7 @@ class ReadableLoader:
             ValueError: saying how many.
         """
         if self.errors:
-            raise ValueError(
+            raise InputError(
                 f"{len(self.errors)} of {len(self.dataset)} images could not be read: {path} names them and says why. "
                 "All others are done."
             )
@@ -208,7 +208,7 @@ def read_all(
         The contents (none if not `keep`) and the items that could be read, in their order.
     """
     if on_corrupt not in ("raise", "skip"):
-        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
+        raise InputError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
 
     def load(index: int) -> tuple[Any, str | None]:
         content, error = attempt(dataset, index)
@@ -238,7 +238,7 @@ def _report(errors: dict[int, str], data: list[Item], skip: bool) -> None:
         for line in lines:
             logger.warning("Skipped: %s", line)
         return
-    raise ValueError(
+    raise InputError(
         f"`data` must hold images that can be read, got {len(errors)} of {len(data)} that cannot:\n  "
         + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
         + "\nRepair them, remove them from the data list, or give --on_corrupt skip."

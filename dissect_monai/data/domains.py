@@ -9,7 +9,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datalists import SPLITS, Datalist, DomainDatalist, data_folders, merge_datalists, read_folder
 from dissect_monai.data.headers import VolumeHeader, read_header
 from dissect_monai.data.splits import hold_out, warn_of_shared_subjects
@@ -58,9 +58,9 @@ def aggregate(
             subject; or volumes cannot be used, which are those that cannot be read or are not 3-D.
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
+        raise InputError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
     if on_corrupt not in ("raise", "skip"):
-        raise ValueError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
+        raise InputError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
     folders = data_folders(dataset_dirs)
     values = {"task": task, "group": group, "modality": modality}
     given = {key: _per_folder(key, value, folders) for key, value in values.items()}
@@ -110,13 +110,13 @@ def _per_folder(key: str, value: PerFolder, folders: list[Path]) -> list[str | N
         paths = {os.path.abspath(os.path.expanduser(name)): text for name, text in names.items()}
         unknown = [name for name, path in zip(names, paths, strict=True) if not _is_among(name, path, folders)]
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"`{key}` must name folders among {', '.join(folder.name for folder in folders)}, "
                 f"got {', '.join(unknown)}."
             )
         return [names.get(folder.name, paths.get(str(folder))) for folder in folders]
     if len(value) != len(folders):
-        raise ValueError(f"`{key}` must have one value for each of the {len(folders)} folders, got {len(value)}.")
+        raise InputError(f"`{key}` must have one value for each of the {len(folders)} folders, got {len(value)}.")
     return list(value)
 
 
@@ -135,7 +135,7 @@ def _complete(datalist: Datalist, folder: Path, given: Mapping[str, str | None])
         item.update({key: value for key, value in given.items() if value is not None})
         for key in ("task", "group"):
             if not isinstance(item.get(key), str) or not item[key].strip():
-                raise ValueError(
+                raise InputError(
                     f"{folder} must have a `{key}`, got {item.get(key)!r} for {item['image']}: write it into its "
                     f"dataset.json, or give `{key}`, such as {{'{folder.name}': 'abdomen'}}."
                 )
@@ -159,7 +159,7 @@ def _set_modality(datalist: Datalist, folder: Path, given: str | None) -> None:
 def _modality(given: Any, folder: Path) -> str:
     names = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list) else [given]
     if len(names) != 1:
-        raise ValueError(
+        raise InputError(
             f"{folder} must have one channel, got the modalities {names}: make a data folder of each channel."
         )
     return "unknown" if names[0] is None else str(names[0]).strip() or "unknown"
@@ -177,7 +177,7 @@ def named_values(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int]
         try:
             values = [int(value) for value in (given if isinstance(given, list) else [given])]
         except (TypeError, ValueError):
-            raise ValueError(
+            raise InputError(
                 f'the `labels` of {folder} must give integers names, such as {{"1": "spleen"}} or {{"spleen": 1}}, '
                 f"got {{{key!r}: {text!r}}}: correct its dataset.json, or remove them."
             ) from None
@@ -197,7 +197,7 @@ def _read_headers(images: list[str], on_corrupt: str, num_workers: int) -> dict[
     headers = {image: result for image, result in results.items() if isinstance(result, VolumeHeader)}
     errors = [str(result) for result in results.values() if isinstance(result, ValueError)]
     if errors and (on_corrupt == "raise" or not headers):
-        raise ValueError(
+        raise InputError(
             f"`dataset_dirs` must hold volumes that can be used, got {len(errors)} of {len(images)} that cannot:\n  "
             + "\n  ".join(errors[:5] + ["..."] * (len(errors) > 5))
         )
@@ -209,7 +209,7 @@ def _read_headers(images: list[str], on_corrupt: str, num_workers: int) -> dict[
 def _refuse_mixed_channels(folder: Path, headers: Mapping[str, VolumeHeader]) -> None:
     examples = {header.channels: image for image, header in headers.items()}
     if len(examples) > 1:
-        raise ValueError(
+        raise InputError(
             f"{folder} must hold volumes of one number of channels, got "
             + " and ".join(f"{channels} in {image}" for channels, image in sorted(examples.items()))
             + ": make a data folder of each kind."
@@ -222,7 +222,7 @@ def _with_ids(datalist: Datalist, headers: dict[str, VolumeHeader]) -> DomainDat
     for item in items:
         first = groups.setdefault(item["task"], item)
         if item["group"] != first["group"]:
-            raise ValueError(
+            raise InputError(
                 f"task {item['task']!r} must have one group, got {first['group']!r} for {first['image']} and "
                 f"{item['group']!r} for {item['image']}: give them one group, or two tasks."
             )
@@ -234,7 +234,7 @@ def _with_ids(datalist: Datalist, headers: dict[str, VolumeHeader]) -> DomainDat
         subjects = {item["subject"]: item["image"] for item in datalist.training if item["task"] == name}
         if len(subjects) < 2:
             only = next(iter(subjects.values()), groups[name]["image"])
-            raise ValueError(
+            raise InputError(
                 f"task {name!r} must have at least two training subjects, as the contrast needs, got {len(subjects)} "
                 f"(see {only}): add volumes, give it the task of another folder, or leave its folder out."
             )

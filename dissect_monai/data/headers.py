@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+from dissect_monai.common import InputError
 from dissect_monai.data.readers import explained, image_format, ras_affine, series_files, simpleitk
 
 
@@ -43,19 +44,19 @@ def read_header(path: str | PathLike[str]) -> VolumeHeader:
     path = Path(path)
     kind = "series" if path.is_dir() else image_format(path)
     if kind not in ("series", "dicom", "itk", "nifti"):
-        raise ValueError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
+        raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
     with explained(path):
         header = _nifti(path) if kind == "nifti" else _series(path) if kind == "series" else _itk(path)
     shape, affine, channels = header
     if len(shape) < 3 or prod(shape[3:]) != 1:
-        raise ValueError(
+        raise InputError(
             f"{path} must be one 3-D volume, got shape {shape}: write every frame or channel to a file of its own, "
             "or remove it from the data list."
         )
     # Axis of the file that runs along each axis of the patient; NaN where the affine lacks one.
     axes = nibabel.io_orientation(affine)[:, 0] if np.isfinite(affine).all() else np.full(3, np.nan)
     if np.isnan(axes).any():
-        raise ValueError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
+        raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
     order, spacing = np.argsort(axes), voxel_sizes(affine)
     x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
     return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)

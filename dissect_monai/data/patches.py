@@ -13,7 +13,7 @@ from monai.data import Dataset
 from monai.transforms import Compose
 from torch import Tensor
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datasets import flattened, read_all
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _plain(image: Any) -> Tensor:
 def _sizes(label_map: Any, item: Item) -> dict[str, int] | None:
     """Voxels of each named structure in a volume; None without names."""
     if not isinstance(label_map, Tensor):
-        raise ValueError(
+        raise InputError(
             f'`transform` must load "{LABEL_MAP}" as it loads "image", got {type(label_map).__name__} for '
             f"{item['image']}: add it to its keys, with `allow_missing_keys`."
         )

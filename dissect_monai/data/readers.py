@@ -14,6 +14,8 @@ from monai.data import ImageReader, NibabelReader
 from monai.utils import MetaKeys, SpaceKeys
 from PIL import Image
 
+from dissect_monai.common import InputError
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -58,7 +60,7 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = decoding_reason(error).replace(f" '{fspath(path)}'", "")  # it is named already
-        raise ValueError(
+        raise InputError(
             f"{fspath(path)} must be an intact image of the format that its name says, got: {reason}. "
             "Replace it or remove it from the data list."
         ) from error
@@ -85,7 +87,7 @@ class ImageFileReader(ImageReader):
 
     def __init__(self, window: bool = True, spatial_dims: int | None = None) -> None:
         if spatial_dims not in (None, 2, 3):
-            raise ValueError(f"`spatial_dims` must be 2, 3 or None, got {spatial_dims!r}.")
+            raise InputError(f"`spatial_dims` must be 2, 3 or None, got {spatial_dims!r}.")
         self.window = window
         self.spatial_dims = spatial_dims
 
@@ -101,9 +103,9 @@ class ImageFileReader(ImageReader):
         """
         path = _single_path(data)
         if path is None:
-            raise ValueError(f"`data` must be one file, got {data!r}; several are left to MONAI's own readers.")
+            raise InputError(f"`data` must be one file, got {data!r}; several are left to MONAI's own readers.")
         if path.exists() and not path.is_dir() and image_format(path) is None:
-            raise ValueError(f"`data` must be an image file, got {path}.")
+            raise InputError(f"`data` must be an image file, got {path}.")
         return path
 
     def get_data(self, img: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -113,7 +115,7 @@ class ImageFileReader(ImageReader):
         with explained(img):
             array, meta = self._decode(img)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(
+            raise InputError(
                 f"{img} must hold finite values, got NaN or infinity. Repair it or remove it from the list."
             )
         return self._fit_spatial_dims(array, meta, img)
@@ -140,7 +142,7 @@ class ImageFileReader(ImageReader):
         while array.ndim > self.spatial_dims and array.shape[-1] == 1:
             array = array[..., 0]
         if array.ndim != self.spatial_dims:
-            raise ValueError(f"{path} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
+            raise InputError(f"{path} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
         return array, {**meta, MetaKeys.SPATIAL_SHAPE: np.array(array.shape)}
 
 
@@ -208,7 +210,7 @@ def series_files(folder: Path) -> Sequence[str]:
     reader = simpleitk(folder).ImageSeriesReader
     series = reader.GetGDCMSeriesIDs(fspath(folder))
     if len(series) != 1:
-        raise ValueError(f"the folder must hold one DICOM series, got {len(series)}; give each a folder of its own.")
+        raise InputError(f"the folder must hold one DICOM series, got {len(series)}; give each a folder of its own.")
     return list(reader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
 
 
@@ -249,9 +251,9 @@ def _from_itk(image: Any) -> tuple[np.ndarray, dict[str, Any]]:
     if components in (3, 4) and array.dtype == np.uint8:
         array = np.rint(array[..., :3] @ np.array(LUMINANCE)).astype(np.uint8)
     elif components != 1:
-        raise ValueError(f"it must be grey or 8-bit RGB, got {components} components of {array.dtype} per pixel.")
+        raise InputError(f"it must be grey or 8-bit RGB, got {components} components of {array.dtype} per pixel.")
     if array.ndim not in (2, 3):
-        raise ValueError(f"it must have 2 or 3 dimensions, got shape {array.shape[::-1]}.")
+        raise InputError(f"it must have 2 or 3 dimensions, got shape {array.shape[::-1]}.")
     return _with_meta(array.T, ras_affine(image) if array.ndim == 3 else None)
 
 

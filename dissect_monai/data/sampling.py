@@ -9,7 +9,7 @@ import numpy as np
 from monai.data import Dataset
 from torch.utils import data as torch_data
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 
 
 class SeededIndex(int):
@@ -71,20 +71,20 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         num_replicas: int = 1,
     ) -> None:
         if not 0 <= temperature <= 1:
-            raise ValueError(f"`temperature` must be in [0, 1], got {temperature}.")
+            raise InputError(f"`temperature` must be in [0, 1], got {temperature}.")
         if items_per_draw < 1:
-            raise ValueError(f"`items_per_draw` must be at least 1, got {items_per_draw}.")
+            raise InputError(f"`items_per_draw` must be at least 1, got {items_per_draw}.")
         if seed < 0 or not 0 <= rank < num_replicas:
-            raise ValueError(f"`seed` must not be negative and `rank` in [0, {num_replicas}), got {seed} and {rank}.")
+            raise InputError(f"`seed` must not be negative and `rank` in [0, {num_replicas}), got {seed} and {rank}.")
         without = next((item for item in data if "task" not in item), None)
         if without is not None:
-            raise ValueError(f'`data` must be items with a "task", got {without}: merge the folders by `aggregate`.')
+            raise InputError(f'`data` must be items with a "task", got {without}: merge the folders by `aggregate`.')
         tasks = np.array([item["task"] for item in data])
         self.items = [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
         self.items_per_draw = items_per_draw
         self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * num_replicas)
         if self.num_draws < 1:
-            raise ValueError(
+            raise InputError(
                 f"`num_samples` must give {num_replicas} process(es) a draw of {items_per_draw} items each, "
                 f"got {num_samples} for {len(data)} items: raise it."
             )
@@ -134,7 +134,7 @@ def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
         ValueError: if `num_items` is below 1.
     """
     if num_items < 1:
-        raise ValueError(f"`num_items` must be at least 1, got {num_items}.")
+        raise InputError(f"`num_items` must be at least 1, got {num_items}.")
     places: dict[str, list[int]] = {}
     for index, item in enumerate(dataset.data):
         places.setdefault(item["task"], []).append(index)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dissect_monai.common import Item, shorten
+from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import (
     SPLITS,
     Datalist,
@@ -64,9 +64,9 @@ def read_segmentation(
             another folder; splits share a subject; or no volume has a label map.
     """
     if fold is not None and not 0 <= fold < num_folds:
-        raise ValueError(f"`fold` must be in [0, {num_folds}), got {fold}.")
+        raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
     if num_folds < 2 or not 0 <= validation_fraction < 1:
-        raise ValueError(
+        raise InputError(
             "`num_folds` must be at least 2 and `validation_fraction` in [0, 1), "
             f"got {num_folds} and {validation_fraction}."
         )
@@ -82,7 +82,7 @@ def read_segmentation(
     first, *others = [item["modality"] for item in datalist.training or _items(datalist)]
     channels = {1 if isinstance(each, str) else len(each) for each in (first, *others)}
     if len(channels) != 1:
-        raise ValueError(f"all volumes must have the same number of channels, got {sorted(channels)} (`modality`).")
+        raise InputError(f"all volumes must have the same number of channels, got {sorted(channels)} (`modality`).")
     _warn_of_unknown(datalist.training)
     common = first if all(each == first for each in others) else None
     splits = (datalist.training, datalist.validation, datalist.test)
@@ -99,7 +99,7 @@ def segmentation_of_weights(settings: Mapping[str, Any]) -> SegmentationDatalist
         ValueError: if they name no structures.
     """
     if not settings.get("class_names"):
-        raise ValueError(
+        raise InputError(
             "volumes that are listed without the names of their structures need weights that say them: put model.pt "
             "and model.json of a training into the bundle's `models`."
         )
@@ -146,7 +146,7 @@ def _complete(datalist: Datalist, folder: Path, modality: Any, default_modality:
         given = item.get("labels")
         item["labels"] = named_values(given, folder) if isinstance(given, Mapping) else {}
         if not item["labels"]:
-            raise ValueError(
+            raise InputError(
                 f"{folder} must have a dataset.json that names the values of its label maps, such as "
                 f'"labels": {{"1": "spleen"}}, got {item.get("labels")!r}: scripts/make_datalist.py writes one.'
             )
@@ -156,7 +156,7 @@ def _complete(datalist: Datalist, folder: Path, modality: Any, default_modality:
 
 def _modality(knob: Any, own: Any, default: Any) -> str | list[str]:
     if isinstance(knob, Mapping):
-        raise ValueError(f"`modality` must be a text, or a list with one for each channel, got {dict(knob)}.")
+        raise InputError(f"`modality` must be a text, or a list with one for each channel, got {dict(knob)}.")
     given = next((each for each in (knob, own, default) if each is not None), None)
     values = list(given.values()) if isinstance(given, Mapping) else given
     values = list(values) if isinstance(values, (list, tuple)) else [values]
@@ -176,7 +176,7 @@ def _warn_of_unknown(items: Sequence[Item]) -> None:
 def _common_names(found: list[list[str]], folders: list[Path], structures: Sequence[str] | None) -> list[str]:
     for names, folder in zip(found, folders, strict=True):
         if {*names} != {*found[0]}:
-            raise ValueError(
+            raise InputError(
                 f"all folders must name the same structures, got {shorten(found[0])} in {folders[0]} and "
                 f"{shorten(names)} in {folder}: what one set has not contoured would count as background."
             )
@@ -185,7 +185,7 @@ def _common_names(found: list[list[str]], folders: list[Path], structures: Seque
     chosen = [structures] if isinstance(structures, str) else list(structures)
     unknown = [name for name in chosen if name not in found[0]]
     if unknown or not chosen or len({*chosen}) < len(chosen):
-        raise ValueError(
+        raise InputError(
             f"`structures` must be different ones of {', '.join(found[0])}, got {', '.join(map(str, chosen))}."
         )
     return chosen
@@ -197,7 +197,7 @@ def _labelled(datalist: Datalist) -> Datalist:
         split: [item for item in getattr(datalist, split) if isinstance(item.get("label"), str)] for split in SPLITS
     }
     if not any(kept.values()):
-        raise ValueError(
+        raise InputError(
             "dataset.json must list volumes with the path of a label map (`label`), got "
             f"{len(_items(datalist))} without: write them there, such as make_datalist.py does."
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import Item, shorten
+from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, DomainDatalist, SegmentationDatalist, _name, _positives
 
 
@@ -33,7 +33,7 @@ def select_fraction(
         ValueError: if `fraction` is outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+        raise InputError(f"`fraction` must be in (0, 1], got {fraction}.")
     subjects = [item.get("subject", index) for index, item in enumerate(items)]
     unique = list(dict.fromkeys(subjects))
     order = np.random.default_rng(seed).permutation(len(unique))
@@ -117,7 +117,7 @@ def with_test_split(datalist: DomainDatalist, fraction: float = 0.2, seed: int =
         ValueError: if `fraction` is outside (0, 1).
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"`fraction` must be in (0, 1), got {fraction}.")
+        raise InputError(f"`fraction` must be in (0, 1), got {fraction}.")
     for task in datalist.task_names:
         splits = {split: [item for item in getattr(datalist, split) if item["task"] == task] for split in SPLITS}
         if splits["test"] or not splits["validation"]:
@@ -163,7 +163,7 @@ def _split(datalist: Datalist, fold: int | None, num_folds: int, fraction: float
         return datalist
     if fold is not None:
         if len(subjects) < num_folds:
-            raise ValueError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
+            raise InputError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
         order = np.random.default_rng(seed).permutation(len(subjects))
         chosen = {subjects[index] for index in order[fold::num_folds]}
     elif (numbers := _btcv_numbers(items)) is not None:
@@ -225,12 +225,12 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
             or as `refuse_other_channels` says.
     """
     if split not in ("auto", "validation", "test", "all"):
-        raise ValueError(f"`split` must be auto, validation, test or all, got {split!r}.")
+        raise InputError(f"`split` must be auto, validation, test or all, got {split!r}.")
     name = ("test" if datalist.test else "validation") if split == "auto" else split
     items: list[Item] = datalist.training + datalist.validation + datalist.test
     items = items if name == "all" else getattr(datalist, name)
     if not items:
-        raise ValueError(
+        raise InputError(
             f"`{name}` must hold volumes with label maps to be scored, got none: list some in dataset.json, hold "
             "some out by --validation_fraction or --fold, or score all of a new set by --split all."
         )
@@ -244,7 +244,7 @@ def scored_subjects(datalist: SegmentationDatalist, split: str, settings: Mappin
     known = {*settings.get("trained_on", ())}
     trained_on = sorted({str(item["subject"]) for item in items if subject_digest(item) in known})
     if trained_on:
-        raise ValueError(
+        raise InputError(
             f"`{name}` must hold no subject that the weights were trained on, got {len(trained_on)}: "
             f"{shorten(trained_on)}. Give the --fold, --split_seed and --validation_fraction of training, or the "
             "dataset.json as it was then."
@@ -265,7 +265,7 @@ def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
     for item in items:
         modalities = [item["modality"]] if isinstance(item["modality"], str) else item["modality"]
         if len(modalities) != in_channels:
-            raise ValueError(
+            raise InputError(
                 f"volumes must have the {in_channels} channel(s) that the weights were trained on, got "
                 f"{', '.join(modalities)} for {item['image']}: correct `modality`, or take other weights."
             )
@@ -288,12 +288,12 @@ def refuse_untrainable(training: Sequence[Item], validation: Sequence[Item] | No
         ValueError: saying what to do.
     """
     if not training:
-        raise ValueError(
+        raise InputError(
             "`training` must list volumes with label maps, got none: list some there in dataset.json, or give "
             "studies a final label in MONAI Label."
         )
     if select == "best" and not validation:
-        raise ValueError(
+        raise InputError(
             "`--select best` chooses the weights on a validation split, and there is none: list some subjects there, "
             "give --validation_fraction or --fold, or take the last weights by --select last."
         )

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from dissect_monai.common import InputError
+
 
 class Calibration(NamedTuple):
     """What an evaluation has fitted on validation."""
@@ -50,12 +52,12 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         given = [nan if value is None else float(value) for value in content["thresholds"].values()]
         calibration = Calibration(float(content["temperature"]), dict(zip(names, given, strict=True)))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
         ) from error
     if names != list(label_names) or weights != fingerprint(network):
         what = "weights" if names == list(label_names) else f"findings ({', '.join(names)})"
-        raise ValueError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
+        raise InputError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
     return calibration
 
 

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
+from dissect_monai.common import InputError
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
@@ -58,9 +59,9 @@ class TrainingCheckpoint:
         rank: int = 0,
     ) -> None:
         if interval < 1 or num_kept < 1:
-            raise ValueError(f"`interval` and `num_kept` must be at least 1, got {interval} and {num_kept}.")
+            raise InputError(f"`interval` and `num_kept` must be at least 1, got {interval} and {num_kept}.")
         if (weights is None) != (weights_path is None):
-            raise ValueError("`weights` and `weights_path` must be given together, got one of them.")
+            raise InputError("`weights` and `weights_path` must be given together, got one of them.")
         self.ckpt_dir = Path(ckpt_dir)
         self.save_dict = dict(save_dict)
         self.weights = weights
@@ -104,7 +105,7 @@ class TrainingCheckpoint:
     def _resume(self, engine: Engine, path: str) -> None:
         checkpoint = load_torch(path, "give an older one by --resume_from, or start anew with another --output_dir")
         if not isinstance(checkpoint.get("trainer"), dict):
-            raise ValueError(f"{path} is no checkpoint of a training run: give a checkpoint_epoch=N.pt.")
+            raise InputError(f"{path} is no checkpoint of a training run: give a checkpoint_epoch=N.pt.")
         self._refuse_another_run(engine, checkpoint, path)
         max_epochs = engine.state.max_epochs
         Checkpoint.load_objects({**self.save_dict, "trainer": engine}, checkpoint)
@@ -123,13 +124,13 @@ class TrainingCheckpoint:
             f"{name} {was.get(name)} (now {now.get(name)})" for name in was | now if was.get(name) != now.get(name)
         ]
         if other:
-            raise ValueError(
+            raise InputError(
                 f"{path} is of a run with {', '.join(other)}: resume with the same knobs, images and number of "
                 "processes, or start anew with another --output_dir."
             )
         epoch = checkpoint["trainer"]["iteration"] // _epoch_length(checkpoint)
         if epoch > engine.state.max_epochs:
-            raise ValueError(
+            raise InputError(
                 f"{path} has done {epoch} epochs, more than --max_epochs {engine.state.max_epochs}: raise it."
             )
 
@@ -193,7 +194,7 @@ class BestWeights:
         rank: int = 0,
     ) -> None:
         if patience < 1:
-            raise ValueError(f"`patience` must be at least 1, got {patience}.")
+            raise InputError(f"`patience` must be at least 1, got {patience}.")
         self.evaluator = evaluator
         self.weights = weights
         self.weights_path = weights_path
@@ -217,9 +218,9 @@ class BestWeights:
         """Write the weights if the validation that has ended is the best so far."""
         if self.metric not in evaluator.state.metrics:
             found = ", ".join(evaluator.state.metrics) or "none"
-            raise ValueError(f"`metric` must be one of the evaluator's ({found}), got {self.metric!r}.")
+            raise InputError(f"`metric` must be one of the evaluator's ({found}), got {self.metric!r}.")
         if self.trainer is None:
-            raise ValueError("`BestWeights` must be attached to a trainer before the evaluator runs.")
+            raise InputError("`BestWeights` must be attached to a trainer before the evaluator runs.")
         score, state = float(evaluator.state.metrics[self.metric]), self.trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0

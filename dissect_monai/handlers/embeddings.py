@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dissect_monai.common import InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.networks.quantizers import MultiScaleQuantizer
@@ -49,9 +50,9 @@ class EmbeddingSaver:
         checkpoint: str | Path | None = None,
     ) -> None:
         if output_format not in FORMATS:
-            raise ValueError(f"`output_format` must be csv or npz, got {output_format!r}.")
+            raise InputError(f"`output_format` must be csv or npz, got {output_format!r}.")
         if checkpoint is not None and output_format != "npz":
-            raise ValueError("codes are maps, which a CSV cannot hold: give --output_format npz.")
+            raise InputError("codes are maps, which a CSV cannot hold: give --output_format npz.")
         self.loader = loader
         self.path = Path(output_dir) / f"embeddings.{output_format}"
         self.encoder = encoder
@@ -115,7 +116,7 @@ def load_quantizer(path: str | Path) -> TrainedQuantizer:
     channels = [value.shape[1] for key, value in state.items() if key.startswith("projections.") and value.ndim > 1]
     codes = [value.shape for key, value in state.items() if key.endswith("embedding.weight")]
     if not codes or "stages" not in settings:
-        raise ValueError(f"{path} holds no quantiser: give --checkpoint a checkpoint_epoch=N.pt of pretraining.")
+        raise InputError(f"{path} holds no quantiser: give --checkpoint a checkpoint_epoch=N.pt of pretraining.")
     quantizer = MultiScaleQuantizer(
         settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from dissect_monai.common import InputError
 from dissect_monai.data.datasets import items_of
 from dissect_monai.handlers.monitors import GAP, MIN_SIDE, NUM_PICTURES, level_metrics
 from dissect_monai.losses.pretraining import unexplained_variance
@@ -80,10 +81,10 @@ class HSSLValidation:
         writer: SummaryWriter | None = None,
     ) -> None:
         if views.num_views != 2:
-            raise ValueError(f"`views` must make 2 views of every image, got {views.num_views}.")
+            raise InputError(f"`views` must make 2 views of every image, got {views.num_views}.")
         for key, names in {"task": task_names, "group": group_names}.items():
             if list(views.numbers[key]) != list(names):
-                raise ValueError(f"`{key}_names` must be those of `views`, {list(views.numbers[key])}, got {names}.")
+                raise InputError(f"`{key}_names` must be those of `views`, {list(views.numbers[key])}, got {names}.")
         self.network = network
         self.views = views
         self.loaders = training, validation

@@ -12,7 +12,7 @@ from monai.utils import ensure_tuple
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datalists import SPLITS, Datalist, finding_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.handlers.probes import Baseline, FrozenProbes, Question
@@ -89,7 +89,7 @@ def refuse_unlabelled(
     """
     empty = [split for split in splits if not getattr(datalist, split)]
     if empty:
-        raise ValueError(
+        raise InputError(
             f"labelled images are needed in {', '.join(splits)}; {', '.join(empty)} has none. "
             "Give --dataset_dir a folder whose dataset.json has these lists with a `label` per item."
         )
@@ -100,7 +100,7 @@ def refuse_unlabelled(
         labels = finding_matrix(getattr(datalist, split), datalist.label_names, names)
         usable &= (labels == 1).any(0) & (labels == 0).any(0)
     if not usable.any():
-        raise ValueError(
+        raise InputError(
             f"no finding ({', '.join(names)}) has both a 1 and a 0 in {' and in '.join(judged)}: nothing can be learnt "
             "or scored. Correct the labels, or raise --label_fraction."
         )
@@ -109,7 +109,7 @@ def refuse_unlabelled(
 def _shortcut_question(splits: Sequence[list[Item]], key: str) -> Question:
     values = sorted({str(item[key]) for items in splits for item in items if key in item})
     if len(values) != 2:
-        raise ValueError(f"`shortcut` must name a key of the items with two values, got {key!r} with {values}.")
+        raise InputError(f"`shortcut` must name a key of the items with two values, got {key!r} with {values}.")
     truth = {value: float(value == values[0]) for value in values}
     labels = [np.array([[truth[str(item[key])] if key in item else np.nan] for item in items]) for items in splits]
     return Question("shortcut", [f"{key}={values[0]}"], labels)

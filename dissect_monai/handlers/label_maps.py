@@ -12,6 +12,7 @@ import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
+from dissect_monai.common import InputError
 from dissect_monai.data.datalists import VOLUME_SUFFIXES
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.writing import write_csv, written_atomically
@@ -38,7 +39,7 @@ class LabelMapSaver:
 
     def __init__(self, loader: ReadableLoader, class_names: Sequence[str], output_dir: str | Path) -> None:
         if len(class_names) > 255:
-            raise ValueError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
+            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         self.loader = loader
         self.class_names = list(class_names)
         self.output_dir = Path(output_dir)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import LEVELS
+from dissect_monai.common import LEVELS, InputError
 from dissect_monai.losses.contrastive import retrieval_accuracy
 from dissect_monai.metrics.representation import code_usage, effective_rank, feature_std, perplexity
 from dissect_monai.networks.hssl import HSSLOutput
@@ -64,7 +64,7 @@ class Monitor(ABC):
         patience: int = 5,
     ) -> None:
         if interval < 1 or patience < 1:
-            raise ValueError(f"`interval` and `patience` must be at least 1, got {interval} and {patience}.")
+            raise InputError(f"`interval` and `patience` must be at least 1, got {interval} and {patience}.")
         self.network = network
         self.loss = loss
         self.optimizer = optimizer

@@ -11,7 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from dissect_monai.common import NO_FINDING
+from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.visualize.saliency import overlay_png, saliency_maps
 
@@ -53,9 +53,9 @@ class PredictionSaver:
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
         if overlays not in OVERLAYS:
-            raise ValueError(f"`overlays` must be one of {', '.join(OVERLAYS)}, got {overlays!r}.")
+            raise InputError(f"`overlays` must be one of {', '.join(OVERLAYS)}, got {overlays!r}.")
         if overlays != "none" and network is None:
-            raise ValueError("`network` must be given for `overlays`, got None.")
+            raise InputError("`network` must be given for `overlays`, got None.")
         self.loader = loader
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
@@ -74,7 +74,7 @@ class PredictionSaver:
         """Keep the probabilities of one batch, and draw its overlays."""
         probabilities = engine.state.output["pred"].as_subclass(Tensor).detach().cpu()
         if probabilities.shape[1] != len(self.label_names):
-            raise ValueError(
+            raise InputError(
                 f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
             )
         indices = engine.state.batch["index"].tolist()

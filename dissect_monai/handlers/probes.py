@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dissect_monai.common import InputError
 from dissect_monai.data.datalists import SPLITS
 from dissect_monai.data.datasets import items_of
 from dissect_monai.metrics.classification import auroc, average_precision
@@ -130,7 +131,7 @@ class FrozenProbes:
         items = [item for loader in scored for item in items_of(loader.dataset)]
         self.subjects = [str(item.get("subject", item["image"])) for item in items]
         if num_folds > len(set(self.subjects)):
-            raise ValueError(f"`--num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
+            raise InputError(f"`--num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split."""
@@ -151,8 +152,8 @@ class FrozenProbes:
         rows = [row for result in scored for row in self._rows(result)]
         _name_left_out(scored)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "findings.csv", Row._fields, rows)
-        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(scored))
+        write_csv(self.output_dir / "findings.csv", Row._fields, rows, nan="nan")
+        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(scored), nan="nan")
         self._save_scores(scored)
         for row in rows:
             column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"

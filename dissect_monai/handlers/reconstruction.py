@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.handlers.monitors import GAP, MIN_SIDE
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.intervals import Interval, bootstrap
@@ -85,10 +85,10 @@ class ReconstructionHandler:
     def __call__(self, engine: Engine) -> None:
         """Write the table and the picture, and leave the metrics."""
         if len(self._errors) != len(self.data):
-            raise ValueError(f"`data` must be the {len(self._errors)} patches of the evaluator, got {len(self.data)}.")
+            raise InputError(f"`data` must be the {len(self._errors)} patches of the evaluator, got {len(self.data)}.")
         rows = [self._row(task) for task in sorted({item["task"] for item in self.data})]
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows)
+        write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows, nan="nan")
         columns = zip(*(self._pictures[row.task] for row in rows), strict=True)
         figure = view_figure([torch.cat(column) for column in columns], MIN_SIDE, GAP, slices=True)
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()

@@ -16,7 +16,7 @@ from monai.utils import ImageMetaKey
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers.segmentation_report import StoredMap, case_figure, write_segmentation_report
@@ -97,7 +97,7 @@ class SegmentationEvaluation:
             pred = each["pred"]
             image = getattr(pred, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ)
             if image not in self.items:
-                raise ValueError(
+                raise InputError(
                     "`pred` must know the file of its image, one of the evaluator's data set, got "
                     f"{image}: keep `track_meta` in the preprocessing."
                 )
@@ -177,12 +177,12 @@ def _read_maps(
     label = read_label(item)
     labels = {name: values for name, values in item["labels"].items() if class_names is None or name in class_names}
     if not labels:
-        raise ValueError(
+        raise InputError(
             f"`class_names` must share a structure with the `labels` of {item['image']}, "
             f"got {class_names} and {list(item['labels'])}."
         )
     if len(pred) > 1 and len(pred) != 1 + len(class_names or ()):
-        raise ValueError(f"`class_names` must name the {len(pred) - 1} classes of the logits, got {class_names}.")
+        raise InputError(f"`class_names` must name the {len(pred) - 1} classes of the logits, got {class_names}.")
     pred_map = to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy()
     refuse_apart(label, pred, f"label map {item['label']}")
     if class_names is not None:
@@ -230,7 +230,7 @@ def file_values(pred: ArrayLike, class_names: Sequence[str], labels: Mapping[str
     values = [value for name in class_names for value in labels.get(name, ())]
     highest = np.max(pred, initial=0)
     if len(set(values)) < len(values) or highest > len(class_names):
-        raise ValueError(
+        raise InputError(
             f"`class_names` must name the {highest} classes of the prediction, of which no two share a value in "
             f"`labels`, got {list(class_names)} and {dict(labels)}."
         )
@@ -253,13 +253,13 @@ def refuse_unmapped(items: Sequence[Item]) -> None:
     """
     for item in items:
         if not isinstance(item.get("label"), str) or not isinstance(item.get("labels"), Mapping) or not item["labels"]:
-            raise ValueError(
+            raise InputError(
                 "every volume must have a label map (`label`) and names of its values (`labels`) to be scored, got "
                 f"`label` {item.get('label')!r} and `labels` {item.get('labels')!r} for {item['image']}: write them "
                 'into its dataset.json, such as {"1": "spleen"}.'
             )
     if not items:
-        raise ValueError("segmentations must be scored on at least one volume with a label map, got none.")
+        raise InputError("segmentations must be scored on at least one volume with a label map, got none.")
 
 
 def _name_unknown(label_map: LabelMap, item: Item) -> None:

@@ -18,7 +18,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import ArrayLike
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers.segmentation_table import CaseScores, StructureSummary, subject_scores
 from dissect_monai.metrics.intervals import Interval
@@ -121,7 +121,7 @@ def case_figure(
     grid, affine = tuple(label.shape[1:]), label.affine.numpy()
     pred = _label_map("pred_map", pred_map)
     if pred.shape != grid:
-        raise ValueError(
+        raise InputError(
             f"`pred_map` must lie on the grid of {item['label']}, of shape {grid}, got {pred.shape}: bring it there "
             "by `to_original_grid`."
         )
@@ -185,7 +185,7 @@ def write_segmentation_report(
         ValueError: if there are no cases or summaries, or as `case_figure` says.
     """
     if not cases or not summaries:
-        raise ValueError(
+        raise InputError(
             f"`cases` and `summaries` must hold the scores of at least one case, got {len(cases)} and {len(summaries)}."
         )
     names = [each.structure for each in summaries[1:]]
@@ -225,7 +225,7 @@ def _label_map(name: str, given: ArrayLike) -> LabelMap:
 def _load(item: Item, key: str) -> MetaTensor:
     """A volume as its file has it, of shape (C, X, Y, Z); label maps in their own dtype."""
     if not isinstance(item.get(key), str | Path):
-        raise ValueError(f"`item` must have the path of its `{key}`, got {item.get(key)!r}.")
+        raise InputError(f"`item` must have the path of its `{key}`, got {item.get(key)!r}.")
     dtype = torch.float32 if key == "image" else None
     volume = LoadImage(ImageFileReader(spatial_dims=3), image_only=True, dtype=dtype, ensure_channel_first=True)
     return volume(item[key])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dissect_monai.common import InputError
 from dissect_monai.metrics.intervals import Interval, bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 from dissect_monai.writing import metric_name, write_csv
@@ -95,7 +96,7 @@ def summarize(cases: Sequence[CaseScores], num_samples: int = 1000, seed: int = 
         ValueError: if there are no cases, or `num_samples` is not positive.
     """
     if not cases:
-        raise ValueError("`cases` must hold the scores of at least one case, got none.")
+        raise InputError("`cases` must hold the scores of at least one case, got none.")
     matrices = {metric: _matrix(cases, metric) for metric in METRICS}
     columns = {MEAN: {metric: _row_means(matrix) for metric, matrix in matrices.items()}}
     for index, name in enumerate(_names(cases)):

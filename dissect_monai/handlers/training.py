@@ -14,6 +14,7 @@ from monai.engines import IterationEvents
 from monai.networks.nets import SegResNet
 from tqdm.auto import tqdm
 
+from dissect_monai.common import InputError
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import SEGRESNET_ENCODER
 
@@ -42,9 +43,9 @@ class TargetMomentumHandler:
 
     def __init__(self, network: VQSSLNet, momentum: float, num_iterations: int) -> None:
         if not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` must be in [0, 1], got {momentum}.")
+            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
         if num_iterations < 1:
-            raise ValueError(f"`num_iterations` must be at least 1, got {num_iterations}.")
+            raise InputError(f"`num_iterations` must be at least 1, got {num_iterations}.")
         self.network = network
         self.momentum = momentum
         self.num_iterations = num_iterations
@@ -214,7 +215,7 @@ class FrozenEncoder:
 
     def __init__(self, network: SegResNet, num_epochs: int) -> None:
         if num_epochs < 0:
-            raise ValueError(f"`num_epochs` must be at least 0, got {num_epochs}.")
+            raise InputError(f"`num_epochs` must be at least 0, got {num_epochs}.")
         self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
         self.num_epochs = num_epochs
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from dissect_monai.common import InputError
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.metrics.classification import (
@@ -81,7 +82,7 @@ class ClassificationMetrics:
 
     def __init__(self, label_names: Sequence[str], writer: SummaryWriter | None = None, interval: int = 1) -> None:
         if interval < 1:
-            raise ValueError(f"`interval` must be at least 1, got {interval}.")
+            raise InputError(f"`interval` must be at least 1, got {interval}.")
         self.label_names = list(label_names)
         self.writer = writer
         self.interval = interval

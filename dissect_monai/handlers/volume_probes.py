@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datalists import SPLITS, DomainDatalist, data_folders, finding_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.handlers.probes import Baseline, FrozenProbes, Question
@@ -106,13 +106,13 @@ def check_probe_data(
     empty = [split for split in SPLITS if not getattr(datalist, split)]
     if empty:
         remedy = f"Add the list `{empty[-1]}` of other subjects to the dataset.json of one of them"
-        raise ValueError(
+        raise InputError(
             "volumes are needed in training, validation and test, to fit the probes, to choose their penalty and to "
             f"score them; {', '.join(empty)} has none in {folders}. {remedy}."
         )
     mapped = [any(_is_mapped(item) for item in getattr(datalist, split)) for split in ("training", "test")]
     if not reconstructs and not all(mapped) and not datalist.label_names and len(datalist.task_names) < 2:
-        raise ValueError(f"{_NOTHING_TO_ASK}; got neither in {folders}.")
+        raise InputError(f"{_NOTHING_TO_ASK}; got neither in {folders}.")
 
 
 def _is_mapped(item: Item) -> bool:

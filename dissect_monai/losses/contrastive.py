@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dissect_monai.common import LEVELS, rank, world_size
+from dissect_monai.common import LEVELS, InputError, rank, world_size
 
 # Similarities of one block of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
@@ -55,13 +55,13 @@ class HierarchicalContrastiveLoss(nn.Module):
         levels = [embeddings] * len(LEVELS) if isinstance(embeddings, Tensor) else list(embeddings)
         if len(levels) != len(LEVELS) or any(level.ndim != 2 for level in levels):
             shapes = [tuple(level.shape) for level in levels]
-            raise ValueError(f"`embeddings` must be one tensor (V·B, D) or {len(LEVELS)}, one per level, got {shapes}.")
+            raise InputError(f"`embeddings` must be one tensor (V·B, D) or {len(LEVELS)}, one per level, got {shapes}.")
         items = len(task)
         if task.shape != (items,) or group.shape != (items,):
-            raise ValueError(f"`task` and `group` must be (B,), got {tuple(task.shape)} and {tuple(group.shape)}.")
+            raise InputError(f"`task` and `group` must be (B,), got {tuple(task.shape)} and {tuple(group.shape)}.")
         if not items or any(len(level) % items or len(level) < 2 * items for level in levels):
             sizes = [len(level) for level in levels]
-            raise ValueError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
+            raise InputError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
         image = torch.arange(items, device=task.device) + items * rank()
         labels = dict(zip(LEVELS, (image, task, group), strict=True))
         losses: dict[str, Tensor] = {}
@@ -218,12 +218,12 @@ def _normalised(embeddings: Tensor) -> Tensor:
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        raise InputError(f"`temperature` must be positive, got {temperature}.")
 
 
 def _check_labels(embeddings: Tensor, labels: Sequence[Tensor]) -> None:
     if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise ValueError(f"`embeddings` must be (N, D) with N of at least 2, got {tuple(embeddings.shape)}.")
+        raise InputError(f"`embeddings` must be (N, D) with N of at least 2, got {tuple(embeddings.shape)}.")
     if any(each.shape != embeddings.shape[:1] for each in labels):
         shapes = [tuple(each.shape) for each in labels]
-        raise ValueError(f"`labels` must be ({len(embeddings)},), one per embedding, got {shapes}.")
+        raise InputError(f"`labels` must be ({len(embeddings)},), one per embedding, got {shapes}.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dissect_monai.common import InputError
 from dissect_monai.transforms.augment import Placement
 
 
@@ -33,9 +34,9 @@ def dense_contrast(features: Tensor, placement: Placement, temperature: float = 
         (PixPro), CVPR 2021, Sec. 3.1: positives by place. Departure: the negatives come from the same image.
     """
     if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        raise InputError(f"`temperature` must be positive, got {temperature}.")
     if len(features) % 2 or len(placement.matrix) != len(features):
-        raise ValueError(
+        raise InputError(
             f"`features` must be of two views of each image, each with a place, got {len(features)} maps and "
             f"{len(placement.matrix)} places."
         )

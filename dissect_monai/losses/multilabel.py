@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datalists import label_matrix
 
 BALANCES = ("none", "weighted")
@@ -42,7 +42,7 @@ class MultiLabelLoss(nn.Module):
             ValueError: if the shapes disagree.
         """
         if pred.shape != label.shape:
-            raise ValueError(f"`label` must have the shape of `pred`, {tuple(pred.shape)}, got {tuple(label.shape)}.")
+            raise InputError(f"`label` must have the shape of `pred`, {tuple(pred.shape)}, got {tuple(label.shape)}.")
         known = ~label.isnan()
         weight = None if self.positive_weight is None else self.positive_weight.to(pred.device)
         losses = F.binary_cross_entropy_with_logits(
@@ -72,9 +72,9 @@ def positive_weights(
         ValueError: if `class_balance` is unknown or `limit` is below 1.
     """
     if class_balance not in BALANCES:
-        raise ValueError(f"`class_balance` must be one of {', '.join(BALANCES)}, got {class_balance!r}.")
+        raise InputError(f"`class_balance` must be one of {', '.join(BALANCES)}, got {class_balance!r}.")
     if limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {limit}.")
+        raise InputError(f"`limit` must be at least 1, got {limit}.")
     labels = label_matrix(items, label_names)
     positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
     balanced = (class_balance == "none") | (positives == 0) | (negatives == 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect_monai.common import InputError
 from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.networks.hssl import HSSLOutput
@@ -40,7 +41,7 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
         tensor(0.)
     """
     if predictions.shape != targets.shape or len(predictions) % 2:
-        raise ValueError(
+        raise InputError(
             "`predictions` and `targets` must have one shape (2·B, D), "
             f"got {tuple(predictions.shape)} and {tuple(targets.shape)}."
         )
@@ -131,7 +132,7 @@ class VQSSLLoss(nn.Module):
         if output.reconstruction is not None:
             terms["reconstruction"] = unexplained_variance(output.reconstruction, views)
         elif self.weights["reconstruction"]:
-            raise ValueError("`reconstruction_weight` is positive but the network has no decoder: set `decode`.")
+            raise InputError("`reconstruction_weight` is positive but the network has no decoder: set `decode`.")
         return terms
 
     def forward(self, output: SSLOutput, views: Tensor) -> Tensor:
@@ -215,7 +216,7 @@ class HSSLLoss(nn.Module):
         if output.dense is not None and target.placement is not None:
             terms["dense"] = dense_contrast(output.dense, target.placement, self.contrast.temperature)
         elif self.weights["dense"]:
-            raise ValueError("`dense_weight` is positive but the network has no head for it: set `dense`.")
+            raise InputError("`dense_weight` is positive but the network has no head for it: set `dense`.")
         return terms
 
     def forward(self, output: HSSLOutput, target: HierarchyTarget) -> Tensor:
@@ -226,7 +227,7 @@ class HSSLLoss(nn.Module):
 def _checked_weights(**weights: float) -> dict[str, float]:
     for name, weight in weights.items():
         if weight < 0:
-            raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
+            raise InputError(f"`{name}_weight` must not be negative, got {weight}.")
     if not any(weights.values()):
-        raise ValueError("one of the loss weights must be positive, got 0 for all of them.")
+        raise InputError("one of the loss weights must be positive, got 0 for all of them.")
     return weights

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dissect_monai.common import InputError
+
 
 class KnownItems(NamedTuple):
     """The K items of a finding whose label is known."""
@@ -84,13 +86,13 @@ def known_items(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = N
     label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
     weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
     if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
-        raise ValueError(
+        raise InputError(
             "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
             f"got {label.shape}, {score.shape} and {weight.shape}."
         )
     known = ~np.isnan(label)
     if not np.isin(label[known], (0, 1)).all():
-        raise ValueError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
+        raise InputError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
     if np.isnan(score[known]).any():
         known = np.zeros_like(known)
     return KnownItems(label[known], score[known], weight[..., known])
@@ -120,16 +122,16 @@ def macro_average_precision(label: ArrayLike, score: ArrayLike, findings: Sequen
 
 def _counts(indices: Tensor, num_embeddings: int) -> Tensor:
     if indices.numel() == 0:
-        raise ValueError("`indices` must not be empty, got a tensor without elements.")
+        raise InputError("`indices` must not be empty, got a tensor without elements.")
     counts = torch.bincount(indices.flatten(), minlength=num_embeddings)
     if len(counts) > num_embeddings:
-        raise ValueError(f"`indices` must be under `num_embeddings` = {num_embeddings}, got {len(counts) - 1}.")
+        raise InputError(f"`indices` must be under `num_embeddings` = {num_embeddings}, got {len(counts) - 1}.")
     return counts
 
 
 def _matrix(features: Tensor) -> Tensor:
     if features.ndim != 2 or features.numel() == 0:
-        raise ValueError(f"`features` must have shape (N, D), not empty, got {tuple(features.shape)}. Pool them first.")
+        raise InputError(f"`features` must have shape (N, D), not empty, got {tuple(features.shape)}. Pool them first.")
     return features
 
 
@@ -150,7 +152,7 @@ def _macro(
 ) -> MacroScore:
     label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
     if label.ndim != 2 or score.shape != label.shape or label.shape[1] != len(findings):
-        raise ValueError(
+        raise InputError(
             f"`label` and `score` must have shape (N, {len(findings)}), one column a finding, "
             f"got {label.shape} and {score.shape}."
         )
@@ -324,10 +326,10 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
     """
     logit, label = np.asarray(logit, dtype=float), np.asarray(label, dtype=float)
     if logit.shape != label.shape:
-        raise ValueError(f"`logit` and `label` must have the same shape, got {logit.shape} and {label.shape}.")
+        raise InputError(f"`logit` and `label` must have the same shape, got {logit.shape} and {label.shape}.")
     label, logit, _ = known_items(label.ravel(), logit.ravel())
     if not len(label) or not np.isfinite(logit).all():
-        raise ValueError("`logit` must be finite where `label` is known, and some must be, got NaN, infinity or none.")
+        raise InputError("`logit` must be finite where `label` is known, and some must be, got NaN, infinity or none.")
     low, high = np.log(TEMPERATURES)
     for _ in range(40):  # to 1e-11 of T
         middle = (low + high) / 2
@@ -358,9 +360,9 @@ def _gaps(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None, nu
 def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:
     """Index of the bin (b / num_bins, (b + 1) / num_bins] of each probability; the first holds 0, too."""
     if num_bins < 1:
-        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+        raise InputError(f"`num_bins` must be at least 1, got {num_bins}.")
     if len(probability) and not 0 <= probability.min() <= probability.max() <= 1:
-        raise ValueError(
+        raise InputError(
             f"`probability` must be in [0, 1], got {probability.min():g} to {probability.max():g}. "
             "Apply a sigmoid to logits."
         )

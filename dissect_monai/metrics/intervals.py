@@ -8,15 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dissect_monai.common import InputError
+from dissect_monai.common import Interval as Interval
+
 Array = NDArray[np.floating[Any]]
-
-
-class Interval(NamedTuple):
-    """A statistic and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Resampled(NamedTuple):
@@ -60,11 +55,11 @@ def resample(
 ) -> Resampled:
     """A statistic of resamples of the subjects; arguments and errors are those of `bootstrap`."""
     if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+        raise InputError(f"`num_samples` must be at least 1, got {num_samples}.")
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
     value = float(np.asarray(statistic(np.ones((1, len(item_subject)))))[0])
     if np.isnan(value):
-        raise ValueError("`statistic` must be defined on all items, got nan. Leave out findings without both classes.")
+        raise InputError("`statistic` must be defined on all items, got nan. Leave out findings without both classes.")
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), num_samples)
     # In blocks, so that memory does not grow with the number of resamples.
     blocks = np.array_split(draws, -(-num_samples // 100))

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
+from dissect_monai.common import InputError
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.transforms.views import prepare_images
 
@@ -79,7 +80,7 @@ def extract_features(
         for module, mode in modes.items():
             module.training = mode
     if not pooled:
-        raise ValueError("`loader` must yield at least one batch, got none.")
+        raise InputError("`loader` must yield at least one batch, got none.")
     stages = [torch.cat(stage).cpu().numpy() for stage in zip(*pooled, strict=True)]
     return Features(stages[-1], np.concatenate(stages, axis=1))
 
@@ -102,7 +103,7 @@ def intensity_histograms(images: Tensor, num_bins: int = 32) -> Tensor:
         tensor([[0.5000, 0.5000]])
     """
     if num_bins < 1:
-        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+        raise InputError(f"`num_bins` must be at least 1, got {num_bins}.")
     bins = images.flatten(1).mul(num_bins).long().clamp_(0, num_bins - 1)
     row = torch.arange(len(images), device=images.device).unsqueeze(1)
     counts = torch.bincount((bins + num_bins * row).flatten(), minlength=len(images) * num_bins)
@@ -157,7 +158,7 @@ def knn_scores(
         its temperature. Standardising is ours: the raw cosines of pooled ReLU features, all positive, hardly differ.
     """
     if k < 1 or temperature <= 0:
-        raise ValueError(f"`k` and `temperature` must be positive, got {k} and {temperature}.")
+        raise InputError(f"`k` and `temperature` must be positive, got {k} and {temperature}.")
     train_x, train_y = _checked(train_x, train_y)
     train_x, test_x = (F.normalize(torch.from_numpy(x), dim=1).numpy() for x in _standardised(train_x, test_x))
     blocks = np.array_split(test_x, len(test_x) // _KNN_ROWS + 1)
@@ -224,9 +225,9 @@ def grouped_cross_val_scores(
     x, y = _checked(x, y)
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
     if len(item_subject) != len(x):
-        raise ValueError(f"`subjects` must name the subject of each of the {len(x)} items, got {len(item_subject)}.")
+        raise InputError(f"`subjects` must name the subject of each of the {len(x)} items, got {len(item_subject)}.")
     if not 3 <= num_folds <= len(names):
-        raise ValueError(f"`num_folds` must be in [3, {len(names)}], the number of subjects, got {num_folds}.")
+        raise InputError(f"`num_folds` must be in [3, {len(names)}], the number of subjects, got {num_folds}.")
     fold = (np.random.default_rng(seed).permutation(len(names)) % num_folds)[item_subject]
     scores = np.full(y.shape, np.nan)
     for held_out in range(num_folds):
@@ -241,9 +242,9 @@ def grouped_cross_val_scores(
 def _checked(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"Features and labels must have shapes (N, D) and (N, C), N > 0, got {x.shape} and {y.shape}.")
+        raise InputError(f"Features and labels must have shapes (N, D) and (N, C), N > 0, got {x.shape} and {y.shape}.")
     if not (np.isin(y, (0, 1)) | np.isnan(y)).all():
-        raise ValueError(f"Labels must be 1, 0 or NaN (unknown), got {np.unique(y)}.")
+        raise InputError(f"Labels must be 1, 0 or NaN (unknown), got {np.unique(y)}.")
     return x, y
 
 
@@ -267,9 +268,9 @@ def _vote(similarity: Array, train_y: Array, k: int, temperature: float) -> Arra
 
 def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array, cs: Sequence[float]) -> float:
     if not cs or min(cs) <= 0:
-        raise ValueError(f"`cs` must hold positive values, got {cs}.")
+        raise InputError(f"`cs` must hold positive values, got {cs}.")
     if train_y.shape[1] != val_y.shape[1]:
-        raise ValueError(
+        raise InputError(
             "Labels must have the same findings in training and validation, "
             f"got {train_y.shape[1]} and {val_y.shape[1]}."
         )
@@ -344,7 +345,7 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
     @cached_property
     def _cache(self) -> tuple[Tensor, Tensor]:
         if get_worker_info() is not None:
-            raise ValueError("`num_workers` must be 0 for the features of a linear probe: each would compute them all.")
+            raise InputError("`num_workers` must be 0 for the features of a linear probe: each would compute them all.")
         labels: list[Tensor] = []
 
         def batches() -> Iterator[dict[str, Tensor]]:

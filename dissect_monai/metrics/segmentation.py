@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from dissect_monai.common import InputError
 from dissect_monai.transforms.labels import Mask, box_around, integer_map
 
 Points = NDArray[np.floating[Any]]  # (N, 3) in mm
@@ -79,14 +80,14 @@ def score_structures(
     """
     label_map, pred_map = integer_map("label", label), integer_map("pred", pred)
     if label_map.shape != pred_map.shape:
-        raise ValueError(
+        raise InputError(
             f"`label` and `pred` must lie on one grid, got the shapes {label_map.shape} and {pred_map.shape}: "
             "resample the prediction with `to_original_grid`."
         )
     spacing = _checked(spacing, tolerance)
     unclear = {name: list(values) for name, values in labels.items() if min(values, default=0) < 1}
     if unclear or not labels:
-        raise ValueError(
+        raise InputError(
             f"`labels` must give every structure its values over 0, such as {{'spleen': [1]}}, got {unclear}."
         )
     found = [ndimage.find_objects(part) for part in (label_map, pred_map)]
@@ -129,7 +130,7 @@ def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: f
         radiotherapy, 2018 (arXiv 1809.04430), for the surface Dice. Their HD95 weighs distances by area, ours does not.
     """
     if label.ndim != 3 or label.shape != pred.shape or not (label.any() and pred.any()):
-        raise ValueError(
+        raise InputError(
             f"`label` and `pred` must be masks of one shape (X, Y, Z) with voxels, got {label.shape} with "
             f"{label.sum()} and {pred.shape} with {pred.sum()}."
         )
@@ -178,9 +179,9 @@ def _corner_areas(spacing: tuple[float, ...]) -> Values:
 def _checked(spacing: Sequence[float], tolerance: float) -> list[float]:
     values = [float(each) for each in spacing]
     if len(values) != 3 or not all(0 < each < float("inf") for each in values):
-        raise ValueError(f"`spacing` must hold three positive numbers in mm, got {values}.")
+        raise InputError(f"`spacing` must hold three positive numbers in mm, got {values}.")
     if not 0 <= tolerance < float("inf"):
-        raise ValueError(f"`tolerance` must be at least 0 mm, got {tolerance}.")
+        raise InputError(f"`tolerance` must be at least 0 mm, got {tolerance}.")
     return values
 
 

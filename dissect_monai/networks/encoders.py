@@ -5,6 +5,8 @@ from __future__ import annotations
 from monai.networks.nets import ResNet, SegResNet
 from torch import Tensor, nn
 
+from dissect_monai.common import InputError
+
 
 def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     """Feature maps of every stage of a stock MONAI encoder, fine to coarse.
@@ -31,7 +33,7 @@ def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     encode = getattr(encoder, "encode", None)
     maps = encoder(images) if encode is None else encode(images)[1]
     if not isinstance(maps, (list, tuple)):
-        raise ValueError(
+        raise InputError(
             f"`encoder` must be a MONAI ResNet, have `encode`, or return a list of feature maps, "
             f"got {type(encoder).__name__} returning {type(maps).__name__}."
         )

@@ -8,7 +8,7 @@ from monai.networks.layers.factories import Conv
 from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
-from dissect_monai.common import LEVELS
+from dissect_monai.common import LEVELS, InputError
 from dissect_monai.networks.encoders import pool
 
 
@@ -62,10 +62,10 @@ class HSSLNet(nn.Module):
         super().__init__()
         for name, number in {"num_tasks": num_tasks, "num_groups": num_groups}.items():
             if number < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {number}.")
+                raise InputError(f"`{name}` must be at least 1, got {number}.")
         out_channels = segresnet.conv_final[-1].out_channels
         if out_channels != segresnet.in_channels or not segresnet.use_conv_final:
-            raise ValueError(
+            raise InputError(
                 "`segresnet` must reconstruct its input: it must use its final convolution and have as many output as "
                 f"input channels, got {out_channels} and {segresnet.in_channels}; set `out_channels`."
             )
@@ -96,7 +96,7 @@ class HSSLNet(nn.Module):
             ValueError: if a spatial size is no multiple of the stride of the bottleneck.
         """
         if any(size % self.stride for size in images.shape[2:]):
-            raise ValueError(
+            raise InputError(
                 f"the spatial sizes of `images` must be multiples of {self.stride}, got {tuple(images.shape[2:])}."
             )
         features, maps = self.segresnet.encode(images)

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from dissect_monai.common import InputError
+
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: weights of linear and convolutional layers decay, biases and norms do not.
@@ -46,7 +48,7 @@ def ssl_optimizer(network: nn.Module, name: str, learning_rate: float, weight_de
         from pytorch_optimizer import LARS  # slow to import, and seldom wanted
 
         return LARS(groups, lr=learning_rate)
-    raise ValueError(f"`optimizer_name` must be adamw or lars, got {name!r}.")
+    raise InputError(f"`optimizer_name` must be adamw or lars, got {name!r}.")
 
 
 def refuse_bad_rates(learning_rate: float, weight_decay: float) -> None:
@@ -56,7 +58,7 @@ def refuse_bad_rates(learning_rate: float, weight_decay: float) -> None:
         ValueError: if `learning_rate` is not positive or `weight_decay` is negative.
     """
     if learning_rate <= 0 or weight_decay < 0:
-        raise ValueError(
+        raise InputError(
             f"`learning_rate` must be positive and `weight_decay` not negative, got {learning_rate} and {weight_decay}."
         )
 
@@ -86,7 +88,7 @@ def classifier_optimizer(
     """
     refuse_bad_rates(learning_rate, weight_decay)
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"`layer_decay` must be in (0, 1], got {layer_decay}.")
+        raise InputError(f"`layer_decay` must be in (0, 1], got {layer_decay}.")
     parts = [nn.ModuleList() for _ in range(len(PARTS) + 1)]
     for name, child in network.named_children():
         parts[PARTS.index(name) if name in PARTS else len(PARTS)].append(child)

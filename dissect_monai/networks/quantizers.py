@@ -11,6 +11,8 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect_monai.common import InputError
+
 # Scores of one chunk of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**27}
 SEED_SIZE = 1e-3  # cluster size of a code before any feature has been assigned to it
@@ -128,7 +130,7 @@ class EMACodebook(nn.Module):
 
     def _rows(self, inputs: Tensor) -> Tensor:
         if inputs.ndim < 2 or inputs.shape[1] != self.embedding_dim:
-            raise ValueError(f"`inputs` must be (B, {self.embedding_dim}, *spatial), got {tuple(inputs.shape)}.")
+            raise InputError(f"`inputs` must be (B, {self.embedding_dim}, *spatial), got {tuple(inputs.shape)}.")
         return inputs.float().movedim(1, -1).reshape(-1, self.embedding_dim)
 
     def _normalised(self, vectors: Tensor) -> Tensor:
@@ -234,17 +236,17 @@ class MultiScaleQuantizer(nn.Module):
             ValueError: if the number of stages or of channels differs from `in_channels`.
         """
         if len(features) != len(self.in_channels):
-            raise ValueError(f"`features` must have {len(self.in_channels)} stages, got {len(features)}.")
+            raise InputError(f"`features` must have {len(self.in_channels)} stages, got {len(features)}.")
         for i, (stage, channels) in enumerate(zip(features, self.in_channels, strict=True)):
             if stage.shape[1] != channels:
-                raise ValueError(f"`features[{i}]` must have {channels} channels, got {stage.shape[1]}.")
+                raise InputError(f"`features[{i}]` must have {channels} channels, got {stage.shape[1]}.")
         stages = zip(features, self.projections, self.codebooks, strict=True)
         return [codebook(projection(stage)) for stage, projection, codebook in stages]
 
 
 def _require(valid: bool, name: str, rule: str, value: object) -> None:
     if not valid:
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+        raise InputError(f"`{name}` must be {rule}, got {value!r}.")
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -9,6 +9,8 @@ from monai.networks.layers.factories import Conv
 from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
+from dissect_monai.common import InputError
+
 
 def init_class_prior(network: SegResNet, share: float = 0.01) -> None:
     """Make an untrained network call every structure rare.
@@ -28,7 +30,7 @@ def init_class_prior(network: SegResNet, share: float = 0.01) -> None:
         Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the default is.
     """
     if not 0 < share < 1:
-        raise ValueError(f"`share` must lie between 0 and 1, got {share}.")
+        raise InputError(f"`share` must lie between 0 and 1, got {share}.")
     _init_class_prior(network.conv_final[-1].conv.bias, share)
 
 
@@ -60,7 +62,7 @@ class DeepSupervisionNet(nn.Module):
         super().__init__()
         levels = len(segresnet.up_layers)
         if not 1 <= num_heads < levels:
-            raise ValueError(f"`num_heads` must be at least 1 and fewer than the {levels} levels, got {num_heads}.")
+            raise InputError(f"`num_heads` must be at least 1 and fewer than the {levels} levels, got {num_heads}.")
         self.segresnet = segresnet
         classes = segresnet.conv_final[-1].out_channels
         conv = Conv[Conv.CONV, segresnet.spatial_dims]

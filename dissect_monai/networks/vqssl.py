@@ -13,6 +13,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect_monai.common import InputError
 from dissect_monai.networks.encoders import feature_maps, pool
 from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer, Quantized
 
@@ -57,9 +58,9 @@ class Fusion(nn.Module):
     def __init__(self, embedding_dim: int, mode: str = "attention", num_heads: int = 8) -> None:
         super().__init__()
         if mode not in FUSIONS:
-            raise ValueError(f"`fusion` must be one of {', '.join(FUSIONS)}, got {mode!r}.")
+            raise InputError(f"`fusion` must be one of {', '.join(FUSIONS)}, got {mode!r}.")
         if mode == "attention" and embedding_dim % num_heads:
-            raise ValueError(
+            raise InputError(
                 f"`embedding_dim` must be a multiple of the {num_heads} attention heads, got {embedding_dim}: "
                 "change it or use another `fusion`."
             )
@@ -182,7 +183,7 @@ class VQSSLNet(nn.Module):
         super().__init__()
         channels = _stage_channels(encoder, spatial_dims, in_channels)
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 1 or stages[-1] > len(channels):
-            raise ValueError(
+            raise InputError(
                 f"`stages` must be increasing numbers from 1 to {len(channels)} (the encoder's stages), got {stages}."
             )
         self.stages = tuple(stages)
@@ -262,7 +263,7 @@ class VQSSLNet(nn.Module):
             ValueError: if `momentum` is outside [0, 1].
         """
         if not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` must be in [0, 1], got {momentum}.")
+            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
         online = _Branch(self.encoder, self.quantizer.projections, self.fusions, self.projectors)
         torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
 

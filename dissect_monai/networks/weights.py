@@ -13,6 +13,7 @@ import torch
 from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
+from dissect_monai.common import InputError
 from dissect_monai.writing import save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ def read_settings(weights_path: str | Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}.") from error
+        raise InputError(f"{path} must be JSON, got: {error}.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(settings).__name__}.")
+        raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}.")
     return settings
 
 
@@ -65,7 +66,7 @@ def refuse_other_names(label_names: Sequence[str], weights_path: str | Path) -> 
     """
     own = read_settings(weights_path).get("label_names", list(label_names))
     if list(label_names) != own:
-        raise ValueError(
+        raise InputError(
             f"`label_names` must be those of {Path(weights_path).with_suffix('.json')}, {', '.join(own)}, "
             f"got {', '.join(label_names)}."
         )
@@ -96,9 +97,9 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded, it is damaged or no file of torch.save: {remedy}.") from error
+        raise InputError(f"{path} cannot be loaded, it is damaged or no file of torch.save: {remedy}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
+        raise InputError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
     return content
 
 
@@ -176,7 +177,7 @@ def load_segmentation(network: SegResNet, path: str | Path) -> SegResNet:
     """
     refuse_missing_weights(path)
     if "class_names" not in read_settings(path):
-        raise ValueError(
+        raise InputError(
             f"{path} must be weights of a segmentation, got some without `class_names` in the JSON beside them, as "
             "pretraining leaves them: train with --pretrained and give the model.pt of that run."
         )
@@ -207,7 +208,7 @@ def transfer_segresnet(network: SegResNet, path: str | Path, class_names: Sequen
     state, settings = load_torch(path, TRAIN_FIRST), read_settings(path)
     dims = settings.get("spatial_dims", network.spatial_dims)
     if dims != network.spatial_dims:
-        raise ValueError(f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones.")
+        raise InputError(f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones.")
     left = [] if _is_whole(state) else _decoder_of(network)
     if not left and settings.get("class_names") != list(class_names):
         left = [LAST_LAYER]
@@ -250,10 +251,10 @@ def _load_state(
             remedy = "They have no head: train the classifier first."
         elif set(state) - set(own) == HEAD:
             remedy = "They are of a trained classifier: give the encoder that pretraining has left."
-        raise ValueError(f"the weights in {path} do not fit the {type(module).__name__}: {'; '.join(found)}. {remedy}")
+        raise InputError(f"the weights in {path} do not fit the {type(module).__name__}: {'; '.join(found)}. {remedy}")
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(
+        raise InputError(
             f"the weights in {path} must be finite, got NaN or infinity in {len(broken)} of {len(state)} tensors "
             f"({_few(broken)}): train again or take an older checkpoint."
         )
@@ -309,11 +310,11 @@ def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
         ValueError: saying what to do.
     """
     if mode == "scratch" and pretrained:
-        raise ValueError(
+        raise InputError(
             f"`--mode` scratch starts from no weights, got --pretrained {pretrained}: give one of the two."
         )
     if mode == "finetune" and not pretrained:
-        raise ValueError("`--mode` finetune needs weights: give --pretrained models/model.pt, or --mode scratch.")
+        raise InputError("`--mode` finetune needs weights: give --pretrained models/model.pt, or --mode scratch.")
     if pretrained:
         refuse_missing_weights(pretrained)
 
@@ -329,5 +330,5 @@ def trained_part(network: nn.Module, mode: str) -> nn.Module:
         ValueError: if `mode` is unknown.
     """
     if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
+        raise InputError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
     return freeze_encoder(network) if mode == "linear_probe" else network

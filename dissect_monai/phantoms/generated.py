@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from dissect_monai.common import InputError
+
 
 def write_once(output_dir: str | Path, spec: Mapping[str, Any], write_set: Callable[[Path], None]) -> Path:
     """Write a data set, unless the folder holds the same one already.
@@ -54,7 +56,7 @@ def _holds(folder: Path, spec: Mapping[str, Any]) -> bool:
     dataset = json.loads(datalist.read_text()) if datalist.is_file() else {}
     found = dataset.get("spec", "other files")
     if found != spec:
-        raise ValueError(
+        raise InputError(
             f"`output_dir` must be new, empty or hold the set {spec}, got {folder} holding {found}. "
             "Choose another folder or remove this one."
         )

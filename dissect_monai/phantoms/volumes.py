@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from dissect_monai.common import InputError
 from dissect_monai.phantoms.generated import write_once
 from dissect_monai.phantoms.scans import SCANS, VolumePhantom, scan_phantom
 
@@ -36,9 +37,9 @@ def volume_phantom(task: str, seed: int | Sequence[int], image_size: int = 48) -
         ValueError: if `task` is unknown or `image_size` is under 16.
     """
     if task not in SCANS:
-        raise ValueError(f"`task` must be one of {', '.join(VOLUME_TASKS)}, got {task!r}.")
+        raise InputError(f"`task` must be one of {', '.join(VOLUME_TASKS)}, got {task!r}.")
     if image_size < 16:
-        raise ValueError(f"`image_size` must be at least 16, got {image_size}.")
+        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
     words = [seed] if isinstance(seed, int) else [*seed]
     return scan_phantom(SCANS[task], [VOLUME_TASKS.index(task), *words], image_size)
 
@@ -76,11 +77,11 @@ def write_volume_phantoms(
     """
     counts = dict(zip(_SPLITS, (num_training, num_validation, num_test), strict=True))
     if min(counts.values()) < 0:
-        raise ValueError(f"The numbers of subjects must be at least 0, got {counts}.")
+        raise InputError(f"The numbers of subjects must be at least 0, got {counts}.")
     if isinstance(tasks, str) or not tasks or len({*tasks}) < len(tasks) or not {*tasks} <= {*SCANS}:
-        raise ValueError(f"`tasks` must be different ones of {', '.join(VOLUME_TASKS)}, got {tasks!r}.")
+        raise InputError(f"`tasks` must be different ones of {', '.join(VOLUME_TASKS)}, got {tasks!r}.")
     if image_size < 16:
-        raise ValueError(f"`image_size` must be at least 16, got {image_size}.")
+        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
     folders = []
     for task in tasks:
         spec = {"version": _VERSION, "task": task, **counts, "image_size": image_size, "seed": seed}

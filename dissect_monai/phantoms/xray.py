@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from dissect_monai.common import InputError
 from dissect_monai.phantoms.generated import write_once
 
 # Diffuse ones: a finding that a crop can lose is one that two views need not agree on.
@@ -72,7 +73,7 @@ def xray_phantom(
         ValueError: if `image_size` is under 16 or `label` has the wrong shape or values.
     """
     if image_size < 16:
-        raise ValueError(f"`image_size` must be at least 16, got {image_size}.")
+        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
     subject_rng = np.random.default_rng([0, seed if subject_seed is None else subject_seed])
     rng = np.random.default_rng([1, seed])
     anatomy = _draw_anatomy(subject_rng)
@@ -80,7 +81,7 @@ def xray_phantom(
         label = subject_rng.random(len(XRAY_FINDINGS)) < _PREVALENCE
     present = np.asarray(label, dtype=np.float32)
     if present.shape != (len(XRAY_FINDINGS),) or not np.isin(present, (0, 1)).all():
-        raise ValueError(f"`label` must hold {len(XRAY_FINDINGS)} values that are 0 or 1, got {label}.")
+        raise InputError(f"`label` must hold {len(XRAY_FINDINGS)} values that are 0 or 1, got {label}.")
     findings = {name for name, value in zip(XRAY_FINDINGS, present, strict=True) if value}
     view = XRAY_VIEWS[rng.integers(2)]
     image = _expose(_attenuation(anatomy, view, findings, image_size, rng), rng)
@@ -119,7 +120,7 @@ def write_xray_phantoms(
     """
     counts = {"training": num_training, "validation": num_validation, "test": num_test}
     if min(counts.values()) < 0:
-        raise ValueError(f"The numbers of images must be at least 0, got {counts}.")
+        raise InputError(f"The numbers of images must be at least 0, got {counts}.")
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
     return write_once(output_dir, spec, lambda folder: _write_set(folder, spec))
 

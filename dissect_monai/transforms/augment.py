@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dissect_monai.common import InputError
+
 _Range = tuple[float, float]
 _ERASE_RATIO = (0.3, 3.3)  # Zhong et al., Random Erasing Data Augmentation, AAAI 2020, Sec. 4.2
 _OFF = (1.0, 1.0)  # the range of a factor that changes nothing
@@ -85,10 +87,10 @@ class BatchAugment(nn.Module):
     ) -> None:
         super().__init__()
         if spatial_dims not in _MEMORY_FORMAT:
-            raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims}.")
+            raise InputError(f"`spatial_dims` must be 2 or 3, got {spatial_dims}.")
         flips = (flip_prob, *[0.0] * (spatial_dims - 1)) if isinstance(flip_prob, int | float) else tuple(flip_prob)
         if len(flips) != spatial_dims:
-            raise ValueError(f"`flip_prob` must be one number or one per axis ({spatial_dims}), got {flip_prob}.")
+            raise InputError(f"`flip_prob` must be one number or one per axis ({spatial_dims}), got {flip_prob}.")
         self.spatial_dims = spatial_dims
         self.image_size = None if image_size is None else _checked_size(image_size, spatial_dims)
         self.crop_scale = _checked_range("crop_scale", crop_scale, highest=1)
@@ -121,9 +123,9 @@ class BatchAugment(nn.Module):
         """The same, and where each view lies in its image."""
         if images.ndim != self.spatial_dims + 2:
             axes = "(B, C, X, Y)" if self.spatial_dims == 2 else "(B, C, X, Y, Z)"
-            raise ValueError(f"`images` must have shape {axes}, got {tuple(images.shape)}.")
+            raise InputError(f"`images` must have shape {axes}, got {tuple(images.shape)}.")
         if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ValueError(f"`images` must be uint8 in [0, 255] or floating in [0, 1], got {images.dtype}.")
+            raise InputError(f"`images` must be uint8 in [0, 255] or floating in [0, 1], got {images.dtype}.")
         draw = _Draw(len(images), images.device, generator)
         images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images.float().clamp(0, 1)
         images, placement = self._resample(images, draw)
@@ -207,7 +209,7 @@ class Corrupt(nn.Module):
     def __init__(self, mask_fraction: float = 0.3, mask_size: int = 16, noise_std: float = 0.0) -> None:
         super().__init__()
         if mask_size < 1:
-            raise ValueError(f"`mask_size` must be at least 1 pixel, got {mask_size}.")
+            raise InputError(f"`mask_size` must be at least 1 pixel, got {mask_size}.")
         self.mask_fraction = _checked("mask_fraction", mask_fraction, highest=1)
         self.mask_size = mask_size
         self.noise_std = _checked("noise_std", noise_std)
@@ -296,22 +298,22 @@ def _expand(values: Tensor, trailing: int) -> Tensor:
 
 def _checked(name: str, value: float, highest: float = math.inf) -> float:
     if not isinstance(value, (int, float)) or not 0 <= value <= highest:
-        raise ValueError(f"`{name}` must be a number in [0, {highest}], got {value!r}.")
+        raise InputError(f"`{name}` must be a number in [0, {highest}], got {value!r}.")
     return value
 
 
 def _checked_range(name: str, values: Sequence[float] | None, highest: float = math.inf) -> _Range:
     values = _OFF if values is None else values
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
-        raise ValueError(f"`{name}` must be two numbers, got {values!r}.")
+        raise InputError(f"`{name}` must be two numbers, got {values!r}.")
     low, high = values
     if not all(isinstance(value, (int, float)) for value in values) or not 0 < low <= high <= highest:
-        raise ValueError(f"`{name}` must be two increasing numbers in (0, {highest}], got {values}.")
+        raise InputError(f"`{name}` must be two increasing numbers in (0, {highest}], got {values}.")
     return low, high
 
 
 def _checked_size(size: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
     sizes = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
     if len(sizes) != spatial_dims or min(sizes) < 1:
-        raise ValueError(f"`image_size` must be one positive number or one per axis ({spatial_dims}), got {size}.")
+        raise InputError(f"`image_size` must be one positive number or one per axis ({spatial_dims}), got {size}.")
     return sizes

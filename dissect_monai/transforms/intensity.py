@@ -11,6 +11,8 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, ScaleIntensityRange
 from monai.utils import convert_to_dst_type
 
+from dissect_monai.common import InputError
+
 # Part of the range from the darkest voxel to the `upper` percentile up to which a voxel is air, noise included.
 _AIR = 0.05
 _MAX_SAMPLE = 2**20  # voxels from which percentiles are estimated
@@ -54,11 +56,11 @@ class NormalizeModalityd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if not a_min < a_max:
-            raise ValueError(f"`a_min` must be below `a_max`, got {a_min} and {a_max}.")
+            raise InputError(f"`a_min` must be below `a_max`, got {a_min} and {a_max}.")
         if not 0 <= lower < upper <= 100:
-            raise ValueError(f"`lower` and `upper` must be increasing percentages, got {lower} and {upper}.")
+            raise InputError(f"`lower` and `upper` must be increasing percentages, got {lower} and {upper}.")
         if b_max <= 0:
-            raise ValueError(f"`b_max` must be over 0, got {b_max}.")
+            raise InputError(f"`b_max` must be over 0, got {b_max}.")
         self.window = (a_min, a_max)
         self.percentiles = (lower, upper)
         self.b_max = b_max
@@ -71,7 +73,7 @@ class NormalizeModalityd(MapTransform):
             image, modality = item[key], item.get(self.modality_key, self.modality)
             names = modality if isinstance(modality, (list, tuple)) else [modality]
             if image.ndim == 4 and len(names) != len(image):
-                raise ValueError(
+                raise InputError(
                     f"a volume must have a channel for each of the modalities {', '.join(map(str, names))}, "
                     f"got {len(image)}: correct `{self.modality_key}` in dataset.json."
                 )
@@ -85,7 +87,7 @@ class NormalizeModalityd(MapTransform):
     def _scaled(self, image: torch.Tensor, modality: object) -> torch.Tensor:
         low, high = self.window if is_ct(modality) else self._range(image)
         if not (low < high and low < image.max()):
-            raise ValueError(
+            raise InputError(
                 f"a volume must have values between {low:g} and {high:g} ({modality or 'unknown modality'}), "
                 f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality, or remove it."
             )
@@ -122,7 +124,7 @@ class ForegroundIndicesd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if max_indices < 1:
-            raise ValueError(f"`max_indices` must be at least 1, got {max_indices}.")
+            raise InputError(f"`max_indices` must be at least 1, got {max_indices}.")
         self.max_indices = max_indices
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -135,7 +137,7 @@ class ForegroundIndicesd(MapTransform):
         for key in self.key_iterator(item):
             places = np.flatnonzero(np.asarray(item[key]).max(0) > 0)
             if not len(places):
-                raise ValueError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
+                raise InputError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
             chosen = np.linspace(0, len(places) - 1, min(self.max_indices, len(places))).round().astype(int)
             item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
         return item

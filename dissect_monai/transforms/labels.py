@@ -12,7 +12,7 @@ from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from dissect_monai.common import shorten
+from dissect_monai.common import InputError, shorten
 from dissect_monai.transforms.spatial import refuse_apart
 
 LabelMap = NDArray[np.integer[Any]]
@@ -61,13 +61,13 @@ def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
     """
     array = np.asarray(label_map)
     if array.ndim != 3:
-        raise ValueError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
+        raise InputError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
     if array.dtype.kind in "iu":
         return array
     with np.errstate(invalid="ignore"):  # NaN is refused below
         integers = array.astype(np.int32)
     if not np.array_equal(integers, array):
-        raise ValueError(
+        raise InputError(
             f"`{name}` must hold integers, got fractions: resample label maps by their nearest neighbours, and give "
             "logits to `to_original_grid`."
         )
@@ -112,7 +112,7 @@ class ValuesToClassesd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if len(class_names) > 255:
-            raise ValueError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
+            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         self.class_names = list(class_names)
         self.labels_key, self.image_key = labels_key, image_key
 
@@ -128,7 +128,7 @@ class ValuesToClassesd(MapTransform):
             label_map = integer_map(where, array[0] if len(array) == 1 else array)
             unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
             if unknown:
-                raise ValueError(
+                raise InputError(
                     f"{where} must hold values that `labels` of its dataset.json names ({shorten(sorted(table))}), got "
                     f"{shorten(unknown)}: name them there, or correct the label map."
                 )
@@ -140,16 +140,16 @@ class ValuesToClassesd(MapTransform):
     def _table(self, labels: Any, where: str) -> dict[int, int]:
         """Class of every value of a file."""
         if not isinstance(labels, Mapping):
-            raise ValueError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
+            raise InputError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
         table = {0: 0}
         for name, values in labels.items():
             index = self.class_names.index(name) + 1 if name in self.class_names else 0
             for value in values:
                 if value < 1:
-                    raise ValueError(f"{where} must have structures with values over 0, got {value} for {name}.")
+                    raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
                 # A region that is not learnt may share values with one that is.
                 if index and table.get(value, 0) not in (0, index):
-                    raise ValueError(f"{where} must give each value one class, got {value} in {name} and another one.")
+                    raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
                 table[value] = index or table.get(value, 0)
         return table
 
@@ -194,5 +194,5 @@ def chosen_structures(names: str | Sequence[str], class_names: Sequence[str]) ->
     chosen = list(ensure_tuple(names))
     unknown = [str(name) for name in chosen if name not in class_names]
     if unknown:
-        raise ValueError(f"structures must be none, all, or among {', '.join(class_names)}, got {', '.join(unknown)}.")
+        raise InputError(f"structures must be none, all, or among {', '.join(class_names)}, got {', '.join(unknown)}.")
     return chosen

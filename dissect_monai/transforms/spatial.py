@@ -17,6 +17,8 @@ from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dissect_monai.common import InputError
+
 Array = NDArray[np.floating[Any]]
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
@@ -45,7 +47,7 @@ class OriginalGridd(MapTransform):
         for key in self.key_iterator(item):
             meta = getattr(item[key], "meta", {})
             if MetaKeys.SPATIAL_SHAPE not in meta or MetaKeys.ORIGINAL_AFFINE not in meta:
-                raise ValueError(
+                raise InputError(
                     f"{key!r} must be a MetaTensor with the `{MetaKeys.SPATIAL_SHAPE}` and "
                     f"`{MetaKeys.ORIGINAL_AFFINE}` of its file, got metadata {sorted(map(str, meta))}: keep "
                     "`track_meta` in the preprocessing, or call `to_original_grid`."
@@ -83,12 +85,12 @@ def to_original_grid(
             inverted.
     """
     if pred.ndim != 4 or pred.numel() == 0 or len(shape) != 3 or min(shape) < 1:
-        raise ValueError(
+        raise InputError(
             "`pred` must have shape (C, X, Y, Z), of one item, and `shape` three positive sizes, "
             f"got {tuple(pred.shape)} and {tuple(shape)}."
         )
     if pred_affine is None and not isinstance(pred, MetaTensor):
-        raise ValueError("`pred_affine` must be given if `pred` is no MetaTensor, got None.")
+        raise InputError("`pred_affine` must be given if `pred` is no MetaTensor, got None.")
     source = _affine("pred_affine", pred.affine if pred_affine is None else pred_affine)  # type: ignore[attr-defined]
     to_pred = np.linalg.solve(source, _affine("affine", affine))
     meta = {key: value for key, value in getattr(pred, "meta", {}).items() if key != MetaKeys.AFFINE}
@@ -122,7 +124,7 @@ def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
         texts = [
             ", ".join(f"{start:g} to {stop:g}" for start, stop in zip(*np.round(box), strict=True)) for box in boxes
         ]
-        raise ValueError(
+        raise InputError(
             f"{where} must lie where its image lies, got x, y, z of {texts[1]} mm for the label map and {texts[0]} mm "
             "for the image: correct the affine of one of them, or name the right file."
         )
@@ -138,7 +140,7 @@ def _box(volume: MetaTensor) -> tuple[Array, Array]:
 def _affine(name: str, affine: Tensor | Array) -> Array:
     matrix = np.asarray(torch.as_tensor(affine).cpu(), dtype=float)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
-        raise ValueError(f"`{name}` must be an affine (4, 4) that can be inverted, got {matrix.tolist()}.")
+        raise InputError(f"`{name}` must be an affine (4, 4) that can be inverted, got {matrix.tolist()}.")
     return matrix
 
 
@@ -204,7 +206,7 @@ class AdaptiveSpacingd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if len(pixdim) != 3 or len(spatial_size) != 3 or min(spatial_size) < 1:
-            raise ValueError(
+            raise InputError(
                 f"`pixdim` and `spatial_size` must hold three values, the sizes at least 1, got {pixdim} and "
                 f"{spatial_size}."
             )

@@ -10,6 +10,7 @@ import torch
 from monai.engines.utils import PrepareBatch
 from torch import Tensor
 
+from dissect_monai.common import InputError
 from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, Placement
 
 
@@ -66,7 +67,7 @@ class Views(PrepareBatch):
         corrupt: Corrupt | None = None,
     ) -> None:
         if num_views < 1:
-            raise ValueError(f"`num_views` must be at least 1, got {num_views}.")
+            raise InputError(f"`num_views` must be at least 1, got {num_views}.")
         self.augment, self.corrupt = augment, corrupt
         self.seed, self.rank = seed, rank
         self.num_views = num_views
@@ -76,7 +77,7 @@ class Views(PrepareBatch):
     def set_epoch(self, epoch: int) -> None:
         """Restart the draws: they depend on seed, rank and epoch alone, so that a resumed run repeats them."""
         if min(self.seed, self.rank, epoch) < 0:
-            raise ValueError(f"`seed`, `rank`, `epoch` must not be negative, got {self.seed}, {self.rank}, {epoch}.")
+            raise InputError(f"`seed`, `rank`, `epoch` must not be negative, got {self.seed}, {self.rank}, {epoch}.")
         self._epoch_seed = int(np.random.SeedSequence([self.seed, self.rank, epoch]).generate_state(1)[0])
         self._generator: torch.Generator | None = None
 
@@ -147,7 +148,7 @@ class MaskedImages(PrepareBatch):
 
     def __init__(self, corrupt: Corrupt, seed: int = 0) -> None:
         if not corrupt.mask_fraction:
-            raise ValueError("`mask_fraction` must be over 0, else there is nothing to reconstruct, got 0.")
+            raise InputError("`mask_fraction` must be over 0, else there is nothing to reconstruct, got 0.")
         self.corrupt = corrupt
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -237,14 +238,14 @@ class HierarchyViews(Views):
     def _numbers(self, batchdata: Mapping[str, Any], key: str) -> list[int]:
         numbers = self.numbers[key]
         if key not in batchdata:
-            raise ValueError(f"every image must have a `{key}`, got {list(batchdata)}: name it in its dataset.json.")
+            raise InputError(f"every image must have a `{key}`, got {list(batchdata)}: name it in its dataset.json.")
         unknown = [name for name in batchdata[key] if name not in numbers]
         if unknown:
-            raise ValueError(f"`{key}` of an image must be one of {', '.join(numbers)}, got {unknown[0]!r}.")
+            raise InputError(f"`{key}` of an image must be one of {', '.join(numbers)}, got {unknown[0]!r}.")
         return [numbers[name] for name in batchdata[key]]
 
 
 def _numbered(argument: str, names: Sequence[str]) -> dict[str, int]:
     if isinstance(names, str) or not names or len(set(names)) < len(names):
-        raise ValueError(f"`{argument}` must be different names, at least one, got {names!r}.")
+        raise InputError(f"`{argument}` must be different names, at least one, got {names!r}.")
     return {name: number for number, name in enumerate(names)}

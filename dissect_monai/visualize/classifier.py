@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
+from dissect_monai.common import InputError
 from dissect_monai.metrics.classification import auroc, expected_calibration_error, reliability
 from dissect_monai.metrics.intervals import wilson_interval
 
@@ -120,7 +121,7 @@ def embedding_map(features: ArrayLike, task: Sequence[str], group: Sequence[str]
 
     features = np.asarray(features, dtype=float)
     if features.ndim != 2 or not len(features) == len(task) == len(group) > 0:
-        raise ValueError(
+        raise InputError(
             "`features` must be (N, D), N > 0, with a task and a group for each item, "
             f"got {features.shape}, {len(task)} and {len(group)}."
         )
@@ -157,7 +158,7 @@ def saliency_overlay(image: ArrayLike, saliency: ArrayLike) -> NDArray[np.uint8]
 
     image, saliency = (np.asarray(part, dtype=float).clip(0, 1) for part in (image, saliency))
     if image.ndim != 2 or image.shape != saliency.shape:
-        raise ValueError(
+        raise InputError(
             f"`image` and `saliency` must have the same shape (H, W), got {image.shape}, {saliency.shape}."
         )
     opacity = MAX_OPACITY * saliency[..., None]
@@ -217,7 +218,7 @@ def _columns(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Iter
     """Index, labels and scores of each finding that has both classes and all scores, for the items of known label."""
     labels, scores = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
     if labels.ndim != 2 or scores.shape != labels.shape or labels.shape[1] != len(names):
-        raise ValueError(
+        raise InputError(
             f"Labels and scores must have shape (N, {len(names)}), one column a finding, "
             f"got {labels.shape} and {scores.shape}."
         )

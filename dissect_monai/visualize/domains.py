@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
 from dissect_monai.data.datalists import SPLITS, DomainDatalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
@@ -51,7 +51,7 @@ def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int 
         ValueError: if `num_volumes` is below 1.
     """
     if num_volumes < 1:
-        raise ValueError(f"`num_volumes` must be at least 1, got {num_volumes}.")
+        raise InputError(f"`num_volumes` must be at least 1, got {num_volumes}.")
     rows = [_row(name, datalist, num_volumes) for name in datalist.task_names]
     logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
     for row in rows:
@@ -59,8 +59,7 @@ def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int 
             logger.warning(
                 "The CT of task %s has no value below 0, so it hardly is in HU, as its window expects.", row.task
             )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_csv(Path(path), DomainRow._fields, rows)
+    write_csv(path, DomainRow._fields, rows, nan="nan")
     return rows
 
 

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dissect_monai.common import InputError
 from dissect_monai.metrics.intervals import Interval
 
 LIMITS = (
@@ -178,7 +179,7 @@ def write_report(
     """
     fields = {row._fields for row in metrics_rows}
     if len(fields) != 1:
-        raise ValueError(f"`metrics_rows` must not be empty and have the same fields, got {sorted(fields)}.")
+        raise InputError(f"`metrics_rows` must not be empty and have the same fields, got {sorted(fields)}.")
     body = [
         f'<dl class="facts">{_facts(summary)}</dl>',
         _section("Results", "results", [_table(metrics_rows), _notes(notes)]),

@@ -8,6 +8,7 @@ import torch
 from monai.visualize import GradCAM
 from torch import Tensor, nn
 
+from dissect_monai.common import InputError
 from dissect_monai.visualize.classifier import image_to_png, saliency_overlay
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, fine to coarse
@@ -42,9 +43,9 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int, layer: str |
     """
     layers = [name for name, _ in network.named_modules() if name in (STAGES if layer is None else [layer])]
     if not layers:
-        raise ValueError(f"`layer` must name a module of the {type(network).__name__}, got {layer!r}.")
+        raise InputError(f"`layer` must name a module of the {type(network).__name__}, got {layer!r}.")
     if finding < 0:
-        raise ValueError(f"`finding` must be the index of a logit, got {finding}.")
+        raise InputError(f"`finding` must be the index of a logit, got {finding}.")
     # A copy, because GradCAM leaves its hooks in the network and gradients in the parameters.
     camera = GradCAM(deepcopy(network), layers, postprocessing=_unchanged)
     with torch.enable_grad():

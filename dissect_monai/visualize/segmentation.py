@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from dissect_monai.common import InputError
 from dissect_monai.transforms.intensity import sample_voxels
 from dissect_monai.transforms.labels import Box, LabelMap, Mask, box_around, integer_map
 from dissect_monai.visualize.classifier import GREY, INK
@@ -74,9 +75,9 @@ def segmentation_overlay(
     """
     volume, *maps = _checked(image, label, pred, spacing)
     if structure is not None and structure not in labels:
-        raise ValueError(f"`structure` must be one of {', '.join(labels)}, got {structure!r}.")
+        raise InputError(f"`structure` must be one of {', '.join(labels)}, got {structure!r}.")
     if window is not None and not window[0] < window[1]:
-        raise ValueError(f"`window` must be increasing, got {window}.")
+        raise InputError(f"`window` must be increasing, got {window}.")
     found = [ndimage.find_objects(each) for each in maps]
     groups = list(labels.values()) if structure is None else [labels[structure]]
     tight = box_around(found, [value for values in groups for value in values])
@@ -103,7 +104,7 @@ def _checked(
     volume = np.asarray(image)
     maps = integer_map("label", label), integer_map("pred", pred)
     if volume.shape != maps[0].shape or volume.shape != maps[1].shape or len(spacing) != 3 or min(spacing) <= 0:
-        raise ValueError(
+        raise InputError(
             "`image`, `label` and `pred` must have one shape (X, Y, Z), and `spacing` three positive numbers, got "
             f"{volume.shape}, {maps[0].shape}, {maps[1].shape} and {list(spacing)}."
         )

@@ -235,7 +235,7 @@ def test_a_two_dimensional_embedding_is_the_mean_over_axial_slices(folders: Fold
 
 def test_folders_of_many_formats_get_task_group_and_modality_by_knobs(tmp_path: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
-    from test_readers import volume, write_series
+    from helpers import volume, write_series
 
     rng = np.random.default_rng(0)
     for index in range(4):

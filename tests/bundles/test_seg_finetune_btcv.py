@@ -769,7 +769,7 @@ def lps_affine(image: Any) -> np.ndarray:
 def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One oblique volume as NIfTI, MHA, NRRD and a DICOM series."""
     import SimpleITK as sitk  # noqa: N813
-    from test_readers import DIRECTION, write_series
+    from helpers import DIRECTION, write_series
 
     image = sitk.GetImageFromArray(box_volume(2)[0].T.astype(np.int16))
     image.SetSpacing((3.0, 3.0, 4.0))

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from test_readers import volume, write_series
+from helpers import volume, write_series
 
 from dissect_monai.data.domains import aggregate, read_volumes
 from dissect_monai.data.splits import datalist_digest, with_test_split

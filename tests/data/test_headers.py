@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from helpers import volume, write_series
 from monai.transforms import Compose, LoadImage, Orientation
-from test_readers import volume, write_series
 
 from dissect_monai.data.headers import read_header
 from dissect_monai.data.readers import ImageFileReader

@@ -8,50 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
+from helpers import patch_transform
 from monai.data import DataLoader
 from monai.transforms import Compose, EnsureTyped, Lambdad, RandSpatialCropSamplesd
 
 from dissect_monai.data.patches import LABEL_MAP, patch_dataset
-
-READER = {"_target_": "dissect_monai.ImageFileReader", "spatial_dims": 3}
-BOTH = {"keys": ["image", LABEL_MAP], "allow_missing_keys": True}
-TRANSFORMS = [
-    {"_target_": "LoadImaged", **BOTH, "ensure_channel_first": True, "reader": READER},
-    {"_target_": "Orientationd", **BOTH, "axcodes": "RAS", "labels": None},
-    {"_target_": "dissect_monai.NormalizeModalityd", "keys": "image", "b_max": 255},
-    {"_target_": "dissect_monai.AdaptiveSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"},
-    {
-        "_target_": "ResampleToMatchd", "keys": LABEL_MAP, "key_dst": "image", "mode": "nearest",
-        "padding_mode": "zeros", "allow_missing_keys": True,
-    },
-    {"_target_": "CropForegroundd", **BOTH, "source_key": "image", "allow_smaller": True},
-    {"_target_": "SpatialPadd", **BOTH, "spatial_size": "@crop_size"},
-    {"_target_": "EnsureTyped", **BOTH, "dtype": "$torch.uint8", "track_meta": False},
-    {"_target_": "dissect_monai.ForegroundIndicesd", "keys": "image"},
-    {
-        "_target_": "SelectItemsd", "keys": ["image", LABEL_MAP, "image_fg_indices", "image_bg_indices"],
-        "allow_missing_keys": True,
-    },
-    {
-        "_target_": "RandCropByPosNegLabeld", **BOTH, "label_key": "image", "spatial_size": "@crop_size", "neg": 0,
-        "num_samples": "@num_samples", "fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices",
-    },
-    {"_target_": "SqueezeDimd", "_disabled_": "$@spatial_dims == 3", **BOTH, "dim": -1},
-]  # fmt: skip
-
-
-def chain(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, num_samples: int = 4) -> Any:
-    """The whole chain, as the evaluation of a bundle has it."""
-    config = {
-        "imports": ["$import torch", "$import dissect_monai"],
-        "spatial_dims": spatial_dims,
-        "pixdim": [pixdim] * 3,
-        "num_samples": num_samples,
-        "crop_size": [size, size, size if spatial_dims == 3 else 1],
-        "preprocessing": {"_target_": "Compose", "transforms": TRANSFORMS},
-    }
-    return ConfigParser(config).get_parsed_content("preprocessing")
 
 
 def write_volume(folder: Path, index: int, size: int = 16) -> dict[str, Any]:
@@ -84,7 +45,7 @@ def pixels(dataset: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_image_and_label_map_are_of_the_same_place(tmp_path: Path, spatial_dims: int) -> None:
-    transform, shown = chain(spatial_dims, num_samples=16).set_random_state(0), 0
+    transform, shown = patch_transform(spatial_dims, num_samples=16).set_random_state(0), 0
     for item in write_volumes(tmp_path):
         item[LABEL_MAP] = item.pop("label")
         for patch in transform(item):
@@ -97,7 +58,7 @@ def test_image_and_label_map_are_of_the_same_place(tmp_path: Path, spatial_dims:
 def test_a_resampled_label_map_still_lies_on_its_image(tmp_path: Path) -> None:
     item = write_volume(tmp_path, 0)
     item[LABEL_MAP] = item.pop("label")
-    patches = chain(pixdim=0.5, size=24).set_random_state(0)(item)
+    patches = patch_transform(pixdim=0.5, size=24).set_random_state(0)(item)
     bright, lump = (
         torch.stack([patch[key] for patch in patches]) > low for key, low in (("image", 150), (LABEL_MAP, 0))
     )
@@ -108,7 +69,7 @@ def test_a_resampled_label_map_still_lies_on_its_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_patches_know_the_structures_that_they_show(tmp_path: Path, spatial_dims: int) -> None:
     data = write_volumes(tmp_path)
-    dataset = patch_dataset(data, chain(spatial_dims, num_samples=10), num_workers=2)
+    dataset = patch_dataset(data, patch_transform(spatial_dims, num_samples=10), num_workers=2)
     assert len(dataset) == len(dataset.data) == 30
     images = pixels(dataset)
     assert images.shape == (30, 1, *[8] * spatial_dims)
@@ -122,7 +83,7 @@ def test_patches_know_the_structures_that_they_show(tmp_path: Path, spatial_dims
 
 
 def test_patches_come_with_names_for_loaders_and_views(tmp_path: Path) -> None:
-    dataset = patch_dataset(write_volumes(tmp_path), chain())
+    dataset = patch_dataset(write_volumes(tmp_path), patch_transform())
     assert set(dataset[0]) == {"image", "task", "group"}
     assert type(dataset[0]["image"]) is torch.Tensor
     batch = next(iter(DataLoader(dataset, batch_size=5)))
@@ -134,7 +95,7 @@ def test_volumes_without_a_label_map_are_unknown(tmp_path: Path) -> None:
     data = write_volumes(tmp_path, 3)
     del data[0]["label"]
     data[1]["label"] = [1.0, 0.0]  # findings of the whole volume
-    dataset = patch_dataset(data, chain())
+    dataset = patch_dataset(data, patch_transform())
     assert ["structures" in item for item in dataset.data] == [False] * 8 + [True] * 4
     assert dataset.data[4]["label"] == [1.0, 0.0]
     assert dataset.data[8]["label"] == data[2]["label"]
@@ -143,7 +104,7 @@ def test_volumes_without_a_label_map_are_unknown(tmp_path: Path) -> None:
 def test_label_maps_without_names_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_volumes(tmp_path, 1)
     del data[0]["labels"]
-    dataset = patch_dataset(data, chain())
+    dataset = patch_dataset(data, patch_transform())
     assert "structures" not in dataset.data[0]
     assert "Task a has label maps whose structures have no names" in caplog.text
 
@@ -182,7 +143,7 @@ def test_a_structure_counts_from_a_thousandth_of_a_patch_or_half_of_itself() -> 
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_item_alone(tmp_path: Path) -> None:
-    data, transform = write_volumes(tmp_path, 3), chain()
+    data, transform = write_volumes(tmp_path, 3), patch_transform()
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
     images = pixels(patch_dataset(data, transform))
@@ -200,9 +161,9 @@ def test_what_a_skipped_volume_would_draw_leaves_the_others_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_volumes(tmp_path, 3)
-    images = pixels(patch_dataset(data, chain()))
+    images = pixels(patch_dataset(data, patch_transform()))
     Path(data[1]["image"]).write_bytes(b"broken")
-    dataset = patch_dataset(data, chain(), on_corrupt="skip")
+    dataset = patch_dataset(data, patch_transform(), on_corrupt="skip")
     assert torch.equal(pixels(dataset), images[[0, 1, 2, 3, 8, 9, 10, 11]])
     assert [item["subject"] for item in dataset.data] == ["0"] * 4 + ["2"] * 4
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -216,7 +177,7 @@ def test_patches_do_not_keep_their_volumes() -> None:
 
 
 def test_no_items_are_no_patches() -> None:
-    dataset = patch_dataset([], chain())
+    dataset = patch_dataset([], patch_transform())
     assert len(dataset) == len(dataset.data) == 0
 
 
@@ -227,9 +188,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     data = write_volumes(tmp_path, 3)
     Path(data[1]["label"]).write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"(?s)got 1 of 3 that cannot:.*1_label\.nii\.gz.*--on_corrupt skip"):
-        patch_dataset(data, chain())
+        patch_dataset(data, patch_transform())
     with pytest.raises(ValueError, match='`on_corrupt` must be "raise" or "skip", got \'ignore\''):
-        patch_dataset(data, chain(), on_corrupt="ignore")
+        patch_dataset(data, patch_transform(), on_corrupt="ignore")
 
 
 def test_a_transform_that_leaves_out_the_label_map_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from helpers import volume, write_series
 from monai.transforms import LoadImage
 from PIL import Image
 
@@ -14,7 +15,6 @@ from dissect_monai.data.readers import ImageFileReader, image_format
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (6, 9), dtype=np.uint8)  # (rows, columns) = (y, x)
-DIRECTION = (0.0, -1.0, 0.0, 0.8, 0.0, -0.6, 0.6, 0.0, 0.8)
 
 
 def load(path: Path, **kwargs: object) -> np.ndarray:
@@ -33,38 +33,6 @@ def write_dicom(path: Path, pixels: np.ndarray, **tags: str) -> Path:
     path.with_suffix(".dcm").unlink()
     path.write_bytes(data.replace(b"MONOCHROME2", photometric.encode()))
     return path
-
-
-def volume() -> sitk.Image:
-    image = sitk.GetImageFromArray(RNG.integers(-1000, 1000, (4, 5, 6), dtype=np.int16))
-    image.SetSpacing((0.5, 0.75, 2.0))
-    image.SetOrigin((-10.0, 20.0, 30.0))
-    image.SetDirection(DIRECTION)
-    return image
-
-
-def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
-    folder.mkdir(exist_ok=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    for index in range(image.GetSize()[2]):
-        piece = image[:, :, index]
-        position = image.TransformIndexToPhysicalPoint((0, 0, index))
-        values = {
-            "0008|0060": "CT",
-            "0020|000e": f"1.2.3.{series}",
-            "0020|0032": "\\".join(map(str, position)),
-            "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
-            "0018|0050": str(image.GetSpacing()[2]),
-            "0028|1050": "0",
-            "0028|1051": "10",
-        }
-        for tag, value in values.items():
-            piece.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices
-        writer.Execute(piece)
-    return folder
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])

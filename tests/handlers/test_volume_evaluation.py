@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import patch_transform
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet
 from sklearn.metrics import roc_auc_score
 from test_evaluation import evaluate, pick, table
-from test_patches import chain
 from torch import nn
 
 from dissect_monai.data.datalists import SPLITS
@@ -252,7 +252,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_path: Path, spatial_dims: int) -> None:
     datalist = aggregate(phantoms)
     check_probe_data(datalist, phantoms)
-    transform = chain(spatial_dims, pixdim=12, size=8, num_samples=6)
+    transform = patch_transform(spatial_dims, pixdim=12, size=8, num_samples=6)
     patches = {split: patch_dataset(getattr(datalist, split), transform) for split in SPLITS}
     assert [len(patches[split]) for split in SPLITS] == [54, 36, 36]
     loaders = {split: DataLoader(patches[split], batch_size=8) for split in SPLITS}

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from test_readers import volume, write_series
+from helpers import volume, write_series
 
 from dissect_monai.data.datalists import read_datalist
 from dissect_monai.data.domains import aggregate

@@ -23,8 +23,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from helpers import ROOT, command_line, committed_copy, read, run_config
-from test_readers import write_series
+from helpers import ROOT, command_line, committed_copy, read, run_config, write_series
 
 from dissect_monai.data.segmentation import BTCV_ORGANS
 from dissect_monai.phantoms.volumes import write_volume_phantoms
