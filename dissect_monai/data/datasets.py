@@ -8,11 +8,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
-from monai.utils import ImageMetaKey
+from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, TraceKeys
 from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -23,6 +24,11 @@ from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
 
 logger = logging.getLogger(__name__)
+# What PyTorch must know to load an image's metadata with `weights_only`.
+_METADATA = [
+    np.empty(0).__reduce__()[0], np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "SU?"}, MetaKeys, SpaceKeys, TraceKeys,
+]  # fmt: skip
 Attempt = tuple[int, Any, "str | None"]  # index of the item, its contents, why it could not be read
 
 
@@ -84,6 +90,7 @@ class _StoredDataset(PersistentDataset):
         super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
 
     def _cachecheck(self, item_transformed: Item) -> Item:
+        torch.serialization.add_safe_globals(_METADATA)  # here, as a process that loads may not have made the data set
         stored: Item = super()._cachecheck(item_transformed)
         return {key: value.as_tensor() if _knows_nothing(value) else value for key, value in stored.items()}
 
