@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from dissect_monai.data.datasets import cached_dataset
 from dissect_monai.losses.pretraining import VQSSLLoss
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.optimizers import ssl_optimizer
+from dissect_monai.networks.optimizers import adamw
 from dissect_monai.networks.quantizers import Quantized
 from dissect_monai.networks.vqssl import FUSIONS, VQSSLNet
 from dissect_monai.transforms.augment import BatchAugment
@@ -105,7 +105,7 @@ class Step:
         for i, codebook in enumerate(self.network.codebooks):
             self.network.quantizer.codebooks[i] = make_codebook(library, codebook.embedding.weight)
         self.loss = VQSSLLoss()
-        self.optimizer = ssl_optimizer(self.network, "adamw", learning_rate=1e-3, weight_decay=0.05)
+        self.optimizer = adamw(self.network, learning_rate=1e-3, weight_decay=0.05)
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step from images; returns the loss."""

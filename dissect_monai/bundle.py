@@ -296,7 +296,6 @@ RULES = {
     "num_worst": _whole(0),
     "on_corrupt": _one_of("raise", "skip"),
     "on_device": SWITCH,
-    "optimizer_name": _one_of("adamw", "lars"),
     "output_dir": PATH,
     "output_format": _one_of("csv", "npz"),
     "overlap": FRACTION,

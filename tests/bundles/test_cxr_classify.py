@@ -284,7 +284,7 @@ def test_one_dicom_file_is_enough(trained: Path, tmp_path: Path) -> None:
     ("knobs", "message"),
     [
         ({"mode": "probe"}, "`--mode` must be one of linear_probe, finetune, scratch"),
-        ({"mode": "finetune"}, "needs weights: give --pretrained"),
+        ({"mode": "finetune"}, "needs weights: set .*pretrained"),
         ({"findings": ["cysts", "mass"]}, "the labels must know mass, got nodules"),
         ({"pretrained": "nowhere.pt", "mode": "finetune"}, r"no weights at .*nowhere\.pt"),
         ({"findings": ["cysts", "cysts"]}, "`findings` must be different, got cysts, cysts"),

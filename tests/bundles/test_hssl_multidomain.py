@@ -18,7 +18,7 @@ from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dissect_monai.data.domains import aggregate
-from dissect_monai.networks.weights import load_segresnet
+from dissect_monai.networks.weights import load_weights
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 pytestmark = pytest.mark.usefixtures("_in_root")
@@ -183,7 +183,7 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"dense_weight": 1.0, "optimizer_name": "lars"},
+        {"dense_weight": 1.0},
         {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0},
         {"mask_fraction": 0},
         {"amp": "true", "device": "cpu"},  # as the command line gives them
@@ -224,7 +224,7 @@ def test_a_two_dimensional_embedding_is_the_mean_over_axial_slices(folders: Fold
     volume = parser.get_parsed_content("preprocessing")({"image": row["image"], "modality": "CT"})["image"]
     assert tuple(volume.shape[1:3]) == (16, 16)
     assert volume.shape[3] not in (1, 16)
-    network = load_segresnet(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt").eval()
+    network = load_weights(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt").eval()
     with torch.no_grad():
         bottleneck = network.encode(torch.as_tensor(volume).movedim(3, 0))[0]
     np.testing.assert_allclose(values(row), bottleneck.mean((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-4)

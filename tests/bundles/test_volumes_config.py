@@ -18,7 +18,7 @@ from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dissect_monai.networks.encoders import SegResNetEncoder
-from dissect_monai.networks.weights import has_decoder, load_segresnet
+from dissect_monai.networks.weights import has_decoder, load_weights
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 pytestmark = pytest.mark.usefixtures("_in_root")
@@ -115,7 +115,7 @@ def test_weights_are_those_of_the_encoder_and_load_into_a_segmentation_network(t
     assert weights_of(trained).keys() == SegResNetEncoder(network).state_dict().keys()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     assert not has_decoder(trained / "models" / "model.pt")
-    load_segresnet(network, trained / "models" / "model.pt")
+    load_weights(network, trained / "models" / "model.pt")
     loaded = network.state_dict()
     changed = {key for key in before if not torch.equal(before[key], loaded[key])}
     assert changed <= weights_of(trained).keys()

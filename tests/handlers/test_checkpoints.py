@@ -19,7 +19,7 @@ from torch.utils.data import DistributedSampler
 from dissect_monai.handlers.checkpoints import TrainingCheckpoint, newest_checkpoint
 from dissect_monai.handlers.training import EpochSeedHandler, TargetMomentumHandler
 from dissect_monai.losses.pretraining import VQSSLLoss
-from dissect_monai.networks.optimizers import ssl_optimizer
+from dissect_monai.networks.optimizers import adamw
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import read_settings
 from dissect_monai.transforms.augment import BatchAugment
@@ -39,7 +39,7 @@ class Training:
         torch.manual_seed(init_seed)
         encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
         self.network = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=True)
-        self.optimizer = ssl_optimizer(self.network, "adamw", 1e-3, 0.05)
+        self.optimizer = adamw(self.network, 1e-3, 0.05)
         self.schedule = WarmupCosineSchedule(self.optimizer, warmup_steps=3, t_total=3 * EPOCHS)
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (13, 1, 32, 32), dtype=torch.uint8, generator=generator)

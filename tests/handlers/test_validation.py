@@ -27,7 +27,7 @@ from dissect_monai.handlers.validation import ClassificationMetrics
 from dissect_monai.losses.multilabel import MultiLabelLoss, positive_weights
 from dissect_monai.metrics.classification import expected_calibration_error
 from dissect_monai.metrics.probes import FeatureDataset
-from dissect_monai.networks.optimizers import classifier_optimizer
+from dissect_monai.networks.optimizers import adamw
 from dissect_monai.networks.weights import trained_part
 from dissect_monai.phantoms.xray import write_xray_phantoms
 from dissect_monai.transforms.augment import BatchAugment
@@ -256,7 +256,7 @@ class Training:
         self.network = resnet10(
             spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.25, num_classes=len(data.label_names)
         )
-        self.optimizer = classifier_optimizer(self.network, 0.01, 0.01, layer_decay=0.7)
+        self.optimizer = adamw(self.network, 0.01, 0.01, layer_decay=0.7)
         self.evaluator = SupervisedEvaluator(
             device="cpu",
             val_data_loader=DataLoader(validation, batch_size=12),
