@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
-from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, TraceKeys
+from monai.utils import ImageMetaKey, enums
 from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 # What PyTorch must know to load an image's metadata with `weights_only`.
 _METADATA = [
     np.empty(0).__reduce__()[0], np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
-    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "SU?"}, MetaKeys, SpaceKeys, TraceKeys,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "SU?"},
+    *(each for each in vars(enums).values() if isinstance(each, type) and issubclass(each, Enum)),
 ]  # fmt: skip
 Attempt = tuple[int, Any, "str | None"]  # index of the item, its contents, why it could not be read
 
