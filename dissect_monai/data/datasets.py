@@ -26,7 +26,7 @@ from dissect_monai.data.splits import select_fraction
 
 logger = logging.getLogger(__name__)
 # What PyTorch must know to load an image's metadata with `weights_only`.
-_METADATA: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+_METADATA: list[Any] = [
     np.empty(0).__reduce__()[0], np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "SU?"},
     *(each for each in vars(enums).values() if isinstance(each, type) and issubclass(each, Enum)),

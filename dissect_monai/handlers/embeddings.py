@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.networks.utils import eval_mode
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class EmbeddingSaver:
         if self.codes is None or self.encoder is None:
             return
         quantizer, stages = self.codes
-        with torch.inference_mode():
+        with torch.inference_mode(), eval_mode(self.encoder):  # the evaluator has left that mode
             maps = feature_maps(self.encoder, engine.state.output["image"].as_subclass(Tensor))
             quantized = quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in stages])
         for stage, scale in zip(stages, quantized, strict=True):
