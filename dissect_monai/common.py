@@ -1,15 +1,23 @@
-"""Small things that several rooms share: text of a list, rank and world size, shared names."""
+"""Small things that several rooms share: version, text of a list, rank and world size, shared names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+__version__ = "0.2.0"
+Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 NO_FINDING = "No finding"
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
+BTCV_ORGANS = (  # in the order of their values
+    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
+)  # fmt: skip
 
 
 class InputError(ValueError):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import fire
 import numpy as np
 from monai.utils import ensure_tuple
-from run_experiments import ROOT, StudyError, plan, read_study
+from run_experiments import ROOT, plan, read_study
+from study_statistics import StudyError
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     SCALARS,
     EventAccumulator,

@@ -57,11 +57,11 @@ def main(weights: str | Path | None = None, output_dir: str | Path = "dist", dry
 
 def changelog_problems(root: Path) -> Iterator[str]:
     """What is wrong with the version of the package and its entry in CHANGELOG.md."""
-    version = re.search(r'^version = "(.+)"$', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    version = re.search(r'^__version__ = "(.+)"$', (root / PACKAGE / "common.py").read_text("utf-8"), re.MULTILINE)
     number = version[1] if version else "?"
     entry = re.search(rf"^## {re.escape(number)}\b(.*)$", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     if entry is None:
-        yield f"CHANGELOG.md must have an entry for {number}, the version of pyproject.toml"
+        yield f"CHANGELOG.md must have an entry for {number}, the version in {PACKAGE}/common.py"
     elif not re.search(r"\d{4}-\d\d-\d\d", entry[1]):
         yield f"CHANGELOG.md must say when {number} was released, as in `## {number} – 2026-01-31`, got `{entry[0]}`"
 

@@ -9,21 +9,82 @@ a pair of markers that names a bundle takes the tables of this bundle, the pair 
 from __future__ import annotations
 
 import csv
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import fire
-from result_figures import FIGURES, Figure, Line, Panel, digest, draw, drawn_digest
-from run_experiments import Study, StudyError, read_study
+from PIL import Image
+from run_experiments import Study, read_study
+from study_statistics import StudyError
+
+from dissect_monai.visualize.classifier import COLORS
+from dissect_monai.visualize.classifier import MARKERS as SYMBOLS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(
     r"(<!-- results: begin (?:(\w+) )?\(scripts/render_results\.py\) -->\n).*?(<!-- results: end -->)", re.DOTALL
 )
 DIGITS = {"hd95": 1, "missed": 1}  # after the point, of metrics that are not in [0, 1]
+DIGEST = "Digest of the rows"  # the key of a figure's text that says which results it shows
 Row = dict[str, str]
+
+
+class Figure(NamedTuple):
+    """What is drawn over how much a variant trains with, and where."""
+
+    path: str  # from the repository's root
+    name: str
+    metric: re.Pattern[str]  # of the metrics that have a panel, without the variant
+    xlabel: str
+    ylabel: str
+    sizes: Literal["fractions", "subjects"]  # of the training split
+    shaded: bool  # std as a band; else as bars beside each other, which more than a few lines need
+
+
+LABEL_EFFICIENCY = Figure(
+    "docs/label_efficiency.png",
+    "Label efficiency",
+    re.compile(r".*/auroc"),
+    "share of the training labels",
+    "macro AUROC, mean ± std over seeds",
+    sizes="fractions",
+    shaded=True,
+)
+DICE = Figure(
+    "docs/dice_versus_subjects.png",
+    "Dice by the number of training subjects",
+    re.compile("dice"),
+    "training subjects",
+    "Dice, mean ± std over seeds",
+    sizes="subjects",
+    shaded=False,
+)
+FIGURES = (LABEL_EFFICIENCY, DICE)
+
+
+class Line(NamedTuple):
+    """A recipe at each size."""
+
+    recipe: str
+    sizes: list[float]
+    means: list[float]
+    stds: list[float]
+
+
+class Panel(NamedTuple):
+    """A metric of one data set."""
+
+    title: str
+    dataset: str
+    lines: list[Line]
 
 
 class Block(NamedTuple):
@@ -34,18 +95,14 @@ class Block(NamedTuple):
     rows: dict[tuple[str, str], Row]  # by recipe and metric, the latest of each
     variants: dict[str, str]  # name → title
     columns: dict[str, str]  # metric, without the variant → title
-    fractions: dict[str, float]  # share of the labels that a variant trains with, if that is what the variants change
-    subjects: dict[str, int]  # number of subjects that a variant trains with, if its study says so
+    sizes: Mapping[
+        str, Mapping[str, float]
+    ]  # what a variant trains with, in the words of `Figure.sizes`, if a study says so
 
     @property
     def recipes(self) -> list[str]:
         """Recipes, baselines and differences, in the order of the file."""
         return list(dict.fromkeys(recipe for recipe, _ in self.rows))
-
-    def sizes(self, figure: Figure) -> dict[str, float]:
-        """Where the variants stand in a figure; nowhere if they are no several sizes."""
-        found: dict[str, float] = {**(self.subjects if figure.sizes == "subjects" else self.fractions)}
-        return found if len(set(found.values())) > 1 else {}
 
 
 def read_blocks() -> list[Block]:
@@ -70,16 +127,17 @@ def block(bundle: str, dataset: str, rows: dict[tuple[str, str], Row], studies: 
     columns = {metric: title for study in studies for metric, title in study.columns.items()}
     variants = variants or {name: name for name, _ in split}
     columns = columns or {metric: metric for _, metric in split}
-    fractions = {
-        name: float(knobs["label_fraction"])
-        for study in studies
-        for name, knobs in study.variants.items()
-        if study.variants_change == "training" and "label_fraction" in knobs
-    }
     shown = {f"{variant}/{metric}" for variant in variants for metric in columns}
     rows = {key: row for key, row in rows.items() if key[1] in shown}
-    subjects = {name: number for study in studies for name, number in study.subjects.items()}
-    return Block(bundle, dataset, rows, variants, columns, fractions, subjects)
+    trained = [study for study in studies if study.variants_change == "training"]
+    fractions = {
+        name: float(knobs["label_fraction"])
+        for study in trained
+        for name, knobs in study.variants.items()
+        if "label_fraction" in knobs
+    }
+    subjects = {name: number for study in trained for name, number in study.subjects.items()}
+    return Block(bundle, dataset, rows, variants, columns, {"fractions": fractions, "subjects": subjects})
 
 
 def cell(row: Row | None) -> str:
@@ -106,13 +164,13 @@ def table(block: Block, title: str, columns: dict[str, str]) -> list[str]:
     return [*lines, ""]
 
 
-def render(block: Block) -> list[str]:
-    """Markdown lines of one block: a table per variant, or per metric where the variants are several fractions."""
+def render(block: Block) -> str:
+    """Markdown of one block: a table per variant, or per metric where the variants are several fractions."""
     lines = []
     for figure in FIGURES:
         if panels(figure, [block]):
             lines += [f"![{figure.name} of {block.bundle} on {block.dataset}]({figure.path})", ""]
-    if len(block.fractions) > 1:
+    if len(block.sizes["fractions"]) > 1:
         for metric, title in block.columns.items():
             lines += table(block, title, {f"{name}/{metric}": each for name, each in block.variants.items()})
     else:
@@ -123,19 +181,10 @@ def render(block: Block) -> list[str]:
         f"{row['n']} seeds, commit {row['commit']}, {row['date']}, {row['hardware']}: `{command}`"
         for command, row in latest.items()
     ]
-    return [*lines, "\n\n".join(sources)]
+    return "\n".join([*lines, "\n\n".join(sources)])
 
 
-def render_all(blocks: Sequence[Block]) -> str:
-    """Markdown of several blocks, with headings if they are more than one."""
-    texts = []
-    for each in blocks:
-        heading = [f"### `{each.bundle}` on {each.dataset}", ""] if len(blocks) > 1 else []
-        texts.append("\n".join([*heading, *render(each)]))
-    return "\n\n".join(texts)
-
-
-def curves(block: Block, metric: str, sizes: dict[str, float]) -> Iterator[Line]:
+def curves(block: Block, metric: str, sizes: Mapping[str, float]) -> Iterator[Line]:
     """The line of each recipe that has one, from the smallest size on."""
     for recipe in block.recipes:
         found = [(size, block.rows.get((recipe, f"{name}/{metric}"))) for name, size in sizes.items()]
@@ -151,9 +200,59 @@ def panels(figure: Figure, blocks: Sequence[Block]) -> list[Panel]:
     return [
         Panel(title, block.dataset, lines)
         for block in blocks
+        if len({*(sizes := block.sizes[figure.sizes]).values()}) > 1
         for metric, title in block.columns.items()
-        if figure.metric.fullmatch(metric) and (lines := list(curves(block, metric, block.sizes(figure))))
+        if figure.metric.fullmatch(metric) and (lines := list(curves(block, metric, sizes)))
     ]
+
+
+def digest(panels: Sequence[Panel]) -> str:
+    """A short text that changes with anything that the figure shows."""
+    return sha256(json.dumps(panels).encode()).hexdigest()
+
+
+def drawn_digest(path: Path) -> str | None:
+    """The digest of what a figure shows; None if there is no figure or it does not say."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
+def draw(figure: Figure, panels: Sequence[Panel], path: Path) -> None:
+    """Write a figure: a panel per data set and metric, a line per recipe."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(1 + 4 * len(panels), 3.8), layout="constrained")
+    axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes[0].set_ylabel(figure.ylabel)
+    for ax, panel in zip(axes, panels, strict=True):
+        draw_lines(ax, panel.lines, figure.shaded)
+        ticks = sorted({size for line in panel.lines for size in line.sizes})
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{100 * tick:g} %" if figure.sizes == "fractions" else f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set(xlabel=figure.xlabel, title=f"{panel.title}, {panel.dataset}")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+    path.parent.mkdir(exist_ok=True)
+    canvas.savefig(path, dpi=150, metadata={"Software": None, DIGEST: digest(panels)})
+
+
+def draw_lines(ax: Axes, lines: Sequence[Line], shaded: bool) -> None:
+    """Draw lines with their std as bands or as bars, which stand a little to the right of those of the line before."""
+    every = [size for line in lines for size in line.sizes]
+    step = (max(every) / min(every)) ** 0.012  # the axis is logarithmic
+    for index, (color, marker, line) in enumerate(zip(cycle(COLORS), cycle(SYMBOLS), lines, strict=False)):
+        if shaded:
+            ax.plot(line.sizes, line.means, "o-", color=color, markersize=4, label=line.recipe)
+            low, high = ([m + sign * std for m, std in zip(line.means, line.stds, strict=True)] for sign in (-1, 1))
+            ax.fill_between(line.sizes, low, high, color=color, alpha=0.15, linewidth=0)
+        else:
+            sizes = [size * step ** (index - (len(lines) - 1) / 2) for size in line.sizes]
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
+            ax.errorbar(sizes, line.means, line.stds, label=line.recipe, **style)
 
 
 def main(check: bool = False) -> None:
@@ -176,7 +275,9 @@ def main(check: bool = False) -> None:
 
     def between(match: re.Match[str]) -> str:
         own = [each for each in blocks if (each.bundle == match[2] if match[2] else each.bundle not in named)]
-        return f"{match[1]}{render_all(own)}\n{match[3]}"
+        headings = [f"### `{each.bundle}` on {each.dataset}\n\n" if len(own) > 1 else "" for each in own]
+        shown = "\n\n".join(heading + render(each) for heading, each in zip(headings, own, strict=True))
+        return f"{match[1]}{shown}\n{match[3]}"
 
     new = MARKERS.sub(between, text)
     figures = {each: shown for each in FIGURES if (shown := panels(each, blocks))}

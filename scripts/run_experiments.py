@@ -26,34 +26,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import fire
-import numpy as np
-from segmentation_statistics import cases_file, read_cases, same_cases, segmentation_rows
-from study_statistics import (
-    Array,
-    Key,
-    Measure,
-    Scores,
-    macro,
-    partner,
-    read_scores,
-    resample,
-    rows_of,
-    same_items,
-    usable_columns,
-)
+from study_statistics import StudyError, summarise
 
-from dissect_monai.data.datalists import read_datalist
-from dissect_monai.handlers.segmentation_table import CaseScores
-from dissect_monai.metrics.classification import auroc, average_precision
+from dissect_monai import read_datalist
+from dissect_monai.common import shorten
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "results.csv"
 FIELDS = ("bundle", "recipe", "dataset", "metric", "mean", "std", "n", "commit", "hardware", "date", "command")
 CODE = ("dissect_monai", "bundles", "scripts")
-
-
-class StudyError(Exception):
-    """What is wrong with a study, its data or one of its runs, in one line."""
 
 
 class Study(NamedTuple):
@@ -128,45 +109,36 @@ def read_study(path: str | Path) -> Study:
             f"A study file holds {', '.join(Study._fields)}."
         )
     study = Study(**content)
-    if study.variants_change not in ("training", "evaluation"):
-        raise StudyError(f"`variants_change` must be training or evaluation, got {study.variants_change} in {path}.")
-    if len(set(study.seeds)) < max(2, len(study.seeds)):
-        raise StudyError(f"`seeds` must hold two different numbers or more, got {study.seeds} in {path}.")
-    if not study.recipes or "/" in "".join([*study.recipes, *study.variants]):
-        raise StudyError(f"`recipes` and `variants` must hold names without a slash in {path}: they name folders.")
-    if not study.variants and study.variants_change == "training":
-        raise StudyError(f"`variants` must name what is trained in {path}; to train only, let them change evaluation.")
-    number = study.training_subjects
-    if number is not None and (not isinstance(number, int) or number < 1 or study.variants_change != "training"):
-        raise StudyError(
-            f"`training_subjects` must be a positive number where variants change training, got {number} in {path}."
-        )
-    check_recipes(study, path)
+    problem = next(problems(study), None)
+    if problem:
+        raise StudyError(f"{problem} in {path}.")
     return study
 
 
-def check_recipes(study: Study, path: str | Path) -> None:
-    """Check what a study says of its recipes by name.
-
-    Raises:
-        StudyError: if `configs` or `compare` is senseless.
-    """
-    recipes = list(study.recipes)
-    strangers = sorted(set(study.configs) - set(recipes))
-    if strangers:
-        raise StudyError(f"`configs` must hold names of recipes, got {', '.join(strangers)} in {path}.")
-    bad = [each for each in study.configs.values() if not each or not isinstance(each, list)]
-    if bad:
-        raise StudyError(f"`configs` must give a recipe the list of its files, got {bad[0]} in {path}.")
+def problems(study: Study) -> Iterator[str]:
+    """What is senseless in a study."""
+    recipes, number, trains = list(study.recipes), study.training_subjects, study.variants_change == "training"
+    if study.variants_change not in ("training", "evaluation"):
+        yield f"`variants_change` must be training or evaluation, got {study.variants_change}"
+    if len(set(study.seeds)) < max(2, len(study.seeds)):
+        yield f"`seeds` must hold two different numbers or more, got {study.seeds}"
+    if not recipes or "/" in "".join([*recipes, *study.variants]):
+        yield "`recipes` and `variants` must hold names without a slash, since they name folders,"
+    if not study.variants and trains:
+        yield "`variants` must name what is trained, or change evaluation to train the recipes only,"
+    if number is not None and (not isinstance(number, int) or number < 1 or not trains):
+        yield f"`training_subjects` must be a positive number where variants change training, got {number}"
+    for name, configs in study.configs.items():
+        if name not in recipes or not configs or not isinstance(configs, list):
+            yield f"`configs` must give recipes the list of their files, got {name}: {configs}"
     for pair in study.compare:
         if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1] or any(x not in recipes for x in pair):
-            raise StudyError(f"`compare` must hold pairs of two different recipes, got {pair} in {path}.")
+            yield f"`compare` must hold pairs of two different recipes, got {pair}"
 
 
 def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
     """The runs of a study, in chains: a training run, then the evaluations of what it trained."""
     own = Path("bundles", study.bundle, "configs")
-    configs = {recipe: tuple(map(Path, study.configs.get(recipe, [own / "train.json"]))) for recipe in study.recipes}
     # What each chain trains: its folder, its knobs, and the variants that it is evaluated in.
     trained: list[tuple[str, dict[str, Any], list[str]]] = [("", {}, list(study.variants))]
     trains = study.variants_change == "training"
@@ -174,10 +146,11 @@ def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
         trained = [(name, knobs, [name]) for name, knobs in study.variants.items()]
     chains = []
     for seed, recipe, (name, knobs, variants) in product(study.seeds, study.recipes, trained):
+        configs = tuple(map(Path, study.configs.get(recipe, [own / "train.json"])))
         folder = runs / recipe / f"seed{seed}" / name
         fields = {"data": str(data), "runs": str(runs), "seed": str(seed), "folder": str(folder)}
         fields["is_first"] = str(recipe == next(iter(study.recipes)))
-        chain = [Run(configs[recipe], folder, merged(study.training, study.recipes[recipe], knobs), fields)]
+        chain = [Run(configs, folder, merged(study.training, study.recipes[recipe], knobs), fields)]
         for variant in variants:
             evaluation = merged(study.evaluation, {} if trains else study.variants[variant])
             evaluated = evaluation_folder(runs, recipe, seed, variant)
@@ -198,11 +171,7 @@ def evaluation_folder(runs: Path, recipe: str, seed: int, variant: str) -> Path:
 
 
 def filled_in(value: Any, fields: Mapping[str, str]) -> str:
-    """A knob's value as the command line takes it, with its templates filled, in lists, too.
-
-    Raises:
-        StudyError: if a template is unknown.
-    """
+    """A knob's value as the command line takes it, with its templates filled, in lists, too."""
     if isinstance(value, list):
         return json.dumps([filled_in(item, fields) if isinstance(item, str) else item for item in value])
     text = str(value)
@@ -213,11 +182,7 @@ def filled_in(value: Any, fields: Mapping[str, str]) -> str:
 
 
 def refuse_missing(run: Run) -> None:
-    """Refuse a run whose configs, data or weights from another study are not there.
-
-    Raises:
-        StudyError: naming the path and the knob.
-    """
+    """Refuse a run whose configs, data or weights from another study are not there."""
     for config in run.configs:
         if not (ROOT / config).is_file():
             raise StudyError(
@@ -233,11 +198,7 @@ def refuse_missing(run: Run) -> None:
 
 
 def refuse_other_subjects(study: Study, trainings: Iterable[Run]) -> None:
-    """Refuse data of which the variants would draw other numbers of subjects than `training_subjects` makes of them.
-
-    Raises:
-        StudyError: naming the folder and both numbers.
-    """
+    """Refuse data of which the variants would draw other numbers of subjects than `training_subjects` makes of them."""
     if study.training_subjects is None:
         return
     for folder in {filled_in(run.knobs["dataset_dir"], run.fields) for run in trainings if "dataset_dir" in run.knobs}:
@@ -254,11 +215,7 @@ def refuse_other_subjects(study: Study, trainings: Iterable[Run]) -> None:
 
 
 def is_done(run: Run) -> bool:
-    """Whether a run has finished.
-
-    Raises:
-        StudyError: if it has, but with other knobs or configs than the study now gives it.
-    """
+    """Whether a run has finished; refused if it has with other knobs or configs than the study now gives it."""
     done = run.folder / "done.json"
     if not done.exists():
         return False
@@ -270,14 +227,27 @@ def is_done(run: Run) -> bool:
     return True
 
 
-def execute(run: Run, environment: Mapping[str, str]) -> None:
-    """Run what is not done yet, in an empty folder.
+def execute_all(chains: Iterable[Sequence[Run]], jobs: int) -> None:
+    """Run chains, `jobs` at a time; after a failure those that run still finish their chain, but no other starts."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
 
-    Raises:
-        StudyError: if it fails, with its log and the last error there.
-    """
-    if is_done(run):
-        return
+    def execute_chain(chain: Sequence[Run]) -> None:
+        for run in chain:
+            if not is_done(run):
+                execute(run, environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(execute_chain, chain) for chain in chains]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def execute(run: Run, environment: Mapping[str, str]) -> None:
+    """Run in an empty folder, and leave done.json there unless it fails."""
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
     commit, dirty = code_state()
@@ -298,9 +268,8 @@ def call(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> i
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
         arguments = [sys.executable, *command[1:]]
-        return subprocess.run(
-            arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return done.returncode
 
 
 def last_error(log: Path) -> str:
@@ -323,138 +292,22 @@ def code_state() -> tuple[str, bool]:
     return commit.strip(), bool(status.strip())
 
 
-def execute_all(chains: Iterable[Sequence[Run]], jobs: int) -> None:
-    """Run chains, `jobs` at a time; after a failure those that run still finish their chain, but no other starts."""
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
-
-    def execute_chain(chain: Sequence[Run]) -> None:
-        for run in chain:
-            execute(run, environment)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(execute_chain, chain) for chain in chains]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
 def common_commit(runs: Iterable[Run], allow_mixed: bool) -> str:
-    """The commit of all runs, or "mixed" if it is allowed that they have none in common.
-
-    Raises:
-        StudyError: if runs come from several commits or changed code, naming them.
-    """
-    states: dict[str, list[str]] = {}
+    """The commit of all runs; "mixed" if they have none in common, or changed code, and that is allowed."""
+    states: dict[str, list[Path]] = {}
     for run in runs:
         done = json.loads((run.folder / "done.json").read_text(encoding="utf-8"))
-        states.setdefault(done["commit"][:7] + (" with changes" if done["dirty"] else ""), []).append(str(run.folder))
+        states.setdefault(done["commit"][:7] + (" with changes" if done["dirty"] else ""), []).append(run.folder)
     if len(states) == 1 and "with changes" not in next(iter(states)):
         return next(iter(states))
     if allow_mixed:
         return "mixed"
     rare = sorted(states.items(), key=lambda item: len(item[1]))
-    named = "; ".join(f"{state}: {', '.join(folders[:3])}{', ...' * (len(folders) > 3)}" for state, folders in rare)
     raise StudyError(
-        f"no row is written, for the runs are not all of one commit ({named}). Delete those to repeat from committed "
-        "code and run again, or say --allow_mixed true."
+        "no row is written, for the runs are not all of one commit "
+        f"({'; '.join(f'{state}: {shorten(folders, 3)}' for state, folders in rare)}). Delete those to repeat from "
+        "committed code and run again, or say --allow_mixed true."
     )
-
-
-def collect(study: Study, runs: Path, variant: str) -> tuple[Scores, dict[str, dict[Key, Array]]]:
-    """Scores of shape (S, N, C), over seeds, of each recipe in a variant, and of the baselines beside the first recipe.
-
-    Returns:
-        One evaluation, for its subjects and labels, and the scores by recipe or baseline.
-
-    Raises:
-        StudyError: if the runs scored different images or labels.
-    """
-    scores: dict[str, dict[Key, Array]] = {}
-    for recipe in study.recipes:
-        by_seed = [read_scores(evaluation_folder(runs, recipe, seed, variant)) for seed in study.seeds]
-        if not scores:
-            first = by_seed
-            network, *baselines = first[0].sources
-        if any(not same_items(each, first[0]) for each in by_seed):
-            raise StudyError(
-                f"the runs of {variant} scored different images or labels, which can't be compared in pairs."
-            )
-        # Recipes may name their probe differently (finetune, scratch); the names of the first one are everybody's.
-        found = next(iter(by_seed[0].sources))
-        names = {key: partner(key, by_seed[0].sources[found]) for key in first[0].sources[network]}
-        scores[recipe] = {
-            key: np.stack([each.sources[found][name] for each in by_seed]) for key, name in names.items() if name
-        }
-    for baseline in baselines:
-        keys = first[0].sources[baseline]
-        scores.setdefault(baseline, {key: np.stack([each.sources[baseline][key] for each in first]) for key in keys})
-    return first[0], scores
-
-
-def summarise(study: Study, runs: Path) -> Iterator[dict[str, Any]]:
-    """Rows: mean and std over seeds per recipe, variant and metric; then the differences of recipes.
-
-    Raises:
-        StudyError: if runs can't be compared, or no finding can be scored.
-    """
-    for variant in study.variants:
-        first = evaluation_folder(runs, next(iter(study.recipes)), study.seeds[0], variant)
-        of_variant = segmentation_summary if cases_file(first).exists() else classifier_summary
-        for row in of_variant(study, runs, variant):
-            yield {**row, "metric": f"{variant}/{row['metric']}"}
-
-
-def classifier_summary(study: Study, runs: Path, variant: str) -> Iterator[dict[str, Any]]:
-    """Rows of a variant whose evaluations left the scores of a classifier; metrics are without the variant.
-
-    Raises:
-        StudyError: if runs can't be compared, or no finding can be scored.
-    """
-    measures: dict[str, Measure] = {"auroc": auroc}
-    if study.variants_change == "training":
-        measures["ap"] = average_precision
-    one, scores = collect(study, runs, variant)
-    weights, seed_share = resample(one.subjects, len(study.seeds))
-    for task, labels in one.labels.items():
-        of_task = {name: {k: s for k, s in each.items() if k.task == task} for name, each in scores.items()}
-        columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
-        if not columns:
-            raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
-        left_out = sorted(set(range(labels.shape[1])) - set(columns))
-        if left_out:
-            print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
-        for suffix, measure in measures.items():
-            values = {
-                name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
-                for name, by_key in of_task.items()
-            }
-            for key, row in rows_of(values, seed_share, study.compare):
-                yield {**row, "metric": f"{task}/{key.probe}/{key.features}/{suffix}"}
-
-
-def segmentation_summary(study: Study, runs: Path, variant: str) -> Iterator[dict[str, Any]]:
-    """Rows of a variant whose evaluations left the scores of structures; metrics are without the variant.
-
-    Raises:
-        StudyError: if the runs scored different subjects, structures or labels.
-    """
-    cases: dict[str, list[list[CaseScores]]] = {
-        recipe: [read_cases(evaluation_folder(runs, recipe, seed, variant)) for seed in study.seeds]
-        for recipe in study.recipes
-    }
-    first, *others = cases
-    if not all(same_cases(each, cases[first][0]) for by_seed in cases.values() for each in by_seed):
-        raise StudyError(
-            f"the runs of {variant} scored different subjects, structures or labels, which can't be compared in pairs."
-        )
-    for row in segmentation_rows(cases, study.compare or [(first, other) for other in others]):
-        if np.isnan(row["mean"]):
-            print(f"{variant}: {row['recipe']} has no row of {row['metric']}, which is undefined in a seed or more")
-        else:
-            yield row
 
 
 def append_rows(study: Study, rows: Iterable[Mapping[str, Any]], commit: str, command: str) -> None:
@@ -470,11 +323,7 @@ def append_rows(study: Study, rows: Iterable[Mapping[str, Any]], commit: str, co
 
 
 def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: bool) -> None:
-    """Run what is missing of a study and append its rows.
-
-    Raises:
-        StudyError: if anything is wrong with the study or a run.
-    """
+    """Run what is missing of a study and append its rows."""
     study = read_study(study_file)
     if not isinstance(jobs, int) or jobs < 1:
         raise StudyError(f"`--jobs` must be at least 1, got {jobs}.")
@@ -494,9 +343,14 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: 
     if not study.variants:
         print(f"{len(every)} runs are trained, of commit {commit}; no row is written, as the study has no variants")
         return
+    rows: list[dict[str, Any]] = []
+    for variant in study.variants:
+        folders = {
+            recipe: [evaluation_folder(runs, recipe, seed, variant) for seed in study.seeds] for recipe in study.recipes
+        }
+        rows += summarise(variant, folders, study.compare, with_ap=study.variants_change == "training")
     shown = study_file.resolve()
     shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else study_file
-    rows = list(summarise(study, runs))
     append_rows(study, rows, commit, f"python scripts/run_experiments.py {shown} --data DIR")
     print(f"{len(rows)} rows appended to {TABLE}")
 

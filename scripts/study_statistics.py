@@ -1,27 +1,37 @@
-"""Means over seeds of an experiment, and paired differences with intervals over subjects and seeds."""
+"""Means over seeds of what the evaluations of a study left, and differences with intervals over subjects and seeds."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from dissect_monai.metrics.intervals import Interval
+from dissect_monai.common import Interval
+from dissect_monai.metrics.classification import auroc, average_precision
 
 Array = NDArray[np.floating[Any]]
 Measure = Callable[..., Array]  # labels, scores, weights → values, as in dissect_monai.metrics
+Folders = Mapping[str, Sequence[Path]]  # recipe → the evaluations of its seeds
+Pairs = Sequence[Sequence[str]]  # names of two each that are compared
+Line = dict[str, str]  # of a CSV file
 NUM_SAMPLES = 1000  # bootstrap resamples
+METRICS = ("dice", "hd95", "surface_dice")
+
+
+class StudyError(Exception):
+    """What is wrong with a study, its data or one of its runs, in one line."""
 
 
 class Key(NamedTuple):
     """What scores are of."""
 
     task: str
-    features: str
-    probe: str
+    features: str = ""
+    probe: str = ""
 
 
 class Scores(NamedTuple):
@@ -30,6 +40,74 @@ class Scores(NamedTuple):
     subjects: NDArray[Any]
     labels: dict[str, Array]  # task → (N, C), 1, 0 or NaN
     sources: dict[str, dict[Key, Array]]  # source → (N, C) each; the first source is the network, the others baselines
+
+
+def summarise(variant: str, folders: Folders, pairs: Pairs, with_ap: bool) -> Iterator[dict[str, Any]]:
+    """Rows of one variant: mean and std over seeds by recipe and metric, then differences and their intervals.
+
+    Args:
+        variant: its name, which metrics begin with.
+        folders: the evaluations.
+        pairs: names of two recipes each, of which the second is subtracted from the first; by default the first with
+            all others, baselines included, and with the best baseline.
+        with_ap: whether a classifier has rows of its average precision, too.
+
+    Raises:
+        StudyError: if the evaluations scored different items, or no finding can be scored.
+    """
+    first = next(iter(folders.values()))[0]
+    if (first / "eval" / "cases.csv").exists():
+        return segmentation_rows(variant, folders, pairs)
+    return classifier_rows(variant, folders, pairs, {"auroc": auroc, **({"ap": average_precision} if with_ap else {})})
+
+
+def classifier_rows(
+    variant: str, folders: Folders, pairs: Pairs, measures: Mapping[str, Measure]
+) -> Iterator[dict[str, Any]]:
+    """Rows of evaluations that left the scores of a classifier; the means are over findings."""
+    one, scores = collect(variant, folders)
+    weights, seed_share = resample(one.subjects, len(next(iter(folders.values()))))
+    for task, labels in one.labels.items():
+        of_task = {name: {k: s for k, s in each.items() if k.task == task} for name, each in scores.items()}
+        columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
+        if not columns:
+            raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
+        left_out = sorted(set(range(labels.shape[1])) - set(columns))
+        if left_out:
+            print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
+        for suffix, measure in measures.items():
+            values = {
+                name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
+                for name, by_key in of_task.items()
+            }
+            for key, row in rows_of(values, seed_share, pairs):
+                yield {**row, "metric": f"{variant}/{task}/{key.probe}/{key.features}/{suffix}"}
+
+
+def collect(variant: str, folders: Folders) -> tuple[Scores, dict[str, dict[Key, Array]]]:
+    """One evaluation, for its subjects and labels, and by recipe or baseline the scores of all seeds, (S, N, C).
+
+    Baselines are those that were scored beside the first recipe.
+    """
+    evaluations = {recipe: [read_scores(folder) for folder in of_seeds] for recipe, of_seeds in folders.items()}
+    first, *_ = evaluations.values()
+    network, *baselines = first[0].sources
+    scores: dict[str, dict[Key, Array]] = {}
+    for recipe, by_seed in evaluations.items():
+        if not all(same_items(each, first[0]) for each in by_seed):
+            raise StudyError(
+                f"the runs of {variant} scored different images or labels, which can't be compared in pairs."
+            )
+        # Recipes may name their probe differently (finetune, scratch); the names of the first one are everybody's.
+        own = next(iter(by_seed[0].sources))
+        names = {key: partner(key, by_seed[0].sources[own]) for key in first[0].sources[network]}
+        scores[recipe] = {
+            key: np.stack([each.sources[own][name] for each in by_seed]) for key, name in names.items() if name
+        }
+    for baseline in baselines:
+        keys = first[0].sources[baseline]
+        scores.setdefault(baseline, {key: np.stack([each.sources[baseline][key] for each in first]) for key in keys})
+    return first[0], scores
 
 
 def read_scores(folder: Path) -> Scores:
@@ -57,23 +135,10 @@ def same_items(one: Scores, other: Scores) -> bool:
 def partner(key: Key, others: Iterable[Key]) -> Key | None:
     """The same key among others, else the only one of its task and probe, else the only one of its task."""
     rivals = [other for other in others if other.task == key.task]
-    for candidates in (
-        [other for other in rivals if other == key],
-        [other for other in rivals if other.probe == key.probe],
-        rivals,
-    ):
+    for candidates in ({key} & {*rivals}, [other for other in rivals if other.probe == key.probe], rivals):
         if len(candidates) == 1:
-            return candidates[0]
+            return next(iter(candidates))
     return None
-
-
-def resample(subjects: NDArray[Any], num_seeds: int) -> tuple[Array, Array]:
-    """How often each item counts, (1 + R, N), first once each, and each seed's share in the R resamples, (R, S)."""
-    names, item_subject = np.unique(subjects, return_inverse=True)
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), NUM_SAMPLES)
-    seed_share = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_SAMPLES) / num_seeds
-    return np.concatenate([np.ones((1, len(item_subject))), drawn[:, item_subject]]), seed_share
 
 
 def usable_columns(labels: Array, scores: Iterable[Array]) -> list[int]:
@@ -90,67 +155,132 @@ def macro(measure: Measure, labels: Array, scores: Array, weights: Array) -> Arr
     def of_seed(scores: Array) -> Array:
         columns = list(zip(labels.T, scores.T, strict=True))
         values = np.concatenate([[measure(*column, block) for column in columns] for block in blocks], axis=1)
-        with np.errstate(invalid="ignore"):
-            return np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
+        return known_mean(values, axis=0)
 
     return np.stack([of_seed(each) for each in scores], axis=1)
 
 
-def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
-    """Difference of two means over seeds with its 95 % bootstrap interval over subjects and seeds.
+def segmentation_rows(variant: str, folders: Folders, pairs: Pairs) -> Iterator[dict[str, Any]]:
+    """Rows of evaluations that left the scores of structures.
 
-    Each resample draws subjects with all of their images, and the seeds, both with replacement and the same for both
-    sides: a seed fixes the drawn labels, the order and the first weights, so seeds are paired, too. With three seeds
-    the interval is still somewhat too narrow, as the bootstrap of so few always is.
-
-    Args:
-        ours: values of all items (first row) and of R resamples of subjects, per seed, shape (1 + R, S).
-        theirs: the same of the other side.
-        seed_share: share of each seed in each resample, shape (R, S).
+    `dice`, `hd95` and `surface_dice` are means over subjects of the subject's mean over structures, `missed` counts
+    structures, and `dice/<structure>` is the mean over the subjects that have it. What is undefined is left out of a
+    mean; a metric without any value in one of the seeds has no row. A missed structure has no HD95, so HD95 and its
+    differences are to be read beside `missed`.
     """
-    by_seed = ours - theirs
-    low, high = np.nanpercentile((by_seed[1:] * seed_share).sum(1), (2.5, 97.5))
-    return Interval(float(by_seed[0].mean()), float(low), float(high))
+    cases = {recipe: [read_cases(folder) for folder in of_seeds] for recipe, of_seeds in folders.items()}
+    first = next(iter(cases.values()))
+    scored = [what_is_scored(lines) for by_seed in cases.values() for lines in by_seed]
+    if any(each != scored[0] for each in scored):
+        raise StudyError(
+            f"the runs of {variant} scored different subjects, structures or labels, which can't be compared in pairs."
+        )
+    weights, seed_share = resample(np.array([*dict.fromkeys(line["subject"] for line in first[0])]), len(first))
+    values: dict[str, dict[Key, Array]] = {}
+    for recipe, by_seed in cases.items():
+        scores = {metric: np.stack([score_matrix(lines, metric) for lines in by_seed]) for metric in METRICS}
+        values[recipe] = {Key(metric): subject_means(known_mean(each), weights) for metric, each in scores.items()}
+        missed = [sum(line["outcome"] == "missed" for line in lines) for lines in by_seed]
+        values[recipe][Key("missed")] = np.array([missed], dtype=float)
+        for index, name in enumerate(dict.fromkeys(line["structure"] for line in first[0])):
+            values[recipe][Key(f"dice/{name}")] = known_mean(scores["dice"][..., index])[None]
+    for key, row in rows_of(values, seed_share, pairs):
+        if np.isnan(row["mean"]):
+            print(f"{variant}: {row['recipe']} has no row of {key.task}, which is undefined in a seed or more")
+        else:
+            yield {**row, "metric": f"{variant}/{key.task}"}
 
 
-def mean_row(recipe: str, once: Array) -> dict[str, Any]:
-    """Row of a mean and a standard deviation over seeds, (S,)."""
-    return {"recipe": recipe, "mean": once.mean(), "std": f"{once.std(ddof=1):.4f}", "n": len(once)}
+def read_cases(folder: Path) -> list[Line]:
+    """Read eval/cases.csv of an evaluation: a line for every case and structure."""
+    with open(folder / "eval" / "cases.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
-def difference_row(name: str, ours: Array, theirs: Array, seed_share: Array) -> dict[str, Any]:
-    """Row of a difference and its interval, from what `difference` takes."""
-    value, low, high = difference(ours, theirs, seed_share)
-    return {"recipe": name, "mean": value, "std": f"{low:.4f}..{high:.4f}", "n": seed_share.shape[1]}
+def what_is_scored(lines: Iterable[Line]) -> list[tuple[str, ...]]:
+    """The structures and labels of an evaluation, wherever its data lie."""
+    return [
+        (Path(line["case"]).name, *(line[name] for name in ("subject", "structure", "values", "label_ml")))
+        for line in lines
+    ]
+
+
+def score_matrix(lines: Iterable[Line], metric: str) -> Array:
+    """A metric of each subject and structure, the mean of its cases, (N, K); NaN where there is none."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        cell = cells.setdefault(line["subject"], {}).setdefault(line["structure"], [])
+        cell.append(float(line[metric] or "nan"))
+    structures = dict.fromkeys(name for own in cells.values() for name in own)
+    return np.array([[known_mean(own.get(name, [np.nan])) for name in structures] for own in cells.values()])
+
+
+def subject_means(values: Array, weights: Array) -> Array:
+    """Mean over subjects, (1 + R, S), of values (S, N), by how often each subject counts, (1 + R, N)."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return weights @ np.where(known, values, 0).T / (weights @ known.T)
+
+
+def known_mean(values: ArrayLike, axis: int = -1) -> Array:
+    """Mean without what is NaN; NaN where nothing is known."""
+    values = np.asarray(values, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=axis) / (~np.isnan(values)).sum(axis)
+
+
+def resample(subjects: NDArray[Any], num_seeds: int) -> tuple[Array, Array]:
+    """How often each item counts, (1 + R, N), first once each, and each seed's share in the R resamples, (R, S)."""
+    names, item_subject = np.unique(subjects, return_inverse=True)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), NUM_SAMPLES)
+    seed_share = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_SAMPLES) / num_seeds
+    return np.concatenate([np.ones((1, len(item_subject))), drawn[:, item_subject]]), seed_share
 
 
 def rows_of(
-    values: Mapping[str, Mapping[Key, Array]], seed_share: Array, pairs: Iterable[Sequence[str]] = ()
+    values: Mapping[str, Mapping[Key, Array]], seed_share: Array, pairs: Pairs
 ) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Rows of one variant, task and measure from values of shape (1 + R, S) by recipe or baseline.
+    """Rows of means, then of differences, each with what it is of.
 
     Args:
-        values: of recipes and baselines.
+        values: by recipe or baseline, of shape (1 + R, S): of all items, then of R resamples of subjects, per seed.
+            What has no resamples has no differences.
         seed_share: share of each seed in each resample, (R, S).
-        pairs: names of two each that are compared; by default the first with all others, and with the best baseline.
+        pairs: as `summarise` takes them.
     """
     for name, by_key in values.items():
         for key, (once, *_) in by_key.items():
-            yield key, mean_row(name, once)
+            yield key, {"recipe": name, "mean": once.mean(), "std": f"{once.std(ddof=1):.4f}", "n": len(once)}
     for side, rival, names in comparisons(list(values), pairs):
         for key, ours in values[side].items():
             found = [values[name][other] for name in names if (other := partner(key, values[name])) is not None]
-            if len(found) == len(names):
-                theirs = max(found, key=lambda each: float(each[0].mean()))
-                yield key, difference_row(f"{side} - {rival}", ours, theirs, seed_share)
+            if len(found) < len(names) or len(ours) == 1 or np.isnan([ours[0], *(each[0] for each in found)]).any():
+                continue
+            theirs = max(found, key=lambda each: float(each[0].mean()))
+            value, low, high = difference(ours, theirs, seed_share)
+            std, num_seeds = f"{low:.4f}..{high:.4f}", seed_share.shape[1]
+            yield key, {"recipe": f"{side} - {rival}", "mean": value, "std": std, "n": num_seeds}
 
 
-def comparisons(names: Sequence[str], pairs: Iterable[Sequence[str]]) -> list[tuple[str, str, list[str]]]:
+def comparisons(names: Sequence[str], pairs: Pairs) -> list[tuple[str, str, list[str]]]:
     """What is compared: one side, what the other is called, and of whom the better one it is."""
-    if pairs := list(pairs):
+    if pairs:
         return [(ours, theirs, [theirs]) for ours, theirs in pairs]
     first, *others = names
     found = [(first, other, [other]) for other in others]
     if {"random", "pixels"} <= set(others):
         found.append((first, "best of random, pixels", ["random", "pixels"]))
     return found
+
+
+def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
+    """Difference of two means over seeds, and its 95 % bootstrap interval over subjects and seeds.
+
+    Each resample draws subjects with all of their images, and the seeds, both with replacement and the same for both
+    sides: a seed fixes the drawn labels, the order and the first weights, so seeds are paired, too. With three seeds
+    the interval is still somewhat too narrow, as the bootstrap of so few always is.
+    """
+    by_seed = ours - theirs
+    low, high = np.nanpercentile((by_seed[1:] * seed_share).sum(1), (2.5, 97.5))
+    return Interval(float(by_seed[0].mean()), float(low), float(high))

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 from ignite.engine import Engine
 from monai.bundle import ConfigParser, run
+from monai.data import Dataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -312,6 +313,45 @@ def write_images(folder: Path, count: int) -> list[str]:
         pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
     return names
+
+
+class Writer:
+    """Stands in for TensorBoard."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, dict[int, float]] = {}  # by name and step
+        self.images: dict[str, dict[int, torch.Size]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.setdefault(name, {})[step] = value
+
+    def add_image(self, name: str, image: torch.Tensor, step: int) -> None:
+        assert image.min() >= 0
+        assert image.max() <= 1
+        self.images.setdefault(name, {})[step] = image.shape
+
+    def flush(self) -> None:
+        pass
+
+    def values(self, name: str) -> torch.Tensor:
+        return torch.tensor([*self.scalars[name].values()])
+
+
+class Decoded(Dataset):
+    """Images that come with their data list, as our data sets give them."""
+
+    def __init__(self, items: list[dict[str, Any]], images: Any) -> None:
+        super().__init__(items)
+        self.images = torch.as_tensor(images)
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index]}
+
+
+def pick(rows: Iterable[dict[str, str]], **wanted: str) -> dict[str, str]:
+    """The one row with these values."""
+    (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    return row
 
 
 def images(items: list[dict[str, Any]]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dissect_monai.data.datalists import read_datalist
 from dissect_monai.data.splits import select_fraction
-from dissect_monai.handlers.image_probes import ProbeHandler
+from dissect_monai.handlers.probes import ProbeHandler
 from dissect_monai.losses.pretraining import VQSSLLoss
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import code_usage

@@ -44,10 +44,10 @@ def cached_dataset(
     seeded: bool = False,
     complete: Callable[[list[Item]], list[Item]] | None = None,
 ) -> Dataset | SeededDataset:
-    """A data set that decodes and preprocesses every image once, now, and finds all unreadable files at that.
+    """A data set that decodes and preprocesses every image once, now, and so finds all unreadable files.
 
-    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. In
-    `cache_dir`, files are found again by item and by the transforms' settings; empty it when images change in place.
+    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. Files in
+    `cache_dir` are found again by item and by the settings of the transforms; empty it when images change in place.
 
     Args:
         data: items of a data list.
@@ -57,30 +57,29 @@ def cached_dataset(
         num_workers: threads that fill the cache; at least one.
         progress: show a progress bar.
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
-        complete: adds to the items what a caller that lists them itself, such as MONAI Label, leaves out.
+        complete: adds what items lack that a caller lists itself, such as MONAI Label, see `Datalist.complete`.
 
     Returns:
         `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
-        `seeded`; `.data` is the list of the items that could be read. What is taken from memory is not copied: do not
-        change it in place.
+        `seeded`; `.data` lists the items that could be read. Contents in memory are not copied: do not change them in
+        place.
 
     Raises:
-        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
+        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), naming up to five.
     """
     steps, num_deterministic = flattened(transform)
-    preprocessing = Compose(steps.transforms[:num_deterministic])
+    deterministic = steps.transforms[:num_deterministic]
     data = data if complete is None else complete(data)
+    dataset: Dataset
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:
-        contents, good = read_all(Dataset(data, preprocessing), on_corrupt, num_workers, progress)
-    else:
-        stored = _StoredDataset(data, preprocessing, cache_dir)
-        contents, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
-    dataset: Dataset
-    if cache_dir is None:
+        preprocessed = Dataset(data, Compose([*deterministic, convert_to_contiguous]))
+        contents, good = read_all(preprocessed, on_corrupt, num_workers, progress)
         dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
     else:
+        stored = _StoredDataset(data, Compose(deterministic), cache_dir)
+        _, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
         dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
 
@@ -105,11 +104,11 @@ def _knows_nothing(value: Any) -> bool:
 def labelled_part(
     dataset: Dataset, fraction: float = 1.0, seed: int = 0, label_names: Sequence[str] | None = None
 ) -> Subset[Any]:
-    """The labelled images of a data set, or a fraction of them by subject; nothing is read again.
+    """The labelled images of a data set, or of a fraction of their subjects (see `select_fraction`), not read again.
 
     Args:
         dataset: with a data list `data`, such as `cached_dataset` gives it.
-        fraction: share of the labelled subjects in (0, 1], as `select_fraction` draws it.
+        fraction: share of the labelled subjects in (0, 1].
         seed: draws other subjects.
         label_names: names for the warning about findings that lose their last positive.
     """
@@ -126,14 +125,14 @@ def items_of(dataset: Any) -> list[Item]:
 
 
 class ReadableLoader:
-    """Batches of the images that can be read; those that cannot are left out, and named in `errors`.
+    """Batches of the images that can be read, while the network runs; `errors` names the others.
 
-    Images are read while the network runs, and none is kept. A batch has an "index" beside the keys of its items, and
-    may be smaller than `batch_size`. There is no length, since nobody knows it beforehand.
+    A batch has an "index" beside the keys of its items, and may be smaller than `batch_size`. There is no length, since
+    it is not known beforehand.
 
     Args:
-        dataset: items of a data list under preprocessing transforms.
-        batch_size: items a batch.
+        dataset: items of a data list with preprocessing transforms.
+        batch_size: items in a batch.
         num_workers: processes that read.
 
     Attributes:
@@ -155,11 +154,7 @@ class ReadableLoader:
                 yield batch
 
     def refuse_unreadable(self, path: str | Path) -> None:
-        """End the run with an error, when all is written to `path`, if there were images that could not be read.
-
-        Raises:
-            ValueError: saying how many.
-        """
+        """Raise a `ValueError` at the end of a run, when `path` is written, if images could not be read."""
         if self.errors:
             raise InputError(
                 f"{len(self.errors)} of {len(self.dataset)} images could not be read: {path} names them and says why. "
@@ -168,20 +163,9 @@ class ReadableLoader:
 
 
 def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
-    """One item, or why its file cannot be read.
-
-    Args:
-        dataset: reads a file per item.
-        index: which item.
-
-    Returns:
-        the contents and None, or None and the reason.
-
-    Raises:
-        ImportError: if a package is missing, which is no fault of the file.
-    """
+    """One item and None, or None and why its file cannot be read; a missing package is no fault of the file."""
     try:
-        content = dataset[index]
+        return dataset[index], None
     except RuntimeError as error:  # in which MONAI wraps anything that a transform raises, and so any decoder
         cause: BaseException = error
         while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
@@ -189,11 +173,10 @@ def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
         if isinstance(cause, ImportError):
             raise cause from None
         return None, f"{cause}" or type(cause).__name__
-    return convert_to_contiguous(content), None
 
 
 def flattened(transform: Callable[..., Any]) -> tuple[Compose, int]:
-    """All transforms in one row, and how many come before the first random one, or the first that is not MONAI's."""
+    """All transforms in one `Compose`, and how many come before the first that is random or not MONAI's."""
     steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
     first_random = steps.get_index_of_first(
         lambda step: isinstance(step, RandomizableTrait) or not isinstance(step, Transform)
@@ -204,18 +187,7 @@ def flattened(transform: Callable[..., Any]) -> tuple[Compose, int]:
 def read_all(
     dataset: Dataset, on_corrupt: str = "raise", num_workers: int = 0, progress: bool = False, keep: bool = True
 ) -> tuple[list[Any], list[Item]]:
-    """Read a data set once; arguments and errors are those of `cached_dataset`.
-
-    Args:
-        dataset: reads a file per item of its list `data`.
-        on_corrupt: "raise" or "skip".
-        num_workers: threads; at least one.
-        progress: show a progress bar.
-        keep: whether the contents are wanted.
-
-    Returns:
-        The contents (none if not `keep`) and the items that could be read, in their order.
-    """
+    """Contents (none if not `keep`) and items that could be read, in their order; see `cached_dataset`."""
     if on_corrupt not in ("raise", "skip"):
         raise InputError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
 
@@ -231,27 +203,22 @@ def read_all(
             attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
     finally:
         torch.set_num_threads(torch_threads)
-    errors = {index: error for index, (_, error) in enumerate(attempts) if error is not None}
-    if errors:
-        _report(errors, dataset.data, skip=on_corrupt == "skip")
+    lines = [_named(item, error) for item, (_, error) in zip(dataset.data, attempts, strict=True) if error is not None]
+    if lines and (on_corrupt == "raise" or len(lines) == len(attempts)):
+        raise InputError(
+            f"`data` must hold images that can be read, got {len(lines)} of {len(attempts)} that cannot:\n  "
+            + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
+            + "\nRepair them, remove them from the data list, or leave them out by setting `on_corrupt` to skip."
+        )
+    for line in lines:
+        logger.warning("Skipped: %s", line)
     contents = [content for content, error in attempts if keep and error is None]
-    return contents, [item for index, item in enumerate(dataset.data) if index not in errors]
+    return contents, [item for item, (_, error) in zip(dataset.data, attempts, strict=True) if error is None]
 
 
-def _report(errors: dict[int, str], data: list[Item], skip: bool) -> None:
-    lines = []
-    for index, error in errors.items():
-        image = str(data[index].get("image", f"item {index}"))
-        lines.append(error if image in error else f"{image}: {error}")
-    if skip and len(errors) < len(data):
-        for line in lines:
-            logger.warning("Skipped: %s", line)
-        return
-    raise InputError(
-        f"`data` must hold images that can be read, got {len(errors)} of {len(data)} that cannot:\n  "
-        + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
-        + "\nRepair them, remove them from the data list, or give --on_corrupt skip."
-    )
+def _named(item: Item, error: str) -> str:
+    image = str(item["image"])
+    return error if image in error else f"{image}: {error}"
 
 
 class _Attempts(torch_data.Dataset[Attempt]):
@@ -267,5 +234,5 @@ class _Attempts(torch_data.Dataset[Attempt]):
 
 def _collate_readable(attempts: list[Attempt]) -> tuple[dict[str, Any] | None, dict[int, str]]:
     errors = {index: error for index, _, error in attempts if error is not None}
-    contents = [{**content, "index": index} for index, content, error in attempts if error is None]
+    contents = [{**convert_to_contiguous(item), "index": index} for index, item, error in attempts if error is None]
     return (list_data_collate(contents) if contents else None), errors

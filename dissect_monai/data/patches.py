@@ -33,24 +33,24 @@ def patch_dataset(
 ) -> Dataset:
     """A fixed set of patches: every volume is read once, now, and nothing but its patches is kept.
 
-    What is drawn of a volume follows from `seed` and its place in `data` alone. Where an item has a label map, its
-    path goes to `transform` under the key "label_map" instead of "label", and its patches have `structures`, {name: 1,
-    0 or NaN (unknown)} for those that `labels` of the item name. A patch shows a structure (1) if it fills 0.1 % of the
-    patch, or half of it lies there, and does not (0) if none of it does; anything between is unknown. A structure that
-    the map of the whole volume never has is unknown in all patches: it may be there without having been annotated.
+    What is drawn of a volume follows from `seed` and its place in `data`. `transform` finds the path of a label map
+    under "label_map" instead of "label", and the patches get `structures`, {name: 1, 0 or NaN (unknown)} for the names
+    in `labels` of the item. A patch shows a structure (1) if it fills 0.1 % of the patch or half of it lies there, and
+    does not (0) if none of it does; anything between is unknown. So is a structure that the whole volume lacks, as it
+    may be there without having been annotated.
 
     Args:
         data: items of a data list, as `aggregate` gives them.
-        transform: MONAI transforms whose random ones come last and cut patches, such as `RandCropByPosNegLabeld` with
-            `num_samples`; they leave "image" and, where there is one, "label_map", of the same place.
+        transform: MONAI transforms whose random ones come last and cut "image" and "label_map" into patches, such as
+            `RandCropByPosNegLabeld` with `num_samples`.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that read; at least one.
         progress: show a progress bar.
         seed: draws other patches.
 
     Returns:
-        A data set of {"image", "task", "group"}, the last two being names, that reads no more files; its `.data` has
-        for each patch the item of its volume, with `structures` if there is a label map.
+        A data set of {"image", "task", "group"}, the last two being names; its `.data` has the item of the volume for
+        each patch, with `structures` if there is a label map.
 
     Raises:
         ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named; or if
@@ -97,13 +97,13 @@ class _Volumes(Dataset):
         return patches
 
     def _seeded(self, index: int) -> Compose:
-        """A copy, because threads share the transforms, that draws what follows from the seed and the index."""
+        """A copy, as threads share the transforms, whose draws follow from the seed and the index."""
         words = np.random.SeedSequence([self.seed, index]).generate_state(1)
         return deepcopy(self.steps).set_random_state(int(words[0]))
 
 
 def _plain(image: Any) -> Tensor:
-    """A tensor of its own, without which a patch would keep its volume in memory."""
+    """A copy, so that a patch does not keep its volume in memory."""
     return torch.as_tensor(image).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
 
 
@@ -114,10 +114,7 @@ def _sizes(label_map: Any, item: Item) -> dict[str, int] | None:
             f'`transform` must load "{LABEL_MAP}" as it loads "image", got {type(label_map).__name__} for '
             f"{item['image']}: add it to its keys, with `allow_missing_keys`."
         )
-    labels = item.get("labels")
-    if not isinstance(labels, Mapping):
-        return None
-    return _voxels(label_map, labels)
+    return _voxels(label_map, item["labels"]) if isinstance(item.get("labels"), Mapping) else None
 
 
 def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]]) -> dict[str, float]:
@@ -135,7 +132,7 @@ def _voxels(label_map: Tensor, labels: Mapping[str, list[int]]) -> dict[str, int
 
 
 def _name_unnamed(items: list[Item]) -> None:
-    """Say which label maps nobody can use, for want of names."""
+    """Warn of label maps that cannot be used without names."""
     unnamed = {
         item.get("task"): item["image"]
         for item in items

@@ -1,17 +1,20 @@
-"""One MONAI image reader for X-rays and volumes: pillow, SimpleITK and nibabel behind `LoadImage`."""
+"""One MONAI image reader for X-rays and volumes (pillow, SimpleITK and nibabel), and headers without voxels."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import nibabel
 import numpy as np
 from monai.data import ImageReader, NibabelReader
 from monai.utils import MetaKeys, SpaceKeys
+from nibabel.affines import voxel_sizes
 from PIL import Image
 
 from dissect_monai.common import InputError
@@ -20,6 +23,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
@@ -27,15 +31,9 @@ ITK_PREFIX = re.compile(r"(.*ERROR: )?(\w+ ?\(0x[0-9a-f]+\): )?", re.DOTALL)
 
 
 def image_format(path: str | PathLike[str]) -> str | None:
-    """Which kind of image a file name promises.
+    """Format by file name: "picture" (pillow), "dicom", "itk" (MHA, MHD, NRRD), "nifti", or None for anything else.
 
-    A name without a suffix, or with a number for one as in a DICOM UID, is DICOM if the file says so.
-
-    Args:
-        path: file name; read only if it has no suffix.
-
-    Returns:
-        "picture" (pillow), "dicom", "itk" (MHA, MHD, NRRD), "nifti", or None for anything else.
+    A file without suffix, or with a number for one as in a DICOM UID, is opened to see whether it is DICOM.
 
     Example:
         >>> image_format("lung.nii.gz"), image_format("IM0001.DCM"), image_format("report.pdf")
@@ -53,7 +51,7 @@ def image_format(path: str | PathLike[str]) -> str | None:
 
 @contextmanager
 def explained(path: str | PathLike[str]) -> Iterator[None]:
-    """Turn whatever a library says on a file that it cannot read into one `ValueError` that names the file."""
+    """Turn whatever a decoder raises into one `ValueError` that names the file."""
     try:
         yield
     except ImportError:
@@ -70,19 +68,19 @@ class ImageFileReader(ImageReader):
     """Reads PNG, JPEG, TIFF, BMP, DICOM, MHA/MHD, NRRD and NIfTI for MONAI's `LoadImage`.
 
     Arrays are (x, y) or (x, y, z), whatever the format, so that a PNG and a DICOM of one X-ray agree; volumes carry
-    an RAS affine that equals the one of the same volume as NIfTI, which MONAI's `NibabelReader` reads. Colour becomes
-    luminance, 16-bit pictures keep their values, of several pages the first is read. A folder is read as one DICOM
-    series. ITK rescales the values of DICOM by slope and intercept and inverts MONOCHROME1 within its stored range.
+    the RAS affine of the same volume as NIfTI. Colour becomes luminance, 16-bit pictures keep their values, the first
+    of several pages is read. A folder is read as one DICOM series. ITK applies the slope and intercept of DICOM and
+    inverts MONOCHROME1 within its stored range.
 
     Args:
-        window: clip a single DICOM file to its first window (centre and width), as a viewer shows it. A series folder
-            is never clipped, since its values (HU) are quantities.
-        spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse what has another one.
-            None takes images as they are.
+        window: clip a single DICOM file to its first window (centre and width), as a viewer does. A series is never
+            clipped, since its values (HU) are quantities.
+        spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse other images; None takes
+            images as they are.
 
     Raises:
         ValueError: if a file is corrupt or has another number of spatial dimensions; names the file.
-        ImportError: if a DICOM, MHA or NRRD file is met and SimpleITK is not installed.
+        ImportError: if a DICOM, MHA or NRRD file needs SimpleITK and it is not installed.
     """
 
     def __init__(self, window: bool = True, spatial_dims: int | None = None) -> None:
@@ -92,18 +90,15 @@ class ImageFileReader(ImageReader):
         self.spatial_dims = spatial_dims
 
     def verify_suffix(self, filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> bool:
-        """Whether this is the reader of choice for one file: not for NIfTI, which MONAI reads itself."""
+        """Whether MONAI should choose this reader: not for NIfTI, which it reads itself."""
         path = _single_path(filename)
         return path is not None and (path.is_dir() or image_format(path) not in (None, "nifti"))
 
     def read(self, data: Sequence[str | PathLike[str]] | str | PathLike[str], **kwargs: Any) -> Path:
-        """Accept one file or series folder; it is decoded by `get_data`.
-
-        `LoadImage` answers any error of `read` by trying every other reader, and so would bury why a file is corrupt.
-        """
+        """Accept one file or series folder, which `get_data` decodes: `LoadImage` would hide an error raised here."""
         path = _single_path(data)
         if path is None:
-            raise InputError(f"`data` must be one file, got {data!r}; several are left to MONAI's own readers.")
+            raise InputError(f"`data` must be one file, got {data!r}: use MONAI's own readers for several.")
         if path.exists() and not path.is_dir() and image_format(path) is None:
             raise InputError(f"`data` must be an image file, got {path}.")
         return path
@@ -115,9 +110,7 @@ class ImageFileReader(ImageReader):
         with explained(img):
             array, meta = self._decode(img)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise InputError(
-                f"{img} must hold finite values, got NaN or infinity. Repair it or remove it from the list."
-            )
+            raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
         return self._fit_spatial_dims(array, meta, img)
 
     def _decode(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -147,7 +140,7 @@ class ImageFileReader(ImageReader):
 
 
 def decoding_reason(error: BaseException) -> str:
-    """Why a decoder failed, in one line and in words about the file.
+    """Why a decoder failed, in one line.
 
     Example:
         >>> decoding_reason(RuntimeError("GDCM.cxx:468: ITK ERROR: GDCMImageIO(0x55d5): Cannot read the file."))
@@ -172,11 +165,7 @@ def _has_dicom_magic(path: str | PathLike[str]) -> bool:
 
 
 def simpleitk(path: Path) -> Any:
-    """The module, imported when the first file needs it.
-
-    Raises:
-        ImportError: if it is missing, naming the file.
-    """
+    """The module; if it is missing, an `ImportError` names the file that needs it."""
     try:
         import SimpleITK
     except ImportError:
@@ -202,15 +191,11 @@ def _read_dicom_series(folder: Path, window: bool) -> tuple[np.ndarray, dict[str
 
 
 def series_files(folder: Path) -> Sequence[str]:
-    """Files of the one DICOM series in a folder, in the order of its slices.
-
-    Raises:
-        ValueError: if there is none, or more than one.
-    """
+    """Files of the one DICOM series in a folder, in the order of its slices."""
     reader = simpleitk(folder).ImageSeriesReader
     series = reader.GetGDCMSeriesIDs(fspath(folder))
     if len(series) != 1:
-        raise InputError(f"the folder must hold one DICOM series, got {len(series)}; give each a folder of its own.")
+        raise InputError(f"the folder must hold one DICOM series, got {len(series)}; move each to its own folder.")
     return list(reader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
 
 
@@ -231,14 +216,14 @@ def _read_dicom(path: Path, window: bool) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _inversion_sum(image: Any) -> float:
-    """Lowest plus highest value that the stored bits can express: ITK inverts by subtracting from it."""
+    """Lowest plus highest value of the stored bits, from which ITK subtracts to invert."""
     bits, signed = int(_tag(image, "0028|0101") or 8), int(_tag(image, "0028|0103") or 0)
     slope, intercept = _tag(image, "0028|1053"), _tag(image, "0028|1052") or 0.0
     return (-1 if signed else 2**bits - 1) * (1.0 if slope is None else slope) + 2 * intercept
 
 
 def _tag(image: Any, key: str) -> float | None:
-    """First number of a DICOM tag that may hold several; None if it is missing or empty."""
+    """First number of a DICOM tag; None if it is missing or empty."""
     first = image.GetMetaData(key).split("\\")[0].strip() if image.HasMetaDataKey(key) else ""
     return float(first) if first else None
 
@@ -258,7 +243,7 @@ def _from_itk(image: Any) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def ras_affine(image: Any) -> np.ndarray:
-    """Affine (4, 4), from voxels to mm in RAS, of a 3-D SimpleITK image or of a reader that knows its header."""
+    """Affine (4, 4) from voxels to mm in RAS, of a 3-D SimpleITK image or of a reader that has read its header."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
@@ -271,3 +256,82 @@ def _with_meta(array: np.ndarray, affine: np.ndarray | None = None) -> tuple[np.
     if affine is not None:
         meta.update({MetaKeys.AFFINE: affine, MetaKeys.ORIGINAL_AFFINE: affine.copy(), MetaKeys.SPACE: SpaceKeys.RAS})
     return array, meta
+
+
+class VolumeHeader(NamedTuple):
+    """What the header of a volume says."""
+
+    shape: tuple[int, int, int]  # voxels from left to right, posterior to anterior, inferior to superior
+    spacing: tuple[float, float, float]  # mm, in the same order
+    channels: int  # values of a voxel
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a volume lie, along the axes of its file."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray  # (4, 4), to mm in RAS
+    channels: int = 1
+
+
+def read_header(path: str | PathLike[str]) -> VolumeHeader:
+    """Read the header of a NIfTI, MHA, NRRD or DICOM volume; arguments and errors are those of `read_grid`."""
+    shape, affine, channels = read_grid(path)
+    order, spacing = np.argsort(nibabel.io_orientation(affine)[:, 0]), voxel_sizes(affine)
+    x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
+    return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)
+
+
+def read_grid(path: str | PathLike[str]) -> Grid:
+    """Read the grid of a NIfTI, MHA, NRRD or DICOM volume from its header.
+
+    Args:
+        path: file, or folder of one DICOM series.
+
+    Raises:
+        ValueError: if the header cannot be read, or is not that of one volume with a spacing; names the file.
+        ImportError: if SimpleITK is needed and not installed.
+    """
+    path = Path(path)
+    kind = "series" if path.is_dir() else image_format(path)
+    readers = {"series": _series_grid, "dicom": _itk_grid, "itk": _itk_grid, "nifti": _nifti_grid}
+    if kind not in readers:
+        raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
+    with explained(path):
+        grid = readers[kind](path)
+    # More axes of length 1 are read from NIfTI alone.
+    if len(grid.shape) < 3 or prod(grid.shape[3:]) != 1 or (len(grid.shape) > 3 and kind != "nifti"):
+        raise InputError(
+            f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to its own file, "
+            "or remove it from the data list."
+        )
+    affine = grid.affine
+    if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
+        raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
+    return grid._replace(shape=tuple(grid.shape[:3]))
+
+
+def _nifti_grid(path: Path) -> Grid:
+    image = nibabel.load(path)
+    colours = image.get_data_dtype().fields
+    return Grid(image.shape, image.affine, 1 if colours is None else len(colours))
+
+
+def _itk_grid(path: Path) -> Grid:
+    reader = simpleitk(path).ImageFileReader()
+    reader.SetFileName(fspath(path))
+    reader.ReadImageInformation()
+    # Frames along a fourth axis have no orientation, and are refused anyway.
+    affine = ras_affine(reader) if reader.GetDimension() == 3 else np.eye(4)
+    return Grid(reader.GetSize(), affine, reader.GetNumberOfComponents())
+
+
+def _series_grid(folder: Path) -> Grid:
+    files = [Path(file) for file in series_files(folder)]
+    first = _itk_grid(files[0])
+    if len(files) == 1:
+        return first
+    affine = first.affine.copy()
+    # The distance between slices follows from their positions, whatever their thickness.
+    affine[:3, 2] = (_itk_grid(files[-1]).affine[:3, 3] - affine[:3, 3]) / (len(files) - 1)
+    return first._replace(shape=(*first.shape[:2], len(files)), affine=affine)

@@ -1,4 +1,4 @@
-"""Which volume comes next: balanced over tasks, and all that is drawn for it a function of the seed and the epoch."""
+"""Balanced sampling of tasks, and random transforms that depend on seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -13,32 +13,27 @@ from dissect_monai.common import InputError, Item
 
 
 class SeededIndex(int):
-    """An index of an item, which carries the seed of everything random that is done to it.
-
-    To anything but `SeededDataset` it is a plain integer.
-    """
+    """The index of an item with the seed of its random transforms, which `SeededDataset` reads."""
 
     seed: int
 
     def __new__(cls, index: int, seed: int) -> SeededIndex:
-        """The index with its seed, in [0, 2**32)."""
+        """Make an index with a seed in [0, 2**32)."""
         self = super().__new__(cls, index)
         self.seed = seed
         return self
 
     def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
-        """What `pickle` makes it of again, on its way to a worker process."""
+        """Arguments with which `pickle` makes it anew in a worker process."""
         return int(self), self.seed
 
 
 class DomainSampler(torch_data.Sampler[SeededIndex]):
     """Draws tasks with probability ∝ n^temperature, n being the number of items of a task, and items of that task.
 
-    Items of a task come in random order, and none again until all have come. `items_per_draw` of them follow each other
-    in the samples of one process, so that batches whose size is a multiple of it hold positives of the task-level
-    contrast. All processes follow one sequence, of which each takes the draws at its own positions: no draw is shared,
-    and the samples do not depend on the number of processes. The sequence depends on seed and epoch alone, so that a
-    resumed run repeats it.
+    Items of a task come in random order, and none again until all have come. `items_per_draw` of them follow each
+    other, so that batches whose size is a multiple of it hold positives of the task-level contrast. The sequence
+    depends on seed and epoch alone, and each process takes the draws at its own positions in it.
 
     Args:
         data: items of a data list, in the order of the data set; each with a "task".
@@ -113,7 +108,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
 
 
 def _take(count: int, queue: list[int], items: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Take items off the end of the queue; an empty one is refilled, so that those just taken come last again."""
+    """Take items off the end of the queue; an empty one is refilled, with those just taken at its start."""
     taken: list[int] = []
     while len(taken) < count:
         if not queue:
@@ -129,12 +124,7 @@ def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
     Args:
         dataset: with a data list `data`, each of its items with a "task".
         num_items: at least 1.
-
-    Raises:
-        ValueError: if `num_items` is below 1.
     """
-    if num_items < 1:
-        raise InputError(f"`num_items` must be at least 1, got {num_items}.")
     places: dict[str, list[int]] = {}
     for index, item in enumerate(dataset.data):
         places.setdefault(item["task"], []).append(index)
@@ -146,15 +136,11 @@ def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
 class SeededDataset(torch_data.Dataset[Any]):
     """Seeds the random transforms of a data set for every item, so that what they draw follows from the index.
 
-    With the indices of `DomainSampler` the draws are a function of seed, epoch and position, on any number of processes
-    and of workers, persistent or not, and in a resumed run; with plain ones, as of a validation loader, they are the
-    same in every epoch.
+    With the indices of `DomainSampler` the draws are a function of seed, epoch and position, whatever the number of
+    processes and workers; with plain ones, as of a validation loader, they are the same in every epoch.
 
     Args:
         dataset: with MONAI transforms, such as `cached_dataset` gives it.
-
-    Attributes:
-        data: the data list of `dataset`.
     """
 
     def __init__(self, dataset: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run leaves whole, and going on from one."""
+"""Checkpoints that a killed run leaves whole, going on from one, and the best weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, __version__
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint_epoch=\d+\.pt")
+ANEW = "or start anew with another `output_dir`"
+NUM_KEPT = 2  # checkpoints of a run
 
 
 class TrainingCheckpoint:
-    """Saves everything a run needs to go on, and the encoder's weights, at the end of epochs; resumes from it.
+    """Saves all that a run needs to go on, and its weights, at the end of epochs; resumes from it.
 
-    Both are written to a temporary file and renamed, so a run killed at any moment leaves the newest complete files
-    intact; MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`.
-    Attach it before handlers that look at the network when the run starts, such as a `ValidationHandler`, and after
-    those that change what is saved at the end of epochs.
+    A run killed at any moment leaves the newest complete files intact, where MONAI's `CheckpointSaver` writes in place.
+    Random state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the
+    run starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
 
     Args:
         ckpt_dir: folder for `checkpoint_epoch=N.pt`.
@@ -36,14 +37,13 @@ class TrainingCheckpoint:
         weights: module whose plain state dict other bundles load; None leaves that to another, such as `BestWeights`.
         weights_path: where `weights` go, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
         settings: what the weights depend on, such as encoder and image size; a resumed run must have the same.
-        interval: epochs between checkpoints; the last epoch is always saved.
-        num_kept: how many checkpoints of this run stay.
+        interval: epochs between checkpoints, of which the newest two stay; the last epoch is always saved.
         resume_from: checkpoint to load when the run starts, or None.
         rank: rank of this process; all load, rank 0 saves.
 
     Raises:
-        ValueError: if `interval` or `num_kept` is not positive, one of `weights` and `weights_path` is given alone, or
-            the checkpoint is of another run.
+        ValueError: if `interval` is not positive, or one of `weights` and `weights_path` is given alone; when the run
+            starts, if the checkpoint is of another run or another version of this package.
     """
 
     def __init__(
@@ -54,12 +54,11 @@ class TrainingCheckpoint:
         weights_path: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         interval: int = 1,
-        num_kept: int = 2,
         resume_from: str | None = None,
         rank: int = 0,
     ) -> None:
-        if interval < 1 or num_kept < 1:
-            raise InputError(f"`interval` and `num_kept` must be at least 1, got {interval} and {num_kept}.")
+        if interval < 1:
+            raise InputError(f"`interval` must be at least 1, got {interval}.")
         if (weights is None) != (weights_path is None):
             raise InputError("`weights` and `weights_path` must be given together, got one of them.")
         self.ckpt_dir = Path(ckpt_dir)
@@ -68,7 +67,6 @@ class TrainingCheckpoint:
         self.weights_path = weights_path
         self.settings = dict(settings or {})
         self.interval = interval
-        self.num_kept = num_kept
         self.resume_from = resume_from
         self.rank = rank
         self.saved: list[Path] = []
@@ -88,22 +86,21 @@ class TrainingCheckpoint:
         if epoch % self.interval and not is_last:
             return
         path = self.ckpt_dir / f"checkpoint_epoch={epoch}.pt"
-        objects = {**self.save_dict, "trainer": engine}
-        states = {name: item.state_dict() for name, item in objects.items()}
-        save_atomically({**states, "settings": self.settings}, path)
+        states = {name: item.state_dict() for name, item in {**self.save_dict, "trainer": engine}.items()}
+        save_atomically({**states, "settings": self.settings, "version": __version__}, path)
         if self.weights is not None and self.weights_path is not None:
             save_weights(self.weights, self.weights_path, self.settings)
         self.saved = [*(old for old in self.saved if old != path), path]
-        while len(self.saved) > self.num_kept:
+        while len(self.saved) > NUM_KEPT:
             self.saved.pop(0).unlink(missing_ok=True)
 
-    def _remove_halves(self, engine: Engine) -> None:
-        # What a run that was killed while it saved has left.
+    def _remove_halves(self) -> None:
+        """What a run that was killed while it saved has left."""
         for half in self.ckpt_dir.glob(".checkpoint_epoch=*.pt.*.tmp"):
             half.unlink(missing_ok=True)
 
     def _resume(self, engine: Engine, path: str) -> None:
-        checkpoint = load_torch(path, "give an older one by --resume_from, or start anew with another --output_dir")
+        checkpoint = load_torch(path, f"give an older one as `resume_from`, {ANEW}")
         if not isinstance(checkpoint.get("trainer"), dict):
             raise InputError(f"{path} is no checkpoint of a training run: give a checkpoint_epoch=N.pt.")
         self._refuse_another_run(engine, checkpoint, path)
@@ -114,24 +111,26 @@ class TrainingCheckpoint:
         self.saved = checkpoints_in(Path(path).parent)
 
     def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:
-        # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
-        was, now = (
-            {"iterations an epoch": length} for length in (_epoch_length(checkpoint), engine.state.epoch_length)
-        )
-        was |= checkpoint.get("settings", {})
-        now |= self.settings
-        other = [
-            f"{name} {was.get(name)} (now {now.get(name)})" for name in was | now if was.get(name) != now.get(name)
-        ]
-        if other:
+        version = checkpoint.get("version", "0.1.0")  # which did not write it down
+        if version != __version__:
             raise InputError(
-                f"{path} is of a run with {', '.join(other)}: resume with the same knobs, images and number of "
-                "processes, or start anew with another --output_dir."
+                f"{path} is of dissect_monai {version}, this is {__version__}: resume with that version, {ANEW}."
             )
-        epoch = checkpoint["trainer"]["iteration"] // _epoch_length(checkpoint)
+        # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
+        length = int(checkpoint["trainer"]["epoch_length"])
+        was = {"iterations an epoch": length, **checkpoint.get("settings", {})}
+        now = {"iterations an epoch": engine.state.epoch_length, **self.settings}
+        names = [name for name in was | now if was.get(name) != now.get(name)]
+        if names:
+            other = ", ".join(f"{name} {was.get(name)} (now {now.get(name)})" for name in names)
+            raise InputError(
+                f"{path} is of a run with {other}: resume with the same settings, images and number of processes, "
+                f"{ANEW}."
+            )
+        epoch = checkpoint["trainer"]["iteration"] // length
         if epoch > engine.state.max_epochs:
             raise InputError(
-                f"{path} has done {epoch} epochs, more than --max_epochs {engine.state.max_epochs}: raise it."
+                f"{path} has done {epoch} epochs, more than `max_epochs` {engine.state.max_epochs}: raise it."
             )
 
 
@@ -150,13 +149,9 @@ def newest_checkpoint(ckpt_dir: str | Path) -> str:
     found = checkpoints_in(ckpt_dir)
     if not found:
         raise FileNotFoundError(
-            f"there is no checkpoint_epoch=N.pt in {Path(ckpt_dir).absolute()}: check --output_dir, or train first."
+            f"there is no checkpoint_epoch=N.pt in {Path(ckpt_dir).absolute()}: check `output_dir`, or train first."
         )
     return str(found[-1])
-
-
-def _epoch_length(checkpoint: Mapping[str, Any]) -> int:
-    return int(checkpoint["trainer"]["epoch_length"])
 
 
 class BestWeights:
@@ -202,26 +197,22 @@ class BestWeights:
         self.metric = metric
         self.patience = patience
         self.rank = rank
-        self.trainer: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
         """Compare after every validation, stop at the end of the trainer's epoch."""
-        self.trainer = engine
         for name, value in {"best_metric": nan, "best_epoch": 0, "num_worse": 0}.items():
             setattr(engine.state, name, value)
             engine.state_dict_user_keys.append(name)
-        self.evaluator.add_event_handler(Events.COMPLETED, self)
+        self.evaluator.add_event_handler(Events.COMPLETED, self, engine)
         # At the start, too: a run that has stopped and is resumed stays stopped, unless `patience` is raised.
         engine.add_event_handler(Events.EPOCH_STARTED | Events.EPOCH_COMPLETED, self._stop)
 
-    def __call__(self, evaluator: Engine) -> None:
+    def __call__(self, evaluator: Engine, trainer: Engine) -> None:
         """Write the weights if the validation that has ended is the best so far."""
         if self.metric not in evaluator.state.metrics:
             found = ", ".join(evaluator.state.metrics) or "none"
             raise InputError(f"`metric` must be one of the evaluator's ({found}), got {self.metric!r}.")
-        if self.trainer is None:
-            raise InputError("`BestWeights` must be attached to a trainer before the evaluator runs.")
-        score, state = float(evaluator.state.metrics[self.metric]), self.trainer.state
+        score, state = float(evaluator.state.metrics[self.metric]), trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
             if self.rank == 0:

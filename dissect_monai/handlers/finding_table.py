@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from dissect_monai.common import Array, Interval
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.metrics.classification import (
     auroc,
@@ -21,12 +22,17 @@ from dissect_monai.metrics.classification import (
     specificity,
     usable_findings,
 )
-from dissect_monai.metrics.intervals import Interval, bootstrap, calibration_interval, mean_statistic, wilson_interval
+from dissect_monai.metrics.intervals import (
+    Resampled,
+    calibration_interval,
+    mean_resampled,
+    percentile_interval,
+    resample,
+    wilson_interval,
+)
 from dissect_monai.visualize.page import FindingRow
 from dissect_monai.writing import metric_name, write_csv
 
-Array = NDArray[np.floating[Any]]
-Statistic = Callable[[Array], Array]
 METRICS = ("auroc", "ap", "sensitivity", "specificity", "ece")
 NAN = float("nan")
 UNKNOWN = Interval(NAN, NAN, NAN)
@@ -60,23 +66,21 @@ def finding_rows(
         1 + C lines. The mean has no counts, because those of the findings differ. The metrics of findings that lack a
         class, and so are left out of the mean, are NaN.
     """
-    draws: dict[str, Any] = {"subjects": np.asarray(subjects), "num_samples": num_samples, "seed": seed}
-    usable = usable_findings(labels, probabilities)
-    statistics = {i: _statistics(labels[:, i], probabilities[:, i], thresholds[i]) for i in usable}
+    draws = subjects, num_samples, seed
+    found = {
+        index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], *draws)
+        for index in usable_findings(labels, probabilities)
+    }
     rows = []
     for index, (name, label) in enumerate(zip(label_names, labels.T, strict=True)):
-        counts = _subject_counts(label, draws["subjects"])
-        used = [statistics[index]] if index in usable else []
+        counts = _subject_counts(label, np.asarray(subjects))
         intervals = {
-            metric: _interval(metric, used, draws, partial(wilson_interval, count=counts.get(metric, NAN)))
+            metric: _interval(metric, [found.get(index, {})], partial(wilson_interval, count=counts.get(metric, NAN)))
             for metric in METRICS
         }
         n, positives = int((~np.isnan(label)).sum()), int(np.nansum(label))
         rows.append(FindingRow(name, n, positives, threshold=thresholds[index], **intervals))
-    means = {
-        metric: _interval(metric, list(statistics.values()), draws, partial(_mean_ends, rows, metric))
-        for metric in METRICS
-    }
+    means = {metric: _interval(metric, list(found.values()), partial(_mean_ends, rows, metric)) for metric in METRICS}
     return [FindingRow(MACRO, None, None, threshold=NAN, **means), *rows]
 
 
@@ -122,9 +126,11 @@ def table_notes(rows: Sequence[FindingRow]) -> list[str]:
     ]
 
 
-def _statistics(label: Array, probability: Array, threshold: float) -> dict[str, Statistic]:
-    """The metrics of one finding as functions of the items' weights, and the noise of the calibration error."""
-    return {
+def _resampled(
+    label: Array, probability: Array, threshold: float, subjects: ArrayLike, num_samples: int, seed: int
+) -> dict[str, Resampled]:
+    """The metrics of one finding that are defined, and the noise of the calibration error."""
+    statistics: dict[str, Callable[[Array], Array]] = {
         "auroc": partial(auroc, label, probability),
         "ap": partial(average_precision, label, probability),
         "sensitivity": partial(sensitivity, label, probability, threshold),
@@ -132,6 +138,8 @@ def _statistics(label: Array, probability: Array, threshold: float) -> dict[str,
         "ece": partial(expected_calibration_error, label, probability),
         "noise": partial(calibration_noise, label, probability),
     }
+    defined = [name for name in statistics if not isnan(threshold) or name not in ("sensitivity", "specificity")]
+    return {name: resample(statistics[name], subjects, num_samples, seed) for name in defined}
 
 
 def _subject_counts(label: Array, subjects: NDArray[Any]) -> dict[str, int]:
@@ -140,21 +148,19 @@ def _subject_counts(label: Array, subjects: NDArray[Any]) -> dict[str, int]:
     return {"auroc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
 
 
-def _interval(
-    metric: str,
-    findings: Sequence[Mapping[str, Statistic]],
-    draws: Mapping[str, Any],
-    ends: Callable[[float], Iterable[Any]],
-) -> Interval:
-    """A metric's mean over findings, given by their statistics; `ends` stands in where no resample differs."""
-    statistic, noise = (mean_statistic([each[name] for each in findings]) for name in (metric, "noise"))
-    if not findings or np.isnan(statistic(np.ones((1, len(draws["subjects"]))))).any():
+def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]], ends: Callable[[float], ArrayLike]) -> Interval:
+    """A metric's mean over the findings that have it; `ends` stands in where no resample differs."""
+    having = [each for each in findings if metric in each]
+    if not having:
         return UNKNOWN
-    ece = metric == "ece"
-    interval = calibration_interval(statistic, noise, **draws) if ece else bootstrap(statistic, **draws)
+    mean = mean_resampled([each[metric] for each in having])
+    if metric == "ece":
+        interval = calibration_interval(mean, mean_resampled([each["noise"] for each in having]))
+    else:
+        interval = percentile_interval(mean)
     if interval.high - interval.low > 1e-9:  # rounding
         return interval
-    return Interval(interval.value, *map(float, ends(interval.value)))
+    return Interval(interval.value, *map(float, np.asarray(ends(interval.value))))
 
 
 def _mean_ends(rows: Sequence[FindingRow], metric: str, _value: float) -> Array:

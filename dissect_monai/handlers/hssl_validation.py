@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,30 +15,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import InputError
 from dissect_monai.data.datasets import items_of
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE, NUM_PICTURES, level_metrics
-from dissect_monai.losses.pretraining import unexplained_variance
+from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
+from dissect_monai.handlers.reconstruction import view_errors
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
 from dissect_monai.visualize.classifier import embedding_map, figure_to_tensor
-from dissect_monai.visualize.training import show_mask, view_figure
+from dissect_monai.visualize.training import show_mask, slice_figure
 from dissect_monai.writing import metric_name
 
 NUM_BINS = 32  # of the intensity histograms
 logger = logging.getLogger(__name__)
-
-
-class _Seen(NamedTuple):
-    """What is kept of a batch of B images."""
-
-    embeddings: Tensor  # (B, 2, 3, D), both views at the image, task and group level
-    task_logits: Tensor  # (B, 2, number of tasks)
-    group_logits: Tensor  # (B, 2, number of groups)
-    task: Tensor  # (B,)
-    group: Tensor  # (B,)
-    error: Tensor  # (B,), of the reconstruction
 
 
 class HSSLValidation:
@@ -90,8 +79,7 @@ class HSSLValidation:
         self.loaders = training, validation
         self.task_names = task_names
         self.writer = writer
-        self.seen: list[_Seen] = []
-        self.pictures: dict[str, list[Tensor]] = {}
+        self._start()
         if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in self.loaders):
             logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
 
@@ -116,21 +104,18 @@ class HSSLValidation:
 
     def _start(self) -> None:
         self.views.set_epoch(0)
-        self.seen, self.pictures = [], {}
+        # Of each batch: embeddings of three levels, logits of task and group, and errors, all (2·B, ...)
+        self.seen: list[tuple[Tensor, ...]] = []
+        self.labels: list[tuple[Tensor, Tensor]] = []  # task and group, (B,)
+        self.pictures: dict[str, list[Tensor]] = {}  # rows of each task
 
     @torch.no_grad()
     def _collect(self, engine: Engine) -> None:
         target, output = engine.state.output["label"], engine.state.output["pred"]
-        self.seen.append(
-            _Seen(
-                embeddings=_by_image(torch.stack(output.embeddings, 1)),
-                task_logits=_by_image(output.task_logits),
-                group_logits=_by_image(output.group_logits),
-                task=target.task,
-                group=target.group,
-                error=_by_image(_errors(output, target)).mean(1),
-            )
-        )
+        where = target.masked if target.masked is not None and target.masked.any() else None
+        errors = view_errors(output.reconstruction, target.views, where)
+        self.seen.append((*output.embeddings, output.task_logits, output.group_logits, errors))
+        self.labels.append((target.task, target.group))
         if self.writer is not None:
             self._draw(engine.state.output["image"], target, output)
 
@@ -142,21 +127,20 @@ class HSSLValidation:
                 one = slice(index, index + 1)
                 masked = None if target.masked is None else target.masked[one]
                 columns = [target.views[one], show_mask(seen[one], masked), output.reconstruction[one].clamp(0, 1)]
-                rows.append(view_figure(columns, MIN_SIDE, GAP, slices=True))
+                rows.append(slice_figure(columns))
 
     def _scored(self) -> dict[str, float]:
         """Metrics of the views."""
-        seen = _Seen(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
-        embeddings = [_by_view(level) for level in seen.embeddings.unbind(2)]
-        logits = [_by_view(seen.task_logits), _by_view(seen.group_logits)]
-        metrics = {
-            name: float(value) for name, value in level_metrics(embeddings, logits, (seen.task, seen.group)).items()
+        *embeddings, task_logits, group_logits, errors = map(_joined, zip(*self.seen, strict=True))
+        task, group = map(torch.cat, zip(*self.labels, strict=True))
+        levels = level_metrics(embeddings, (task_logits, group_logits), (task, group))
+        error = errors.unflatten(0, (2, -1)).mean(0)
+        by_task = {
+            metric_name("reconstruction_error", self.task_names[index]): float(error[task == index].mean())
+            for index in task.unique().tolist()
         }
-        errors = {
-            metric_name("reconstruction_error", self.task_names[task]): float(seen.error[seen.task == task].mean())
-            for task in seen.task.unique().tolist()
-        }
-        return {**metrics, "reconstruction_error": float(np.mean([*errors.values()])), **errors}
+        metrics = {name: float(value) for name, value in levels.items()}
+        return {**metrics, "reconstruction_error": float(np.mean([*by_task.values()])), **by_task}
 
     def _features(self, loader: DataLoader[Any], device: torch.device) -> DomainFeatures:
         found = extract_features(self.network.segresnet, loader, device, _histograms_and_bottleneck)
@@ -165,25 +149,11 @@ class HSSLValidation:
         return DomainFeatures(found.last, found.stages[:, :NUM_BINS], task, group)
 
 
-def _errors(output: HSSLOutput, target: HierarchyTarget) -> Tensor:
-    """Unexplained variance of each view, (2·B,)."""
-    regions = [None] * len(target.views)
-    if target.masked is not None and target.masked.any():
-        regions = target.masked.split(1)
-    parts = zip(output.reconstruction.split(1), target.views.split(1), regions, strict=True)
-    return torch.stack([unexplained_variance(*part) for part in parts])
-
-
 def _histograms_and_bottleneck(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     """Two "stages" for `extract_features`, so that the images are read once."""
     return [intensity_histograms(images, NUM_BINS).unsqueeze(2), feature_maps(encoder, images)[-1]]
 
 
-def _by_image(views: Tensor) -> Tensor:
-    """All first views, then all second ones, (2·B, ...) → (B, 2, ...)."""
-    return views.unflatten(0, (2, -1)).transpose(0, 1)
-
-
-def _by_view(views: Tensor) -> Tensor:
-    """The inverse of `_by_image`."""
-    return views.transpose(0, 1).flatten(0, 1)
+def _joined(batches: Sequence[Tensor]) -> Tensor:
+    """Batches (2·B, ...) of first views, then second ones, as one that is so, too."""
+    return torch.cat([batch.unflatten(0, (2, -1)) for batch in batches], dim=1).flatten(0, 1)

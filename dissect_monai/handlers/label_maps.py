@@ -13,8 +13,8 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from dissect_monai.common import InputError
-from dissect_monai.data.datalists import VOLUME_SUFFIXES
 from dissect_monai.data.datasets import ReadableLoader
+from dissect_monai.data.readers import VOLUME_SUFFIXES
 from dissect_monai.writing import write_csv, written_atomically
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -13,28 +13,21 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import LEVELS, InputError
+from dissect_monai.handlers.training import refuse_nonfinite
 from dissect_monai.losses.contrastive import retrieval_accuracy
+from dissect_monai.losses.pretraining import HSSLLoss, VQSSLLoss
 from dissect_monai.metrics.representation import code_usage, effective_rank, feature_std, perplexity
 from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.networks.vqssl import SSLOutput, VQSSLNet
 from dissect_monai.transforms.views import HierarchyTarget
-from dissect_monai.visualize.training import code_figure, show_mask, view_figure
+from dissect_monai.visualize.training import code_figure, show_mask, slice_figure, view_figure
 
-COLLAPSED_STD = 0.01  # on a scale on which isotropic features have 1
 NUM_PICTURES = 4
-
-
-class HasTerms(Protocol):
-    """A loss that names its terms: `VQSSLLoss`, `HSSLLoss`."""
-
-    def terms(self, output: Any, target: Any, /) -> dict[str, Tensor]:
-        """Unweighted terms by name, scalars, of what the network returned and of what it is compared with."""
+PATIENCE = 5  # looks in a row at which the features must be collapsed before the run stops
 
 
 class Monitor(ABC):
-    """Looks at a pretraining run: writes scalars and pictures, and stops a run that is lost.
-
-    What is seen of a network is up to the subclass.
+    """Writes loss terms, indicators of a collapse and pictures of a pretraining run; stops a run that is lost.
 
     Args:
         network: the pretraining network, not its wrapper.
@@ -42,35 +35,32 @@ class Monitor(ABC):
         optimizer: for the learning rate.
         writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
         interval: iterations between looks; each waits for the device.
-        patience: looks in a row at which the features must be collapsed before the run stops.
 
     Raises:
-        ValueError: if `interval` or `patience` is not positive.
-        RuntimeError: during the run, if the loss is not finite or the features have collapsed.
+        ValueError: if `interval` is not positive; during the run, if the loss is not finite or the features have
+            collapsed.
     """
 
     spread: str  # scalar on the scale of `feature_std` by which a collapse is judged
     spread_of: str  # what it is called
-    collapsed_std = COLLAPSED_STD  # below which it is one
+    collapsed_std = 0.01  # below which it is one, where isotropic features have 1
     remedy: str  # against a collapse
 
     def __init__(
         self,
         network: nn.Module,
-        loss: HasTerms,
+        loss: VQSSLLoss | HSSLLoss,
         optimizer: Optimizer,
         writer: SummaryWriter | None = None,
         interval: int = 10,
-        patience: int = 5,
     ) -> None:
-        if interval < 1 or patience < 1:
-            raise InputError(f"`interval` and `patience` must be at least 1, got {interval} and {patience}.")
+        if interval < 1:
+            raise InputError(f"`interval` must be at least 1, got {interval}.")
         self.network = network
         self.loss = loss
         self.optimizer = optimizer
         self.writer = writer
         self.interval = interval
-        self.patience = patience
         self.collapsed = 0
 
     def attach(self, engine: Engine) -> None:
@@ -84,7 +74,7 @@ class Monitor(ABC):
         output, target = engine.state.output["pred"], engine.state.output["label"]
         scalars = {f"loss/{name}": term for name, term in self.loss.terms(output, target).items()}
         scalars["loss/total"] = engine.state.output["loss"].detach()
-        self._refuse_nonfinite(engine, scalars)
+        refuse_nonfinite(engine, scalars)
         scalars |= self._indicators(output, target)
         self._refuse_collapse(engine, scalars)
         if self.writer is not None:
@@ -104,45 +94,35 @@ class Monitor(ABC):
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
         """Write pictures of the last iteration."""
 
-    def _refuse_nonfinite(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
-        bad = [f"{name} = {float(value)}" for name, value in scalars.items() if not torch.isfinite(value)]
-        if bad:
-            raise RuntimeError(
-                f"the loss is not finite in epoch {engine.state.epoch}, iteration {engine.state.iteration}: "
-                f"{', '.join(bad)}. Lower --learning_rate, lengthen --warmup_epochs, or set --amp false; "
-                "checkpoints of earlier epochs are intact."
-            )
-
     def _refuse_collapse(self, engine: Engine, scalars: dict[str, Tensor]) -> None:
         spread = float(scalars[self.spread])
         self.collapsed = self.collapsed + 1 if spread < self.collapsed_std else 0
-        if self.collapsed >= self.patience:
-            raise RuntimeError(
+        if self.collapsed >= PATIENCE:
+            raise InputError(
                 f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: the "
                 f"{self.spread_of} is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
-                f"{float(scalars['collapse/effective_rank']):.1f}, at {self.patience} looks in a row. {self.remedy}"
+                f"{float(scalars['collapse/effective_rank']):.1f}, at {PATIENCE} looks in a row. {self.remedy}"
             )
 
     @torch.no_grad()
     def _end_epoch(self, engine: Engine) -> None:
         # Once more, because an epoch may be shorter than the interval, and its checkpoint is written next.
-        self._refuse_nonfinite(engine, {"loss/total": engine.state.output["loss"].detach()})
+        refuse_nonfinite(engine, {"loss/total": engine.state.output["loss"]})
         if self.writer is not None:
             self._draw(engine, self.writer)
             self.writer.flush()
 
 
 class SSLMonitor(Monitor):
-    """Writes every loss term, rates, codebook and collapse indicators and pictures; stops a run that is lost.
+    """The `Monitor` of a `VQSSLNet`: codebook indicators, views, reconstructions and codes, too.
 
-    Attach it after `TargetMomentumHandler`, whose momentum it writes. Arguments and errors are those of `Monitor`; the
-    network is a `VQSSLNet`.
+    Attach it after `TargetMomentumHandler`, whose momentum it writes.
     """
 
     network: VQSSLNet
     spread = "collapse/target_std"
     spread_of = "targets' standard deviation"
-    remedy = "Raise --momentum, lower --learning_rate or enlarge --batch_size."
+    remedy = "Raise `momentum`, lower `learning_rate` or enlarge `batch_size`."
 
     def _indicators(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
         scalars = {
@@ -150,15 +130,16 @@ class SSLMonitor(Monitor):
             "collapse/target_std": feature_std(output.targets),
             "collapse/effective_rank": effective_rank(output.embedding),
         }
-        for stage, scale, codebook in self._scales(output):
-            scalars[f"codes/perplexity_stage{stage}"] = perplexity(scale, len(codebook))
-            scalars[f"codes/usage_stage{stage}"] = code_usage(scale, len(codebook))
+        for stage, indices, codebook in self._scales(output):
+            scalars[f"codes/perplexity_stage{stage}"] = perplexity(indices, len(codebook))
+            scalars[f"codes/usage_stage{stage}"] = code_usage(indices, len(codebook))
         return scalars
 
     def _schedules(self, engine: Engine) -> dict[str, float]:
         return {"schedule/target_momentum": engine.state.target_momentum}
 
     def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
+        """Stage, indices and codebook of every scale."""
         books = [codebook.embedding.weight for codebook in self.network.codebooks]
         indices = [scale.indices for scale in output.quantized]
         return list(zip(self.network.stages, indices, books, strict=True))
@@ -179,15 +160,12 @@ class SSLMonitor(Monitor):
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
 
 
-MIN_SIDE, GAP = 192, 4  # pixels: of a tile, in which anatomy can be recognised, and between two
-
-
 class HSSLMonitor(Monitor):
-    """Writes every loss term, retrieval, accuracy, collapse indicators and the views; stops a run that is lost.
+    """The `Monitor` of an `HSSLNet`: retrieval and accuracy at every level, too.
 
-    Arguments and errors are those of `Monitor`; the network is an `HSSLNet`. Over several processes all must attach it,
-    as the contrasts are those of the joined batch; all else is of the writing process alone. The picture `views` has
-    a row per item: the first view as it is and as the network sees it, the masked voxels blue, then the second view.
+    Over several processes all must attach it, as the contrasts are those of the joined batch; all else is of the
+    writing process alone. The picture `views` has a row per item: the first view as it is and as the network sees it,
+    the masked voxels blue, then the second view.
     """
 
     spread = "collapse/feature_std"
@@ -195,7 +173,7 @@ class HSSLMonitor(Monitor):
     # The pooled features of a SegResNet share most of their direction, which `feature_std` does not subtract: it is
     # about 0.07 at the start, and runs that end at 0.2 and more first pass through 0.013.
     collapsed_std = 0.001
-    remedy = "Lower --learning_rate, lengthen --warmup_epochs, enlarge --batch_size or raise --reconstruction_weight."
+    remedy = "Lower `learning_rate`, lengthen `warmup_epochs`, enlarge `batch_size` or raise `reconstruction_weight`."
 
     def _indicators(self, output: HSSLOutput, target: HierarchyTarget) -> dict[str, Tensor]:
         logits = (output.task_logits, output.group_logits)
@@ -212,7 +190,7 @@ class HSSLMonitor(Monitor):
         shown = [slice(start, start + min(NUM_PICTURES, num_items)) for start in (0, num_items)]
         inputs = show_mask(seen, target.masked)
         columns = [images[view] for view in shown for images in (target.views, inputs)]
-        writer.add_image("views", view_figure(columns, MIN_SIDE, GAP, slices=True), engine.state.epoch)
+        writer.add_image("views", slice_figure(columns), engine.state.epoch)
 
 
 def level_metrics(

@@ -1,9 +1,9 @@
-"""Frozen features scored once on the test split, by k-NN and linear probe: what all such evaluations share."""
+"""Frozen features scored once on the test split, by k-NN and linear probe."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,23 +11,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from numpy.typing import NDArray
+from monai.utils import ensure_tuple
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dissect_monai.common import InputError
-from dissect_monai.data.datalists import SPLITS
+from dissect_monai.common import Array, InputError, Interval, Item
+from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
-from dissect_monai.metrics.classification import auroc, average_precision
+from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 from dissect_monai.metrics.intervals import Resampled, mean_resampled, percentile_interval, resample
-from dissect_monai.metrics.probes import extract_features, grouped_cross_val_scores, knn_scores, linear_probe
+from dissect_monai.metrics.probes import (
+    extract_features,
+    grouped_cross_val_scores,
+    intensity_histograms,
+    knn_scores,
+    linear_probe,
+    pixel_pca,
+)
+from dissect_monai.metrics.representation import task_labels
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.writing import metric_name, write_csv
+from dissect_monai.transforms.views import prepare_images
+from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
-Array = NDArray[np.floating[Any]]
+Features = tuple[str, str, list[Array]]  # their source, their kind, and (N, D) of training, validation and test
 logger = logging.getLogger(__name__)
 MACRO = "macro"
+DIFFERENCES = ("task", "features", "probe", "baseline", "difference", "low", "high")
 _UNNAMED = ("findings", "shortcut")  # questions whose metrics are called by the column alone
+_NOTHING_TO_ASK = (
+    "there is nothing to ask of the features: give label maps (`label`) and the names of their values (`labels`) in "
+    "dataset.json, or labels of whole volumes, or volumes of another task"
+)
 
 
 class Question(NamedTuple):
@@ -39,14 +53,6 @@ class Question(NamedTuple):
     # Columns that have probes and a C of their own, and only the training items that one of them is known of, so that
     # what tells those apart from all others plays no part; None is all columns and all items.
     parts: list[list[int]] | None = None
-
-
-class Baseline(NamedTuple):
-    """Features that no encoder gives."""
-
-    source: str
-    kind: str
-    splits: list[Array]  # (N, D) each
 
 
 class ProbeScores(NamedTuple):
@@ -69,34 +75,22 @@ class Row(NamedTuple):
     probe: str
     question: str
     finding: str
-    auroc: float
-    auroc_low: float
-    auroc_high: float
-    ap: float
-    ap_low: float
-    ap_high: float
+    auroc: Interval
+    ap: Interval
     n: int  # items of which a column is known
     positives: int  # items of which one is 1
-
-
-class Difference(NamedTuple):
-    """One line of differences.csv: macro AUROC of the first encoder less that of another, or of the baseline."""
-
-    task: str  # the question
-    features: str
-    probe: str
-    baseline: str
-    difference: float
-    low: float
-    high: float
 
 
 class FrozenProbes:
     """Asks questions of frozen encoders and of a baseline by linear probe and k-NN, with 95 % intervals by subject.
 
-    It writes findings.csv, differences.csv (paired bootstrap) and scores.npz (all scores), and leaves every AUROC in
-    the engine's metrics, which MONAI's `MetricsSaver` writes to metrics.csv. A metric is called after source, features,
-    probe, "auroc", the question (unless it is `findings` or `shortcut`) and the column, as in
+    C of the linear probe is chosen on validation; the test split is scored once. With `num_folds` the probe is
+    cross-validated over all labelled items instead, folds grouped by subject, for small test splits.
+
+    It writes findings.csv, differences.csv (macro AUROC of the first encoder less that of all others, paired bootstrap)
+    and scores.npz (all scores, so that runs can be compared pairwise later), and leaves every AUROC in the engine's
+    metrics, which MONAI's `MetricsSaver` writes to metrics.csv. A metric is called after source, features, probe,
+    "auroc", the question (unless it is `findings` or `shortcut`) and the column, as in
     `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are left out and named in the log.
 
     Args:
@@ -104,12 +98,16 @@ class FrozenProbes:
         loaders: loaders of the splits `training`, `validation` and `test`, of data sets with a data list `data`.
         questions: with labels of the items of the three splits.
         output_dir: folder for the tables.
-        num_folds: 0 for the given splits, else the number of folds, see `ProbeHandler`.
+        baseline: makes features that need no encoder from the loaders, if any.
+        num_folds: 0 for the given splits, else the number of folds.
         num_samples: bootstrap resamples.
         seed: seed of folds and resamples.
 
     Raises:
         ValueError: if there are more folds than subjects.
+
+    Reference:
+        Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
     """
 
     def __init__(
@@ -118,6 +116,7 @@ class FrozenProbes:
         loaders: Mapping[str, DataLoader[Any]],
         questions: Sequence[Question],
         output_dir: str | Path,
+        baseline: Callable[[Sequence[DataLoader[Any]]], Iterator[Features]] | None = None,
         num_folds: int = 0,
         num_samples: int = 1000,
         seed: int = 0,
@@ -126,20 +125,17 @@ class FrozenProbes:
         self.loaders = [loaders[split] for split in SPLITS]
         self.questions = questions
         self.output_dir = Path(output_dir)
+        self.baseline = baseline
         self.num_folds, self.num_samples, self.seed = num_folds, num_samples, seed
         scored = self.loaders if num_folds else self.loaders[2:]
         items = [item for loader in scored for item in items_of(loader.dataset)]
         self.subjects = [str(item.get("subject", item["image"])) for item in items]
         if num_folds > len(set(self.subjects)):
-            raise InputError(f"`--num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
+            raise InputError(f"`num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def baseline(self) -> Baseline | None:
-        """Features to compare the encoders with, if any; for a subclass to give."""
-        return None
 
     def __call__(self, engine: Engine) -> None:
         """Extract features, probe them, write the tables and leave the metrics."""
@@ -150,18 +146,20 @@ class FrozenProbes:
             for probe, scores in self._scores(question, features).items()
         ]
         rows = [row for result in scored for row in self._rows(result)]
-        _name_left_out(scored)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "findings.csv", Row._fields, rows, nan="nan")
-        write_csv(self.output_dir / "differences.csv", Difference._fields, self._differences(scored), nan="nan")
-        self._save_scores(scored)
+        left_out = [name for each in scored for i, name in enumerate(each.question.columns) if i not in each.auroc]
+        if left_out:
+            logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(dict.fromkeys(left_out)))
+        write_csv(self.output_dir / "findings.csv", columns(Row), rows, nan="nan")
+        write_csv(self.output_dir / "differences.csv", DIFFERENCES, self._differences(scored), nan="nan")
+        arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
+        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in scored}
+        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
         for row in rows:
             column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
             name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
-            engine.state.metrics |= {name: row.auroc, f"{name}_low": row.auroc_low, f"{name}_high": row.auroc_high}
+            engine.state.metrics |= metrics_by_name({name: row.auroc})
             if row.finding == MACRO or row.finding in self._logged():
-                interval = (row.auroc, row.auroc_low, row.auroc_high)
-                logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *interval)
+                logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
 
     def _logged(self) -> list[str]:
         """Columns whose AUROC is worth a line of the log: few, or that of a question by itself."""
@@ -169,20 +167,13 @@ class FrozenProbes:
             return self.questions[0].columns
         return [question.columns[0] for question in self.questions if len(question.columns) == 1]
 
-    def _save_scores(self, scored: Sequence[ProbeScores]) -> None:
-        """Every score and label in scores.npz, so that runs can be compared pairwise later."""
-        arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
-        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in scored}
-        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
-
-    def _features(self, device: torch.device) -> Iterator[tuple[str, str, list[Array]]]:
+    def _features(self, device: torch.device) -> Iterator[Features]:
         for source, encoder in self.encoders.items():
             splits = [extract_features(encoder, loader, device, feature_maps) for loader in self.loaders]
             yield source, "last", [split.last for split in splits]
             yield source, "stages", [split.stages for split in splits]
-        baseline = self.baseline()
-        if baseline is not None:
-            yield baseline
+        if self.baseline is not None:
+            yield from self.baseline(self.loaders)
 
     def _scores(self, question: Question, x: list[Array]) -> dict[str, Array]:
         """Scores of all columns by probe, NaN where there was nothing to learn from."""
@@ -202,51 +193,260 @@ class FrozenProbes:
 
     def _scored(self, question: Question, source: str, kind: str, probe: str, scores: Array) -> ProbeScores:
         aurocs, aps = {}, {}
-        for index, columns in enumerate(zip(self._truth(question).T, scores.T, strict=True)):
-            if not np.isnan(auroc(*columns)):
+        for index, pair in enumerate(zip(self._truth(question).T, scores.T, strict=True)):
+            if not np.isnan(auroc(*pair)):
                 draws = self.subjects, self.num_samples, self.seed
-                aurocs[index] = resample(partial(auroc, *columns), *draws)
-                aps[index] = resample(partial(average_precision, *columns), *draws)
+                aurocs[index] = resample(partial(auroc, *pair), *draws)
+                aps[index] = resample(partial(average_precision, *pair), *draws)
         return ProbeScores(question, source, kind, probe, scores, aurocs, aps)
 
     def _truth(self, question: Question) -> Array:
         return np.concatenate(question.labels) if self.num_folds else question.labels[2]
 
     def _rows(self, result: ProbeScores) -> Iterator[Row]:
-        truth = self._truth(result.question)
         groups = {result.question.columns[index]: [index] for index in result.auroc}
         if len(groups) > 1:
             groups = {MACRO: list(result.auroc), **groups}
-        for name, columns in groups.items():
-            intervals = [
-                percentile_interval(mean_resampled([each[index] for index in columns]))
+        for name, indices in groups.items():
+            mean_auroc, mean_ap = (
+                percentile_interval(mean_resampled([each[index] for index in indices]))
                 for each in (result.auroc, result.ap)
-            ]
-            n = int((~np.isnan(truth[:, columns])).any(1).sum())
-            positives = int((truth[:, columns] == 1).any(1).sum())
+            )
+            truth = self._truth(result.question)[:, indices]
+            n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
             place = (result.source, result.features, result.probe, result.question.name)
-            yield Row(*place, name, *intervals[0], *intervals[1], n, positives)
+            yield Row(*place, name, mean_auroc, mean_ap, n, positives)
 
-    def _differences(self, scored: Sequence[ProbeScores]) -> Iterator[Difference]:
+    def _differences(self, scored: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.encoders))
         for result in scored:
             for other in scored:
                 same = other.question is result.question and other.probe == result.probe
                 comparable = other.features == result.features or other.source not in self.encoders
-                if result.source != main or other.source == main or not same or not comparable:
-                    continue
-                columns = [index for index in result.auroc if index in other.auroc]
-                if not columns:
-                    continue
-                ours, theirs = (mean_resampled([each.auroc[index] for index in columns]) for each in (result, other))
-                paired = Resampled(ours.value - theirs.value, ours.resamples - theirs.resamples)
-                place = (result.question.name, result.features, result.probe, other.source)
-                yield Difference(*place, *percentile_interval(paired))
+                shared = [index for index in result.auroc if index in other.auroc]
+                if result.source == main != other.source and same and comparable and shared:
+                    ours, theirs = (mean_resampled([each.auroc[i] for i in shared]) for each in (result, other))
+                    paired = Resampled(ours.value - theirs.value, ours.resamples - theirs.resamples)
+                    place = (result.question.name, result.features, result.probe, other.source)
+                    yield *place, percentile_interval(paired)
 
 
-def _name_left_out(scored: Sequence[ProbeScores]) -> None:
-    left_out = {
-        name: None for each in scored for index, name in enumerate(each.question.columns) if index not in each.auroc
-    }
+class ProbeHandler(FrozenProbes):
+    """`FrozenProbes` of labelled images or volumes: how well the findings can be read off the features.
+
+    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. Arguments that
+    are not named here are those of `FrozenProbes`.
+
+    Args:
+        label_names: names of the values of a label.
+        findings: findings to score, of `label_names` or "No finding" (all labels 0); None is all of them.
+        shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
+        pixels: whether to judge the baseline; of volumes there is none.
+
+    Raises:
+        ValueError: if a finding is unknown or the shortcut has not two values.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        loaders: Mapping[str, DataLoader[Any]],
+        label_names: Sequence[str],
+        output_dir: str | Path,
+        findings: str | Sequence[str] | None = None,
+        shortcut: str | None = None,
+        num_folds: int = 0,
+        pixels: bool = True,
+        num_samples: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        splits = [items_of(loaders[split].dataset) for split in SPLITS]
+        names = list(ensure_tuple(findings) if findings else label_names)
+        questions = [Question("findings", names, [label_matrix(items, label_names, names) for items in splits])]
+        if shortcut is not None:
+            questions.append(_shortcut(splits, shortcut))
+        baseline = _pixel_components if pixels else None
+        super().__init__(encoders, loaders, questions, output_dir, baseline, num_folds, num_samples, seed)
+
+
+class VolumeProbeHandler(FrozenProbes):
+    """`FrozenProbes` of patches of volumes: do features tell structures apart, and do they tell data sets apart?
+
+    The questions, of which those that the data cannot answer are left out:
+
+    - `structures`: whether a patch shows a structure, a column `task/structure` each, among the patches of the task.
+      Its probes see no others, so that nothing is gained by knowing the data set.
+    - `findings`: what is labelled of the whole volume, of each of its patches.
+    - `domains`, the shortcut probe: whether a patch is of a task, a column each.
+    - `domains_in_group`: the same for tasks that share a group, among its patches: which scanner, where the region is
+      no help.
+
+    The baseline is histograms of the intensities. Arguments that are not named here are those of `FrozenProbes`.
+
+    Args:
+        loaders: loaders of the three splits, of data sets as `patch_dataset` gives them.
+        label_names: names of the values of a label.
+        intensity: whether to judge the baseline.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        loaders: Mapping[str, DataLoader[Any]],
+        output_dir: str | Path,
+        label_names: Sequence[str] = (),
+        intensity: bool = True,
+        num_samples: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        splits = [items_of(loaders[split].dataset) for split in SPLITS]
+        asked = [_structures(splits), *_domains(splits)]
+        if label_names:
+            labels = [label_matrix(items, label_names, label_names) for items in splits]
+            asked.insert(1, Question("findings", list(label_names), labels))
+        questions = [question for question in map(_scorable, asked) if question.columns]
+        if not questions:
+            logger.warning("No probe: %s.", _NOTHING_TO_ASK)
+        baseline = _histograms if intensity else None
+        super().__init__(encoders, loaders, questions, output_dir, baseline, num_samples=num_samples, seed=seed)
+
+
+def refuse_unlabelled(
+    datalist: Datalist, findings: str | Sequence[str] | None = None, splits: Sequence[str] = SPLITS
+) -> None:
+    """Refuse data without labels, or whose labels leave nothing to learn or to score.
+
+    Args:
+        datalist: the labelled items of the three splits.
+        findings: the findings to learn and to score; None is all of them.
+        splits: the splits that are needed.
+
+    Raises:
+        ValueError: naming the splits without labelled items, or those without both classes of any finding.
+    """
+    empty = [split for split in splits if not getattr(datalist, split)]
+    if empty:
+        raise InputError(
+            f"labelled images are needed in {', '.join(splits)}; {', '.join(empty)} has none. "
+            "The dataset.json in `dataset_dir` must have these lists, with a `label` per item."
+        )
+    names = list(ensure_tuple(findings) if findings else datalist.label_names)
+    judged = [split for split in splits if split != "validation"]
+    labels = [label_matrix(getattr(datalist, split), datalist.label_names, names) for split in judged]
+    if not both_classes(*labels).any():
+        raise InputError(
+            f"no finding ({', '.join(names)}) has both a 1 and a 0 in {' and in '.join(judged)}: nothing can be learnt "
+            "or scored. Correct the labels, or raise `label_fraction`."
+        )
+
+
+def check_probe_data(
+    datalist: Datalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
+) -> None:
+    """Refuse volumes that cannot be evaluated, before they are read: an empty split, or nothing to measure.
+
+    Args:
+        datalist: as `aggregate` gives it.
+        dataset_dirs: the folders that it was given.
+        reconstructs: whether there is a reconstruction to measure, so that there need be nothing to ask.
+
+    Raises:
+        ValueError: naming the folders.
+    """
+    folders = ", ".join(map(str, data_folders(dataset_dirs)))
+    empty = [split for split in SPLITS if not getattr(datalist, split)]
+    if empty:
+        raise InputError(
+            "volumes are needed in training, validation and test, to fit the probes, to choose their penalty and to "
+            f"score them; {', '.join(empty)} has none in {folders}. Add the list `{empty[-1]}` of other subjects to "
+            "the dataset.json of one of them."
+        )
+    mapped = all(
+        any(isinstance(item.get("label"), str) and item.get("labels") for item in getattr(datalist, split))
+        for split in ("training", "test")
+    )
+    if not reconstructs and not mapped and not datalist.label_names and len(datalist.task_names) < 2:
+        raise InputError(f"{_NOTHING_TO_ASK}; got neither in {folders}.")
+
+
+# ---- baselines ---------------------------------------------------------------------------------------------------
+
+
+def _pixel_components(loaders: Sequence[DataLoader[Any]]) -> Iterator[Features]:
+    images = [torch.cat([torch.as_tensor(batch["image"]).float() for batch in loader]) for loader in loaders]
+    if images[0].ndim == 4:
+        yield "pixels", "pca", list(pixel_pca(*images))
+
+
+def _histograms(loaders: Sequence[DataLoader[Any]]) -> Iterator[Features]:
+    splits = [[intensity_histograms(prepare_images(batch, "cpu")[0]).numpy() for batch in loader] for loader in loaders]
+    yield "intensity", "histogram", [np.concatenate(histograms) for histograms in splits]
+
+
+# ---- questions ---------------------------------------------------------------------------------------------------
+
+
+def _shortcut(splits: Sequence[list[Item]], key: str) -> Question:
+    values = sorted({str(item[key]) for items in splits for item in items if key in item})
+    if len(values) != 2:
+        raise InputError(f"`shortcut` must name a key of the items with two values, got {key!r} with {values}.")
+    truth = {value: float(value == values[0]) for value in values}
+    labels = [np.array([[truth[str(item[key])] if key in item else np.nan] for item in items]) for items in splits]
+    return Question("shortcut", [f"{key}={values[0]}"], labels)
+
+
+def _structures(splits: Sequence[list[Item]]) -> Question:
+    names: dict[str, dict[str, None]] = {}
+    for items in splits:
+        for item in items:
+            names.setdefault(item["task"], {}).update(dict.fromkeys(item.get("structures", {})))
+    pairs = [(task, name) for task in sorted(names) for name in names[task]]
+
+    def label(item: Item, task: str, name: str) -> float:
+        return item.get("structures", {}).get(name, np.nan) if item["task"] == task else np.nan
+
+    labels = [
+        np.array([[label(item, *pair) for pair in pairs] for item in items], dtype=float).reshape(
+            len(items), len(pairs)
+        )
+        for items in splits
+    ]
+    return Question("structures", ["/".join(pair) for pair in pairs], labels, _parts([task for task, _ in pairs]))
+
+
+def _domains(splits: Sequence[list[Item]]) -> list[Question]:
+    """Which task, among all and among those of a group."""
+    group_of = dict(sorted((item["task"], item["group"]) for items in splits for item in items))
+    tasks = group_of if len(group_of) > 1 else {}
+    groups = list(group_of.values())
+    sharing = {task: group for task, group in tasks.items() if groups.count(group) > 1}
+    origins = [([item["task"] for item in items], [item["group"] for item in items]) for items in splits]
+    everywhere = [task_labels(*origin, tasks) for origin in origins]
+    within = [task_labels(*origin, sharing, within_group=True) for origin in origins]
+    return [
+        Question("domains", list(tasks), everywhere),
+        Question("domains_in_group", list(sharing), within, _parts(list(sharing.values()))),
+    ]
+
+
+def _scorable(question: Question) -> Question:
+    """The columns that have both classes in training and in test; the others are named."""
+    kept = np.flatnonzero(both_classes(question.labels[0], question.labels[2])).tolist()
+    left_out = [name for index, name in enumerate(question.columns) if index not in kept]
     if left_out:
-        logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(left_out))
+        logger.warning(
+            "Left out of %s, for lack of patches with it or without it in training or in test: %s.",
+            question.name, ", ".join(left_out),
+        )  # fmt: skip
+    parts = question.parts and [[kept.index(index) for index in part if index in kept] for part in question.parts]
+    return Question(
+        question.name,
+        [question.columns[index] for index in kept],
+        [labels[:, kept] for labels in question.labels],
+        parts and [part for part in parts if part],
+    )
+
+
+def _parts(keys: Sequence[str]) -> list[list[int]]:
+    """Places of equal keys."""
+    return [[index for index, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]

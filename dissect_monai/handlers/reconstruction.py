@@ -4,36 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dissect_monai.common import InputError, Item
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE
+from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.losses.pretraining import unexplained_variance
-from dissect_monai.metrics.intervals import Interval, bootstrap
-from dissect_monai.visualize.training import show_mask, view_figure
-from dissect_monai.writing import metric_name, write_csv
+from dissect_monai.metrics.intervals import bootstrap
+from dissect_monai.visualize.training import show_mask, slice_figure
+from dissect_monai.writing import columns, metric_name, write_csv
 
 
 class ReconstructionRow(NamedTuple):
-    """One line of reconstruction.csv: a task; errors are shares of the variance of a patch, with 95 % intervals."""
+    """One line of reconstruction.csv: a task; errors are shares of the variance of a patch."""
 
     task: str
     group: str
     patches: int
     subjects: int
-    masked_error: float
-    masked_error_low: float
-    masked_error_high: float
-    error: float
-    error_low: float
-    error_high: float
+    masked_error: Interval
+    error: Interval
 
 
 class ReconstructionHandler:
@@ -66,49 +60,56 @@ class ReconstructionHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def _clear(self) -> None:
-        self._errors: list[tuple[float, float]] = []  # of the masked voxels, NaN if there are none, and of all
+        self._errors: list[Tensor] = []  # (B, 2), of the masked voxels, NaN if there are none, and of all
         self._pictures: dict[str, list[Tensor]] = {}  # target, input and reconstruction of each task
 
     def _measure(self, engine: Engine) -> None:
         output = engine.state.output
         views, masked = output["label"]
         images, reconstructions = output["image"], output["pred"].float()
-        for index in range(len(views)):
+        seen = sum(map(len, self._errors))
+        for index, item in enumerate(self.data[seen : seen + len(views)]):
             one = slice(index, index + 1)
-            task = self.data[len(self._errors)]["task"] if len(self._errors) < len(self.data) else ""
             shown = (views[one], show_mask(images[one], masked[one]), reconstructions[one])
-            self._pictures.setdefault(task, [each.cpu() for each in shown])
-            pair = reconstructions[one], views[one]
-            within = float(unexplained_variance(*pair, masked[one])) if masked[one].any() else float("nan")
-            self._errors.append((within, float(unexplained_variance(*pair))))
+            self._pictures.setdefault(item["task"], [each.cpu() for each in shown])
+        within = view_errors(reconstructions, views, masked).where(masked.flatten(1).any(1), torch.nan)
+        self._errors.append(torch.stack([within, view_errors(reconstructions, views)], 1).cpu())
 
     def __call__(self, engine: Engine) -> None:
         """Write the table and the picture, and leave the metrics."""
-        if len(self._errors) != len(self.data):
-            raise InputError(f"`data` must be the {len(self._errors)} patches of the evaluator, got {len(self.data)}.")
-        rows = [self._row(task) for task in sorted({item["task"] for item in self.data})]
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "reconstruction.csv", ReconstructionRow._fields, rows, nan="nan")
-        columns = zip(*(self._pictures[row.task] for row in rows), strict=True)
-        figure = view_figure([torch.cat(column) for column in columns], MIN_SIDE, GAP, slices=True)
+        errors = torch.cat(self._errors).double().numpy()
+        if len(errors) != len(self.data):
+            raise InputError(f"`data` must be the {len(errors)} patches of the evaluator, got {len(self.data)}.")
+        rows = [self._row(task, errors) for task in sorted({item["task"] for item in self.data})]
+        write_csv(self.output_dir / "reconstruction.csv", columns(ReconstructionRow), rows, nan="nan")
+        tiles = zip(*(self._pictures[row.task] for row in rows), strict=True)
+        figure = slice_figure([torch.cat(column) for column in tiles])
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(self.output_dir / "reconstruction.png")
-        engine.state.metrics |= {metric_name("reconstruction_error", row.task): row.masked_error for row in rows}
+        for row in rows:
+            engine.state.metrics[metric_name("reconstruction_error", row.task)] = row.masked_error.value
 
-    def _row(self, task: str) -> ReconstructionRow:
+    def _row(self, task: str, errors: Array) -> ReconstructionRow:
         chosen = [index for index, item in enumerate(self.data) if item["task"] == task]
         items = [self.data[index] for index in chosen]
         subjects = [str(item.get("subject", item["image"])) for item in items]
-        within, whole = (self._interval(errors, subjects) for errors in np.array(self._errors)[chosen].T)
-        return ReconstructionRow(task, items[0]["group"], len(items), len(set(subjects)), *within, *whole)
+        within, whole = (self._interval(each, subjects) for each in errors[chosen].T)
+        return ReconstructionRow(task, items[0]["group"], len(items), len(set(subjects)), within, whole)
 
-    def _interval(self, errors: NDArray[np.floating[Any]], subjects: Sequence[str]) -> Interval:
+    def _interval(self, errors: Array, subjects: Sequence[str]) -> Interval:
         known = ~np.isnan(errors)
         if not known.any():
             return Interval(*[float("nan")] * 3)
 
-        def mean(weight: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        def mean(weight: Array) -> Array:
             with np.errstate(invalid="ignore"):
                 return weight[:, known] @ errors[known] / weight[:, known].sum(1)
 
         return bootstrap(mean, subjects, self.num_samples, self.seed)
+
+
+def view_errors(reconstructions: Tensor, views: Tensor, where: Tensor | None = None) -> Tensor:
+    """`unexplained_variance` of each of V views, shape (V,)."""
+    regions = [None] * len(views) if where is None else where.split(1)
+    parts = zip(reconstructions.split(1), views.split(1), regions, strict=True)
+    return torch.stack([unexplained_variance(*part) for part in parts])

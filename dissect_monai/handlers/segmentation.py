@@ -13,7 +13,6 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch
 from monai.transforms import LoadImage
 from monai.utils import ImageMetaKey
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dissect_monai.common import InputError, Item
@@ -22,7 +21,7 @@ from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers.segmentation_report import StoredMap, case_figure, write_segmentation_report
 from dissect_monai.handlers.segmentation_table import CaseScores, metrics_by_name, summarize, write_tables
 from dissect_monai.metrics.segmentation import score_structures
-from dissect_monai.transforms.labels import LabelMap, integer_map, largest_components
+from dissect_monai.transforms.labels import LabelMap, classes_to_values, integer_map, largest_components
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_tensor
 
@@ -186,7 +185,7 @@ def _read_maps(
     pred_map = to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy()
     refuse_apart(label, pred, f"label map {item['label']}")
     if class_names is not None:
-        pred_map = file_values(pred_map, class_names, labels)
+        pred_map = classes_to_values(pred_map, class_names, labels)
     cleaned = [name for name in labels if largest_only is True or (largest_only and name in largest_only)]
     pred_map = largest_components(pred_map, [labels[name] for name in cleaned])
     label_map = integer_map(f"label map {item['label']}", label[0].numpy())
@@ -207,36 +206,6 @@ def _of_all_processes(cases: dict[str, CaseScores]) -> list[CaseScores]:
     dist.all_gather_object(gathered, cases)
     merged = {image: case for each in gathered for image, case in each.items()}
     return [merged[image] for image in sorted(merged)]
-
-
-def file_values(pred: ArrayLike, class_names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> LabelMap:
-    """A label map of classes with the values that the structures have in files, of each the first.
-
-    Args:
-        pred: label map of any shape, integers up to the number of classes, 0 being background.
-        class_names: structures of the classes 1, 2, ...
-        labels: values of each structure; one that is not named becomes background.
-
-    Returns:
-        An array of the same shape, in the smallest of uint8, uint16 and int32 that holds the values.
-
-    Raises:
-        ValueError: if structures of two classes share a value, or `pred` has more classes.
-
-    Example:
-        >>> file_values([0, 1, 2, 3], ["liver", "spleen", "heart"], {"liver": [6], "spleen": [1, 2]})
-        array([0, 6, 1, 0], dtype=uint8)
-    """
-    values = [value for name in class_names for value in labels.get(name, ())]
-    highest = np.max(pred, initial=0)
-    if len(set(values)) < len(values) or highest > len(class_names):
-        raise InputError(
-            f"`class_names` must name the {highest} classes of the prediction, of which no two share a value in "
-            f"`labels`, got {list(class_names)} and {dict(labels)}."
-        )
-    table = np.array([0, *(labels[name][0] if labels.get(name) else 0 for name in class_names)])
-    kinds = (kind for kind in (np.uint8, np.uint16, np.int32) if table.max() <= np.iinfo(kind).max)
-    return table.astype(next(kinds))[np.asarray(pred)]
 
 
 def read_label(item: Item) -> MetaTensor:

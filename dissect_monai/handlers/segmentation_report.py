@@ -18,10 +18,9 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import ArrayLike
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Interval, Item
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers.segmentation_table import CaseScores, StructureSummary, subject_scores
-from dissect_monai.metrics.intervals import Interval
 from dissect_monai.metrics.segmentation import StructureScore
 from dissect_monai.transforms.intensity import is_ct
 from dissect_monai.transforms.labels import LabelMap, integer_map

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dissect_monai.common import InputError
-from dissect_monai.metrics.intervals import Interval, bootstrap
+from dissect_monai.common import InputError, Interval
+from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 from dissect_monai.writing import metric_name, write_csv
 

@@ -1,4 +1,4 @@
-"""What happens over time: target momentum, seeds and progress, as ignite handlers."""
+"""What happens in every training: target momentum, seeds, progress, and what stops it or keeps a part as it is."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from math import cos, isfinite, pi
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.networks.nets import SegResNet
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dissect_monai.common import InputError
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import SEGRESNET_ENCODER
 
-
-class SetsEpoch(Protocol):
-    """Anything whose random draws follow from the epoch: a `DistributedSampler`, `Views`."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reseed for the epoch."""
+logger = logging.getLogger(__name__)
 
 
 class TargetMomentumHandler:
     """Moves the target network after every iteration, with a momentum that rises from `momentum` to 1.
+
+    The momentum of an iteration is left as `engine.state.target_momentum`.
 
     Args:
         network: the network whose `update_target` is called; not its DDP or compiled wrapper.
@@ -51,11 +49,11 @@ class TargetMomentumHandler:
         self.num_iterations = num_iterations
 
     def attach(self, engine: Engine) -> None:
-        """Run after every iteration of `engine`."""
+        """Run after every iteration."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Update the target with the momentum of this iteration, left as `engine.state.target_momentum`."""
+        """Update the target."""
         engine.state.target_momentum = self.momentum_at(engine.state.iteration)
         self.network.update_target(engine.state.target_momentum)
 
@@ -68,8 +66,8 @@ class TargetMomentumHandler:
 class EpochSeedHandler:
     """Makes the draws of python, torch and `epoch_seeded` in an epoch a function of seed, rank and epoch alone.
 
-    A run resumed at epoch n thereby draws what an uninterrupted run draws, on any number of ranks, without random
-    state in the checkpoint. MONAI's random transforms keep a state of their own, which this leaves alone.
+    So a run resumed at epoch n draws what an uninterrupted run draws, without random state in the checkpoint. The
+    state that MONAI's random transforms keep is not touched.
 
     Args:
         seed: seed of the run.
@@ -77,7 +75,7 @@ class EpochSeedHandler:
         epoch_seeded: samplers and augmentations with `set_epoch`.
     """
 
-    def __init__(self, seed: int, rank: int = 0, epoch_seeded: Sequence[SetsEpoch] = ()) -> None:
+    def __init__(self, seed: int, rank: int = 0, epoch_seeded: Sequence[Any] = ()) -> None:
         self.seed = seed
         self.rank = rank
         self.epoch_seeded = epoch_seeded
@@ -87,7 +85,7 @@ class EpochSeedHandler:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Seed python and torch, and whatever has an epoch."""
+        """Seed them all."""
         epoch = engine.state.epoch
         # Odd factors keep neighbouring seeds, epochs and ranks apart.
         seed = (self.seed * 1_000_003 + epoch * 8_191 + self.rank) % 2**31
@@ -137,16 +135,18 @@ class ProgressHandler:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        # Ignite leaves an exception to its handlers once there is one.
-        if error is not None:
+        if error is not None:  # ignite leaves an exception to its handlers once there is one
             raise error
 
 
 class FiniteLoss:
-    """Stops a run whose loss is not finite, with an error; attach it before what saves the network.
+    """Stops a run whose loss is not finite; attach it before what saves the network.
 
     Args:
         interval: iterations between looks; each waits for the device.
+
+    Raises:
+        ValueError: during the run.
     """
 
     def __init__(self, interval: int = 10) -> None:
@@ -159,15 +159,19 @@ class FiniteLoss:
 
     def __call__(self, engine: Engine) -> None:
         """Look at the last iteration."""
-        loss = float(engine.state.output["loss"].detach())
-        if not isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} in epoch {engine.state.epoch}, iteration {engine.state.iteration}: lower "
-                "--learning_rate, or set --amp false; checkpoints of earlier epochs are intact."
-            )
+        refuse_nonfinite(engine, {"loss": engine.state.output["loss"]})
 
 
-logger = logging.getLogger(__name__)
+def refuse_nonfinite(engine: Engine, losses: Mapping[str, Tensor]) -> None:
+    """Refuse to go on with losses, scalars, of which one is not finite."""
+    values = {name: float(loss.detach()) for name, loss in losses.items()}
+    bad = [f"{name} = {value}" for name, value in values.items() if not isfinite(value)]
+    if bad:
+        raise InputError(
+            f"the loss is not finite in epoch {engine.state.epoch}, iteration {engine.state.iteration}: "
+            f"{', '.join(bad)}. Lower `learning_rate`, lengthen `warmup_epochs`, or set `amp` to false; "
+            "checkpoints of earlier epochs are intact."
+        )
 
 
 class UnseenClasses:
@@ -178,8 +182,7 @@ class UnseenClasses:
     """
 
     def __init__(self, class_names: Sequence[str]) -> None:
-        self.class_names = list(class_names)
-        self.seen: set[int] = set()
+        self.unseen = dict(enumerate(class_names, start=1))
 
     def attach(self, engine: Engine) -> None:
         """Look at the first epoch of `engine`."""
@@ -187,16 +190,15 @@ class UnseenClasses:
         engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), self._report)
 
     def __call__(self, engine: Engine) -> None:
-        """Remember the classes of one batch."""
-        if engine.state.epoch == 1 and len(self.seen) < len(self.class_names):
-            self.seen |= {*torch.as_tensor(engine.state.batch["label"]).unique().int().tolist()} - {0}
+        """Cross out the classes of one batch."""
+        if engine.state.epoch == 1 and self.unseen:
+            for value in torch.as_tensor(engine.state.batch["label"]).unique().int().tolist():
+                self.unseen.pop(value, None)
 
-    def _report(self, engine: Engine) -> None:
-        unseen = [name for index, name in enumerate(self.class_names, start=1) if index not in self.seen]
-        if unseen:
-            logger.warning(
-                "No patch of the first epoch shows %s: with these labels it cannot be learnt.", ", ".join(unseen)
-            )
+    def _report(self) -> None:
+        if self.unseen:
+            names = ", ".join(self.unseen.values())
+            logger.warning("No patch of the first epoch shows %s: with these labels it cannot be learnt.", names)
 
 
 class FrozenEncoder:

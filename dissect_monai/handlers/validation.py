@@ -1,4 +1,4 @@
-"""Validation of a classifier as it trains: metrics, figures, the best weights, and when to stop."""
+"""Validation of an encoder or a classifier as it trains, by metrics and figures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EpochOutputStore
 from monai.metrics import EmbeddingCollapseMetric
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import InputError
+from dissect_monai.common import Array, InputError
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
     expected_calibration_error,
-    left_out,
     macro_auroc,
     usable_findings,
 )
@@ -33,7 +31,6 @@ from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.visualize.classifier import figure_to_tensor, reliability_plot, roc_plot
 from dissect_monai.writing import metric_name
 
-Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
 METRICS: dict[str, Callable[..., Any]] = {"auroc": auroc, "ap": average_precision, "ece": expected_calibration_error}
 
@@ -62,6 +59,10 @@ class OutputCollector:
     def outputs(self) -> Outputs:
         """All of the epoch so far."""
         return Outputs(*(torch.cat(part).numpy() for part in zip(*self.store.data, strict=True)))
+
+
+def _on_cpu(values: Tensor) -> Tensor:
+    return values.detach().as_subclass(Tensor).double().cpu()
 
 
 class ClassificationMetrics:
@@ -99,7 +100,7 @@ class ClassificationMetrics:
         outputs = self.collector.outputs()
         probabilities = outputs.probabilities()
         usable = usable_findings(outputs.labels, probabilities)
-        names = left_out(self.label_names, usable)
+        names = [name for index, name in enumerate(self.label_names) if index not in usable]
         if names and not self.named_left_out:
             logger.warning("Left out, for lack of positives or negatives in validation: %s.", ", ".join(names))
             self.named_left_out = True
@@ -108,45 +109,31 @@ class ClassificationMetrics:
             engine.state.metrics[metric] = float(np.mean(list(values.values()))) if values else nan
             engine.state.metrics |= {metric_name(metric, self.label_names[i]): value for i, value in values.items()}
         if self.writer is not None and engine.state.epoch % self.interval == 0:
-            self._draw(self.writer, outputs.labels, probabilities, engine.state.epoch)
-
-    def _draw(self, writer: SummaryWriter, labels: Array, probabilities: Array, epoch: int) -> None:
-        for name, plot in (("roc", roc_plot), ("reliability", reliability_plot)):
-            writer.add_image(name, figure_to_tensor(plot(labels, probabilities, self.label_names)), epoch)
-        writer.flush()
-
-
-def _on_cpu(values: Tensor) -> Tensor:
-    return values.detach().as_subclass(Tensor).double().cpu()
+            for name, plot in (("roc", roc_plot), ("reliability", reliability_plot)):
+                figure = plot(outputs.labels, probabilities, self.label_names)
+                self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
+            self.writer.flush()
 
 
 class KNNHandler:
-    """Logs the k-NN AUROC and the collapse of the embedding at the end of every validation.
+    """Leaves the k-NN AUROC and the collapse of the embedding with the evaluator, whose network is the encoder.
 
-    Attached to an evaluator whose network is the encoder. It sets the metrics `knn_auroc` (last stage),
-    `knn_auroc_stages` (all stages) and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
+    The metrics are `knn_auroc` (last stage), `knn_auroc_stages` (all stages), both left out if no finding has both
+    classes, and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
 
     Args:
         encoder: encoder as it trains.
         training: loader of the labelled training images, a part of a data set with a data list (see `labelled_part`).
         validation: loader of the labelled validation images, of a data set with a data list.
         label_names: names of the findings.
-        k: number of neighbours.
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        training: DataLoader[Any],
-        validation: DataLoader[Any],
-        label_names: Sequence[str],
-        k: int = 20,
+        self, encoder: nn.Module, training: DataLoader[Any], validation: DataLoader[Any], label_names: Sequence[str]
     ) -> None:
         self.encoder = encoder
         self.loaders = training, validation
         self.labels = [label_matrix(items_of(each.dataset), label_names) for each in self.loaders]
-        self.label_names = label_names
-        self.k = k
         self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
 
     def attach(self, engine: Engine) -> None:
@@ -154,13 +141,13 @@ class KNNHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Extract, vote, and leave the metrics in the engine's state."""
+        """Extract features, let the neighbours vote, and leave the metrics."""
         train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
         for name, (bank, queries) in banks.items():
-            scores = knn_scores(bank, self.labels[0], queries, self.k)
-            value = macro_auroc(self.labels[1], scores, self.label_names).value
-            if not isnan(value):  # else no finding has both classes here, and there is nothing to log
+            scores = knn_scores(bank, self.labels[0], queries)
+            value = macro_auroc(self.labels[1], scores)
+            if not isnan(value):
                 engine.state.metrics[name] = value
         collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
         engine.state.metrics["embedding_collapse"] = float(collapse)

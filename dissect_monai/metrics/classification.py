@@ -1,33 +1,23 @@
-"""AUROC, average precision and calibration of binary findings."""
+"""AUROC, average precision, calibration and operating points of binary findings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import isnan
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from dissect_monai.common import InputError
+from dissect_monai.common import Array, InputError
 
-
-class KnownItems(NamedTuple):
-    """The K items of a finding whose label is known."""
-
-    label: Array  # (K,), 1 or 0
-    score: Array  # (K,)
-    weight: Array  # (..., K)
+TEMPERATURES = (0.05, 20.0)  # `fit_temperature` stays within; separable labels would drive it to 0
 
 
-class MacroScore(NamedTuple):
-    """A mean over findings, the score of each, and the findings that have none."""
+class Reliability(NamedTuple):
+    """Probability against frequency, in the B bins that hold an item."""
 
-    value: float
-    per_finding: dict[str, float]
-    left_out: tuple[str, ...]
+    confidence: Array  # (B,), mean probability
+    frequency: Array  # (B,), share of positives
+    num_items: NDArray[np.intp]  # (B,), items in the bin
 
 
 def auroc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> Array:
@@ -50,9 +40,7 @@ def auroc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -
     """
     positive, negative = _weight_per_score(label, score, weight)
     below = negative.cumsum(-1) - negative / 2
-    pairs = positive.sum(-1) * negative.sum(-1)
-    with np.errstate(invalid="ignore"):
-        return (positive * below).sum(-1) / pairs
+    return _ratio((positive * below).sum(-1), positive.sum(-1) * negative.sum(-1))
 
 
 def average_precision(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> Array:
@@ -66,112 +54,26 @@ def average_precision(label: ArrayLike, score: ArrayLike, weight: ArrayLike | No
     """
     positive, negative = (part[..., ::-1] for part in _weight_per_score(label, score, weight))
     found = positive.cumsum(-1)
-    with np.errstate(invalid="ignore"):
-        precision = np.nan_to_num(found / (found + negative.cumsum(-1)))
-        mean = (precision * positive).sum(-1) / positive.sum(-1)
+    precision = np.nan_to_num(_ratio(found, found + negative.cumsum(-1)))
+    mean = _ratio((precision * positive).sum(-1), positive.sum(-1))
     return np.where(negative.sum(-1) > 0, mean, np.nan)[()]
 
 
-def known_items(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> KnownItems:
-    """The items of known label, or none if one of them lacks its score.
-
-    Args:
-        label: shape (N,), 1, 0 or NaN (unknown).
-        score: shape (N,), NaN where there is none.
-        weight: shape (..., N); 1 by default.
-
-    Raises:
-        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
-    """
-    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
-    weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
-    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
-        raise InputError(
-            "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
-            f"got {label.shape}, {score.shape} and {weight.shape}."
-        )
-    known = ~np.isnan(label)
-    if not np.isin(label[known], (0, 1)).all():
-        raise InputError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
-    if np.isnan(score[known]).any():
-        known = np.zeros_like(known)
-    return KnownItems(label[known], score[known], weight[..., known])
+def both_classes(*labels: Array) -> NDArray[np.bool_]:
+    """Which columns have a 1 and a 0 in every one of several matrices of labels (N, C)."""
+    return np.all([(each == value).any(0) for each in labels for value in (0, 1)], axis=0)
 
 
-def macro_auroc(label: ArrayLike, score: ArrayLike, findings: Sequence[str]) -> MacroScore:
-    """Mean AUROC over the findings that have one; those without both classes or without scores are named.
-
-    Args:
-        label: shape (N, C), 1, 0 or NaN (unknown).
-        score: shape (N, C); a column with NaN is left out.
-        findings: C names.
-
-    Returns:
-        The mean (NaN if every finding is left out), the AUROC of each finding, and the findings left out.
-
-    Raises:
-        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
-    """
-    return _macro(auroc, label, score, findings)
+def usable_findings(labels: Array, scores: Array) -> list[int]:
+    """Columns of labels and scores, (N, C) each, with both classes and a score of every item of known label."""
+    missing = (np.isnan(scores) & ~np.isnan(labels)).any(0)
+    return np.flatnonzero(both_classes(labels) & ~missing).tolist()
 
 
-def macro_average_precision(label: ArrayLike, score: ArrayLike, findings: Sequence[str]) -> MacroScore:
-    """Mean average precision over the findings that have one; otherwise as `macro_auroc`."""
-    return _macro(average_precision, label, score, findings)
-
-
-def _counts(indices: Tensor, num_embeddings: int) -> Tensor:
-    if indices.numel() == 0:
-        raise InputError("`indices` must not be empty, got a tensor without elements.")
-    counts = torch.bincount(indices.flatten(), minlength=num_embeddings)
-    if len(counts) > num_embeddings:
-        raise InputError(f"`indices` must be under `num_embeddings` = {num_embeddings}, got {len(counts) - 1}.")
-    return counts
-
-
-def _matrix(features: Tensor) -> Tensor:
-    if features.ndim != 2 or features.numel() == 0:
-        raise InputError(f"`features` must have shape (N, D), not empty, got {tuple(features.shape)}. Pool them first.")
-    return features
-
-
-def _weight_per_score(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None) -> tuple[Array, Array]:
-    """Weight of the positives and of the negatives at each distinct score, ascending: (..., T) each."""
-    label, score, weight = known_items(label, score, weight)
-    if not len(label):
-        undefined = np.zeros((*weight.shape[:-1], 1))
-        return undefined, undefined
-    order = np.argsort(score)
-    starts = np.unique(score[order], return_index=True)[1]
-    positive, negative = (weight[..., order] * share for share in (label[order], 1 - label[order]))
-    return np.add.reduceat(positive, starts, axis=-1), np.add.reduceat(negative, starts, axis=-1)
-
-
-def _macro(
-    metric: Callable[[ArrayLike, ArrayLike], Array], label: ArrayLike, score: ArrayLike, findings: Sequence[str]
-) -> MacroScore:
-    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
-    if label.ndim != 2 or score.shape != label.shape or label.shape[1] != len(findings):
-        raise InputError(
-            f"`label` and `score` must have shape (N, {len(findings)}), one column a finding, "
-            f"got {label.shape} and {score.shape}."
-        )
-    scores = {name: float(metric(*columns)) for name, *columns in zip(findings, label.T, score.T, strict=True)}
-    per_finding = {name: value for name, value in scores.items() if not np.isnan(value)}
-    value = float(np.mean(list(per_finding.values()))) if per_finding else float("nan")
-    return MacroScore(value, per_finding, tuple(name for name in scores if name not in per_finding))
-
-
-Array = NDArray[np.floating[Any]]
-TEMPERATURES = (0.05, 20.0)  # `fit_temperature` stays within; separable labels would drive it to 0
-
-
-class Reliability(NamedTuple):
-    """Probability against frequency, in the B bins that hold an item."""
-
-    confidence: Array  # (B,), mean probability
-    frequency: Array  # (B,), share of positives
-    num_items: NDArray[np.intp]  # (B,), items in the bin
+def macro_auroc(labels: Array, scores: Array) -> float:
+    """Mean AUROC over the `usable_findings` of labels and scores, (N, C) each; NaN if there are none."""
+    values = [float(auroc(labels[:, index], scores[:, index])) for index in usable_findings(labels, scores)]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def expected_calibration_error(
@@ -183,9 +85,9 @@ def expected_calibration_error(
     Chance adds to it, the more so the fewer the items, and resampling adds chance again: take `calibration_interval`.
 
     Args:
-        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
+        label: as for `auroc`.
         probability: shape (N,), in [0, 1].
-        weight: how often each item counts, shape (N,) or, for many resamples at once, (R, N); 1 by default.
+        weight: as for `auroc`.
         num_bins: number of bins.
 
     Returns:
@@ -205,37 +107,27 @@ def expected_calibration_error(
     return np.abs(_gaps(label, probability, weight, num_bins)).sum(-1)
 
 
-def calibration_noise(
-    label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None = None, num_bins: int = 15
-) -> Array:
-    """How far a resample moves the gaps of `expected_calibration_error`: Σ_b |g_b(w) − g_b(1)|.
+def calibration_noise(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None = None) -> Array:
+    """How far a resample moves the gaps of `expected_calibration_error`, in its bins: Σ_b |g_b(w) − g_b(1)|.
 
-    The calibration error moves by no more than this. Arguments, shape of the result and errors are those of
-    `expected_calibration_error`.
+    The calibration error moves by no more than this.
 
     Example:
         >>> float(calibration_noise([0, 1], [0.5, 0.5], weight=[2, 0]))
         0.5
     """
-    moved = _gaps(label, probability, weight, num_bins) - _gaps(label, probability, None, num_bins)
-    return np.abs(moved).sum(-1)
+    return np.abs(_gaps(label, probability, weight) - _gaps(label, probability, None)).sum(-1)
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
     """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies.
 
-    Args:
-        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
-        probability: shape (N,), in [0, 1].
-        num_bins: number of equal-width bins, those of `expected_calibration_error`.
+    Arguments and errors are those of `expected_calibration_error`.
 
     Returns:
         Mean probability, share of positives and number of items of each bin that holds any, by rising probability.
-
-    Raises:
-        ValueError: as for `expected_calibration_error`.
     """
-    label, probability, _ = known_items(label, probability)
+    label, probability, _ = _known(label, probability)
     index = _bin(probability, num_bins)
     num_items = np.bincount(index, minlength=num_bins)
     filled = num_items > 0
@@ -247,44 +139,35 @@ def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) ->
 def sensitivity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
     """Share of the positives whose score reaches the threshold.
 
+    Label, score, weight, result and errors are those of `auroc`.
+
     Args:
-        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored.
-        score: shape (N,), larger for positives.
-        threshold: an item is called positive if its score is equal or larger; choose it on other items.
-        weight: how often each item counts, shape (N,) or, for many resamples at once, (R, N); 1 by default.
-
-    Returns:
-        A scalar in [0, 1], or shape (R,). NaN where it is undefined: no positives, or a score or the threshold is NaN.
-
-    Raises:
-        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
+        label: of each item.
+        score: of each item.
+        threshold: an item is called positive if its score is equal or larger; choose it on other items. NaN has no
+            result.
+        weight: of each item.
 
     Example:
         >>> float(sensitivity([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], threshold=0.5))
         0.5
     """
-    return _called_positive(1, label, score, threshold, weight)
+    return _share_called_positive(1, label, score, threshold, weight)
 
 
 def specificity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
     """Share of the negatives whose score stays below the threshold; otherwise as `sensitivity`."""
-    return 1 - _called_positive(0, label, score, threshold, weight)
+    return 1 - _share_called_positive(0, label, score, threshold, weight)
 
 
 def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
     """Threshold of the largest sensitivity + specificity − 1, halfway between the scores that it parts.
 
     Of equal optima it is the lowest, which misses fewest. If no cut is better than chance, all are called positive.
-
-    Args:
-        label: shape (N,), 1, 0 or NaN; items of unknown (NaN) label are ignored. Use validation items, not test items.
-        score: shape (N,), larger for positives.
+    Arguments and errors are those of `auroc`; use validation items, not test items.
 
     Returns:
         The threshold, for scores that are equal or larger; NaN if a class is missing or a score is NaN.
-
-    Raises:
-        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
 
     Reference:
         Youden, Index for rating diagnostic tests, Cancer 1950.
@@ -293,7 +176,7 @@ def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
         >>> youden_threshold([0, 0, 1, 1], [0.0, 0.25, 0.75, 1.0])
         0.5
     """
-    label, score, _ = known_items(label, score)
+    label, score, _ = _known(label, score)
     positives, negatives = label.sum(), (1 - label).sum()
     if not positives or not negatives:
         return float("nan")
@@ -327,7 +210,7 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
     logit, label = np.asarray(logit, dtype=float), np.asarray(label, dtype=float)
     if logit.shape != label.shape:
         raise InputError(f"`logit` and `label` must have the same shape, got {logit.shape} and {label.shape}.")
-    label, logit, _ = known_items(label.ravel(), logit.ravel())
+    label, logit, _ = _known(label.ravel(), logit.ravel())
     if not len(label) or not np.isfinite(logit).all():
         raise InputError("`logit` must be finite where `label` is known, and some must be, got NaN, infinity or none.")
     low, high = np.log(TEMPERATURES)
@@ -339,19 +222,47 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
     return float(np.exp(middle))
 
 
-def _called_positive(
+def _known(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> tuple[Array, Array, Array]:
+    """Label, score and weight of the K items of known label, (K,), (K,) and (..., K); of none if one lacks a score."""
+    label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
+    weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
+    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
+        raise InputError(
+            "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
+            f"got {label.shape}, {score.shape} and {weight.shape}."
+        )
+    known = ~np.isnan(label)
+    if not np.isin(label[known], (0, 1)).all():
+        raise InputError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
+    if np.isnan(score[known]).any():
+        known = np.zeros_like(known)
+    return label[known], score[known], weight[..., known]
+
+
+def _weight_per_score(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None) -> tuple[Array, Array]:
+    """Weight of the positives and of the negatives at each distinct score, ascending: (..., T) each."""
+    label, score, weight = _known(label, score, weight)
+    if not len(label):
+        undefined = np.zeros((*weight.shape[:-1], 1))
+        return undefined, undefined
+    order = np.argsort(score)
+    starts = np.unique(score[order], return_index=True)[1]
+    positive, negative = (weight[..., order] * share for share in (label[order], 1 - label[order]))
+    return np.add.reduceat(positive, starts, axis=-1), np.add.reduceat(negative, starts, axis=-1)
+
+
+def _share_called_positive(
     truth: int, label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None
 ) -> Array:
-    """Share of the items of one class whose score reaches the threshold."""
-    label, score, drawn = known_items(label, score, weight)
+    label, score, weight = _known(label, score, weight)
     called = np.where(np.isnan(threshold), np.nan, score >= threshold)
-    of_class = drawn * (label == truth)
+    of_class = weight * (label == truth)
     return _ratio(of_class @ called, of_class.sum(-1))
 
 
-def _gaps(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None, num_bins: int) -> Array:
+def _gaps(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None, num_bins: int = 15) -> Array:
     """Labels less probabilities of each bin, summed, as a share of all items: (..., num_bins)."""
-    label, probability, weight = known_items(label, probability, weight)
+    label, probability, weight = _known(label, probability, weight)
     gap = np.zeros((len(label), num_bins))
     gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
     return _ratio(weight @ gap, weight.sum(-1, keepdims=True))
@@ -372,14 +283,3 @@ def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:
 def _ratio(part: Array, whole: Array) -> Array:
     with np.errstate(invalid="ignore"):
         return part / whole
-
-
-def usable_findings(labels: Array, scores: Array) -> list[int]:
-    """Columns of `labels` and `scores`, both (N, C), in which both classes are known."""
-    columns = zip(labels.T, scores.T, strict=True)
-    return [index for index, (label, score) in enumerate(columns) if not isnan(auroc(label, score))]
-
-
-def left_out(label_names: Sequence[str], usable: Sequence[int]) -> list[str]:
-    """Names of the findings whose index is not among the usable ones."""
-    return [name for index, name in enumerate(label_names) if index not in usable]

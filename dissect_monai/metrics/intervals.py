@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from dissect_monai.common import InputError
-from dissect_monai.common import Interval as Interval
-
-Array = NDArray[np.floating[Any]]
+from dissect_monai.common import Array, InputError, Interval
 
 
 class Resampled(NamedTuple):
@@ -27,7 +24,7 @@ def bootstrap(
     """95 % percentile interval of a statistic, by drawing subjects, each with all of its items, with replacement.
 
     Resamples on which the statistic is undefined (NaN) are left out. For the AUROC of one finding, pass
-    `lambda weight: auroc(label, score, weight)`; for a macro AUROC, the mean of such values over the findings.
+    `lambda weight: auroc(label, score, weight)`; for the mean over findings, see `mean_resampled`.
 
     Args:
         statistic: maps weights of shape (R, N), how often each item was drawn, to R values.
@@ -67,102 +64,43 @@ def resample(
     return Resampled(value, np.concatenate(values))
 
 
-def percentile_interval(resampled: Resampled) -> Interval:
-    """A statistic with the 2.5 and 97.5 % percentiles of its resamples, less those on which it is undefined."""
-    low, high = np.nanpercentile(resampled.resamples, (2.5, 97.5))
-    return Interval(resampled.value, float(low), float(high))
-
-
 def mean_resampled(parts: Sequence[Resampled]) -> Resampled:
-    """Mean of several statistics on the same resamples, as `mean_statistic` takes it, without computing them again."""
+    """Mean of several statistics on the same resamples, such as one per finding.
+
+    A resample may leave a finding without positives: it then counts for nothing in the mean of that resample.
+    """
     values = np.stack([part.resamples for part in parts])
     with np.errstate(invalid="ignore"):
         means = np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
     return Resampled(float(np.mean([part.value for part in parts])), means)
 
 
-def paired_bootstrap(
-    statistic: Callable[[Array], Array],
-    baseline: Callable[[Array], Array],
-    subjects: ArrayLike,
-    num_samples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """95 % interval of `statistic` − `baseline`, two methods on the same items and the same resamples.
-
-    Args:
-        statistic: as for `bootstrap`, of the method.
-        baseline: as for `bootstrap`, of the method it is compared with.
-        subjects: subject of each item.
-        num_samples: number of resamples.
-        seed: seed of the resamples.
-
-    Returns:
-        The difference and its interval; one that excludes 0 is a finding.
-
-    Raises:
-        ValueError: as for `bootstrap`.
-    """
-    return bootstrap(lambda weight: statistic(weight) - baseline(weight), subjects, num_samples, seed)
+def percentile_interval(resampled: Resampled) -> Interval:
+    """A statistic with the 2.5 and 97.5 % percentiles of its resamples, less those on which it is undefined."""
+    low, high = np.nanpercentile(resampled.resamples, (2.5, 97.5))
+    return Interval(resampled.value, float(low), float(high))
 
 
-def mean_statistic(statistics: Sequence[Callable[[Array], ArrayLike]]) -> Callable[[Array], Array]:
-    """Mean of several statistics for `bootstrap`, such as one per finding.
-
-    A resample may leave a finding without positives: it then counts for nothing in the mean of that resample.
-
-    Args:
-        statistics: each maps weights of shape (R, N) to R values, NaN where it is undefined.
-
-    Returns:
-        Such a map; NaN where all are undefined.
-    """
-
-    def mean(weight: Array) -> Array:
-        values = np.stack([np.asarray(statistic(weight)) for statistic in statistics])
-        with np.errstate(invalid="ignore"):
-            return np.nansum(values, axis=0) / (~np.isnan(values)).sum(0)
-
-    return mean
-
-
-def calibration_interval(
-    error: Callable[[Array], Array],
-    noise: Callable[[Array], Array],
-    subjects: ArrayLike,
-    num_samples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """95 % interval of a calibration error, by drawing subjects with replacement; it always holds the value.
+def calibration_interval(error: Resampled, noise: Resampled) -> Interval:
+    """95 % interval of a calibration error, within [0, 1]; it always holds the value.
 
     Chance moves the gaps of the bins, and as their absolute values are summed, it mostly adds: the value lies above the
-    true error, and the resamples lie above the value, so that their percentiles are too high, bias-corrected or not.
+    true error, and the resamples lie above the value, so that their percentiles may hold neither.
     The upper end is that of the basic bootstrap, 2 value − q(2.5 %) of the resamples, and at least the value. The lower
-    end is value − q(97.5 %) of the noise: no error moves by more, by the triangle inequality. That of the basic
-    bootstrap, 2 value − q(97.5 %) of the resamples, is still too high: they show less bias than the value has.
+    end is value − q(97.5 %) of the noise: no error moves by more, by the triangle inequality.
 
     Args:
-        error: maps weights of shape (R, N) to R values, such as `expected_calibration_error` or a mean of such.
-        noise: the same of `calibration_noise`.
-        subjects: subject of each of the N items.
-        num_samples: number of resamples.
-        seed: seed of the resamples.
-
-    Returns:
-        The error of all items and its interval, within [0, 1].
-
-    Raises:
-        ValueError: as for `bootstrap`.
+        error: `expected_calibration_error` resampled, or the mean of several.
+        noise: `calibration_noise` likewise, on the same resamples.
 
     Reference:
         Davison & Hinkley, Bootstrap methods and their application, 1997, Sec. 5.2, for the basic bootstrap. The lower
         end departs from it: with it, simulated intervals of calibrated probabilities and of means over findings often
         held neither the true error nor the value.
     """
-    value, errors = resample(error, subjects, num_samples, seed)
-    moved = resample(noise, subjects, num_samples, seed).resamples
-    low, high = value - np.nanpercentile(moved, 97.5), 2 * value - np.nanpercentile(errors, 2.5)
-    return Interval(value, max(0.0, float(low)), min(1.0, max(value, float(high))))
+    low = error.value - np.nanpercentile(noise.resamples, 97.5)
+    high = 2 * error.value - np.nanpercentile(error.resamples, 2.5)
+    return Interval(error.value, max(0.0, float(low)), min(1.0, max(error.value, float(high))))
 
 
 def wilson_interval(share: ArrayLike, count: ArrayLike) -> tuple[Array, Array]:

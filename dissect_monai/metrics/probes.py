@@ -1,4 +1,4 @@
-"""What frozen features are worth: feature extraction, k-NN, the linear probe and the pixel baseline."""
+"""Frozen features, their k-NN and linear probes, and baselines that need no network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from dissect_monai.common import InputError
+from dissect_monai.common import Array, InputError
+from dissect_monai.metrics.classification import both_classes
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.transforms.views import prepare_images
 
-Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
 CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DEFAULT_C = 1e-2  # used where validation cannot choose; the middle of CS
@@ -43,7 +43,6 @@ class ProbeResult(NamedTuple):
 
     scores: Array  # (M, C), probabilities; NaN for the findings left out
     c: float  # inverse strength of the L2 penalty that validation chose
-    left_out: tuple[int, ...]  # columns that lack a class in training
 
 
 def extract_features(
@@ -52,9 +51,7 @@ def extract_features(
     device: torch.device | str,
     stages_fn: Callable[[nn.Module, Tensor], list[Tensor]],
 ) -> Features:
-    """Pooled features of every image, the encoder frozen: in eval mode, without gradients.
-
-    Afterwards each module is back in the mode that it had.
+    """Pooled features of every image, the encoder in eval mode and without gradients; its modes stay as they were.
 
     Args:
         encoder: network on `device`.
@@ -86,24 +83,19 @@ def extract_features(
 
 
 def intensity_histograms(images: Tensor, num_bins: int = 32) -> Tensor:
-    """How the intensities of each image are distributed: what can be told of it without any network.
+    """Histogram of the intensities of each image: what can be told of it without any network.
 
     Args:
         images: shape (B, C, *spatial) in [0, 1]; values outside count in the first or the last bin.
         num_bins: number of bins of equal width.
 
     Returns:
-        Shares of the B images, all channels together, shape (B, `num_bins`); each row sums to 1.
-
-    Raises:
-        ValueError: if `num_bins` is not positive.
+        Shares of the bins, all channels together, shape (B, `num_bins`); each row sums to 1.
 
     Example:
         >>> intensity_histograms(torch.tensor([[[0.1, 0.2, 0.9, 1.0]]]), num_bins=2)
         tensor([[0.5000, 0.5000]])
     """
-    if num_bins < 1:
-        raise InputError(f"`num_bins` must be at least 1, got {num_bins}.")
     bins = images.flatten(1).mul(num_bins).long().clamp_(0, num_bins - 1)
     row = torch.arange(len(images), device=images.device).unsqueeze(1)
     counts = torch.bincount((bins + num_bins * row).flatten(), minlength=len(images) * num_bins)
@@ -124,9 +116,8 @@ def pixel_pca(
     Returns:
         Features of shape (N, `num_components`) of the training images and of each further set.
     """
-    pixels = [
-        F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in (train_images, *other_images)
-    ]
+    sets = (train_images, *other_images)
+    pixels = [F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in sets]
     # One less than the images: the last component of as many would be rounding error, blown up by the probe.
     pca = PCA(min(num_components, len(pixels[0]) - 1, pixels[0].shape[1]), random_state=0).fit(pixels[0])
     return [pca.transform(each) for each in pixels]
@@ -175,9 +166,9 @@ def linear_probe(
 ) -> ProbeResult:
     """Logistic regression on standardised frozen features: one problem a finding, one C for all, chosen on validation.
 
-    C is the one of highest macro AUROC over the findings with both classes in validation, the smallest of equals; if
-    validation can judge no finding, it is `DEFAULT_C`, and the log says so. Items of unknown label are dropped finding
-    by finding. Findings with a single class in training get NaN scores and are named in the log.
+    C is the one of highest macro AUROC over the findings with both classes in training and validation, the smallest of
+    equals; without such a finding it is `DEFAULT_C`, and the log says so. Items of unknown label are dropped finding by
+    finding. Findings with a single class in training get NaN scores and are named in the log.
 
     Args:
         train_x: shape (N, D); the scaler and the models are fitted on it alone.
@@ -187,18 +178,15 @@ def linear_probe(
         test_x: shape (M, D).
         cs: inverse strengths of the L2 penalty to choose from.
 
-    Returns:
-        The probabilities of the test items, C, and the columns left out.
-
     Raises:
         ValueError: if `cs` is empty or not positive, shapes disagree or a label is not 1, 0 or NaN.
     """
     train_x, train_y = _checked(train_x, train_y)
     c = _choose_c(train_x, train_y, *_checked(val_x, val_y), cs)
-    left_out = tuple(index for index, label in enumerate(train_y.T) if not _has_both_classes(label))
+    left_out = tuple(np.flatnonzero(~both_classes(train_y)).tolist())
     if left_out:
         logger.warning("Left out of the linear probe, for lack of a class in training: findings %s.", left_out)
-    return ProbeResult(_fit_predict(train_x, train_y, test_x, c), c, left_out)
+    return ProbeResult(_fit_predict(train_x, train_y, test_x, c), c)
 
 
 def grouped_cross_val_scores(
@@ -249,7 +237,7 @@ def _checked(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
 
 
 def _standardised(train_x: ArrayLike, test_x: ArrayLike) -> tuple[Array, Array]:
-    """Both sets in float64, less the mean of the first and over its standard deviation."""
+    """Both sets in float64, with the mean and standard deviation of the first."""
     scaler = StandardScaler().fit(np.asarray(train_x, dtype=np.float64))
     return scaler.transform(train_x), scaler.transform(np.asarray(test_x, dtype=np.float64))
 
@@ -257,12 +245,13 @@ def _standardised(train_x: ArrayLike, test_x: ArrayLike) -> tuple[Array, Array]:
 def _vote(similarity: Array, train_y: Array, k: int, temperature: float) -> Array:
     """Scores (M, C) from the similarities (M, N) of test and training items."""
     scores = np.full((len(similarity), train_y.shape[1]), np.nan)
-    for finding, label in enumerate(train_y.T):
+    # With one class every score would be the same, and its AUROC a meaningless 0.5.
+    for finding in np.flatnonzero(both_classes(train_y)):
+        label = train_y[:, finding]
         known = np.flatnonzero(~np.isnan(label))
-        if _has_both_classes(label):  # else every score would be the same, and its AUROC a meaningless 0.5
-            near, index = torch.from_numpy(similarity[:, known]).topk(min(k, len(known)))
-            weight = (near / temperature).softmax(1).numpy()
-            scores[:, finding] = (weight * label[known][index.numpy()]).sum(1)
+        near, index = torch.from_numpy(similarity[:, known]).topk(min(k, len(known)))
+        weight = (near / temperature).softmax(1).numpy()
+        scores[:, finding] = (weight * label[known][index.numpy()]).sum(1)
     return scores
 
 
@@ -274,14 +263,14 @@ def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array, cs: Se
             "Labels must have the same findings in training and validation, "
             f"got {train_y.shape[1]} and {val_y.shape[1]}."
         )
-    judged = [i for i in range(val_y.shape[1]) if _has_both_classes(train_y[:, i]) and _has_both_classes(val_y[:, i])]
-    if not judged:
+    judged = np.flatnonzero(both_classes(train_y, val_y))
+    if not len(judged):
         logger.warning("No finding has both classes in training and validation: C is the default, %g.", DEFAULT_C)
         return DEFAULT_C
+    known = ~np.isnan(val_y)
 
     def macro_auroc(c: float) -> float:
         scores = _fit_predict(train_x, train_y, val_x, c)
-        known = ~np.isnan(val_y)
         return float(np.mean([roc_auc_score(val_y[known[:, i], i], scores[known[:, i], i]) for i in judged]))
 
     return max(sorted(cs), key=macro_auroc)
@@ -293,17 +282,12 @@ def _fit_predict(train_x: Array, train_y: Array, test_x: ArrayLike, c: float) ->
     scores = np.full((len(test_x), train_y.shape[1]), np.nan)
     # Products this small do not repay threads, which on a busy machine wait for each other fifty times as long.
     with threadpool_limits(1, user_api="blas"):
-        for finding, label in enumerate(train_y.T):
-            if _has_both_classes(label):
-                known = ~np.isnan(label)
-                # At the default tolerance of 1e-4 probabilities are still up to 0.01 from the optimum.
-                model = LogisticRegression(C=c, tol=1e-5, max_iter=2000).fit(train_x[known], label[known])
-                scores[:, finding] = model.predict_proba(test_x)[:, 1]
+        for finding in np.flatnonzero(both_classes(train_y)):
+            known = ~np.isnan(train_y[:, finding])
+            # At the default tolerance of 1e-4 probabilities are still up to 0.01 from the optimum.
+            model = LogisticRegression(C=c, tol=1e-5, max_iter=2000).fit(train_x[known], train_y[known, finding])
+            scores[:, finding] = model.predict_proba(test_x)[:, 1]
     return scores
-
-
-def _has_both_classes(label: Array) -> bool:
-    return bool(np.isin((0, 1), label).all())
 
 
 class FeatureDataset(Dataset[dict[str, Tensor]]):

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.metrics import EmbeddingCollapseMetric
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dissect_monai.metrics.classification import _counts, _matrix, macro_auroc
+from dissect_monai.common import Array, InputError
+from dissect_monai.metrics.classification import both_classes, macro_auroc
 from dissect_monai.metrics.probes import DEFAULT_C, linear_probe
+
+MIN_ITEMS = 3  # of a task whose shift is measured: centred, two items lie on a line, and any two lines are alike
+
+
+class DomainFeatures(NamedTuple):
+    """Frozen features of N images, what their intensities alone say, and where each comes from."""
+
+    features: Array  # (N, D)
+    intensities: Array  # (N, number of bins)
+    task: Sequence[str]
+    group: Sequence[str]
 
 
 def perplexity(indices: Tensor, num_embeddings: int) -> Tensor:
@@ -39,17 +50,7 @@ def perplexity(indices: Tensor, num_embeddings: int) -> Tensor:
 
 
 def code_usage(indices: Tensor, num_embeddings: int) -> Tensor:
-    """Share of the codes that occur at all.
-
-    Args:
-        indices: code indices of any shape, integers in [0, `num_embeddings`).
-        num_embeddings: size of the codebook.
-
-    Returns:
-        A scalar in (0, 1].
-
-    Raises:
-        ValueError: if `indices` is empty or holds a code that the codebook lacks.
+    """Share of the codes that occur at all, in (0, 1]; arguments and errors are those of `perplexity`.
 
     Example:
         >>> code_usage(torch.tensor([0, 1, 1, 0]), num_embeddings=8)
@@ -105,17 +106,27 @@ def feature_std(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1).std(0, correction=0).mean() * features.shape[1] ** 0.5
 
 
-Array = NDArray[np.floating[Any]]
-MIN_ITEMS = 3  # of a task whose shift is measured: centred, two items lie on a line, and any two lines are alike
+def task_labels(
+    task: Sequence[str], group: Sequence[str], group_of: Mapping[str, str], within_group: bool = False
+) -> Array:
+    """Labels of the shortcut probe: of which task an image is.
 
+    Args:
+        task: task of each of N images.
+        group: group of each image.
+        group_of: the C tasks to be told apart, and their groups.
+        within_group: tell a task only from those of its group.
 
-class DomainFeatures(NamedTuple):
-    """Frozen features of N images, what their intensities alone say, and where each comes from."""
+    Returns:
+        Shape (N, C): 1, 0, or NaN for images of other tasks or, if asked for, other groups.
+    """
 
-    features: Array  # (N, D)
-    intensities: Array  # (N, number of bins)
-    task: Sequence[str]
-    group: Sequence[str]
+    def label(task: str, group: str, name: str) -> float:
+        counts = task in group_of and (not within_group or group == group_of[name])
+        return float(task == name) if counts else np.nan
+
+    rows = [[label(*image, name) for name in group_of] for image in zip(task, group, strict=True)]
+    return np.array(rows, dtype=float).reshape(len(rows), len(group_of))
 
 
 def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, float]:
@@ -132,13 +143,19 @@ def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, f
         from the features, for the tasks that share a group and among the items of it. Tasks count that both bank and
         items hold; where there is nothing to tell them from, the metric is left out.
     """
-    tasks, within = _task_labels(bank, items), _task_labels(bank, items, within_group=True)
-    values = {
-        "shortcut_task": _separability(bank.features, items.features, *tasks),
-        "shortcut_task_intensity": _separability(bank.intensities, items.intensities, *tasks),
-        "shortcut_within_group": _separability(bank.features, items.features, *within),
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    group_of = {task: group for task, group in zip(bank.task, bank.group, strict=True) if task in set(items.task)}
+    metrics = {}
+    for name, (train_x, val_x), within_group in (
+        ("shortcut_task", (bank.features, items.features), False),
+        ("shortcut_task_intensity", (bank.intensities, items.intensities), False),
+        ("shortcut_within_group", (bank.features, items.features), True),
+    ):
+        train_y, val_y = (task_labels(part.task, part.group, group_of, within_group) for part in (bank, items))
+        told = both_classes(train_y, val_y)
+        if told.any():
+            train_y, val_y = train_y[:, told], val_y[:, told]
+            metrics[name] = macro_auroc(val_y, linear_probe(train_x, train_y, val_x, val_y, val_x, (DEFAULT_C,)).scores)
+    return metrics
 
 
 def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
@@ -174,24 +191,16 @@ def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def _task_labels(bank: DomainFeatures, items: DomainFeatures, within_group: bool = False) -> tuple[Array, Array]:
-    """A column for each task of both sets that can be told from others: 1, 0, or NaN for images that do not count."""
-    group_of = {task: group for task, group in zip(bank.task, bank.group, strict=True) if task in set(items.task)}
-
-    def label(task: str, group: str, name: str) -> float:
-        counts = task in group_of and (not within_group or group == group_of[name])
-        return float(task == name) if counts else np.nan
-
-    train, val = (
-        np.array([[label(*image, name) for name in group_of] for image in zip(part.task, part.group, strict=True)])
-        for part in (bank, items)
-    )
-    usable = np.all([(labels == value).any(0) for labels in (train, val) for value in (0, 1)], axis=0)
-    return train[:, usable], val[:, usable]
+def _counts(indices: Tensor, num_embeddings: int) -> Tensor:
+    if indices.numel() == 0:
+        raise InputError("`indices` must not be empty, got a tensor without elements.")
+    counts = torch.bincount(indices.flatten(), minlength=num_embeddings)
+    if len(counts) > num_embeddings:
+        raise InputError(f"`indices` must be under `num_embeddings` = {num_embeddings}, got {len(counts) - 1}.")
+    return counts
 
 
-def _separability(train_x: Array, val_x: Array, train_y: Array, val_y: Array) -> float | None:
-    if not train_y.shape[1]:
-        return None
-    scores = linear_probe(train_x, train_y, val_x, val_y, val_x, cs=(DEFAULT_C,)).scores
-    return macro_auroc(val_y, scores, [str(column) for column in range(val_y.shape[1])]).value
+def _matrix(features: Tensor) -> Tensor:
+    if features.ndim != 2 or features.numel() == 0:
+        raise InputError(f"`features` must have shape (N, D), not empty, got {tuple(features.shape)}. Pool them first.")
+    return features

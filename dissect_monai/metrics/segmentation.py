@@ -1,23 +1,21 @@
-"""How well the structures of a label map were found: Dice, HD95, surface Dice and volumes; pure functions."""
+"""Dice, HD95, surface Dice and volumes of the structures of a label map."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from monai.metrics.utils import create_table_neighbour_code_to_surface_area
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from dissect_monai.common import InputError
+from dissect_monai.common import Array, InputError
 from dissect_monai.transforms.labels import Mask, box_around, integer_map
 
-Points = NDArray[np.floating[Any]]  # (N, 3) in mm
-Values = NDArray[np.floating[Any]]  # (N,)
 OUTCOMES = ("scored", "missed", "false_positive", "absent")
 NAN = float("nan")
 _ROUNDING = 1e-6  # part of the tolerance by which a distance may exceed it: headers hold spacings in float32
@@ -60,9 +58,8 @@ def score_structures(
     | `false_positive` | no    | yes  | NaN                | NaN  |
     | `absent`         | no    | no   | NaN                | NaN  |
 
-    NaN is left out of every mean. So a structure that the label lacks is no zero: it may never have been contoured, and
-    whether a false positive is an error follows from how the labels were made; `pred_ml` says how large it is. A missed
-    structure lowers both kinds of Dice, but has no distance: a mean HD95 is to be read beside the number of missed.
+    NaN is left out of every mean. A structure that the label lacks is no zero, for it may never have been contoured. A
+    missed structure lowers both kinds of Dice, but has no distance: read a mean HD95 beside the number of missed.
 
     Args:
         label: label map of shape (X, Y, Z), integers of any dtype.
@@ -106,15 +103,14 @@ def score_structures(
 def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float = 2.0) -> Overlap:
     """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z), neither of them empty.
 
-    They equal MONAI's, in half of the time or less, and depend on nothing outside the box around both masks: beyond the
-    border of the array there is background, so that a structure cut off there has a surface there.
+    They equal MONAI's, in half of the time or less. Beyond the border of the array there is background, so that a
+    structure cut off there has a surface there.
 
-    - HD95: of each mask, the voxels that a 6-neighbour outside touches; from each the distance in mm to the nearest of
-      the other mask, centre to centre; the larger of both 95 % percentiles. Voxels count alike, whatever the area of
-      their faces.
-    - Surface Dice: the share of both surfaces that lies within `tolerance` of the other, by area: between voxels, as
-      marching cubes draws them, with the spacing. Counting voxels instead, as MONAI does by default, would give the
-      large faces between thick slices the weight of the small ones.
+    - HD95: the distance in mm from each voxel at the edge of a mask (with a 6-neighbour outside) to the nearest such
+      voxel of the other mask, centre to centre; the larger of both 95 % percentiles.
+    - Surface Dice: the share of both surfaces, as marching cubes draws them, that lies within `tolerance` of the other,
+      by area in mm². Counting voxels instead, as MONAI does by default, would give the large faces between thick slices
+      the weight of the small ones.
 
     Args:
         label: one mask.
@@ -144,22 +140,20 @@ def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: f
     return Overlap(dice, hd95, float(near / (label_areas.sum() + pred_areas.sum())))
 
 
-def _nearest(one: Points, other: Points) -> tuple[Values, Values]:
-    """Distance of each point to the nearest of the other set, in both directions.
-
-    Trees of the surfaces' points give what distance maps of the whole box do, in half of the time or less.
-    """
+def _nearest(one: Array, other: Array) -> tuple[Array, Array]:
+    """Distance of each point to the nearest of the other set, in both directions."""
+    # Trees of the points take half of the time of distance maps of the whole box, or less.
     trees = [cKDTree(points, balanced_tree=False, compact_nodes=False) for points in (one, other)]
     return trees[1].query(one)[0], trees[0].query(other)[0]
 
 
-def _edge_points(mask: Mask, spacing: Sequence[float]) -> Points:
-    """Centres in mm of the voxels that a 6-neighbour outside touches."""
+def _edge_points(mask: Mask, spacing: Sequence[float]) -> Array:
+    """Centres in mm of the voxels with a 6-neighbour outside, (N, 3)."""
     return np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing, dtype=float)
 
 
-def _surface(mask: Mask, spacing: Sequence[float]) -> tuple[Points, Values]:
-    """Corners in mm between voxels of which some are inside, and the area in mm² of the surface at each."""
+def _surface(mask: Mask, spacing: Sequence[float]) -> tuple[Array, Array]:
+    """Corners in mm between voxels of which some are inside, (N, 3), and the area in mm² of the surface at each."""
     padded = np.pad(mask, 1).view(np.uint8)
     codes = np.zeros([size - 1 for size in padded.shape], np.uint8)
     for bit, (x, y, z) in enumerate(product((0, 1), repeat=3)):
@@ -170,7 +164,7 @@ def _surface(mask: Mask, spacing: Sequence[float]) -> tuple[Points, Values]:
 
 
 @cache
-def _corner_areas(spacing: tuple[float, ...]) -> Values:
+def _corner_areas(spacing: tuple[float, ...]) -> Array:
     """Area in mm² that marching cubes gives to each of the 256 kinds of corners."""
     table, _ = create_table_neighbour_code_to_surface_area(spacing)
     return np.asarray(table, dtype=float)
@@ -186,8 +180,8 @@ def _checked(spacing: Sequence[float], tolerance: float) -> list[float]:
 
 
 def _outcome(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float) -> tuple[str, Overlap]:
-    if label.any():
-        return (
-            ("scored", mask_overlap(label, pred, spacing, tolerance)) if pred.any() else ("missed", Overlap(0, NAN, 0))
-        )
-    return ("false_positive" if pred.any() else "absent"), Overlap(NAN, NAN, NAN)
+    if not label.any():
+        return "false_positive" if pred.any() else "absent", Overlap(NAN, NAN, NAN)
+    if not pred.any():
+        return "missed", Overlap(0, NAN, 0)
+    return "scored", mask_overlap(label, pred, spacing, tolerance)

@@ -11,9 +11,21 @@ from uuid import uuid4
 
 from dissect_monai.common import InputError
 
+SPLITS = ("training", "validation", "test")
+
+
+def checked_counts(image_size: int, num_training: int, num_validation: int, num_test: int) -> dict[str, int]:
+    """How many items each split gets, of images that are large enough to draw."""
+    counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
+    if min(counts.values()) < 0:
+        raise InputError(f"The numbers of images must be at least 0, got {counts}.")
+    if image_size < 16:
+        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
+    return counts
+
 
 def write_once(output_dir: str | Path, spec: Mapping[str, Any], write_set: Callable[[Path], None]) -> Path:
-    """Write a data set, unless the folder holds the same one already.
+    """Write a data set, unless the folder holds it already, and return the folder.
 
     A set is known by the `spec` in its dataset.json. One that lacks files is replaced. Processes that call this at once
     do no harm: the set appears whole, by renaming.
@@ -22,9 +34,6 @@ def write_once(output_dir: str | Path, spec: Mapping[str, Any], write_set: Calla
         output_dir: folder to create.
         spec: what the set depends on, such as counts and seed; of types that JSON keeps.
         write_set: creates the folder that it is given and writes the set there, with `spec` in its dataset.json.
-
-    Returns:
-        `output_dir` as a path.
 
     Raises:
         ValueError: if `output_dir` holds anything else.
@@ -60,6 +69,6 @@ def _holds(folder: Path, spec: Mapping[str, Any]) -> bool:
             f"`output_dir` must be new, empty or hold the set {spec}, got {folder} holding {found}. "
             "Choose another folder or remove this one."
         )
-    items = [item for split in ("training", "validation", "test") for item in dataset.get(split, [])]
+    items = [item for split in SPLITS for item in dataset.get(split, [])]
     paths = [value for item in items for key in ("image", "label") if isinstance(value := item.get(key), str)]
     return all((folder / path).is_file() for path in paths)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.phantoms.anatomy import HEART_AXES, abdomen, abdomen_in_detail, head, heart
 from dissect_monai.phantoms.shapes import Shapes, Structure, posed, ripples
 
@@ -63,19 +64,13 @@ class Scan(NamedTuple):
 
 def _axes(codes: str) -> NDArray[np.float64]:
     """Directions of axes that are called as nibabel calls them, such as LPS."""
-    ends = ["LR".find, "PA".find, "IS".find]
-    return np.array([[{-1: 0, 0: -1, 1: 1}[end(code)] for code in codes] for end in ends], dtype=float)
+    return np.array([[(code == end) - (code == start) for code in codes] for start, end in ("LR", "PA", "IS")], float)
 
 
-# Those of BTCV, in its order.
-_ORGANS = (
-    "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-    "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
-)  # fmt: skip
 _HEAD_PARTS = ("cerebrum", "cerebellum", "brainstem", "ventricles", "right_eye", "left_eye")
 SCANS = {
     "abdomen_ct": Scan(
-        "abdominal CT after contrast, axial", "abdomen", "CT", _ORGANS, abdomen_in_detail, CT_CONTRAST,
+        "abdominal CT after contrast, axial", "abdomen", "CT", BTCV_ORGANS, abdomen_in_detail, CT_CONTRAST,
         _axes("LPS"), (350, 264, 250), 1.1, (0, -5, -8), 15,
     ),
     "abdomen_mr": Scan(
@@ -101,10 +96,14 @@ SCANS = {
 def scan_phantom(scan: Scan, seed: Sequence[int], image_size: int) -> VolumePhantom:
     """Draw a subject and scan it.
 
+    The subject varies in the size, place, pose and shape of every structure and in its intensities, the scan in grid,
+    noise, bias field and unit. Spacing, field of view, orientation and noise are the task's: they betray it as a
+    scanner does. Organs overlap in intensity, so that place and shape are needed to tell them apart.
+
     Args:
         scan: what and how.
-        seed: of the subject and of its scan.
-        image_size: voxels along the longest side of the field of view.
+        seed: of the subject and of its scan; on another `image_size` it gives the same subject.
+        image_size: voxels along the longest side of the field of view, at least 16.
     """
     # The body draws from a stream of its own, so that it is the same on every grid.
     body_rng, rng = np.random.default_rng(seed).spawn(2)

@@ -36,13 +36,9 @@ class Shapes:
         self.rng = rng
 
     def ellipsoid(self, centre: ArrayLike, radii: ArrayLike, *, tilt: ArrayLike = (0, 0, 0), vary: float = 1) -> Array:
-        """Distance to an ellipsoid.
+        """Distance to an ellipsoid; `tilt` in degrees about the x, y and z axis, in this order.
 
-        Args:
-            centre: mm.
-            radii: mm, along its axes.
-            tilt: degrees about the x, y and z axis, in this order.
-            vary: standard deviation of the variation: times 3 mm, 8 % and 6 degrees.
+        `vary` is the standard deviation of its variation: times 3 mm, 8 % and 6 degrees.
         """
         centre = np.asarray(centre) + vary * self.rng.normal(0, 3, 3)
         radii = np.asarray(radii) * np.exp(vary * self.rng.normal(0, 0.08, 3))

@@ -13,35 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dissect_monai.common import InputError
-from dissect_monai.phantoms.generated import write_once
-from dissect_monai.phantoms.scans import SCANS, VolumePhantom, scan_phantom
+from dissect_monai.phantoms.generated import SPLITS, checked_counts, write_once
+from dissect_monai.phantoms.scans import SCANS, scan_phantom
 
 VOLUME_TASKS = tuple(SCANS)
-_SPLITS = ("training", "validation", "test")
 _VERSION = 2  # raise it when the drawing changes, so that a folder written before is not taken for the same set
-
-
-def volume_phantom(task: str, seed: int | Sequence[int], image_size: int = 48) -> VolumePhantom:
-    """Draw a schematic CT or MR volume, its label map and its affine.
-
-    The subject varies in the size, place, pose and shape of every structure and in its intensities, the scan in grid,
-    noise, bias field and unit. Spacing, field of view, orientation and noise are the task's: they betray it as a
-    scanner does. Organs overlap in intensity, so that place and shape are needed to tell them apart.
-
-    Args:
-        task: one of `VOLUME_TASKS`.
-        seed: of subject and scan; the same seed gives the same phantom, and on another `image_size` the same subject.
-        image_size: voxels along the longest side of the field of view, at least 16.
-
-    Raises:
-        ValueError: if `task` is unknown or `image_size` is under 16.
-    """
-    if task not in SCANS:
-        raise InputError(f"`task` must be one of {', '.join(VOLUME_TASKS)}, got {task!r}.")
-    if image_size < 16:
-        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
-    words = [seed] if isinstance(seed, int) else [*seed]
-    return scan_phantom(SCANS[task], [VOLUME_TASKS.index(task), *words], image_size)
 
 
 def write_volume_phantoms(
@@ -56,8 +32,8 @@ def write_volume_phantoms(
     """Write a data set of volume phantoms for each task: NIfTI images, label maps and a Decathlon-style dataset.json.
 
     dataset.json holds `name`, `description`, `task`, `group`, `modality` and `labels` (value to name) beside the splits
-    of {"image", "label", "subject"}, one volume a subject. A set that its folder holds already is not written again; if
-    files of it are missing, it is written anew. Processes that call this at once do no harm: a set appears whole.
+    of {"image", "label", "subject"}, one volume a subject. A set that its folder holds already is not written again.
+    Several processes may call this at once.
 
     Args:
         output_dir: folder to create; each task has a folder of its name in it.
@@ -75,13 +51,9 @@ def write_volume_phantoms(
         ValueError: if a count is negative, a task unknown or repeated, `image_size` too small, or if the folder of a
             task holds anything else.
     """
-    counts = dict(zip(_SPLITS, (num_training, num_validation, num_test), strict=True))
-    if min(counts.values()) < 0:
-        raise InputError(f"The numbers of subjects must be at least 0, got {counts}.")
+    counts = checked_counts(image_size, num_training, num_validation, num_test)
     if isinstance(tasks, str) or not tasks or len({*tasks}) < len(tasks) or not {*tasks} <= {*SCANS}:
         raise InputError(f"`tasks` must be different ones of {', '.join(VOLUME_TASKS)}, got {tasks!r}.")
-    if image_size < 16:
-        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
     folders = []
     for task in tasks:
         spec = {"version": _VERSION, "task": task, **counts, "image_size": image_size, "seed": seed}
@@ -92,11 +64,12 @@ def write_volume_phantoms(
 def _write_set(folder: Path, spec: dict[str, Any]) -> None:
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True)
-    scan, task = SCANS[spec["task"]], spec["task"]
-    splits: dict[str, list[dict[str, str]]] = {split: [] for split in _SPLITS}
-    for number, split in enumerate(_SPLITS):
+    task = spec["task"]
+    scan = SCANS[task]
+    splits: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    for number, split in enumerate(SPLITS):
         for index in range(spec[split]):
-            phantom = volume_phantom(task, (spec["seed"], number, index), spec["image_size"])
+            phantom = scan_phantom(scan, [VOLUME_TASKS.index(task), spec["seed"], number, index], spec["image_size"])
             subject = f"{task}_{split}_{index:03d}"
             item = {"image": f"images/{subject}.nii.gz", "label": f"labels/{subject}.nii.gz", "subject": subject}
             _save(phantom.image, phantom.affine, folder / item["image"])

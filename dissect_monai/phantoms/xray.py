@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from dissect_monai.common import InputError
-from dissect_monai.phantoms.generated import write_once
+from dissect_monai.phantoms.generated import SPLITS, checked_counts, write_once
 
 # Diffuse ones: a finding that a crop can lose is one that two views need not agree on.
 XRAY_FINDINGS = ("nodules", "reticulation", "cysts", "consolidation")
@@ -30,29 +30,26 @@ class Phantom(NamedTuple):
     view: str  # one of XRAY_VIEWS
 
 
-class _Anatomy(NamedTuple):
-    """What stays the same in every image of a subject; lengths in half image widths."""
+# What stays the same in every image of a subject, and the range it is drawn from; lengths in half image widths.
+_ANATOMY = {
+    "dome": (0.38, 0.58),  # height of the diaphragm
+    "width": (0.88, 1.08),  # of the chest
+    "height": (0.92, 1.1),  # of the lungs
+    "apex": (0.25, 0.45),  # narrowing of the lungs towards the top
+    "left_dome": (0.0, 0.1),  # how much higher the diaphragm is on the left of the image
+    "right_dome": (-0.02, 0.06),  # how much lower it is on the right
+    "heart": (0.24, 0.31),  # radius
+    "heart_shift": (0.08, 0.16),
+    "mediastinum": (0.11, 0.17),
+    "rib_spacing": (0.17, 0.23),
+    "rib_phase": (0, 1),
+    "rib_slope": (0.2, 0.5),
+    "thickness": (0.85, 1.15),  # attenuation of the body, relative
+}
+_Anatomy = Mapping[str, float]
 
-    width: float  # of the chest
-    height: float  # of the lungs
-    apex: float  # narrowing of the lungs towards the top
-    domes: tuple[float, float]  # height of the diaphragm on the left and right of the image
-    heart: float  # radius
-    heart_shift: float
-    mediastinum: float
-    rib_spacing: float
-    rib_phase: float
-    rib_slope: float
-    thickness: float  # attenuation of the body, relative
 
-
-def xray_phantom(
-    seed: int,
-    image_size: int = 64,
-    *,
-    subject_seed: int | None = None,
-    label: ArrayLike | None = None,
-) -> Phantom:
+def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayLike) -> Phantom:
     """Draw a schematic frontal chest X-ray: body, lungs, heart, bones, findings, noise and a corner marker.
 
     The anatomy is the subject's; the view, pose, exposure, noise and the place and size of the findings are the
@@ -62,26 +59,12 @@ def xray_phantom(
     Args:
         seed: seed of the image; the same seed gives the same phantom.
         image_size: height and width in pixels, at least 16.
-        subject_seed: seed of the anatomy; defaults to `seed`. Images that share it are of one subject.
-        label: findings to draw, shape (4,), values 0 and 1; by default each is drawn with probability 0.3. Equal
-            seeds give images that differ in the findings alone.
-
-    Returns:
-        The image, its label in the order of `XRAY_FINDINGS` and its view.
-
-    Raises:
-        ValueError: if `image_size` is under 16 or `label` has the wrong shape or values.
+        subject_seed: seed of the anatomy. Images that share it are of one subject.
+        label: findings to draw, shape (4,), values 0 and 1. Equal seeds give images that differ in the findings alone.
     """
-    if image_size < 16:
-        raise InputError(f"`image_size` must be at least 16, got {image_size}.")
-    subject_rng = np.random.default_rng([0, seed if subject_seed is None else subject_seed])
-    rng = np.random.default_rng([1, seed])
-    anatomy = _draw_anatomy(subject_rng)
-    if label is None:
-        label = subject_rng.random(len(XRAY_FINDINGS)) < _PREVALENCE
+    subject_rng, rng = np.random.default_rng([0, subject_seed]), np.random.default_rng([1, seed])
+    anatomy = dict(zip(_ANATOMY, subject_rng.uniform(*np.transpose([*_ANATOMY.values()])), strict=True))
     present = np.asarray(label, dtype=np.float32)
-    if present.shape != (len(XRAY_FINDINGS),) or not np.isin(present, (0, 1)).all():
-        raise InputError(f"`label` must hold {len(XRAY_FINDINGS)} values that are 0 or 1, got {label}.")
     findings = {name for name, value in zip(XRAY_FINDINGS, present, strict=True) if value}
     view = XRAY_VIEWS[rng.integers(2)]
     image = _expose(_attenuation(anatomy, view, findings, image_size, rng), rng)
@@ -100,27 +83,24 @@ def write_xray_phantoms(
     """Write a data set of X-ray phantoms: 8-bit PNG images and a Decathlon-style dataset.json.
 
     Each item is {"image", "label", "subject", "view"}, with one to three images a subject and no subject in two splits;
-    within a split of two or more subjects every finding has a positive and a negative. If the folder already holds the
-    same set, nothing is written; if files of it are missing, it is written anew. Processes that call this at once do no
-    harm: the set appears whole, by renaming.
+    within a split of two or more subjects every finding has a positive and a negative. A set that the folder holds
+    already is not written again. Several processes may call this at once.
 
     Args:
         output_dir: folder to create.
         num_training: number of training images.
         num_validation: number of validation images.
         num_test: number of test images.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, at least 16.
         seed: seed of the set.
 
     Returns:
         `output_dir` as a path; the data list is its dataset.json.
 
     Raises:
-        ValueError: if a count is negative or `output_dir` holds anything else.
+        ValueError: if a count is negative, `image_size` under 16, or `output_dir` holds anything else.
     """
-    counts = {"training": num_training, "validation": num_validation, "test": num_test}
-    if min(counts.values()) < 0:
-        raise InputError(f"The numbers of images must be at least 0, got {counts}.")
+    counts = checked_counts(image_size, num_training, num_validation, num_test)
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
     return write_once(output_dir, spec, lambda folder: _write_set(folder, spec))
 
@@ -130,7 +110,7 @@ def _write_set(folder: Path, spec: dict[str, int]) -> None:
     rng = np.random.default_rng(spec["seed"])
     splits: dict[str, list[dict[str, object]]] = {}
     num_subjects = 0
-    for split in ("training", "validation", "test"):
+    for split in SPLITS:
         count = spec[split]
         subjects = np.repeat(np.arange(count), np.resize(_IMAGES_PER_SUBJECT, count))[:count]
         labels = _balanced_labels(len(np.unique(subjects)), rng)
@@ -156,23 +136,6 @@ def _balanced_labels(num_subjects: int, rng: np.random.Generator) -> NDArray[np.
     return ranks < num_positive
 
 
-def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
-    dome = rng.uniform(0.38, 0.58)
-    return _Anatomy(
-        width=rng.uniform(0.88, 1.08),
-        height=rng.uniform(0.92, 1.1),
-        apex=rng.uniform(0.25, 0.45),
-        domes=(dome - rng.uniform(0.0, 0.1), dome + rng.uniform(-0.02, 0.06)),
-        heart=rng.uniform(0.24, 0.31),
-        heart_shift=rng.uniform(0.08, 0.16),
-        mediastinum=rng.uniform(0.11, 0.17),
-        rib_spacing=rng.uniform(0.17, 0.23),
-        rib_phase=rng.uniform(0, 1),
-        rib_slope=rng.uniform(0.2, 0.5),
-        thickness=rng.uniform(0.85, 1.15),
-    )
-
-
 def _attenuation(anatomy: _Anatomy, view: str, findings: set[str], image_size: int, rng: np.random.Generator) -> Array:
     """Attenuation along each ray, (H, W): tissue, less the air in the lungs, plus bone."""
     # Findings draw from a stream of their own, so that the rest of the image is the same without them.
@@ -191,7 +154,7 @@ def _attenuation(anatomy: _Anatomy, view: str, findings: set[str], image_size: i
         if name in findings:
             opacity += draw(visible, x, y, finding_rng)
     air = visible * np.clip(1 - opacity, 0, 1)
-    return anatomy.thickness * _body(anatomy, x, y) * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y))
+    return anatomy["thickness"] * _body(anatomy, x, y) * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y))
 
 
 def _pose(image_size: int, magnification: float, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -217,44 +180,48 @@ def _smooth_noise(scale: float, image_size: int, rng: np.random.Generator) -> Ar
 
 
 def _body(anatomy: _Anatomy, x: Array, y: Array) -> Array:
-    half_width = 0.93 * anatomy.width - 0.62 * _inside(y + 0.86, 0.14)  # shoulders, and the neck above them
+    half_width = 0.93 * anatomy["width"] - 0.62 * _inside(y + 0.86, 0.14)  # shoulders, and the neck above them
     return _inside(np.abs(x) - half_width, 0.05)
+
+
+def _dome(anatomy: _Anatomy, side: int) -> float:
+    return anatomy["dome"] + (anatomy["right_dome"] if side > 0 else -anatomy["left_dome"])
 
 
 def _diaphragm(anatomy: _Anatomy, side: int, base: float, x: Array) -> Array:
     """The y of the dome at each x; it falls away towards the costophrenic angle."""
-    dome = anatomy.domes[side > 0] + base
-    return dome + 1.3 * (side * x / anatomy.width - 0.36) ** 2
+    dome = _dome(anatomy, side) + base
+    return dome + 1.3 * (side * x / anatomy["width"] - 0.36) ** 2
 
 
 def _lung(anatomy: _Anatomy, side: int, base: float, x: Array, y: Array) -> Array:
-    lateral = (side * x / anatomy.width - 0.42) / (0.36 - anatomy.apex * 0.5 * _inside(y + 0.45, 0.4))
-    vertical = y / (0.82 * anatomy.height)
+    lateral = (side * x / anatomy["width"] - 0.42) / (0.36 - anatomy["apex"] * 0.5 * _inside(y + 0.45, 0.4))
+    vertical = y / (0.82 * anatomy["height"])
     return _inside(np.abs(lateral) ** 2.5 + np.abs(vertical) ** 2.5 - 1, 0.15) * _inside(
         y - _diaphragm(anatomy, side, base, x), 0.03
     )
 
 
 def _heart(anatomy: _Anatomy, scale: float, base: float, x: Array, y: Array) -> Array:
-    radius = anatomy.heart * scale
-    bottom = anatomy.domes[1] + base + 0.17
-    across, down = x - anatomy.heart_shift * scale, y - (bottom - radius)
+    radius = anatomy["heart"] * scale
+    bottom = _dome(anatomy, 1) + base + 0.17
+    across, down = x - anatomy["heart_shift"] * scale, y - (bottom - radius)
     across, down = across - 0.5 * down, down - 0.1 * across  # the apex points down and to the patient's left
     return _inside((across / (1.2 * radius)) ** 2 + (down / radius) ** 2 - 1, 0.2)
 
 
 def _mediastinum(anatomy: _Anatomy, x: Array, y: Array) -> Array:
-    knob = _inside(((x - anatomy.mediastinum) / 0.1) ** 2 + ((y + 0.33) / 0.11) ** 2 - 1, 0.3)
-    return np.maximum(_inside(np.abs(x - 0.02) - anatomy.mediastinum * (1 + 0.25 * y), 0.05), knob)
+    knob = _inside(((x - anatomy["mediastinum"]) / 0.1) ** 2 + ((y + 0.33) / 0.11) ** 2 - 1, 0.3)
+    return np.maximum(_inside(np.abs(x - 0.02) - anatomy["mediastinum"] * (1 + 0.25 * y), 0.05), knob)
 
 
 def _bones(anatomy: _Anatomy, x: Array, y: Array) -> Array:
     """Ribs, clavicles and vertebrae: added attenuation."""
-    cage = _inside(np.abs(x) - 0.84 * anatomy.width, 0.04) * _inside(np.abs(y) - 0.85, 0.1)
-    arch = y - anatomy.rib_slope * np.abs(x) * (1 - 0.6 * np.abs(x))
-    ribs = np.maximum(np.cos(2 * np.pi * (arch / anatomy.rib_spacing + anatomy.rib_phase)), 0) ** 2
+    cage = _inside(np.abs(x) - 0.84 * anatomy["width"], 0.04) * _inside(np.abs(y) - 0.85, 0.1)
+    arch = y - anatomy["rib_slope"] * np.abs(x) * (1 - 0.6 * np.abs(x))
+    ribs = np.maximum(np.cos(2 * np.pi * (arch / anatomy["rib_spacing"] + anatomy["rib_phase"])), 0) ** 2
     clavicles = np.exp(-(((y + 0.66 - 0.08 * np.abs(x) + 0.25 * (np.abs(x) - 0.4) ** 2) / 0.035) ** 2))
-    clavicles *= _inside(np.abs(np.abs(x) - 0.42 * anatomy.width) - 0.33, 0.03)
+    clavicles *= _inside(np.abs(np.abs(x) - 0.42 * anatomy["width"]) - 0.33, 0.03)
     spine = _inside(np.abs(x) - 0.09, 0.03) * (1 + 0.4 * np.cos(2 * np.pi * y / 0.15))
     return 0.07 * ribs * cage * (np.abs(x) > 0.1) + 0.15 * clavicles + 0.06 * spine
 
@@ -274,18 +241,14 @@ def _consolidation(visible: Array, x: Array, y: Array, rng: np.random.Generator)
     """Two to four faint mottled patches with vague edges."""
     patches = np.zeros_like(x)
     for _ in range(rng.integers(2, 5)):
-        x0, y0 = _place(visible, x, y, rng)
-        width, height = rng.uniform(0.25, 0.5, size=2)
-        patches = np.maximum(patches, _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5))
+        patches = np.maximum(patches, _patch(visible, x, y, (0.25, 0.5), rng))
     mottle = np.clip(1 + 0.8 * _smooth_noise(0.05, len(x), rng), 0, 2)
     return rng.uniform(0.35, 0.7) * patches * mottle
 
 
 def _reticulation(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
     """A net of fine lines over a part of the lungs: where a smooth random field crosses zero."""
-    x0, y0 = _place(visible, x, y, rng)
-    width, height = rng.uniform(0.5, 1.2, size=2)
-    region = _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5)
+    region = _patch(visible, x, y, (0.5, 1.2), rng)
     lines = np.exp(-((_smooth_noise(rng.uniform(0.03, 0.06), len(x), rng) / 0.3) ** 2))
     return rng.uniform(0.5, 1.15) * region * lines
 
@@ -300,6 +263,13 @@ def _cysts(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> Arra
         ring = np.exp(-((from_wall / 0.025) ** 2)) - 0.3 * _inside(from_wall, 0.02)
         opacity += strength * rng.uniform(0.7, 1.3) * ring
     return opacity
+
+
+def _patch(visible: Array, x: Array, y: Array, size: tuple[float, float], rng: np.random.Generator) -> Array:
+    """An ellipse with a vague edge somewhere in the lungs, its radii drawn between two sizes."""
+    x0, y0 = _place(visible, x, y, rng)
+    width, height = rng.uniform(*size, size=2)
+    return _inside(((x - x0) / width) ** 2 + ((y - y0) / height) ** 2 - 1, 0.5)
 
 
 def _place(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> tuple[float, float]:

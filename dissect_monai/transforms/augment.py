@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dissect_monai.common import InputError
 
 _Range = tuple[float, float]
-_ERASE_RATIO = (0.3, 3.3)  # Zhong et al., Random Erasing Data Augmentation, AAAI 2020, Sec. 4.2
 _OFF = (1.0, 1.0)  # the range of a factor that changes nothing
 _MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -37,7 +36,7 @@ class Augmented(NamedTuple):
 
 
 class BatchAugment(nn.Module):
-    """Random crop, flip, rotation, blur, intensity, noise and erasing of a batch, each image with its own draw.
+    """Random crop, flip, rotation, blur and intensity of a batch, each image with its own draw.
 
     Crop, resize, flip and rotation are one `grid_sample`; nothing waits for the device. A switch at 0, None or (1, 1)
     costs nothing. The crop lies inside the image; what a rotation brings in from outside repeats the border.
@@ -55,9 +54,6 @@ class BatchAugment(nn.Module):
         contrast: range of the factor on the distance from the mean of the view.
         blur_sigma: range of the standard deviation of the Gaussian blur, in pixels of the view.
         blur_prob: probability of a blur.
-        noise_std: largest standard deviation of the Gaussian noise.
-        erase_prob: probability that a box is set to 0.
-        erase_scale: range of the erased part of the view's area (volume).
 
     Raises:
         ValueError: if an argument is outside its range, or images have the wrong shape or dtype.
@@ -81,9 +77,6 @@ class BatchAugment(nn.Module):
         contrast: Sequence[float] | None = (0.7, 1.3),
         blur_sigma: Sequence[float] = (0.1, 1.5),
         blur_prob: float = 0.5,
-        noise_std: float = 0.0,
-        erase_prob: float = 0.0,
-        erase_scale: Sequence[float] = (0.02, 0.2),
     ) -> None:
         super().__init__()
         if spatial_dims not in _MEMORY_FORMAT:
@@ -102,9 +95,6 @@ class BatchAugment(nn.Module):
         self.contrast = _checked_range("contrast", contrast)
         self.blur_sigma = _checked_range("blur_sigma", blur_sigma)
         self.blur_prob = _checked("blur_prob", blur_prob, highest=1)
-        self.noise_std = _checked("noise_std", noise_std)
-        self.erase_prob = _checked("erase_prob", erase_prob, highest=1)
-        self.erase_scale = _checked_range("erase_scale", erase_scale, highest=1)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Augment every image once.
@@ -129,9 +119,7 @@ class BatchAugment(nn.Module):
         draw = _Draw(len(images), images.device, generator)
         images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images.float().clamp(0, 1)
         images, placement = self._resample(images, draw)
-        images = self._blur(images, draw)
-        images = self._adjust(images, draw)
-        images = self._erase(images, draw)
+        images = self._adjust(self._blur(images, draw), draw)
         return Augmented(images.contiguous(memory_format=_MEMORY_FORMAT[self.spatial_dims]), placement)
 
     def _resample(self, images: Tensor, draw: _Draw) -> Augmented:
@@ -177,58 +165,35 @@ class BatchAugment(nn.Module):
             images.mul_(factor).add_(offset)
         if self.brightness:
             images.add_(per_image(-self.brightness, self.brightness))
-        if self.noise_std:
-            noise = torch.empty_like(images).normal_(generator=draw.generator)
-            images.addcmul_(noise, per_image(0, self.noise_std))
         return images.clamp_(0, 1)
-
-    def _erase(self, images: Tensor, draw: _Draw) -> Tensor:
-        if not self.erase_prob:
-            return images
-        side, center = draw.boxes(self.erase_scale, _ERASE_RATIO, self.spatial_dims)
-        side = side * draw.happens(self.erase_prob)[:, None]
-        inside = torch.ones((), dtype=torch.bool, device=images.device)
-        for axis, position in enumerate(_positions(images.shape[2:], images.device)):
-            distance = (position - _expand(center[:, axis], self.spatial_dims + 1)).abs()
-            inside = inside & (distance < _expand(side[:, axis], self.spatial_dims + 1))
-        return images.masked_fill_(inside, 0)
 
 
 class Corrupt(nn.Module):
-    """Mask random blocks and add noise: the input of a reconstruction, whose target is the image before.
+    """Masks random blocks: the input of a reconstruction, whose target is the image before.
 
     Args:
         mask_fraction: expected part of the blocks that are set to 0.
         mask_size: side of a block in pixels.
-        noise_std: standard deviation of the Gaussian noise.
 
     Raises:
         ValueError: if an argument is outside its range.
     """
 
-    def __init__(self, mask_fraction: float = 0.3, mask_size: int = 16, noise_std: float = 0.0) -> None:
+    def __init__(self, mask_fraction: float = 0.3, mask_size: int = 16) -> None:
         super().__init__()
         if mask_size < 1:
             raise InputError(f"`mask_size` must be at least 1 pixel, got {mask_size}.")
         self.mask_fraction = _checked("mask_fraction", mask_fraction, highest=1)
         self.mask_size = mask_size
-        self.noise_std = _checked("noise_std", noise_std)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, generator: torch.Generator | None = None, masked: Tensor | None = None) -> Tensor:
-        """Corrupted copy of images (B, C, *spatial) in [0, 1]; `masked` is what `mask` drew, None draws here."""
-        if self.noise_std:
-            noise = torch.empty_like(images).normal_(std=self.noise_std, generator=generator)
-            images = (images + noise).clamp_(0, 1)
-        return images.masked_fill(self.mask(images, generator) if masked is None else masked, 0)
-
-    def mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw what each image loses, in all of its channels: True in (B, 1, *spatial)."""
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """A masked copy of images (B, C, *spatial), and what they lost in all channels: True in (B, 1, *spatial)."""
         blocks = [math.ceil(length / self.mask_size) for length in images.shape[2:]]
         mask = torch.rand(len(images), 1, *blocks, device=images.device, generator=generator) < self.mask_fraction
         for axis, length in enumerate(images.shape[2:], start=2):
             mask = mask.repeat_interleave(self.mask_size, axis).narrow(axis, 0, length)
-        return mask
+        return images.masked_fill(mask, 0), mask
 
 
 class _Draw(NamedTuple):

@@ -1,4 +1,4 @@
-"""Label maps: values to classes, components, and which structures are wanted."""
+"""Label maps: values of files to classes and back, largest components, and which structures are wanted."""
 
 from __future__ import annotations
 
@@ -20,37 +20,93 @@ Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 
 
-def largest_components(
-    label_map: ArrayLike, structures: Sequence[Sequence[int]], background: int = 0
-) -> NDArray[np.integer[Any]]:
-    """Keep the largest connected part of each structure and make the others background; faces connect, edges do not.
-
-    It suits structures that are one piece. Of two kidneys under one value, it removes one.
+class ValuesToClassesd(MapTransform):
+    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
 
     Args:
-        label_map: shape (X, Y, Z), integers of any dtype.
-        structures: the values of each structure to clean; voxels of others stay.
-        background: value of what is removed.
-
-    Returns:
-        A new label map of the same shape. Of parts of equal size, the first is kept.
+        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype. The item must have the values of
+            each structure as `labels`, {name: values}.
+        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
+        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
 
     Raises:
-        ValueError: if the label map is not 3-D or has fractions.
+        ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
+            map has fractions, a value that it does not name, or lies beside its image.
+    """
+
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str], image_key: str | None = None) -> None:
+        super().__init__(keys)
+        if len(class_names) > 255:
+            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
+        self.class_names = list(class_names)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the label maps of an item by classes in uint8."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
+            if self.image_key is not None:
+                refuse_apart(item[key], item[self.image_key], where)
+            class_of = _class_of_values(item.get("labels"), self.class_names, where)
+            array = np.asarray(item[key])
+            label_map = integer_map(where, array[0] if len(array) == 1 else array)
+            unknown = sorted({*np.unique(label_map).tolist()} - class_of.keys())
+            if unknown:
+                raise InputError(
+                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(sorted(class_of))}), "
+                    f"got {shorten(unknown)}: name them there, or correct the label map."
+                )
+            table = np.zeros(max(class_of) + 1, np.uint8)
+            table[list(class_of)] = list(class_of.values())
+            item[key] = convert_to_dst_type(table[label_map][None], item[key], dtype=table.dtype)[0]
+        return item
+
+
+def _class_of_values(labels: Any, class_names: Sequence[str], where: str) -> dict[int, int]:
+    if not isinstance(labels, Mapping):
+        raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")
+    class_of = {0: 0}
+    for name, values in labels.items():
+        index = class_names.index(name) + 1 if name in class_names else 0
+        for value in values:
+            if value < 1:
+                raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
+            # A region that is not learnt may share values with one that is.
+            if index and class_of.get(value, 0) not in (0, index):
+                raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
+            class_of[value] = index or class_of.get(value, 0)
+    return class_of
+
+
+def classes_to_values(pred: ArrayLike, class_names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> LabelMap:
+    """The way back: a label map of classes with the values that the structures have in files, of each the first.
+
+    Args:
+        pred: label map of any shape, integers up to the number of classes, 0 being background.
+        class_names: structures of the classes 1, 2, ...
+        labels: values of each structure; one that is not named becomes background.
+
+    Returns:
+        An array of the same shape, in the smallest of uint8, uint16 and int32 that holds the values.
+
+    Raises:
+        ValueError: if structures of two classes share a value, or `pred` has more classes.
 
     Example:
-        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
-        array([[[3, 3, 0, 0, 2]]])
+        >>> classes_to_values([0, 1, 2, 3], ["liver", "spleen", "heart"], {"liver": [6], "spleen": [1, 2]})
+        array([0, 6, 1, 0], dtype=uint8)
     """
-    cleaned = integer_map("label_map", label_map).copy()
-    found = ndimage.find_objects(cleaned)
-    for values in structures:
-        part = cleaned[box_around([found], values)]
-        components, count = ndimage.label(np.isin(part, values))
-        if count > 1:
-            sizes = np.bincount(components.ravel())[1:]
-            part[(components > 0) & (components != sizes.argmax() + 1)] = background
-    return cleaned
+    values = [value for name in class_names for value in labels.get(name, ())]
+    highest = np.max(pred, initial=0)
+    if len(set(values)) < len(values) or highest > len(class_names):
+        raise InputError(
+            f"`class_names` must name the {highest} classes of the prediction, of which no two share a value in "
+            f"`labels`, got {list(class_names)} and {dict(labels)}."
+        )
+    table = np.array([0, *(labels[name][0] if labels.get(name) else 0 for name in class_names)])
+    kinds = (kind for kind in (np.uint8, np.uint16, np.int32) if table.max() <= np.iinfo(kind).max)
+    return table.astype(next(kinds))[np.asarray(pred)]
 
 
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
@@ -87,71 +143,34 @@ def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> 
     return x, y, z
 
 
-class ValuesToClassesd(MapTransform):
-    """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
+def largest_components(label_map: ArrayLike, structures: Sequence[Sequence[int]]) -> LabelMap:
+    """Keep the largest connected part of each structure; the others become background. Faces connect, edges do not.
+
+    It suits structures that are one piece. Of two kidneys under one value, it removes one.
 
     Args:
-        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype.
-        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
-        labels_key: key of the item's {name: values}.
-        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
+        label_map: shape (X, Y, Z), integers of any dtype.
+        structures: the values of each structure to clean; voxels of others stay.
+
+    Returns:
+        A new label map of the same shape. Of parts of equal size, the first is kept.
 
     Raises:
-        ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
-            map has fractions, a value that it does not name, or lies beside its image.
+        ValueError: if the label map is not 3-D or has fractions.
+
+    Example:
+        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
+        array([[[3, 3, 0, 0, 2]]])
     """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        class_names: Sequence[str],
-        labels_key: str = "labels",
-        image_key: str | None = None,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if len(class_names) > 255:
-            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
-        self.class_names = list(class_names)
-        self.labels_key, self.image_key = labels_key, image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the label maps of an item by classes in uint8."""
-        item = dict(data)
-        for key in self.key_iterator(item):
-            where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
-            if self.image_key is not None:
-                refuse_apart(item[key], item[self.image_key], where)
-            table = self._table(item.get(self.labels_key), where)
-            array = np.asarray(item[key])
-            label_map = integer_map(where, array[0] if len(array) == 1 else array)
-            unknown = sorted({*np.unique(label_map).tolist()} - table.keys())
-            if unknown:
-                raise InputError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(sorted(table))}), got "
-                    f"{shorten(unknown)}: name them there, or correct the label map."
-                )
-            classes = np.zeros(max(table) + 1, np.uint8)
-            classes[list(table)] = list(table.values())
-            item[key] = convert_to_dst_type(classes[label_map][None], item[key], dtype=classes.dtype)[0]
-        return item
-
-    def _table(self, labels: Any, where: str) -> dict[int, int]:
-        """Class of every value of a file."""
-        if not isinstance(labels, Mapping):
-            raise InputError(f"{where} must come with the names of its values (`{self.labels_key}`), got {labels!r}.")
-        table = {0: 0}
-        for name, values in labels.items():
-            index = self.class_names.index(name) + 1 if name in self.class_names else 0
-            for value in values:
-                if value < 1:
-                    raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
-                # A region that is not learnt may share values with one that is.
-                if index and table.get(value, 0) not in (0, index):
-                    raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
-                table[value] = index or table.get(value, 0)
-        return table
+    cleaned = integer_map("label_map", label_map).copy()
+    found = ndimage.find_objects(cleaned)
+    for values in structures:
+        part = cleaned[box_around([found], values)]
+        components, count = ndimage.label(np.isin(part, values))
+        if count > 1:
+            sizes = np.bincount(components.ravel())[1:]
+            part[(components > 0) & (components != sizes.argmax() + 1)] = 0
+    return cleaned
 
 
 class LargestComponentsd(MapTransform):
@@ -161,17 +180,10 @@ class LargestComponentsd(MapTransform):
         keys: keys of the label maps, of shape (1, X, Y, Z), integers.
         class_names: structures of the classes 1, 2, ...
         structures: names of those to clean.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        class_names: Sequence[str],
-        structures: Sequence[str],
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: Sequence[str]) -> None:
+        super().__init__(keys)
         self.values = [[list(class_names).index(name) + 1] for name in structures]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -32,14 +32,10 @@ class OriginalGridd(MapTransform):
 
     Args:
         keys: keys of the predictions.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
         ValueError: if a prediction has lost its metadata.
     """
-
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the predictions of an item."""
@@ -189,22 +185,13 @@ class AdaptiveSpacingd(MapTransform):
         keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
         pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
         spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
-        mode: interpolation.
-        allow_missing_keys: whether an item without a key of `keys` is left alone.
 
     Raises:
         ValueError: if `pixdim` or `spatial_size` has no three values, or a size is below 1.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        pixdim: Sequence[float],
-        spatial_size: Sequence[int],
-        mode: str = "bilinear",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, pixdim: Sequence[float], spatial_size: Sequence[int]) -> None:
+        super().__init__(keys)
         if len(pixdim) != 3 or len(spatial_size) != 3 or min(spatial_size) < 1:
             raise InputError(
                 f"`pixdim` and `spatial_size` must hold three values, the sizes at least 1, got {pixdim} and "
@@ -212,7 +199,6 @@ class AdaptiveSpacingd(MapTransform):
             )
         self.pixdim = np.array(pixdim, dtype=float)
         self.spatial_size = np.array(spatial_size)
-        self.mode = mode
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the images of an item."""
@@ -225,6 +211,6 @@ class AdaptiveSpacingd(MapTransform):
             filled = (extent / np.maximum((self.spatial_size - 1) * self.pixdim, 1e-6))[counted]  # parts of the sides
             factor = min(1.0, filled.max()) if filled.any() else 1.0
             # In single precision, which halves the time, positions are right to a hundredth of a voxel.
-            spacing = Spacing(np.where(counted, self.pixdim * factor, self.pixdim), mode=self.mode, dtype=np.float32)
+            spacing = Spacing(np.where(counted, self.pixdim * factor, self.pixdim), mode="bilinear", dtype=np.float32)
             item[key] = spacing(image)
         return item

@@ -16,8 +16,8 @@ from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, P
 
 def prepare_images(
     batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Batch of a MONAI evaluator whose images are cached as uint8: move them first, scale them to [0, 1] there.
+) -> tuple[Tensor, Tensor | None]:
+    """`prepare_batch` of images that are cached as uint8: move them first, scale them to [0, 1] there.
 
     Args:
         batchdata: with an "image" of any shape, uint8, or float, which is left as it is; and possibly a "label".
@@ -39,19 +39,18 @@ class ViewBatch(NamedTuple):
     """What `Views` returns: the first views of all images, then their second views, and so on."""
 
     images: Tensor  # (num_views * B, C, *spatial), the network's input
-    target: Tensor  # the same before corruption: what a decoder reconstructs
+    target: Any  # the same, which a decoder reconstructs; or labels; or a `HierarchyTarget`
 
 
 class Views(PrepareBatch):
-    """Make the views of a batch on the device: the `prepare_batch` of a trainer.
+    """Makes the views of a batch on the device: the `prepare_batch` of a trainer.
 
     Args:
         augment: makes one view of each image.
         seed: seed of all draws.
         rank: rank of this process, so that every process draws its own.
         num_views: views per image.
-        key: key of the images in the batch.
-        corrupt: applied to the network's input alone; None leaves input and target the same.
+        target_key: key of the target in the batch, such as "label"; None takes the views themselves.
 
     Raises:
         ValueError: if `num_views` is below 1, or `seed`, `rank` or an epoch is negative.
@@ -63,15 +62,14 @@ class Views(PrepareBatch):
         seed: int = 0,
         rank: int = 0,
         num_views: int = 2,
-        key: str = "image",
-        corrupt: Corrupt | None = None,
+        target_key: str | None = None,
     ) -> None:
         if num_views < 1:
             raise InputError(f"`num_views` must be at least 1, got {num_views}.")
-        self.augment, self.corrupt = augment, corrupt
+        self.augment = augment
         self.seed, self.rank = seed, rank
         self.num_views = num_views
-        self.key = key
+        self.target_key = target_key
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,14 +81,16 @@ class Views(PrepareBatch):
 
     def __call__(
         self,
-        batchdata: dict[str, Tensor],
+        batchdata: Mapping[str, Any],
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> ViewBatch:
-        """Views of `batchdata[key]`, shape (B, C, *spatial); `kwargs` go to `Tensor.to`."""
-        target = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs).images
-        return ViewBatch(self.corrupt(target, self._generator) if self.corrupt else target, target)
+        """Views of the "image" of `batchdata`, shape (B, C, *spatial); `kwargs` go to `Tensor.to`."""
+        views = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs).images
+        if self.target_key is None:
+            return ViewBatch(views, views)
+        return ViewBatch(views, batchdata[self.target_key].to(device=device, non_blocking=non_blocking))
 
     def _augmented(self, images: Tensor, **kwargs: Any) -> Augmented:
         # A MetaTensor would follow every operation with its own bookkeeping.
@@ -100,30 +100,6 @@ class Views(PrepareBatch):
         views = [self.augment.placed(images, self._generator) for _ in range(self.num_views)]
         matrix, center = (torch.cat(parts) for parts in zip(*(view.placement for view in views), strict=True))
         return Augmented(torch.cat([view.images for view in views]), Placement(matrix, center))
-
-
-class AugmentedBatch(Views):
-    """Augment the images of a batch on the device, and leave the labels: the `prepare_batch` of a classifier.
-
-    Args:
-        augment: makes the view of each image.
-        seed: seed of all draws.
-        rank: rank of this process, so that every process draws its own.
-    """
-
-    def __init__(self, augment: BatchAugment, seed: int = 0, rank: int = 0) -> None:
-        super().__init__(augment, seed, rank, num_views=1)
-
-    def __call__(  # type: ignore[override]
-        self,
-        batchdata: dict[str, Tensor],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """View and label of `batchdata`; `kwargs` go to `Tensor.to`."""
-        views = super().__call__(batchdata, device, non_blocking, **kwargs)
-        return views.images, batchdata["label"].to(device=device, non_blocking=non_blocking)
 
 
 class MaskedTarget(NamedTuple):
@@ -161,8 +137,7 @@ class MaskedImages(PrepareBatch):
     ) -> tuple[Tensor, MaskedTarget]:
         """The masked images and what they were; "image" as for `prepare_images`, (B, C, *spatial)."""
         views, _ = prepare_images(batchdata, "cpu")
-        masked = self.corrupt.mask(views, self.generator)
-        images = self.corrupt(views, self.generator, masked)
+        images, masked = self.corrupt(views, self.generator)
         images, views, masked = (each.to(device, non_blocking=non_blocking) for each in (images, views, masked))
         return images.to(**kwargs), MaskedTarget(views, masked)
 
@@ -177,25 +152,15 @@ class HierarchyTarget(NamedTuple):
     placement: Placement | None = None  # of the V·B views in their images, which the dense contrast needs
 
 
-class HierarchyBatch(NamedTuple):
-    """What `HierarchyViews` returns: the first views of all images, then their second views, and so on."""
-
-    images: Tensor  # (V·B, C, *spatial), the network's input
-    target: HierarchyTarget
-
-
 class HierarchyViews(Views):
-    """`Views` of images from several data sets: the `prepare_batch` of a trainer with `HSSLLoss`.
+    """`Views` of images from several data sets, with a `HierarchyTarget`, as `HSSLLoss` needs it.
 
     Args:
         augment: makes one view of each image.
         tasks: all names that `task` of an image may have; their order numbers them.
         groups: all names that `group` of an image may have.
-        seed: see `Views`, as for the arguments below.
-        rank: rank of this process.
-        num_views: views per image.
-        key: key of the images in the batch.
-        corrupt: applied to the network's input alone.
+        corrupt: masks the network's input; None leaves it as it is.
+        kwargs: `seed`, `rank` and `num_views` of `Views`.
 
     Raises:
         ValueError: as `Views`, or if names repeat or are none, or an image has no `task` or `group` of that name.
@@ -206,34 +171,27 @@ class HierarchyViews(Views):
         augment: BatchAugment,
         tasks: Sequence[str],
         groups: Sequence[str],
-        seed: int = 0,
-        rank: int = 0,
-        num_views: int = 2,
-        key: str = "image",
         corrupt: Corrupt | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(augment, seed, rank, num_views, key, corrupt)
+        super().__init__(augment, **kwargs)
+        self.corrupt = corrupt
         self.numbers = {"task": _numbered("tasks", tasks), "group": _numbered("groups", groups)}
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         batchdata: Mapping[str, Any],
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> HierarchyBatch:
-        """Views of `batchdata[key]`, shape (B, C, *spatial), and the B names in `task` and `group` as numbers."""
-        augmented = self._augmented(batchdata[self.key], device=device, non_blocking=non_blocking, **kwargs)
-        views = augmented.images
-        images, masked = views, None
-        if self.corrupt:
-            masked = self.corrupt.mask(views, self._generator)
-            images = self.corrupt(views, self._generator, masked)
-        labels = {
-            key: torch.tensor(self._numbers(batchdata, key)).to(device, non_blocking=non_blocking)
-            for key in self.numbers
-        }
-        return HierarchyBatch(images, HierarchyTarget(views, masked, **labels, placement=augmented.placement))
+    ) -> ViewBatch:
+        """Views of the "image" of `batchdata`, shape (B, C, *spatial), and its B `task` and `group` as numbers."""
+        views, placement = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs)
+        images, masked = self.corrupt(views, self._generator) if self.corrupt else (views, None)
+        task, group = (
+            torch.tensor(self._numbers(batchdata, key)).to(device, non_blocking=non_blocking) for key in self.numbers
+        )
+        return ViewBatch(images, HierarchyTarget(views, masked, task, group, placement))
 
     def _numbers(self, batchdata: Mapping[str, Any], key: str) -> list[int]:
         numbers = self.numbers[key]

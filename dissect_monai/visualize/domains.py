@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dissect_monai.common import InputError, Item
-from dissect_monai.data.datalists import SPLITS, DomainDatalist
+from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
 from dissect_monai.writing import write_csv
@@ -35,7 +35,7 @@ class DomainRow(NamedTuple):
     maximum: float
 
 
-def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int = 4) -> list[DomainRow]:
+def report_domains(datalist: Datalist, path: str | Path, num_volumes: int = 4) -> list[DomainRow]:
     """Log a table of the tasks and write it as CSV, with a warning where the values of a CT are not in HU.
 
     Args:
@@ -63,7 +63,7 @@ def report_domains(datalist: DomainDatalist, path: str | Path, num_volumes: int 
     return rows
 
 
-def _row(task: str, datalist: DomainDatalist, num_volumes: int) -> DomainRow:
+def _row(task: str, datalist: Datalist, num_volumes: int) -> DomainRow:
     splits = [[item for item in getattr(datalist, split) if item["task"] == task] for split in SPLITS]
     items = [item for split in splits for item in split]
     headers = [datalist.headers[item["image"]] for item in items]

@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dissect_monai.common import InputError
-from dissect_monai.metrics.intervals import Interval
+from dissect_monai.common import InputError, Interval
 
 LIMITS = (
     "For research; not a medical device, and not for diagnosis.",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MIN_SIDE = 128  # pixels of a tile that can be read in TensorBoard
+SLICE_SIDE, SLICE_GAP = 192, 4  # pixels of a tile in which anatomy can be recognised, and between two
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
 
@@ -64,6 +65,11 @@ def view_figure(columns: Sequence[Tensor], min_side: int = MIN_SIDE, gap: int = 
     """
     pictures = [_enlarged(_pictures(images, slices), min_side) for images in columns]
     return _tile([F.pad(picture, (0, gap, 0, gap), value=1) for picture in pictures])
+
+
+def slice_figure(columns: Sequence[Tensor]) -> Tensor:
+    """`view_figure` of volumes, or of axial slices of them, in tiles large enough to recognise anatomy."""
+    return view_figure(columns, SLICE_SIDE, SLICE_GAP, slices=True)
 
 
 def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:

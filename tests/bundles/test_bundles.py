@@ -150,13 +150,13 @@ def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> No
     for knobs, message in (
         ({"max_epochs": 3}, r"of a run with schedule_epochs 2 \(now 3\)"),
         ({"max_epochs": 2, "seed": 9, "learning_rate": 0.5}, r"learning_rate 0\.01 \(now 0\.5\).*seed 0 \(now 9\)"),
-        ({"max_epochs": 1, "schedule_epochs": 2}, "has done 2 epochs, more than --max_epochs 1"),
+        ({"max_epochs": 1, "schedule_epochs": 2}, "has done 2 epochs, more than .*max_epochs.* 1"),
     ):
         with refused(message):
             recipe.train(tmp_path, resume=True, **knobs)
     newest = tmp_path / "checkpoints" / "checkpoint_epoch=2.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one by --resume_from"):
+    with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one as .*resume_from"):
         recipe.train(tmp_path, resume=True, max_epochs=2)
     assert same(weights(tmp_path), weights(recipe.finished))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, command_line, network_state, read, refused, run_config, two_processes
+from helpers import ROOT, TINY, command_line, read, refused, run_config
 from monai.networks.nets import resnet18
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,14 +24,6 @@ TINY = {**TINY, "patience": 9}
 
 
 @pytest.fixture(scope="session")
-def trained(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of a run of two epochs."""
-    output_dir = tmp_path_factory.mktemp("trained")
-    train(dataset_dir, output_dir, max_epochs=2, schedule_epochs=4)
-    return output_dir
-
-
-@pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights as the pretraining bundle leaves them."""
     torch.manual_seed(7)
@@ -42,54 +33,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
-    run_config(CONFIGS / "train.json", **{**TINY, **knobs, "dataset_dir": dataset_dir, "output_dir": output_dir})
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path / "models" / "model.pt", weights_only=True)
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 # ---- training ----------------------------------------------------------------------------------------------------
-
-
-def test_training_leaves_the_best_weights_and_what_they_depend_on(trained: Path) -> None:
-    assert sorted(path.name for path in trained.iterdir()) == ["checkpoints", "eval", "models"]
-    settings = read(trained / "models" / "model.json")
-    assert {name: settings[name] for name in ("encoder", "image_size", "label_names", "mode")} == {
-        "encoder": "resnet18",
-        "image_size": 32,
-        "label_names": list(XRAY_FINDINGS),
-        "mode": "scratch",
-    }
-    assert settings["pretrained"] is None
-    assert weights(trained)["fc.weight"].shape == (4, 512)
-
-
-def test_tensorboard_shows_loss_metrics_and_curves(trained: Path) -> None:
-    events = EventAccumulator(str(trained / "eval"), size_guidance={"images": 0})
-    events.Reload()
-    expected = {"train_loss", "auroc", "ap", "ece", "auroc_cysts", "ap_cysts", "ece_cysts"}
-    assert expected <= set(events.Tags()["scalars"])
-    assert {"roc", "reliability"} <= set(events.Tags()["images"])
-
-
-def test_two_epochs_and_two_more_are_bit_for_bit_four(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
-    resumed, straight = tmp_path / "resumed", tmp_path / "straight"
-    shutil.copytree(trained, resumed)
-    train(dataset_dir, resumed, max_epochs=4, resume=True)
-    train(dataset_dir, straight, max_epochs=4)
-    for first, second in (
-        (network_state(resumed / "checkpoints"), network_state(straight / "checkpoints")),
-        (weights(resumed), weights(straight)),
-    ):
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_linear_probe_trains_the_head_alone(dataset_dir: Path, encoder: Path, tmp_path: Path) -> None:
@@ -133,21 +77,6 @@ def test_unknown_labels_are_no_obstacle(dataset_dir: Path, tmp_path: Path) -> No
     assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
 
 
-def test_two_processes_train_one_network(dataset_dir: Path, encoder: Path, tmp_path: Path) -> None:
-    for mode in ("finetune", "linear_probe"):
-        result = two_processes(
-            CONFIGS / "train.json",
-            CONFIGS / "multi_gpu_train.json",
-            cwd=tmp_path,
-            **{**TINY, "batch_size": 4, "max_epochs": 2, "mode": mode, "pretrained": encoder},
-            dataset_dir=dataset_dir,
-            output_dir=tmp_path / mode,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert set(weights(tmp_path / mode)) >= {"fc.weight", "conv1.weight"}
-    assert {path.name for path in tmp_path.iterdir()} == {"finetune", "linear_probe"}  # other ranks write nothing
-
-
 @pytest.mark.slow
 def test_the_smoke_run_is_clearly_above_chance(tmp_path: Path) -> None:
     result = command_line(CONFIGS / "train.json", output_dir=tmp_path)
@@ -159,64 +88,6 @@ def test_the_smoke_run_is_clearly_above_chance(tmp_path: Path) -> None:
 
 
 # ---- evaluation and inference ------------------------------------------------------------------------------------
-
-
-def test_evaluation_writes_tables_predictions_and_a_report(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
-    run_config(
-        CONFIGS / "evaluate.json",
-        dataset_dir=dataset_dir,
-        output_dir=tmp_path,
-        pretrained=trained / "models" / "model.pt",
-        num_samples=20,
-        num_workers=0,
-        temperature_scaling="true",
-    )
-    rows = table(tmp_path / "eval" / "findings.csv")
-    assert [row["finding"] for row in rows] == ["macro", *XRAY_FINDINGS]
-    assert all(float(row["auroc_low"]) <= float(row["auroc"]) <= float(row["auroc_high"]) for row in rows)
-    assert len(table(tmp_path / "eval" / "predictions.csv")) == 16
-    assert "cysts" in (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
-    metrics = dict(line.split(",") for line in (tmp_path / "eval" / "metrics.csv").read_text().splitlines())
-    assert float(metrics["temperature"]) > 0
-
-
-def test_findings_that_the_data_does_not_label_are_left_out(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
-    spec = read(dataset_dir / "dataset.json")
-    for split in ("training", "validation", "test"):
-        for item in spec[split]:
-            item |= {"image": str(dataset_dir / item["image"]), "label": [*item["label"][2:], 0]}
-    names = [*XRAY_FINDINGS[2:], "fracture"]
-    (tmp_path / "dataset.json").write_text(json.dumps({**spec, "label_names": names}), encoding="utf-8")
-    run_config(
-        CONFIGS / "evaluate.json",
-        dataset_dir=tmp_path,
-        output_dir=tmp_path,
-        pretrained=trained / "models" / "model.pt",
-        num_samples=5,
-        num_workers=0,
-    )
-    rows = {row["finding"]: row for row in table(tmp_path / "eval" / "findings.csv")}
-    assert list(rows) == ["macro", *XRAY_FINDINGS]
-    for name in XRAY_FINDINGS:
-        labelled = name in XRAY_FINDINGS[2:]
-        assert rows[name]["n"] == ("16" if labelled else "0")
-        assert (rows[name]["auroc"] != "") == labelled
-
-
-def test_prediction_names_what_it_cannot_read_and_does_the_rest(
-    trained: Path, dataset_dir: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(dataset_dir / "images", tmp_path / "images")
-    broken = sorted((tmp_path / "images").glob("*.png"))[5]
-    broken.write_bytes(b"broken")
-    knobs = {"dataset_dir": tmp_path / "images", "output_dir": tmp_path, "num_workers": 0, "overlays": "top"}
-    result = command_line(CONFIGS / "inference.json", pretrained=trained / "models" / "model.pt", **knobs)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: 1 of 56 images could not be read")
-    rows = table(tmp_path / "eval" / "probabilities.csv")
-    assert [row["image"] for row in rows if row["error"]] == [str(broken)]
-    assert all(0 <= float(row["cysts"]) <= 1 for row in rows if not row["error"])
-    assert len(list((tmp_path / "eval" / "overlays").glob("*.png"))) == 55
 
 
 def test_prediction_uses_what_the_evaluation_has_fitted(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
@@ -285,7 +156,7 @@ def test_one_dicom_file_is_enough(trained: Path, tmp_path: Path) -> None:
     [
         ({"mode": "probe"}, "`--mode` must be one of linear_probe, finetune, scratch"),
         ({"mode": "finetune"}, "needs weights: set .*pretrained"),
-        ({"findings": ["cysts", "mass"]}, "the labels must know mass, got nodules"),
+        ({"findings": ["cysts", "mass"]}, "the labels must include mass, got nodules"),
         ({"pretrained": "nowhere.pt", "mode": "finetune"}, r"no weights at .*nowhere\.pt"),
         ({"findings": ["cysts", "cysts"]}, "`findings` must be different, got cysts, cysts"),
         ({"class_balance": "focal"}, "`--class_balance` must be one of none, weighted"),
@@ -322,12 +193,6 @@ def test_a_trained_classifier_is_no_encoder(trained: Path, dataset_dir: Path, tm
         train(dataset_dir, tmp_path, pretrained=trained / "models" / "model.pt")
 
 
-def test_missing_weights_are_missed_before_phantoms_are_drawn(tmp_path: Path) -> None:
-    with refused(r"no weights at .*nowhere\.pt: train first"):
-        run_config(CONFIGS / "train.json", **TINY, pretrained=tmp_path / "nowhere.pt", output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_weights_without_a_head_are_no_classifier(encoder: Path, dataset_dir: Path, tmp_path: Path) -> None:
     with refused(r"2 missing \(fc\.weight, fc\.bias\)\. They have no head: train the classifier first"):
         run_config(CONFIGS / "evaluate.json", dataset_dir=dataset_dir, output_dir=tmp_path, pretrained=encoder)
@@ -336,5 +201,5 @@ def test_weights_without_a_head_are_no_classifier(encoder: Path, dataset_dir: Pa
 def test_refuses_data_without_labels(tmp_path: Path) -> None:
     for index in range(9):
         Image.new("L", (32, 32), index).save(tmp_path / f"{index}.png")
-    with refused("labels are needed, and there are none"):
+    with refused("`dataset_dir` must have labels, got none"):
         train(tmp_path, tmp_path / "out")

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser, ckpt_export, load, onnx_export
 from monai.networks.nets import SegResNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dissect_monai.data.domains import aggregate
+from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.networks.weights import load_weights
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
@@ -295,7 +295,7 @@ def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
         ({"group": ""}, r"abdomen_ct must have a `group`, got ''"),
         (
             {"modality": {"0": "CT", "1": "PET"}},
-            r"abdomen_ct must have one channel, got the modalities \['CT', 'PET'\]",
+            r"every volume must have 1 channel\(s\), got CT, PET for .*abdomen_ct",
         ),
         ({"task": "head_ct"}, r"task 'head_ct' must have one group, got 'abdomen' for .* and 'head' for"),
     ],

@@ -18,7 +18,8 @@ from monai.networks.nets import SegResNet
 from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dissect_monai.data.segmentation import BTCV_ORGANS, read_segmentation
+from dissect_monai.common import BTCV_ORGANS
+from dissect_monai.data.volume_lists import read_segmentation
 from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
@@ -1039,7 +1040,7 @@ BAD_SETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one subject": (
         {"training": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz"}]},
-        "`--select best` chooses the weights on a validation split, and there is none",
+        "`select` best chooses the weights on a validation split, and there is none",
     ),
     "a subject in two splits": (
         {"test": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz", "subject": "s0"}]},
@@ -1095,7 +1096,7 @@ def test_volumes_of_other_channels_than_the_weights_are_named(on_blocks: Path, t
         segment(folder / "images", tmp_path / "out", pretrained=model(on_blocks))
     rows = table(tmp_path / "out" / "eval" / "label_maps" / "label_maps.csv")
     assert all("a channel for each of the modalities CT, got 2" in row["error"] for row in rows)
-    message = r"must have the 1 channel\(s\) that the weights were trained on, got T2, ADC for .*nii\.gz"
+    message = r"every volume must have 1 channel\(s\), got T2, ADC for .*nii\.gz"
     with refused(message):
         evaluate(folder, tmp_path / "out", pretrained=model(on_blocks))
     with refused(message):
@@ -1144,7 +1145,7 @@ def test_refuses_bad_knobs_before_training(organs: Path, tmp_path: Path, knob: d
 
 
 def test_the_best_weights_need_a_validation_split(blocks: Path, tmp_path: Path) -> None:
-    with refused("`--select best` chooses the weights on a validation split, and there is none"):
+    with refused("`select` best chooses the weights on a validation split, and there is none"):
         train(blocks, tmp_path, **SMALL, validation_fraction=0)
 
 

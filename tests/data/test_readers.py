@@ -4,14 +4,15 @@ import re
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from helpers import volume, write_series
-from monai.transforms import LoadImage
+from monai.transforms import Compose, LoadImage, Orientation
 from PIL import Image
 
-from dissect_monai.data.readers import ImageFileReader, image_format
+from dissect_monai.data.readers import ImageFileReader, image_format, read_header
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (6, 9), dtype=np.uint8)  # (rows, columns) = (y, x)
@@ -35,22 +36,16 @@ def write_dicom(path: Path, pixels: np.ndarray, **tags: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
-def test_pictures_are_read_as_x_y(tmp_path: Path, suffix: str) -> None:
-    Image.fromarray(PICTURE).save(tmp_path / f"a.{suffix}")
-    np.testing.assert_array_equal(load(tmp_path / f"a.{suffix}"), PICTURE.T)
+@pytest.mark.parametrize(("suffix", "scale"), [("png", 1), ("tif", 1), ("bmp", 1), ("png", 200), ("tif", 200)])
+def test_pictures_of_8_and_16_bits_are_read_as_x_y(tmp_path: Path, suffix: str, scale: int) -> None:
+    pixels = PICTURE if scale == 1 else PICTURE.astype(np.uint16) * scale
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(load(tmp_path / f"a.{suffix}"), pixels.T)
 
 
 def test_jpeg_is_read_within_its_loss(tmp_path: Path) -> None:
     Image.fromarray(np.full((6, 9), 100, np.uint8)).save(tmp_path / "a.jpg")
     assert np.abs(load(tmp_path / "a.jpg") - 100.0).max() <= 2
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_are_kept(tmp_path: Path, suffix: str) -> None:
-    pixels = PICTURE.astype(np.uint16) * 200
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
-    np.testing.assert_array_equal(load(tmp_path / f"a.{suffix}"), pixels.T)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "1"])
@@ -72,11 +67,6 @@ def test_dicom_equals_the_png_of_the_same_picture(tmp_path: Path, name: str) -> 
     path = write_dicom(tmp_path / name, PICTURE)
     np.testing.assert_array_equal(load(path), PICTURE.T)
     np.testing.assert_array_equal(LoadImage(reader=ImageFileReader())(path), PICTURE.T)
-
-
-def test_monochrome1_is_inverted(tmp_path: Path) -> None:
-    path = write_dicom(tmp_path / "a.dcm", 255 - PICTURE, photometric="MONOCHROME1")
-    np.testing.assert_array_equal(load(path), PICTURE.T)
 
 
 def test_signed_monochrome1_with_rescale_stays_in_its_range(tmp_path: Path) -> None:
@@ -123,10 +113,13 @@ def test_volumes_agree_with_the_nifti_that_monai_reads(tmp_path: Path, suffix: s
     np.testing.assert_allclose(result.affine, expected.affine, atol=1e-4)
 
 
-def test_trailing_axes_of_length_one_are_dropped(tmp_path: Path) -> None:
+def test_trailing_axes_of_length_one_are_dropped_and_others_refused(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(PICTURE[None]), tmp_path / "a.nii.gz")
     result = LoadImage(reader=ImageFileReader(spatial_dims=2), ensure_channel_first=True)(tmp_path / "a.nii.gz")
     assert result.shape == (1, 9, 6)
+    sitk.WriteImage(volume(), tmp_path / "v.mha")
+    with pytest.raises(ValueError, match=r"v\.mha must have `spatial_dims` = 2 axes, got shape \(6, 5, 4\)"):
+        load(tmp_path / "v.mha", spatial_dims=2)
 
 
 def test_a_series_of_one_file_is_a_picture(tmp_path: Path) -> None:
@@ -142,16 +135,13 @@ def test_the_name_tells_the_format(name: str, expected: str | None) -> None:
     assert image_format(name) == expected
 
 
-def test_nifti_is_left_to_monai_when_it_chooses_the_reader() -> None:
+def test_nifti_several_and_other_files_are_left_to_monai(tmp_path: Path) -> None:
     reader = ImageFileReader()
     assert reader.verify_suffix(["a.png"])
     assert not reader.verify_suffix("a.nii.gz")
     assert not reader.verify_suffix(["a.png", "b.png"])
-
-
-def test_other_files_are_left_to_the_readers_of_monai(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", PICTURE)
-    np.testing.assert_array_equal(LoadImage(reader=ImageFileReader())(tmp_path / "a.npy"), PICTURE)
+    np.testing.assert_array_equal(LoadImage(reader=reader)(tmp_path / "a.npy"), PICTURE)
 
 
 @pytest.mark.parametrize("suffix", ["png", "dcm", "mha", "nrrd", "nii", "nii.gz"])
@@ -172,12 +162,6 @@ def test_the_reason_names_no_address_and_no_source_file(tmp_path: Path, suffix: 
     with pytest.raises(ValueError, match=r", got: [A-Z][\w: /.-]+ [\w/.-]+\. Replace it") as caught:
         load(path)
     assert not re.search(r"0x|ImageIO|\.cxx", str(caught.value))
-
-
-def test_a_volume_in_a_two_dimensional_run_is_named_with_its_shape(tmp_path: Path) -> None:
-    sitk.WriteImage(volume(), tmp_path / "v.mha")
-    with pytest.raises(ValueError, match=r"v\.mha must have `spatial_dims` = 2 axes, got shape \(6, 5, 4\)"):
-        load(tmp_path / "v.mha", spatial_dims=2)
 
 
 def test_a_folder_of_two_series_is_refused(tmp_path: Path) -> None:
@@ -201,15 +185,70 @@ def test_a_missing_simpleitk_is_named_and_png_needs_none(tmp_path: Path, monkeyp
         load(tmp_path / "a.dcm")
 
 
-@pytest.mark.parametrize("spatial_dims", [0, 1, "2"])
-def test_rejects_other_numbers_of_dimensions(spatial_dims: object) -> None:
-    with pytest.raises(ValueError, match="`spatial_dims` must be 2, 3 or None"):
-        ImageFileReader(spatial_dims=spatial_dims)
-
-
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    pixels = np.ones((8, 8), dtype=np.float32)
-    pixels[2, 3] = np.nan
-    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    Image.fromarray(np.array([[1, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"a\.tif must hold finite values, got NaN or infinity"):
-        ImageFileReader().get_data(tmp_path / "a.tif")
+        load(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="`spatial_dims` must be 2, 3 or None"):
+        ImageFileReader(spatial_dims=1)
+
+
+# --- headers
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.mhd", "a.nrrd", "series"])
+def test_shape_and_spacing_are_those_of_the_volume_in_patient_axes(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "series":
+        write_series(path, volume())
+    else:
+        sitk.WriteImage(volume(), str(path))
+    header = read_header(path)
+    load = Compose([LoadImage(reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)])
+    expected = Orientation("RAS", labels=None)(load(path))
+    assert header.shape == tuple(expected.shape[1:]) == (5, 6, 4)
+    np.testing.assert_allclose(header.spacing, expected.pixdim, rtol=1e-5)
+    assert header.channels == 1
+
+
+def test_values_of_a_voxel_are_counted_and_axes_of_length_one_are_not(tmp_path: Path) -> None:
+    sitk.WriteImage(sitk.Compose([volume()] * 3), str(tmp_path / "a.mha"))
+    assert read_header(tmp_path / "a.mha").channels == 3
+    colour = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(colour, np.eye(4)), tmp_path / "a.nii.gz")
+    assert read_header(tmp_path / "a.nii.gz").channels == 3
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6, 1, 1), np.int16), np.diag([1, 2, 3, 1])), tmp_path / "a.nii.gz")
+    assert read_header(tmp_path / "a.nii.gz") == ((4, 5, 6), (1, 2, 3), 1)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 2)])
+def test_what_is_not_three_dimensional_is_refused_with_its_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(
+        ValueError, match=rf"a\.nii\.gz must be one 3-D volume, got shape \({', '.join(map(str, shape))}"
+    ):
+        read_header(tmp_path / "a.nii.gz")
+    sitk.WriteImage(sitk.JoinSeries([volume(), volume()]), str(tmp_path / "a.nrrd"))
+    with pytest.raises(ValueError, match=r"a\.nrrd must be one 3-D volume, got shape \(6, 5, 4, 2\)"):
+        read_header(tmp_path / "a.nrrd")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    sitk.WriteImage(volume(), str(tmp_path / "whole.nii.gz"))
+    (tmp_path / "a.nii.gz").write_bytes((tmp_path / "whole.nii.gz").read_bytes()[:30])
+    (tmp_path / "a.mha").write_bytes(b"nothing")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.nii.gz", "a.mha", "empty"):
+        with pytest.raises(ValueError, match=f"{name} must be an intact image .* Replace it"):
+            read_header(tmp_path / name)
+    with pytest.raises(ValueError, match=r"a\.png must be a volume"):
+        read_header(tmp_path / "a.png")
+
+
+def test_a_volume_without_spacing_is_refused(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), None)
+    image.header["pixdim"][1:4] = 1
+    image.set_sform(np.diag([1, 0, 1, 1]), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii must have a spacing along three axes"):
+        read_header(tmp_path / "a.nii")

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import pytest
 import torch
 from helpers import counting_engine
+from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
@@ -16,7 +19,8 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 from torch.utils.data import DistributedSampler
 
-from dissect_monai.handlers.checkpoints import TrainingCheckpoint, newest_checkpoint
+from dissect_monai import __version__
+from dissect_monai.handlers.checkpoints import BestWeights, TrainingCheckpoint, newest_checkpoint
 from dissect_monai.handlers.training import EpochSeedHandler, TargetMomentumHandler
 from dissect_monai.losses.pretraining import VQSSLLoss
 from dissect_monai.networks.optimizers import adamw
@@ -26,10 +30,9 @@ from dissect_monai.transforms.augment import BatchAugment
 from dissect_monai.transforms.views import Views
 
 EPOCHS = 4
+NAN = float("nan")
 
-
-def checkpoint(folder: Path, module: nn.Module, **kwargs: Any) -> TrainingCheckpoint:
-    return TrainingCheckpoint(folder, {"network": module}, module, folder / "models" / "model.pt", **kwargs)
+# ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
 class Training:
@@ -37,7 +40,7 @@ class Training:
 
     def __init__(self, folder: Path, max_epochs: int, resume_from: str | None = None, init_seed: int = 0) -> None:
         torch.manual_seed(init_seed)
-        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
         self.network = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=True)
         self.optimizer = adamw(self.network, 1e-3, 0.05)
         self.schedule = WarmupCosineSchedule(self.optimizer, warmup_steps=3, t_total=3 * EPOCHS)
@@ -86,86 +89,187 @@ def test_two_and_two_epochs_are_four_bit_for_bit(tmp_path: Path) -> None:
     assert resumed.schedule.state_dict() == whole.schedule.state_dict()
 
 
+def checkpoint(folder: Path, **kwargs: Any) -> TrainingCheckpoint:
+    module = nn.Linear(1, 1)
+    return TrainingCheckpoint(folder, {"network": module}, module, folder / "models" / "model.pt", **kwargs)
+
+
+def go(folder: Path, max_epochs: int = 1, epoch_length: int = 3, resume: bool = False, **kwargs: Any) -> None:
+    """A run of empty steps with checkpoints."""
+    engine = counting_engine(max_epochs)
+    engine.state.epoch_length = epoch_length
+    engine.logger.setLevel(logging.CRITICAL)
+    checkpoint(folder, resume_from=newest_checkpoint(folder) if resume else None, **kwargs).attach(engine)
+    engine.run(range(epoch_length), max_epochs=max_epochs)
+
+
 def test_saves_at_the_interval_and_at_the_end_and_keeps_the_newest(tmp_path: Path) -> None:
     def epochs_left(**kwargs: int) -> list[str]:
         folder = tmp_path / str(kwargs)
-        engine, module = counting_engine(max_epochs=5), nn.Linear(1, 1)
-        checkpoint(folder, module, **kwargs).attach(engine)
-        engine.run(range(3), max_epochs=5)
+        go(folder, max_epochs=5, **kwargs)
         return sorted(path.name[-4] for path in folder.glob("*.pt"))
 
-    assert epochs_left(interval=1, num_kept=2) == ["4", "5"]
-    assert epochs_left(interval=2, num_kept=9) == ["2", "4", "5"]
-    assert epochs_left(interval=9, num_kept=1) == ["5"]
+    assert epochs_left(interval=1) == ["4", "5"]
+    assert epochs_left(interval=3) == ["3", "5"]
+    assert epochs_left(interval=9) == ["5"]
 
 
 def test_other_ranks_load_but_do_not_save(tmp_path: Path) -> None:
-    engine, module = counting_engine(), nn.Linear(1, 1)
-    checkpoint(tmp_path, module, rank=1).attach(engine)
-    engine.run(range(3), max_epochs=1)
+    go(tmp_path, rank=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_weights_depend_on_lies_beside_them(tmp_path: Path) -> None:
+    settings = {"encoder": "resnet18", "image_size": 48, "stages": [2, 3]}
+    go(tmp_path, settings=settings)
+    assert read_settings(tmp_path / "models" / "model.pt") == settings
 
 
 def test_newest_checkpoint_is_the_one_written_last(tmp_path: Path) -> None:
     for age, name in enumerate(["checkpoint_epoch=10.pt", "checkpoint_epoch=3.pt", "checkpoint_epoch=20.pt"]):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    for foreign in (
-        "model.pt",
-        "checkpoint_epoch=best.pt",
-        ".checkpoint_epoch=30.pt.7.tmp",
-        "checkpoint_epoch=9.pt.bak",
-    ):
-        (tmp_path / foreign).touch()
+    others = "model.pt", "checkpoint_epoch=best.pt", ".checkpoint_epoch=30.pt.7.tmp", "checkpoint_epoch=9.pt.bak"
+    for other in others:
+        (tmp_path / other).touch()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint_epoch=10.pt")
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_says_that_there_is_nothing_to_resume_from(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt in .*: check --output_dir"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt in .*: check `output_dir`"):
         newest_checkpoint(tmp_path / folder)
 
 
-def test_refuses_to_resume_a_run_with_other_batches(tmp_path: Path) -> None:
-    engine, module = counting_engine(), nn.Linear(1, 1)
-    checkpoint(tmp_path, module).attach(engine)
-    engine.run(range(3), max_epochs=1)
-    engine = counting_engine()
-    engine.state.epoch_length = 5
-    checkpoint(tmp_path, module, resume_from=newest_checkpoint(tmp_path)).attach(engine)
-    with pytest.raises(ValueError, match=r"of a run with iterations an epoch 3 \(now 5\): resume with the same knobs"):
-        engine.run(range(5), max_epochs=2)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epoch_length": 5}, r"of a run with iterations an epoch 3 \(now 5\): resume with the same settings, images"),
+        ({"settings": {"encoder": "resnet50"}}, r"of a run with encoder resnet18 \(now resnet50\): resume with"),
+        ({"max_epochs": 2}, "has done 3 epochs, more than `max_epochs` 2: raise it"),
+    ],
+)
+def test_refuses_to_resume_another_run(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    settings = {"encoder": "resnet18", "stages": [2, 3]}
+    go(tmp_path, max_epochs=3, settings=settings)
+    changed["settings"] = {**settings, **changed.get("settings", {})}
+    with pytest.raises(ValueError, match=message):
+        go(tmp_path, resume=True, **{"max_epochs": 4, **changed})
 
 
-def test_refuses_to_resume_a_run_with_other_knobs(tmp_path: Path) -> None:
-    engine, module = counting_engine(), nn.Linear(1, 1)
-    checkpoint(tmp_path, module, settings={"encoder": "resnet18", "stages": [2, 3]}).attach(engine)
-    engine.run(range(3), max_epochs=1)
-    newest = newest_checkpoint(tmp_path)
-    engine = counting_engine()
-    checkpoint(tmp_path, module, settings={"encoder": "resnet50", "stages": [2, 3]}, resume_from=newest).attach(engine)
-    with pytest.raises(ValueError, match=r"is of a run with encoder resnet18 \(now resnet50\): resume with"):
-        engine.run(range(3), max_epochs=2)
+@pytest.mark.parametrize("version", ["0.0.9", None])
+def test_refuses_a_checkpoint_of_another_version_by_its_name(tmp_path: Path, version: str | None) -> None:
+    go(tmp_path)
+    path = newest_checkpoint(tmp_path)
+    state = torch.load(path, weights_only=True)
+    assert state.pop("version") == __version__
+    torch.save(state if version is None else {**state, "version": version}, path)
+    message = (
+        f"is of dissect_monai {version or '0.1.0'}, this is {__version__}: resume with that version, or start anew"
+    )
+    with pytest.raises(ValueError, match=message):
+        go(tmp_path, max_epochs=2, resume=True)
 
 
-def test_what_the_weights_depend_on_lies_beside_them(tmp_path: Path) -> None:
-    engine, settings = counting_engine(), {"encoder": "resnet18", "image_size": 48, "stages": [2, 3]}
-    checkpoint(tmp_path, nn.Linear(1, 1), settings=settings).attach(engine)
-    engine.run(range(3), max_epochs=1)
-    assert read_settings(tmp_path / "models" / "model.pt") == settings
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"interval": 0}, "`interval` must be at least 1, got 0"),
+        ({"weights": nn.Linear(1, 1)}, "`weights` and `weights_path` must be given together, got one of them"),
+    ],
+)
+def test_rejects_bad_arguments(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingCheckpoint(tmp_path, {}, **kwargs)
 
 
-def test_refuses_to_resume_beyond_the_last_epoch(tmp_path: Path) -> None:
-    engine, module = counting_engine(), nn.Linear(1, 1)
-    checkpoint(tmp_path, module).attach(engine)
-    engine.run(range(3), max_epochs=3)
-    engine = counting_engine(max_epochs=2)
-    checkpoint(tmp_path, module, resume_from=newest_checkpoint(tmp_path)).attach(engine)
-    with pytest.raises(ValueError, match="has done 3 epochs, more than --max_epochs 2: raise it"):
-        engine.run(range(3), max_epochs=2)
+# ---- best weights and early stop ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{"interval": 0}, {"num_kept": 0}])
-def test_rejects_counts_below_one(tmp_path: Path, kwargs: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="`interval` and `num_kept` must be at least 1, got"):
-        checkpoint(tmp_path, nn.Linear(1, 1), **kwargs)
+class Run:
+    """A trainer of empty steps whose validations score what they are told, epoch by epoch."""
+
+    def __init__(
+        self, folder: Path, scores: Sequence[float], patience: int = 2, resume: bool = False, interval: int = 1
+    ) -> None:
+        self.weights = nn.Linear(1, 1, bias=False)
+        self.trainer = Engine(lambda engine, batch: None)
+        self.trainer.state.device = torch.device("cpu")
+        self.trainer.state.max_epochs, self.trainer.state.epoch_length = len(scores), 1
+        self.evaluator = Engine(lambda engine, batch: None)
+
+        @self.evaluator.on(Events.EPOCH_COMPLETED)
+        def score(engine: Engine) -> None:
+            engine.state.metrics["auroc"] = scores[self.trainer.state.epoch - 1]
+
+        @self.trainer.on(Events.EPOCH_COMPLETED)
+        def validate(engine: Engine) -> None:
+            nn.init.constant_(self.weights.weight, engine.state.epoch)
+            self.evaluator.state.max_epochs, self.evaluator.state.epoch = engine.state.epoch, engine.state.epoch - 1
+            self.evaluator.run([0], max_epochs=engine.state.epoch)
+
+        self.path = folder / "models" / "model.pt"
+        self.best = BestWeights(self.evaluator, self.weights, self.path, patience=patience)
+        self.best.attach(self.trainer)
+        resume_from = newest_checkpoint(folder) if resume else None
+        TrainingCheckpoint(folder, {}, interval=interval, resume_from=resume_from).attach(self.trainer)
+
+    def run(self) -> Run:
+        self.trainer.run([0], max_epochs=self.trainer.state.max_epochs)
+        return self
+
+    @property
+    def written(self) -> float:
+        return torch.load(self.path)["weight"].item()
+
+
+@pytest.mark.parametrize(
+    ("scores", "stopped", "best"),
+    [
+        ([0.5, 0.7, 0.6, 0.7, 0.9], 4, 2),  # as good is not better
+        ([0.5, 0.4, 0.6, 0.5, 0.7, 0.6], 6, 5),  # an improvement starts the patience again
+        ([NAN] * 4, 4, 4),  # where nothing can be judged, the latest are the best
+        ([0.5, 0.7, NAN, NAN, 0.8], 4, 2),  # a run that diverges does not overwrite them
+    ],
+)
+def test_keeps_the_weights_of_the_best_epoch_and_stops_when_none_is_better(
+    tmp_path: Path, scores: list[float], stopped: int, best: int
+) -> None:
+    run = Run(tmp_path, scores).run()
+    assert run.trainer.state.epoch == stopped
+    assert run.written == run.trainer.state.best_epoch == best
+    assert run.trainer.state.best_metric == pytest.approx(scores[best - 1], nan_ok=True)
+
+
+def test_a_resumed_run_stops_and_keeps_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    scores = [0.5, 0.7, 0.6, 0.65, 0.9]
+    Run(tmp_path, scores[:3]).run()
+    resumed = Run(tmp_path, scores, resume=True).run()
+    assert resumed.trainer.state.epoch == 4
+    assert resumed.written == 2
+    assert resumed.trainer.state_dict() == Run(tmp_path / "whole", scores).run().trainer.state_dict()
+    again = Run(tmp_path, scores, resume=True).run()  # it has stopped, and stays so
+    assert again.trainer.state.best_epoch == again.written == 2
+    assert Run(tmp_path, scores, resume=True, patience=9).run().written == 5
+
+
+def test_the_last_epoch_of_a_stopped_run_is_saved(tmp_path: Path) -> None:
+    Run(tmp_path, [0.7, 0.6, 0.5, 0.9], interval=10).run()
+    assert newest_checkpoint(tmp_path).endswith("checkpoint_epoch=3.pt")
+
+
+def test_a_process_that_does_not_validate_stops_with_the_one_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, [0.5, 0.6, 0.7])
+    monkeypatch.setattr(idist, "all_reduce", lambda value, op: 1.0 if op == "MAX" else value)
+    assert run.run().trainer.state.epoch == 1
+
+
+def test_rejects_a_bad_metric_or_patience(tmp_path: Path) -> None:
+    run = Run(tmp_path, [0.5])
+    run.best.metric = "acc"
+    with pytest.raises(ValueError, match=r"`metric` must be one of the evaluator's \(auroc\), got 'acc'"):
+        run.run()
+    with pytest.raises(ValueError, match="`patience` must be at least 1, got 0"):
+        Run(tmp_path, [0.5], patience=0)

@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import Writer
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet
 
 from dissect_monai.handlers.hssl_validation import HSSLValidation
-from dissect_monai.handlers.monitors import GAP, MIN_SIDE
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics
 from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
+from dissect_monai.visualize.training import SLICE_GAP, SLICE_SIDE
 
 TASKS, GROUPS = ["a", "b b", "c"], ["x", "y"]
 GROUP_OF = {"a": "x", "b b": "y", "c": "y"}
@@ -28,21 +29,6 @@ METRICS = {
     *("shortcut_task", "shortcut_task_intensity", "shortcut_within_group"),
     *("collapse_effective_rank", "collapse_centroid_similarity", "domain_shift"),
 }
-
-
-class Writer:
-    """Stands in for TensorBoard."""
-
-    def __init__(self) -> None:
-        self.images: dict[str, list[tuple[int, torch.Size]]] = {}
-
-    def add_image(self, name: str, image: torch.Tensor, step: int) -> None:
-        assert image.min() >= 0
-        assert image.max() <= 1
-        self.images.setdefault(name, []).append((step, image.shape))
-
-    def flush(self) -> None:
-        pass
 
 
 def make_items(tasks: list[str], per_task: int = 3, spatial_dims: int = 2, seed: int = 0) -> list[dict[str, Any]]:
@@ -75,19 +61,10 @@ class Validation:
         self.net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         # Nothing that mixes up the order of the brightness.
         augment = BatchAugment(spatial_dims=spatial_dims, brightness=0, contrast=None, gamma=None)
-        corrupt = corrupt or Corrupt(mask_size=2)
-        self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt)
+        self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
         self.training = DataLoader(Dataset(make_items(tasks, 4, spatial_dims, seed=1)), batch_size=5)
         self.validation = DataLoader(Dataset(make_items(tasks, per_task, spatial_dims)), batch_size=4)
-        self.handler = HSSLValidation(
-            self.net,
-            self.views,
-            self.training,
-            self.validation,
-            TASKS,
-            GROUPS,
-            writer,  # type: ignore[arg-type]
-        )
+        self.handler = self.handle(writer=writer)
         self.evaluator = SupervisedEvaluator(
             device=torch.device("cpu"),
             val_data_loader=self.validation,
@@ -98,6 +75,10 @@ class Validation:
         self.evaluator.logger.setLevel(logging.CRITICAL)
         self.targets: list[HierarchyTarget] = []
         self.outputs: list[HSSLOutput] = []
+
+    def handle(self, **kwargs: Any) -> HSSLValidation:
+        names = {"task_names": TASKS, "group_names": GROUPS, "views": self.views}
+        return HSSLValidation(self.net, training=self.training, validation=self.validation, **{**names, **kwargs})
 
     def answer(self, **changed: Any) -> None:
         """Let the network answer otherwise: each value is a function of the target."""
@@ -124,12 +105,15 @@ class Validation:
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_leaves_every_metric_in_its_range(spatial_dims: int) -> None:
-    metrics = Validation(spatial_dims=spatial_dims)()
+def test_leaves_every_metric_in_its_range_and_the_network_as_it_is(spatial_dims: int) -> None:
+    validation = Validation(spatial_dims=spatial_dims)
+    before = {name: value.clone() for name, value in validation.net.state_dict().items()}
+    metrics = validation()
     assert set(metrics) == METRICS
     assert np.isfinite(list(metrics.values())).all()
-    unbounded = {name for name in METRICS if name.startswith("reconstruction_error")}
-    assert all(0 <= metrics[name] <= 1 for name in METRICS - unbounded)
+    assert all(0 <= value <= 1 for name, value in metrics.items() if not name.startswith("reconstruction_error"))
+    assert all(torch.equal(before[name], value) for name, value in validation.net.state_dict().items())
+    assert not validation.handler.pictures  # without a writer
 
 
 def test_with_a_single_task_there_is_no_shortcut_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -146,17 +130,13 @@ def test_with_a_single_task_there_is_no_shortcut_and_the_log_says_so_once(caplog
     ]
 
 
-def test_single_images_of_a_task_make_no_metric_nan() -> None:
+def test_few_images_make_no_metric_nan() -> None:
     metrics = Validation(per_task=1)()
     assert set(metrics) == METRICS - {"domain_shift"}
-    assert np.isfinite(list(metrics.values())).all()
-
-
-def test_a_single_image_can_be_judged() -> None:
-    metrics = Validation(["a"], per_task=1)()
-    assert {"retrieval_image", "accuracy_task", "reconstruction_error_a"} <= set(metrics)
-    assert "retrieval_task" not in metrics
-    assert np.isfinite(list(metrics.values())).all()
+    single = Validation(["a"], per_task=1)()
+    assert {"retrieval_image", "accuracy_task", "reconstruction_error_a"} <= set(single)
+    assert "retrieval_task" not in single
+    assert np.isfinite([*metrics.values(), *single.values()]).all()
 
 
 # ---- values ------------------------------------------------------------------------------------------------------
@@ -184,6 +164,9 @@ def test_views_are_retrieved_among_all_batches() -> None:
     validation.answer(embeddings=lambda target: (torch.eye(4)[: len(target.task)].repeat(2, 1),) * 3)
     # Equal embeddings in three batches: the other view of an image is nearest only by chance.
     assert validation()["retrieval_image"] < 1
+    validation = Validation()
+    validation.answer(embeddings=lambda target: (target.views[:4].flatten(1)[: len(target.task)].repeat(2, 1),) * 3)
+    assert validation()["retrieval_image"] == 1
 
 
 def test_features_of_other_brightness_betray_the_task() -> None:
@@ -193,29 +176,19 @@ def test_features_of_other_brightness_betray_the_task() -> None:
     assert metrics["shortcut_within_group"] == 1
 
 
-def test_reconstruction_is_judged_on_masked_voxels_by_task() -> None:
-    validation = Validation()
+@pytest.mark.parametrize("mask_fraction", [0.5, 0])
+def test_reconstruction_is_judged_by_task_on_masked_voxels_or_on_all_if_there_are_none(mask_fraction: float) -> None:
+    validation = Validation(corrupt=Corrupt(mask_fraction, mask_size=2))
     metrics = validation()
     errors: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for target, output in zip(validation.targets, validation.outputs, strict=True):
-        assert target.masked is not None
         for index, task in enumerate(target.task.repeat(2).tolist()):
             view = slice(index, index + 1)
-            parts = output.reconstruction[view], target.views[view], target.masked[view]
-            errors[task].append(float(unexplained_variance(*parts)))
+            masked = target.masked[view] if mask_fraction else None
+            errors[task].append(float(unexplained_variance(output.reconstruction[view], target.views[view], masked)))
     means = [float(np.mean(errors[task])) for task in range(3)]
     assert metrics["reconstruction_error_b_b"] == pytest.approx(means[1], rel=1e-5)
     assert metrics["reconstruction_error"] == pytest.approx(np.mean(means), rel=1e-5)
-
-
-def test_where_nothing_is_masked_all_voxels_are_judged() -> None:
-    validation = Validation(corrupt=Corrupt(mask_fraction=0))
-    metrics = validation()
-    errors = [
-        float(unexplained_variance(output.reconstruction, target.views))
-        for target, output in zip(validation.targets, validation.outputs, strict=True)
-    ]
-    assert min(errors) < metrics["reconstruction_error"] < max(errors)
 
 
 def test_features_are_those_of_the_images_as_they_are() -> None:
@@ -237,54 +210,32 @@ def test_every_validation_has_the_same_views_and_starts_anew() -> None:
     validation.evaluator.run(2)
     half = len(validation.targets) // 2
     for ours, theirs in zip(validation.targets[:half], validation.targets[half:], strict=True):
-        assert ours.masked is not None
-        assert theirs.masked is not None
         assert torch.equal(ours.views, theirs.views)
         assert torch.equal(ours.masked, theirs.masked)
     assert validation.evaluator.state.metrics == first
 
 
-def test_judging_changes_nothing_in_the_network() -> None:
-    validation = Validation()
-    before = {name: value.clone() for name, value in validation.net.state_dict().items()}
-    validation()
-    assert all(torch.equal(before[name], value) for name, value in validation.net.state_dict().items())
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-@pytest.mark.parametrize("per_task", [3, 6])
+@pytest.mark.parametrize(("spatial_dims", "per_task"), [(2, 3), (3, 6)])
 def test_draws_a_few_images_of_every_task_at_the_trainers_epoch(spatial_dims: int, per_task: int) -> None:
-    writer = Writer()
-    Validation(spatial_dims=spatial_dims, per_task=per_task, writer=writer)(epoch=7)
+    Validation(spatial_dims=spatial_dims, per_task=per_task, writer=(writer := Writer()))(epoch=7)
     assert set(writer.images) == {"embedding_map", *(f"reconstruction/{task}" for task in TASKS)}
-    side = MIN_SIDE + GAP
+    side = SLICE_SIDE + SLICE_GAP
     for task in TASKS:
-        assert writer.images[f"reconstruction/{task}"] == [(7, (3, min(per_task, 4) * side, 3 * side))]
-    ((step, shape),) = writer.images["embedding_map"]
-    assert (step, shape[::2]) == (7, (3, 1500))
+        assert writer.images[f"reconstruction/{task}"] == {7: (3, min(per_task, 4) * side, 3 * side)}
+    assert writer.images["embedding_map"][7][::2] == (3, 1500)
 
 
-def test_without_a_writer_no_picture_is_kept() -> None:
-    validation = Validation()
-    validation()
-    assert not validation.handler.pictures
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
-def test_rejects_views_that_are_not_two() -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_views": 3}, "`views` must make 2 views of every image, got 3"),
+        ({"task_names": TASKS[::-1]}, "`task_names` must be those of `views`, .*, got"),
+        ({"group_names": ["x"]}, "`group_names` must be those of `views`, .*, got"),
+    ],
+)
+def test_rejects_other_views(changed: dict[str, Any], message: str) -> None:
     run = Validation()
-    views = HierarchyViews(run.views.augment, TASKS, GROUPS, num_views=3)
-    with pytest.raises(ValueError, match="`views` must make 2 views of every image, got 3"):
-        HSSLValidation(run.net, views, run.training, run.validation, TASKS, GROUPS)
-
-
-@pytest.mark.parametrize(("tasks", "groups", "named"), [(TASKS[::-1], GROUPS, "task"), (TASKS, ["x"], "group")])
-def test_rejects_names_in_another_order_than_the_views(tasks: list[str], groups: list[str], named: str) -> None:
-    run = Validation()
-    with pytest.raises(ValueError, match=f"`{named}_names` must be those of `views`, .*, got"):
-        HSSLValidation(run.net, run.views, run.training, run.validation, tasks, groups)
+    if "num_views" in changed:
+        changed = {"views": HierarchyViews(run.views.augment, TASKS, GROUPS, **changed)}
+    with pytest.raises(ValueError, match=message):
+        run.handle(**changed)

@@ -177,8 +177,7 @@ def test_only_the_largest_part_of_the_chosen_structures_stays(structures: list[s
     assert torch.equal(given.as_tensor(), islands().as_tensor())
 
 
-def test_a_missing_key_may_be_allowed_where_parts_are_cleaned() -> None:
-    assert LargestComponentsd("pred", CLASSES, CLASSES, allow_missing_keys=True)({"image": 1}) == {"image": 1}
+def test_unknown_structures_are_refused() -> None:
     with pytest.raises(ValueError, match="'heart' is not in list"):
         LargestComponentsd("pred", CLASSES, ["heart"])
 

@@ -1,30 +1,53 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Engine
-from monai.networks.nets import resnet10
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import Writer
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedTrainer
+from monai.networks.nets import SegResNet, resnet10
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.handlers.monitors import SSLMonitor
+from dissect_monai.handlers import monitors
+from dissect_monai.handlers.monitors import HSSLMonitor, SSLMonitor, level_metrics
 from dissect_monai.handlers.training import TargetMomentumHandler
-from dissect_monai.losses.pretraining import VQSSLLoss
+from dissect_monai.losses.contrastive import retrieval_accuracy
+from dissect_monai.losses.pretraining import HSSLLoss, VQSSLLoss
+from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.networks.vqssl import VQSSLNet
+from dissect_monai.transforms.augment import BatchAugment, Corrupt
+from dissect_monai.transforms.views import HierarchyViews
+from dissect_monai.visualize.training import SLICE_GAP, SLICE_SIDE
+
+TASKS, GROUPS = ["a", "b", "c"], ["x", "y"]
+LEVELS = [f"{name}_{level}" for name in ("retrieval", "accuracy") for level in ("task", "group")] + ["retrieval_image"]
+SCALARS = {
+    "ssl": {
+        *(f"loss/{name}" for name in ("continuous", "discrete", "commitment", "reconstruction", "total")),
+        *(f"collapse/{name}" for name in ("feature_std", "target_std", "effective_rank")),
+        *(f"codes/{name}_stage{stage}" for name in ("perplexity", "usage") for stage in (2, 4)),
+        *("schedule/learning_rate", "schedule/target_momentum"),
+    },
+    "hssl": {
+        *(f"loss/{name}" for name in ("image", "task", "group", "classification", "reconstruction", "total")),
+        *(f"batch/{name}" for name in LEVELS),
+        *("collapse/feature_std", "collapse/effective_rank", "schedule/learning_rate"),
+    },
+}
 
 
-class Run:
+class SSLRun:
     """A run of two epochs of two iterations over one batch of three images."""
 
     def __init__(
-        self, writer: SummaryWriter | None = None, decode: bool = True, corrupted: bool = False, **kwargs: int
+        self, writer: Writer | None = None, decode: bool = True, corrupted: bool = False, **kwargs: int
     ) -> None:
         torch.manual_seed(0)
-        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
         self.net = VQSSLNet(
             encoder, stages=(2, 4), num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode
         )
@@ -41,10 +64,13 @@ class Run:
         views = torch.rand(6, 1, 32, 32)
         pred = self.net(views)
         image = views + 0.1 if self.corrupted else views
-        return {"image": image, "label": views, "pred": pred, "loss": self.loss(pred, views)}
+        return {"image": image.clamp(0, 1), "label": views, "pred": pred, "loss": self.loss(pred, views)}
 
     def __call__(self) -> None:
         self.engine.run(range(2), max_epochs=2)
+
+    def spoil(self) -> None:
+        self.net.predictors["continuous"][-1].bias.data.fill_(torch.nan)
 
     def collapse(self) -> None:
         """Let every target be the same."""
@@ -53,128 +79,200 @@ class Run:
         last.weight.data.zero_()
 
 
+class HSSLRun:
+    """A run of two epochs of two iterations over batches of three images."""
+
+    def __init__(self, writer: Writer | None = None, spatial_dims: int = 2, **kwargs: int) -> None:
+        torch.manual_seed(0)
+        segresnet = SegResNet(
+            spatial_dims, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1)
+        )
+        self.net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
+        loss = HSSLLoss()
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
+        self.monitor = HSSLMonitor(self.net, loss, optimizer, writer, **{"interval": 1, **kwargs})
+        data = [
+            {"image": torch.rand(1, *[8] * spatial_dims), "task": "abc"[i % 3], "group": "xyy"[i % 3]} for i in range(6)
+        ]
+        augment = BatchAugment(spatial_dims=spatial_dims)
+        self.engine = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=2,
+            train_data_loader=DataLoader(Dataset(data), batch_size=3),
+            network=self.net,
+            optimizer=optimizer,
+            loss_function=loss,
+            prepare_batch=HierarchyViews(augment, TASKS, GROUPS, corrupt=Corrupt(mask_size=4)),
+            decollate=False,
+            train_handlers=[self.monitor],
+        )
+        self.engine.logger.setLevel(logging.CRITICAL)
+
+    def __call__(self) -> None:
+        self.engine.run()
+
+    def spoil(self) -> None:
+        self.net.projectors["task"][-1].bias.data.fill_(torch.nan)
+
+    def collapse(self) -> None:
+        """Let all features be the same, and nothing be learnt."""
+
+        def zero() -> None:
+            for parameter in self.net.segresnet.parameters():
+                parameter.data.zero_()
+
+        self.engine.add_event_handler(Events.ITERATION_STARTED, zero)
+
+
+RUNS: dict[str, Any] = {"ssl": SSLRun, "hssl": HSSLRun}
+every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+
+
 @pytest.fixture(scope="module")
-def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
-    folder = tmp_path_factory.mktemp("events")
-    with SummaryWriter(str(folder)) as writer:
-        Run(writer)()
-    return read(folder)
+def written() -> dict[str, Writer]:
+    writers = {}
+    for name, run in RUNS.items():
+        writers[name] = Writer()
+        run(writers[name])()
+    return writers
 
 
-def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return events
+# ---- what they write ---------------------------------------------------------------------------------------------
 
 
-def values(events: EventAccumulator, name: str) -> Tensor:
-    return torch.tensor([event.value for event in events.Scalars(name)])
+@pytest.mark.parametrize("name", RUNS)
+def test_writes_every_term_and_indicator_at_every_look(written: dict[str, Writer], name: str) -> None:
+    writer = written[name]
+    assert set(writer.scalars) == SCALARS[name]
+    for scalar, values in writer.scalars.items():
+        assert list(values) == [1, 2, 3, 4]
+        assert writer.values(scalar).isfinite().all()
+    terms = sum(writer.values(term) for term in SCALARS[name] if term.startswith("loss/") and term != "loss/total")
+    torch.testing.assert_close(writer.values("loss/total"), terms)
 
 
-# ---- what it writes ----------------------------------------------------------------------------------------------
-
-
-def test_writes_every_term_and_indicator_at_every_look(events: EventAccumulator) -> None:
-    losses = ("continuous", "discrete", "commitment", "reconstruction", "total")
-    names = [f"loss/{name}" for name in losses]
-    names += [f"collapse/{name}" for name in ("feature_std", "target_std", "effective_rank")]
-    names += [f"codes/{name}_stage{stage}" for name in ("perplexity", "usage") for stage in (2, 4)]
-    names += ["schedule/learning_rate", "schedule/target_momentum"]
-    assert set(names) == set(events.Tags()["scalars"])
-    for name in names:
-        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
-        assert values(events, name).isfinite().all()
-
-
-def test_total_is_the_weighted_sum_of_the_terms(events: EventAccumulator) -> None:
-    terms = sum(values(events, f"loss/{name}") for name in ("continuous", "discrete", "commitment", "reconstruction"))
-    torch.testing.assert_close(values(events, "loss/total"), terms)
-
-
-def test_schedules_are_those_in_force(events: EventAccumulator) -> None:
-    assert (values(events, "schedule/learning_rate") == 0.5).all()
-    momentum = values(events, "schedule/target_momentum")
+def test_schedules_are_those_in_force(written: dict[str, Writer]) -> None:
+    assert (written["ssl"].values("schedule/learning_rate") == 0.5).all()
+    momentum = written["ssl"].values("schedule/target_momentum")
     assert momentum[-1] == 1
     assert (momentum.diff() > 0).all()
 
 
-def test_indicators_are_in_their_ranges(events: EventAccumulator) -> None:
-    assert (values(events, "codes/usage_stage2") <= 1).all()
-    assert ((values(events, "codes/perplexity_stage2") >= 1) & (values(events, "codes/perplexity_stage2") <= 8)).all()
-    assert (values(events, "collapse/target_std") > 0.1).all()
+@pytest.mark.parametrize("name", RUNS)
+def test_indicators_are_in_their_ranges(written: dict[str, Writer], name: str) -> None:
+    highest = {"collapse/effective_rank": 6, "codes/perplexity_stage2": 8, "codes/perplexity_stage4": 8}  # views, codes
+    for scalar in SCALARS[name]:
+        if scalar.startswith(("batch/", "collapse/", "codes/")):
+            values = written[name].values(scalar)
+            assert ((values >= float(scalar in highest)) & (values <= highest.get(scalar, 1))).all(), scalar
 
 
-def test_draws_at_the_end_of_every_epoch(events: EventAccumulator) -> None:
-    assert set(events.Tags()["images"]) == {"views", "reconstruction", "codes_of_stages_2_4"}
-    for name, columns in (("views", 2), ("reconstruction", 2), ("codes_of_stages_2_4", 3)):
-        images = events.Images(name)
-        assert [event.step for event in images] == [1, 2]
-        assert (images[0].height, images[0].width) == (3 * 128, columns * 128)
+def test_an_untrained_network_is_far_from_collapsed(written: dict[str, Writer]) -> None:
+    assert (written["ssl"].values("collapse/target_std") > 10 * SSLMonitor.collapsed_std).all()
+    assert (written["hssl"].values("collapse/feature_std") > 10 * HSSLMonitor.collapsed_std).all()
 
 
-def test_reconstructions_stand_beside_input_and_target_where_these_differ(tmp_path: Path) -> None:
-    with SummaryWriter(str(tmp_path)) as writer:
-        Run(writer, corrupted=True)()
-    assert read(tmp_path).Images("reconstruction")[0].width == 3 * 128
+def test_draws_views_reconstructions_and_codes_at_the_end_of_every_epoch(written: dict[str, Writer]) -> None:
+    shapes = {name: torch.Size((3, 3 * 128, columns * 128)) for name, columns in (("views", 2), ("reconstruction", 2))}
+    shapes["codes_of_stages_2_4"] = torch.Size((3, 3 * 128, 3 * 128))
+    assert written["ssl"].images == {name: {1: shape, 2: shape} for name, shape in shapes.items()}
 
 
-def test_without_a_decoder_there_is_no_reconstruction(tmp_path: Path) -> None:
-    with SummaryWriter(str(tmp_path)) as writer:
-        Run(writer, decode=False)()
-    tags = read(tmp_path).Tags()
-    assert not [name for name in tags["scalars"] + tags["images"] if "reconstruction" in name]
+def test_reconstructions_stand_beside_input_and_target_where_these_differ() -> None:
+    SSLRun(writer := Writer(), corrupted=True)()
+    assert writer.images["reconstruction"][1][2] == 3 * 128
 
 
-def test_looks_at_the_interval_only(tmp_path: Path) -> None:
-    with SummaryWriter(str(tmp_path)) as writer:
-        Run(writer, interval=3)()
-    assert [event.step for event in read(tmp_path).Scalars("loss/total")] == [3]
+def test_without_a_decoder_there_is_no_reconstruction() -> None:
+    SSLRun(writer := Writer(), decode=False)()
+    assert not [name for name in [*writer.scalars, *writer.images] if "reconstruction" in name]
 
 
-def test_looking_changes_nothing_in_the_run() -> None:
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_draws_both_views_and_what_is_seen_of_them_at_the_end_of_every_epoch(spatial_dims: int) -> None:
+    HSSLRun(writer := Writer(), spatial_dims)()
+    shape = torch.Size((3, 3 * (SLICE_SIDE + SLICE_GAP), 4 * (SLICE_SIDE + SLICE_GAP)))
+    assert writer.images == {"views": {1: shape, 2: shape}}
+
+
+@every_run
+def test_looking_at_an_interval_changes_nothing_in_the_run(run: Any) -> None:
     states = []
-    for interval in (1, 99):
-        run = Run(interval=interval)
-        run()
-        states.append(run.net.state_dict())
+    for interval in (1, 3):
+        looked = run(writer := Writer(), interval=interval)
+        looked()
+        states.append(looked.net.state_dict())
+    assert list(writer.scalars["loss/total"]) == [3]
     ours, theirs = states
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# ---- when it stops -----------------------------------------------------------------------------------------------
+# ---- when they stop ----------------------------------------------------------------------------------------------
 
 
-def test_stops_when_the_loss_is_not_finite() -> None:
-    run = Run()
-    run.net.predictors["continuous"][-1].bias.data.fill_(torch.nan)
-    named = r"not finite in epoch 1, iteration 1: loss/continuous = nan, .*loss/total = nan\. Lower --learning_rate"
-    with pytest.raises(RuntimeError, match=named):
-        run()
+@every_run
+@pytest.mark.parametrize(("interval", "iteration", "term"), [(1, 1, "/(continuous|task) = nan, "), (99, 2, "")])
+def test_stops_before_a_lost_epoch_is_saved(run: Any, interval: int, iteration: int, term: str) -> None:
+    lost = run(interval=interval)
+    lost.spoil()
+    message = rf"not finite in epoch 1, iteration {iteration}: .*{term}.*loss/total = nan\. Lower `learning_rate`"
+    with pytest.raises(ValueError, match=message):
+        lost()
 
 
-def test_stops_before_a_lost_epoch_is_saved() -> None:
-    run = Run(interval=99)
-    run.net.predictors["continuous"][-1].bias.data.fill_(torch.nan)
-    with pytest.raises(RuntimeError, match="not finite in epoch 1, iteration 2: loss/total = nan"):
-        run()
-
-
-def test_stops_when_the_features_stay_collapsed() -> None:
-    run = Run(patience=3)
-    run.collapse()
-    named = r"collapsed in epoch 2, iteration 3: the targets' standard deviation is 0\.0000 .* at 3 looks in a row"
-    with pytest.raises(RuntimeError, match=named):
-        run()
+@pytest.mark.parametrize(
+    ("run", "spread"),
+    [(SSLRun, "targets' standard deviation"), (HSSLRun, "pooled bottleneck's standard deviation")],
+)
+def test_stops_when_the_features_stay_collapsed(run: Any, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitors, "PATIENCE", 3)
+    lost = run()
+    lost.collapse()
+    message = rf"epoch 2, iteration 3: the {spread} is 0\.0000 .* at 3 looks in a row\. .*[Ll]ower `learning_rate`"
+    with pytest.raises(ValueError, match=message):
+        lost()
 
 
 def test_forgives_a_short_collapse() -> None:
-    run = Run(patience=2)
-    run.monitor.collapsed = 1  # one bad look before a good one
+    run = SSLRun()
+    run.monitor.collapsed = monitors.PATIENCE - 1  # bad looks before a good one
     run()
     assert run.monitor.collapsed == 0
 
 
-@pytest.mark.parametrize("kwargs", [{"interval": 0}, {"patience": 0}])
-def test_rejects_counts_below_one(kwargs: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="`interval` and `patience` must be at least 1, got"):
-        Run(**kwargs)
+def test_rejects_an_interval_below_one() -> None:
+    with pytest.raises(ValueError, match="`interval` must be at least 1, got 0"):
+        SSLRun(interval=0)
+
+
+# ---- retrieval and accuracy --------------------------------------------------------------------------------------
+
+
+def measured(embeddings: Tensor, task: Tensor, group: Tensor, *logits: Tensor) -> dict[str, float]:
+    logits = logits or (torch.zeros(2 * len(task), 3), torch.zeros(2 * len(task), 2))
+    return {name: float(value) for name, value in level_metrics([embeddings] * 3, logits, (task, group)).items()}
+
+
+def test_task_and_group_are_retrieved_among_first_views_only() -> None:
+    task, group = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 0, 1, 1, 1])
+    embeddings = torch.randn(10, 4)
+    found = measured(embeddings, task, group)
+    assert found["retrieval_task"] == pytest.approx(float(retrieval_accuracy(embeddings[:5], task)))
+    assert found["retrieval_group"] == pytest.approx(float(retrieval_accuracy(embeddings[:5], group)))
+    alone = measured(torch.randn(5, 4).repeat(2, 1), torch.arange(5), torch.arange(5))
+    assert alone["retrieval_image"] == 1
+    assert alone["retrieval_task"] == alone["retrieval_group"] == 0  # the other view would have been the answer
+
+
+def test_perfect_logits_have_an_accuracy_of_one() -> None:
+    task, group = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])
+    logits = torch.eye(3)[task].repeat(2, 1), torch.eye(2)[1 - group].repeat(2, 1)
+    found = measured(torch.randn(6, 4), task, group, *logits)
+    assert found["accuracy_task"] == 1
+    assert found["accuracy_group"] == 0
+
+
+def test_a_single_image_has_no_task_to_find() -> None:
+    found = measured(torch.randn(2, 4), torch.tensor([1]), torch.tensor([0]))
+    assert set(found) == {"retrieval_image", "accuracy_task", "accuracy_group"}
+    assert found["retrieval_image"] == 1

@@ -17,10 +17,10 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
 from torch import Tensor, nn
 
-from dissect_monai.data.domains import aggregate
 from dissect_monai.data.readers import ImageFileReader
+from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.handlers import segmentation as segmentation_evaluation
-from dissect_monai.handlers.segmentation import SegmentationEvaluation, file_values, refuse_unmapped, score_case
+from dissect_monai.handlers.segmentation import SegmentationEvaluation, refuse_unmapped, score_case
 from dissect_monai.handlers.segmentation_report import NO_MAP
 from dissect_monai.handlers.segmentation_table import CaseScores
 from dissect_monai.phantoms.volumes import write_volume_phantoms
@@ -365,17 +365,3 @@ def test_items_without_names_or_label_map_are_refused(missing: dict[str, Any]) -
         refuse_unmapped([item, {**item, **missing}])
     with pytest.raises(ValueError, match="at least one volume with a label map, got none"):
         refuse_unmapped([])
-
-
-def test_classes_get_the_first_value_of_their_structure() -> None:
-    pred = np.array([[0, 1, 2, 3]])
-    assert file_values(pred, CLASSES, LABELS).tolist() == [[0, 1, 6, 2]]
-    large = file_values(pred, ["a", "b", "c"], {"a": [300], "b": [70_000]})
-    assert (large.tolist(), large.dtype) == ([[0, 300, 70_000, 0]], np.int32)
-    assert file_values(pred, ["a", "b", "c"], {"a": [300]}).dtype == np.uint16
-
-
-@pytest.mark.parametrize(("classes", "labels"), [(["a", "b"], {"a": [1, 2], "b": [2]}), (["a"], {"a": [1]})])
-def test_classes_that_share_a_value_or_lack_a_name_are_refused(classes: list[str], labels: Any) -> None:
-    with pytest.raises(ValueError, match="`class_names` must name the 2 classes of the prediction"):
-        file_values([0, 1, 2], classes, labels)

@@ -43,33 +43,6 @@ def naive(features: Tensor, placement: Placement, temperature: float) -> Tensor:
     return torch.stack(entropies).mean() if entropies else torch.zeros(())
 
 
-# ---- places of views ---------------------------------------------------------------------------------------------
-
-
-@both_dims
-@pytest.mark.parametrize("rotation", [0.0, 25.0])
-def test_a_placement_says_where_each_voxel_of_a_view_comes_from(spatial_dims: int, rotation: float) -> None:
-    size = (24, 20, 16)[:spatial_dims]
-    # Images whose channels are the coordinates, so that a view shows where it lies; border voxels are left out.
-    images = (cell_centers(size).T.reshape(1, spatial_dims, *size) + 1) / 2
-    augment = BatchAugment(spatial_dims, image_size=(6, 5, 4)[:spatial_dims], rotation=rotation, **GEOMETRY_ONLY)
-    views, placement = augment.placed(images.expand(5, *images.shape[1:]), torch.Generator().manual_seed(0))
-    cells = cell_centers(tuple(views.shape[2:]))
-    expected = cells @ placement.matrix.transpose(1, 2) + placement.center[:, None]
-    found = 2 * views.flatten(2).transpose(1, 2) - 1
-    inside = (expected.abs() < 1 - 1 / min(size)).all(-1)
-    assert inside.float().mean() > 0.5
-    torch.testing.assert_close(found[inside], expected[inside], rtol=0, atol=1e-4)
-
-
-@both_dims
-def test_without_geometry_views_lie_where_their_images_do(spatial_dims: int) -> None:
-    augment = BatchAugment(spatial_dims, crop_scale=None, crop_ratio=None, flip_prob=0, rotation=0)
-    placement = augment.placed(torch.rand(2, 1, *[8] * spatial_dims)).placement
-    assert torch.equal(placement.matrix, same_place(2, spatial_dims).matrix)
-    assert torch.equal(placement.center, same_place(2, spatial_dims).center)
-
-
 # ---- the loss ----------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,88 @@ from functools import partial
 import numpy as np
 import pytest
 
-from dissect_monai.metrics.classification import calibration_noise, expected_calibration_error
-from dissect_monai.metrics.intervals import Interval, bootstrap, calibration_interval, wilson_interval
+from dissect_monai.common import Interval
+from dissect_monai.metrics.classification import auroc, calibration_noise, expected_calibration_error
+from dissect_monai.metrics.intervals import (
+    bootstrap,
+    calibration_interval,
+    mean_resampled,
+    percentile_interval,
+    resample,
+    wilson_interval,
+)
+
+
+def toy() -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores with many ties."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(60) < 0.4).astype(float)
+    return label, rng.integers(0, 7, 60) + 2 * label
+
+
+# ---- bootstrap ---------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_follows_its_seed() -> None:
+    label, score = toy()
+    intervals = [bootstrap(partial(auroc, label, score), np.arange(60), 200, seed) for seed in (0, 0, 1)]
+    assert intervals[0] == intervals[1] != intervals[2]
+    assert intervals[0].low < intervals[0].value < intervals[0].high
+    assert intervals[0].value == auroc(label, score)
+
+
+def test_bootstrap_resamples_subjects_not_items() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    items, subjects = values.repeat(5), np.arange(40).repeat(5)
+
+    def width(subjects: np.ndarray) -> float:
+        interval = bootstrap(lambda w: w @ items / w.sum(1), subjects)
+        return interval.high - interval.low
+
+    assert width(subjects) == pytest.approx(2 * 1.96 * values.std() / 40**0.5, rel=0.15)
+    assert width(subjects) == pytest.approx(width(np.arange(200)) * 5**0.5, rel=0.15)
+
+
+def test_bootstrap_interval_covers_the_truth() -> None:
+    covered = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        items = rng.normal(size=30).repeat(3) + 0.3 * rng.normal(size=90)
+        interval = bootstrap(lambda w, items=items: w @ items / w.sum(1), np.arange(30).repeat(3), 200, seed)
+        covered += interval.low < 0 < interval.high
+    assert 86 <= covered <= 99
+
+
+def test_resamples_are_drawn_in_blocks() -> None:
+    rows = []
+    bootstrap(lambda w: rows.append(len(w)) or w.sum(1), ["a", "a", "b"], num_samples=250)
+    assert rows[0] == 1
+    assert sum(rows[1:]) == 250
+    assert max(rows) <= 100
+
+
+def test_undefined_resamples_are_left_out() -> None:
+    assert bootstrap(partial(auroc, [0, 1, 1], [0, 1, 1]), np.arange(3), 100) == (1, 1, 1)
+
+
+def test_a_mean_leaves_out_the_statistics_that_a_resample_leaves_undefined() -> None:
+    label, score = toy()
+    rare = np.where(np.arange(60) == 3, 1.0, 0.0)  # many resamples lack its positive
+    statistics = [partial(auroc, label, score), partial(auroc, rare, score)]
+    resampled = mean_resampled([resample(statistic, np.arange(60), 200) for statistic in statistics])
+    assert np.isnan(resample(statistics[1], np.arange(60), 200).resamples).any()
+    expected = bootstrap(lambda w: np.nanmean([each(w) for each in statistics], axis=0), np.arange(60), 200)
+    assert percentile_interval(resampled) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bootstrap_rejects_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
+        bootstrap(lambda w: w.sum(1), [0, 1], num_samples=0)
+    with pytest.raises(ValueError, match="`statistic` must be defined on all items, got nan"):
+        bootstrap(partial(auroc, [0, 0], [0, 1]), [0, 1])
+
+
+# ---- calibration error -------------------------------------------------------------------------------------------
 
 
 def drawn(seed: int, num_subjects: int, num_findings: int, shift: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -24,17 +104,15 @@ def drawn(seed: int, num_subjects: int, num_findings: int, shift: float) -> list
     return findings
 
 
-def intervals(num_subjects: int, num_findings: int, shift: float) -> list[tuple[Interval, Interval]]:
-    """Ours and the percentile interval of the mean error, of a hundred studies; the true error is `shift`."""
-    subjects, pairs = np.arange(num_subjects).repeat(2), []
-    for seed in range(100):
-        findings = drawn(seed, num_subjects, num_findings, shift)
-        error, noise = (
-            lambda weight, of=of, findings=findings: np.mean([of(*each, weight) for each in findings], axis=0)
-            for of in (expected_calibration_error, calibration_noise)
-        )
-        pairs.append((calibration_interval(error, noise, subjects, 100, seed), bootstrap(error, subjects, 100, seed)))
-    return pairs
+def both_intervals(
+    findings: list[tuple[np.ndarray, np.ndarray]], subjects: np.ndarray, seed: int = 0
+) -> tuple[Interval, Interval]:
+    """Ours and the percentile interval of the mean error."""
+    error, noise = (
+        mean_resampled([resample(partial(of, *each), subjects, 100, seed) for each in findings])
+        for of in (expected_calibration_error, calibration_noise)
+    )
+    return calibration_interval(error, noise), percentile_interval(error)
 
 
 @pytest.mark.parametrize(
@@ -43,26 +121,26 @@ def intervals(num_subjects: int, num_findings: int, shift: float) -> list[tuple[
 def test_calibration_interval_covers_the_truth_and_holds_the_value(
     num_subjects: int, num_findings: int, shift: float
 ) -> None:
-    pairs = intervals(num_subjects, num_findings, shift)
+    subjects = np.arange(num_subjects).repeat(2)
+    pairs = [both_intervals(drawn(seed, num_subjects, num_findings, shift), subjects, seed) for seed in range(100)]
     covers = np.array([[each.low <= shift <= each.high for each in pair] for pair in pairs]).sum(0)
     assert covers[0] >= 90
-    assert covers[1] <= 70  # what it is there for
+    assert covers[1] <= 70  # why percentiles do not do
     assert all(0 <= ours.low <= ours.value <= ours.high <= 1 for ours, _ in pairs)
     assert all(ours.value == percentile.value for ours, percentile in pairs)
 
 
-def test_calibration_interval_shows_a_large_error() -> None:
-    lows = [ours.low for ours, _ in intervals(num_subjects=200, num_findings=1, shift=0.2)]
+def test_calibration_interval_shows_a_large_error_and_draws_subjects() -> None:
+    lows = [both_intervals(drawn(seed, 200, 1, 0.2), np.arange(200).repeat(2), seed)[0].low for seed in range(100)]
     assert np.mean(np.array(lows) > 0.05) > 0.9
-
-
-def test_calibration_interval_draws_subjects_not_items() -> None:
     ((label, probability),) = drawn(0, 100, 1, 0.2)
-    label, probability = label.repeat(4), probability.repeat(4)
-    statistics = [partial(of, label, probability) for of in (expected_calibration_error, calibration_noise)]
-    items, subjects = (calibration_interval(*statistics, of, 200) for of in (np.arange(800), np.arange(200).repeat(4)))
+    repeated = [(label.repeat(4), probability.repeat(4))]
+    items, subjects = (both_intervals(repeated, each)[0] for each in (np.arange(800), np.arange(200).repeat(4)))
     assert subjects.low > 0
     assert subjects.value - subjects.low > 1.5 * (items.value - items.low)
+
+
+# ---- Wilson ------------------------------------------------------------------------------------------------------
 
 
 def test_wilson_interval_agrees_with_published_values() -> None:

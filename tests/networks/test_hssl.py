@@ -15,7 +15,7 @@ from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss
 from dissect_monai.losses.pretraining import HSSLLoss, unexplained_variance
 from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
 from dissect_monai.transforms.augment import BatchAugment, Corrupt, Placement
-from dissect_monai.transforms.views import HierarchyBatch, HierarchyTarget, HierarchyViews
+from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews, ViewBatch
 
 TERMS = ["image", "task", "group", "classification", "reconstruction"]
 TASK, GROUP = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 1, 0])
@@ -32,14 +32,14 @@ def make_net(spatial_dims: int = 2, in_channels: int = 1) -> HSSLNet:
     return HSSLNet(make_segresnet(spatial_dims, in_channels, in_channels), 3, 2, hidden_dim=16, out_dim=8)
 
 
-def make_batch(spatial_dims: int = 2, in_channels: int = 1) -> HierarchyBatch:
+def make_batch(spatial_dims: int = 2, in_channels: int = 1) -> ViewBatch:
     generator = torch.Generator().manual_seed(1)
     size = (8,) * spatial_dims
     # Every task has a brightness of its own, every image a pattern.
     images = 0.3 * TASK.view(-1, 1, *[1] * spatial_dims) + 0.4 * torch.rand(4, in_channels, *size, generator=generator)
     views = (images.repeat(2, *[1] * (spatial_dims + 1))).clamp(0, 1)
-    masked = Corrupt(0.4, mask_size=4).mask(views, generator)
-    return HierarchyBatch(views.masked_fill(masked, 0), HierarchyTarget(views, masked, TASK, GROUP))
+    images, masked = Corrupt(0.4, mask_size=4)(views, generator)
+    return ViewBatch(images, HierarchyTarget(views, masked, TASK, GROUP))
 
 
 def only(name: str) -> HSSLLoss:

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from dissect_monai.phantoms.generated import write_once
 SPEC = {"version": 1, "seed": 0}
 
 
-def writer(text: str = "new", spec: dict[str, Any] | None = None) -> Any:
+def writer(text: str = "new", spec: dict[str, Any] = SPEC) -> Any:
     """Writes a set of one image and one label map."""
 
     def write(folder: Path) -> None:
@@ -17,20 +19,16 @@ def writer(text: str = "new", spec: dict[str, Any] | None = None) -> Any:
         (folder / "image.txt").write_text(text)
         (folder / "label.txt").write_text(text)
         item = {"image": "image.txt", "label": "label.txt"}
-        (folder / "dataset.json").write_text(json.dumps({"spec": spec or SPEC, "training": [item]}))
+        (folder / "dataset.json").write_text(json.dumps({"spec": spec, "training": [item]}))
 
     return write
 
 
-def test_writes_the_set_and_returns_its_folder(tmp_path: Path) -> None:
-    assert write_once(str(tmp_path / "deep" / "set"), SPEC, writer()) == tmp_path / "deep" / "set"
-    assert (tmp_path / "deep" / "set" / "image.txt").read_text() == "new"
-
-
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    write_once(tmp_path / "set", SPEC, writer())
-    assert (tmp_path / "set" / "image.txt").read_text() == "new"
+def test_writes_the_set_into_a_new_or_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "deep" / "set", tmp_path / "empty"):
+        assert write_once(str(folder), SPEC, writer()) == folder
+        assert (folder / "image.txt").read_text() == "new"
 
 
 def test_a_whole_set_is_kept(tmp_path: Path) -> None:
@@ -77,6 +75,6 @@ def test_other_data_is_refused_and_left_alone(tmp_path: Path) -> None:
         write_once(tmp_path / "set", {"version": 1}, writer())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="holding other files"):
+    with pytest.raises(ValueError, match=r"holding other files\. Choose another folder"):
         write_once(tmp_path / "mine", SPEC, writer())
     assert (tmp_path / "mine" / "thesis.txt").exists()

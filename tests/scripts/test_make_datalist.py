@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "make_datalist.py"
 sys.path.insert(0, str(SCRIPT.parent))
 script = importlib.import_module("make_datalist")
-writer = importlib.import_module("datalist_writer")
+images = importlib.import_module("datalists.image_sources")
 
 NIH_COLUMNS = ["Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position"]
 SPLITS = ("training", "validation", "test")
@@ -70,7 +70,7 @@ def nih(folder: Path, patients: int = 20, findings: str = "No Finding") -> Path:
 
 
 def chexpert(folder: Path) -> Path:
-    columns = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *script.CHEXPERT_FINDINGS]
+    columns = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *images.CHEXPERT_FINDINGS]
     blank = [""] * 10
     rows: dict[str, list[list[object]]] = {"train.csv": [], "valid.csv": []}
     for patient in range(12):
@@ -116,9 +116,9 @@ def test_nih_reads_findings_views_ages_and_subjects(tmp_path: Path) -> None:
     run("nih", nih(tmp_path))
     items, spec = by_name(tmp_path), content(tmp_path)
     assert list(spec) == ["name", "description", "modality", "label_names", *SPLITS]
-    assert spec["label_names"] == script.NIH_FINDINGS
+    assert spec["label_names"] == images.NIH_FINDINGS
     first, second = items["00000001_000.png"], items["00000001_001.png"]
-    assert [name for name, value in zip(script.NIH_FINDINGS, first["label"], strict=True) if value] == [
+    assert [name for name, value in zip(images.NIH_FINDINGS, first["label"], strict=True) if value] == [
         "Cardiomegaly",
         "Hernia",
     ]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, read, write
 
+import dissect_monai
+
 sys.path.insert(0, str(ROOT / "scripts"))
 import release
 from release import archive_problems, card_problems, changelog_problems, commands
@@ -38,11 +40,17 @@ def test_what_a_model_card_lacks_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_changelog_must_name_version_and_date(tmp_path: Path, changelog: str, problem: str | None) -> None:
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n', encoding="utf-8")
+    (tmp_path / "dissect_monai").mkdir()
+    (tmp_path / "dissect_monai" / "common.py").write_text('__version__ = "1.2.0"\n', encoding="utf-8")
     (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{changelog}", encoding="utf-8")
     found = list(changelog_problems(tmp_path))
     assert len(found) == (problem is not None)
     assert all(problem in each for each in found if problem)
+
+
+def test_package_changelog_and_citation_have_one_version() -> None:
+    assert not [problem for problem in changelog_problems(ROOT) if "must have an entry" in problem]
+    assert f"\nversion: {dissect_monai.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_an_archive_that_is_another_one_the_second_time_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from dissect_monai.metrics.classification import auroc, average_precision
-from dissect_monai.metrics.intervals import paired_bootstrap
+from dissect_monai.metrics.intervals import bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -246,7 +246,7 @@ def test_with_one_seed_a_difference_is_the_paired_bootstrap() -> None:
     one, two = label + rng.normal(0, 1, 80), label + rng.normal(0, 2, 80)
     weights, seed_share = study_statistics.resample(subjects, 1)
     sides = [study_statistics.macro(auroc, label[:, None], each[None, :, None], weights) for each in (one, two)]
-    expected = paired_bootstrap(lambda w: auroc(label, one, w), lambda w: auroc(label, two, w), subjects)
+    expected = bootstrap(lambda w: auroc(label, one, w) - auroc(label, two, w), subjects)
     assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
 
 
@@ -417,9 +417,9 @@ def test_refuses_runs_with_other_labels_of_the_same_images(stand: Stand, tmp_pat
         ({"variants_change": "labels"}, "`variants_change` must be training or evaluation, got labels"),
         ({"recipes": {"a/b": {}}}, "names without a slash"),
         ({"bundle": "pretrain"}, "`bundle` must name a folder of bundles/"),
-        ({"configs": {"mine": ["a.json"]}}, "`configs` must hold names of recipes, got mine"),
-        ({"configs": {"ours": "a.json"}}, "`configs` must give a recipe the list of its files, got a.json"),
-        ({"configs": {"ours": []}}, r"`configs` must give a recipe the list of its files, got \[\]"),
+        ({"configs": {"mine": ["a.json"]}}, "`configs` must give recipes the list of their files, got mine"),
+        ({"configs": {"ours": "a.json"}}, "`configs` must give recipes the list of their files, got ours: a.json"),
+        ({"configs": {"ours": []}}, r"`configs` must give recipes the list of their files, got ours: \[\]"),
         ({"configs": {"ours": ["bundles/a.json"]}}, "bundles/a.json is not there: .*`configs` files by their paths"),
         (
             {"training": {"dataset_dir": "{dta}/x"}},
@@ -498,7 +498,7 @@ def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(pag
 def test_curves_run_over_the_fractions_without_the_differences(page: Path) -> None:
     rows = show(page, TRAINED)
     (block,) = render_results.read_blocks()
-    curves = list(render_results.curves(block, "findings/finetune/-/auroc", block.fractions))
+    curves = list(render_results.curves(block, "findings/finetune/-/auroc", block.sizes["fractions"]))
     assert [(line.recipe, line.sizes) for line in curves] == [("ours", [0.1, 1.0]), ("theirs", [0.1, 1.0])]
     assert curves[0].means[1] == float(rows[0]["mean"])
 

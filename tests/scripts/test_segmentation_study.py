@@ -16,16 +16,14 @@ from PIL import Image
 
 from dissect_monai.data.splits import select_fraction
 from dissect_monai.handlers.segmentation_table import CaseScores, summarize, write_tables
-from dissect_monai.metrics.intervals import paired_bootstrap
+from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 run_experiments = importlib.import_module("run_experiments")
 study_statistics = importlib.import_module("study_statistics")
-segmentation_statistics = importlib.import_module("segmentation_statistics")
 render_results = importlib.import_module("render_results")
-result_figures = importlib.import_module("result_figures")
 
 EXPERIMENTS = ROOT / "scripts" / "experiments"
 SEGMENTATION = [EXPERIMENTS / f"segmentation_{name}.json" for name in ("btcv", "chaos", "hippocampus")]
@@ -213,13 +211,13 @@ def test_with_one_seed_a_difference_is_the_paired_bootstrap_without_what_is_unde
     one[[2, 5]], two[[5, 7]] = nan, nan
     subjects = np.array([f"s{index}" for index in range(12)])
     weights, seed_share = study_statistics.resample(subjects, 1)
-    sides = [segmentation_statistics.subject_means(each[None], weights) for each in (one, two)]
+    sides = [study_statistics.subject_means(each[None], weights) for each in (one, two)]
 
     def statistic(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         known = ~np.isnan(values)
         return lambda weight: weight[:, known] @ values[known] / weight[:, known].sum(1)
 
-    expected = paired_bootstrap(statistic(one), statistic(two), subjects)
+    expected = bootstrap(lambda weight: statistic(one)(weight) - statistic(two)(weight), subjects)
     assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
 
 
@@ -287,9 +285,10 @@ def test_data_that_lies_elsewhere_is_the_same(stand: Stand, tmp_path: Path) -> N
 
 
 def test_reads_what_an_evaluation_writes(tmp_path: Path) -> None:
-    cases = cases_of(lines_of("HSSL", 0, "1 subject"))
+    lines = lines_of("HSSL", 0, "1 subject")
+    cases = cases_of(lines)
     write_tables(tmp_path / "eval", cases, summarize(cases))
-    assert repr(segmentation_statistics.read_cases(tmp_path)) == repr(cases)  # NaN is not equal to itself
+    assert study_statistics.read_cases(tmp_path) == lines
 
 
 def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
@@ -322,7 +321,7 @@ def test_refuses_weights_of_a_study_that_has_not_been_run(stand: Stand, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variants": {}, "training_subjects": None}, "`variants` must name what is trained in .*to train only, let"),
+        ({"variants": {}, "training_subjects": None}, "`variants` must name what is trained, or change evaluation"),
         ({"compare": ["HSSL"]}, "`compare` must hold pairs of two different recipes, got HSSL in"),
         ({"compare": [["HSSL", "HSSL"]]}, r"`compare` must hold pairs of two different recipes, got \['HSSL', 'HSSL'"),
         ({"compare": [["HSSL", "random"]]}, "`compare` must hold pairs of two different recipes, got"),
@@ -444,7 +443,7 @@ def test_a_study_without_rows_shows_nothing(page: Path) -> None:
 
 def test_the_lines_run_over_the_numbers_of_subjects_without_the_differences(page: Path) -> None:
     rows = show(page, STUDY)
-    (panel,) = render_results.panels(result_figures.DICE, render_results.read_blocks())
+    (panel,) = render_results.panels(render_results.DICE, render_results.read_blocks())
     assert (panel.title, panel.dataset) == ("Dice", "ct")
     assert [(line.recipe, line.sizes) for line in panel.lines] == [(name, [1, 4]) for name in STUDY["recipes"]]
     expected = [float(rows["HSSL", f"{variant}/dice"]["std"]) for variant in STUDY["variants"]]

@@ -25,7 +25,7 @@ import pytest
 import SimpleITK
 from helpers import ROOT, command_line, committed_copy, read, run_config, write_series
 
-from dissect_monai.data.segmentation import BTCV_ORGANS
+from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -1,42 +1,134 @@
-"""Tests of dissect_monai.transforms.views."""
-
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
 import torch
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedTrainer
+from torch import Tensor
 
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
-from dissect_monai.transforms.views import HierarchyViews, Views
+from dissect_monai.transforms.views import HierarchyViews, MaskedImages, Views, prepare_images
 
 TASKS, GROUPS = ["spleen", "pancreas", "heart"], ["abdomen", "thorax"]
+IDENTITY = BatchAugment(
+    crop_scale=None, flip_prob=0, rotation=0, gamma=None, brightness=0, contrast=None, blur_prob=0
+)  # fmt: skip
 both_dims = pytest.mark.parametrize("shape", [(16, 12), (8, 12, 10)], ids=["2d", "3d"])
 
 
 def make_batch(shape: tuple[int, ...] = (16, 12)) -> dict[str, Any]:
     items = [("heart", "thorax"), ("spleen", "abdomen"), ("spleen", "abdomen"), ("pancreas", "abdomen")]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(len(items), 1, *shape, generator=generator)
-    dataset = Dataset(
-        [{"image": image, "task": task, "group": group} for image, (task, group) in zip(images, items, strict=True)]
-    )
-    return next(iter(DataLoader(dataset, batch_size=len(items))))
+    images = torch.rand(len(items), 1, *shape, generator=torch.Generator().manual_seed(0))
+    return {"image": images, "task": [task for task, _ in items], "group": [group for _, group in items]}
 
 
 def make_views(spatial_dims: int = 2, mask_fraction: float | None = 0.5, **kwargs: Any) -> HierarchyViews:
     corrupt = None if mask_fraction is None else Corrupt(mask_fraction, mask_size=4)
-    return HierarchyViews(BatchAugment(spatial_dims), TASKS, GROUPS, corrupt=corrupt, **kwargs)
+    return HierarchyViews(BatchAugment(spatial_dims), TASKS, GROUPS, corrupt, **kwargs)
+
+
+# ---- views -------------------------------------------------------------------------------------------------------
+
+
+def test_views_come_one_after_the_other_and_differ() -> None:
+    images = make_batch()["image"]
+    views = Views(BatchAugment())({"image": images}, "cpu")
+    assert views.images.shape == (8, 1, 16, 12)
+    assert views.target is views.images
+    assert not torch.allclose(views.images[:4], views.images[4:], atol=1e-2)
+    unchanged = Views(IDENTITY, num_views=3)({"image": images}, "cpu").images
+    torch.testing.assert_close(unchanged, images.repeat(3, 1, 1, 1))
+
+
+def test_labels_may_be_the_target() -> None:
+    batch = {"image": torch.randint(256, (4, 1, 32, 32), dtype=torch.uint8), "label": torch.tensor([1.0, 0, 1, 0])}
+    images, labels = Views(BatchAugment(image_size=24), num_views=1, target_key="label")(batch, "cpu")
+    assert images.shape == (4, 1, 24, 24)
+    assert images.dtype == torch.float32
+    assert torch.equal(labels, batch["label"])
+
+
+def test_epochs_repeat_from_seed_rank_and_epoch() -> None:
+    batch = make_batch()
+
+    def second_batch(seed: int, rank: int, epoch: int) -> Tensor:
+        views = Views(BatchAugment(), seed=seed, rank=rank)
+        views(batch, "cpu")
+        views.set_epoch(epoch)
+        views(batch, "cpu")
+        return views(batch, "cpu").images
+
+    reference = second_batch(1, 2, 3)
+    assert torch.equal(reference, second_batch(1, 2, 3))
+    for other in [(0, 2, 3), (1, 0, 3), (1, 2, 0), (3, 2, 1)]:
+        assert not torch.allclose(reference, second_batch(*other), atol=1e-2)
+
+
+def test_draws_leave_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    make_views()(make_batch(), "cpu")
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_trainer_takes_the_views_of_meta_tensors() -> None:
+    network = torch.nn.Conv2d(1, 1, 1)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=DataLoader(Dataset([{"image": MetaTensor(torch.rand(1, 8, 8))}] * 4), batch_size=4),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), 0.1),
+        loss_function=torch.nn.MSELoss(),
+        prepare_batch=Views(BatchAugment()),
+        decollate=False,
+    )
+    trainer.run()
+    assert trainer.state.output["image"].shape == (8, 1, 8, 8)
+    assert type(trainer.state.output["image"]) is Tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@both_dims
+def test_nothing_waits_for_the_gpu(shape: tuple[int, ...]) -> None:
+    batch = {"image": make_batch(shape)["image"].cuda()}
+    views = Views(BatchAugment(len(shape)))
+    views(batch, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert views(batch, "cuda").images.is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_rejects_no_views_and_negative_seeds() -> None:
+    with pytest.raises(ValueError, match=r"`num_views` must be at least 1, got 0"):
+        Views(BatchAugment(), num_views=0)
+    with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, -1, 0"):
+        Views(BatchAugment(), rank=-1)
+    with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, 0, -1"):
+        Views(BatchAugment()).set_epoch(-1)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.uint8, [0, 0.2, 1]), (torch.float32, [0, 51, 255])])
+def test_only_bytes_are_scaled(dtype: torch.dtype, expected: list[float]) -> None:
+    image, label = prepare_images({"image": torch.tensor([0, 51, 255], dtype=dtype), "label": torch.ones(2)}, "cpu")
+    torch.testing.assert_close(image, torch.tensor(expected, dtype=torch.float32))
+    assert label is not None
+    assert label.tolist() == [1, 1]
+    assert prepare_images({"image": image})[1] is None
+
+
+# ---- views of several data sets ----------------------------------------------------------------------------------
 
 
 @both_dims
 @pytest.mark.parametrize("num_views", [2, 3])
 def test_task_and_group_travel_with_the_views(shape: tuple[int, ...], num_views: int) -> None:
     images, target = make_views(len(shape), num_views=num_views)(make_batch(shape), "cpu")
-    assert images.shape == target.views.shape == (num_views * 4, 1, *shape)
-    assert target.masked is not None
-    assert target.masked.shape == (num_views * 4, 1, *shape)
+    assert images.shape == target.views.shape == target.masked.shape == (num_views * 4, 1, *shape)
     assert target.task.tolist() == [2, 0, 0, 1]
     assert target.group.tolist() == [1, 0, 0, 0]
     assert target.task.dtype == torch.int64
@@ -45,32 +137,27 @@ def test_task_and_group_travel_with_the_views(shape: tuple[int, ...], num_views:
 @both_dims
 def test_mask_says_what_each_view_lost(shape: tuple[int, ...]) -> None:
     images, target = make_views(len(shape))(make_batch(shape), "cpu")
-    assert target.masked is not None
     assert (images[target.masked] == 0).all()
     assert torch.equal(images[~target.masked], target.views[~target.masked])
     assert (target.views[target.masked] > 0).any()
     assert len(target.masked.flatten(1).unique(dim=0)) == 8
 
 
-def test_without_corruption_nothing_is_masked() -> None:
-    images, target = make_views(mask_fraction=None)(make_batch(), "cpu")
-    assert target.masked is None
-    assert images is target.views
-
-
-def test_views_are_those_of_two_views() -> None:
+def test_without_a_mask_they_are_those_of_views() -> None:
     expected = Views(BatchAugment(), seed=3, rank=1)
     actual = make_views(mask_fraction=None, seed=3, rank=1)
     for views in (expected, actual):
         views.set_epoch(2)
-    assert torch.equal(actual(make_batch(), "cpu").images, expected(make_batch(), "cpu").images)
+    images, target = actual(make_batch(), "cpu")
+    assert torch.equal(images, expected(make_batch(), "cpu").images)
+    assert target.masked is None
+    assert images is target.views
 
 
-def test_epochs_repeat_from_their_number() -> None:
+def test_masks_repeat_with_their_epoch() -> None:
     views = make_views()
-    first = views(make_batch(), "cpu")
-    other = views(make_batch(), "cpu")
-    assert not torch.equal(first.images, other.images)
+    first, other = views(make_batch(), "cpu"), views(make_batch(), "cpu")
+    assert not torch.equal(first.target.masked, other.target.masked)
     views.set_epoch(0)
     again = views(make_batch(), "cpu")
     assert torch.equal(first.images, again.images)
@@ -92,3 +179,36 @@ def test_rejects_an_image_of_an_unknown_task_or_without_group() -> None:
     del batch["group"]
     with pytest.raises(ValueError, match=r"every image must have a `group`, got \['image', 'task'\]: name it in"):
         make_views()(batch, "cpu")
+
+
+# ---- masked images -----------------------------------------------------------------------------------------------
+
+
+def test_masked_images_are_targets_with_holes() -> None:
+    batch = {"image": torch.randint(1, 256, (12, 1, 8, 8, 8), dtype=torch.uint8)}
+    images, target = MaskedImages(Corrupt(0.4, mask_size=2))(batch)
+    torch.testing.assert_close(target.views, batch["image"].float() / 255)
+    assert target.masked.shape == (12, 1, 8, 8, 8)
+    assert target.masked.float().mean() == pytest.approx(0.4, abs=0.05)
+    assert not images[target.masked].any()
+    assert torch.equal(images[~target.masked], target.views[~target.masked])
+
+
+@both_dims
+def test_masks_of_images_depend_on_neither_batches_nor_other_draws(shape: tuple[int, ...]) -> None:
+    images = torch.rand(12, 1, *shape)
+
+    def masks(batch_size: int, seed: int = 0) -> torch.Tensor:
+        masking = MaskedImages(Corrupt(0.4, mask_size=1), seed)
+        return torch.cat([masking({"image": batch})[1].masked for batch in images.split(batch_size)])
+
+    expected = masks(12)
+    torch.rand(3)
+    assert torch.equal(masks(1), expected)
+    assert torch.equal(masks(5), expected)
+    assert not torch.equal(masks(5, seed=1), expected)
+
+
+def test_nothing_to_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="`mask_fraction` must be over 0"):
+        MaskedImages(Corrupt(0))

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dissect_monai.data.datalists import DomainDatalist
-from dissect_monai.data.domains import aggregate
+from dissect_monai.data.datalists import Datalist
+from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.visualize.domains import report_domains
 
 
@@ -30,14 +30,14 @@ def write_set(folder: Path, task: str, modality: str, low: int, spacing: float =
 
 
 @pytest.fixture
-def datalist(tmp_path: Path) -> DomainDatalist:
+def datalist(tmp_path: Path) -> Datalist:
     return aggregate([
         write_set(tmp_path / "a", "liver", "CT", low=-50, spacing=0.5, validation=2),
         write_set(tmp_path / "b", "kidneys", "MR", low=0),
     ])  # fmt: skip
 
 
-def test_rows_say_what_was_aggregated(tmp_path: Path, datalist: DomainDatalist) -> None:
+def test_rows_say_what_was_aggregated(tmp_path: Path, datalist: Datalist) -> None:
     kidneys, liver = report_domains(datalist, tmp_path / "domains.csv")
     assert liver[:8] == (
         "liver", "abdomen", "CT", "3 + 1 + 0", "6 + 2 + 0", 4 * 5 * sum(range(6, 14)), "0.5 x 1 x 2.5", "4 x 5 x 10",
@@ -48,16 +48,14 @@ def test_rows_say_what_was_aggregated(tmp_path: Path, datalist: DomainDatalist) 
     np.testing.assert_allclose(kidneys[8:], [0, 1, 99, 100], atol=0.3)
 
 
-def test_intensities_are_those_of_a_bounded_sample(tmp_path: Path, datalist: DomainDatalist) -> None:
+def test_intensities_are_those_of_a_bounded_sample(tmp_path: Path, datalist: Datalist) -> None:
     path = Path(datalist.training[1]["image"])
     nib.save(nib.Nifti1Image(np.full((4, 5, 7), 9999.0), np.eye(4)), path)
     assert report_domains(datalist, tmp_path / "domains.csv", num_volumes=1)[1].maximum == 50
     assert report_domains(datalist, tmp_path / "domains.csv", num_volumes=6)[1].maximum == 9999
 
 
-def test_the_table_is_written_and_logged(
-    tmp_path: Path, datalist: DomainDatalist, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_table_is_written_and_logged(tmp_path: Path, datalist: Datalist, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     report_domains(datalist, tmp_path / "new" / "domains.csv")
     with open(tmp_path / "new" / "domains.csv", newline="") as file:
@@ -79,6 +77,6 @@ def test_a_ct_that_is_not_in_hu_is_pointed_out(tmp_path: Path, caplog: pytest.Lo
     assert "The CT of task liver has no value below 0" in warnings[0]
 
 
-def test_a_sample_of_no_volume_is_refused(tmp_path: Path, datalist: DomainDatalist) -> None:
+def test_a_sample_of_no_volume_is_refused(tmp_path: Path, datalist: Datalist) -> None:
     with pytest.raises(ValueError, match="`num_volumes` must be at least 1, got 0"):
         report_domains(datalist, tmp_path / "domains.csv", num_volumes=0)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from dissect_monai.metrics.intervals import Interval
+from dissect_monai.common import Interval
 from dissect_monai.visualize.classifier import image_to_png
 from dissect_monai.visualize.page import Case, FindingRow, Picture, Swatch, write_report
 

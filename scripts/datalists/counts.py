@@ -6,7 +6,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from datalist_source import Record
+from datalists.source import Record
 
 Splits = Mapping[str, Sequence[Record]]
 
@@ -15,18 +15,17 @@ def print_findings(splits: Splits, label_names: Sequence[str]) -> None:
     """Print a table of what each split holds; warn of empty splits and of findings that one cannot evaluate."""
     empty = [split for split in ("validation", "test") if not splits[split]]
     splits = {split: records for split, records in splits.items() if records}
-    lines = heading(splits)
+    rows = []
     lacking = defaultdict(list)
     for index, name in enumerate(label_names):
-        lines.append([name])
+        rows.append([name])
         for split, records in splits.items():
-            labels = [record.label for record in records]
-            count = Counter(label[index] if isinstance(label, list) else None for label in labels)
-            lines[-1].append(f"{count[1]} / {count[0]} / {count[None]}")
+            count = Counter(record.label[index] if record.label else None for record in records)
+            rows[-1].append(f"{count[1]} / {count[0]} / {count[None]}")
             for value, word in {1: "positives", 0: "negatives"}.items():
                 if not count[value]:
                     lacking[split, word].append(name)
-    print_table(lines)
+    print_table(splits, rows)
     if label_names:
         print("(positive / negative / unknown)")
         for split in empty:
@@ -38,31 +37,27 @@ def print_findings(splits: Splits, label_names: Sequence[str]) -> None:
 def print_structures(splits: Splits, labels: Mapping[int, str]) -> None:
     """Print how many subjects of each split show each structure; warn of splits that lack one."""
     splits = {split: records for split, records in splits.items() if records}
-    lines = heading(splits)
-    for value, name in labels.items():
-        shown = [len({record.group for record in records if value in record.values}) for records in splits.values()]
-        lines.append([name, *map(str, shown)])
-    print_table(lines)
+    shown = {
+        split: Counter(value for _, value in {(record.group, value) for record in records for value in record.values})
+        for split, records in splits.items()
+    }
+    print_table(splits, [[name, *(str(count[value]) for count in shown.values())] for value, name in labels.items()])
     if labels:
         print("(structures: subjects whose label map shows them)")
-    for column, split in enumerate(splits, start=1):
-        lacking = [line[0] for line in lines[3:] if line[column] == "0"]
+    for split, count in shown.items():
+        lacking = [name for value, name in labels.items() if not count[value]]
         if lacking:
             print(f"warning: {split} has no {', '.join(lacking)}.", file=sys.stderr)
 
 
-def heading(splits: Splits) -> list[list[str]]:
-    """The lines that every table starts with."""
-    return [
+def print_table(splits: Splits, rows: Sequence[Sequence[str]]) -> None:
+    """Print the numbers of images and subjects of each split, then the rows; the first cells to the left."""
+    lines = [
         ["", *splits],
         ["images", *(str(len(records)) for records in splits.values())],
         ["subjects", *(str(len({record.group for record in records})) for records in splits.values())],
+        *rows,
     ]
-
-
-def print_table(lines: Sequence[Sequence[str]]) -> None:
-    """Print lines of cells, the first to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for first, *cells in lines:
-        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print(first.ljust(widths[0]), *right, sep="  ")
+    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for name, *cells in lines:
+        print(name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), sep="  ")

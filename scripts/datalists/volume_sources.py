@@ -8,16 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datalist_source import Options, Record, Source, Volumes, absolute, columns, find_file, subject_of
-from datalist_writer import DRAWN, leave_out
-from volume_pairs import find_volumes, without_channels
-
-from dissect_monai.bundle import is_true
-from dissect_monai.data.segmentation import BTCV_ORGANS
+from datalists.source import Options, Record, Source, Volumes, absolute, columns, find_file, is_true, subject_of
+from datalists.volume_pairs import by_key, find_volumes, without_channels
+from datalists.writer import DRAWN, leave_out
+from dissect_monai import BTCV_ORGANS
 from dissect_monai.data.splits import BTCV_VALIDATION
 
+K = TypeVar("K")
 BTCV_PARENTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training")
 BTCV_PARTS = (("img", "label"), ("imagesTr", "labelsTr"), ("images", "labels"))
 MSD_GROUPS = {
@@ -49,7 +48,7 @@ class VolumeSources(Options):
         records = []
         for number, image, label in paired(images, labels, self):
             given = ("validation" if number in BTCV_VALIDATION else "training") if standard else None
-            records.append(Record(image, label, f"{number:04d}", given))
+            records.append(Record(image, None, f"{number:04d}", given, label_map=label))
         description = "BTCV abdominal CT" + (", validation on 0035 to 0040" if standard else "")
         shares = {} if standard else {"validation": 0.2 if validation_fraction is None else validation_fraction}
         volumes = Volumes("abdomen", dict(enumerate(BTCV_ORGANS, start=1)))
@@ -78,17 +77,22 @@ class VolumeSources(Options):
             test_fraction: share of the subjects.
         """
         root = absolute(folder)
-        file, partial = find_file(root, "dataset.json"), is_true(subset, "subset")
+        file, partial = find_file(root, "dataset.json"), is_true("subset", subset)
         spec = read_spec(file)
         modality = one_channel(spec, file)
         group = str(group or MSD_GROUPS.get(root.name[:6], ""))
         if not group:
             raise ValueError(f"{root.name} must have a group. Give its region, as in --group abdomen.")
         labels = find_volumes(root / "labelsTr")
-        if not partial:
-            refuse_part(spec, file, labels)
+        listed = [str(entry.get("label")) for entry in spec.get("training", []) if isinstance(entry, dict)]
+        absent = sorted({Path(label).name for label in listed} - {path.name for path in labels.values()})
+        if absent and not partial:
+            raise ValueError(
+                f"{root} must hold the {len(listed)} label maps that its dataset.json lists, lacks {len(absent)} "
+                f"such as {absent[0]}. Complete the download, or say that a part is meant with --subset true."
+            )
         images = without_channels(find_volumes(root / "imagesTr"), labels)
-        records = [Record(image, label, name) for name, image, label in paired(images, labels, self)]
+        records = [Record(image, None, name, label_map=label) for name, image, label in paired(images, labels, self)]
         name = str(spec.get("name") or root.name)
         description = str(spec.get("description") or f"{root.name} of the Medical Segmentation Decathlon")
         description = description.partition(DRAWN)[0]  # that of an earlier run
@@ -146,11 +150,16 @@ class VolumeSources(Options):
             names = names_of_values(labels, "`labels`") if labels else None
             if names is None and self.check == "exists":
                 raise ValueError("`labels` must be given with --check exists, which does not read the label maps.")
-            place = common_folder(root, label_root, self)
+            place = Path(os.path.commonpath([root, label_root]))
+            if place not in (root, root.parent) and not self.output:
+                raise ValueError(
+                    f"{root} and {label_root} must lie in one folder. Say where dataset.json goes with --output."
+                )
         records = []
         for name, image in images.items():
             path = image.relative_to(root).as_posix()
-            records.append(Record(image, found.get(name), subject_of(path, str(subject_pattern)) or name))
+            subject = subject_of(path, str(subject_pattern)) or name
+            records.append(Record(image, None, subject, label_map=found.get(name)))
         share = (0.2 if label_dir else 0.0) if validation_fraction is None else validation_fraction
         shares = without_zeros(test=test_fraction, validation=share)
         description = "Volumes with label maps" if label_dir else "Unlabelled volumes"
@@ -172,24 +181,24 @@ def btcv_folders(root: Path) -> tuple[Path, Path]:
 
 def by_number(volumes: Mapping[str, Path]) -> dict[int, Path]:
     """Volumes by the last number in their name, less nnU-Net's _0000."""
-    numbered: dict[int, Path] = {}
-    for name, path in volumes.items():
+
+    def number(name: str, path: Path) -> int:
         numbers = re.findall(r"\d+", Path(name).name)
         if len(numbers) > 1 and name.endswith("_0000"):
             numbers.pop()
         if not numbers:
             raise ValueError(f"{path} must have a number in its name, as img0001 has. Rename or remove it.")
-        other = numbered.setdefault(int(numbers[-1]), path)
-        if other != path:
-            raise ValueError(f"volumes must have different numbers, got {other} and {path}. Rename or remove one.")
-    return numbered
+        return int(numbers[-1])
+
+    numbered = ((number(name, path), path) for name, path in volumes.items())
+    return by_key(numbered, "volumes must have different numbers, got {} and {}. Rename or remove one.")
 
 
-def paired(images: Mapping[Any, Path], labels: Mapping[Any, Path], options: Options) -> list[tuple[Any, Path, Path]]:
+def paired(images: Mapping[K, Path], labels: Mapping[K, Path], options: Options) -> list[tuple[K, Path, Path]]:
     """Key, image and label map of all that have both; the others are refused, or named and left out."""
     lonely = [f"{path} has no label map" for key, path in images.items() if key not in labels]
     lonely += [f"{path} has no image" for key, path in labels.items() if key not in images]
-    leave_out(lonely, len({*images, *labels}), is_true(options.skip_corrupt, "skip_corrupt"))
+    leave_out(lonely, len({*images, *labels}), is_true("skip_corrupt", options.skip_corrupt))
     return [(key, image, labels[key]) for key, image in images.items() if key in labels]
 
 
@@ -216,23 +225,8 @@ def one_channel(spec: Mapping[str, Any], file: Path) -> str:
     return {"MRI": "MR"}.get(channels[0], channels[0])
 
 
-def refuse_part(spec: Mapping[str, Any], file: Path, labels: Mapping[str, Path]) -> None:
-    """Refuse a Decathlon task without all label maps that it lists."""
-    listed = [str(entry.get("label")) for entry in spec.get("training", []) if isinstance(entry, dict)]
-    absent = sorted({Path(label).name for label in listed} - {path.name for path in labels.values()})
-    if absent:
-        raise ValueError(
-            f"{file.parent} must hold the {len(listed)} label maps that its dataset.json lists, lacks {len(absent)} "
-            f"such as {absent[0]}. Complete the download, or say that a part is meant with --subset true."
-        )
-
-
 def names_of_values(given: Any, where: str) -> dict[int, str]:
-    """Names of the values of label maps, less background: of a list, of {value: name} or of {name: value}.
-
-    Raises:
-        ValueError: if there are none, values are no whole numbers above 0, or two are the same.
-    """
+    """Names of the values of label maps, less background: of a list, of {value: name} or of {name: value}."""
     if isinstance(given, Mapping):
         pairs = [(value, name) if str(value).isdecimal() else (name, value) for value, name in given.items()]
     else:
@@ -245,14 +239,6 @@ def names_of_values(given: Any, where: str) -> dict[int, str]:
             "Correct it."
         )
     return dict(sorted(named.items()))
-
-
-def common_folder(images: Path, labels: Path, options: Options) -> Path:
-    """The folder that holds images and label maps."""
-    common = Path(os.path.commonpath([images, labels]))
-    if common not in (images, images.parent) and not options.output:
-        raise ValueError(f"{images} and {labels} must lie in one folder. Say where dataset.json goes with --output.")
-    return common
 
 
 def without_zeros(**shares: float) -> dict[str, float]:

@@ -13,15 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-from datalist_counts import print_findings, print_structures
-from datalist_source import Options, Record, Source, Volumes, absolute, one_of, shorten
 from PIL import Image
 from tqdm import tqdm
-from volume_pairs import UNNAMED_VALUES, Found, check_grids, check_values
 
-from dissect_monai.bundle import is_true
-from dissect_monai.data.datalists import SPLITS, read_datalist
-from dissect_monai.data.readers import ImageFileReader, decoding_reason, image_format
+from datalists.counts import print_findings, print_structures
+from datalists.source import Options, Record, Source, Volumes, absolute, is_true, one_of
+from datalists.volume_pairs import Found, check_grids, check_values
+from dissect_monai import ImageFileReader, read_datalist
+from dissect_monai.common import shorten
+from dissect_monai.data.datalists import SPLITS
+from dissect_monai.data.readers import decoding_reason, image_format
 
 T = TypeVar("T")
 DRAWN = "; drawn with seed"  # begins what a description says of the splits
@@ -34,7 +35,7 @@ def make_datalist(source: Source) -> None:
     Raises:
         ValueError: saying what must be put right; then nothing is written.
     """
-    options = source.options
+    options, volumes = source.options, source.volumes
     for name, least in {"workers": 1, "seed": 0}.items():
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -43,9 +44,7 @@ def make_datalist(source: Source) -> None:
     records = [record._replace(image=absolute(record.image)) for record in source.records]
     records = draw_splits(records, source.shares, options.seed)
     refuse_repeats(records)
-    asked = {split for split, share in source.shares.items() if share}
-    wanted = {"training", *asked, *(record.split for record in records)}
-    volumes = source.volumes
+    wanted = {"training", *(split for split, share in source.shares.items() if share), *(r.split for r in records)}
     records = check_volumes(records, volumes, options) if volumes else check_images(records, options)
     splits = {split: [record for record in records if record.split == split] for split in SPLITS}
     empty = [split for split in SPLITS if split in wanted and not splits[split]]
@@ -59,8 +58,9 @@ def make_datalist(source: Source) -> None:
         "modality": {"0": str(options.modality or source.modality)},
     }
     if volumes:
-        labels = label_names(volumes, records)
-        print_structures(splits, labels if any(record.values for record in records) else {})
+        found = sorted({value for record in records for value in record.values})
+        labels = {value: f"label_{value}" for value in found} if volumes.labels is None else volumes.labels
+        print_structures(splits, labels if found else {})
         named = {"labels": {"0": "background", **{str(value): labels[value] for value in labels}}} if labels else {}
         header |= {"task": name, "group": volumes.group, **named, **volumes.about}
     else:
@@ -71,7 +71,7 @@ def make_datalist(source: Source) -> None:
 
 def output_path(options: Options, folder: Path) -> Path:
     """Where dataset.json goes; refused if it may not."""
-    output, overwrite = absolute(options.output or folder), is_true(options.overwrite, "overwrite")
+    output, overwrite = absolute(options.output or folder), is_true("overwrite", options.overwrite)
     output = output / "dataset.json" if output.is_dir() else output
     if output.name != "dataset.json" or not output.parent.is_dir():
         raise ValueError(f"`output` must be an existing folder, with or without /dataset.json, got {output}.")
@@ -104,16 +104,16 @@ def draw_splits(records: Sequence[Record], shares: Mapping[str, float], seed: in
 
 def refuse_repeats(records: Sequence[Record]) -> None:
     """Refuse images that are listed twice and subjects in several splits."""
-    twice = [str(image) for image, count in Counter(record.image for record in records).items() if count > 1]
+    twice = [image for image, count in Counter(record.image for record in records).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} images are listed more than once: {shorten(twice)}. Remove the repetitions.")
+        raise ValueError(f"{len(twice)} images are listed more than once: {shorten(twice, 3)}. Remove the repetitions.")
     splits: defaultdict[str, set[str]] = defaultdict(set)
     for record in records:
         splits[record.group].add(str(record.split))
     leaks = [f"{group} ({', '.join(sorted(found))})" for group, found in splits.items() if len(found) > 1]
     if leaks:
         raise ValueError(
-            f"{len(leaks)} subjects are in more than one split: {shorten(leaks)}. "
+            f"{len(leaks)} subjects are in more than one split: {shorten(leaks, 3)}. "
             "Move each to one split, else the evaluation is on training data."
         )
 
@@ -121,26 +121,27 @@ def refuse_repeats(records: Sequence[Record]) -> None:
 def check_images(records: list[Record], options: Options) -> list[Record]:
     """The records whose image can be read: all of them, or less what `skip_corrupt` leaves out."""
     images = [record.image for record in records]
-    opens = one_of("check", options.check, "open", "exists") == "open"
-    skip = is_true(options.skip_corrupt, "skip_corrupt")
-    found = concurrently(os.path.isfile, images, options.workers, "Looking for images")
-    missing = [str(image) for image, is_file in zip(images, found, strict=True) if not is_file]
+    opens, skip = (
+        one_of("check", options.check, "open", "exists") == "open",
+        is_true("skip_corrupt", options.skip_corrupt),
+    )
+    found = concurrently(os.path.isfile, images, options.workers, "Looking for images", 16)
+    missing = [image for image, is_file in zip(images, found, strict=True) if not is_file]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(images)} images do not exist: {shorten(missing)}. "
+            f"{len(missing)} of {len(images)} images do not exist: {shorten(missing, 3)}. "
             "Complete the download, correct the paths, or remove them from the table."
         )
     if not opens:
         return records
-    errors = concurrently(reading_error, images, options.workers, "Opening images")
+    errors = concurrently(reading_error, images, options.workers, "Opening images", 16)
     corrupt = [f"{image} ({error})" for image, error in zip(images, errors, strict=True) if error]
     if corrupt and not skip:
         raise ValueError(
-            f"{len(corrupt)} of {len(images)} images cannot be read: {shorten(corrupt)}. "
+            f"{len(corrupt)} of {len(images)} images cannot be read: {shorten(corrupt, 3)}. "
             "Replace them, or leave them out with --skip_corrupt true."
         )
-    for line in corrupt:
-        print(f"warning: skipped {line}", file=sys.stderr)
+    leave_out(corrupt, len(images), skip)
     return [record for record, error in zip(records, errors, strict=True) if not error]
 
 
@@ -149,40 +150,28 @@ def check_volumes(records: list[Record], volumes: Volumes, options: Options) -> 
 
     Headers come first, since they are quick: a label map is read only once all images and label maps agree.
     """
-    skip = is_true(options.skip_corrupt, "skip_corrupt")
+    skip = is_true("skip_corrupt", options.skip_corrupt)
     if one_of("check", options.check, "open", "exists") == "exists":
         return records
 
-    def check_headers(record: Record) -> str | None:
-        return check_grids(record.image, label_map(record))
+    def usable(check: Callable[[Record], Found], title: str) -> list[Record]:
+        found = concurrently(check, records, options.workers, title, 1)
+        leave_out([each.error for each in found if each.error], len(records), skip)
+        return [
+            record._replace(values=each.values) for record, each in zip(records, found, strict=True) if not each.error
+        ]
 
-    errors = concurrently(check_headers, records, options.workers, "Reading headers", 1)
-    leave_out([error for error in errors if error], len(records), skip)
-    records = [record for record, error in zip(records, errors, strict=True) if not error]
+    records = usable(lambda record: check_grids(record.image, record.label_map), "Reading headers")
     if volumes.labels == {}:
         return records
-    names = UNNAMED_VALUES if volumes.labels is None else volumes.labels
-
-    def check_labels(record: Record) -> Found:
-        label = label_map(record)
-        return check_values(record.image, label, names) if label else Found()
-
-    found = concurrently(check_labels, records, options.workers, "Reading label maps", 1)
-    leave_out([each.error for each in found if each.error], len(records), skip)
-    pairs = zip(records, found, strict=True)
-    return [record._replace(values=each.values) for record, each in pairs if not each.error]
-
-
-def label_map(record: Record) -> Path | None:
-    """The path of a record's label map, if it has one."""
-    return record.label if isinstance(record.label, Path) else None
+    return usable(lambda record: check_values(record.image, record.label_map, volumes.labels), "Reading label maps")
 
 
 def leave_out(problems: Sequence[str], total: int, skip: bool) -> None:
-    """Name volumes that cannot be used, which are left out with `skip`.
+    """Name what cannot be used, which is left out with `skip`.
 
     Raises:
-        ValueError: naming them and the remedy, if there are any and `skip` is False.
+        ValueError: naming the volumes and the remedy, if there are any and `skip` is False.
     """
     if skip:
         for problem in problems:
@@ -196,15 +185,8 @@ def leave_out(problems: Sequence[str], total: int, skip: bool) -> None:
         )
 
 
-def label_names(volumes: Volumes, records: Sequence[Record]) -> Mapping[int, str]:
-    """Names of the values of label maps: those given, or label_1, label_2, ... for those found."""
-    if volumes.labels is not None:
-        return volumes.labels
-    return {value: f"label_{value}" for value in sorted({value for record in records for value in record.values})}
-
-
 def concurrently(
-    function: Callable[[T], Any], items: Sequence[T], workers: int, title: str, chunksize: int = 16
+    function: Callable[[T], Any], items: Sequence[T], workers: int, title: str, chunksize: int
 ) -> list[Any]:
     """Map a function over items with a progress bar; in threads, as files and decoders do not hold Python's lock."""
     with ThreadPool(workers) as pool:
@@ -250,6 +232,6 @@ def as_item(record: Record, start: Path) -> dict[str, Any]:
     def relative(path: Path) -> str:
         return Path(os.path.relpath(path, start)).as_posix()
 
-    label = relative(record.label) if isinstance(record.label, Path) else record.label
+    label = relative(record.label_map) if record.label_map else record.label
     item = {"image": relative(record.image), "label": label, "subject": record.subject, **record.extra}
     return {key: value for key, value in item.items() if value is not None and value != ""}

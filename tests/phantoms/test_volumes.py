@@ -1,13 +1,15 @@
-import json
+from __future__ import annotations
+
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from helpers import read
 
 from dissect_monai import VOLUME_TASKS, read_datalist, write_volume_phantoms
-from dissect_monai.phantoms.volumes import volume_phantom
+from dissect_monai.phantoms.scans import SCANS, scan_phantom
 
 SPLITS = ("training", "validation", "test")
 
@@ -17,17 +19,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_volume_phantoms(tmp_path_factory.mktemp("volumes"), 3, 2, 1, image_size=24)
 
 
-def read(folder: Path) -> dict:
-    return json.loads((folder / "dataset.json").read_text())
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_writes_a_folder_for_each_task_in_two_or_more_groups(folders: list[Path]) -> None:
     assert [folder.name for folder in folders] == list(VOLUME_TASKS)
-    datasets = [read(folder) for folder in folders]
+    datasets = [read(folder / "dataset.json") for folder in folders]
     assert len(datasets) >= 4
     assert [dataset["task"] for dataset in datasets] == [dataset["name"] for dataset in datasets] == list(VOLUME_TASKS)
     groups = [dataset["group"] for dataset in datasets]
@@ -39,7 +37,7 @@ def test_writes_a_folder_for_each_task_in_two_or_more_groups(folders: list[Path]
 
 def test_items_name_their_files_and_one_subject_each(folders: list[Path]) -> None:
     for folder in folders:
-        dataset = read(folder)
+        dataset = read(folder / "dataset.json")
         assert [len(dataset[split]) for split in SPLITS] == [3, 2, 1]
         items = [item for split in SPLITS for item in dataset[split]]
         assert len({item["subject"] for item in items}) == 6
@@ -51,13 +49,13 @@ def test_read_datalist_merges_them_without_a_leak(folders: list[Path]) -> None:
     datalist = read_datalist(folders, spatial_dims=3)
     assert [len(datalist.training), len(datalist.validation), len(datalist.test)] == [15, 10, 5]
     assert {item["task"] for item in datalist.training} == set(VOLUME_TASKS)
-    assert {item["group"] for item in datalist.test} == {read(folder)["group"] for folder in folders}
+    assert {item["group"] for item in datalist.test} == {read(folder / "dataset.json")["group"] for folder in folders}
     assert len({item["subject"] for split in datalist[:3] for item in split}) == 30
 
 
 def test_image_and_label_map_share_grid_and_both_forms_of_the_affine(folders: list[Path]) -> None:
     for folder in folders:
-        dataset = read(folder)
+        dataset = read(folder / "dataset.json")
         for item in dataset["training"]:
             image, label = (nib.load(folder / item[key]) for key in ("image", "label"))
             assert image.shape == label.shape
@@ -69,15 +67,15 @@ def test_image_and_label_map_share_grid_and_both_forms_of_the_affine(folders: li
 
 
 def test_files_hold_the_phantom_of_their_seed(folders: list[Path]) -> None:
-    phantom = volume_phantom(VOLUME_TASKS[0], (0, 0, 2), 24)
-    item = read(folders[0])["training"][2]
+    phantom = scan_phantom(SCANS[VOLUME_TASKS[0]], (0, 0, 0, 2), 24)
+    item = read(folders[0] / "dataset.json")["training"][2]
     np.testing.assert_array_equal(np.asarray(nib.load(folders[0] / item["image"]).dataobj), phantom.image)
     np.testing.assert_array_equal(np.asarray(nib.load(folders[0] / item["label"]).dataobj), phantom.label)
 
 
 def test_labels_are_named_from_background_on(folders: list[Path]) -> None:
     for folder in folders:
-        labels = read(folder)["labels"]
+        labels = read(folder / "dataset.json")["labels"]
         assert list(labels) == [str(value) for value in range(len(labels))]
         assert labels["0"] == "background"
         assert len({*labels.values()}) == len(labels) >= 4
@@ -94,7 +92,7 @@ def test_a_partial_set_is_written_anew_and_the_others_are_kept(tmp_path: Path) -
     folders = write_volume_phantoms(tmp_path, 2, 1, 0, image_size=16)
     before = files(tmp_path)
     times = {folder: folder.stat().st_mtime_ns for folder in folders}
-    (folders[1] / read(folders[1])["training"][0]["label"]).unlink()
+    (folders[1] / read(folders[1] / "dataset.json")["training"][0]["label"]).unlink()
     assert write_volume_phantoms(tmp_path, 2, 1, 0, image_size=16) == folders
     assert files(tmp_path) == before
     assert [folder for folder in folders if folder.stat().st_mtime_ns == times[folder]] == folders[:1] + folders[2:]
@@ -140,7 +138,7 @@ def test_rejects_a_folder_that_holds_another_set(tmp_path: Path) -> None:
 
 
 def test_rejects_bad_counts_sizes_and_tasks_before_it_writes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"numbers of subjects must be at least 0, got .*-1"):
+    with pytest.raises(ValueError, match=r"numbers of images must be at least 0, got .*-1"):
         write_volume_phantoms(tmp_path, -1)
     with pytest.raises(ValueError, match="`image_size` must be at least 16, got 8"):
         write_volume_phantoms(tmp_path, 1, image_size=8)

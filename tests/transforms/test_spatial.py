@@ -23,8 +23,8 @@ from monai.transforms import (
 from torch import Tensor
 
 from dissect_monai.data.readers import ImageFileReader
-from dissect_monai.transforms import spatial as original_grid
-from dissect_monai.transforms.spatial import OriginalGridd, to_original_grid
+from dissect_monai.transforms import spatial
+from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, to_original_grid
 
 SHAPE, SPACING = (22, 17, 13), (1.0, 1.4, 2.5)
 ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
@@ -210,12 +210,12 @@ def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPat
         sizes.append((values.numel(), arguments[0].numel()))
         return values
 
-    monkeypatch.setattr(original_grid, "_MAX_VALUES", 5 * 2 * 16 * 18)
+    monkeypatch.setattr(spatial, "_MAX_VALUES", 5 * 2 * 16 * 18)
     monkeypatch.setattr(F, "grid_sample", counted)
     torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine, source), whole)
     assert [values for values, _ in sizes] == [5 * 2 * 16 * 18] * 7
     assert max(used for _, used in sizes) < logits.numel() / 2  # of the logits, what the slab needs
-    monkeypatch.setattr(original_grid, "_MAX_VOXELS", 1)
+    monkeypatch.setattr(spatial, "_MAX_VOXELS", 1)
     torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine, source), whole)
 
 
@@ -255,4 +255,56 @@ def test_bad_grids_are_refused(arguments: Any, message: str) -> None:
 def test_a_prediction_without_the_metadata_of_a_file_is_refused(pred: Tensor) -> None:
     with pytest.raises(ValueError, match=r"'pred' must be a MetaTensor with the `spatial_shape`.*keep `track_meta`"):
         OriginalGridd("pred")({"pred": pred})
-    assert OriginalGridd("pred", allow_missing_keys=True)({"image": 1}) == {"image": 1}
+
+
+# --- spacing
+
+
+def volume(shape: tuple[int, ...], spacing: tuple[float, ...]) -> MetaTensor:
+    values = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    return MetaTensor(values, affine=torch.diag(torch.tensor([*spacing, 1.0])))
+
+
+def spaced(image: MetaTensor, pixdim: list[float], spatial_size: list[int]) -> MetaTensor:
+    result = AdaptiveSpacingd("image", pixdim, spatial_size)({"image": image})["image"]
+    assert result.dtype == torch.float32
+    return result
+
+
+def test_volumes_larger_than_a_patch_get_the_common_spacing() -> None:
+    image = volume((20, 31, 8), (1, 1, 4))
+    resampled = spaced(image, [2, 2, 2], [8, 8, 8])
+    assert resampled.shape == (1, 10, 16, 15)  # distances between the centres of voxels are kept
+    expected = Spacingd("image", pixdim=[2, 2, 2])({"image": image})["image"]
+    torch.testing.assert_close(resampled.as_tensor(), expected.as_tensor(), rtol=0, atol=1e-4)
+
+
+def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides() -> None:
+    image = spaced(volume((9, 16, 8), (1, 1, 1)), [2, 2, 2], [16, 16, 16])
+    assert image.shape == (1, 9, 16, 8)  # as it was, for 16 voxels of 1 mm fill the side
+    np.testing.assert_allclose(image.pixdim, [1, 1, 1], rtol=1e-5)
+    image = spaced(volume((9, 16, 8), (1, 1, 1)), [2, 2, 4], [31, 31, 15])
+    assert image.shape == (1, 17, 31, 8)
+    np.testing.assert_allclose(image.pixdim, [0.5, 0.5, 1], rtol=1e-5)
+
+
+def test_one_side_as_long_as_the_patch_is_enough() -> None:
+    assert spaced(volume((41, 11, 5), (1, 1, 1)), [2, 2, 2], [16, 16, 16]).shape == (1, 21, 6, 3)
+
+
+def test_slices_stay_where_the_spacing_is_left_or_the_patch_is_one() -> None:
+    image = volume((10, 10, 5), (1, 1, 8))
+    kept = spaced(image, [2, 2, -1], [19, 19, 1])
+    assert kept.shape == (1, 19, 19, 5)
+    np.testing.assert_allclose(kept.pixdim, [0.5, 0.5, 8], rtol=1e-5)
+    np.testing.assert_allclose(spaced(image, [2, 2, 4], [19, 19, 1]).pixdim, [0.5, 0.5, 4], rtol=1e-5)
+
+
+def test_a_volume_without_extent_is_left_as_it_is() -> None:
+    assert spaced(volume((1, 1, 5), (1, 1, 8)), [2, 2, -1], [19, 19, 1]).shape == (1, 1, 1, 5)
+
+
+@pytest.mark.parametrize(("pixdim", "spatial_size"), [([1, 1], [8, 8, 8]), ([1, 1, 1], [8, 8]), ([1, 1, 1], [8, 8, 0])])
+def test_sizes_of_other_dimensions_are_refused(pixdim: list[float], spatial_size: list[int]) -> None:
+    with pytest.raises(ValueError, match="`pixdim` and `spatial_size` must hold three values"):
+        AdaptiveSpacingd("image", pixdim, spatial_size)

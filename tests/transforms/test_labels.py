@@ -8,7 +8,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from dissect_monai.transforms.labels import ValuesToClassesd
+from dissect_monai.transforms.labels import ValuesToClassesd, classes_to_values, integer_map, largest_components
+
+# ---- values and classes ------------------------------------------------------------------------------------------
 
 
 def classes(values: Any, labels: Any, class_names: Sequence[str] = ("spleen", "kidneys"), **meta: Any) -> Any:
@@ -97,12 +99,6 @@ def test_a_label_map_beside_its_image_is_refused(start: float, spacing: float) -
     assert ValuesToClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
 
 
-def test_missing_keys_may_be_allowed() -> None:
-    assert ValuesToClassesd("label", ["spleen"], allow_missing_keys=True)({"image": 1}) == {"image": 1}
-    with pytest.raises(KeyError):
-        ValuesToClassesd("label", ["spleen"])({"image": 1})
-
-
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
     [
@@ -132,3 +128,56 @@ def test_label_maps_that_do_not_fit_their_names_are_refused(values: Any, labels:
 def test_structures_that_are_not_learnt_may_share_a_value() -> None:
     labels = {"heart": [4, 5], "vessels": [5], "spleen": [1]}
     assert classes(volume(0, 5, 1), labels).flatten().tolist() == [0, 0, 1]
+
+
+def test_classes_get_the_first_value_of_their_structure() -> None:
+    pred, labels = np.array([[0, 1, 2, 3]]), {"spleen": [1], "kidneys": [6, 7], "liver": [2]}
+    assert classes_to_values(pred, list(labels), labels).tolist() == [[0, 1, 6, 2]]
+    large = classes_to_values(pred, ["a", "b", "c"], {"a": [300], "b": [70_000]})
+    assert (large.tolist(), large.dtype) == ([[0, 300, 70_000, 0]], np.int32)
+    assert classes_to_values(pred, ["a", "b", "c"], {"a": [300]}).dtype == np.uint16
+
+
+@pytest.mark.parametrize(("names", "labels"), [(["a", "b"], {"a": [1, 2], "b": [2]}), (["a"], {"a": [1]})])
+def test_classes_that_share_a_value_or_lack_a_name_are_refused(names: list[str], labels: Any) -> None:
+    with pytest.raises(ValueError, match="`class_names` must name the 2 classes of the prediction"):
+        classes_to_values([0, 1, 2], names, labels)
+
+
+# ---- largest components ------------------------------------------------------------------------------------------
+
+
+def box(start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros((22, 20, 18), dtype=bool)
+    mask[tuple(slice(*ends) for ends in zip(start, stop, strict=True))] = True
+    return mask
+
+
+def test_only_the_largest_part_of_a_structure_stays() -> None:
+    large, small, other = box((1, 1, 1), (5, 5, 5)), box((8, 8, 8), (10, 10, 10)), box((5, 5, 5), (6, 6, 6))
+    label = large * 1 + small * 1 + other * 1  # the corner of `large` touches `other`
+    islands = box((12, 1, 1), (13, 2, 2)) * 2 + box((15, 1, 1), (17, 2, 2)) * 2
+    cleaned = largest_components(label + islands, [[1]])
+    np.testing.assert_array_equal(cleaned, large * 1 + islands)
+    np.testing.assert_array_equal(largest_components(label + islands, [[1], [2]])[15:17, 1, 1], [2, 2])
+    assert label[8, 8, 8] == 1  # the given one stays
+
+
+def test_values_of_one_structure_are_connected_to_each_other() -> None:
+    label = box((1, 1, 1), (3, 3, 3)) * 2 + box((3, 1, 1), (5, 3, 3)) * 3 + box((8, 1, 1), (11, 3, 3)) * 2
+    cleaned = largest_components(label, [[2, 3], [7]])
+    np.testing.assert_array_equal(cleaned, label * (np.arange(22) < 6)[:, None, None])
+
+
+def test_nothing_to_clean_is_left_as_it_is() -> None:
+    label = np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype(np.uint8)
+    assert largest_components(label, []).dtype == np.uint8
+    np.testing.assert_array_equal(largest_components(label, []), label)
+    assert not largest_components(np.zeros((3, 3, 3)), [[1]]).any()
+    with pytest.raises(ValueError, match="`label_map` must hold integers"):
+        largest_components(label * 0.5, [[1]])
+
+
+def test_a_map_of_integers_is_not_copied() -> None:
+    label = np.zeros((2, 2, 2), dtype=np.int16)
+    assert integer_map("label", label) is label

@@ -1,10 +1,10 @@
-"""What a source of make_datalist.py is, and what sources read their folders and knobs with."""
+"""What a source of make_datalist.py is, and what all sources read their folders and options with."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ class Record(NamedTuple):
     """One image of a source."""
 
     image: Path
-    label: Label | Path | None = None  # the path of a label map
+    label: Label | None = None
     subject: str | None = None  # None: a subject of its own
     split: str | None = None  # None: to be drawn
     extra: Mapping[str, Any] = {}
+    label_map: Path | None = None
     values: tuple[int, ...] = ()  # of the structures in its label map, once that is read
 
     @property
@@ -72,6 +73,13 @@ def find_file(folder: Path, *names: str) -> Path:
     raise FileNotFoundError(f"{folder} must hold {' or '.join(names)}. Give the folder of the whole data set.")
 
 
+def walk(folder: Path, without: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder in a folder and its files, hidden ones left out and links followed, as training does."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != without]
+        yield Path(parent), [Path(parent, name) for name in names if not name.startswith(".")]
+
+
 def subject_of(name: str, pattern: str) -> str | None:
     """The subject in a file name; None without a pattern."""
     try:
@@ -96,11 +104,13 @@ def one_of(name: str, value: str, *choices: str) -> str:
     return value
 
 
+def is_true(name: str, value: bool | str) -> bool:
+    """A switch, which the command line gives as text: `--overwrite true`."""
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+    return str(value).lower() == "true"
+
+
 def absolute(path: str | Path) -> Path:
     """A path as the command line or a table gives it, made absolute without following links."""
     return Path(os.path.abspath(os.path.expanduser(str(path))))
-
-
-def shorten(names: Sequence[str]) -> str:
-    """The first names of many."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from helpers import images, read, volume, write, write_series
+
+from dissect_monai.common import BTCV_ORGANS, Item
+from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, segmentation_of_weights
+
+LABELS = {"0": "background", "1": "spleen", "2": "liver"}
+
+
+def subjects(items: list[Item]) -> set[str]:
+    return {item["subject"] for item in items}
+
+
+# --- several data sets as one
+
+
+def write_volume(path: Path, shape: Sequence[int] = (4, 5, 6)) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.zeros(shape, dtype=np.int16), np.diag([2, 1, 1, 1])), path)
+    return path.name
+
+
+def write_set(folder: Path, training: int = 3, validation: int = 0, **spec: Any) -> Path:
+    """A folder whose subjects are called 0, 1, ..."""
+    names = [write_volume(folder / f"{index}.nii.gz") for index in range(training + validation)]
+    items = [{"image": name, "subject": index} for index, name in enumerate(names)]
+    write(folder / "dataset.json", {"training": items[:training], "validation": items[training:], **spec})
+    return folder
+
+
+def liver(folder: Path, training: int = 3, validation: int = 0, **spec: Any) -> Path:
+    return write_set(folder, training, validation, **{"task": "liver", "group": "abdomen", "modality": "CT", **spec})
+
+
+def two_sets(tmp_path: Path) -> list[Path]:
+    brain = write_set(tmp_path / "b", 2, task="brain", group="head", modality="MR")
+    return [liver(tmp_path / "a", 3, 2, modality={"0": "CT"}), brain]
+
+
+def test_items_know_their_domain(tmp_path: Path) -> None:
+    folders = two_sets(tmp_path)
+    datalist = aggregate(folders)
+    assert [len(split) for split in datalist[:3]] == [5, 2, 0]
+    assert (datalist.task_names, datalist.group_names) == (["brain", "liver"], ["abdomen", "head"])
+    assert datalist.training[0] == {
+        "image": str(tmp_path / "a" / "0.nii.gz"), "subject": "a/0", "task": "liver", "group": "abdomen",
+        "modality": "CT", "task_id": 1, "group_id": 0,
+    }  # fmt: skip
+    last = datalist.training[-1]
+    assert [last[key] for key in ("subject", "task", "modality", "task_id", "group_id")] == ["b/1", "brain", "MR", 0, 1]
+    assert {item["task"] for item in datalist.validation} == {"liver"}
+    assert datalist.headers == {item["image"]: ((4, 5, 6), (2, 1, 1), 1) for item in datalist.items()}
+    ids = [{item["image"]: item["task_id"] for item in aggregate(order).training} for order in (folders, folders[::-1])]
+    assert ids[0] == ids[1]
+    assert subjects(aggregate(str(folders[1])).training) == {"0", "1"}  # one folder keeps its subjects
+
+
+def test_folders_may_share_a_task(tmp_path: Path) -> None:
+    datalist = aggregate([liver(tmp_path / name, 1) for name in "ab"])
+    assert datalist.task_names == ["liver"]
+    assert subjects(datalist.training) == {"a/0", "b/0"}
+
+
+@pytest.mark.parametrize(
+    ("task", "group"),
+    [
+        (["x", "y"], "body"),
+        ({"a": "x", "b": "y"}, ["body", "body"]),
+        (["x", "y"], {"a": "body", "b": "body"}),
+    ],
+)
+def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Path, task: Any, group: Any) -> None:
+    for name in "ab":
+        for index in range(2):
+            write_volume(tmp_path / name / "sub" / f"{index}.nii.gz")
+    datalist = aggregate([tmp_path / "a", tmp_path / "b"], task, group, modality="CT")
+    assert [item["task"] for item in datalist.training] == ["x", "x", "y", "y"]
+    assert datalist.group_names == ["body"]
+    assert subjects(datalist.training) == {f"{name}/sub/{index}.nii.gz" for name in "ab" for index in range(2)}
+
+
+def test_what_is_given_goes_before_what_the_folder_says(tmp_path: Path) -> None:
+    folders = two_sets(tmp_path)
+    datalist = aggregate(folders, task=[None, "skull"], group={str(folders[0]): "trunk"}, modality={"b": "PET"})
+    assert datalist.task_names == ["liver", "skull"]
+    assert datalist.group_names == ["head", "trunk"]
+    assert {item["task"]: item["modality"] for item in datalist.training} == {"liver": "CT", "skull": "PET"}
+
+
+def test_mha_nrrd_and_dicom_series_are_volumes_too(tmp_path: Path) -> None:
+    for name in ("1.mha", "2.nrrd"):
+        sitk.WriteImage(volume(), str(tmp_path / name))
+    write_series(tmp_path / "3", volume())
+    datalist = aggregate(tmp_path, task="liver", group="abdomen", modality="CT")
+    assert images(datalist.training) == ["1.mha", "2.nrrd", "3"]
+    assert {header.shape for header in datalist.headers.values()} == {(5, 6, 4)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"0": "background", "1": "spleen", "2": "both", "3": "both"}, {"spleen": [1], "both": [2, 3]}),
+        ({"background": 0, "spleen": "1", "both": [2, 3]}, {"spleen": [1], "both": [2, 3]}),
+        ({}, {}),
+        (["background", "spleen"], None),
+    ],
+)
+def test_items_know_what_the_structures_are_called(tmp_path: Path, labels: Any, expected: Any) -> None:
+    assert [item.get("labels") for item in aggregate(liver(tmp_path, labels=labels)).training] == [expected] * 3
+
+
+def test_a_validation_split_is_drawn_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = [liver(tmp_path / "a", 3, 2), write_set(tmp_path / "c", 10, task="heart", group="thorax", modality="MR")]
+    assert {item["task"] for item in aggregate(folders).validation} == {"liver"}
+    drawn = aggregate(folders, validation_fraction=0.3)
+    assert [item["subject"] for item in drawn.validation if item["task"] == "liver"] == ["a/3", "a/4"]  # its own
+    assert sum(item["task"] == "heart" for item in drawn.validation) == 3
+    assert not subjects(drawn.training) & subjects(drawn.validation)
+    assert aggregate(folders, validation_fraction=0.3) == drawn
+    assert "of one name in different splits" not in caplog.text
+
+
+def test_subjects_of_one_name_in_different_splits_of_a_task_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregate([liver(tmp_path / "a"), liver(tmp_path / "b", 2, 1)])
+    assert "task liver have 1 subjects of one name in different splits, such as 2" in caplog.text
+
+
+@pytest.mark.parametrize("labels", [{"one": "spleen"}, {"spleen": None}, {"spleen": [1, "two"]}, {"1": None, "2": {}}])
+def test_names_of_structures_without_a_value_are_refused(tmp_path: Path, labels: Any) -> None:
+    folder = liver(tmp_path / "a", labels=labels)
+    for reader in (aggregate, read_segmentation):
+        with pytest.raises(ValueError, match=rf"the `labels` of {folder} must give integers names, .*: correct its"):
+            reader(folder)
+
+
+@pytest.mark.parametrize("key", ["task", "group"])
+@pytest.mark.parametrize("value", [None, " ", 3])
+def test_a_folder_without_task_or_group_is_refused_with_a_remedy(tmp_path: Path, key: str, value: Any) -> None:
+    folder = liver(tmp_path / "a", **{key: value})
+    with pytest.raises(ValueError, match=rf"{folder} must have a `{key}`, .* {folder}/0\.nii\.gz: write it into its"):
+        aggregate(folder)
+
+
+def test_tasks_of_one_training_subject_or_two_groups_are_refused(tmp_path: Path) -> None:
+    lone = write_set(tmp_path / "c", 1, 2, task="heart", group="thorax", modality="MR")
+    with pytest.raises(ValueError, match=r"task 'heart' must have at least two training .* got 1 \(see .*c/0"):
+        aggregate([*two_sets(tmp_path), lone])
+    other = liver(tmp_path / "d", group="chest")
+    with pytest.raises(ValueError, match=r"task 'liver' must have one group, got 'abdomen' .*a/0.* and 'chest' .*d/0"):
+        aggregate([tmp_path / "a", other])
+
+
+def with_bad_files(folder: Path) -> Path:
+    liver(folder, 5)
+    write_volume(folder / "1.nii.gz", (4, 5, 6, 3))
+    (folder / "3.nii.gz").write_bytes(b"nothing")
+    return folder
+
+
+def test_frames_and_unreadable_files_are_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = with_bad_files(tmp_path / "a")
+    named = r"1\.nii\.gz must be one 3-D .* \(4, 5, 6, 3\).*\n .*3\.nii\.gz must be an intact"
+    with pytest.raises(ValueError, match=rf"got 2 of 5 that cannot:\n .*{named}"):
+        aggregate(folder)
+    assert subjects(aggregate(folder, on_corrupt="skip").training) == {"0", "2", "4"}
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    for name in ("0", "2", "4"):
+        (folder / f"{name}.nii.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="got 5 of 5 that cannot"):
+        aggregate(folder, on_corrupt="skip")
+
+
+def test_several_channels_are_refused(tmp_path: Path) -> None:
+    sitk.WriteImage(volume(), str(tmp_path / "1.mha"))
+    sitk.WriteImage(sitk.Compose([volume()] * 3), str(tmp_path / "2.mha"))
+    with pytest.raises(ValueError, match=rf"{tmp_path} must hold .* got 1 in .*1\.mha and 3 in .*2\.mha"):
+        aggregate(tmp_path, "liver", "abdomen", "CT")
+    folder = liver(tmp_path / "a", modality={"0": "T1", "1": "FLAIR"})
+    with pytest.raises(ValueError, match=r"every volume must have 1 channel\(s\), got T1, FLAIR for .*a/0"):
+        aggregate(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": ["x"]}, "`task` must have one value for each of the 2 folders, got 1"),
+        ({"group": {"a": "x", "c": "y"}}, "`group` must name folders among a, b, got c"),
+        ({"validation_fraction": 1.0}, r"`validation_fraction` must be in \[0, 1\), got 1.0"),
+        ({"on_corrupt": "ignore"}, "`on_corrupt` must be"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        aggregate(two_sets(tmp_path), **arguments)
+
+
+# --- segmentation
+
+
+def entry(name: str, subject: str | None = None, **changes: Any) -> Item:
+    item = {"image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz"}
+    return {**item, **({} if subject is None else {"subject": subject}), **changes}
+
+
+def make_set(folder: Path, training: Sequence[Any] = (), labels: Any = LABELS, **changes: Any) -> Path:
+    """A data folder whose volumes are empty files."""
+    spec = {"labels": labels, "training": list(training) or [entry("a"), entry("b"), entry("c")], **changes}
+    for items in (spec.get(split, []) for split in ("training", "validation", "test")):
+        for item in items:
+            for path in [item] if isinstance(item, str) else [item[key] for key in ("image", "label") if key in item]:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).touch()
+    write(folder / "dataset.json", {key: value for key, value in spec.items() if value is not None})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "values"),
+    [
+        (
+            {"10": "aorta", "0": "background", "6": "liver", "1": "spleen"},
+            ["spleen", "liver", "aorta"],
+            {"aorta": [10], "liver": [6], "spleen": [1]},
+        ),
+        ({"kidneys": [7, 2], "background": 0, "spleen": 5}, ["kidneys", "spleen"], {"kidneys": [7, 2], "spleen": [5]}),
+    ],
+)
+def test_classes_are_in_the_order_of_their_values(tmp_path: Path, labels: Any, names: list[str], values: Any) -> None:
+    datalist = read_segmentation(make_set(tmp_path, labels=labels))
+    assert datalist.class_names == names
+    assert datalist.training[0]["labels"] == values
+
+
+def test_chosen_structures_give_the_order_of_the_classes(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, labels={"1": "spleen", "2": "liver", "3": "aorta"})
+    assert read_segmentation(folder, structures=["aorta", "spleen"]).class_names == ["aorta", "spleen"]
+    one = read_segmentation(folder, structures="liver")
+    assert one.class_names == ["liver"]
+    assert len(one.training[0]["labels"]) == 3  # the others stay known
+
+
+@pytest.mark.parametrize(
+    ("structures", "got"), [(["heart", "liver"], "heart, liver"), (["liver", "liver"], "liver, liver"), ([], "")]
+)
+def test_unknown_and_repeated_structures_are_refused(tmp_path: Path, structures: list[str], got: str) -> None:
+    with pytest.raises(ValueError, match=rf"`structures` must be different ones of spleen, liver, got {got}\.$"):
+        read_segmentation(make_set(tmp_path), structures)
+
+
+@pytest.mark.parametrize("labels", [None, {}, ["spleen"], {"0": "background", "x": []}])
+def test_a_folder_that_names_no_structures_is_refused(tmp_path: Path, labels: Any) -> None:
+    with pytest.raises(ValueError, match=r"must have a dataset\.json that names the values of its label maps, such as"):
+        read_segmentation(make_set(tmp_path, labels=labels))
+
+
+def test_folders_may_give_one_structure_different_values(tmp_path: Path) -> None:
+    first = make_set(tmp_path / "first", [entry("a", "1"), entry("b", "2")])
+    second = make_set(tmp_path / "second", [entry("a", "1"), entry("c")], labels={"spleen": 9, "liver": 4})
+    datalist = read_segmentation([first, second], validation_fraction=0)
+    assert datalist.class_names == ["spleen", "liver"]  # of the first
+    assert [item["labels"]["spleen"] for item in datalist.training] == [[1], [1], [9], [9]]
+    assert subjects(datalist.training) == {"first/1", "first/2", "second/1", "second/images/c.nii.gz"}
+    assert [item["task"] for item in datalist.training] == ["first"] * 2 + ["second"] * 2
+    third = make_set(tmp_path / "third", labels={"1": "spleen"})
+    message = r"same structures, got spleen, liver in .*first and spleen in .*third: what one set has not contoured"
+    with pytest.raises(ValueError, match=message):
+        read_segmentation([first, third])
+
+
+def test_volumes_without_label_map_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = [entry("a"), {"image": "images/b.nii.gz"}, entry("c"), {"image": "images/d.nii.gz"}]
+    folder = make_set(tmp_path, training, test=["images/t.nii.gz", "images/u.nii.gz"])
+    datalist = read_segmentation(folder, validation_fraction=0)
+    assert images(datalist.training) == ["a.nii.gz", "c.nii.gz"]
+    assert datalist.test == []
+    for split in ("training", "test"):
+        assert f"2 of the volumes in `{split}` have no label map and are left out" in caplog.text
+    message = "dataset.json must list volumes with the path of a label map .*got 2 without"
+    with pytest.raises(ValueError, match=message):
+        read_segmentation(make_set(tmp_path / "none", ["a.nii.gz", "b.nii.gz"]))
+
+
+def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "own", validation=[entry("v")], test=[entry("t")])
+    kept = read_segmentation(folder, validation_fraction=0.9)
+    assert [len(split) for split in kept[:3]] == [3, 1, 1]
+    assert len(read_segmentation(folder, fold=1, num_folds=2).validation) == 2
+    assert len(read_segmentation(make_set(tmp_path / "none")).validation) == 1
+    assert read_segmentation(make_set(tmp_path / "none"), validation_fraction=0).validation == []
+    tested = make_set(tmp_path / "tested", test=[entry("t", "t")])
+    write(tested / "dataset.json", {**read(tested / "dataset.json"), "training": []})
+    assert [len(split) for split in read_segmentation(tested)[:3]] == [0, 0, 1]
+
+
+def test_btcv_has_thirteen_organs(tmp_path: Path) -> None:
+    labels = {str(index): name for index, name in enumerate(BTCV_ORGANS, 1)}
+    assert read_segmentation(make_set(tmp_path, labels=labels)).class_names == list(BTCV_ORGANS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
+        ({"fold": -1}, r"`fold` must be in \[0, 5\), got -1"),
+        ({"fold": 0}, "`num_folds` must be at most the 3 subjects, got 5"),
+        ({"fold": 0, "num_folds": 1}, "`num_folds` must be at least 2 and"),
+        ({"validation_fraction": 1}, r"`validation_fraction` in \[0, 1\), got 5 and 1"),
+    ],
+)
+def test_splits_that_cannot_be_made_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_segmentation(make_set(tmp_path), **arguments)
+
+
+def test_missing_files_and_subjects_in_two_splits_are_refused(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, [entry("a", "1"), entry("b", "2")], test=[entry("t", "1")])
+    with pytest.raises(ValueError, match="`training` and `test` must share no subject, got 1 in both: 1"):
+        read_segmentation(folder)
+    (folder / "labels" / "b.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"must list existing files, got 1 missing: .*labels/b\.nii\.gz"):
+        read_segmentation(folder)
+
+
+# --- modality
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "default", "modality"),
+    [
+        ("CT", None, None, "CT"),
+        ({"0": "CT"}, None, None, "CT"),
+        ({"0": "T1", "1": "FLAIR"}, None, None, ["T1", "FLAIR"]),
+        ([" CT ", None], None, None, ["CT", "unknown"]),
+        ("CT", ["T1", "T2", "PD"], "MR", ["T1", "T2", "PD"]),
+        ("MR", None, "CT", "MR"),
+        ("MR", "PT", "CT", "PT"),
+        (None, "CT", None, "CT"),
+        (None, None, "CT", "CT"),
+        (None, None, None, "unknown"),
+        ("", None, None, "unknown"),
+    ],
+)
+def test_the_modality_says_how_many_channels_there_are(
+    tmp_path: Path, own: Any, given: Any, default: Any, modality: Any
+) -> None:
+    folder, in_channels = make_set(tmp_path, modality=own), 1 if isinstance(modality, str) else len(modality)
+    datalist = read_segmentation(folder, modality=given, default_modality=default)
+    assert (datalist.modality, datalist.in_channels) == (modality, in_channels)
+    items = [*datalist.items(), *read_volumes(folder, given, default, in_channels)]
+    assert all(item["modality"] == modality for item in items)
+
+
+def test_volumes_without_modality_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_set(tmp_path / "a", [entry("a", modality="CT"), entry("b"), entry("c")])
+    read_segmentation(folder, modality="CT", validation_fraction=0)
+    read_volumes(folder, modality="CT")
+    assert not caplog.text
+    read_segmentation(folder, validation_fraction=0)
+    read_volumes(folder)
+    assert caplog.text.count(f"2 volumes have no modality ({folder}/images/b.nii.gz)") == 2
+    aggregate(liver(tmp_path / "b", modality=None))
+    assert f"3 volumes have no modality ({tmp_path}/b/0.nii.gz)" in caplog.text
+
+
+def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, [entry("a"), entry("b", modality="MR"), entry("c")], modality="CT")
+    datalist = read_segmentation(folder, validation_fraction=0)
+    assert (datalist.modality, datalist.in_channels) == (None, 1)
+    assert [item["modality"] for item in datalist.training] == ["CT", "MR", "CT"]
+    make_set(tmp_path, [entry("a"), entry("b", modality=["T1", "T2"])], modality="CT")
+    with pytest.raises(ValueError, match=r"every volume must have 1 channel\(s\), got T1, T2 for .*b\.nii\.gz"):
+        read_segmentation(tmp_path, validation_fraction=0)
+
+
+# --- volumes to embed or to segment
+
+
+def test_volumes_without_labels_may_be_missing(tmp_path: Path) -> None:
+    training = [{"image": "here.nii.gz"}, {"image": "gone.nii.gz", "modality": "MR"}]
+    write(tmp_path / "dataset.json", {"training": training, "test": ["also_gone.nii.gz"], "modality": {"0": "CT"}})
+    items = read_volumes(tmp_path)
+    assert images(items) == ["here.nii.gz", "gone.nii.gz", "also_gone.nii.gz"]
+    assert [item["modality"] for item in items] == ["CT", "MR", "CT"]
+    with pytest.raises(ValueError, match=r"every volume must have 2 channel\(s\), got CT for .*here"):
+        read_volumes(tmp_path, in_channels=2)
+
+
+def test_folders_of_volumes_and_a_single_one_need_no_list(tmp_path: Path) -> None:
+    for name in ("b.nrrd", "a.nii.gz", "notes.txt", "picture.png"):
+        (tmp_path / name).touch()
+    assert images(read_volumes(tmp_path)) == ["a.nii.gz", "b.nrrd"]
+    assert read_volumes(tmp_path / "a.nii.gz") == [{"image": str(tmp_path / "a.nii.gz"), "modality": "unknown"}]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "c.nii").touch()
+    given = read_volumes([tmp_path, tmp_path / "more"], {"more": "CT"}, "MR")
+    assert [item["modality"] for item in given] == ["MR", "MR", "MR", "CT"]
+    with pytest.raises(FileNotFoundError, match="must be an existing folder"):
+        read_volumes(tmp_path / "none")
+
+
+# --- volumes that a caller lists
+
+
+def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
+    datalist = segmentation_of_weights({"class_names": ["liver", "spleen"], "modality": "MR"})
+    assert (datalist.items(), datalist.class_names, datalist.in_channels) == ([], ["liver", "spleen"], 1)
+    bare, own = datalist.complete([{"image": "a/1.nii", "label": "b/1.nii"}, {"image": "2.nii", "subject": "s"}])
+    common = {"task": "given", "modality": "MR", "labels": {"liver": [1], "spleen": [2]}}
+    assert bare == {**common, "image": "a/1.nii", "label": "b/1.nii", "subject": "1.nii"}
+    assert own == {**common, "image": "2.nii", "subject": "s"}
+    with pytest.raises(ValueError, match="need weights that say them"):
+        segmentation_of_weights({})

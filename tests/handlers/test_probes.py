@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Decoded, patch_transform, pick, table
+from monai.data import DataLoader
+from monai.engines import SupervisedEvaluator
+from monai.networks.nets import SegResNet, resnet10
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import nn
+
+from dissect_monai.data.datalists import SPLITS, Datalist, label_matrix
+from dissect_monai.data.patches import patch_dataset
+from dissect_monai.data.volume_lists import aggregate
+from dissect_monai.handlers.probes import ProbeHandler, VolumeProbeHandler, check_probe_data, refuse_unlabelled
+from dissect_monai.handlers.reconstruction import ReconstructionHandler
+from dissect_monai.metrics.probes import extract_features, knn_scores
+from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.phantoms.volumes import write_volume_phantoms
+from dissect_monai.transforms.augment import Corrupt
+from dissect_monai.transforms.views import MaskedImages
+
+NAN = float("nan")
+NAMES = ["Opacity", "Nodule", "Rare"]
+IMAGES = {"training": 40, "validation": 24, "test": 30}
+PATCHES = {"training": 24, "validation": 12, "test": 16}  # of each task
+GROUPS = {"btcv": "abdomen", "chaos": "abdomen", "brats": "head"}
+
+
+def evaluate(handler: Any, loader: DataLoader, network: nn.Module, **kwargs: Any) -> dict[str, float]:
+    handlers = handler if isinstance(handler, list) else [handler]
+    evaluator = SupervisedEvaluator("cpu", loader, network, val_handlers=handlers, decollate=False, **kwargs)
+    evaluator.logger.setLevel(logging.ERROR)
+    evaluator.run()
+    return evaluator.state.metrics
+
+
+class Probed:
+    """One evaluation, looked at by several tests."""
+
+    def __init__(self, folder: Path, handler: Any, network: nn.Module) -> None:
+        self.metrics = evaluate(handler, handler.loaders[2], network)
+        self.findings, self.differences = (table(folder / f"{name}.csv") for name in ("findings", "differences"))
+        with np.load(folder / "scores.npz") as arrays:
+            self.arrays = dict(arrays)
+
+    def of(self, key: str) -> set[str]:
+        return {row[key] for row in self.findings}
+
+
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def make_datalist() -> tuple[Datalist, dict[str, DataLoader]]:
+    """Two images a subject; opacities are bright, nodules small and bright, and no test image has the rare finding."""
+    rng = np.random.default_rng(0)
+    splits, loaders = {}, {}
+    for split, size in IMAGES.items():
+        labels = np.stack([rng.random(size) < 0.5, rng.random(size) < 0.4, rng.random(size) < 0.2], axis=1).astype(
+            float
+        )
+        if split == "test":
+            labels[:, 2] = 0
+        views = rng.integers(0, 2, size)
+        images = rng.random((size, 1, 32, 32)) * 0.6 + 0.1 * labels[:, :1, None, None]
+        images[:, 0, 8:14, 8:14] += 0.25 * labels[:, 1, None, None]
+        images[:, 0, :4, :4] = views[:, None, None]
+        labels[::7, 1] = NAN
+        splits[split] = [
+            {"image": f"{split}{i}", "label": label.tolist(), "subject": f"{split}{i // 2}", "view": ["AP", "PA"][view]}
+            for i, (label, view) in enumerate(zip(labels, views, strict=True))
+        ]
+        loaders[split] = DataLoader(Decoded(splits[split], images.astype(np.float32)), batch_size=8)
+    return Datalist(**splits, label_names=NAMES), loaders
+
+
+def encoder(seed: int = 0, spatial_dims: int = 2) -> nn.Module:
+    torch.manual_seed(seed)
+    small = {"n_input_channels": 1, "conv1_t_stride": 2, "feed_forward": False, "widen_factor": 0.125}
+    return resnet10(spatial_dims=spatial_dims, **small)
+
+
+def probe_images(
+    folder: Path, encoders: dict[str, nn.Module] | None = None, test: list[dict[str, Any]] | None = None, **kwargs: Any
+) -> Probed:
+    _, loaders = make_datalist()
+    if test is not None:
+        loaders["test"].dataset.data = test
+    encoders = encoders or {"pretrained": encoder(0), "random": encoder(1)}
+    handler = ProbeHandler(encoders, loaders, NAMES, folder, num_samples=40, **kwargs)
+    return Probed(folder, handler, nn.Identity())
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    folder = tmp_path_factory.mktemp("probe") / "new"
+    return probe_images(folder, shortcut="view", findings=[*NAMES, "No finding"])
+
+
+def test_judges_every_encoder_and_the_pixels_by_both_probes(probed: Probed) -> None:
+    judged = {(row["source"], row["features"], row["probe"]) for row in probed.findings}
+    sources = [(name, kind) for name in ("pretrained", "random") for kind in ("last", "stages")] + [("pixels", "pca")]
+    assert judged == {(*source, kind) for source in sources for kind in ("linear", "knn")}
+    questions = {(row["finding"], row["question"]) for row in probed.findings}
+    names = ("macro", "Opacity", "Nodule", "No finding")  # none of the test images has the rare one
+    assert questions == {("view=AP", "shortcut")} | {(name, "findings") for name in names}
+
+
+def test_findings_have_a_value_an_interval_around_it_and_a_metric(probed: Probed) -> None:
+    assert list(probed.findings[0]) == [
+        "source", "features", "probe", "question", "finding", "auroc", "auroc_low", "auroc_high", "ap", "ap_low",
+        "ap_high", "n", "positives",
+    ]  # fmt: skip
+    for row in probed.findings:
+        for metric in ("auroc", "ap"):
+            assert 0 <= float(row[f"{metric}_low"]) <= float(row[metric]) <= float(row[f"{metric}_high"]) <= 1
+        name = f"{row['source']}_{row['features']}_{row['probe']}_auroc_{row['finding'].replace(' ', '_')}"
+        for end in ("", "_low", "_high"):
+            assert probed.metrics[name + end] == pytest.approx(float(row[f"auroc{end}"]), abs=1e-4)
+
+
+def test_a_finding_without_positives_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    probe_images(tmp_path)
+    assert [record.message for record in caplog.records if "Left out, for lack of" in record.message] == [
+        "Left out, for lack of positives or negatives: Rare."
+    ]
+    probed = probe_images(tmp_path, findings=["Rare"])
+    assert probed.findings == probed.differences == []
+
+
+def test_values_are_those_of_sklearn(probed: Probed) -> None:
+    datalist, loaders = make_datalist()
+    train, test = (extract_features(encoder(0), loaders[each], "cpu", feature_maps) for each in ("training", "test"))
+    scores = knn_scores(train.last, label_matrix(datalist.training, NAMES), test.last)[:, 1]
+    truth = label_matrix(datalist.test, NAMES)[:, 1]
+    known = ~np.isnan(truth)
+    row = pick(probed.findings, source="pretrained", features="last", probe="knn", finding="Nodule")
+    assert float(row["auroc"]) == pytest.approx(roc_auc_score(truth[known], scores[known]), abs=1e-4)
+    assert float(row["ap"]) == pytest.approx(average_precision_score(truth[known], scores[known]), abs=1e-4)
+    assert int(row["n"]) == known.sum() == 25
+    assert int(row["positives"]) == np.nansum(truth)
+
+
+def test_scores_are_kept_for_later_comparisons(probed: Probed) -> None:
+    assert len(probed.arrays["subjects"]) == IMAGES["test"]
+    label, score = (probed.arrays[name] for name in ("labels/shortcut", "scores/pixels/pca/knn/shortcut"))
+    row = pick(probed.findings, source="pixels", probe="knn", finding="view=AP")
+    assert float(row["auroc"]) == pytest.approx(roc_auc_score(label[:, 0], score[:, 0]), abs=1e-4)
+
+
+def test_no_finding_is_known_where_one_finding_is(probed: Probed) -> None:
+    truth = label_matrix(make_datalist()[0].test, NAMES)
+    clear, ill = (truth == 0).all(1).sum(), (truth == 1).any(1).sum()
+    row = pick(probed.findings, source="pixels", probe="knn", finding="No finding")
+    assert (int(row["n"]), int(row["positives"])) == (clear + ill, clear)
+    assert clear + ill < len(truth)  # some are unknown
+
+
+def test_the_shortcut_is_asked_of_the_same_features(probed: Probed) -> None:
+    row = pick(probed.findings, source="pretrained", features="stages", probe="linear", finding="view=AP")
+    assert float(row["auroc"]) > 0.9
+    assert int(row["n"]) == IMAGES["test"]
+
+
+def test_compares_the_first_encoder_with_every_baseline(probed: Probed) -> None:
+    assert list(probed.differences[0]) == ["task", "features", "probe", "baseline", "difference", "low", "high"]
+    compared = [tuple(row.values())[:4] for row in probed.differences]
+    assert len(compared) == len(set(compared)) == 2 * 2 * 2 * 2  # questions, features, probes, baselines
+    for row in probed.differences:
+        finding = "macro" if row["task"] == "findings" else "view=AP"
+        features = "pca" if row["baseline"] == "pixels" else row["features"]
+        ours = pick(probed.findings, source="pretrained", features=row["features"], probe=row["probe"], finding=finding)
+        theirs = pick(probed.findings, source=row["baseline"], features=features, probe=row["probe"], finding=finding)
+        expected = float(ours["auroc"]) - float(theirs["auroc"])
+        assert float(row["difference"]) == pytest.approx(expected, abs=2e-4)
+        assert float(row["low"]) <= float(row["high"])
+
+
+def test_a_difference_from_itself_is_zero_in_every_resample(tmp_path: Path) -> None:
+    same = encoder()
+    probed = probe_images(tmp_path, encoders={"pretrained": same, "copy": same}, findings=["Opacity"])
+    assert probed.of("finding") == {"Opacity"}  # one finding has no macro
+    for row in probed.differences:
+        if row["baseline"] == "copy":
+            assert [float(row[key]) for key in ("difference", "low", "high")] == [0, 0, 0]
+
+
+def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) -> None:
+    probed = probe_images(tmp_path, {"only": encoder()}, num_folds=3)
+    assert probed.of("probe") == {"linear"}
+    row = pick(probed.findings, source="pixels", finding="Opacity")
+    assert int(row["n"]) == sum(IMAGES.values())
+    assert "Rare" in probed.of("finding")  # the training images have it
+
+
+def test_one_positive_has_an_interval_although_resamples_lack_it(tmp_path: Path) -> None:
+    test = make_datalist()[0].test
+    for index, item in enumerate(test):
+        item["label"][0] = float(index == 3)
+    row = pick(probe_images(tmp_path, test=test, findings=["Opacity"]).findings, source="pixels", probe="knn")
+    assert int(row["positives"]) == 1
+    assert 0 <= float(row["auroc_low"]) <= float(row["auroc_high"]) <= 1
+
+
+def test_volumes_are_judged_without_pixels_and_the_encoder_stays_as_it_is(tmp_path: Path) -> None:
+    datalist, _ = make_datalist()
+    volumes = {split: Decoded(getattr(datalist, split), torch.rand(IMAGES[split], 1, 16, 16, 16)) for split in SPLITS}
+    loaders = {split: DataLoader(volumes[split], batch_size=8) for split in SPLITS}
+    network = encoder(spatial_dims=3).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    probed = Probed(tmp_path, ProbeHandler({"only": network}, loaders, NAMES, tmp_path, num_samples=2), nn.Identity())
+    assert probed.of("source") == {"only"}
+    assert probed.differences == []
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_one_finding_may_be_a_text() -> None:
+    handler = ProbeHandler({"only": encoder()}, make_datalist()[1], NAMES, "nowhere", findings="Opacity")
+    assert handler.questions[0].columns == ["Opacity"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"findings": ["Mass", "Nodule"]}, "the labels must include Mass, got Opacity, Nodule, Rare"),
+        ({"shortcut": "subject"}, "`shortcut` must name a key of the items with two values, got 'subject' with"),
+        ({"shortcut": "age"}, "`shortcut` must name a key of the items with two values, got 'age' with"),
+        ({"num_folds": 48}, "`num_folds` must be at most the 47 subjects, got 48"),
+    ],
+)
+def test_rejects_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProbeHandler({"only": encoder()}, make_datalist()[1], NAMES, "nowhere", **kwargs)
+
+
+def test_refuses_data_without_labels_or_with_nothing_to_score() -> None:
+    datalist, _ = make_datalist()
+    refuse_unlabelled(datalist)
+    refuse_unlabelled(datalist, "Opacity")
+    with pytest.raises(ValueError, match="needed in training, validation, test; validation, test has none"):
+        refuse_unlabelled(datalist._replace(validation=[], test=[]))
+    with pytest.raises(ValueError, match=r"no finding \(Rare\) has both a 1 and a 0 in training and in test"):
+        refuse_unlabelled(datalist, "Rare")
+
+
+# ---- patches of volumes ------------------------------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    """Features of patches of a hand-made set: their mean, and their first three voxels."""
+
+    def encode(self, images: torch.Tensor) -> tuple[None, list[torch.Tensor]]:
+        mean, first = images.mean((2, 3, 4), keepdim=True), images[:, 0, 0, 0, :3].view(-1, 3, 1, 1, 1)
+        return None, [mean, torch.cat([mean, first], 1)]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+def hand_made(groups: dict[str, str] = GROUPS) -> dict[str, DataLoader]:
+    """The first voxels tell the task, the mean within it whether a liver is there; gallbladders look like nothing."""
+    rng = np.random.default_rng(0)
+    loaders = {}
+    for split, size in PATCHES.items():
+        items, images = [], []
+        for number, task in enumerate(groups):
+            for index in range(size):
+                liver, gallbladder = float(index % 2), float(rng.random() < 0.5)
+                structures = {"liver": NAN if index == 3 else liver, "gallbladder": gallbladder, "uterus": NAN}
+                item = {"image": f"{task}{split}{index}", "subject": f"{task}{split}{index // 4}", "task": task}
+                item |= {"group": groups[task], **({} if task == "brats" else {"structures": structures})}
+                items.append(item)
+                image = rng.random((1, 4, 4, 4)) * 0.2 + 0.3 * liver + 0.2 * number
+                image[0, 0, 0, :3] = np.eye(3)[number]
+                images.append(torch.as_tensor(image, dtype=torch.float32))
+        loaders[split] = DataLoader(Decoded(items, torch.stack(images)), batch_size=7)
+    return loaders
+
+
+def probe_volumes(folder: Path, loaders: dict[str, DataLoader], **kwargs: Any) -> Probed:
+    encoders = {"pretrained": Means(), **kwargs.pop("others", {})}
+    return Probed(folder, VolumeProbeHandler(encoders, loaders, folder, num_samples=10, **kwargs), nn.Identity())
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    return probe_volumes(tmp_path_factory.mktemp("probe"), hand_made(), others={"random": Means()})
+
+
+def test_every_question_has_its_columns(volumes: Probed) -> None:
+    columns: dict[str, set[str]] = {}
+    for row in volumes.findings:
+        columns.setdefault(row["question"], set()).add(row["finding"])
+    assert [*columns.items()] == [
+        (
+            "structures",
+            {"macro", *(f"{task}/{name}" for task in ("btcv", "chaos") for name in ("liver", "gallbladder"))},
+        ),
+        ("domains", {"macro", "btcv", "chaos", "brats"}),
+        ("domains_in_group", {"macro", "btcv", "chaos"}),
+    ]
+
+
+def test_a_structure_is_asked_of_patches_of_its_task_only(volumes: Probed) -> None:
+    labels = volumes.arrays["labels/structures"]  # btcv/liver, btcv/gallbladder, chaos/liver, chaos/gallbladder
+    known, size = ~np.isnan(labels), PATCHES["test"]
+    assert known[:size, 0].sum() == size - 1  # one is unknown
+    assert known[:size, 1].all()
+    assert not known[size:, :2].any()
+    assert not known[:size, 2:].any()
+    assert not known[2 * size :].any()
+    row = pick(volumes.findings, source="intensity", probe="knn", finding="btcv/liver")
+    assert (int(row["n"]), int(row["positives"])) == (size - 1, int(np.nansum(labels[:, 0])))
+    score = volumes.arrays["scores/intensity/histogram/knn/structures"]
+    expected = roc_auc_score(labels[known[:, 0], 0], score[known[:, 0], 0])
+    assert float(row["auroc"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_domains_are_asked_of_all_patches_and_within_a_group_of_its_patches(volumes: Probed) -> None:
+    size = PATCHES["test"]
+    np.testing.assert_array_equal(volumes.arrays["labels/domains"], np.eye(3)[[1] * size + [2] * size + [0] * size])
+    within = volumes.arrays["labels/domains_in_group"]
+    np.testing.assert_array_equal(within[: 2 * size], np.eye(2)[[0] * size + [1] * size])
+    assert np.isnan(within[2 * size :]).all()
+
+
+def test_separable_features_are_told_apart(volumes: Probed) -> None:
+    for name in ("last_linear", "last_knn", "stages_linear", "stages_knn"):
+        aurocs = {key.removeprefix(f"pretrained_{name}_auroc_"): value for key, value in volumes.metrics.items()}
+        for column in ("domains_macro", "domains_in_group_macro", "structures_btcv/liver", "structures_chaos/liver"):
+            assert aurocs[column] == pytest.approx(1)
+        assert aurocs["structures_btcv/gallbladder"] < 0.9
+
+
+def test_every_row_has_a_metric_of_its_own_and_macro_is_the_mean_of_its_question(volumes: Probed) -> None:
+    places = {(row["source"], row["features"], row["probe"], row["question"]) for row in volumes.findings}
+    names = {
+        f"{row['source']}_{row['features']}_{row['probe']}_auroc_{row['question']}_{row['finding']}"
+        for row in volumes.findings
+    }
+    assert len(places) == 5 * 2 * 3  # kinds of features, probes, questions
+    assert len(names) == len(volumes.findings)
+    assert {f"{name}{end}" for name in names for end in ("", "_low", "_high")} == set(volumes.metrics)
+    for place in places:
+        wanted = dict(zip(("source", "features", "probe", "question"), place, strict=True))
+        rows = [row for row in volumes.findings if wanted.items() <= row.items()]
+        values = [float(row["auroc"]) for row in rows if row["finding"] != "macro"]
+        assert float(pick(rows, finding="macro")["auroc"]) == pytest.approx(np.mean(values), abs=1e-4)
+    compared = [tuple(row.values())[:4] for row in volumes.differences]
+    assert len(compared) == len(set(compared)) == 3 * 2 * 2 * 2  # questions, features, probes, baselines
+
+
+def test_knowing_the_task_does_not_help_with_its_structures(tmp_path: Path) -> None:
+    loaders = hand_made({"btcv": "abdomen", "chaos": "abdomen"})
+    for loader in loaders.values():
+        for item in loader.dataset.data:  # a liver in all of one set and in none of the other
+            item["structures"]["liver"] = float(item["task"] == "btcv")
+    handler = VolumeProbeHandler({"only": Means()}, loaders, tmp_path)
+    (structures,) = (question for question in handler.questions if question.name == "structures")
+    assert structures.columns == ["btcv/gallbladder", "chaos/gallbladder"]
+
+
+def test_the_probes_of_a_task_see_no_other(tmp_path: Path) -> None:
+    both, alone = (hand_made(groups) for groups in ({"btcv": "a", "chaos": "b"}, {"btcv": "a"}))
+    for split in SPLITS:  # the same patches of btcv, whatever else there is
+        size = PATCHES[split]
+        alone[split].dataset.data = both[split].dataset.data[:size]
+        alone[split].dataset.images = both[split].dataset.images[:size]
+    ours, theirs = (probe_volumes(tmp_path, loaders) for loaders in (both, alone))
+    for key in ("scores/pretrained/last/linear/structures", "scores/intensity/histogram/knn/structures"):
+        np.testing.assert_allclose(ours.arrays[key][: PATCHES["test"], :2], theirs.arrays[key], rtol=1e-6)
+    assert theirs.of("question") == {"structures"}  # one task is no shortcut
+
+
+def test_the_log_names_columns_without_both_classes_and_has_a_line_for_every_macro(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="dissect_monai"):
+        assert probe_volumes(tmp_path, hand_made(), intensity=False).of("source") == {"pretrained"}
+    assert [record.message for record in caplog.records if "Left out" in record.message] == [
+        "Left out of structures, for lack of patches with it or without it in training or in test: btcv/uterus, "
+        "chaos/uterus."
+    ]
+    lines = [record.message for record in caplog.records if "AUROC" in record.message]
+    assert len(lines) == 3 * 2 * 2  # questions, kinds of features, probes
+    assert all("_macro" in line for line in lines)
+
+
+def test_labels_of_whole_volumes_are_findings(tmp_path: Path) -> None:
+    loaders = hand_made()
+    for loader in loaders.values():
+        for index, item in enumerate(loader.dataset.data):
+            if index % 5:
+                item["label"] = [float(index // 4 % 2)]
+    probed = probe_volumes(tmp_path, loaders, label_names=["Fracture"])
+    row = pick(probed.findings, source="intensity", probe="knn", question="findings")
+    assert int(row["n"]) == sum(1 for index in range(3 * PATCHES["test"]) if index % 5)
+    assert probed.metrics["intensity_histogram_knn_auroc_Fracture"] == pytest.approx(float(row["auroc"]), abs=1e-4)
+
+
+def test_nothing_to_ask_is_logged_and_nothing_is_probed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = VolumeProbeHandler({"only": Means()}, hand_made({"brats": "head"}), tmp_path)
+    assert "No probe: there is nothing to ask of the features" in caplog.text
+    assert not handler.questions
+
+
+# ---- volumes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    tasks = ("abdomen_ct", "abdomen_mr", "heart_mr")
+    return write_volume_phantoms(tmp_path_factory.mktemp("phantoms"), 3, 2, 2, image_size=24, tasks=tasks)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_path: Path, spatial_dims: int) -> None:
+    datalist = aggregate(phantoms)
+    check_probe_data(datalist, phantoms)
+    transform = patch_transform(spatial_dims, pixdim=12, size=8, num_samples=6)
+    patches = {split: patch_dataset(getattr(datalist, split), transform) for split in SPLITS}
+    assert [len(patches[split]) for split in SPLITS] == [54, 36, 36]
+    loaders = {split: DataLoader(patches[split], batch_size=8) for split in SPLITS}
+    torch.manual_seed(0)
+    network = SegResNet(spatial_dims, init_filters=8, out_channels=1, blocks_down=(1, 1), blocks_up=(1,)).eval()
+    handlers = [
+        VolumeProbeHandler({"pretrained": network}, loaders, tmp_path, num_samples=10),
+        ReconstructionHandler(patches["test"].data, tmp_path, num_samples=10),
+    ]
+    masking = MaskedImages(Corrupt(0.5, mask_size=2))
+    metrics = evaluate(handlers, loaders["test"], network, prepare_batch=masking)
+    assert all(metrics[f"reconstruction_error_{folder.name}"] > 0 for folder in phantoms)
+    for question in ("structures", "domains", "domains_in_group"):
+        assert 0 <= metrics[f"pretrained_last_linear_auroc_{question}_macro"] <= 1
+    columns = {row["finding"] for row in table(tmp_path / "findings.csv")}
+    assert {"abdomen_ct/liver", "abdomen_mr/liver", "heart_mr/myocardium"} & columns
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_empty_split_is_refused(phantoms: list[Path], split: str) -> None:
+    datalist = aggregate(phantoms)._replace(**{split: []})
+    with pytest.raises(ValueError, match=f"are needed in .*; {split} has none in {phantoms[0]}, .*Add the list"):
+        check_probe_data(datalist, phantoms, reconstructs=True)
+
+
+def test_one_task_without_labels_is_refused(phantoms: list[Path]) -> None:
+    datalist = aggregate(phantoms[0])
+    check_probe_data(datalist, phantoms[0])
+    for item in datalist.test:
+        del item["labels"]
+    message = f"nothing to ask of the features: give label maps .* got neither in {phantoms[0]}"
+    with pytest.raises(ValueError, match=message):
+        check_probe_data(datalist, phantoms[0])
+    check_probe_data(datalist._replace(label_names=["Fracture"]), phantoms[0])
+    check_probe_data(datalist._replace(task_names=["a", "b"]), phantoms[0])

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import compute_embedding_collapse
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from dissect_monai.metrics.probes import DEFAULT_C
+from dissect_monai.metrics.representation import (
+    DomainFeatures,
+    code_usage,
+    collapse_metrics,
+    effective_rank,
+    feature_std,
+    perplexity,
+    shortcut_metrics,
+    task_labels,
+)
+
+TASKS = ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+GROUP_OF = {"a": "x", "b": "y", "c": "y"}
+SHORTCUTS = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
+
+
+def make_set(task: list[str], seed: int = 0, told: str = "abc") -> DomainFeatures:
+    """Features that tell the tasks named by `told`, and intensities of noise."""
+    rng = np.random.default_rng(seed)
+    features = np.array([[5.0 * (name == each) for each in told] for name in task])
+    features = np.pad(features, ((0, 0), (0, 2))) + 0.1 * rng.random((len(task), len(told) + 2))
+    return DomainFeatures(features, rng.random((len(task), 6)), task, [GROUP_OF[name] for name in task])
+
+
+# ---- codes and spread --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64,), (4, 16), (2, 4, 8)])
+def test_codebook_metrics_of_even_usage_and_of_one_code(shape: tuple[int, ...]) -> None:
+    indices = torch.arange(64).remainder(16).reshape(shape)
+    torch.testing.assert_close(perplexity(indices, 32), torch.tensor(16.0))
+    torch.testing.assert_close(code_usage(indices, 32), torch.tensor(0.5))
+    assert perplexity(torch.full(shape, 3), 8) == 1
+    assert code_usage(torch.full(shape, 3), 8) == 1 / 8
+
+
+def test_effective_rank_counts_directions_of_equal_weight() -> None:
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(200, 3))[0]
+    directions = torch.linalg.qr(directions - directions.mean(0))[0]
+    torch.testing.assert_close(effective_rank(torch.nn.functional.pad(directions, (0, 5))).item(), 3.0)
+    assert 1 < effective_rank(directions * torch.tensor([1.0, 0.1, 0.1])) < 3
+
+
+def test_effective_rank_agrees_with_its_definition_and_ignores_scale_offset_and_rotation() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(30, 6).double()
+    values = np.linalg.svd((features - features.mean(0)).numpy(), compute_uv=False)
+    share = values / values.sum()
+    assert effective_rank(features).item() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+    rotation = torch.linalg.qr(torch.randn(6, 6).double())[0]
+    torch.testing.assert_close(effective_rank(features), effective_rank(3 * features @ rotation + 1))
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e4])
+def test_collapsed_features_have_rank_one_and_no_spread(constant: float) -> None:
+    features = torch.full((20, 8), constant) + torch.arange(8) * constant / 7
+    assert effective_rank(features) == 1
+    assert feature_std(features) < 1e-3
+
+
+def test_feature_std_is_one_for_isotropic_features_and_ignores_length() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(4000, 16)
+    assert feature_std(features).item() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(feature_std(features * torch.rand(4000, 1)), feature_std(features))
+
+
+@pytest.mark.parametrize("metric", [perplexity, code_usage])
+def test_rejects_bad_indices(metric: Callable) -> None:
+    with pytest.raises(ValueError, match="`indices` must be under `num_embeddings` = 4, got 4"):
+        metric(torch.tensor([0, 4]), 4)
+    with pytest.raises(ValueError, match="`indices` must not be empty"):
+        metric(torch.zeros(0, dtype=torch.long), 4)
+
+
+@pytest.mark.parametrize("metric", [effective_rank, feature_std])
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4)])
+def test_rejects_features_that_are_no_matrix(metric: Callable, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"`features` must have shape \(N, D\).*got .*Pool them first"):
+        metric(torch.zeros(shape))
+
+
+# ---- shortcuts ---------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_tasks_leave_out_other_tasks_and_other_groups() -> None:
+    task, group = ["a", "b", "c", "d"], ["x", "y", "y", "y"]
+    everywhere, within = (task_labels(task, group, GROUP_OF, within_group) for within_group in (False, True))
+    np.testing.assert_array_equal(everywhere, [*np.eye(3), [np.nan] * 3])
+    np.testing.assert_array_equal(
+        within, [[1, np.nan, np.nan], [np.nan, 1, 0], [np.nan, 0, 1], [np.nan, np.nan, np.nan]]
+    )
+    assert task_labels(task, group, {}).shape == (4, 0)
+
+
+def test_features_that_tell_the_tasks_perfectly_score_one() -> None:
+    found = shortcut_metrics(make_set(TASKS), make_set(TASKS, seed=1))
+    assert set(found) == SHORTCUTS
+    assert found["shortcut_task"] == found["shortcut_within_group"] == 1
+    assert found["shortcut_task_intensity"] < 1
+
+
+def test_within_a_group_only_its_own_tasks_are_told_apart() -> None:
+    found = shortcut_metrics(make_set(TASKS, told="a"), make_set(TASKS, seed=1, told="a"))
+    assert found["shortcut_task"] > 0.7
+    assert found["shortcut_within_group"] < 0.7
+
+
+def test_a_shortcut_agrees_with_a_logistic_regression_per_task() -> None:
+    bank, items = make_set(TASKS), make_set(TASKS, seed=1)
+    scaler = StandardScaler().fit(bank.intensities)
+    areas = []
+    for name in "abc":
+        train_y, val_y = (np.array(part.task) == name for part in (bank, items))
+        model = LogisticRegression(C=DEFAULT_C, tol=1e-8).fit(scaler.transform(bank.intensities), train_y)
+        areas.append(roc_auc_score(val_y, model.predict_proba(scaler.transform(items.intensities))[:, 1]))
+    assert shortcut_metrics(bank, items)["shortcut_task_intensity"] == pytest.approx(np.mean(areas))
+
+
+@pytest.mark.parametrize(
+    ("bank", "items", "expected"),
+    [
+        (["a"] * 4, ["a"] * 3, set()),
+        (["a"] * 4, ["b"] * 4, set()),
+        (["a", "b"] * 3, ["a", "b"] * 3, SHORTCUTS - {"shortcut_within_group"}),
+        (["a", "b"] * 3, TASKS, SHORTCUTS - {"shortcut_within_group"}),  # c is no column
+    ],
+)
+def test_what_cannot_be_told_is_left_out_without_a_warning(
+    bank: list[str], items: list[str], expected: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert set(shortcut_metrics(make_set(bank), make_set(items))) == expected
+    assert not caplog.records
+
+
+# ---- collapse ----------------------------------------------------------------------------------------------------
+
+
+def test_collapse_agrees_with_monai() -> None:
+    items = make_set(TASKS)
+    features = torch.from_numpy(items.features)
+    expected = compute_embedding_collapse(features, labels=torch.arange(3).repeat_interleave(4))
+    found = collapse_metrics(items)
+    assert found["collapse_effective_rank"] == pytest.approx(float(expected["effective_rank_score"]))
+    assert found["collapse_centroid_similarity"] == pytest.approx(float(expected["centroid_similarity"]))
+    pairs = [(features[:4], features[4:8]), (features[:4], features[8:]), (features[4:8], features[8:])]
+    shifts = [float(compute_embedding_collapse(one, target_embeddings=other)["domain_shift"]) for one, other in pairs]
+    assert found["domain_shift"] == pytest.approx(np.mean(shifts))
+
+
+def test_a_collapse_is_seen() -> None:
+    items = make_set(TASKS)
+    line = np.outer(np.linspace(1, 2, len(TASKS)), np.ones(5))
+    found = collapse_metrics(items._replace(features=line))
+    assert found["collapse_centroid_similarity"] == pytest.approx(1)
+    assert found["collapse_effective_rank"] > 0.7 > collapse_metrics(items)["collapse_effective_rank"]
+
+
+@pytest.mark.parametrize("task", [["a"] * 4, ["a"] * 4 + ["b"], ["a"] * 4 + ["b"] * 2])
+def test_a_shift_needs_two_tasks_of_three_images(task: list[str]) -> None:
+    found = collapse_metrics(make_set(task))
+    assert "domain_shift" not in found
+    assert ("collapse_centroid_similarity" in found) == ("b" in task)
+    assert np.isfinite(list(found.values())).all()
+
+
+def test_a_task_of_one_image_shows_no_collapse_and_does_not_spoil_the_shift_of_others() -> None:
+    assert collapse_metrics(make_set(["a"])) == {}
+    found = collapse_metrics(make_set([*TASKS[:8], "c"]))
+    assert found["domain_shift"] == pytest.approx(collapse_metrics(make_set(TASKS[:8]))["domain_shift"], abs=0.3)

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+from math import isnan
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+
+from dissect_monai.metrics.segmentation import OUTCOMES, StructureScore, mask_overlap, score_structures
+
+ANISOTROPIC = (1.0, 2.0, 5.0)
+SPACINGS = [(1.0, 1.0, 1.0), ANISOTROPIC, (3.0, 0.7, 0.7), (0.8, 0.8, 3.0), (2.0, 1.5, 5.0)]
+LABELS = {"liver": [1], "kidneys": [2, 3], "never": [9]}
+every_spacing = pytest.mark.parametrize("spacing", SPACINGS)
+
+
+def box(start: tuple[int, ...], stop: tuple[int, ...], shape: tuple[int, ...] = (22, 20, 18)) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(*ends) for ends in zip(start, stop, strict=True))] = True
+    return mask
+
+
+def blobs(seed: int) -> np.ndarray:
+    """A mask of smooth random shape."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(16, 14, 12)), 2)
+    return noise > np.quantile(noise, 0.7)
+
+
+def score(label: np.ndarray, pred: np.ndarray, labels: Any = None, **arguments: Any) -> list[StructureScore]:
+    return score_structures(label, pred, labels or LABELS, arguments.pop("spacing", (1, 1, 1)), **arguments)
+
+
+# ---- two masks, against MONAI ------------------------------------------------------------------------------------
+
+
+def assert_as_monai(
+    label: np.ndarray, pred: np.ndarray, spacing: tuple[float, ...] = ANISOTROPIC, tolerance: float = 2.0
+) -> None:
+    tensors = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (pred, label)]
+    shared = {"include_background": True, "spacing": list(spacing)}
+    expected = [
+        float(compute_dice(*(each.float() for each in tensors))),
+        float(compute_hausdorff_distance(*tensors, percentile=95, **shared)),
+        float(compute_surface_dice(*tensors, [tolerance], use_subvoxels=True, **shared)),
+    ]
+    np.testing.assert_allclose(mask_overlap(label, pred, spacing, tolerance), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_spacing
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_monai_on_blobs(seed: int, spacing: tuple[float, ...]) -> None:
+    label, pred = blobs(seed), blobs(seed + 10)
+    border = [mask.any(axis) for mask in (label, pred) for axis in ((1, 2), (0, 2), (0, 1))]
+    assert any(each[0] or each[-1] for each in border)  # they touch it
+    for tolerance in (0.0, 1.0, 2.0, 4.5):
+        assert_as_monai(label, pred, spacing, tolerance)
+
+
+@every_spacing
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_monai_on_scattered_voxels(seed: int, spacing: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(seed)
+    scattered = [rng.random((9, 8, 7)) < share for share in (0.02, 0.1, 0.5)]
+    for label in scattered:
+        for pred in scattered:
+            assert_as_monai(label, pred, spacing)
+
+
+@every_spacing
+@pytest.mark.parametrize("end", [(1, 1, 1), (6, 5, 4), (6, 1, 1), (6, 5, 1), (1, 5, 4)])
+def test_agrees_with_monai_at_the_border(end: tuple[int, ...], spacing: tuple[float, ...]) -> None:
+    shape = (6, 5, 4)
+    label, pred = box((0, 0, 0), end, shape), box((2, 1, 0), shape, shape)
+    assert_as_monai(label, pred, spacing)
+    assert_as_monai(label, np.ones(shape, dtype=bool), spacing)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (3, 2, 2), (5, 4, 3), (0, 2, 3)])
+def test_agrees_with_monai_on_single_voxels(place: tuple[int, ...]) -> None:
+    pred = np.zeros((6, 5, 4), dtype=bool)
+    pred[place] = True
+    for spacing in SPACINGS:
+        assert_as_monai(box((2, 2, 2), (3, 3, 3), pred.shape), pred, spacing)
+        assert_as_monai(pred, pred, spacing)
+
+
+# ---- two masks, against their definition -------------------------------------------------------------------------
+
+
+@every_spacing
+@pytest.mark.parametrize("seed", range(3))
+def test_hd95_agrees_with_all_pairs_of_edge_voxels(seed: int, spacing: tuple[float, ...]) -> None:
+    def edge(mask: np.ndarray) -> np.ndarray:
+        """Places in mm of the voxels that are not surrounded by others."""
+        padded = np.pad(mask, 1)
+        inner = np.ones_like(mask)
+        for axis in range(3):
+            for step in (-1, 1):
+                inner &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
+        return np.argwhere(mask & ~inner) * np.array(spacing)
+
+    label, pred = blobs(seed), blobs(seed + 10)
+    distances = cdist(edge(label), edge(pred))
+    expected = max(np.quantile(distances.min(axis), 0.95) for axis in (0, 1))
+    assert mask_overlap(label, pred, spacing).hd95 == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("axis", "shift"), [(0, 1.0), (1, 2.0), (2, 5.0)])
+def test_distances_and_tolerance_are_in_mm(axis: int, shift: float) -> None:
+    label = box((4, 4, 4), (15, 13, 11))
+    assert mask_overlap(label, np.roll(label, 3, axis), ANISOTROPIC).hd95 == pytest.approx(3 * shift)
+    pred = np.roll(label, 1, axis)
+    assert mask_overlap(label, pred, ANISOTROPIC, shift * 1.01).surface_dice == 1
+    assert mask_overlap(label, pred, ANISOTROPIC, shift * 0.99).surface_dice < 0.9
+
+
+class End(NamedTuple):
+    """Areas in mm² at one end of a box."""
+
+    face: float
+    rim: float  # edges and corners, which marching cubes cut off half-way between voxels
+
+
+def end_areas(size: np.ndarray, spacing: tuple[float, ...], axis: int) -> End:
+    steps, lengths = np.array(spacing), (size - 1) * spacing
+    others = [each for each in range(3) if each != axis]
+    corner = np.linalg.norm([steps[0] * steps[1], steps[1] * steps[2], steps[0] * steps[2]]) / 8
+    edges = sum(lengths[each] * np.hypot(steps[axis], steps[sum(others) - each]) for each in others)
+    return End(np.prod(lengths[others]), edges + 4 * corner)
+
+
+def whole_area(size: np.ndarray, spacing: tuple[float, ...]) -> float:
+    steps, lengths = np.array(spacing), (size - 1) * spacing
+    ends = [end_areas(size, spacing, axis) for axis in range(3)]
+    sides = 2 * lengths[0] * np.hypot(steps[1], steps[2])  # the four edges that are in no rim of axis 0
+    return 2 * sum(end.face for end in ends) + 2 * ends[0].rim + sides
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), ANISOTROPIC, (3.0, 0.7, 0.9)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_surface_dice_is_the_share_of_the_area_in_mm(axis: int, spacing: tuple[float, ...]) -> None:
+    size = np.array([9, 8, 6])
+    longer = size + (np.arange(3) == axis)
+    label, pred = (box((4, 4, 4), tuple(4 + each)) for each in (size, longer))
+    end = end_areas(longer, spacing, axis)
+    wrong = 2 * end.face + end.rim  # the end of the label lies within `pred`, that of `pred` beyond the label
+    expected = 1 - wrong / (whole_area(size, spacing) + whole_area(longer, spacing))
+    assert mask_overlap(label, pred, spacing, tolerance=0.4).surface_dice == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", range(3, 10))
+@pytest.mark.parametrize("step", [0.4, float(np.float32(0.4)), float(np.float32(0.1))])
+def test_a_distance_equal_to_the_tolerance_is_within_it_wherever_it_lies(start: int, step: float) -> None:
+    label = box((start, 2, 2), (start + 5, 6, 6), (22, 8, 8))
+    pred = np.roll(label, 5, 0)  # corners at the end are 5 steps off, those between less
+    assert mask_overlap(label, pred, (step,) * 3, round(5 * step, 3)).surface_dice == 1
+    assert_as_monai(label, pred, (step,) * 3, round(5 * step, 3))
+
+
+def test_equal_masks_are_perfect_and_neither_order_nor_air_around_matters() -> None:
+    label, pred = blobs(0), blobs(1)  # both reach the border
+    assert mask_overlap(label, label, ANISOTROPIC) == (1, 0, 1)
+    expected = mask_overlap(label, pred, ANISOTROPIC)
+    np.testing.assert_allclose(mask_overlap(pred, label, ANISOTROPIC), expected, rtol=1e-6)
+    padded = [np.pad(mask, ((2, 5), (0, 3), (4, 1))) for mask in (label, pred)]
+    np.testing.assert_allclose(mask_overlap(*padded, ANISOTROPIC), expected, rtol=1e-6)
+    for masks in ([label, pred], padded):
+        np.testing.assert_allclose(score(*masks, {"a": [1]}, spacing=ANISOTROPIC)[0][2:5], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pred", [np.zeros((22, 20, 18), dtype=bool), np.ones((3, 3, 3), dtype=bool)])
+def test_empty_and_unequal_masks_are_refused(pred: np.ndarray) -> None:
+    message = r"must be masks of one shape \(X, Y, Z\) with voxels, got \(22, 20, 18\) with 8"
+    with pytest.raises(ValueError, match=message):
+        mask_overlap(box((0, 0, 0), (2, 2, 2)), pred, ANISOTROPIC)
+
+
+# ---- structures --------------------------------------------------------------------------------------------------
+
+
+def test_every_outcome_is_scored_as_documented() -> None:
+    a, b, c = box((1, 1, 1), (6, 6, 6)), box((10, 2, 2), (14, 6, 6)), box((2, 12, 9), (4, 14, 11))
+    label, pred = a * 1 + b * 2, np.roll(a, 1, 0) * 1 + c * 4
+    labels = {"found": [1], "lost": [2], "nowhere": [3], "added": [4]}
+    found, lost, nowhere, added = score(label, pred, labels, spacing=ANISOTROPIC)
+    assert [each.outcome for each in (found, lost, added, nowhere)] == list(OUTCOMES)
+    assert found[:2] == ("found", (1,))
+    assert found.dice == pytest.approx(0.8)
+    assert (lost.dice, lost.surface_dice) == (0, 0)
+    assert isnan(lost.hd95)
+    assert all(isnan(value) for each in (nowhere, added) for value in each[2:5])
+    volumes = [(each.label_ml, each.pred_ml) for each in (found, lost, nowhere, added)]
+    np.testing.assert_allclose(volumes, [(1.25, 1.25), (0.64, 0), (0, 0), (0, 0.08)])
+
+
+def test_values_of_one_structure_are_one_mask() -> None:
+    halves = box((3, 3, 3), (6, 8, 8)) * 2 + box((6, 3, 3), (9, 8, 8)) * 3
+    (liver, kidneys, never) = score(halves, box((3, 3, 3), (9, 8, 8)) * 3)
+    assert (kidneys.values, kidneys.dice, kidneys.hd95) == ((2, 3), 1, 0)
+    assert (liver.outcome, never.outcome) == ("absent", "absent")
+
+
+def test_structures_may_overlap_and_other_values_do_not_count() -> None:
+    label = box((3, 3, 3), (9, 9, 9)) * 1 + box((5, 5, 5), (7, 7, 7)) * 1 + box((12, 12, 12), (15, 15, 15)) * 200
+    whole, core = score(label, label, {"whole": [1, 2], "core": [2]})
+    assert (whole.label_ml, core.label_ml) == (0.216, 0.008)
+    assert whole.dice == core.dice == 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64, np.uint16, np.int64])
+def test_label_maps_may_have_any_dtype(dtype: Any) -> None:
+    label = (box((3, 3, 3), (9, 9, 9)) * 1).astype(dtype)
+    assert score(label, torch.from_numpy(label.astype(np.int32)))[0].dice == 1
+
+
+def test_every_structure_is_scored_by_itself() -> None:
+    label, pred = blobs(0) * 1, blobs(0) * 1
+    label[blobs(3)], pred[blobs(4)] = 2, 2
+    for each in score(label, pred, {"a": [1], "b": [2]}, spacing=ANISOTROPIC):
+        alone = mask_overlap(label == each.values[0], pred == each.values[0], ANISOTROPIC)
+        np.testing.assert_allclose(each[2:5], alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pred": np.zeros((3, 3, 2))}, r"must lie on one grid, got the shapes \(3, 3, 3\) and \(3, 3, 2\)"),
+        ({"label": np.zeros((1, 3, 3, 3))}, r"`label` must have shape \(X, Y, Z\), got \(1, 3, 3, 3\)"),
+        ({"pred": np.full((3, 3, 3), 0.5)}, "`pred` must hold integers, got fractions"),
+        ({"label": np.full((3, 3, 3), np.nan)}, "`label` must hold integers"),
+        ({"spacing": (1, 1)}, r"`spacing` must hold three positive numbers in mm, got \[1.0, 1.0\]"),
+        ({"spacing": (1, 1, 0)}, "`spacing` must hold three positive numbers"),
+        ({"tolerance": -1}, "`tolerance` must be at least 0 mm, got -1"),
+        (
+            {"labels": {"a": [1], "b": [], "c": [2, 0]}},
+            r"every structure its values over 0.*got \{'b': \[\], 'c': \[2, 0\]",
+        ),
+        ({"labels": {}}, r"got \{\}"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(arguments: dict[str, Any], message: str) -> None:
+    given = {"label": np.zeros((3, 3, 3)), "pred": np.zeros((3, 3, 3)), "labels": LABELS, "spacing": (1, 1, 1)}
+    with pytest.raises(ValueError, match=message):
+        score_structures(**{**given, **arguments})

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import RandCropByPosNegLabeld
+
+from dissect_monai.transforms.intensity import ForegroundIndicesd, NormalizeModalityd, is_ct, sample_voxels
+
+
+def normalized(image: Any, modality: str | None = "MR", **arguments: Any) -> torch.Tensor:
+    item = {"image": torch.as_tensor(image, dtype=torch.float32), "modality": modality, "other": 3}
+    result = NormalizeModalityd("image", **arguments)(item)
+    assert (result["modality"], result["other"]) == (modality, 3)
+    return result["image"]
+
+
+def body(air: float = 0.0, noise: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    """A cube of values from 100 to 200 in the middle of three times as much air."""
+    rng = np.random.default_rng(0)
+    image = air + noise * rng.random((1, 16, 16, 16))
+    image[:, 3:13, 3:13, 3:13] = rng.uniform(100, 200, (1, 10, 10, 10))
+    return torch.as_tensor(image * scale)
+
+
+# --- intensities
+
+
+def test_ct_is_scaled_by_its_window() -> None:
+    hounsfield = [[-1000.0, -125.0, -25.0, 75.0, 275.0, 3000.0]]
+    expected = torch.tensor([[0, 0, 0.25, 0.5, 1, 1]])
+    torch.testing.assert_close(normalized(hounsfield, "CT"), expected)
+    torch.testing.assert_close(normalized(hounsfield, "ct angiography"), expected)
+    torch.testing.assert_close(normalized(hounsfield, "CT", b_max=255), expected * 255)
+    window = torch.tensor([[0, 0.875, 0.975, 1, 1, 1]])
+    torch.testing.assert_close(normalized(hounsfield, "CT", a_min=-1000, a_max=0), window)
+
+
+@pytest.mark.parametrize("modality", ["MR", "unknown", "PET", None])
+def test_other_modalities_are_scaled_by_their_own_percentiles(modality: str | None) -> None:
+    image = normalized(body(), modality)
+    inside = image[:, 3:13, 3:13, 3:13]
+    assert (image.min(), image.max()) == (0, 1)
+    assert float(inside.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float((inside == 0).float().mean()) == pytest.approx(0.005, abs=0.003)
+    assert float((inside == 1).float().mean()) == pytest.approx(0.005, abs=0.003)
+
+
+@pytest.mark.parametrize(("air", "noise", "scale"), [(0, 8, 1), (-7, 5, 1), (0, 0, 1e-3), (0, 3, 50)])
+def test_amount_and_noise_of_air_and_unit_do_not_count(air: float, noise: float, scale: float) -> None:
+    plain, other = normalized(body()), normalized(body(air, noise, scale))
+    torch.testing.assert_close(other, plain, rtol=0, atol=1e-3)
+    assert (other[:, 0] == 0).all()
+    without_air = normalized(body()[:, 3:13, 3:13, 3:13])
+    torch.testing.assert_close(without_air, plain[:, 3:13, 3:13, 3:13], rtol=0, atol=0.06)
+
+
+def test_a_few_outliers_do_not_darken_the_rest() -> None:
+    image = body()
+    image[0, 5, 5, 5:8] = 10_000
+    assert float((normalized(image) - normalized(body())).abs().median()) < 0.01
+
+
+def test_a_volume_mostly_of_air_keeps_its_contrast() -> None:
+    image = torch.zeros(1, 40, 40, 40)
+    image[0, :3, :3, :3] = torch.arange(1, 28).view(3, 3, 3)
+    assert float(normalized(image).max()) == 1
+    assert len(normalized(image).unique()) > 20
+
+
+@pytest.mark.parametrize(
+    ("values", "modality"), [([[5.0] * 9], "MR"), ([[-1000.0, -125.0]], "CT"), ([[0.0] * 9], None)]
+)
+def test_a_volume_of_one_value_is_refused(values: Any, modality: str | None) -> None:
+    with pytest.raises(ValueError, match=r"must have values between .*: correct its modality, or remove it"):
+        normalized(values, modality)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
+        ({"b_max": 0}, "`b_max` must be over 0, got 0"),
+    ],
+)
+def test_bad_ranges_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NormalizeModalityd("image", **arguments)
+
+
+def test_only_hounsfield_units_are_ct() -> None:
+    assert all(map(is_ct, ["CT", " ct", "CTA"]))
+    assert not any(map(is_ct, ["CBCT", "MR", "T1", "unknown", None, ""]))
+
+
+def test_a_sample_has_the_percentiles_of_the_whole() -> None:
+    values = np.random.default_rng(0).normal(size=(150, 128, 128)) + np.linspace(0, 3, 128)
+    sample = sample_voxels(values)
+    assert sample.size < 2**20
+    np.testing.assert_allclose(np.percentile(sample, [1, 50, 99]), np.percentile(values, [1, 50, 99]), atol=0.02)
+    assert sample_voxels(np.ones((5, 5))).size == 25
+
+
+def test_every_channel_is_scaled_by_its_own_modality() -> None:
+    hounsfield = torch.linspace(-200, 400, body().numel()).view_as(body())
+    both = torch.cat([hounsfield, body(scale=7).float()])
+    expected = [normalized(hounsfield, "CT"), normalized(body(scale=7), "MR")]
+    for names in (["CT", "MR"], ("CT", None)):
+        torch.testing.assert_close(normalized(both, names), torch.cat(expected))
+    swapped = normalized(both.flip(0), ["MR", "CT"])
+    torch.testing.assert_close(swapped, torch.cat(expected).flip(0))
+
+
+def test_channels_keep_metadata_and_fractions_of_whatever_type_they_come() -> None:
+    values = torch.stack([torch.linspace(-200, 400, 60).view(3, 4, 5), torch.arange(60.0).view(3, 4, 5)])
+    image = MetaTensor(values.to(torch.int16), affine=torch.diag(torch.tensor([1.0, 2, 3, 1])))
+    result = NormalizeModalityd("image")({"image": image, "modality": ["CT", "MR"]})["image"]
+    assert isinstance(result, MetaTensor)
+    np.testing.assert_allclose(result.pixdim, [1, 2, 3])
+    assert result.shape == image.shape
+    assert result.dtype == torch.float32
+    expected = NormalizeModalityd("image")({"image": image[1:], "modality": "MR"})["image"]
+    torch.testing.assert_close(result[1:].as_tensor(), expected.as_tensor())
+
+
+@pytest.mark.parametrize("modality", [["CT"], "CT", ["CT", "MR", "PET"]])
+def test_another_number_of_channels_than_modalities_is_refused(modality: Any) -> None:
+    both = torch.cat([body(), body()])
+    names = modality if isinstance(modality, str) else ", ".join(modality)
+    message = rf"a channel for each of the modalities {names}, got 2: correct `modality` in dataset\.json"
+    with pytest.raises(ValueError, match=message):
+        normalized(both, modality)
+
+
+def test_items_that_say_no_modality_have_the_one_that_is_given() -> None:
+    hounsfield = torch.tensor([[-1000.0, -125.0, -25.0, 75.0, 275.0, 3000.0]])
+    expected = normalized(hounsfield, "CT")
+    image = NormalizeModalityd("image", modality="CT")({"image": hounsfield})["image"]
+    torch.testing.assert_close(image, expected)
+    both = NormalizeModalityd("image", modality=["CT", "CT"])({"image": torch.cat([hounsfield] * 2)})["image"]
+    torch.testing.assert_close(both, torch.cat([expected] * 2))
+    own = NormalizeModalityd("image", modality="CT")({"image": body(), "modality": "MR"})["image"]
+    torch.testing.assert_close(own, normalized(body(), "MR"))
+
+
+# --- where patches are drawn
+
+
+def test_patches_are_centred_where_a_volume_is_not_air(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dissect_monai.transforms.intensity._MAX_INDICES", 17)
+    image = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
+    image[:, 4:9, 6:12, 3:5] = 7
+    item = ForegroundIndicesd("image")({"image": image, "other": 3})
+    places = item["image_fg_indices"]
+    assert (len(places), item["other"]) == (17, 3)
+    assert (image.flatten()[places] == 7).all()
+    columns = np.unravel_index(places, (20, 20, 20))
+    assert [len(np.unique(axis)) for axis in columns] == [5, 6, 2]
+    keys = {"fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices"}
+    crop = RandCropByPosNegLabeld("image", "image", (1, 1, 1), neg=0, **keys).set_random_state(0)
+    assert all((crop(dict(item))[0]["image"] == 7).all() for _ in range(20))
+    single = {**item, "image_fg_indices": places[:1], "image_bg_indices": places[:1]}
+    marked = image.clone()
+    marked.flatten()[places[0]] = 9
+    assert crop({**single, "image": marked})[0]["image"] == 9
+
+
+def test_keeps_every_place_of_a_small_volume() -> None:
+    image = torch.zeros(2, 3, 3, 3)
+    image[1, 1, 1, 1] = 0.5
+    assert ForegroundIndicesd("image")({"image": image})["image_fg_indices"].tolist() == [13]
+
+
+def test_refuses_a_volume_of_air() -> None:
+    with pytest.raises(ValueError, match="must have voxels above 0 after scaling, got none"):
+        ForegroundIndicesd("image")({"image": torch.zeros(1, 3, 3, 3)})
