@@ -81,19 +81,25 @@ TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
 }
 
 
+def tiny_knobs(recipe: str) -> dict[str, Any]:
+    """Those of `TINY` that a recipe has."""
+    known = {key for config in RECIPES[recipe] for key in read(config)}
+    knobs: dict[str, Any] = {key: value for key, value in TINY.items() if key in known}
+    if "patch_size" in known:
+        knobs["batch_size"] //= 2
+        for key in ("encoder", "image_size"):
+            knobs.pop(key, None)
+    return knobs
+
+
 class Recipe:
     """A bundle's train.json, with a config for other data over it if there is one: its training, in small."""
 
     def __init__(self, name: str, xrays: Path, volumes: Sequence[Path], folder: Path) -> None:
         self.name, self.configs = name, RECIPES[name]
         self.bundle = self.configs[0].parent.parent
-        known = {key: value for config in self.configs for key, value in read(config).items()}
-        self.knobs: dict[str, Any] = {key: value for key, value in TINY.items() if key in known}
-        if "patch_size" in known:
-            self.knobs["batch_size"] //= 2
-            for key in ("encoder", "image_size"):
-                self.knobs.pop(key, None)
-        data = xrays if "patch_size" not in known else volumes[0] if "structures" in known else volumes
+        self.knobs = tiny_knobs(name)
+        data = xrays if "image_size" in self.knobs else volumes[0] if self.bundle.name.startswith("seg") else volumes
         self.knobs["dataset_dir"] = str(data) if isinstance(data, Path) else [str(each) for each in data]
         self._finished = folder / name
 
