@@ -29,7 +29,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dissect_monai.bundle import bad_input
-from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
@@ -184,7 +183,7 @@ def forked(
     with TemporaryDirectory() as folder:
         logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]
         processes = [
-            {"arguments": arguments, "cwd": str(cwd), "environment": environment, "stdout": out, "stderr": error}
+            {"arguments": arguments, "cwd": str(cwd.resolve()), "environment": environment, "stdout": out, "stderr": error}
             for environment, (out, error) in zip(environments, logs, strict=True)
         ]
         server.stdin.write(json.dumps(processes) + "\n")
@@ -279,20 +278,6 @@ def write(path: Path, content: Any) -> Path:
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run(config_file=str(bundle / "configs" / "train.json"), **overrides)
-
-
-def short_training(bundle: str, xrays: Path, folder: Path) -> dict[str, Any]:
-    """Knobs of a training of seconds on small phantoms: the X-rays, or volumes that it writes into a folder."""
-    short = {"max_epochs": 1, "warmup_epochs": 0, "batch_size": 4, "num_workers": 0, "amp": False, "val_interval": 1}
-    if bundle in ("pretrain_vq_ssl", "cxr_classify"):
-        return {**short, "dataset_dir": xrays, "image_size": 32, "encoder": "resnet18"}
-    volumes = {"pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8, "iterations_per_epoch": 2}
-    tasks = ["abdomen_ct"]
-    if bundle == "hssl_multidomain":
-        volumes["mask_size"] = 8
-        tasks.append("head_mr")
-    folders = write_volume_phantoms(folder, 6, 2, 2, image_size=32, tasks=tasks)
-    return {**short, **volumes, "dataset_dir": folders[0] if len(folders) == 1 else [*map(str, folders)]}
 
 
 def git(repository: Path, *arguments: str) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, committed_copy, git, read, run_config, short_training, write
-from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+from helpers import BUNDLES, ROOT, Recipe, committed_copy, git, read, same, write
+from monai.bundle import (
+    ConfigParser,
+    ConfigWorkflow,
+    ckpt_export,
+    download,
+    load,
+    onnx_export,
+    verify_metadata,
+    verify_net_in_out,
+)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from package_bundle import main, package
@@ -98,7 +109,7 @@ def test_a_misspelt_bundle_is_refused_with_the_nearest(tmp_path: Path) -> None:
 
 def from_archive(*arguments: str, cwd: Path) -> str:
     """A command with the installed packages, but nothing of this repository on the path."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
     command = [sys.executable, "-S", *arguments]  # without `site`, which would add an editable install
     result = subprocess.run(
         command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
@@ -111,72 +122,69 @@ class Unpacked(NamedTuple):
     """A bundle as `download` leaves it, in a folder that was empty."""
 
     folder: Path
-    knobs: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What MONAI's commands need to know of it."""
+        configs = {"meta_file": "metadata", "config_file": "inference"}
+        paths = {key: str(self.folder / "configs" / f"{name}.json") for key, name in configs.items()}
+        return {**paths, "bundle_root": str(self.folder)}
 
 
-@pytest.fixture(scope="module", params=sorted(path.name for path in ROOT.glob("bundles/*")))
-def unpacked(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
-    work, name = tmp_path_factory.mktemp(request.param), request.param
-    knobs = short_training(name, dataset_dir, work / "data")
-    run_config(ROOT / "bundles" / name / "configs" / "train.json", **knobs, output_dir=work / "weights")
+@pytest.fixture(scope="module", params=[path.name for path in BUNDLES])
+def unpacked(
+    request: pytest.FixtureRequest, recipe_of: Callable[[str], Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Unpacked:
+    work, recipe = tmp_path_factory.mktemp(request.param), recipe_of(request.param)
     repository = committed_copy(work / "repository")
-    archive = package(repository / "bundles" / name, work / "weights", work / "dist")
-    (work / "empty").mkdir()
-    source = ("--name", name, "--url", archive.as_uri(), "--bundle_dir", ".")
-    from_archive("-m", "monai.bundle", "download", *source, cwd=work / "empty")
-    return Unpacked(work / "empty" / name, knobs)
+    archive = package(repository / "bundles" / recipe.name, recipe.finished, work / "dist")
+    download(recipe.name, url=archive.as_uri(), bundle_dir=str(work / "empty"), progress=False)
+    return Unpacked(work / "empty" / recipe.name, recipe)
 
 
 @pytest.mark.slow
 def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(unpacked: Unpacked, tmp_path: Path) -> None:
-    folder, knobs = unpacked
-    where = from_archive("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=folder)
-    assert Path(where.strip()).parent == folder / "dissect_monai"
-    run = ("-m", "monai.bundle", "run", "--dataset_dir", str(knobs["dataset_dir"]), "--config_file")
-    from_archive(*run, "configs/inference.json", cwd=folder)
+    folder, recipe = unpacked
+    data, out = recipe.knobs["dataset_dir"], str(tmp_path)
+    runs = [
+        {"config_file": "configs/inference.json", "dataset_dir": data},
+        {"config_file": "configs/train.json", **recipe.knobs, "output_dir": out},
+        {"config_file": "configs/evaluate.json", "dataset_dir": data, "output_dir": out, "num_samples": 5},
+    ]
+    script = "import sys, json, dissect_monai; from monai.bundle import run; print(dissect_monai.__file__)\n"
+    script += "for knobs in json.loads(sys.argv[1]): run(**knobs)"
+    where = from_archive("-c", script, json.dumps(runs), cwd=folder).splitlines()[0]
+    assert Path(where).parent == folder / "dissect_monai"
     assert list((folder / "eval").iterdir())
-    given = [part for knob, value in {**knobs, "output_dir": tmp_path}.items() for part in (f"--{knob}", str(value))]
-    from_archive("-m", "monai.bundle", "run", "--config_file", "configs/train.json", *given, cwd=folder)
-    from_archive(*run, "configs/evaluate.json", "--output_dir", str(tmp_path), cwd=folder)
+    assert (tmp_path / "models" / "model.pt").is_file()
     assert (tmp_path / "eval" / "metrics.csv").is_file()
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """What MONAI's commands need to know of a bundle."""
-    configs = folder / "configs"
-    return {
-        "meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json"),
-        "bundle_root": str(folder),
-    }  # fmt: skip
-
-
 @pytest.mark.slow
-def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked, tmp_path: Path) -> None:
-    folder = unpacked.folder
-    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/inference.json", "models/model.pt"):
+def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked) -> None:
+    folder, files = unpacked.folder, unpacked.files
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"):
         assert (folder / name).is_file(), name
     metadata = read(folder / "configs" / "metadata.json")
     assert metadata["version"] in metadata["changelog"]
-    files = files_of(folder)
-    schema = ROOT / "tests" / "meta_schema_20240725.json"
-    verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
+    verify_metadata(meta_file=files["meta_file"], filepath=str(ROOT / "tests" / "meta_schema_20240725.json"))
     workflow = ConfigWorkflow(files["config_file"], workflow_type="infer", logging_file=False, bundle_root=str(folder))
     workflow.initialize()
     assert workflow.check_properties() == []
     verify_net_in_out("network_def", device="cpu", **files)
-    weights = str(folder / "models" / "model.pt")
-    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=weights, **files)
-    torch.jit.load(tmp_path / "model.ts")
 
 
 @pytest.mark.slow
-def test_exports_give_what_the_network_gives_on_an_image(unpacked: Unpacked, tmp_path: Path) -> None:
+def test_what_is_loaded_and_exported_gives_what_the_network_gives_on_an_image(
+    unpacked: Unpacked, tmp_path: Path
+) -> None:
     import onnxruntime
 
-    files, weights = files_of(unpacked.folder), unpacked.folder / "models" / "model.pt"
+    folder, files, weights = unpacked.folder, unpacked.files, unpacked.folder / "models" / "model.pt"
     parser = ConfigParser()
     parser.read_config(files["config_file"])
-    parser.update({"bundle_root": files["bundle_root"], "dataset_dir": unpacked.knobs["dataset_dir"]})
+    parser.update({"bundle_root": files["bundle_root"], "dataset_dir": unpacked.recipe.knobs["dataset_dir"]})
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     image = torch.as_tensor(parser.get_parsed_content("dataset")[0]["image"])[None]
@@ -184,6 +192,9 @@ def test_exports_give_what_the_network_gives_on_an_image(unpacked: Unpacked, tmp
     with torch.no_grad():
         expected = network(image)
 
+    loading = {"source": "monaihosting", "workflow_type": "inference"}
+    loaded = load(folder.name, bundle_dir=str(folder.parent), **loading).cpu()
+    assert same(dict(loaded.state_dict()), dict(network.state_dict()))
     ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(weights), **files)
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=0, atol=1e-4)
     shape = list(image.shape)
