@@ -24,7 +24,7 @@ from monai.losses import ContrastiveLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss, supervised_contrast
+from dissect_monai.losses.contrastive import hierarchical_contrast, supervised_contrast
 
 try:
     from pytorch_metric_learning.losses import SupConLoss
@@ -53,12 +53,12 @@ def build(num: int, device: str) -> Inputs:
 
 
 def ours_hierarchical(inputs: Inputs) -> Tensor:
-    return HierarchicalContrastiveLoss(TEMPERATURE)(*inputs)
+    return torch.stack([*hierarchical_contrast(*inputs, TEMPERATURE).values()]).sum()
 
 
 def projected_hierarchical(inputs: Inputs) -> Tensor:
     levels = [inputs.embeddings.view_as(inputs.embeddings) for _ in range(3)]  # which the loss cannot know to be equal
-    return HierarchicalContrastiveLoss(TEMPERATURE)(levels, inputs.task, inputs.group)
+    return torch.stack([*hierarchical_contrast(levels, inputs.task, inputs.group, TEMPERATURE).values()]).sum()
 
 
 def pml_hierarchical(inputs: Inputs) -> Tensor:

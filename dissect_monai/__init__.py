@@ -1,19 +1,17 @@
 """Self-supervised learning on medical images: vector-quantised and hierarchical, for MONAI bundles."""
 
+from dissect_monai.bundle import begin as begin
 from dissect_monai.bundle import bundle_root as bundle_root
-from dissect_monai.bundle import check_knobs as check_knobs
-from dissect_monai.bundle import check_writable as check_writable
+from dissect_monai.bundle import check_batches as check_batches
+from dissect_monai.bundle import check_output as check_output
+from dissect_monai.bundle import check_training as check_training
 from dissect_monai.bundle import checkpoint_to_resume as checkpoint_to_resume
-from dissect_monai.bundle import complete_tracking as complete_tracking
 from dissect_monai.bundle import destroy_group as destroy_group
-from dissect_monai.bundle import explain_errors as explain_errors
 from dissect_monai.bundle import given_items as given_items
 from dissect_monai.bundle import is_true as is_true
-from dissect_monai.bundle import log_data_source as log_data_source
 from dissect_monai.bundle import min_over_ranks as min_over_ranks
 from dissect_monai.bundle import process_device as process_device
-from dissect_monai.bundle import refuse_overwriting as refuse_overwriting
-from dissect_monai.bundle import refuse_small_data as refuse_small_data
+from dissect_monai.bundle import run_settings as run_settings
 from dissect_monai.common import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import Datalist as Datalist
@@ -43,17 +41,17 @@ from dissect_monai.handlers.checkpoints import BestWeights as BestWeights
 from dissect_monai.handlers.checkpoints import TrainingCheckpoint as TrainingCheckpoint
 from dissect_monai.handlers.checkpoints import newest_checkpoint as newest_checkpoint
 from dissect_monai.handlers.classifier import ClassifierEvaluation as ClassifierEvaluation
-from dissect_monai.handlers.embeddings import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.hssl_validation import HSSLValidation as HSSLValidation
-from dissect_monai.handlers.label_maps import LabelMapSaver as LabelMapSaver
 from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
-from dissect_monai.handlers.predictions import PredictionSaver as PredictionSaver
 from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
 from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
 from dissect_monai.handlers.probes import check_probe_data as check_probe_data
 from dissect_monai.handlers.probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
+from dissect_monai.handlers.savers import EmbeddingSaver as EmbeddingSaver
+from dissect_monai.handlers.savers import LabelMapSaver as LabelMapSaver
+from dissect_monai.handlers.savers import PredictionSaver as PredictionSaver
 from dissect_monai.handlers.segmentation import SegmentationEvaluation as SegmentationEvaluation
 from dissect_monai.handlers.segmentation import refuse_unmapped as refuse_unmapped
 from dissect_monai.handlers.training import EpochSeedHandler as EpochSeedHandler
@@ -71,8 +69,8 @@ from dissect_monai.losses.multilabel import positive_weights as positive_weights
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
 from dissect_monai.losses.pretraining import VQSSLLoss as VQSSLLoss
 from dissect_monai.metrics.probes import FeatureDataset as FeatureDataset
-from dissect_monai.metrics.segmentation import score_structures as score_structures
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
+from dissect_monai.networks.encoders import place_network as place_network
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
 from dissect_monai.networks.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
@@ -82,7 +80,6 @@ from dissect_monai.networks.vqssl import VQSSLNet as VQSSLNet
 from dissect_monai.networks.weights import has_decoder as has_decoder
 from dissect_monai.networks.weights import load_weights as load_weights
 from dissect_monai.networks.weights import read_settings as read_settings
-from dissect_monai.networks.weights import refuse_bad_mode as refuse_bad_mode
 from dissect_monai.networks.weights import trained_part as trained_part
 from dissect_monai.phantoms.volumes import VOLUME_TASKS as VOLUME_TASKS
 from dissect_monai.phantoms.volumes import write_volume_phantoms as write_volume_phantoms
@@ -102,5 +99,3 @@ from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images
 from dissect_monai.visualize.domains import report_domains as report_domains
-from dissect_monai.visualize.saliency import saliency_maps as saliency_maps
-from dissect_monai.visualize.segmentation import segmentation_overlay as segmentation_overlay

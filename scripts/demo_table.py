@@ -5,18 +5,20 @@ python scripts/demo_table.py runs/demo
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import fire
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from plot_curves import read_scalars
 
 
 class Step(NamedTuple):
     """One bundle of the chain."""
 
     bundle: str
-    weights_of: str  # of the bundle before
+    weights_of: str  # the bundle before
     measures: dict[str, str]  # tag of TensorBoard → what it is
     tested: dict[str, str]  # metric of the evaluation's metrics.csv → what it is
     pictures: str  # below its folder
@@ -44,27 +46,21 @@ STEPS = (
 )
 
 
-def rows(folder: Path) -> list[tuple[str, ...]]:
+def rows(folder: Path) -> Iterator[tuple[str, ...]]:
     """A line for every measure: bundle, weights, measure, first value, last value, where the pictures are."""
-    lines: list[tuple[str, ...]] = []
     for step in STEPS:
         own = folder / step.bundle
-        events = EventAccumulator(str(own / "eval"))
-        events.Reload()
+        scalars = read_scalars(own / "eval")
         head = (step.bundle, step.weights_of)
         for tag, title in step.measures.items():
-            values = [each.value for each in events.Scalars(tag)]
-            lines.append((*head, title, f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{own}/{step.pictures}"))
+            values = [value for _, value in sorted(scalars[tag].items())]
+            yield (*head, title, f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{own}/{step.pictures}")
             head = ("", "")
-        tested = read_metrics(own / "eval" / "metrics.csv") if step.tested else {}
-        lines += [("", "", title, "", f"{tested[name]:.3f}", "") for name, title in step.tested.items()]
-    return lines
-
-
-def read_metrics(path: Path) -> dict[str, float]:
-    """Metrics as MONAI's `MetricsSaver` writes them: a name and a value a line."""
-    pairs = (line.split(",") for line in path.read_text(encoding="utf-8").splitlines())
-    return {name: float(value) for name, value in pairs}
+        if step.tested:
+            with open(own / "eval" / "metrics.csv", newline="", encoding="utf-8") as file:
+                tested = dict(csv.reader(file))
+            for name, title in step.tested.items():
+                yield ("", "", title, "", f"{float(tested[name]):.3f}", "")
 
 
 def main(folder: str) -> None:

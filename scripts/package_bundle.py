@@ -40,23 +40,19 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
 
 
 def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
-    """Write the archive of a bundle and, beside it, its SHA-256 as `sha256sum` takes it.
+    """Write the archive of a bundle and, beside it, its SHA-256 as `sha256sum` takes it; return the archive's path.
 
     Args:
         bundle: its folder, in a git repository with the package beside `bundles`.
         weights: folder with models/model.pt and models/model.json.
         output_dir: folder for both; made if missing.
 
-    Returns:
-        Path of the archive.
-
     Raises:
         FileNotFoundError: if the weights or their settings are missing.
         ValueError: if the version has no changelog entry, or bundle or package differ from what is committed.
     """
-    version = released_version(bundle)
-    files = dict(_files(bundle, weights))
-    path = output_dir / f"{bundle.name}_v{version}.zip"
+    path = output_dir / f"{bundle.name}_v{released_version(bundle)}.zip"
+    files = dict(contents(bundle, weights))
     output_dir.mkdir(parents=True, exist_ok=True)
     # Stored, since weights hardly shrink and what a compressor writes depends on its version.
     half = path.with_name(f".{path.name}.tmp")
@@ -72,11 +68,7 @@ def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
 
 
 def released_version(bundle: Path) -> str:
-    """The version of a bundle's metadata.
-
-    Raises:
-        ValueError: if it has no changelog entry.
-    """
+    """The version of a bundle's metadata, which must have a changelog entry."""
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     version, changelog = str(metadata["version"]), metadata["changelog"]
     if not str(changelog.get(version, "")).strip():
@@ -88,11 +80,7 @@ def released_version(bundle: Path) -> str:
 
 
 def chosen_bundles(name: str) -> list[Path]:
-    """Folders of one bundle or, for "all", of all of them.
-
-    Raises:
-        ValueError: naming the nearest, if there is no such bundle.
-    """
+    """Folders of one bundle or, for "all", of all of them; a misspelt name is refused with the nearest."""
     bundles = {path.parent.parent.name: path.parent.parent for path in ROOT.glob("bundles/*/configs/metadata.json")}
     if name == "all":
         return [bundles[each] for each in sorted(bundles)]
@@ -102,17 +90,17 @@ def chosen_bundles(name: str) -> list[Path]:
     return [bundles[name]]
 
 
-def _files(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
+def contents(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
     """Name in the bundle's folder and path of all that goes into the archive."""
     root = bundle.parent.parent
-    changed = _git(root, "status", "--porcelain", "--", str(bundle), PACKAGE)
+    changed = git(root, "status", "--porcelain", "--", str(bundle), PACKAGE)
     if changed:
         raise ValueError(
             f"{bundle.name} and {PACKAGE} must be as they are committed, got {len(changed)} changed or new files, "
             f"{changed[0][3:]} first: commit them."
         )
     for part, folder in ((bundle, bundle), (root / PACKAGE, root)):
-        for file in _git(root, "ls-files", "--full-name", "--", str(part)):
+        for file in git(root, "ls-files", "--full-name", "--", str(part)):
             yield (root / file).relative_to(folder).as_posix(), root / file
     for name in WEIGHTS:
         if not (weights / name).is_file():
@@ -123,7 +111,8 @@ def _files(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
         yield name, weights / name
 
 
-def _git(root: Path, *arguments: str) -> list[str]:
+def git(root: Path, *arguments: str) -> list[str]:
+    """Lines that git prints."""
     command = ["git", "-C", str(root), *arguments]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if result.returncode:

@@ -18,6 +18,8 @@ from pathlib import Path
 import fire
 from package_bundle import PACKAGE, ROOT, chosen_bundles, package, released_version
 
+from dissect_monai import __version__
+
 CARD = "docs/README.md"
 CARD_SECTIONS = ("## Train", "## Limits")
 CARD_WARNING = "Not a medical device"
@@ -33,17 +35,18 @@ def main(weights: str | Path | None = None, output_dir: str | Path = "dist", dry
         output_dir: folder for the archives.
         dry_run: print the commands even if something is missing, and end without an error.
     """
-    problems = list(changelog_problems(ROOT))
+    problems = list(changelog_problems((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), __version__))
     archives = {}
     for bundle in chosen_bundles("all"):
         problems += [f"{bundle.name}: {each}" for each in card_problems(bundle)]
+        own_weights = Path(weights or ROOT / "bundles", bundle.name)
         try:
-            archives[bundle] = package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir))
+            archives[bundle] = package(bundle, own_weights, Path(output_dir))
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
         with tempfile.TemporaryDirectory() as again:
-            second = package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(again))
+            second = package(bundle, own_weights, Path(again))
             problems += [f"{bundle.name}: {each}" for each in archive_problems(archives[bundle], second)]
     if problems:
         report = "not ready to be published:\n" + "\n".join(f"- {each}" for each in problems)
@@ -55,15 +58,13 @@ def main(weights: str | Path | None = None, output_dir: str | Path = "dist", dry
         print("\n".join(commands(bundle.name, released_version(bundle), archive)), end="\n\n")
 
 
-def changelog_problems(root: Path) -> Iterator[str]:
-    """What is wrong with the version of the package and its entry in CHANGELOG.md."""
-    version = re.search(r'^__version__ = "(.+)"$', (root / PACKAGE / "common.py").read_text("utf-8"), re.MULTILINE)
-    number = version[1] if version else "?"
-    entry = re.search(rf"^## {re.escape(number)}\b(.*)$", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+def changelog_problems(changelog: str, version: str) -> Iterator[str]:
+    """What is wrong with the entry of a version in CHANGELOG.md."""
+    entry = re.search(rf"^## {re.escape(version)}\b(.*)$", changelog, re.MULTILINE)
     if entry is None:
-        yield f"CHANGELOG.md must have an entry for {number}, the version in {PACKAGE}/common.py"
+        yield f"CHANGELOG.md must have an entry for {version}, the version in {PACKAGE}/common.py"
     elif not re.search(r"\d{4}-\d\d-\d\d", entry[1]):
-        yield f"CHANGELOG.md must say when {number} was released, as in `## {number} – 2026-01-31`, got `{entry[0]}`"
+        yield f"CHANGELOG.md must say when {version} was released, as in `## {version} – 2026-01-31`, got `{entry[0]}`"
 
 
 def card_problems(bundle: Path) -> Iterator[str]:

@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import monai.bundle.__main__
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -28,7 +31,7 @@ from monai.data import Dataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dissect_monai.bundle import bad_input
+from dissect_monai.bundle import bad_input, with_dashes
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
@@ -75,7 +78,7 @@ TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
     "network": {"_target_": "monai.networks.nets.resnet10", "widen_factor": 0.5},
     "metric_name": {"_target_": "monai.metrics.DiceMetric", "reduction": "mean"},
     "train": {"trainer": {"max_epochs": 1}, "handlers": [{"_target_": "StatsHandler", "iteration_log": False}]},
-    "initialize": ["$bundle.check_knobs()"],
+    "initialize": ["$bundle.begin()"],
     "run": ["$Path('ran').write_text(str(Path(@root).resolve()))"],
 }
 
@@ -126,10 +129,17 @@ class Recipe:
         return self.finished / "models" / "model.pt"
 
 
-def run_config(config: Path | Sequence[Path], **knobs: Any) -> None:
-    """`monai.bundle run` in this process."""
-    files = str(config) if isinstance(config, Path) else [str(each) for each in config]
-    run(config_file=files, **{name: _plain(value) for name, value in knobs.items()})
+def run_config(config: Any = None, **knobs: Any) -> None:
+    """`python -m monai.bundle run` in this process: of a config file, of several, or of an `args_file`."""
+    files = [config] if isinstance(config, (str, Path)) else [*(config or [])]
+    given = {"config_file": [*map(str, files)]} if files else {}
+    given |= {name: _plain(value) for name, value in knobs.items()}
+    with patch.object(sys, "argv", [monai.bundle.__main__.__file__, "run", *_arguments(given)]):
+        run(**given)
+
+
+def _arguments(knobs: dict[str, Any]) -> list[str]:
+    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
 
 
 def _plain(value: Any) -> Any:
@@ -175,15 +185,20 @@ def forked(
     **knobs: Any,
 ) -> Ended:
     """`monai.bundle run` in a process for each environment."""
-    options = [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-    arguments = ["monai.bundle", "run", "--config_file", files, *options]
+    arguments = ["monai.bundle", "run", *_arguments({"config_file": files, **knobs})]
     server = fork_server()
     assert server.stdin is not None
     assert server.stdout is not None
     with TemporaryDirectory() as folder:
         logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]
         processes = [
-            {"arguments": arguments, "cwd": str(cwd.resolve()), "environment": environment, "stdout": out, "stderr": error}
+            {
+                "arguments": arguments,
+                "cwd": str(cwd.resolve()),
+                "environment": environment,
+                "stdout": out,
+                "stderr": error,
+            }
             for environment, (out, error) in zip(environments, logs, strict=True)
         ]
         server.stdin.write(json.dumps(processes) + "\n")
@@ -206,12 +221,12 @@ def free_port() -> int:
 
 @contextmanager
 def refused(message: str) -> Iterator[None]:
-    """The run ends with an error that `explain_errors` shortens to one message."""
+    """The run ends with an error that the command line shortens to one message."""
     with pytest.raises(Exception) as raised:  # noqa: PT011
         yield
     cause = bad_input(raised.value)
     assert cause is not None, raised.value
-    assert re.search(message, str(cause)), cause
+    assert re.search(message, with_dashes(str(cause))), cause
 
 
 def counting_engine(max_epochs: int = 4) -> Engine:
@@ -224,11 +239,6 @@ def counting_engine(max_epochs: int = 4) -> Engine:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def metrics_of(output_dir: Path) -> dict[str, float]:
@@ -277,7 +287,7 @@ def write(path: Path, content: Any) -> Path:
 
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
-    run(config_file=str(bundle / "configs" / "train.json"), **overrides)
+    run_config(bundle / "configs" / "train.json", **overrides)
 
 
 def git(repository: Path, *arguments: str) -> None:
@@ -287,9 +297,9 @@ def git(repository: Path, *arguments: str) -> None:
 
 def committed_copy(root: Path) -> Path:
     """All bundles and the package, without what runs have left in them, as a repository of their own."""
-    outputs = ("models", "eval", "checkpoints", "phantoms", "__pycache__")
-    for folder in ("bundles", "dissect_monai"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*outputs))
+    outputs = {"bundles": ("models", "eval", "checkpoints", "phantoms"), "dissect_monai": ("__pycache__",)}
+    for folder, left_out in outputs.items():
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*left_out))
     shutil.copy(ROOT / ".gitignore", root)
     git(root, "init", "--quiet")
     git(root, "add", ".")
@@ -337,6 +347,11 @@ class Decoded(Dataset):
 
     def _transform(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index]}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def pick(rows: Iterable[dict[str, str]], **wanted: str) -> dict[str, str]:
@@ -422,3 +437,35 @@ def patch_transform(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, n
         "preprocessing": {"_target_": "Compose", "transforms": PATCHES},
     }
     return ConfigParser(config).get_parsed_content("preprocessing")
+
+
+class Page(HTMLParser):
+    """Reads a page: its texts by element, its images, every attribute; fails on unbalanced elements."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.stack
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.stack[-1], data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for element, text in self.texts if element == tag]
+
+    def values(self, attribute: str) -> list[str | None]:
+        return [value for name, value in self.attributes if name == attribute]

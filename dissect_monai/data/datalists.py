@@ -133,17 +133,9 @@ def label_matrix(
 ) -> np.ndarray:
     """Labels of shape (N, C), 1, 0 or NaN (unknown); an item without label is unknown throughout.
 
-    Args:
-        items: items of a data list.
-        label_names: names of the values of its labels.
-        findings: columns, in this order; None takes `label_names`. "No finding" is derived if it is no label itself: 1
-            where every label is 0, 0 where one is 1, and else NaN.
-        allow_missing: whether findings without labels are unknown instead of refused; "No finding" is unknown too then,
-            as they may be there.
-
-    Raises:
-        ValueError: if a label has another length than `label_names`, or a finding (with `allow_missing`: every one) has
-            no labels.
+    The columns are `findings`, or `label_names` if None. "No finding" is derived if it is no label itself: 1 where
+    every label is 0, 0 where one is 1, and else NaN. Findings without labels are refused, or unknown with
+    `allow_missing` if there are others; "No finding" is unknown too then, as they may be there.
     """
     labels = np.full((len(items), len(label_names)), np.nan)
     for row, item in zip(labels, items, strict=True):

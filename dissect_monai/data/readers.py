@@ -17,7 +17,7 @@ from monai.utils import MetaKeys, SpaceKeys
 from nibabel.affines import voxel_sizes
 from PIL import Image
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, MissingPackageError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -169,7 +169,7 @@ def simpleitk(path: Path) -> Any:
     try:
         import SimpleITK
     except ImportError:
-        raise ImportError(
+        raise MissingPackageError(
             f"Reading {path} needs SimpleITK: `pip install SimpleITK`, or convert the images to PNG or NIfTI."
         ) from None
     return SimpleITK

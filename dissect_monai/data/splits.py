@@ -77,11 +77,7 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
     """Move a fraction of the training subjects to a validation split, in folders that have none, task by task.
 
     Folders of one task may show the same subjects, such as a channel each: a subject of one name goes to one split.
-
-    Args:
-        datalists: one for each folder, each item with a "task" and a "subject".
-        fraction: share in [0, 1) of the subjects of a task, at least one; none where fewer than two would be left.
-        seed: draws other subjects.
+    None are moved where fewer than two would be left.
     """
     unsplit = [item for datalist in datalists if not datalist.validation for item in datalist.training]
     drawn: set[tuple[str, str]] = set()
@@ -122,20 +118,12 @@ def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
 def with_test_split(datalist: Datalist, fraction: float = 0.2, seed: int = 0) -> Datalist:
     """For tasks without test split: score the validation split, and choose on a part of the training subjects instead.
 
-    Nothing is then chosen on what is scored, unless training chose something on the validation split, which pretraining
-    for a given number of epochs does not.
+    Nothing is then chosen on what is scored, as pretraining chooses nothing on the validation split.
 
     Args:
         datalist: as `aggregate` gives it.
-        fraction: share in (0, 1) of the training subjects of such a task that becomes its validation split, at least
-            one.
+        fraction: share in (0, 1) of the training subjects of such a task, at least one.
         seed: draws other subjects.
-
-    Returns:
-        The same data list if every task has a test split.
-
-    Raises:
-        ValueError: if `fraction` is outside (0, 1).
     """
     if not 0 < fraction < 1:
         raise InputError(f"`fraction` must be in (0, 1), got {fraction}.")
@@ -185,11 +173,7 @@ def _btcv_numbers(items: Sequence[Item]) -> dict[str, int]:
 
 
 def datalist_digest(items: Sequence[Item]) -> str:
-    """A short text that changes with the volumes of a data list, their tasks and modalities, but not their folder.
-
-    Args:
-        items: items of `aggregate` or `read_segmentation`.
-    """
+    """A short text that changes with the volumes of a data list, their tasks and modalities, but not their folder."""
     facts = ((item["task"], item["modality"], item["subject"], Path(item["image"]).name) for item in items)
     known = sorted("\t".join(map(str, each)) for each in facts)
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
@@ -209,12 +193,12 @@ class Scored(NamedTuple):
 
 
 def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any]) -> Scored:
-    """The volumes to score, and a log of what they are.
+    """The volumes to score.
 
     Args:
         datalist: as `read_segmentation` gives it.
-        split: "test", "validation", "auto" for the first that there is, or "all", for a set that is new to the weights.
-        settings: of the weights, which say on which validation volumes they were chosen.
+        split: "test", "validation", "auto" for the first that there is, or "all" for a set that is new to the weights.
+        settings: of the weights, which say on which subjects they were trained and chosen.
 
     Raises:
         ValueError: if `split` is unknown, has no labelled volumes, has a subject that the weights were trained on, or
@@ -252,11 +236,7 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
 
 
 def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
-    """Refuse volumes with more or fewer modalities than channels.
-
-    Raises:
-        ValueError: naming the first.
-    """
+    """Refuse volumes with more or fewer modalities than channels; the `ValueError` names the first."""
     for item in items:
         modalities = [item["modality"]] if isinstance(item["modality"], str) else item["modality"]
         if len(modalities) != in_channels:
@@ -267,11 +247,7 @@ def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
 
 
 def refuse_untrainable(training: Sequence[Item], validation: Sequence[Item] | None, select: str) -> None:
-    """Refuse to train without training volumes, or to choose the best weights without validation volumes.
-
-    Raises:
-        ValueError: saying what to do.
-    """
+    """Refuse to train without training volumes, or to choose the best weights without validation volumes."""
     if not training:
         raise InputError(
             "`training` must list volumes with label maps, got none: list some there in dataset.json, or give "

@@ -33,31 +33,29 @@ def aggregate(
 ) -> Datalist:
     """Merge data folders of 3-D volumes, each with a task and a group, and read the headers of all their files.
 
-    The folders are those of `read_datalist`: with a Decathlon-style dataset.json, whose `task`, `group` and `modality`
-    ("CT", or {"0": "CT"}) count unless given here, or with nothing but volumes. Folders may share a task. Splits are by
-    whole subject; an item without subject is one of its own. An unknown modality is logged, and is not CT. `labels` of
+    The folders are those of `read_datalist`. `task`, `group` and `modality` ("CT", or {"0": "CT"}) of dataset.json
+    count unless given here. Folders may share a task. Unknown modalities are logged, and are not CT. `labels` of
     dataset.json names the structures of its label maps, as the Decathlon has it, {"0": "background", "1": "spleen"}, or
     as nnU-Net has it, {"background": 0, "spleen": 1, "kidneys": [2, 3]}; 0 is background and left out.
 
     Args:
         dataset_dirs: the folder or folders.
-        task: of every folder: one for all, a list parallel to the folders (null leaves what dataset.json says), or a
-            mapping from names or paths of folders.
+        task: one for all folders, a list with one for each (null leaves that of dataset.json), or a mapping from names
+            or paths of folders.
         group: the same of the group, such as the region.
         modality: the same of the modality.
-        validation_fraction: share in [0, 1) of the subjects of a task whose folders have no validation split that
-            becomes one, at least one subject; none where fewer than two would be left to train on. Folders of one task
-            in which a subject has the same name are taken to show the same subject.
+        validation_fraction: share in [0, 1) of the subjects of a task, at least one, that becomes its validation split
+            if its folders have none; none where fewer than two would be left to train on. Subjects of one name in
+            folders of one task count as the same, and an item without subject is one of its own.
         seed: draws other subjects for it.
-        on_corrupt: "raise" refuses volumes whose header shows that they cannot be used; "skip" logs them and leaves
-            them out.
+        on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
         num_workers: threads that read headers.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
         ValueError: if an argument is out of range; a folder has no task or group, mixes channels, or names values of
             label maps that are no integers; a task has two groups or fewer than two training subjects; splits share a
-            subject; or volumes cannot be used, which are those that cannot be read or are not 3-D.
+            subject; or volumes cannot be used.
     """
     if not 0 <= validation_fraction < 1:
         raise InputError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
@@ -99,20 +97,19 @@ def read_segmentation(
     The classes are the structures that `labels` of dataset.json names, in the order of their values; several folders
     must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
 
-    A validation split is that of dataset.json. Without one, it is 0035 to 0040 where the subjects are those of BTCV
-    (img0001, ...), as in the literature, or else a part of the training subjects. With `fold`, training and validation
-    subjects are put together and split anew into folds, one of which is for validation. Splits are by whole subject; a
-    volume without subject is one of its own.
+    A set without validation split gets one by whole subject: 0035 to 0040 where the subjects are those of BTCV
+    (img0001, ...), as in the literature, or else a part of the training subjects. `fold` puts training and validation
+    subjects together and splits them anew. A volume without subject is one of its own.
 
     Args:
         dataset_dir: the folder or folders.
-        structures: names of those to learn, whose order is that of the classes; None takes all.
+        structures: names of those to learn, in the order of the classes; None takes all.
         modality: of the volumes ("CT" scales by a window), or one for each channel; None takes that of dataset.json.
-        fold: place of the fold for validation, from 0; None takes no folds.
+        fold: fold for validation, from 0; None takes no folds.
         num_folds: number of folds, at least 2.
-        validation_fraction: share of the training subjects, in [0, 1), at least one, that becomes a validation split
-            where there is none; 0 takes none, and so does a single subject.
-        split_seed: draws other folds, and other subjects for a validation split.
+        validation_fraction: share of the training subjects, in [0, 1), at least one; 0 takes none, and so does a single
+            subject.
+        split_seed: draws other folds or validation subjects.
         default_modality: of volumes whose modality neither `modality` nor dataset.json says.
 
     Raises:
@@ -147,14 +144,7 @@ def read_segmentation(
 
 
 def segmentation_of_weights(settings: Mapping[str, Any]) -> Datalist:
-    """No volumes, but the structures and channels of weights, for a caller that lists the volumes itself.
-
-    Args:
-        settings: of the weights, as `read_settings` gives them.
-
-    Raises:
-        ValueError: if they name no structures.
-    """
+    """The structures and channels in the settings of weights, for a caller that lists the volumes itself."""
     if not settings.get("class_names"):
         raise InputError(
             "volumes that are listed without the names of their structures need weights that say them: put model.pt "
@@ -174,9 +164,7 @@ def read_volumes(
     default_modality: str | Sequence[str] | None = None,
     in_channels: int = 1,
 ) -> list[Item]:
-    """The volumes to embed or to segment of one or several folders, of a dataset.json or without, or of one file.
-
-    Listed files may be missing, as predictions report each volume that cannot be read.
+    """The volumes to embed or to segment; files may be missing, as predictions report what cannot be read.
 
     Args:
         dataset_dir: the folder or folders, or a single volume.
@@ -227,7 +215,7 @@ def _complete(
     modality: str | Sequence[str] | None = None,
     default_modality: str | Sequence[str] | None = None,
 ) -> None:
-    """Give every item its subject, task, group, modality and the values of its structures, as far as they are known."""
+    """Give every item its subject and modality, and task, group and values of its structures if they are known."""
     base = folder if folder.is_dir() else folder.parent
     for item in datalist.items():
         item.setdefault("subject", os.path.relpath(item["image"], base))

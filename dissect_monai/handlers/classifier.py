@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,57 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dissect_monai.common import Item
+from dissect_monai.common import Array, Interval, Item, __version__
 from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
-from dissect_monai.handlers.finding_table import (
-    finding_rows,
-    left_out_rows,
-    metrics_by_name,
-    table_notes,
-    write_findings,
-)
+from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
-from dissect_monai.metrics.classification import expected_calibration_error, fit_temperature, youden_threshold
+from dissect_monai.metrics.classification import (
+    auroc,
+    average_precision,
+    calibration_noise,
+    expected_calibration_error,
+    fit_temperature,
+    sensitivity,
+    specificity,
+    usable_findings,
+    youden_threshold,
+)
+from dissect_monai.metrics.intervals import (
+    Resampled,
+    calibration_interval,
+    mean_resampled,
+    percentile_interval,
+    resample,
+    wilson_interval,
+)
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import NUM_BINS, figure_to_png, reliability_plot, roc_plot
+from dissect_monai.visualize.classifier import (
+    NUM_BINS,
+    figure_to_png,
+    overlay_png,
+    reliability_plot,
+    roc_plot,
+    saliency_maps,
+)
 from dissect_monai.visualize.page import Case, FindingRow, Picture, write_report
-from dissect_monai.visualize.saliency import overlay_png, saliency_maps
-from dissect_monai.writing import write_csv
+from dissect_monai.writing import metric_name, metrics_by_name, write_csv
 
-Array = NDArray[np.floating[Any]]
 logger = logging.getLogger(__name__)
+METRICS = ("auroc", "ap", "sensitivity", "specificity", "ece")
+NAN = float("nan")
+UNKNOWN = Interval(NAN, NAN, NAN)
+WITHOUT_CLASS = "for lack of positives or negatives in the test split"
+NOTES = (
+    f"n counts the images whose label is known. {MACRO} is the mean over the findings that have the metric; it has "
+    "no n and no positives of its own.",
+    f"ECE is the calibration error of a finding in 15 bins, that of {MACRO} their mean. The ECE of all labels "
+    "pooled, in the reliability figure, is another number: there, too high and too low probabilities cancel.",
+    "Intervals are percentiles of resamples of the subjects. That of ECE allows for what chance adds to it. Where "
+    "no resample differs, as at 0 and 1, Wilson's interval over subjects stands in, or none.",
+)
 NO_SALIENCY = "No saliency: nothing raised the output."
 CAPTIONS = {
     roc_plot: "ROC curves on the test split: as the threshold falls, the share of positives that are found against the "
@@ -108,25 +138,34 @@ class ClassifierEvaluation:
         rows = finding_rows(self.label_names, test.labels, probabilities, thresholds, *draws)
         missing = left_out_rows(rows)
         if missing:
-            names = ", ".join(row.finding for row in missing)
-            logger.warning("Left out, for lack of positives or negatives in the test split: %s.", names)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+            logger.warning("Left out, %s: %s.", WITHOUT_CLASS, ", ".join(row.finding for row in missing))
         write_findings(self.output_dir / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
         write_calibration(self.output_dir / "calibration.json", fitted, engine.network)
         self._write_predictions(dataset.data, subjects, test.labels, probabilities)
-        engine.state.metrics |= {"temperature": temperature, **metrics_by_name(rows)}
+        engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) < len(self.label_names):
             facts = {
+                **self.facts,
+                "mode": self.mode,
                 "test images": len(subjects),
                 "test subjects": len(set(subjects)),
                 "validation images": len(validation.labels),
                 "temperature": temperature,
                 **(self._scaling_facts(validation, temperature) if self.temperature_scaling else {}),
                 "weights' SHA-256": fingerprint(engine.network)[:12],
+                "thresholds": "Youden's index on validation",
+                "bootstrap resamples": self.num_samples,
+                "date": date.today().isoformat(),
+                "software": f"dissect_monai {__version__}",
             }
+            figures = [
+                Picture(figure_to_png(plot(test.labels, probabilities, self.label_names)), caption)
+                for plot, caption in CAPTIONS.items()
+            ]
             cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
-            self._write_report(rows, cases, test.labels, probabilities, facts)
+            path, title = self.output_dir / "report.html", "Evaluation of the classifier"
+            write_report(path, title, facts, rows, figures, cases, table_notes(rows))
 
     def _validate(self, engine: Any) -> Outputs:
         """The network's outputs on validation, run as the test split is."""
@@ -185,37 +224,6 @@ class ClassifierEvaluation:
             )
         return cases
 
-    def _write_report(
-        self,
-        rows: Sequence[FindingRow],
-        cases: Sequence[Case],
-        labels: Array,
-        probabilities: Array,
-        facts: Mapping[str, Any],
-    ) -> None:
-        figures = [
-            Picture(figure_to_png(plot(labels, probabilities, self.label_names)), caption)
-            for plot, caption in CAPTIONS.items()
-        ]
-        summary = {
-            **self.facts,
-            "mode": self.mode,
-            **facts,
-            "thresholds": "Youden's index on validation",
-            "bootstrap resamples": self.num_samples,
-            "date": date.today().isoformat(),
-            "software": f"dissect_monai {_version()}",
-        }
-        title, notes = "Evaluation of the classifier", table_notes(rows)
-        write_report(self.output_dir / "report.html", title, summary, rows, figures, cases, notes)
-
-
-def _version() -> str:
-    try:
-        return version("dissect-monai")
-    except PackageNotFoundError:  # run from its folder
-        return "not installed"
-
 
 def _texts(probability: float, label: float) -> tuple[str, str]:
     """Both as the table of predictions has them; an unknown label is blank."""
@@ -235,3 +243,126 @@ def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
         order = np.argsort(-values, axis=None)[:count]
         places += [divmod(int(place), labels.shape[1]) for place in order if values.flat[place]]
     return sorted(places, key=lambda place: -excess[place])
+
+
+def finding_rows(
+    label_names: Sequence[str],
+    labels: Array,
+    probabilities: Array,
+    thresholds: Sequence[float],
+    subjects: Sequence[str],
+    num_samples: int = 1000,
+    seed: int = 0,
+) -> list[FindingRow]:
+    """A line for the mean over the findings that have both classes, then one for every finding.
+
+    Intervals are 95 % percentiles of resamples of the subjects, those of ECE by `calibration_interval`. Where no
+    resample differs, as where all positives are found, AUROC, sensitivity and specificity have Wilson's interval over
+    the subjects that they count (AUROC: those of the rarer class), their means the means of such ends, others none.
+
+    Args:
+        label_names: names of the C findings.
+        labels: shape (N, C), 1, 0 or NaN (unknown).
+        probabilities: shape (N, C), in [0, 1].
+        thresholds: C thresholds; NaN leaves a finding without sensitivity and specificity.
+        subjects: subject of each of the N items.
+        num_samples: bootstrap resamples.
+        seed: seed of the resamples.
+
+    Returns:
+        1 + C lines. The mean has no counts, because those of the findings differ. The metrics of findings that lack a
+        class, and so are left out of the mean, are NaN.
+    """
+    draws = subjects, num_samples, seed
+    found = {
+        index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], *draws)
+        for index in usable_findings(labels, probabilities)
+    }
+    rows = []
+    for index, (name, label) in enumerate(zip(label_names, labels.T, strict=True)):
+        counts = _subject_counts(label, np.asarray(subjects))
+        intervals = {
+            metric: _interval(metric, [found.get(index, {})], partial(wilson_interval, count=counts.get(metric, NAN)))
+            for metric in METRICS
+        }
+        n, positives = int((~np.isnan(label)).sum()), int(np.nansum(label))
+        rows.append(FindingRow(name, n, positives, threshold=thresholds[index], **intervals))
+    means = {metric: _interval(metric, list(found.values()), partial(_mean_ends, rows, metric)) for metric in METRICS}
+    return [FindingRow(MACRO, None, None, threshold=NAN, **means), *rows]
+
+
+def left_out_rows(rows: Sequence[FindingRow]) -> list[FindingRow]:
+    """Those of the findings that have no positives or no negatives, and so no metrics."""
+    return [row for row in rows if row.finding != MACRO and isnan(row.auroc.value)]
+
+
+def finding_metrics(rows: Sequence[FindingRow]) -> dict[str, float]:
+    """`auroc`, `auroc_low`, `auroc_high`, `auroc_<finding>`, ... of the lines that have metrics."""
+    known = [row for row in rows if not isnan(row.auroc.value)]
+    return metrics_by_name(
+        {
+            metric if row.finding == MACRO else metric_name(metric, row.finding): getattr(row, metric)
+            for row in known
+            for metric in METRICS
+        }
+    )
+
+
+def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
+    """Write the table as CSV: every metric with `_low` and `_high`, then threshold, n, positives; unknown is blank."""
+    fields = ["finding", *metrics_by_name(dict.fromkeys(METRICS, UNKNOWN)), "threshold", "n", "positives"]
+    lines = []
+    for row in rows:
+        threshold = "" if isnan(row.threshold) else f"{row.threshold:.6g}"
+        lines.append([row.finding, *(getattr(row, metric) for metric in METRICS), threshold, row.n, row.positives])
+    write_csv(path, fields, lines)
+
+
+def table_notes(rows: Sequence[FindingRow]) -> list[str]:
+    """How to read the table, for the report: what is left out, and what the mean, ECE and the intervals are."""
+    missing = ", ".join(f"{row.finding} ({row.positives} positives of {row.n})" for row in left_out_rows(rows))
+    left_out = f"Without metrics, and so left out of the mean and the figures, {WITHOUT_CLASS}: {missing}."
+    return [left_out, *NOTES] if missing else list(NOTES)
+
+
+def _resampled(
+    label: Array, probability: Array, threshold: float, subjects: ArrayLike, num_samples: int, seed: int
+) -> dict[str, Resampled]:
+    """The metrics of one finding that are defined, and the noise of the calibration error."""
+    statistics: dict[str, Callable[[Array], Array]] = {
+        "auroc": partial(auroc, label, probability),
+        "ap": partial(average_precision, label, probability),
+        "sensitivity": partial(sensitivity, label, probability, threshold),
+        "specificity": partial(specificity, label, probability, threshold),
+        "ece": partial(expected_calibration_error, label, probability),
+        "noise": partial(calibration_noise, label, probability),
+    }
+    defined = [name for name in statistics if not isnan(threshold) or name not in ("sensitivity", "specificity")]
+    return {name: resample(statistics[name], subjects, num_samples, seed) for name in defined}
+
+
+def _subject_counts(label: Array, subjects: Any) -> dict[str, int]:
+    """How many subjects each proportion counts."""
+    positives, negatives = (len(np.unique(subjects[label == truth])) for truth in (1, 0))
+    return {"auroc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
+
+
+def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]], ends: Callable[[float], ArrayLike]) -> Interval:
+    """A metric's mean over the findings that have it; `ends` stands in where no resample differs."""
+    having = [each for each in findings if metric in each]
+    if not having:
+        return UNKNOWN
+    mean = mean_resampled([each[metric] for each in having])
+    if metric == "ece":
+        interval = calibration_interval(mean, mean_resampled([each["noise"] for each in having]))
+    else:
+        interval = percentile_interval(mean)
+    if interval.high - interval.low > 1e-9:  # rounding
+        return interval
+    return Interval(interval.value, *map(float, np.asarray(ends(interval.value))))
+
+
+def _mean_ends(rows: Sequence[FindingRow], metric: str, _value: float) -> Array:
+    """Means of the ends of the findings' intervals, which is careful: as if all erred on the same side together."""
+    intervals = [getattr(row, metric) for row in rows]
+    return np.mean([interval[1:] for interval in intervals if not isnan(interval.value)], axis=0)

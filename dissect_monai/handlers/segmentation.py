@@ -5,34 +5,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch.distributed as dist
 from ignite.engine import Engine, Events
-from monai.data import MetaTensor, decollate_batch
-from monai.transforms import LoadImage
+from monai.data import decollate_batch
 from monai.utils import ImageMetaKey
 from torch import Tensor
 
 from dissect_monai.common import InputError, Item
 from dissect_monai.data.datasets import items_of
-from dissect_monai.data.readers import ImageFileReader
-from dissect_monai.handlers.segmentation_report import StoredMap, case_figure, write_segmentation_report
-from dissect_monai.handlers.segmentation_table import CaseScores, metrics_by_name, summarize, write_tables
+from dissect_monai.handlers.segmentation_report import (
+    CaseMaps,
+    CaseScores,
+    case_figure,
+    load_volume,
+    summarize,
+    summary_metrics,
+    write_segmentation_report,
+    write_tables,
+)
 from dissect_monai.metrics.segmentation import score_structures
-from dissect_monai.transforms.labels import LabelMap, classes_to_values, integer_map, largest_components
+from dissect_monai.transforms.labels import integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_tensor
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
+NUM_OVERLAYS = 2
 
 
 class SegmentationEvaluation:
-    """Scores the predictions of an evaluator on the grid of the label files, see `score_case` and `summarize`.
+    """Scores the predictions of an evaluator on the grid of the label files, see `score_structures` and `summarize`.
 
     The evaluator's `pred` must be logits or label maps of volumes, `MetaTensor`s that know the file of their image, in
     batches or decollated; an image that comes twice counts once. It leaves `dice_mean`, `hd95_mean`,
@@ -41,47 +48,45 @@ class SegmentationEvaluation:
     distributed run score a part of the cases each, and all of them have the metrics of all cases.
 
     Args:
+        class_names: structures of the classes 1, 2, ...
         output_dir: folder for cases.csv, subjects.csv, summary.csv and report.html; None writes nothing.
-        class_names: structures of the classes 1, 2, ...; None if predictions are label maps with the values of files.
         tolerance: of the surface Dice in mm.
-        largest_only: structures, or all of them (True), of which only the largest connected part counts.
+        largest_only: structures of which only the largest connected part counts.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
-        writer: TensorBoard, which gets the first cases as overlays; None draws none.
-        num_overlays: how many cases are drawn for `writer`.
+        writer: TensorBoard, which gets the first two cases as overlays; None draws none.
         facts: headline facts of the report by name, such as where the weights come from; None writes no report.
         notes: sentences of the report on how to read it.
         window: values of the images that are black and white in the pictures, where the modality is CT.
 
     Raises:
-        ValueError: during the run, as `refuse_unmapped` and `score_case` say, or if a prediction is of no item of the
+        ValueError: during the run, as `refuse_unmapped` and `read_maps` say, or if a prediction is of no item of the
             evaluator's data set.
     """
 
     def __init__(
         self,
+        class_names: Sequence[str],
         output_dir: str | Path | None = None,
-        class_names: Sequence[str] | None = None,
         tolerance: float = 2.0,
-        largest_only: bool | Sequence[str] = False,
+        largest_only: Sequence[str] = (),
         num_samples: int = 1000,
         seed: int = 0,
         writer: SummaryWriter | None = None,
-        num_overlays: int = 2,
         facts: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         window: tuple[float, float] | None = None,
     ) -> None:
+        self.class_names = list(class_names)
         self.output_dir = output_dir
-        self.class_names = class_names
         self.tolerance = tolerance
         self.largest_only = largest_only
         self.num_samples, self.seed = num_samples, seed
-        self.writer, self.num_overlays = writer, num_overlays
+        self.writer = writer
         self.facts, self.notes, self.window = facts, notes, window
         self.items: dict[str, Item] = {}
         self.cases: dict[str, CaseScores] = {}
-        self.stored: dict[str, StoredMap] = {}
+        self.stored: dict[str, bytes] = {}
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -101,12 +106,12 @@ class SegmentationEvaluation:
                     f"{image}: keep `track_meta` in the preprocessing."
                 )
             item = self.items[image]
-            maps = _read_maps(item, pred, self.class_names, self.largest_only)
-            self.cases[image] = _score(item, maps, self.tolerance)
+            maps = read_maps(item, pred, self.class_names, self.largest_only)
+            self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
             if self.facts is not None:
-                self.stored[image] = StoredMap(maps.pred)
-            if self.writer is not None and len(self.cases) <= self.num_overlays:
-                figure = case_figure(item, maps.pred, maps.labels, self.window)
+                self.stored[image] = maps.compressed()
+            if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
+                figure = case_figure(item, maps, scored_classes(item, self.class_names), self.window)
                 name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
@@ -115,7 +120,7 @@ class SegmentationEvaluation:
         self.cases, self.stored = {}, {}
         refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
-        unknown = [name for name in named if self.class_names is not None and name not in self.class_names]
+        unknown = [name for name in named if name not in self.class_names]
         if unknown:
             logger.warning("Not scored, since the network has no class for them: %s.", ", ".join(unknown))
 
@@ -125,77 +130,72 @@ class SegmentationEvaluation:
         unlabelled = [each.structure for each in summaries[1:] if not each.n]
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
-        engine.state.metrics |= metrics_by_name(summaries)
+        engine.state.metrics |= summary_metrics(summaries)
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)
-        if self.facts is not None:
-            path = Path(self.output_dir, "report.html")
-            facts, notes = self.facts, self.notes
-            write_segmentation_report(path, cases, summaries, self.items, self.stored, facts, notes, self.window)
+        if self.facts is None:
+            return
+        # All structures in all pictures, so that each has one colour.
+        no_class: dict[str, list[int]] = {each.structure: [] for each in summaries[1:]}
+
+        def draw(case: CaseScores) -> Figure | None:
+            if case.case not in self.stored:
+                return None
+            item, maps = self.items[case.case], CaseMaps.restored(self.stored[case.case])
+            return case_figure(item, maps, no_class | scored_classes(item, self.class_names), self.window)
+
+        path = Path(self.output_dir, "report.html")
+        write_segmentation_report(path, cases, summaries, draw, self.facts, self.notes)
 
 
-def score_case(
-    item: Item,
-    pred: Tensor,
-    class_names: Sequence[str] | None = None,
-    tolerance: float = 2.0,
-    largest_only: bool | Sequence[str] = False,
-) -> CaseScores:
-    """Score a prediction on the grid of the label file of its item.
+def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:
+    """Read the label file of an item as classes, and bring a prediction to its grid.
 
     Args:
-        item: "image", "label": paths; "labels": {name: values}, as `aggregate` leaves them; "subject", else the image
-            is one of its own.
-        pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map (1, X, Y, Z), on any grid.
-        class_names: structures of the classes 1, 2, ...; those that the item does not name, or that are no class, are
-            not scored. None if `pred` is a label map with the values of the file.
-        tolerance: of the surface Dice in mm.
-        largest_only: structures, or all of them (True), of which only the largest connected part counts.
+        item: "image", "label": paths; "labels": {name: values}, as `aggregate` leaves them.
+        pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid.
+        class_names: structures of the classes 1, 2, ...; what the item names beside them is background.
+        largest_only: structures of which only the largest connected part of the prediction counts.
 
     Raises:
         ValueError: if the label file cannot be read, has fractions or lies beside the prediction, `pred` has another
-            number of classes, is no `MetaTensor` or has logits without `class_names`, or item and classes share no
-            structure.
+            number of classes or is no `MetaTensor`, two classes share a value, or item and classes share no structure.
     """
-    return _score(item, _read_maps(item, pred, class_names, largest_only), tolerance)
-
-
-class _Maps(NamedTuple):
-    """What is compared, on the grid and with the values of the label file."""
-
-    label: LabelMap
-    pred: LabelMap
-    labels: dict[str, list[int]]  # those that are scored
-    spacing: list[float]
-
-
-def _read_maps(
-    item: Item, pred: Tensor, class_names: Sequence[str] | None, largest_only: bool | Sequence[str]
-) -> _Maps:
-    label = read_label(item)
-    labels = {name: values for name, values in item["labels"].items() if class_names is None or name in class_names}
-    if not labels:
+    label, where = load_volume(item["label"]), f"label map {item['label']}"
+    classes = scored_classes(item, class_names)
+    if not classes:
         raise InputError(
             f"`class_names` must share a structure with the `labels` of {item['image']}, "
             f"got {class_names} and {list(item['labels'])}."
         )
-    if len(pred) > 1 and len(pred) != 1 + len(class_names or ()):
-        raise InputError(f"`class_names` must name the {len(pred) - 1} classes of the logits, got {class_names}.")
-    pred_map = to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy()
-    refuse_apart(label, pred, f"label map {item['label']}")
-    if class_names is not None:
-        pred_map = classes_to_values(pred_map, class_names, labels)
-    cleaned = [name for name in labels if largest_only is True or (largest_only and name in largest_only)]
-    pred_map = largest_components(pred_map, [labels[name] for name in cleaned])
-    label_map = integer_map(f"label map {item['label']}", label[0].numpy())
-    return _Maps(label_map, pred_map, labels, [float(each) for each in label.pixdim])
+    pred_map = integer_map("pred", to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy())
+    refuse_apart(label, pred, where)
+    num_classes = len(pred) - 1 or int(pred_map.max())
+    if num_classes > len(class_names) or 1 < len(pred) <= len(class_names):
+        raise InputError(f"`class_names` must name the {num_classes} classes of the prediction, got {class_names}.")
+    label_map, unknown = values_to_classes(integer_map(where, label[0].numpy()), item["labels"], class_names, where)
+    if unknown:
+        logger.warning(
+            "%s has the values %s, which `labels` does not name: they count as background.",
+            item["label"], ", ".join(map(str, unknown)),
+        )  # fmt: skip
+    pred_map = largest_components(pred_map, [each for name, each in classes.items() if name in largest_only])
+    return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
 
 
-def _score(item: Item, maps: _Maps, tolerance: float) -> CaseScores:
-    _name_unknown(maps.label, item)
-    scores = score_structures(maps.label, maps.pred, maps.labels, maps.spacing, tolerance)
+def score_case(item: Item, maps: CaseMaps, class_names: Sequence[str], tolerance: float = 2.0) -> CaseScores:
+    """Score the structures that an item and the classes share, see `score_structures`; without "subject", by image."""
+    classes = scored_classes(item, class_names)
+    scores = score_structures(maps.label, maps.pred, classes, maps.spacing, tolerance)
+    # The table has the values of the file.
+    scores = [each._replace(values=tuple(map(int, item["labels"][each.structure]))) for each in scores]
     return CaseScores(item["image"], str(item.get("subject", item["image"])), scores)
+
+
+def scored_classes(item: Item, class_names: Sequence[str]) -> dict[str, list[int]]:
+    """The class of each structure that an item names, {name: [class]}."""
+    return {name: [list(class_names).index(name) + 1] for name in item["labels"] if name in class_names}
 
 
 def _of_all_processes(cases: dict[str, CaseScores]) -> list[CaseScores]:
@@ -206,12 +206,6 @@ def _of_all_processes(cases: dict[str, CaseScores]) -> list[CaseScores]:
     dist.all_gather_object(gathered, cases)
     merged = {image: case for each in gathered for image, case in each.items()}
     return [merged[image] for image in sorted(merged)]
-
-
-def read_label(item: Item) -> MetaTensor:
-    """The label map of an item as its file has it, of shape (1, X, Y, Z) with the affine of the file."""
-    load = LoadImage(ImageFileReader(spatial_dims=3), image_only=True, dtype=None, ensure_channel_first=True)
-    return load(item["label"])
 
 
 def refuse_unmapped(items: Sequence[Item]) -> None:
@@ -229,14 +223,3 @@ def refuse_unmapped(items: Sequence[Item]) -> None:
             )
     if not items:
         raise InputError("segmentations must be scored on at least one volume with a label map, got none.")
-
-
-def _name_unknown(label_map: LabelMap, item: Item) -> None:
-    """Say which values of a label map nobody has named: they count as background."""
-    named = {0, *(value for values in item["labels"].values() for value in values)}
-    unknown = sorted({*np.unique(label_map).tolist()} - named)
-    if unknown:
-        logger.warning(
-            "%s has the values %s, which `labels` does not name: they count as background.",
-            item["label"], ", ".join(map(str, unknown)),
-        )  # fmt: skip

@@ -1,10 +1,11 @@
-"""A one-page report of a segmentation: scores of every structure, and the best, median and worst case as pictures."""
+"""What an evaluation of a segmentation leaves: tables of cases, subjects and structures, and a page with pictures."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
+from io import BytesIO
 from itertools import cycle
 from math import isnan
 from pathlib import Path
@@ -16,21 +17,23 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, SpatialResample
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from numpy.typing import ArrayLike
 
-from dissect_monai.common import InputError, Interval, Item
+from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.data.readers import ImageFileReader
-from dissect_monai.handlers.segmentation_table import CaseScores, StructureSummary, subject_scores
-from dissect_monai.metrics.segmentation import StructureScore
+from dissect_monai.metrics.intervals import bootstrap
+from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
 from dissect_monai.transforms.intensity import is_ct
-from dissect_monai.transforms.labels import LabelMap, integer_map
+from dissect_monai.transforms.labels import LabelMap
 from dissect_monai.visualize.classifier import figure_to_png
 from dissect_monai.visualize.page import LIMITS, Swatch, write_report
 from dissect_monai.visualize.segmentation import ORGAN_COLORS, segmentation_overlay
+from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+METRICS = Overlap._fields
+MEAN = "mean"  # what the line of the mean over structures is called
 SEGMENTATION_LIMITS = (
     *LIMITS[:2],
     "Missed: cases whose label has the structure and whose prediction does not; they count as Dice 0 and have no HD95. "
@@ -42,29 +45,228 @@ NO_MAP = "No picture: the prediction of this case was not kept."
 _NUM_NAMED = 3  # of the weakest and strongest structures
 
 
-class StoredMap:
-    """A label map kept compressed in memory, in a hundredth of its size or so; `array` gives it back.
+# --- tables
+
+
+class CaseScores(NamedTuple):
+    """The scores of one case."""
+
+    case: str  # path of the image
+    subject: str
+    structures: list[StructureScore]
+
+
+class SubjectScores(NamedTuple):
+    """Means over the structures of a subject, those left out that have no score."""
+
+    subject: str
+    dice: float
+    hd95: float  # mm
+    surface_dice: float
+    missed: int  # structures of its cases
+    false_positives: int  # likewise
+
+
+class StructureSummary(NamedTuple):
+    """Mean over subjects of one structure, or of the mean over structures, with its 95 % interval and its spread."""
+
+    structure: str
+    n: int  # subjects that have the structure in a label
+    dice: Interval
+    dice_std: float  # over subjects, as are the others
+    hd95: Interval  # mm
+    hd95_std: float
+    surface_dice: Interval
+    surface_dice_std: float
+    missed: int  # cases
+    false_positives: int  # cases
+
+
+def subject_scores(cases: Sequence[CaseScores]) -> list[SubjectScores]:
+    """The mean over structures of every subject, in their order; of a structure of several cases, their mean."""
+    by_subject: dict[str, list[CaseScores]] = {}
+    for case in cases:
+        by_subject.setdefault(case.subject, []).append(case)
+    means = zip(*(_row_means(_matrix(cases, metric)).tolist() for metric in METRICS), strict=True)
+    return [
+        SubjectScores._make([subject, *row, _count(own, "missed"), _count(own, "false_positive")])
+        for (subject, own), row in zip(by_subject.items(), means, strict=True)
+    ]
+
+
+def summarize(cases: Sequence[CaseScores], num_samples: int = 1000, seed: int = 0) -> list[StructureSummary]:
+    """A line for the mean over structures, then one for every structure.
+
+    Of a structure, the score of a subject is the mean of its cases, and the line holds mean and standard deviation
+    (with n − 1) over the subjects that have one. The first line does the same with the mean over the structures of
+    each subject, so that every subject counts alike, and not every structure. Intervals are from resampling subjects;
+    one subject has none. A structure that no label has, has counts alone, and is left out of the mean.
 
     Args:
-        label_map: shape (1, X, Y, Z) or (X, Y, Z), integers, best uint8; an array or a tensor on the CPU.
+        cases: the scores of all cases; the structures may differ between them.
+        num_samples: bootstrap resamples.
+        seed: seed of the resamples.
 
     Raises:
-        ValueError: if the shape is another, or the label map has fractions.
+        ValueError: if there are no cases, or `num_samples` is not positive.
     """
+    if not cases:
+        raise InputError("`cases` must hold the scores of at least one case, got none.")
+    matrices = {metric: _matrix(cases, metric) for metric in METRICS}
+    values = {MEAN: {metric: _row_means(matrix) for metric, matrix in matrices.items()}}
+    for index, name in enumerate(_names(cases)):
+        values[name] = {metric: matrix[:, index] for metric, matrix in matrices.items()}
+    summaries = []
+    for row, (name, by_metric) in enumerate(values.items()):
+        fields: dict[str, Any] = {metric: _interval(each, num_samples, seed) for metric, each in by_metric.items()}
+        fields |= {f"{metric}_std": _std(each) for metric, each in by_metric.items()}
+        missed, false = (_count(cases, outcome, name if row else None) for outcome in ("missed", "false_positive"))
+        num_subjects = int((~np.isnan(by_metric["dice"])).sum())
+        summaries.append(StructureSummary(name, num_subjects, missed=missed, false_positives=false, **fields))
+    return summaries
 
-    def __init__(self, label_map: ArrayLike) -> None:
-        array = _label_map("label_map", label_map)
-        self.shape, self.dtype = array.shape, array.dtype
-        self.compressed = zlib.compress(array.tobytes())
 
-    def array(self) -> LabelMap:
-        """The label map of shape (X, Y, Z), in its dtype, read-only."""
-        return np.frombuffer(zlib.decompress(self.compressed), self.dtype).reshape(self.shape)
+def summary_metrics(summaries: Sequence[StructureSummary]) -> dict[str, float]:
+    """`dice_mean`, `hd95_mean`, `surface_dice_mean` with `_low` and `_high`, and `dice_<structure>`, where defined.
+
+    Beside them `missed` and `false_positives`, over all structures.
+    """
+    mean, *structures = summaries
+    found = metrics_by_name({metric_name(metric, MEAN): getattr(mean, metric) for metric in METRICS})
+    found |= {metric_name("dice", each.structure): each.dice.value for each in structures}
+    defined = {name: value for name, value in found.items() if not isnan(value)}
+    return {**defined, "missed": mean.missed, "false_positives": mean.false_positives}
+
+
+def write_tables(output_dir: str | Path, cases: Sequence[CaseScores], summaries: Sequence[StructureSummary]) -> None:
+    """Write cases.csv, subjects.csv and summary.csv, of `summaries` as `summarize` gives them."""
+    lines = [[case.case, case.subject, *score] for case in cases for score in case.structures]
+    write_csv(Path(output_dir, "cases.csv"), ["case", "subject", *StructureScore._fields], lines)
+    write_csv(Path(output_dir, "subjects.csv"), SubjectScores._fields, subject_scores(cases))
+    write_csv(Path(output_dir, "summary.csv"), columns(StructureSummary), summaries)
+
+
+def _names(cases: Sequence[CaseScores]) -> list[str]:
+    return list(dict.fromkeys(score.structure for case in cases for score in case.structures))
+
+
+def _matrix(cases: Sequence[CaseScores], metric: str) -> Array:
+    """A metric of each subject and structure, the mean of its cases, (S, K); NaN where there is none."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for case in cases:
+        for score in case.structures:
+            cells.setdefault((case.subject, score.structure), []).append(getattr(score, metric))
+    subjects, names = dict.fromkeys(case.subject for case in cases), _names(cases)
+    return np.array([[_nanmean(cells.get((subject, name), [])) for name in names] for subject in subjects], dtype=float)
+
+
+def _nanmean(values: Sequence[float] | Array) -> float:
+    known = [value for value in values if not isnan(value)]
+    return float(np.mean(known)) if known else NAN
+
+
+def _row_means(matrix: Array) -> Array:
+    return np.array([_nanmean(row) for row in matrix])
+
+
+def _std(values: Array) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if len(known) > 1 else NAN
+
+
+def _interval(values: Array, num_samples: int, seed: int) -> Interval:
+    """Mean of the known values of subjects, and its interval."""
+    known = np.flatnonzero(~np.isnan(values))
+    if len(known) < 2:
+        return Interval(_nanmean(values), NAN, NAN)
+    return bootstrap(partial(_weighted_mean, values[known]), known, num_samples, seed)
+
+
+def _weighted_mean(values: Array, weight: Array) -> Array:
+    return weight @ values / weight.sum(1)
+
+
+def _count(cases: Sequence[CaseScores], outcome: str, structure: str | None = None) -> int:
+    """Cases with an outcome of one structure, or of each of them."""
+    scores = [score for case in cases for score in case.structures]
+    return sum(score.outcome == outcome and structure in (None, score.structure) for score in scores)
+
+
+# --- pictures
+
+
+class CaseMaps(NamedTuple):
+    """Label and prediction of a case, as classes on the grid of the label file."""
+
+    label: LabelMap  # (X, Y, Z)
+    pred: LabelMap  # (X, Y, Z)
+    affine: Array  # (4, 4), from voxels to mm in RAS
+    spacing: Sequence[float]  # mm
+
+    def compressed(self) -> bytes:
+        """In a hundredth of the size or so."""
+        file = BytesIO()
+        np.savez_compressed(file, *self)
+        return file.getvalue()
+
+    @classmethod
+    def restored(cls, content: bytes) -> CaseMaps:
+        """What `compressed` gave."""
+        with np.load(BytesIO(content)) as arrays:
+            return cls(*arrays.values())
+
+
+def load_volume(path: str, dtype: torch.dtype | None = None) -> MetaTensor:
+    """A volume as its file has it, of shape (C, X, Y, Z), in its own dtype or another."""
+    load = LoadImage(ImageFileReader(spatial_dims=3), image_only=True, dtype=dtype, ensure_channel_first=True)
+    return load(path)
+
+
+def case_figure(
+    item: Item, maps: CaseMaps, labels: Mapping[str, Sequence[int]], window: Sequence[float] | None = None
+) -> Figure:
+    """Draw a prediction and its label over the image of a case, see `segmentation_overlay`.
+
+    All three are brought to RAS without interpolation. Only an image on another grid than its label is resampled to it;
+    of several channels, the first is drawn.
+
+    Args:
+        item: "image": its path; "modality", if it is known: of the image, or a list with that of each channel.
+        maps: label and prediction.
+        labels: class of each structure, {name: [class]}; its place among them is its colour. One without is not drawn.
+        window: values of the image that are black and white, in HU; only for CT or an unknown modality, others have
+            the default of `segmentation_overlay`.
+    """
+    image, grid = load_volume(item["image"], torch.float32), maps.label.shape
+    if image.shape[1:] != grid or not np.allclose(image.affine.numpy(), maps.affine, atol=1e-3):
+        image = SpatialResample(mode="bilinear")(image, dst_affine=torch.as_tensor(maps.affine), spatial_size=grid)
+    turn = io_orientation(maps.affine)
+    volume, label, pred = (apply_orientation(each, turn) for each in (image[0].numpy(), maps.label, maps.pred))
+    spacing = voxel_sizes(maps.affine @ inv_ornt_aff(turn, grid)).tolist()
+    known = item.get("modality")
+    is_hu = not known or is_ct(known if isinstance(known, str) else known[0])
+    limits = (window[0], window[1]) if window is not None and is_hu else None
+    return segmentation_overlay(volume, label, pred, labels, spacing, limits)
+
+
+def representative_cases(cases: Sequence[CaseScores]) -> dict[str, CaseScores]:
+    """The "best", "median" and "worst" case by the mean Dice; of two, no median; of one, the "only case".
+
+    Of an even number of cases, the median is the lower of the two in the middle; of equal ones, the first is better.
+    Cases without any Dice are left out.
+    """
+    scored = [case for case in cases if not isnan(_mean_dice(case))]
+    ordered = sorted(scored, key=_mean_dice, reverse=True)
+    if len(ordered) < 2:
+        return dict(zip(["only case"], ordered, strict=False))
+    median = {"median": ordered[len(ordered) // 2]} if len(ordered) > 2 else {}
+    return {"best": ordered[0], **median, "worst": ordered[-1]}
+
+
+# --- the page
 
 
 class _Row(NamedTuple):
-    """One line of the table."""
-
     structure: str | Swatch
     subjects: int  # that have the structure in a label
     dice: Interval
@@ -75,8 +277,6 @@ class _Row(NamedTuple):
 
 
 class _Overlay(NamedTuple):
-    """One case as a picture, and what to read beside it."""
-
     overlay_png: bytes | str
     rank: str  # among the cases
     subject: str
@@ -86,129 +286,38 @@ class _Overlay(NamedTuple):
     weakest: str
 
 
-def case_figure(
-    item: Item,
-    pred_map: ArrayLike,
-    labels: Mapping[str, Sequence[int]],
-    window: Sequence[float] | None = None,
-    structure: str | None = None,
-    title: str = "",
-) -> Figure:
-    """Draw a prediction and its label over the image of a case, see `segmentation_overlay`.
-
-    All three are brought to RAS, by the affine of the label file and without interpolation. Only an image on another
-    grid than its label is resampled to it; of several channels, the first is drawn.
-
-    Args:
-        item: "image", "label": paths; "modality", if it is known: of the image, or a list with that of each channel.
-        pred_map: shape (1, X, Y, Z) or (X, Y, Z), integers: on the grid of the label file, with its values.
-        labels: values of each named structure; its place among them is its colour. One without values is not drawn.
-        window: values of the image that are black and white, in HU; only for CT or an unknown modality, others have
-            the default of `segmentation_overlay`.
-        structure: what to show in the middle; None shows all.
-        title: heading, such as the name of the case.
-
-    Returns:
-        A figure 1500 pixels wide.
-
-    Raises:
-        ValueError: if `item` lacks a path, `pred_map` is on another grid, a label map has fractions, or as
-            `segmentation_overlay` says.
-        FileNotFoundError: if a file does not exist.
-    """
-    image, label = (_load(item, key) for key in ("image", "label"))
-    grid, affine = tuple(label.shape[1:]), label.affine.numpy()
-    pred = _label_map("pred_map", pred_map)
-    if pred.shape != grid:
-        raise InputError(
-            f"`pred_map` must lie on the grid of {item['label']}, of shape {grid}, got {pred.shape}: bring it there "
-            "by `to_original_grid`."
-        )
-    if image.shape[1:] != grid or not np.allclose(image.affine.numpy(), affine, atol=1e-3):
-        image = SpatialResample(mode="bilinear")(image, dst_affine=label.affine, spatial_size=grid)
-    turn = io_orientation(affine)
-    arrays = image[0].numpy(), _label_map(f"label map {item['label']}", label.numpy()), pred
-    volume, label_map, pred = (apply_orientation(each, turn) for each in arrays)
-    spacing = voxel_sizes(affine @ inv_ornt_aff(turn, grid)).tolist()
-    known = item.get("modality")
-    is_hu = not known or is_ct(known if isinstance(known, str) else known[0])
-    limits = (window[0], window[1]) if window is not None and is_hu else None
-    return segmentation_overlay(volume, label_map, pred, labels, spacing, structure, limits, title)
-
-
-def representative_cases(cases: Sequence[CaseScores]) -> dict[str, CaseScores]:
-    """The best, the median and the worst case by the mean Dice over their structures, which leaves out NaN.
-
-    Of an even number of cases, the median is the lower of the two in the middle; of equal ones, the first is better.
-
-    Args:
-        cases: the scores of any number of cases; those without any Dice are left out.
-
-    Returns:
-        Cases by "best", "median" and "worst"; of two, "best" and "worst"; of one, "only case"; of none, nothing.
-    """
-    scored = [case for case in cases if not isnan(_mean_dice(case))]
-    ordered = sorted(scored, key=_mean_dice, reverse=True)
-    if len(ordered) < 2:
-        return dict(zip(["only case"], ordered, strict=False))
-    median = {"median": ordered[len(ordered) // 2]} if len(ordered) > 2 else {}
-    return {"best": ordered[0], **median, "worst": ordered[-1]}
-
-
 def write_segmentation_report(
     path: str | Path,
     cases: Sequence[CaseScores],
     summaries: Sequence[StructureSummary],
-    items: Mapping[str, Item],
-    maps: Mapping[str, StoredMap],
+    draw: Callable[[CaseScores], Figure | None],
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
-    window: Sequence[float] | None = None,
 ) -> None:
-    """Write the report as one HTML file: a line for every structure, and three cases over their images.
-
-    The cases are those of `representative_cases`. One whose item or prediction is not given, since another process has
-    it, is described without a picture.
+    """Write a page with a line for every structure, and the `representative_cases` over their images.
 
     Args:
         path: file to write; its folder is made.
         cases: the scores of all cases.
         summaries: what `summarize` makes of them.
-        items: by the path of their image, as `case_figure` takes them.
-        maps: predictions on the grid of the label files, with their values, by the path of their image.
+        draw: gives the picture of a case, or None if another process has its prediction.
         facts: headline facts by name, such as where the weights come from.
         notes: sentences below the table, on how to read it.
-        window: values of CT images that are black and white in the pictures, in HU.
-
-    Raises:
-        ValueError: if there are no cases or summaries, or as `case_figure` says.
     """
-    if not cases or not summaries:
-        raise InputError(
-            f"`cases` and `summaries` must hold the scores of at least one case, got {len(cases)} and {len(summaries)}."
-        )
-    names = [each.structure for each in summaries[1:]]
     titles: list[str | Swatch] = ["Mean of structures"]
-    titles += [Swatch(_words(name), color) for name, color in zip(names, cycle(ORGAN_COLORS), strict=False)]
+    titles += [
+        Swatch(_words(each.structure), color) for each, color in zip(summaries[1:], cycle(ORGAN_COLORS), strict=False)
+    ]
     rows = [
         _Row(title, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
         for title, each in zip(titles, summaries, strict=True)
     ]
-    # All structures in all pictures, so that each has one colour.
-    base: dict[str, Sequence[int]] = dict.fromkeys(names, ())
-    overlays = []
-    for rank, case in representative_cases(cases).items():
-        picture: bytes | str = NO_MAP
-        if case.case in maps and case.case in items:
-            labels = base | {score.structure: score.values for score in case.structures}
-            picture = figure_to_png(case_figure(items[case.case], maps[case.case].array(), labels, window))
-        overlays.append(_overlay(picture, rank, case))
     write_report(
         path,
         title="Evaluation of the segmentation",
         summary={"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()},
         metrics_rows=rows,
-        cases=overlays,
+        cases=[_overlay(draw(case), rank, case) for rank, case in representative_cases(cases).items()],
         notes=notes,
         limits=SEGMENTATION_LIMITS,
         cases_heading="Cases by their mean Dice",
@@ -216,30 +325,16 @@ def write_segmentation_report(
     )
 
 
-def _label_map(name: str, given: ArrayLike) -> LabelMap:
-    array = np.asarray(given)
-    return integer_map(name, array[0] if array.ndim == 4 and len(array) == 1 else array)
-
-
-def _load(item: Item, key: str) -> MetaTensor:
-    """A volume as its file has it, of shape (C, X, Y, Z); label maps in their own dtype."""
-    if not isinstance(item.get(key), str | Path):
-        raise InputError(f"`item` must have the path of its `{key}`, got {item.get(key)!r}.")
-    dtype = torch.float32 if key == "image" else None
-    volume = LoadImage(ImageFileReader(spatial_dims=3), image_only=True, dtype=dtype, ensure_channel_first=True)
-    return volume(item[key])
-
-
 def _mean_dice(case: CaseScores) -> float:
     return subject_scores([case])[0].dice
 
 
-def _overlay(picture: bytes | str, rank: str, case: CaseScores) -> _Overlay:
+def _overlay(figure: Figure | None, rank: str, case: CaseScores) -> _Overlay:
     ordered = sorted((score for score in case.structures if not isnan(score.dice)), key=lambda score: -score.dice)
     count = min(_NUM_NAMED, len(ordered) // 2)  # so that no structure is among both
-    strongest, weakest = ordered[: max(count, 1)], ordered[::-1][:count]
-    subject, image = (Path(name).name for name in (case.subject, case.case))
-    return _Overlay(picture, rank, subject, image, f"{_mean_dice(case):.3f}", _listed(strongest), _listed(weakest))
+    named = _listed(ordered[: max(count, 1)]), _listed(ordered[::-1][:count])
+    picture = NO_MAP if figure is None else figure_to_png(figure)
+    return _Overlay(picture, rank, Path(case.subject).name, Path(case.case).name, f"{_mean_dice(case):.3f}", *named)
 
 
 def _listed(scores: Sequence[StructureScore]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -17,63 +17,47 @@ from dissect_monai.common import LEVELS, InputError, rank, world_size
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
 
 
-class HierarchicalContrastiveLoss(nn.Module):
+def hierarchical_contrast(
+    embeddings: Tensor | Sequence[Tensor], task: Tensor, group: Tensor, temperature: float = 0.1
+) -> dict[str, Tensor]:
     """Supervised contrast at three levels: embeddings of one image, of one task and of one group attract each other.
 
-    The sum of the three terms; each is `supervised_contrast` with other labels, all embeddings of the batch being
-    candidates. Over several processes it is the loss of the joined batch, see there.
+    The terms "image", "task" and "group", scalars; each is `supervised_contrast` with other labels, all embeddings of
+    the batch being candidates. Over several processes they are those of the joined batch, see there.
 
     Args:
+        embeddings: of V ≥ 2 views of each of B items, all first views, then all second ones, and so on: one tensor
+            of shape (V·B, D) for all levels or one per level; a tensor that levels share is compared once.
+        task: integer task of each item, shape (B,).
+        group: integer group of each item, shape (B,).
         temperature: divides the cosine similarities, positive; smaller weighs the nearest negatives more.
 
     Raises:
-        ValueError: if `temperature` is not positive.
+        ValueError: if the shapes do not fit or `temperature` is not positive.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886): the levels. Khosla et al.,
         Supervised Contrastive Learning, NeurIPS 2020, Eq. 2: the form of all three. Independent implementation from
         the abstract of the former.
     """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        _check_temperature(temperature)
-        self.temperature = temperature
-
-    def terms(self, embeddings: Tensor | Sequence[Tensor], task: Tensor, group: Tensor) -> dict[str, Tensor]:
-        """The terms "image", "task" and "group", scalars.
-
-        Args:
-            embeddings: of V ≥ 2 views of each of B items, all first views, then all second ones, and so on: one tensor
-                of shape (V·B, D) for all levels or one per level; a tensor that levels share is compared once.
-            task: integer task of each item, shape (B,).
-            group: integer group of each item, shape (B,).
-
-        Raises:
-            ValueError: if the shapes do not fit.
-        """
-        levels = [embeddings] * len(LEVELS) if isinstance(embeddings, Tensor) else list(embeddings)
-        if len(levels) != len(LEVELS) or any(level.ndim != 2 for level in levels):
-            shapes = [tuple(level.shape) for level in levels]
-            raise InputError(f"`embeddings` must be one tensor (V·B, D) or {len(LEVELS)}, one per level, got {shapes}.")
-        items = len(task)
-        if task.shape != (items,) or group.shape != (items,):
-            raise InputError(f"`task` and `group` must be (B,), got {tuple(task.shape)} and {tuple(group.shape)}.")
-        if not items or any(len(level) % items or len(level) < 2 * items for level in levels):
-            sizes = [len(level) for level in levels]
-            raise InputError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
-        image = torch.arange(items, device=task.device) + items * rank()
-        labels = dict(zip(LEVELS, (image, task, group), strict=True))
-        losses: dict[str, Tensor] = {}
-        for shared in {id(level): level for level in levels}.values():
-            names = [name for name, level in zip(LEVELS, levels, strict=True) if level is shared]
-            given = [labels[name].repeat(len(shared) // items) for name in names]
-            losses |= zip(names, supervised_contrast(shared, given, self.temperature), strict=True)
-        return {name: losses[name] for name in LEVELS}
-
-    def forward(self, embeddings: Tensor | Sequence[Tensor], task: Tensor, group: Tensor) -> Tensor:
-        """Sum of the terms, a scalar."""
-        return torch.stack(list(self.terms(embeddings, task, group).values())).sum()
+    levels = [embeddings] * len(LEVELS) if isinstance(embeddings, Tensor) else list(embeddings)
+    if len(levels) != len(LEVELS) or any(level.ndim != 2 for level in levels):
+        shapes = [tuple(level.shape) for level in levels]
+        raise InputError(f"`embeddings` must be one tensor (V·B, D) or {len(LEVELS)}, one per level, got {shapes}.")
+    items = len(task)
+    if task.shape != (items,) or group.shape != (items,):
+        raise InputError(f"`task` and `group` must be (B,), got {tuple(task.shape)} and {tuple(group.shape)}.")
+    if not items or any(len(level) % items or len(level) < 2 * items for level in levels):
+        sizes = [len(level) for level in levels]
+        raise InputError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
+    image = torch.arange(items, device=task.device) + items * rank()
+    labels = dict(zip(LEVELS, (image, task, group), strict=True))
+    losses: dict[str, Tensor] = {}
+    for shared in {id(level): level for level in levels}.values():
+        names = [name for name, level in zip(LEVELS, levels, strict=True) if level is shared]
+        given = [labels[name].repeat(len(shared) // items) for name in names]
+        losses |= zip(names, supervised_contrast(shared, given, temperature), strict=True)
+    return {name: losses[name] for name in LEVELS}
 
 
 def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperature: float = 0.1) -> list[Tensor]:
@@ -100,12 +84,18 @@ def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperatur
     Reference:
         Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, Eq. 2.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     _check_labels(embeddings, labels)
     with torch.autocast(embeddings.device.type, enabled=False):
         rows = _Gather.apply(_normalised(embeddings))
         denominators = _LogDenominators.apply(rows, 1 / temperature)
         return [_contrast(rows, denominators, _gather(each), temperature) for each in labels]
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive."""
+    if not temperature > 0:
+        raise InputError(f"`temperature` must be positive, got {temperature}.")
 
 
 @torch.no_grad()
@@ -214,11 +204,6 @@ def _gather(tensor: Tensor) -> Tensor:
 
 def _normalised(embeddings: Tensor) -> Tensor:
     return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise InputError(f"`temperature` must be positive, got {temperature}.")
 
 
 def _check_labels(embeddings: Tensor, labels: Sequence[Tensor]) -> None:

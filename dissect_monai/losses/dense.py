@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect_monai.common import InputError
+from dissect_monai.losses.contrastive import check_temperature
 from dissect_monai.transforms.augment import Placement
 
 
@@ -33,8 +34,7 @@ def dense_contrast(features: Tensor, placement: Placement, temperature: float = 
         Wang et al., Dense Contrastive Learning (DenseCL), CVPR 2021, Sec. 3.3: the loss. Xie et al., Propagate Yourself
         (PixPro), CVPR 2021, Sec. 3.1: positives by place. Departure: the negatives come from the same image.
     """
-    if not temperature > 0:
-        raise InputError(f"`temperature` must be positive, got {temperature}.")
+    check_temperature(temperature)
     if len(features) % 2 or len(placement.matrix) != len(features):
         raise InputError(
             f"`features` must be of two views of each image, each with a place, got {len(features)} maps and "

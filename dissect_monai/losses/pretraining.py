@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect_monai.common import InputError
-from dissect_monai.losses.contrastive import HierarchicalContrastiveLoss
+from dissect_monai.losses.contrastive import check_temperature, hierarchical_contrast
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.networks.vqssl import SSLOutput
@@ -75,7 +76,27 @@ def unexplained_variance(reconstruction: Tensor, views: Tensor, where: Tensor | 
     return (error / views.flatten(1).var(1, correction=0).clamp_min(MIN_VARIANCE)).mean()
 
 
-class VQSSLLoss(nn.Module):
+class _WeightedTerms(nn.Module):
+    """Weighted sum of named terms; `weights` has a weight for each."""
+
+    def __init__(self, **weights: float) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            if weight < 0:
+                raise InputError(f"`{name}_weight` must not be negative, got {weight}.")
+        if not any(weights.values()):
+            raise InputError("one of the loss weights must be positive, got 0 for all of them.")
+        self.weights = weights
+
+    def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, output: Any, target: Any) -> Tensor:
+        """Weighted sum of the terms, a scalar."""
+        return torch.stack([self.weights[name] * term for name, term in self.terms(output, target).items()]).sum()
+
+
+class VQSSLLoss(_WeightedTerms):
     """Weighted sum of the continuous, discrete, commitment and reconstruction terms.
 
     Weight 0 on all but `continuous_weight` is plain BYOL, the control of every experiment.
@@ -85,7 +106,7 @@ class VQSSLLoss(nn.Module):
         discrete_weight: mean of three regressions across the views that touch the discrete embedding: discrete on
             continuous, continuous on discrete and discrete on discrete.
         commitment_weight: sum over scales of the quantisers' commitment, which pulls features to their codes.
-        reconstruction_weight: share of the uncorrupted view's variance that the decoded image leaves unexplained.
+        reconstruction_weight: share of the view's variance that the decoded image leaves unexplained.
 
     Raises:
         ValueError: if a weight is negative or all are 0.
@@ -101,20 +122,19 @@ class VQSSLLoss(nn.Module):
         commitment_weight: float = 1.0,
         reconstruction_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.weights = _checked_weights(
+        super().__init__(
             continuous=continuous_weight,
             discrete=discrete_weight,
             commitment=commitment_weight,
             reconstruction=reconstruction_weight,
         )
 
-    def terms(self, output: SSLOutput, views: Tensor) -> dict[str, Tensor]:
+    def terms(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
         """Unweighted terms by name, scalars.
 
         Args:
             output: what `VQSSLNet` returned for 2·B views.
-            views: the uncorrupted views (2·B, C, *spatial) in [0, 1], which the decoder must reconstruct.
+            target: the views (2·B, C, *spatial) in [0, 1], which the decoder must reconstruct.
 
         Raises:
             ValueError: if reconstruction has a weight but the network no decoder.
@@ -130,24 +150,20 @@ class VQSSLLoss(nn.Module):
             "commitment": torch.stack([scale.commitment for scale in output.quantized]).sum(),
         }
         if output.reconstruction is not None:
-            terms["reconstruction"] = unexplained_variance(output.reconstruction, views)
+            terms["reconstruction"] = unexplained_variance(output.reconstruction, target)
         elif self.weights["reconstruction"]:
             raise InputError("`reconstruction_weight` is positive but the network has no decoder: set `decode`.")
         return terms
 
-    def forward(self, output: SSLOutput, views: Tensor) -> Tensor:
-        """Weighted sum of the terms, a scalar."""
-        return torch.stack([self.weights[name] * term for name, term in self.terms(output, views).items()]).sum()
 
-
-class HSSLLoss(nn.Module):
+class HSSLLoss(_WeightedTerms):
     """Weighted sum of the image, task, group, classification, reconstruction and dense terms.
 
     A level whose labels are all the same teaches nothing but to collapse: with a single task or group its contrast is
     left out, whatever its weight, and the log says so.
 
     Args:
-        image_weight: contrast that draws the views of an image together, see `HierarchicalContrastiveLoss`.
+        image_weight: contrast that draws the views of an image together, see `hierarchical_contrast`.
         task_weight: contrast that draws the images of a task together.
         group_weight: contrast that draws the images of a group together.
         classification_weight: mean of the cross-entropies of task and group.
@@ -178,11 +194,11 @@ class HSSLLoss(nn.Module):
         num_tasks: int | None = None,
         num_groups: int | None = None,
     ) -> None:
-        super().__init__()
         for name, number in {"task": num_tasks, "group": num_groups}.items():
             if number == 1:
                 logger.info("There is a single %s: its contrast is left out.", name)
-        self.weights = _checked_weights(
+        check_temperature(temperature)
+        super().__init__(
             image=image_weight,
             task=0.0 if num_tasks == 1 else task_weight,
             group=0.0 if num_groups == 1 else group_weight,
@@ -190,7 +206,7 @@ class HSSLLoss(nn.Module):
             reconstruction=reconstruction_weight,
             dense=dense_weight,
         )
-        self.contrast = HierarchicalContrastiveLoss(temperature)
+        self.temperature = temperature
 
     def terms(self, output: HSSLOutput, target: HierarchyTarget) -> dict[str, Tensor]:
         """Unweighted terms by name, scalars; over several processes, all must call it.
@@ -203,7 +219,7 @@ class HSSLLoss(nn.Module):
             ValueError: if the batch does not hold two or more views of each item, or the dense contrast has a weight
                 but the network no head for it.
         """
-        terms = self.contrast.terms(output.embeddings, target.task, target.group)
+        terms = hierarchical_contrast(output.embeddings, target.task, target.group, self.temperature)
         num_views = len(output.task_logits) // len(target.task)
         entropies = [
             F.cross_entropy(logits.float(), labels.repeat(num_views))
@@ -214,20 +230,7 @@ class HSSLLoss(nn.Module):
         errors = [unexplained_variance(output.reconstruction, target.views, region) for region in regions]
         terms["reconstruction"] = torch.stack(errors).mean()
         if output.dense is not None and target.placement is not None:
-            terms["dense"] = dense_contrast(output.dense, target.placement, self.contrast.temperature)
+            terms["dense"] = dense_contrast(output.dense, target.placement, self.temperature)
         elif self.weights["dense"]:
             raise InputError("`dense_weight` is positive but the network has no head for it: set `dense`.")
         return terms
-
-    def forward(self, output: HSSLOutput, target: HierarchyTarget) -> Tensor:
-        """Weighted sum of the terms, a scalar."""
-        return torch.stack([self.weights[name] * term for name, term in self.terms(output, target).items()]).sum()
-
-
-def _checked_weights(**weights: float) -> dict[str, float]:
-    for name, weight in weights.items():
-        if weight < 0:
-            raise InputError(f"`{name}_weight` must not be negative, got {weight}.")
-    if not any(weights.values()):
-        raise InputError("one of the loss weights must be positive, got 0 for all of them.")
-    return weights

@@ -60,7 +60,7 @@ def extract_features(
         stages_fn: maps encoder and images to one feature map (B, C, *spatial) per stage, the last stage last.
 
     Returns:
-        The global average of the last stage, and of all stages side by side, in the order of the loader.
+        Global averages in the order of the loader.
 
     Raises:
         ValueError: if the loader is empty.
@@ -126,10 +126,9 @@ def pixel_pca(
 def knn_scores(
     train_x: ArrayLike, train_y: ArrayLike, test_x: ArrayLike, k: int = 20, temperature: float = 0.07
 ) -> Array:
-    """Weighted k-nearest-neighbour vote for each finding, among the training items whose label is known.
+    """Vote of the k nearest training items of known label for each finding, weighted by exp(cosine / temperature).
 
-    Features are standardised with the training statistics and L2-normalised; a neighbour of cosine similarity s weighs
-    exp(s / temperature).
+    Features are standardised with the training statistics and L2-normalised before.
 
     Args:
         train_x: shape (N, D).
@@ -192,9 +191,9 @@ def linear_probe(
 def grouped_cross_val_scores(
     x: ArrayLike, y: ArrayLike, subjects: ArrayLike, num_folds: int = 5, seed: int = 0, cs: Sequence[float] = CS
 ) -> Array:
-    """Out-of-fold scores of the linear probe for every item, the folds made of whole subjects.
+    """Scores of the linear probe for every item, fitted on the other folds; folds are made of whole subjects.
 
-    For each fold C is chosen by holding out the next one from training, and the probe is then fitted on all the others.
+    For each fold C is chosen on the next one, and the probe is then fitted on all but the first.
 
     Args:
         x: shape (N, D).

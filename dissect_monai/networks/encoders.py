@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from monai.networks.nets import ResNet, SegResNet
 from torch import Tensor, nn
 
@@ -74,3 +75,10 @@ class SegResNetEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Pooled bottleneck of shape (B, C), as a headless `ResNet` returns it."""
         return pool(self.encode(images)[0])
+
+
+def place_network(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a network to a device, with the weights of its convolutions in channels-last order, and return it."""
+    is_3d = any(parameter.ndim == 5 for parameter in network.parameters())
+    memory_format = torch.channels_last_3d if is_3d else torch.channels_last
+    return network.to(device, memory_format=memory_format)  # type: ignore[call-overload]

@@ -11,7 +11,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, rank, world_size
 
 # Scores of one chunk of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**27}
@@ -175,19 +175,14 @@ class EMACodebook(nn.Module):
 
 
 class MultiScaleQuantizer(nn.Module):
-    """One codebook per encoder stage, each behind a 1×1 projection to a common width.
+    """One `EMACodebook` per encoder stage, each behind a 1×1 projection to a common width.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: number of channels of each stage.
         num_embeddings: number of codes, one for all stages or one per stage.
         embedding_dim: width to which every stage is projected.
-        commitment_cost: see `EMACodebook`, as for the arguments below.
-        decay: EMA decay in [0, 1).
-        epsilon: Laplace smoothing of the cluster sizes.
-        metric: "euclidean" or "cosine".
-        data_init: whether the first training batch seeds the codes.
-        revive_fraction: fraction of the mean cluster size below which a code is dead.
+        kwargs: the other arguments of `EMACodebook`.
 
     Raises:
         ValueError: if an argument is outside its range, or `num_embeddings` does not fit `in_channels`.
@@ -202,12 +197,7 @@ class MultiScaleQuantizer(nn.Module):
         in_channels: Sequence[int],
         num_embeddings: int | Sequence[int],
         embedding_dim: int,
-        commitment_cost: float = 0.25,
-        decay: float = 0.99,
-        epsilon: float = 1e-5,
-        metric: str = "euclidean",
-        data_init: bool = True,
-        revive_fraction: float = 0.05,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         stages = len(in_channels)
@@ -218,19 +208,13 @@ class MultiScaleQuantizer(nn.Module):
         self.in_channels = tuple(in_channels)
         self.num_embeddings = tuple(sizes)
         self.projections = nn.ModuleList(Conv[Conv.CONV, spatial_dims](c, embedding_dim, 1) for c in in_channels)
-        self.codebooks = nn.ModuleList(
-            EMACodebook(size, embedding_dim, commitment_cost, decay, epsilon, metric, data_init, revive_fraction)
-            for size in sizes
-        )
+        self.codebooks = nn.ModuleList(EMACodebook(size, embedding_dim, **kwargs) for size in sizes)
 
     def forward(self, features: Sequence[Tensor]) -> list[Quantized]:
         """Project and quantise every stage.
 
         Args:
             features: one feature map of shape (B, in_channels[i], *spatial) per stage.
-
-        Returns:
-            One result per stage, with `embedding_dim` channels and the stage's own spatial size.
 
         Raises:
             ValueError: if the number of stages or of channels differs from `in_channels`.
@@ -281,20 +265,15 @@ def _nearest(rows: Tensor, codes: Tensor) -> Tensor:
 
 def _spread_rows(rows: Tensor, num: int, shift: Tensor | int) -> Tensor:
     """`num` evenly spaced rows of the global batch, counted on from `shift`; the same on every rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
-    sizes = torch.zeros(world_size, dtype=torch.long, device=rows.device)
-    sizes[rank] = len(rows)
+    sizes = torch.zeros(world_size(), dtype=torch.long, device=rows.device)
+    sizes[rank()] = len(rows)
     total = _all_reduce(sizes).sum()
-    wanted = (torch.arange(num, device=rows.device) * total // num + shift) % total - sizes[:rank].sum()
+    wanted = (torch.arange(num, device=rows.device) * total // num + shift) % total - sizes[: rank()].sum()
     own = (wanted >= 0) & (wanted < len(rows))
     return _all_reduce(torch.where(own.unsqueeze(1), rows[wanted.clamp(0, len(rows) - 1)], 0))
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:
-    if _is_distributed():
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

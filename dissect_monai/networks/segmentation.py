@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dissect_monai.common import InputError
 
 
-def init_class_prior(network: SegResNet, share: float = 0.01) -> None:
+def init_class_prior(network: SegResNet, prior: float = 0.01) -> None:
     """Make an untrained network call every structure rare.
 
     With the usual biases of zero each class starts with the same share of all voxels, which is far more than a
@@ -21,23 +21,23 @@ def init_class_prior(network: SegResNet, share: float = 0.01) -> None:
 
     Args:
         network: the biases of its last convolution are changed in place; its first output is the background.
-        share: probability of each structure against the background, in (0, 1).
+        prior: probability of each structure against the background, in (0, 1).
 
     Raises:
-        ValueError: if `share` is out of range.
+        ValueError: if `prior` is out of range.
 
     Reference:
         Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the default is.
     """
-    if not 0 < share < 1:
-        raise InputError(f"`share` must lie between 0 and 1, got {share}.")
-    _init_class_prior(network.conv_final[-1].conv.bias, share)
+    if not 0 < prior < 1:
+        raise InputError(f"`prior` must lie between 0 and 1, got {prior}.")
+    _init_class_prior(network.conv_final[-1].conv.bias, prior)
 
 
-def _init_class_prior(biases: Tensor, share: float = 0.01) -> None:
+def _init_class_prior(biases: Tensor, prior: float = 0.01) -> None:
     """As `init_class_prior`, of the biases of one convolution."""
     with torch.no_grad():
-        biases.fill_(math.log(share / (1 - share)))
+        biases.fill_(math.log(prior / (1 - prior)))
         biases[0] = 0
 
 

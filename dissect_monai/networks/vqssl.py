@@ -119,7 +119,7 @@ class Decoder(nn.Module):
 
 
 class _Branch(nn.Module):
-    """What the online network and its momentum target have in common: everything but codebooks and predictors."""
+    """What the online network and its momentum target have in common: all but codebooks and predictors."""
 
     def __init__(
         self, encoder: nn.Module, projections: nn.ModuleList, fusions: nn.ModuleList, heads: nn.ModuleDict
@@ -147,7 +147,6 @@ class VQSSLNet(nn.Module):
         num_embeddings: codes per codebook, one number for all or one per stage.
         embedding_dim: width D of the codes.
         metric: `cosine` or `euclidean` lookup.
-        commitment_cost: weight of the commitment term inside the quantiser.
         decay: EMA decay of the codebooks in [0, 1).
         fusion: `attention`, `add`, `concat` or `replace`; see `Fusion`.
         hidden_dim: width of the hidden layer of the heads.
@@ -173,7 +172,6 @@ class VQSSLNet(nn.Module):
         num_embeddings: int | Sequence[int] = 1024,
         embedding_dim: int = 64,
         metric: str = "cosine",
-        commitment_cost: float = 0.25,
         decay: float = 0.99,
         fusion: str = "add",
         hidden_dim: int = 4096,
@@ -192,7 +190,6 @@ class VQSSLNet(nn.Module):
             [channels[stage - 1] for stage in stages],
             num_embeddings,
             embedding_dim,
-            commitment_cost=commitment_cost,
             decay=decay,
             metric=metric,
         )
@@ -211,14 +208,7 @@ class VQSSLNet(nn.Module):
         return cast("list[EMACodebook]", list(self.quantizer.codebooks))
 
     def forward(self, images: Tensor) -> SSLOutput:
-        """Embed V views with the online and the target network.
-
-        Args:
-            images: views of shape (V, in_channels, *spatial), float in [0, 1].
-
-        Returns:
-            predictions, targets, quantised maps and, with a decoder, the reconstruction.
-        """
+        """Embed V views, shape (V, in_channels, *spatial), float in [0, 1], with the online and the target network."""
         maps = feature_maps(self.encoder, images)
         quantized = self.quantizer([maps[stage - 1] for stage in self.stages])
         fused = _fuse(self.fusions, quantized)
@@ -257,11 +247,7 @@ class VQSSLNet(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """Move the target: target ← momentum·target + (1 − momentum)·online, parameter by parameter.
-
-        Raises:
-            ValueError: if `momentum` is outside [0, 1].
-        """
+        """Move the target: target ← momentum·target + (1 − momentum)·online, with `momentum` in [0, 1]."""
         if not 0 <= momentum <= 1:
             raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
         online = _Branch(self.encoder, self.quantizer.projections, self.fusions, self.projectors)

@@ -48,65 +48,54 @@ class ValuesToClassesd(MapTransform):
             where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
             if self.image_key is not None:
                 refuse_apart(item[key], item[self.image_key], where)
-            class_of = _class_of_values(item.get("labels"), self.class_names, where)
+            labels = item.get("labels")
+            if not isinstance(labels, Mapping):
+                raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")
             array = np.asarray(item[key])
             label_map = integer_map(where, array[0] if len(array) == 1 else array)
-            unknown = sorted({*np.unique(label_map).tolist()} - class_of.keys())
+            classes, unknown = values_to_classes(label_map, labels, self.class_names, where)
             if unknown:
+                named = sorted({0, *(value for values in labels.values() for value in values)})
                 raise InputError(
-                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(sorted(class_of))}), "
-                    f"got {shorten(unknown)}: name them there, or correct the label map."
+                    f"{where} must hold values that `labels` of its dataset.json names ({shorten(named)}), got "
+                    f"{shorten(unknown)}: name them there, or correct the label map."
                 )
-            table = np.zeros(max(class_of) + 1, np.uint8)
-            table[list(class_of)] = list(class_of.values())
-            item[key] = convert_to_dst_type(table[label_map][None], item[key], dtype=table.dtype)[0]
+            item[key] = convert_to_dst_type(classes[None], item[key], dtype=classes.dtype)[0]
         return item
 
 
-def _class_of_values(labels: Any, class_names: Sequence[str], where: str) -> dict[int, int]:
-    if not isinstance(labels, Mapping):
-        raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")
+def values_to_classes(
+    label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Classes 1, 2, ... of the named structures in place of a file's values, 0 for everything else.
+
+    Args:
+        label_map: integers of any shape and dtype.
+        labels: values of each structure; one that is no class may share values with one that is.
+        class_names: structures of the classes, at most 255.
+        where: what a message calls the label map.
+
+    Returns:
+        The classes, and the values that `labels` does not name, which become background.
+
+    Raises:
+        ValueError: if a value is under 1, or in two classes.
+    """
     class_of = {0: 0}
     for name, values in labels.items():
-        index = class_names.index(name) + 1 if name in class_names else 0
+        index = list(class_names).index(name) + 1 if name in class_names else 0
         for value in values:
             if value < 1:
                 raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
-            # A region that is not learnt may share values with one that is.
             if index and class_of.get(value, 0) not in (0, index):
                 raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
             class_of[value] = index or class_of.get(value, 0)
-    return class_of
-
-
-def classes_to_values(pred: ArrayLike, class_names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> LabelMap:
-    """The way back: a label map of classes with the values that the structures have in files, of each the first.
-
-    Args:
-        pred: label map of any shape, integers up to the number of classes, 0 being background.
-        class_names: structures of the classes 1, 2, ...
-        labels: values of each structure; one that is not named becomes background.
-
-    Returns:
-        An array of the same shape, in the smallest of uint8, uint16 and int32 that holds the values.
-
-    Raises:
-        ValueError: if structures of two classes share a value, or `pred` has more classes.
-
-    Example:
-        >>> classes_to_values([0, 1, 2, 3], ["liver", "spleen", "heart"], {"liver": [6], "spleen": [1, 2]})
-        array([0, 6, 1, 0], dtype=uint8)
-    """
-    values = [value for name in class_names for value in labels.get(name, ())]
-    highest = np.max(pred, initial=0)
-    if len(set(values)) < len(values) or highest > len(class_names):
-        raise InputError(
-            f"`class_names` must name the {highest} classes of the prediction, of which no two share a value in "
-            f"`labels`, got {list(class_names)} and {dict(labels)}."
-        )
-    table = np.array([0, *(labels[name][0] if labels.get(name) else 0 for name in class_names)])
-    kinds = (kind for kind in (np.uint8, np.uint16, np.int32) if table.max() <= np.iinfo(kind).max)
-    return table.astype(next(kinds))[np.asarray(pred)]
+    unknown = sorted({*np.unique(label_map).tolist()} - class_of.keys())
+    if unknown:
+        label_map = np.where(np.isin(label_map, unknown), 0, label_map)
+    table = np.zeros(max(class_of) + 1, np.uint8)
+    table[list(class_of)] = list(class_of.values())
+    return table[label_map], unknown
 
 
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:

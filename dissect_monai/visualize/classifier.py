@@ -1,34 +1,37 @@
-"""Figures of a classifier and of its features: ROC, reliability, saliency and a map, for TensorBoard and the report."""
+"""Figures of a classifier and of its features for TensorBoard and the report: ROC, reliability, a map, saliency."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from monai.visualize import GradCAM
+from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.metrics import roc_curve
-from torch import Tensor
+from torch import Tensor, nn
 
-from dissect_monai.common import InputError
-from dissect_monai.metrics.classification import auroc, expected_calibration_error, reliability
+from dissect_monai.common import Array, InputError
+from dissect_monai.metrics.classification import auroc, expected_calibration_error, reliability, usable_findings
 from dissect_monai.metrics.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = NDArray[np.floating[Any]]
 # Okabe & Ito's palette for all kinds of colour vision, without the yellow, which is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # once the colours are used up
 MARKERS = ("o", "^", "s", "D")  # likewise
 INK, GREY, PALE = "#111827", "#6B7280", "#D1D5DB"
-MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 NUM_BINS = 10  # of the drawn curves; the calibration error keeps its own, finer ones
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, fine to coarse
+MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
+MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 
 
 def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figure:
@@ -65,20 +68,9 @@ def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figu
 def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequence[str]) -> Figure:
     """Observed frequency over probability, per finding and pooled, above a histogram of the probabilities.
 
-    The findings are those of `roc_plot`. The pooled curve, of the labels of all of them, has 95 % Wilson intervals,
-    which take labels for independent. Its calibration error is not the mean over the findings, which is in the title:
-    pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
-
-    Args:
-        labels: shape (N, C), 1, 0 or NaN (unknown).
-        probabilities: shape (N, C), in [0, 1].
-        names: names of the C findings.
-
-    Returns:
-        A figure 900 pixels wide.
-
-    Raises:
-        ValueError: if the shapes disagree, a label is not 1, 0 or NaN, or a probability is outside [0, 1].
+    Arguments, result and findings are those of `roc_plot`, but the scores must be in [0, 1]. The pooled curve has 95 %
+    Wilson intervals, which take labels for independent. Its calibration error is not the mean over the findings, which
+    is in the title: pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
     """
     figure, (axes, histogram) = _figure(len(names), panels=2)
     lines: list[Any] = []
@@ -141,35 +133,68 @@ def embedding_map(features: ArrayLike, task: Sequence[str], group: Sequence[str]
     return figure
 
 
-def saliency_overlay(image: ArrayLike, saliency: ArrayLike) -> NDArray[np.uint8]:
-    """A grey image under its saliency, which is the more opaque the larger it is.
+def saliency_maps(network: nn.Module, images: Tensor, finding: int, layer: str | None = None) -> Tensor:
+    """How much each place of the images speaks for a finding, by MONAI's Grad-CAM.
+
+    Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
+    network stays as it is.
+
+    By default the maps are those of the last stage of a ResNet that has at least 4 places along every axis: stage 4
+    from about 100 pixels on, stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The last
+    one's is empty only if its features lower the logit on balance.
 
     Args:
-        image: shape (H, W), rows and columns as a screen shows them, in [0, 1]; MONAI's (x, y) must be transposed.
-        saliency: same shape, in [0, 1]; both are clipped to it.
+        network: classifier that returns logits (B, C).
+        images: shape (B, C, *spatial), as the network takes them, on its device.
+        finding: index of the logit.
+        layer: name of the module whose feature maps are weighed; None takes the stage described above.
 
     Returns:
-        RGB of shape (H, W, 3).
+        Shape (B, 1, *spatial) in [0, 1]; 0 throughout where nothing speaks for the finding.
 
     Raises:
-        ValueError: if the shapes are not (H, W) and equal.
+        ValueError: if the network has no such layer, or no stages, or `finding` is negative.
+
+    Reference:
+        Selvaraju et al., Grad-CAM: visual explanations from deep networks via gradient-based localization, ICCV 2017,
+        Eq. 1–2.
+    """
+    layers = [name for name, _ in network.named_modules() if name in (STAGES if layer is None else [layer])]
+    if not layers:
+        raise InputError(f"`layer` must name a module of the {type(network).__name__}, got {layer!r}.")
+    if finding < 0:
+        raise InputError(f"`finding` must be the index of a logit, got {finding}.")
+    # A copy, because GradCAM leaves its hooks in the network and gradients in the parameters.
+    camera = GradCAM(deepcopy(network), layers, postprocessing=lambda maps: maps)
+    with torch.enable_grad():
+        # The images need gradients, too: all parameters may be frozen.
+        images = images.detach().clone().requires_grad_()
+        _, features, _ = camera.nn_module(images[:1], class_idx=finding)
+        fine = [index for index, each in enumerate(features) if min(each.shape[2:]) >= MIN_PLACES]
+        index = max(fine, default=0)
+        maps = camera(images, class_idx=finding, layer_idx=index).detach()
+        while index < len(layers) - 1 and (empty := ~maps.flatten(1).any(1)).any():
+            index += 1
+            maps[empty] = camera(images[empty], class_idx=finding, layer_idx=index).detach()
+    peak = maps.amax(dim=tuple(range(1, maps.ndim)), keepdim=True)
+    return (maps / peak.clamp_min(torch.finfo(maps.dtype).tiny)).as_subclass(Tensor)
+
+
+def overlay_png(image: Tensor, saliency: Tensor) -> bytes:
+    """PNG of a 2-D image, upright, under its saliency, which is the more opaque the larger it is.
+
+    Args:
+        image: shape (C, x, y) in [0, 1], of which the first channel is shown in grey.
+        saliency: shape (1, x, y) in [0, 1]; zeros show the image alone.
     """
     from matplotlib import colormaps
 
-    image, saliency = (np.asarray(part, dtype=float).clip(0, 1) for part in (image, saliency))
-    if image.ndim != 2 or image.shape != saliency.shape:
-        raise InputError(
-            f"`image` and `saliency` must have the same shape (H, W), got {image.shape}, {saliency.shape}."
-        )
-    opacity = MAX_OPACITY * saliency[..., None]
-    blend = (1 - opacity) * image[..., None] + opacity * colormaps["inferno"](saliency)[..., :3]
-    return (255 * blend).round().astype(np.uint8)
-
-
-def image_to_png(image: NDArray[np.uint8]) -> bytes:
-    """PNG of a picture of shape (H, W) or (H, W, 3)."""
+    # MONAI's images are (x, y), a screen's rows are y.
+    grey, heat = (each[0].T.cpu().numpy().astype(float).clip(0, 1) for each in (image, saliency))
+    opacity = MAX_OPACITY * heat[..., None]
+    blend = (1 - opacity) * grey[..., None] + opacity * colormaps["inferno"](heat)[..., :3]
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray((255 * blend).round().astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -191,8 +216,7 @@ def _figure(num_findings: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(6, 6.3 + 0.2 * (num_findings // 2 + 1)), dpi=150)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
-    ratios = [1] if panels == 1 else [3.2, 1]
-    axes = figure.subplots(panels, 1, squeeze=False, height_ratios=ratios)[:, 0].tolist()
+    axes = figure.subplots(panels, 1, squeeze=False, height_ratios=[3.2, 1][:panels])[:, 0].tolist()
     for each in axes:
         _plain(each)
     return figure, axes
@@ -215,17 +239,16 @@ def _principal_components(features: Array) -> tuple[Array, Array]:
 
 
 def _columns(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Iterator[tuple[int, Array, Array]]:
-    """Index, labels and scores of each finding that has both classes and all scores, for the items of known label."""
+    """Index, labels and scores of each usable finding, for the items of known label."""
     labels, scores = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
     if labels.ndim != 2 or scores.shape != labels.shape or labels.shape[1] != len(names):
         raise InputError(
             f"Labels and scores must have shape (N, {len(names)}), one column a finding, "
             f"got {labels.shape} and {scores.shape}."
         )
-    for index, (label, score) in enumerate(zip(labels.T, scores.T, strict=True)):
-        known = ~np.isnan(label)
-        if not np.isnan(auroc(label, score)):
-            yield index, label[known], score[known]
+    for index in usable_findings(labels, scores):
+        known = ~np.isnan(labels[:, index])
+        yield index, labels[known, index], scores[known, index]
 
 
 def _style(index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A table of what was aggregated, to look at before hours are spent on it."""
+"""A table of the aggregated volumes, to look at before hours are spent on them."""
 
 from __future__ import annotations
 

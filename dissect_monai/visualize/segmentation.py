@@ -1,4 +1,4 @@
-"""Pictures of a segmentation over its image, as a radiologist reads it: three planes with organ names and colours."""
+"""A segmentation over its image, as a radiologist reads it: three planes with organ names and colours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORGAN_COLORS = (
 )  # fmt: skip
 FILL = 0.38  # opacity of the prediction: the anatomy below stays readable
 WIDTH = 10.0  # inches
-_MARGIN, _SINGLE_MARGIN = 15.0, 40.0  # mm of image around all structures, and around a single one
+_MARGIN = 15.0  # mm of image around all structures
 _LEGEND_COLUMNS = 5
 _BARS = (200, 100, 50, 20, 10, 5, 2, 1)  # mm
 
@@ -45,15 +45,14 @@ def segmentation_overlay(
     pred: ArrayLike,
     labels: Mapping[str, Sequence[int]],
     spacing: Sequence[float],
-    structure: str | None = None,
     window: tuple[float, float] | None = None,
-    title: str = "",
 ) -> Figure:
     """Three planes of a volume: the prediction as filled areas, the label as outlines of the same colours.
 
     Where an area ends at its outline, both agree; an outline without area was missed, an area without outline added.
     The orientation is radiological: the patient's right on the left of axial and coronal planes, the front on the left
-    of sagittal ones. All planes have one scale, and show the structures with 15 mm of the image around them.
+    of sagittal ones. Each plane is the one that cuts most structures, with 15 mm of the image around them; all planes
+    have one scale.
 
     Args:
         image: shape (X, Y, Z) in RAS, as MONAI's `Orientation` makes it; any real dtype.
@@ -61,31 +60,25 @@ def segmentation_overlay(
         pred: the same of the prediction, with the same values.
         labels: values of each named structure; its place among them is its colour.
         spacing: mm between voxels along the three axes.
-        structure: the planes meet in its middle and show it with 40 mm around it; by default each plane is the one that
-            cuts most structures.
         window: values of the image that are black and white, such as (-160, 240) for the abdomen in CT; by default the
             0.5 and 99.5 % percentiles of what is shown.
-        title: heading, such as the name of the case.
 
     Returns:
         A figure 1500 pixels wide.
 
     Raises:
-        ValueError: if shapes or `spacing` do not fit, `window` is empty, or `structure` is unknown.
+        ValueError: if shapes or `spacing` do not fit, or `window` is empty.
     """
     volume, *maps = _checked(image, label, pred, spacing)
-    if structure is not None and structure not in labels:
-        raise InputError(f"`structure` must be one of {', '.join(labels)}, got {structure!r}.")
     if window is not None and not window[0] < window[1]:
         raise InputError(f"`window` must be increasing, got {window}.")
     found = [ndimage.find_objects(each) for each in maps]
-    groups = list(labels.values()) if structure is None else [labels[structure]]
-    tight = box_around(found, [value for values in groups for value in values])
-    center = _center(maps, groups, tight)
-    box = _enlarged(tight, spacing, _MARGIN if structure is None else _SINGLE_MARGIN)
+    tight = box_around(found, [value for values in labels.values() for value in values])
+    center = _center(maps, list(labels.values()), tight)
+    box = _enlarged(tight, spacing)
     low, high = np.percentile(sample_voxels(volume[box]), (0.5, 99.5)) if window is None else window
     extent = [size * step for size, step in zip(volume[box].shape, spacing, strict=True)]
-    figure, panels = _figure(extent, title, len(labels))
+    figure, panels = _figure(extent, len(labels))
     for plane, axes in zip(_PLANES, panels, strict=True):
         picture, *cuts = (_as_seen(each, plane.axis, center, box) for each in (volume, *maps))
         across, up = (step for axis, step in enumerate(spacing) if axis != plane.axis)
@@ -112,7 +105,7 @@ def _checked(
 
 
 def _center(maps: Sequence[LabelMap], groups: Sequence[Sequence[int]], box: Box) -> list[int]:
-    """Where the planes meet: within a box around some structures, given by their values, or in the middle of all."""
+    """Where the planes meet: within the box around the structures, or in the middle of the volume if it is empty."""
     shape = maps[0][box].shape
     if not min(shape):
         return [size // 2 for size in maps[0].shape]
@@ -133,11 +126,11 @@ def _center(maps: Sequence[LabelMap], groups: Sequence[Sequence[int]], box: Box)
     return [start + int(score.argmax()) for start, score in zip(starts, scores, strict=True)]
 
 
-def _enlarged(box: Box, spacing: Sequence[float], margin: float) -> Box:
-    """A box with `margin` mm more on every side; everything if it is empty."""
+def _enlarged(box: Box, spacing: Sequence[float]) -> Box:
+    """A box with its margin; everything if it is empty."""
     if box[0].start == box[0].stop:
         return slice(None), slice(None), slice(None)
-    voxels = [round(margin / step) for step in spacing]
+    voxels = [round(_MARGIN / step) for step in spacing]
     x, y, z = (slice(max(0, part.start - more), part.stop + more) for part, more in zip(box, voxels, strict=True))
     return x, y, z
 
@@ -148,17 +141,15 @@ def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Box) -
     return volume.take(center[axis], axis)[within].T[:, ::-1]
 
 
-def _figure(extent: Sequence[float], title: str, num_structures: int) -> tuple[Figure, list[Axes]]:
+def _figure(extent: Sequence[float], num_structures: int) -> tuple[Figure, list[Axes]]:
     """Three panels as wide as their planes, for a volume of `extent` mm, above a legend."""
     from matplotlib.figure import Figure
 
     widths = [extent[0], extent[0], extent[1]]
     height = WIDTH * max(extent[1], extent[2]) / sum(widths)
-    around = 0.6 + 0.3 * bool(title) + 0.2 * (2 + num_structures) / _LEGEND_COLUMNS
+    around = 0.6 + 0.2 * (2 + num_structures) / _LEGEND_COLUMNS
     figure = Figure(figsize=(WIDTH, min(12.0, height + around)), dpi=150)
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure, figure.subplots(1, 3, squeeze=False, width_ratios=widths, subplot_kw={"anchor": "N"})[0].tolist()
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_SIDE = 128  # pixels of a tile that can be read in TensorBoard
-SLICE_SIDE, SLICE_GAP = 192, 4  # pixels of a tile in which anatomy can be recognised, and between two
+TILE_SIDE = 128  # pixels of a picture's longer side, at least, to be read in TensorBoard
+SLICE_SIDE, SLICE_GAP = 192, 4  # likewise of a slice, for anatomy to be recognised, and pixels between two
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
 
@@ -29,21 +29,18 @@ def code_colors(codes: Tensor) -> Tensor:
     return components.argsort(0).argsort(0) / max(1, len(codes) - 1)
 
 
-def code_figure(
-    images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[Tensor], min_side: int = MIN_SIDE
-) -> Tensor:
-    """Images beside their code maps, one row an image, one column a scale, fine to coarse.
+def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[Tensor]) -> Tensor:
+    """Images, enlarged if need be, beside their code maps: one row an image, one column a scale, fine to coarse.
 
     Args:
         images: (B, C, *spatial) in [0, 1], three channels as colours, else the first; of volumes the middle slice.
         indices: per scale, codes of shape (B, *spatial_i).
         codebooks: per scale, codes of shape (num_embeddings, embedding_dim).
-        min_side: pixels that the longer side of an image has at least; smaller ones are enlarged.
 
     Returns:
         picture of shape (3, rows, columns) in [0, 1].
     """
-    pictures = _enlarged(_pictures(images), min_side)
+    pictures = _enlarged(_pictures(images), TILE_SIDE)
     columns = [pictures]
     for codes, codebook in zip(indices, codebooks, strict=True):
         colored = code_colors(codebook.cpu())[codes.cpu()].movedim(-1, 1)
@@ -51,25 +48,22 @@ def code_figure(
     return _tile(columns)
 
 
-def view_figure(columns: Sequence[Tensor], min_side: int = MIN_SIDE, gap: int = 0, slices: bool = False) -> Tensor:
-    """Batches of equal shape side by side, one row an image: the two views, or images and their reconstructions.
+def view_figure(columns: Sequence[Tensor]) -> Tensor:
+    """Batches of equal shape side by side, one row an image, enlarged if need be: two views, or reconstructions, too.
 
     Args:
         columns: batches (B, C, *spatial) in [0, 1].
-        min_side: pixels that the longer side of an image has at least; smaller ones are enlarged.
-        gap: pixels of white on the right of every image and below it.
-        slices: whether 2-D images are axial slices of volumes, not pictures as they are read.
 
     Returns:
         picture of shape (3, rows, columns) in [0, 1].
     """
-    pictures = [_enlarged(_pictures(images, slices), min_side) for images in columns]
-    return _tile([F.pad(picture, (0, gap, 0, gap), value=1) for picture in pictures])
+    return _tile([_enlarged(_pictures(images), TILE_SIDE) for images in columns])
 
 
 def slice_figure(columns: Sequence[Tensor]) -> Tensor:
-    """`view_figure` of volumes, or of axial slices of them, in tiles large enough to recognise anatomy."""
-    return view_figure(columns, SLICE_SIDE, SLICE_GAP, slices=True)
+    """`view_figure` of volumes or their axial slices, as a radiologist sees them: larger, with white between them."""
+    pictures = [_enlarged(_pictures(images, slices=True), SLICE_SIDE) for images in columns]
+    return _tile([F.pad(picture, (0, SLICE_GAP, 0, SLICE_GAP), value=1) for picture in pictures])
 
 
 def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:

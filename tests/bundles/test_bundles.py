@@ -149,7 +149,7 @@ def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> No
         recipe.train(tmp_path)
     for knobs, message in (
         ({"max_epochs": 3}, r"of a run with schedule_epochs 2 \(now 3\)"),
-        ({"max_epochs": 2, "seed": 9, "learning_rate": 0.5}, r"learning_rate 0\.01 \(now 0\.5\).*seed 0 \(now 9\)"),
+        ({"max_epochs": 2, "seed": 9, "learning_rate": 0.5}, r"seed 0 \(now 9\).*learning_rate 0\.01 \(now 0\.5\)"),
         ({"max_epochs": 1, "schedule_epochs": 2}, "has done 2 epochs, more than .*max_epochs.* 1"),
     ):
         with refused(message):

@@ -571,7 +571,7 @@ def judged(trained: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory
     return output_dir
 
 
-def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(scored: Path) -> None:
+def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(judged: Path) -> None:
     assert [path.name for path in judged.iterdir()] == ["eval"]
     written = {"cases.csv", "subjects.csv", "summary.csv", "metrics.csv", "report.html"}
     assert {path.name for path in (judged / "eval").iterdir()} == written

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from helpers import images, read, volume, write, write_series
 
-from dissect_monai.common import BTCV_ORGANS, Item
+from dissect_monai.common import Item
 from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, segmentation_of_weights
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
@@ -63,12 +63,6 @@ def test_items_know_their_domain(tmp_path: Path) -> None:
     ids = [{item["image"]: item["task_id"] for item in aggregate(order).training} for order in (folders, folders[::-1])]
     assert ids[0] == ids[1]
     assert subjects(aggregate(str(folders[1])).training) == {"0", "1"}  # one folder keeps its subjects
-
-
-def test_folders_may_share_a_task(tmp_path: Path) -> None:
-    datalist = aggregate([liver(tmp_path / name, 1) for name in "ab"])
-    assert datalist.task_names == ["liver"]
-    assert subjects(datalist.training) == {"a/0", "b/0"}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +127,9 @@ def test_a_validation_split_is_drawn_if_asked_for(tmp_path: Path, caplog: pytest
 def test_subjects_of_one_name_in_different_splits_of_a_task_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    aggregate([liver(tmp_path / "a"), liver(tmp_path / "b", 2, 1)])
+    datalist = aggregate([liver(tmp_path / "a"), liver(tmp_path / "b", 2, 1)])
+    assert datalist.task_names == ["liver"]
+    assert subjects(datalist.training) == {"a/0", "a/1", "a/2", "b/0", "b/1"}
     assert "task liver have 1 subjects of one name in different splits, such as 2" in caplog.text
 
 
@@ -302,11 +298,6 @@ def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
     tested = make_set(tmp_path / "tested", test=[entry("t", "t")])
     write(tested / "dataset.json", {**read(tested / "dataset.json"), "training": []})
     assert [len(split) for split in read_segmentation(tested)[:3]] == [0, 0, 1]
-
-
-def test_btcv_has_thirteen_organs(tmp_path: Path) -> None:
-    labels = {str(index): name for index, name in enumerate(BTCV_ORGANS, 1)}
-    assert read_segmentation(make_set(tmp_path, labels=labels)).class_names == list(BTCV_ORGANS)
 
 
 @pytest.mark.parametrize(

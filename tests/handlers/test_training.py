@@ -3,16 +3,29 @@ from __future__ import annotations
 import logging
 import math
 import random
+from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from helpers import counting_engine
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from dissect_monai.handlers.training import EpochSeedHandler, FiniteLoss, ProgressHandler, TargetMomentumHandler
+from dissect_monai.handlers.training import (
+    EpochSeedHandler,
+    FiniteLoss,
+    FrozenEncoder,
+    ProgressHandler,
+    TargetMomentumHandler,
+    UnseenClasses,
+)
+from dissect_monai.networks.segmentation import DeepSupervisionNet
 
 # ---- momentum ----------------------------------------------------------------------------------------------------
 
@@ -147,3 +160,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: in
         engine.run(range(3))
     assert not saved
     assert handler.bar is None
+
+
+# ---- a frozen encoder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_encoder_stays_bit_for_bit_and_then_moves(deep: bool) -> None:
+    torch.manual_seed(0)
+    network = SegResNet(2, init_filters=8, out_channels=3, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    module = DeepSupervisionNet(network, 1) if deep else network
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=3,
+        train_data_loader=[{"image": torch.randn(1, 1, 8, 8), "label": torch.randint(0, 3, (1, 1, 8, 8)).float()}],
+        network=module,
+        optimizer=torch.optim.AdamW(module.parameters(), 0.01, weight_decay=0.5),
+        loss_function=DeepSupervisionLoss(DiceCELoss(to_onehot_y=True, softmax=True)),
+        train_handlers=[FrozenEncoder(network, num_epochs=2)],
+        decollate=False,
+    )
+    states = [deepcopy(network.state_dict())]
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: states.append(deepcopy(network.state_dict())))
+    trainer.run()
+    encoder = {key for key in states[0] if key.startswith(("convInit", "down_layers"))}
+    moved = [{key for key in before if not torch.equal(before[key], after[key])} for before, after in pairwise(states)]
+    assert moved == [states[0].keys() - encoder] * 2 + [states[0].keys()]
+
+
+def test_a_negative_number_of_epochs_is_refused() -> None:
+    with pytest.raises(ValueError, match="`num_epochs` must be at least 0, got -1"):
+        FrozenEncoder(SegResNet(2), -1)
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+def test_structures_that_no_patch_shows_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(lambda engine, batch: None)
+    UnseenClasses(["liver", "spleen", "aorta"]).attach(engine)
+    engine.run([{"label": torch.tensor([[0.0, 2.0]])}, {"label": torch.tensor([[0.0, 0.0]])}], max_epochs=2)
+    assert [record.message for record in caplog.records if "No patch" in record.message] == [
+        "No patch of the first epoch shows liver, aorta: with these labels it cannot be learnt."
+    ]

@@ -174,28 +174,15 @@ def test_cosine_equals_a_naive_version() -> None:
         torch.testing.assert_close(codebook.embedding.weight, codes)
 
 
-def test_eval_mode_moves_nothing() -> None:
-    codebook = EMACodebook(16, 8).eval()
-    before = copy.deepcopy(codebook.state_dict())
-    codebook(torch.randn(2, 8, 4, 4))
-    assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
-
-
-def test_lookup_moves_nothing_even_in_training_mode() -> None:
+def test_neither_lookup_nor_evaluation_moves_the_codes() -> None:
     codebook = EMACodebook(16, 8)
     inputs = torch.randn(2, 8, 4, 4)
     codebook(inputs)
     before = copy.deepcopy(codebook.state_dict())
     looked_up = codebook.lookup(inputs)
+    codebook.eval()(inputs)
     assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
-    assert torch.equal(looked_up.features, codebook(inputs).features)
-
-
-def test_gradient_is_straight_through() -> None:
-    inputs = torch.randn(2, 8, 4, 4, requires_grad=True)
-    gradient = torch.randn(2, 8, 4, 4)
-    plain_codebook()(inputs).features.backward(gradient)
-    assert torch.equal(inputs.grad, gradient)  # type: ignore[arg-type]
+    assert torch.equal(looked_up.features, codebook.train()(inputs).features)
 
 
 @every_metric
@@ -289,14 +276,6 @@ def test_multi_scale_quantises_every_stage(spatial_dims: int) -> None:
     ]
     assert quantizer.num_embeddings == (16, 32)
     torch.testing.assert_close(outputs[1].projected, quantizer.projections[1](features[1]))
-
-
-def test_multi_scale_trains_its_projections() -> None:
-    quantizer = MultiScaleQuantizer(2, in_channels=[4, 6], num_embeddings=16, embedding_dim=8, metric="cosine")
-    outputs = quantizer([torch.randn(2, 4, 4, 4), torch.randn(2, 6, 4, 4)])
-    torch.stack([output.commitment for output in outputs]).sum().backward()
-    gradients = [parameter.grad for parameter in quantizer.projections.parameters()]
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize(

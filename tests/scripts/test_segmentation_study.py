@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dissect_monai.data.splits import select_fraction
-from dissect_monai.handlers.segmentation_table import CaseScores, summarize, write_tables
+from dissect_monai.handlers.segmentation_report import CaseScores, summarize, write_tables
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 

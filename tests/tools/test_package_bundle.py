@@ -1,17 +1,19 @@
-"""Archives of bundles: what they hold, what they refuse, and that nothing else is needed to run them."""
+"""Archives of bundles and the wheel: what they hold, what they refuse, and that nothing else is needed to run them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -30,6 +32,9 @@ from monai.bundle import (
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from package_bundle import main, package
+
+NAMES = [path.name for path in BUNDLES]
+every_bundle = pytest.mark.parametrize("bundle", NAMES)
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def bundle(repository: Path) -> Path:
 
 def test_holds_bundle_package_and_weights_in_one_folder_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
     path = package(bundle, bundle, tmp_path / "dist")
-    assert path.name == "seg_finetune_btcv_v0.1.0.zip"
+    assert path.name == "seg_finetune_btcv_v0.2.0.zip"
     with zipfile.ZipFile(path) as archive:
         names = {Path(name) for name in archive.namelist()}
         assert archive.read("seg_finetune_btcv/models/model.pt") == b"weights"
@@ -74,9 +79,9 @@ def test_the_same_commit_and_weights_give_the_same_bytes(bundle: Path, tmp_path:
 
 def test_a_version_without_a_changelog_entry_is_refused(bundle: Path, tmp_path: Path) -> None:
     metadata = bundle / "configs" / "metadata.json"
-    write(metadata, {**read(metadata), "version": "0.2.0"})
+    write(metadata, {**read(metadata), "version": "0.3.0"})
     git(bundle, "commit", "--quiet", "--all", "--message", "version")
-    with pytest.raises(ValueError, match=r"version 0\.2\.0 of seg_finetune_btcv must have an entry in `changelog`"):
+    with pytest.raises(ValueError, match=r"version 0\.3\.0 of seg_finetune_btcv must have an entry in `changelog`"):
         package(bundle, bundle, tmp_path / "dist")
     assert not (tmp_path / "dist").exists()
 
@@ -107,15 +112,70 @@ def test_a_misspelt_bundle_is_refused_with_the_nearest(tmp_path: Path) -> None:
         main("cxr_clasify", output_dir=tmp_path / "dist")
 
 
-def from_archive(*arguments: str, cwd: Path) -> str:
-    """A command with the installed packages, but nothing of this repository on the path."""
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
-    command = [sys.executable, "-S", *arguments]  # without `site`, which would add an editable install
+def command(*arguments: str, cwd: Path, packages: Path | None = None) -> str:
+    """A command with the installed packages and those of a folder, but nothing of this repository on the path."""
+    path = os.pathsep.join([*([str(packages)] if packages else []), sysconfig.get_paths()["purelib"]])
     result = subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
-    )
+        [sys.executable, "-S", *arguments],  # without `site`, which would add an editable install
+        cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def given(**knobs: Any) -> list[str]:
+    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
+
+
+def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    source = committed_copy(tmp_path / "source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # Without isolation, setuptools is the installed one, and nothing is downloaded.
+    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+    build = ("--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path))
+    command(*pip, "wheel", str(source), *build, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {str(path.relative_to(source)) for path in (source / "dissect_monai").rglob("*.*") if path.is_file()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if name.startswith("dissect_monai/")} == files
+    packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
+    command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
+    shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
+    knobs = given(**recipe_of("pretrain_vq_ssl").knobs)
+    run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
+    command(*run, *knobs, cwd=bundle, packages=packages)
+    assert (bundle / "models" / "model.pt").is_file()
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Version of each package, with nothing else in its line."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    return {name.lower(): version for name, version in (line.split("==") for line in lines)}
+
+
+@every_bundle
+def test_metadata_name_the_versions_that_are_tested(bundle: str) -> None:
+    tested = pins(ROOT / "constraints.txt")
+    metadata = read(ROOT / "bundles" / bundle / "configs" / "metadata.json")
+    named = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    assert {name.lower(): version for name, version in named.items()}.items() <= tested.items()
+
+
+def test_monai_label_is_tested_with_the_same_versions() -> None:
+    tested = pins(ROOT / "constraints.txt")
+    for name in ("requirements.txt", "no_dependencies.txt"):
+        shared = {each: version for each, version in pins(ROOT / "scripts" / "label" / name).items() if each in tested}
+        assert shared.items() - {("jsonschema", "3.2.0")} <= tested.items()
 
 
 class Unpacked(NamedTuple):
@@ -132,7 +192,7 @@ class Unpacked(NamedTuple):
         return {**paths, "bundle_root": str(self.folder)}
 
 
-@pytest.fixture(scope="module", params=[path.name for path in BUNDLES])
+@pytest.fixture(scope="module", params=NAMES)
 def unpacked(
     request: pytest.FixtureRequest, recipe_of: Callable[[str], Recipe], tmp_path_factory: pytest.TempPathFactory
 ) -> Unpacked:
@@ -154,7 +214,7 @@ def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(unpacked:
     ]
     script = "import sys, json, dissect_monai; from monai.bundle import run; print(dissect_monai.__file__)\n"
     script += "for knobs in json.loads(sys.argv[1]): run(**knobs)"
-    where = from_archive("-c", script, json.dumps(runs), cwd=folder).splitlines()[0]
+    where = command("-c", script, json.dumps(runs), cwd=folder).splitlines()[0]
     assert Path(where).parent == folder / "dissect_monai"
     assert list((folder / "eval").iterdir())
     assert (tmp_path / "models" / "model.pt").is_file()

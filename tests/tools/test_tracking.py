@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Recipe, refused
-from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
-
-from dissect_monai.bundle import (
-    LONGEST_PARAMETER,
-    OF_DECOLLATED,
-    TRACKING_OPTIONS,
-    _completed,
-    complete_tracking,
-    parameters,
-)
+from helpers import ROOT, Recipe
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 METRICS = {
@@ -69,28 +59,3 @@ def test_every_start_is_a_run_of_its_own_with_the_name_and_store_that_it_is_give
     )
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert sorted(run.data.params["batch_size"] for run in runs) == ["4", "999"]
-
-
-def test_without_mlflow_one_line_says_what_to_install(
-    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dissect_monai.bundle.find_spec", lambda name: None)
-    with refused("needs MLflow: pip install mlflow"):
-        recipe_of("hssl_multidomain").train(tmp_path / "output", tracking="mlflow")
-
-
-def test_what_a_file_of_settings_says_stays() -> None:
-    own = {"_target_": "monai.handlers.MLFlowHandler", "output_transform": "$mine", "iteration_log": True}
-    assert _completed(own, has_settings=True) == own
-    of_monai = {"_target_": "MLFlowHandler", "output_transform": OF_DECOLLATED, "experiment_param": "@mine"}
-    assert _completed(of_monai, has_settings=True)["experiment_param"] == "@mine"
-    assert DEFAULT_MLFLOW_SETTINGS["configs"]["trainer"]["output_transform"] == OF_DECOLLATED
-    assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
-
-
-def test_long_settings_are_no_parameters() -> None:
-    assert parameters({"pixdim": [1, 2], "long": "x" * (LONGEST_PARAMETER + 1)}) == {"pixdim": "[1, 2]"}
-
-
-def test_nothing_happens_without_a_workflow() -> None:
-    complete_tracking()

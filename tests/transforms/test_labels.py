@@ -8,7 +8,14 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from dissect_monai.transforms.labels import ValuesToClassesd, classes_to_values, integer_map, largest_components
+from dissect_monai.transforms.labels import (
+    LargestComponentsd,
+    ValuesToClassesd,
+    chosen_structures,
+    integer_map,
+    largest_components,
+    values_to_classes,
+)
 
 # ---- values and classes ------------------------------------------------------------------------------------------
 
@@ -130,18 +137,9 @@ def test_structures_that_are_not_learnt_may_share_a_value() -> None:
     assert classes(volume(0, 5, 1), labels).flatten().tolist() == [0, 0, 1]
 
 
-def test_classes_get_the_first_value_of_their_structure() -> None:
-    pred, labels = np.array([[0, 1, 2, 3]]), {"spleen": [1], "kidneys": [6, 7], "liver": [2]}
-    assert classes_to_values(pred, list(labels), labels).tolist() == [[0, 1, 6, 2]]
-    large = classes_to_values(pred, ["a", "b", "c"], {"a": [300], "b": [70_000]})
-    assert (large.tolist(), large.dtype) == ([[0, 300, 70_000, 0]], np.int32)
-    assert classes_to_values(pred, ["a", "b", "c"], {"a": [300]}).dtype == np.uint16
-
-
-@pytest.mark.parametrize(("names", "labels"), [(["a", "b"], {"a": [1, 2], "b": [2]}), (["a"], {"a": [1]})])
-def test_classes_that_share_a_value_or_lack_a_name_are_refused(names: list[str], labels: Any) -> None:
-    with pytest.raises(ValueError, match="`class_names` must name the 2 classes of the prediction"):
-        classes_to_values([0, 1, 2], names, labels)
+def test_values_without_a_name_become_background_and_are_told() -> None:
+    found, unknown = values_to_classes(np.array([-1, 0, 5, 2, 9, 70_000]), {"a": [5], "b": [1, 2]}, ["b", "a"], "here")
+    assert (found.tolist(), found.dtype, unknown) == ([0, 0, 2, 1, 0, 0], np.uint8, [-1, 9, 70_000])
 
 
 # ---- largest components ------------------------------------------------------------------------------------------
@@ -181,3 +179,37 @@ def test_nothing_to_clean_is_left_as_it_is() -> None:
 def test_a_map_of_integers_is_not_copied() -> None:
     label = np.zeros((2, 2, 2), dtype=np.int16)
     assert integer_map("label", label) is label
+
+
+# ---- chosen structures -------------------------------------------------------------------------------------------
+
+
+STRUCTURES = ["spleen", "liver"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [("none", []), ("all", STRUCTURES), ("liver", ["liver"]), (STRUCTURES[::-1],) * 2, ([], [])]
+)
+def test_structures_are_chosen_by_name(names: Any, expected: list[str]) -> None:
+    assert chosen_structures(names, STRUCTURES) == expected
+
+
+@pytest.mark.parametrize(("names", "got"), [("heart", "heart"), (["liver", "heart", "lung"], "heart, lung"), (3, "3")])
+def test_structures_that_are_unknown_are_refused(names: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"must be none, all, or among spleen, liver, got {got}"):
+        chosen_structures(names, STRUCTURES)
+
+
+@pytest.mark.parametrize("structures", [["spleen"], ["liver"], STRUCTURES, []])
+def test_only_the_largest_part_of_the_chosen_structures_stays(structures: list[str]) -> None:
+    label = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
+    label[0, 0, 0, 0], label[0, 2:5, 0, 0] = 1, 1
+    label[0, 0, 4, 4], label[0, 2:5, 4, 4] = 2, 2
+    given = MetaTensor(label.clone(), affine=torch.diag(torch.tensor([1, 2, 3, 1.0])), meta={"filename_or_obj": "a"})
+    item = LargestComponentsd("pred", STRUCTURES, structures)({"pred": given, "other": 1})
+    result = item["pred"]
+    for value, name in enumerate(STRUCTURES, 1):
+        assert int((result == value).sum()) == (3 if name in structures else 4)
+    assert (result.dtype, item["other"], result.meta["filename_or_obj"]) == (torch.uint8, 1, "a")
+    np.testing.assert_allclose(result.affine, given.affine)
+    assert torch.equal(given.as_tensor(), label)

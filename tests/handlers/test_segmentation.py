@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import csv
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from helpers import table
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SlidingWindowInferer
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import aggregate
-from dissect_monai.handlers import segmentation as segmentation_evaluation
-from dissect_monai.handlers.segmentation import SegmentationEvaluation, refuse_unmapped, score_case
-from dissect_monai.handlers.segmentation_report import NO_MAP
-from dissect_monai.handlers.segmentation_table import CaseScores
+from dissect_monai.handlers import segmentation as module
+from dissect_monai.handlers.segmentation import SegmentationEvaluation, read_maps, refuse_unmapped, score_case
+from dissect_monai.handlers.segmentation_report import NO_MAP, CaseMaps, CaseScores
 from dissect_monai.phantoms.volumes import write_volume_phantoms
+from dissect_monai.transforms.labels import values_to_classes
 
 LABELS = {"liver": [6], "kidneys": [2, 3], "spleen": [1]}
 CLASSES = ["spleen", "liver", "kidneys"]
@@ -99,18 +100,13 @@ def evaluated(
     return evaluator.state.metrics
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 # --- the evaluator
 
 
 @pytest.mark.parametrize("decollate", [True, False])
 def test_a_perfect_network_is_perfect_on_the_grid_of_the_files(tmp_path: Path, decollate: bool) -> None:
     items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
-    handler = SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20)
+    handler = SegmentationEvaluation(CLASSES, tmp_path / "eval", num_samples=20)
     metrics = evaluated(items, handler, decollate=decollate)
     names = ["dice_mean", "surface_dice_mean", "dice_liver", "dice_kidneys", "dice_spleen"]
     assert [metrics[name] for name in names] == [1] * 5
@@ -125,7 +121,7 @@ def test_a_perfect_network_is_perfect_on_the_grid_of_the_files(tmp_path: Path, d
 
 def test_resampling_costs_little(tmp_path: Path) -> None:
     items = [write(tmp_path, name, label_map(), flipped) for name, flipped in (("a", False), ("b", True))]
-    metrics = evaluated(items, SegmentationEvaluation(None, CLASSES, num_samples=20), pixdim=(1.0, 1.0, 1.0))
+    metrics = evaluated(items, SegmentationEvaluation(CLASSES, num_samples=20), pixdim=(1.0, 1.0, 1.0))
     assert metrics["dice_mean"] > 0.9
     assert metrics["hd95_mean"] <= 2
     assert not (tmp_path / "eval").exists()
@@ -134,7 +130,7 @@ def test_resampling_costs_little(tmp_path: Path) -> None:
 def test_what_is_missed_and_what_was_never_there_is_told_apart(tmp_path: Path) -> None:
     without = np.where(label_map() == 1, 0, label_map())
     items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", without)]
-    handler = SegmentationEvaluation(tmp_path, CLASSES, num_samples=20)
+    handler = SegmentationEvaluation(CLASSES, tmp_path, num_samples=20)
     metrics = evaluated(items, handler, Oracle(lost=(1,)))
     assert (metrics["dice_spleen"], metrics["missed"]) == (0, 1)
     assert metrics["dice_mean"] == pytest.approx((2 / 3 + 1) / 2)
@@ -146,7 +142,7 @@ def test_what_is_missed_and_what_was_never_there_is_told_apart(tmp_path: Path) -
 
 def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map())]
-    handler = SegmentationEvaluation(tmp_path, CLASSES, num_samples=20)
+    handler = SegmentationEvaluation(CLASSES, tmp_path, num_samples=20)
     evaluated(items, handler, Oracle(lost=(2,)))
     assert evaluated(items[1:], handler)["dice_mean"] == 1
     assert {row["subject"] for row in table(tmp_path / "subjects.csv")} == {"b"}
@@ -155,7 +151,7 @@ def test_a_second_run_starts_anew(tmp_path: Path) -> None:
 def test_structures_that_cannot_be_scored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     item = write(tmp_path, "a", np.where(label_map() == 1, 200, label_map()))
     item["labels"] = {**LABELS, "heart": [9]}
-    metrics = evaluated([item], SegmentationEvaluation(None, CLASSES, num_samples=20))
+    metrics = evaluated([item], SegmentationEvaluation(CLASSES, num_samples=20))
     assert "Not scored, since the network has no class for them: heart." in caplog.text
     assert "Not scored, since no label map has them: spleen." in caplog.text
     assert "has the values 200, which `labels` does not name: they count as background" in caplog.text
@@ -166,7 +162,7 @@ def test_structures_that_cannot_be_scored_are_named(tmp_path: Path, caplog: pyte
 def test_a_prediction_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     forgets = {"postprocessing": lambda item: {**item, "pred": item["pred"].as_subclass(Tensor)}}
     with pytest.raises(ValueError, match=r"`pred` must know the file of its image.*keep `track_meta`"):
-        evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(None, CLASSES), **forgets)
+        evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(CLASSES), **forgets)
 
 
 # --- pictures and report
@@ -182,16 +178,13 @@ class Pictures:
         self.given.append((tag, image, global_step))
 
 
-@pytest.mark.parametrize("num_overlays", [0, 2])
-def test_the_first_cases_become_overlays_in_tensorboard(tmp_path: Path, num_overlays: int) -> None:
+def test_the_first_cases_become_overlays_in_tensorboard(tmp_path: Path) -> None:
     items = [
         write(tmp_path, name, label_map(), flipped) for name, flipped in (("a", False), ("b.c", True), ("d", False))
     ]
     writer: Any = Pictures()
-    handler = SegmentationEvaluation(None, CLASSES, num_samples=20, writer=writer, num_overlays=num_overlays)
-    evaluated(items, handler)
-    names = [name for name, _, _ in writer.given]
-    assert names == ["overlays/1_a_image", "overlays/2_b"][:num_overlays]
+    evaluated(items, SegmentationEvaluation(CLASSES, num_samples=20, writer=writer))
+    assert [name for name, _, _ in writer.given] == ["overlays/1_a_image", "overlays/2_b"]
     for _, image, epoch in writer.given:
         assert (image.ndim, len(image), epoch) == (3, 3, 1)
         assert image.min() >= 0
@@ -201,25 +194,25 @@ def test_the_first_cases_become_overlays_in_tensorboard(tmp_path: Path, num_over
 
 def test_overlays_show_the_prediction_in_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(segmentation_evaluation, "case_figure", lambda *arguments: drawn.append(arguments))
-    monkeypatch.setattr(segmentation_evaluation, "figure_to_tensor", lambda figure: torch.zeros(3, 1, 1))
+    monkeypatch.setattr(module, "case_figure", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(module, "figure_to_tensor", lambda figure: torch.zeros(3, 1, 1))
     item = write(tmp_path, "a", label_map(), flipped=True)
     writer: Any = Pictures()
-    handler = SegmentationEvaluation(None, CLASSES, num_samples=20, writer=writer, window=(-100.0, 300.0))
+    handler = SegmentationEvaluation(CLASSES, num_samples=20, writer=writer, window=(-100.0, 300.0))
     evaluated([item], handler, Oracle(lost=(1,)))
-    ((given, pred, labels, window),) = drawn
+    ((given, maps, labels, window),) = drawn
     assert given["image"] == item["image"]
-    label = np.asarray(nib.load(item["label"]).dataobj)
-    expected = np.where(label == 1, 0, np.where(label == 3, 2, label))  # kidneys have the first of their values
-    np.testing.assert_array_equal(pred, expected)  # on the grid of the file
-    assert (labels, window) == (LABELS, (-100.0, 300.0))
+    label = np.asarray(nib.load(item["image"]).dataobj)
+    np.testing.assert_array_equal(maps.label, label)  # on the grid of the file
+    np.testing.assert_array_equal(maps.pred, np.where(label == 1, 0, label))
+    assert (labels, window) == ({"liver": [2], "kidneys": [3], "spleen": [1]}, (-100.0, 300.0))
 
 
 @pytest.mark.parametrize("facts", [None, {}, {"weights": "models/model.pt"}])
 def test_a_report_is_written_only_with_facts(tmp_path: Path, facts: dict[str, str] | None) -> None:
     items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
     notes = ["The weights were chosen on these very subjects."]
-    handler = SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20, facts=facts, notes=notes)
+    handler = SegmentationEvaluation(CLASSES, tmp_path / "eval", num_samples=20, facts=facts, notes=notes)
     evaluated(items, handler)
     written = {path.name for path in (tmp_path / "eval").iterdir()}
     tables = {"cases.csv", "subjects.csv", "summary.csv"}
@@ -233,7 +226,7 @@ def test_a_report_is_written_only_with_facts(tmp_path: Path, facts: dict[str, st
 
 
 def test_facts_without_a_folder_write_nothing(tmp_path: Path) -> None:
-    evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(None, CLASSES, num_samples=20, facts={}))
+    evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(CLASSES, num_samples=20, facts={}))
     assert {path.name for path in tmp_path.iterdir()} == {"a_image.nii.gz", "a_label.nii.gz"}
 
 
@@ -249,7 +242,7 @@ def as_first_of_two(monkeypatch: pytest.MonkeyPatch, other: dict[str, CaseScores
     distributed = SimpleNamespace(
         is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=all_gather_object
     )
-    monkeypatch.setattr(segmentation_evaluation, "dist", distributed)
+    monkeypatch.setattr(module, "dist", distributed)
 
 
 def test_processes_have_the_metrics_of_all_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,12 +250,12 @@ def test_processes_have_the_metrics_of_all_cases(tmp_path: Path, monkeypatch: py
     maps = {"a": label_map(), "b": without, "c": label_map(), "d": np.roll(label_map(), 1, 0)}
     items = [write(tmp_path, name, label) for name, label in maps.items()]
     network = Oracle(lost=(3,))
-    whole = evaluated(items, SegmentationEvaluation(tmp_path / "whole", CLASSES, num_samples=50), network)
-    other = SegmentationEvaluation(None, CLASSES, num_samples=50)
+    whole = evaluated(items, SegmentationEvaluation(CLASSES, tmp_path / "whole", num_samples=50), network)
+    other = SegmentationEvaluation(CLASSES, num_samples=50)
     evaluated([items[3], items[0]], other, network)
     as_first_of_two(monkeypatch, other.cases)
     # Both have scored `a`, as where items do not divide by processes.
-    shared = SegmentationEvaluation(tmp_path / "shared", CLASSES, num_samples=50)
+    shared = SegmentationEvaluation(CLASSES, tmp_path / "shared", num_samples=50)
     assert evaluated(items[:3], shared, network) == whole
     for name in ("cases.csv", "subjects.csv", "summary.csv"):
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -272,10 +265,10 @@ def test_the_report_has_no_picture_of_what_another_process_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [write(tmp_path, name, label_map()) for name in "ab"]
-    other = SegmentationEvaluation(None, CLASSES, num_samples=20)
+    other = SegmentationEvaluation(CLASSES, num_samples=20)
     evaluated(items[1:], other, Oracle(lost=(1,)))
     as_first_of_two(monkeypatch, other.cases)
-    evaluated(items[:1], SegmentationEvaluation(tmp_path / "eval", CLASSES, num_samples=20, facts={}))
+    evaluated(items[:1], SegmentationEvaluation(CLASSES, tmp_path / "eval", num_samples=20, facts={}))
     page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 1
     assert page.count(NO_MAP) == 1
@@ -284,11 +277,15 @@ def test_the_report_has_no_picture_of_what_another_process_predicted(
 # --- one case
 
 
-def test_label_maps_with_the_values_of_files_are_scored_too(tmp_path: Path) -> None:
-    item = write(tmp_path, "a", label_map(), flipped=True)
-    pred = LoadImaged("pred", reader=ImageFileReader(), ensure_channel_first=True)({"pred": item["label"]})["pred"]
-    pred = Orientationd("pred", axcodes="RAS", labels=None)({"pred": pred})["pred"]
-    assert [each.dice for each in score_case(item, pred).structures] == [1, 1, 1]
+def scores(item: dict[str, Any], values: np.ndarray, largest_only: Sequence[str] = ()) -> list[float]:
+    """Dice of a prediction with the values of the file."""
+    classes = np.zeros(values.shape, dtype=np.uint8)
+    for index, each in enumerate(CLASSES, 1):
+        classes[np.isin(values, LABELS[each])] = index
+    pred = MetaTensor(torch.as_tensor(classes[None]), affine=nib.load(item["image"]).affine)
+    case = score_case(item, read_maps(item, pred, CLASSES, largest_only), CLASSES)
+    assert (case.case, case.subject) == (item["image"], "a")
+    return [each.dice for each in case.structures]
 
 
 def test_label_files_may_have_any_format(tmp_path: Path) -> None:
@@ -296,49 +293,69 @@ def test_label_files_may_have_any_format(tmp_path: Path) -> None:
     image = SimpleITK.ReadImage(item["label"])
     item["label"] = str(tmp_path / "a_label.mha")
     SimpleITK.WriteImage(image, item["label"])
-    pred = MetaTensor(torch.as_tensor(label_map()[None]), affine=np.diag([*SPACING, 1.0]))
-    assert [each.dice for each in score_case(item, pred).structures] == [1, 1, 1]
+    assert scores(item, label_map()) == [1, 1, 1]
 
 
 def test_only_the_largest_parts_of_the_named_structures_count(tmp_path: Path) -> None:
     item = write(tmp_path, "a", label_map())
     spilled = label_map()
     spilled[19, 15, 13], spilled[0, 15, 13] = 6, 1
-    pred = MetaTensor(torch.as_tensor(spilled[None]), affine=np.diag([*SPACING, 1.0]))
+    assert [value == 1 for value in scores(item, spilled)] == [False, True, False]
+    assert [value == 1 for value in scores(item, spilled, ["liver"])] == [True, True, False]
+    # One of two kidneys is gone.
+    assert [value == 1 for value in scores(item, spilled, CLASSES)] == [True, False, True]
 
-    def dice(largest_only: Any) -> list[float]:
-        return [each.dice for each in score_case(item, pred, largest_only=largest_only).structures]
 
-    assert [value == 1 for value in dice(False)] == [False, True, False]
-    assert [value == 1 for value in dice(["liver"])] == [True, True, False]
-    assert [value == 1 for value in dice(True)] == [True, False, True]  # one of two kidneys is gone
+def test_maps_are_classes_on_the_grid_of_the_file_and_small_in_memory(tmp_path: Path) -> None:
+    item = write(tmp_path, "a", label_map(), flipped=True)
+    image = LoadImaged("image", reader=ImageFileReader(), ensure_channel_first=True)(item)["image"]
+    pred = Orientationd("image", axcodes="RAS", labels=None)({"image": image})["image"]
+    maps = read_maps(item, pred, CLASSES)
+    np.testing.assert_array_equal(maps.label, np.asarray(nib.load(item["image"]).dataobj))
+    np.testing.assert_array_equal(maps.pred, maps.label)
+    np.testing.assert_array_equal(maps.affine, nib.load(item["label"]).affine)
+    large = CaseMaps(maps.label.repeat(16, 0).repeat(16, 1), maps.pred.repeat(16, 0).repeat(16, 1), *maps[2:])
+    assert len(large.compressed()) < large.label.nbytes / 50
+    for found, given in zip(CaseMaps.restored(large.compressed()), large, strict=True):
+        np.testing.assert_array_equal(found, given)
 
 
 def test_phantoms_as_aggregate_leaves_them_are_scored(tmp_path: Path) -> None:
     (folder,) = write_volume_phantoms(tmp_path, 2, 0, 0, image_size=24, tasks=["abdomen_ct"])
     item = aggregate(folder).training[0]
-    label = nib.load(item["label"])
-    pred = MetaTensor(torch.as_tensor(np.asarray(label.dataobj)[None].astype(np.int16)), affine=label.affine)
-    scores = score_case(item, pred, list(item["labels"]))
-    assert scores.subject == item["subject"]
-    assert {each.structure: each.dice for each in scores.structures if each.outcome == "scored"}["liver"] == 1
+    label, names = nib.load(item["label"]), list(item["labels"])
+    values = np.asarray(label.dataobj).astype(np.int16)
+    classes = values_to_classes(values, item["labels"], names, "it")[0]
+    pred = MetaTensor(torch.as_tensor(classes[None]), affine=label.affine)
+    found = score_case(item, read_maps(item, pred, names), names)
+    assert found.subject == item["subject"]
+    assert {each.structure: each.dice for each in found.structures if each.outcome == "scored"}["liver"] == 1
 
 
 # --- refusals
 
 
 @pytest.mark.parametrize(
-    ("class_names", "channels", "message"),
+    ("class_names", "pred", "message"),
     [
-        (["heart"], 2, r"`class_names` must share a structure with the `labels` of .*got \['heart'\] and \['liver'"),
-        (["liver"], 4, r"`class_names` must name the 3 classes of the logits, got \['liver'\]"),
-        (None, 4, "`class_names` must name the 3 classes of the logits, got None"),
+        (
+            ["heart"],
+            torch.zeros(2, *SHAPE),
+            r"must share a structure with the `labels` of .*got \['heart'\] and \['liv",
+        ),
+        (
+            ["liver"],
+            torch.zeros(4, *SHAPE),
+            r"`class_names` must name the 3 classes of the prediction, got \['liver'\]",
+        ),
+        (CLASSES, torch.zeros(3, *SHAPE), "must name the 2 classes of the prediction, got .*'kidneys'"),
+        (["liver"], torch.full((1, *SHAPE), 2), r"must name the 2 classes of the prediction, got \['liver'\]"),
+        (CLASSES, torch.full((1, *SHAPE), 0.5), "`pred` must hold integers, got fractions"),
     ],
 )
-def test_classes_that_fit_nothing_are_refused(tmp_path: Path, class_names: Any, channels: int, message: str) -> None:
-    pred = MetaTensor(torch.zeros(channels, *SHAPE), affine=np.eye(4))
+def test_classes_that_fit_nothing_are_refused(tmp_path: Path, class_names: Any, pred: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        score_case(write(tmp_path, "a", label_map()), pred, class_names)
+        read_maps(write(tmp_path, "a", label_map()), MetaTensor(pred, affine=np.diag([*SPACING, 1.0])), class_names)
 
 
 def test_a_label_file_beside_the_prediction_is_named(tmp_path: Path) -> None:
@@ -347,14 +364,14 @@ def test_a_label_file_beside_the_prediction_is_named(tmp_path: Path) -> None:
     affine[0, 3] = 300
     nib.save(nib.Nifti1Image(label_map(), affine), item["label"])
     with pytest.raises(ValueError, match=r"label map .*a_label\.nii\.gz must lie where its image lies"):
-        evaluated([item], SegmentationEvaluation(None, CLASSES, num_samples=20))
+        evaluated([item], SegmentationEvaluation(CLASSES, num_samples=20))
 
 
 def test_a_label_file_with_fractions_is_named(tmp_path: Path) -> None:
     item = write(tmp_path, "a", label_map())
     nib.save(nib.Nifti1Image(label_map() * 0.5, np.eye(4)), item["label"])
     with pytest.raises(ValueError, match=r"`label map .*a_label.nii.gz` must hold integers"):
-        score_case(item, MetaTensor(torch.zeros(1, *SHAPE), affine=np.eye(4)))
+        scores(item, label_map())
 
 
 @pytest.mark.parametrize("missing", [{"label": [1.0, 0.0]}, {"label": None}, {"labels": ["liver"]}, {"labels": {}}])

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.networks.nets import resnet10
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor, nn
 
 from dissect_monai.metrics.classification import expected_calibration_error, reliability
 from dissect_monai.visualize.classifier import (
@@ -17,10 +19,10 @@ from dissect_monai.visualize.classifier import (
     embedding_map,
     figure_to_png,
     figure_to_tensor,
-    image_to_png,
+    overlay_png,
     reliability_plot,
     roc_plot,
-    saliency_overlay,
+    saliency_maps,
 )
 
 NAMES = ["Effusion", "Mass", "Hernia"]
@@ -90,10 +92,11 @@ def test_both_figures_show_the_same_findings() -> None:
     labels, probabilities = toy(6)
     labels[:, 2] = 1
     labels[:, 3] = np.nan
+    probabilities[:, 1] = np.nan
     names = list("abcdef")
     figures = [plot(labels, probabilities, names) for plot in (roc_plot, reliability_plot)]
     shown = [{entry.split()[0] for entry in legend(figure)} for figure in figures]
-    assert shown == [set("abe"), {"All", *"abe"}]
+    assert shown == [set("ae"), {"All", *"ae"}]
 
 
 def test_intervals_of_the_pooled_curve_agree_with_wilsons_formula() -> None:
@@ -126,13 +129,6 @@ def test_without_labels_a_figure_is_empty(plot: Any) -> None:
     figure = plot(np.full((4, 2), np.nan), np.zeros((4, 2)), ["a", "b"])
     assert "of 0 of 2 findings" in figure.axes[0].get_title("left")
     assert not figure.legends
-
-
-def test_reliability_leaves_out_findings_without_probabilities() -> None:
-    labels, probabilities = toy()
-    probabilities[:, 1] = np.nan
-    figure = reliability_plot(labels, probabilities, NAMES)
-    assert [entry.split()[0] for entry in legend(figure)] == ["All", "Effusion"]
 
 
 def mapped(figure: Any, panel: int = 0) -> dict[str, np.ndarray]:
@@ -190,41 +186,6 @@ def test_rejects_a_map_of_items_without_task() -> None:
         embedding_map(np.zeros((4, 3)), ["a"] * 4, ["x"] * 3)
 
 
-def test_an_overlay_shows_the_image_where_nothing_is_salient() -> None:
-    image = np.linspace(0, 1, 12).reshape(3, 4)
-    overlay = saliency_overlay(image, np.zeros((3, 4)))
-    assert overlay.dtype == np.uint8
-    np.testing.assert_array_equal(overlay, np.repeat((255 * image).round()[..., None], 3, axis=2))
-
-
-def test_an_overlay_departs_from_grey_the_more_the_larger_the_saliency() -> None:
-    saliency = np.linspace(0, 1, 6)[None]
-    overlay = saliency_overlay(np.full((1, 6), 0.5), saliency).astype(int)[0]
-    colourfulness = overlay.max(1) - overlay.min(1)
-    assert (np.diff(colourfulness[:5]) > 0).all()
-    assert colourfulness[5] > 40
-    assert overlay[5].argmin() == 2  # the salient end of the map is yellow
-
-
-def test_the_image_is_readable_even_below_the_largest_saliency() -> None:
-    dark, bright = (saliency_overlay(np.full((1, 1), grey), np.ones((1, 1))).astype(int) for grey in (0.25, 0.75))
-    assert (bright - dark >= 255 / 4).all()  # half of the contrast is left
-
-
-def test_an_overlay_keeps_rows_and_columns_and_clips() -> None:
-    saliency = np.zeros((2, 3))
-    saliency[1, 0] = 5
-    overlay = saliency_overlay(np.full((2, 3), 2.0), saliency)
-    assert overlay.shape == (2, 3, 3)
-    np.testing.assert_array_equal((overlay != 255).any(-1), saliency > 0)
-
-
-@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)])
-def test_a_picture_survives_its_png(shape: tuple[int, ...]) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image_to_png(picture)))), picture)
-
-
 def test_a_figure_is_the_same_as_png_and_as_tensor() -> None:
     png, tensor = (convert(roc_plot(*toy(), NAMES)) for convert in (figure_to_png, figure_to_tensor))
     picture = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
@@ -242,8 +203,131 @@ def test_rejects_logits_in_a_reliability_diagram() -> None:
         reliability_plot([[0], [1]], [[-3], [2]], ["a"])
 
 
-def test_rejects_an_overlay_of_another_shape() -> None:
-    with pytest.raises(ValueError, match=r"same shape \(H, W\), got \(2, 3\), \(3, 2\)"):
-        saliency_overlay(np.zeros((2, 3)), np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"same shape \(H, W\), got \(1, 2, 3\)"):
-        saliency_overlay(np.zeros((1, 2, 3)), np.zeros((1, 2, 3)))
+# ---- saliency ----------------------------------------------------------------------------------------------------
+
+
+class Sees(nn.Module):
+    """Logit 0 answers to bright squares, logit 1 to dark ones, logit 2 to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer4 = nn.AvgPool2d(4)
+        self.fc = nn.Linear(1, 3, bias=False)
+        nn.init.zeros_(self.fc.weight)
+        self.fc.weight.data[:2, 0] = torch.tensor([1.0, -1.0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.layer4(images).flatten(2).mean(2))
+
+
+def squares(x: int, y: int) -> Tensor:
+    images = torch.zeros(1, 1, 32, 32)
+    images[..., x : x + 4, y : y + 4] = 1
+    return images
+
+
+def test_maps_have_the_size_of_the_images_and_are_in_0_to_1() -> None:
+    network = resnet10(spatial_dims=2, n_input_channels=1, num_classes=3, widen_factor=0.125)
+    maps = saliency_maps(network, torch.rand(3, 1, 48, 40), finding=1)
+    assert maps.shape == (3, 1, 48, 40)
+    assert type(maps) is Tensor
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert not maps.requires_grad
+    network = resnet10(spatial_dims=3, n_input_channels=1, num_classes=1, widen_factor=0.125)
+    assert saliency_maps(network, torch.rand(1, 1, 16, 16, 24), finding=0).shape == (1, 1, 16, 16, 24)
+
+
+@pytest.mark.parametrize(("side", "stage"), [(128, 4), (112, 4), (96, 3), (64, 3), (48, 2), (32, 2), (20, 1), (8, 1)])
+def test_looks_at_the_last_stage_that_has_four_places_a_side(side: int, stage: int) -> None:
+    torch.manual_seed(0)
+    network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, num_classes=1, widen_factor=0.25)
+    images = torch.rand(2, 1, side, side + 32)
+    expected = saliency_maps(network, images, finding=0, layer=f"layer{stage}")
+    assert torch.equal(saliency_maps(network, images, finding=0), expected)
+    others = [saliency_maps(network, images, finding=0, layer=f"layer{other}") for other in {1, 2, 3, 4} - {stage}]
+    assert not any(torch.equal(expected, other) for other in others)
+
+
+def test_no_map_is_empty_where_the_features_raise_the_logit() -> None:
+    torch.manual_seed(0)
+    network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, num_classes=4, widen_factor=0.25).eval()
+    images = torch.rand(24, 1, 48, 48) * torch.rand(24, 1, 1, 1)
+    raised = (network(images) - network.fc.bias) > 0
+    fine_alone = 0
+    for finding in range(4):
+        filled = saliency_maps(network, images, finding).flatten(1).any(1)
+        fine_alone += int(saliency_maps(network, images, finding, layer="layer2").flatten(1).any(1).sum())
+        assert filled[raised[:, finding]].all()
+    assert raised.any()
+    assert not raised.all()
+    assert fine_alone < raised.sum()
+
+
+def test_peaks_where_the_finding_is_and_in_each_image_at_its_own_place() -> None:
+    maps = saliency_maps(Sees(), torch.cat([squares(4, 24), squares(20, 8)]), finding=0)
+    for each, (x, y) in zip(maps, [(4, 24), (20, 8)], strict=True):
+        peak = np.unravel_index(int(each[0].argmax()), (32, 32))
+        assert x <= peak[0] < x + 4
+        assert y <= peak[1] < y + 4
+        assert each.max() == 1
+        assert each[0, 31, 0] == 0
+
+
+@pytest.mark.parametrize("finding", [1, 2])
+def test_what_speaks_against_a_finding_or_of_nothing_is_not_salient(finding: int) -> None:
+    assert torch.equal(saliency_maps(Sees(), squares(4, 4), finding), torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_leaves_the_network_as_it_was(frozen: bool) -> None:
+    network = resnet10(spatial_dims=2, n_input_channels=1, num_classes=3, widen_factor=0.125).train()
+    network.requires_grad_(not frozen)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    images = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        first, second = (saliency_maps(network, images, finding=0) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(module.training for module in network.modules())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert not any(module._forward_hooks or module._backward_hooks for module in network.modules())
+    assert not images.requires_grad
+
+
+def drawn(image: Tensor, saliency: Tensor) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(overlay_png(image, saliency)))).astype(int)
+
+
+def test_an_overlay_is_upright_and_shows_the_image_where_nothing_is_salient() -> None:
+    image, saliency = torch.rand(2, 8, 6) * 3 - 1, torch.zeros(1, 8, 6)
+    picture = drawn(image, saliency)
+    grey = (255 * image[0].double().clamp(0, 1)).round().int().T  # x to the right
+    np.testing.assert_array_equal(picture, grey[..., None].expand(6, 8, 3))
+    saliency[0, 0, 5] = 5  # clipped
+    changed = (drawn(image, saliency) != picture).any(-1)
+    assert changed[5, 0]
+    assert changed.sum() == 1
+
+
+def test_an_overlay_departs_from_grey_the_more_the_larger_the_saliency_and_keeps_half_of_the_contrast() -> None:
+    saliency = torch.linspace(0, 1, 6).view(1, 6, 1)
+    dark, grey, bright = (drawn(torch.full((1, 6, 1), value), saliency)[0] for value in (0.25, 0.5, 0.75))
+    colourfulness = grey.max(1) - grey.min(1)
+    assert (np.diff(colourfulness[:5]) > 0).all()
+    assert colourfulness[5] > 40
+    assert grey[5].argmin() == 2  # the salient end of the map is yellow
+    assert (bright - dark >= 255 / 4).all()
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "message"),
+    [
+        (nn.Flatten(), {"finding": 0}, "`layer` must name a module of the Flatten, got None"),
+        (Sees(), {"finding": 0, "layer": "layer5"}, "`layer` must name a module of the Sees, got 'layer5'"),
+        (Sees(), {"finding": -1}, "`finding` must be the index of a logit, got -1"),
+    ],
+)
+def test_rejects_what_has_no_saliency(network: nn.Module, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        saliency_maps(network, squares(0, 0), **arguments)

@@ -3,7 +3,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dissect_monai.visualize.training import MASK_COLOR, code_colors, code_figure, show_mask, view_figure
+from dissect_monai.visualize import training
+from dissect_monai.visualize.training import (
+    MASK_COLOR,
+    SLICE_GAP,
+    SLICE_SIDE,
+    TILE_SIDE,
+    code_colors,
+    code_figure,
+    show_mask,
+    slice_figure,
+    view_figure,
+)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is enlarged."""
+    monkeypatch.setattr(training, "TILE_SIDE", 1)
 
 
 @pytest.mark.parametrize(("num_embeddings", "embedding_dim"), [(16, 8), (1, 8), (2, 8), (16, 1), (16, 2)])
@@ -20,75 +37,78 @@ def test_codes_on_a_line_have_their_colours_in_its_order() -> None:
     assert (red.diff() > 0).all() or (red.diff() < 0).all()
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_codes_stand_beside_their_images(spatial_dims: int) -> None:
     images = torch.rand(2, 1, *[8] * spatial_dims)
     indices = [torch.randint(16, (2, *[side] * spatial_dims)) for side in (4, 2)]
-    figure = code_figure(images, indices, [torch.randn(16, 4), torch.randn(16, 4)], min_side=8)
+    figure = code_figure(images, indices, [torch.randn(16, 4), torch.randn(16, 4)])
     assert figure.shape == (3, 2 * 8, 3 * 8)
     assert ((figure >= 0) & (figure <= 1)).all()
 
 
+@pytest.mark.usefixtures("small")
 def test_a_code_colours_the_place_that_it_describes() -> None:
     codebook = torch.randn(4, 3)
     indices = torch.zeros(1, 2, 2, dtype=torch.long)
     indices[0, 1, 0] = 3  # second along x, first along y
-    codes = code_figure(torch.zeros(1, 1, 4, 4), [indices], [codebook], min_side=1)[:, :, 4:]
+    codes = code_figure(torch.zeros(1, 1, 4, 4), [indices], [codebook])[:, :, 4:]
     colors = code_colors(codebook)
     assert torch.equal(codes[:, 0, 3], colors[3])
     assert torch.equal(codes[:, 3, 0], colors[0])
 
 
-def test_views_stand_side_by_side_with_x_to_the_right() -> None:
-    first = torch.arange(6).view(1, 1, 3, 2) / 10  # x, y
-    figure = view_figure([first, 1 - first], min_side=1)
+@pytest.mark.usefixtures("small")
+def test_views_stand_side_by_side_with_x_to_the_right_and_are_clipped() -> None:
+    first = torch.arange(6).view(1, 1, 3, 2) / 5 - 0.2  # x, y
+    figure = view_figure([first, 1 - first])
     assert figure.shape == (3, 2, 6)
-    torch.testing.assert_close(figure[0, :, :3], first[0, 0].T)
-    torch.testing.assert_close(figure[2, :, 3:], 1 - first[0, 0].T)
+    torch.testing.assert_close(figure[0, :, :3], first[0, 0].T.clamp(0, 1))
+    torch.testing.assert_close(figure[2, :, 3:], (1 - first[0, 0].T).clamp(0, 1))
 
 
+@pytest.mark.usefixtures("small")
 def test_a_volume_is_shown_by_its_middle_slice() -> None:
     volume = torch.zeros(1, 1, 4, 4, 5)
     volume[..., 2] = 1
-    assert torch.equal(view_figure([volume], min_side=1), torch.ones(3, 4, 4))
+    assert torch.equal(view_figure([volume]), torch.ones(3, 4, 4))
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_any_number_of_channels_can_be_shown(channels: int) -> None:
     images = torch.rand(1, channels, 4, 4)
-    figure = view_figure([images], min_side=1)
+    figure = view_figure([images])
     assert torch.equal(figure[0], images[0, 0].T)
     assert torch.equal(figure[1], images[0, 1 if channels >= 3 else 0].T)
-
-
-def test_values_out_of_range_are_clipped() -> None:
-    assert torch.equal(
-        view_figure([torch.tensor([-1.0, 2]).view(1, 1, 2, 1)], min_side=1)[0, 0], torch.tensor([0.0, 1])
-    )
 
 
 def test_small_images_are_enlarged_smoothly_and_code_maps_by_their_cells() -> None:
     images, indices = torch.rand(2, 1, 48, 24), torch.arange(12).view(2, 3, 2)
     figure = code_figure(images, [indices], [torch.randn(12, 4)])
-    assert figure.shape == (3, 2 * 64, 2 * 128)  # 24 rows become 64, 48 columns 128
-    codes, smooth = figure[:, :, 128:], figure[0, :, :128]
+    assert figure.shape == (3, 2 * TILE_SIDE // 2, 2 * TILE_SIDE)
+    codes, smooth = figure[:, :, TILE_SIDE:], figure[0, :, :TILE_SIDE]
     assert len(codes.flatten(1).unique(dim=1).T) == 12
     assert len(smooth.unique()) > 2 * 24 * 48
     assert smooth.mean() == pytest.approx(float(images.mean()), abs=0.01)
 
 
-@pytest.mark.parametrize("side", [128, 224])
+@pytest.mark.parametrize("side", [TILE_SIDE, 224])
 def test_images_that_are_large_enough_stay_as_they_are(side: int) -> None:
     images = torch.rand(1, 1, side, 40)
     assert torch.equal(view_figure([images])[0], images[0, 0].T)
 
 
-def test_a_gap_is_white_and_parts_neighbours() -> None:
-    figure = view_figure([torch.zeros(2, 1, 4, 6)] * 3, min_side=1, gap=2)
-    assert figure.shape == (3, 2 * (6 + 2), 3 * (4 + 2))
-    assert (figure[:, :6, :4] == 0).all()
-    assert (figure[:, 6:8] == 1).all()
-    assert (figure[:, :, 4:6] == 1).all()
+@pytest.mark.parametrize("volume", [False, True])
+def test_slices_are_seen_from_below_and_parted_by_white(volume: bool) -> None:
+    images = torch.rand(2, 1, 200, 210)
+    figure = slice_figure([images[..., None] if volume else images] * 3)
+    assert figure.shape == (3, 2 * (210 + SLICE_GAP), 3 * (200 + SLICE_GAP))
+    assert torch.equal(figure[0, :210, :200], images[0, 0].flip(0, 1).T)
+    assert (figure[:, 210 : 210 + SLICE_GAP] == 1).all()
+    assert (figure[:, :, 200 : 200 + SLICE_GAP] == 1).all()
+    enlarged = slice_figure([images[..., :8, :8]])
+    assert enlarged.shape == (3, 2 * (SLICE_SIDE + SLICE_GAP), SLICE_SIDE + SLICE_GAP)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import base64
-from html.parser import HTMLParser
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from helpers import Page
+from PIL import Image
 
 from dissect_monai.common import Interval
-from dissect_monai.visualize.classifier import image_to_png
 from dissect_monai.visualize.page import Case, FindingRow, Picture, Swatch, write_report
 
-VOID = {"meta", "img"}
 NAN = Interval(float("nan"), float("nan"), float("nan"))
 EFFUSION = FindingRow(
     "Effusion",
@@ -26,42 +26,13 @@ EFFUSION = FindingRow(
     ece=Interval(0.049, 0.039, 0.062),
 )
 HERNIA = EFFUSION._replace(finding="Hernia", positives=0, auroc=NAN, threshold=float("nan"))
-
-
-class Page(HTMLParser):
-    """Reads a page: its texts by element, its images, every attribute; fails on unbalanced elements."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.texts: list[tuple[str, str]] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert not self.stack
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self.stack[-1], data))
-
-    def of(self, tag: str) -> list[str]:
-        return [text for element, text in self.texts if element == tag]
-
-    def values(self, attribute: str) -> list[str | None]:
-        return [value for name, value in self.attributes if name == attribute]
+ATTACK = '<script>alert("x")</script> & {{ title }} \' onerror=1'
 
 
 def png(seed: int) -> bytes:
-    return image_to_png(np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8))
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def write(path: Path, **changes: Any) -> Page:
@@ -77,11 +48,16 @@ def write(path: Path, **changes: Any) -> Page:
 
 
 def test_the_page_has_its_parts_in_order(tmp_path: Path) -> None:
-    page = write(tmp_path)
+    page = write(tmp_path, notes=["n counts labels.", "a < b"])
     assert page.of("h1") == page.of("title") == ["Chest X-rays: test split"]
     assert page.of("h2") == ["Results", "Figures", "Worst cases"]
     assert page.of("figcaption") == ["ROC"]
     assert page.of("p")[0] == "For research; not a medical device, and not for diagnosis."
+    assert page.of("li") == ["n counts labels.", "a < b"]
+    assert page.tags.index("table") < page.tags.index("li") < page.tags.index("figure")
+    bare = write(tmp_path, figures=(), cases=())
+    assert bare.of("h2") == ["Results"]
+    assert "ul" not in bare.tags
 
 
 def test_the_table_shows_values_with_their_intervals(tmp_path: Path) -> None:
@@ -93,13 +69,6 @@ def test_the_table_shows_values_with_their_intervals(tmp_path: Path) -> None:
     assert page.of("td")[9:] == ["Hernia", "1,428", "0", "–", "1.000", "0.573", "0.830", "–", "0.049"]
 
 
-def test_notes_stand_below_the_table(tmp_path: Path) -> None:
-    page = write(tmp_path, notes=["n counts labels.", "a < b"])
-    assert page.of("li") == ["n counts labels.", "a < b"]
-    assert page.tags.index("table") < page.tags.index("li") < page.tags.index("figure")
-    assert "ul" not in write(tmp_path).tags
-
-
 def test_a_value_without_an_interval_says_so_and_counts_may_be_dashes(tmp_path: Path) -> None:
     row = EFFUSION._replace(n=None, positives=None, ap=Interval(1.0, float("nan"), float("nan")))
     page = write(tmp_path, metrics_rows=[row], summary={})
@@ -109,8 +78,7 @@ def test_a_value_without_an_interval_says_so_and_counts_may_be_dashes(tmp_path: 
 
 def test_facts_and_cases_are_named(tmp_path: Path) -> None:
     page = write(tmp_path)
-    names = ["Data", "Images", "Macro AUROC", "Name", "Finding", "Truth", "Probability"]
-    assert page.of("dt") == names
+    assert page.of("dt") == ["Data", "Images", "Macro AUROC", "Name", "Finding", "Truth", "Probability"]
     assert page.of("dd") == ["phantoms", "1,500", "0.795", "a/b.png", "Effusion", "1", "0.031"]
     assert page.values("alt") == ["ROC", "Image", "Overlay"]
 
@@ -132,23 +100,22 @@ def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8").count("default-src 'none'") == 1
 
 
-ATTACK = '<script>alert("x")</script> & {title} \' onerror=1'
-
-
-def test_no_text_becomes_an_element_or_an_attribute(tmp_path: Path) -> None:
+def test_no_text_becomes_an_element_an_attribute_or_part_of_the_template(tmp_path: Path) -> None:
     page = write(
         tmp_path,
         title=ATTACK,
         summary={ATTACK: ATTACK},
         metrics_rows=[EFFUSION._replace(finding=ATTACK)],
         figures=[Picture(png(0), ATTACK)],
-        cases=[Case(png(1), png(2), ATTACK, ATTACK, 1.0, 0.5)],
+        cases=[Case(png(1), ATTACK, ATTACK, ATTACK, 1.0, 0.5)],
         notes=[ATTACK],
         limits=[ATTACK],
+        cases_heading=ATTACK,
     )
     assert "script" not in page.tags
     assert not page.values("onerror")
-    assert [page.of(tag).count(ATTACK) for tag in ("h1", "dd", "td", "figcaption", "li", "p")] == [1, 3, 1, 1, 1, 1]
+    tags = ("h1", "h2", "dd", "td", "figcaption", "li", "p", "div")
+    assert [page.of(tag).count(ATTACK) for tag in tags] == [1, 1, 3, 1, 1, 1, 1, 1]
     assert page.values("alt")[0] == ATTACK
 
 
@@ -159,8 +126,8 @@ def test_file_names_that_are_no_text_are_written(tmp_path: Path) -> None:
 
 def test_rows_and_cases_may_have_any_fields(tmp_path: Path) -> None:
     class OrganRow(NamedTuple):
-        organ: str
-        dice: Interval
+        organ: Swatch
+        hd95: Interval
         surface_dice: float
         comment: str | None
 
@@ -170,24 +137,13 @@ def test_rows_and_cases_may_have_any_fields(tmp_path: Path) -> None:
         prediction: bytes
         organ: str
 
-    rows = [OrganRow("liver", Interval(0.9, 0.8, 1), np.float32(0.5), None)]
+    rows = [OrganRow(Swatch("<liver>", '#abc"'), Interval(12.345, 3.21, 20), np.float32(0.5), None)]
     page = write(tmp_path, metrics_rows=rows, cases=[OrganCase(png(1), png(2), png(3), "liver")], figures=())
-    assert page.of("th") == ["Organ", "Dice", "Surface Dice", "Comment"]
-    assert page.of("td") == ["liver", "0.900", "0.500", "–"]
-    assert page.of("h2") == ["Results", "Worst cases"]
-    assert page.values("alt") == ["Image", "Reference", "Prediction"]
-
-
-def test_a_swatch_has_its_colour_and_distances_have_one_decimal(tmp_path: Path) -> None:
-    class OrganRow(NamedTuple):
-        organ: Swatch
-        hd95: Interval
-
-    page = write(tmp_path, metrics_rows=[OrganRow(Swatch("<liver>", '#abc"'), Interval(12.345, 3.21, 20))], cases=())
-    assert page.of("th") == ["Organ", "HD95 (mm)"]
-    assert page.of("td") == ["<liver>", "12.3"]
+    assert page.of("th") == ["Organ", "HD95 (mm)", "Surface Dice", "Comment"]
+    assert page.of("td") == ["<liver>", "12.3", "0.500", "–"]
     assert "3.2–20.0" in page.of("small")
     assert page.values("style") == ['background: #abc"']
+    assert page.values("alt") == ["Image", "Reference", "Prediction"]
 
 
 def test_cases_may_have_another_heading_and_a_row_of_their_own(tmp_path: Path) -> None:

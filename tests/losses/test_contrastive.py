@@ -1,7 +1,6 @@
-"""Tests of dissect_monai.losses.contrastive."""
-
 from __future__ import annotations
 
+import math
 import multiprocessing
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +14,12 @@ from torch.nn import functional as F
 from dissect_monai.common import LEVELS
 from dissect_monai.losses.contrastive import (
     BLOCK_BYTES,
-    HierarchicalContrastiveLoss,
+    hierarchical_contrast,
     retrieval_accuracy,
     supervised_contrast,
 )
+from dissect_monai.losses.dense import dense_contrast
+from dissect_monai.transforms.augment import BatchAugment, Placement
 
 TASK, GROUP = torch.tensor([3, 3, 8, 8, 8, 1, -4, -4]), torch.tensor([0, 0, 1, 1, 1, 0, 1, 1])
 
@@ -51,11 +52,9 @@ def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
 @pytest.mark.parametrize("shared", [True, False])
 def test_terms_are_named_scalars(num_views: int, shared: bool) -> None:
     levels = [random_embeddings(8 * num_views, dim, torch.float32, seed=dim) for dim in (4, 6, 8)]
-    loss = HierarchicalContrastiveLoss()
-    terms = loss.terms(levels[0] if shared else levels, TASK, GROUP)
+    terms = hierarchical_contrast(levels[0] if shared else levels, TASK, GROUP)
     assert tuple(terms) == LEVELS
     assert all(term.shape == () and term.dtype == torch.float32 and term > 0 for term in terms.values())
-    torch.testing.assert_close(loss(levels[0] if shared else levels, TASK, GROUP), sum(terms.values()))
 
 
 def test_retrieval_accuracy_is_that_of_a_search_over_all_pairs() -> None:
@@ -81,16 +80,15 @@ def test_length_of_the_embeddings_and_values_of_the_labels_do_not_matter() -> No
 
 def test_image_level_draws_the_views_of_an_item_together_and_the_others_apart() -> None:
     views = torch.eye(4).repeat(2, 1)
-    assert HierarchicalContrastiveLoss(0.1).terms(views, GROUP[:4], GROUP[:4])["image"] < 1e-3
+    assert hierarchical_contrast(views, GROUP[:4], GROUP[:4], 0.1)["image"] < 1e-3
     crossed = views[[*range(4), 5, 6, 7, 4]]
-    assert HierarchicalContrastiveLoss(0.1).terms(crossed, GROUP[:4], GROUP[:4])["image"] > 5
+    assert hierarchical_contrast(crossed, GROUP[:4], GROUP[:4], 0.1)["image"] > 5
 
 
 def test_task_level_knows_tasks_and_group_level_groups() -> None:
     of_task = F.one_hot(torch.unique(TASK, return_inverse=True)[1]).double().repeat(2, 1)
     of_group = F.one_hot(GROUP).double().repeat(2, 1)
-    loss = HierarchicalContrastiveLoss()
-    by_task, by_group = (loss.terms(embeddings, TASK, GROUP) for embeddings in (of_task, of_group))
+    by_task, by_group = (hierarchical_contrast(embeddings, TASK, GROUP) for embeddings in (of_task, of_group))
     assert by_task["task"] < by_group["task"]
     assert by_group["group"] < by_task["group"]
 
@@ -142,7 +140,7 @@ def test_shared_embeddings_are_compared_once(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("dissect_monai.losses.contrastive.supervised_contrast", counted)
     one, other = random_embeddings(), random_embeddings(seed=1)
-    terms = HierarchicalContrastiveLoss().terms([one, other, one], TASK, GROUP)
+    terms = hierarchical_contrast([one, other, one], TASK, GROUP)
     assert calls == [2, 1]
     for name, embeddings, labels in zip(LEVELS, (one, other, one), (torch.arange(8), TASK, GROUP), strict=True):
         torch.testing.assert_close(terms[name], naive_contrast(embeddings, labels.repeat(2), 0.1))
@@ -156,7 +154,7 @@ def test_shared_embeddings_are_compared_once(monkeypatch: pytest.MonkeyPatch) ->
 def test_equals_masks_of_all_pairs(temperature: float, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BLOCK_BYTES, "cpu", block_bytes)
     embeddings = random_embeddings()
-    terms = HierarchicalContrastiveLoss(temperature).terms(embeddings, TASK, GROUP)
+    terms = hierarchical_contrast(embeddings, TASK, GROUP, temperature)
     for name, labels in zip(LEVELS, (torch.arange(8), TASK, GROUP), strict=True):
         expected = naive_contrast(embeddings, labels.repeat(2), temperature)
         torch.testing.assert_close(terms[name], expected)
@@ -175,7 +173,7 @@ def test_equals_pytorch_metric_learning(labels: Tensor) -> None:
 
 def test_image_level_equals_monai() -> None:
     first, second = random_embeddings(8), random_embeddings(8, seed=1)
-    terms = HierarchicalContrastiveLoss(0.5).terms(torch.cat([first, second]), TASK, GROUP)
+    terms = hierarchical_contrast(torch.cat([first, second]), TASK, GROUP, 0.5)
     torch.testing.assert_close(terms["image"], ContrastiveLoss(temperature=0.5)(first, second))
 
 
@@ -198,7 +196,7 @@ def train_one_rank(rank: int, directory: Path, parts: list[tuple[Tensor, Tensor,
     head = make_head()
     inputs, task, group = parts[rank]
     embeddings = head(inputs)
-    terms = HierarchicalContrastiveLoss().terms([embeddings, embeddings * 2, embeddings], task, group)
+    terms = hierarchical_contrast([embeddings, embeddings * 2, embeddings], task, group)
     (terms["image"] + 2 * terms["task"] + 3 * terms["group"]).backward()
     for parameter in head.parameters():  # as DistributedDataParallel does, which can hang when torn down in a test
         torch.distributed.all_reduce(parameter.grad)
@@ -218,7 +216,7 @@ def test_two_processes_give_loss_and_gradient_of_the_joined_batch(tmp_path: Path
     other.join()
 
     head = make_head()
-    terms = HierarchicalContrastiveLoss().terms(head(inputs), TASK, GROUP)
+    terms = hierarchical_contrast(head(inputs), TASK, GROUP)
     (terms["image"] + 2 * terms["task"] + 3 * terms["group"]).backward()
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")
@@ -231,11 +229,14 @@ def test_two_processes_give_loss_and_gradient_of_the_joined_batch(tmp_path: Path
 def test_a_step_never_waits_for_the_gpu() -> None:
     embeddings = torch.randn(16, 8, device="cuda", requires_grad=True)
     task, group = TASK.cuda(), GROUP.cuda()
-    loss = HierarchicalContrastiveLoss()
-    loss(embeddings, task, group).backward()
+
+    def step() -> None:
+        sum(hierarchical_contrast(embeddings, task, group).values()).backward()
+
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss(embeddings, task, group).backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -246,7 +247,7 @@ def test_a_step_never_waits_for_the_gpu() -> None:
 @pytest.mark.parametrize("temperature", [0, -1, float("nan")])
 def test_rejects_bad_temperature(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"`temperature` must be positive, got {temperature}"):
-        HierarchicalContrastiveLoss(temperature)
+        hierarchical_contrast(torch.rand(16, 4), TASK, GROUP, temperature)
     with pytest.raises(ValueError, match="`temperature` must be positive"):
         supervised_contrast(torch.rand(4, 2), [torch.zeros(4)], temperature)
 
@@ -254,19 +255,107 @@ def test_rejects_bad_temperature(temperature: float) -> None:
 @pytest.mark.parametrize("shapes", [[(16, 4), (16, 4)], [(16, 4), (16, 4), (16, 4, 1)], []])
 def test_rejects_embeddings_that_are_not_one_per_level(shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match=r"`embeddings` must be one tensor \(V·B, D\) or 3, one per level, got"):
-        HierarchicalContrastiveLoss()([torch.rand(shape) for shape in shapes], TASK, GROUP)
+        hierarchical_contrast([torch.rand(shape) for shape in shapes], TASK, GROUP)
 
 
 @pytest.mark.parametrize("num", [8, 15, 4])
 def test_rejects_what_are_not_two_views_of_each_item(num: int) -> None:
     with pytest.raises(ValueError, match=f"must hold two or more views of each of the 8 items, got .{num}, {num}"):
-        HierarchicalContrastiveLoss()(torch.rand(num, 4), TASK, GROUP)
+        hierarchical_contrast(torch.rand(num, 4), TASK, GROUP)
 
 
 def test_rejects_labels_of_another_length() -> None:
     with pytest.raises(ValueError, match=r"`task` and `group` must be \(B,\), got \(8,\) and \(7,\)"):
-        HierarchicalContrastiveLoss()(torch.rand(16, 4), TASK, GROUP[1:])
+        hierarchical_contrast(torch.rand(16, 4), TASK, GROUP[1:])
     with pytest.raises(ValueError, match=r"`labels` must be \(4,\), one per embedding, got \[\(3,\)\]"):
         supervised_contrast(torch.rand(4, 2), [torch.zeros(3)])
     with pytest.raises(ValueError, match=r"`embeddings` must be \(N, D\) with N of at least 2, got \(1, 2\)"):
         retrieval_accuracy(torch.rand(1, 2), torch.zeros(1))
+
+
+# ---- dense contrast ----------------------------------------------------------------------------------------------
+
+both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
+
+
+def same_place(views: int, spatial_dims: int) -> Placement:
+    return Placement(torch.eye(spatial_dims).expand(views, -1, -1), torch.zeros(views, spatial_dims))
+
+
+def cell_centers(cells: tuple[int, ...]) -> Tensor:
+    axes = [(2 * torch.arange(length) + 1) / length - 1 for length in cells]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+
+
+def naive_dense(features: Tensor, placement: Placement, temperature: float) -> Tensor:
+    """One cell at a time, its positive sought among all cells."""
+    pairs, cells = len(features) // 2, tuple(features.shape[2:])
+    places = cell_centers(cells)
+    entropies = []
+    for index in range(2 * pairs):
+        other = (index + pairs) % (2 * pairs)
+        here = places @ placement.matrix[index].T + placement.center[index]
+        there = torch.linalg.solve(placement.matrix[other], (here - placement.center[other]).T).T
+        anchors, candidates = (F.normalize(features[each].flatten(1).T, dim=1) for each in (index, other))
+        for anchor, place in zip(anchors, there, strict=True):
+            distance = ((places - place) * torch.tensor(cells) / 2).norm(dim=1)
+            if distance.min() <= 0.5 * math.sqrt(len(cells)):
+                logits = candidates @ anchor / temperature
+                entropies.append(logits.logsumexp(0) - logits[distance.argmin()])
+    return torch.stack(entropies).mean() if entropies else torch.zeros(())
+
+
+@both_dims
+@pytest.mark.parametrize("rotation", [0.0, 30.0])
+def test_equals_the_naive_loss(spatial_dims: int, rotation: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    augment = BatchAugment(spatial_dims, crop_scale=(0.2, 0.9), flip_prob=0.5, rotation=rotation)
+    placement = augment.placed(torch.rand(6, 1, *[8] * spatial_dims, generator=generator), generator).placement
+    features = torch.randn(6, 5, *(4, 3, 2)[:spatial_dims], generator=generator)
+    expected = naive_dense(features, placement, 0.2)
+    assert expected > 0
+    torch.testing.assert_close(dense_contrast(features, placement, 0.2), expected)
+
+
+@both_dims
+def test_is_small_where_each_place_has_a_feature_of_its_own(spatial_dims: int) -> None:
+    cells = (3,) * spatial_dims
+    one_hot = torch.eye(math.prod(cells)).T.reshape(1, -1, *cells)
+    placement = same_place(2, spatial_dims)
+    assert dense_contrast(one_hot.expand(2, *one_hot.shape[1:]), placement, 0.05) < 1e-4
+    moved = torch.cat([one_hot, one_hot.roll(1, 2)])
+    assert dense_contrast(moved, placement, 0.05) > 5
+
+
+def test_a_mirrored_view_finds_its_places_again() -> None:
+    features = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    mirror = Placement(torch.stack([torch.eye(2), torch.diag(torch.tensor([-1.0, 1.0]))]), torch.zeros(2, 2))
+    aligned = dense_contrast(torch.cat([features, features]), same_place(2, 2))
+    mirrored = dense_contrast(torch.cat([features, features.flip(2)]), mirror)
+    torch.testing.assert_close(mirrored, aligned)
+
+
+def test_views_that_do_not_overlap_have_no_loss_and_no_gradient() -> None:
+    features = torch.randn(2, 4, 3, 3, requires_grad=True)
+    quarter = Placement(0.2 * torch.eye(2).expand(2, -1, -1), torch.tensor([[-0.7, 0.0], [0.7, 0.0]]))
+    loss = dense_contrast(features, quarter)
+    loss.backward()
+    assert loss == 0
+    assert features.grad is not None
+    assert (features.grad == 0).all()
+
+
+def test_both_views_get_a_gradient() -> None:
+    features = torch.randn(4, 4, 3, 3, requires_grad=True)
+    dense_contrast(features, same_place(4, 2)).backward()
+    assert features.grad is not None
+    assert (features.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_refuses_bad_input() -> None:
+    with pytest.raises(ValueError, match="`temperature` must be positive, got 0"):
+        dense_contrast(torch.rand(2, 4, 3, 3), same_place(2, 2), 0)
+    with pytest.raises(ValueError, match="two views of each image, each with a place, got 3 maps and 3 places"):
+        dense_contrast(torch.rand(3, 4, 3, 3), same_place(3, 2))
+    with pytest.raises(ValueError, match="got 2 maps and 4 places"):
+        dense_contrast(torch.rand(2, 4, 3, 3), same_place(4, 2))

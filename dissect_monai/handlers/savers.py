@@ -1,0 +1,370 @@
+"""What inference leaves of every image: probabilities, label maps, embeddings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf, isnan, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.networks.utils import eval_mode
+from torch import Tensor, nn
+
+from dissect_monai.common import NO_FINDING, InputError
+from dissect_monai.data.datasets import ReadableLoader
+from dissect_monai.data.readers import VOLUME_SUFFIXES
+from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.networks.quantizers import MultiScaleQuantizer
+from dissect_monai.networks.weights import load_torch
+from dissect_monai.visualize.classifier import overlay_png, saliency_maps
+from dissect_monai.writing import write_csv, written_atomically
+
+OVERLAYS = ("none", "top", "all")
+_PRETRAINING = "give `checkpoint` a checkpoint_epoch=N.pt of pretraining"
+
+
+class Saver(ABC):
+    """Collects a result of every image after every batch and writes `path` at the end of a run.
+
+    When all is written, images that could not be read end the run with an error.
+    """
+
+    what: str  # is written, for the log
+
+    def __init__(self, loader: ReadableLoader, path: str | Path) -> None:
+        self.loader, self.path = loader, Path(path)
+        self.results: dict[int, Any] = {}  # by the index of the image
+
+    def attach(self, engine: Engine) -> None:
+        """Collect after every batch, write at the end."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def __call__(self, engine: Engine) -> None:
+        """Keep the results of one batch."""
+        batch = engine.state.batch
+        indices = batch["index"].tolist() if isinstance(batch, dict) else [int(each["index"]) for each in batch]
+        self.results |= zip(indices, self._collect(indices, engine.state.output), strict=True)
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of all images."""
+        return [str(item["image"]) for item in self.loader.dataset.data]
+
+    def _start(self) -> None:
+        self.results = {}
+
+    @abstractmethod
+    def _collect(self, indices: list[int], output: Any) -> Iterable[Any]:
+        """The results of one batch, of images with these indices."""
+
+    @abstractmethod
+    def _write(self) -> None:
+        """Write `path`."""
+
+    def _finish(self, engine: Engine) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+        engine.logger.info("Wrote the %s of %d images to %s.", self.what, len(self.results), self.path)
+        self.loader.refuse_unreadable(self.path)
+
+
+class PredictionSaver(Saver):
+    """Writes probabilities.csv: for every image its path, the probability of each finding, and why it cannot be read.
+
+    With thresholds there is a column "<finding> called" for each finding: 1 if it reaches its threshold, else 0.
+    Overlays of an earlier run are deleted when a run starts.
+
+    The evaluator's output must hold probabilities (a sigmoid is the last of its postprocessing) and have
+    `decollate=False`.
+
+    Args:
+        loader: the evaluator's loader.
+        label_names: names of the C findings, the columns.
+        output_dir: folder for the table and the overlays.
+        overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
+            furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
+            images. Where nothing speaks for the finding the name ends in "_nothing".
+        network: the evaluator's network, for the overlays.
+        thresholds: probability from which on a finding is called, by name, as `read_calibration` gives them; with NaN
+            it is neither called nor not.
+
+    Raises:
+        ValueError: if `overlays` is unknown or has no network; during the run, if there are more or fewer probabilities
+            than names; at its end, if images could not be read.
+    """
+
+    what = "predictions"
+
+    def __init__(
+        self,
+        loader: ReadableLoader,
+        label_names: Sequence[str],
+        output_dir: str | Path,
+        overlays: str = "none",
+        network: nn.Module | None = None,
+        thresholds: Mapping[str, float] | None = None,
+    ) -> None:
+        if overlays not in OVERLAYS:
+            raise InputError(f"`overlays` must be one of {', '.join(OVERLAYS)}, got {overlays!r}.")
+        if overlays != "none" and network is None:
+            raise InputError("`network` must be given for `overlays`, got None.")
+        super().__init__(loader, Path(output_dir, "probabilities.csv"))
+        self.label_names = list(label_names)
+        self.overlays, self.network = overlays, network
+        self.thresholds = dict(thresholds or {})
+
+    def _start(self) -> None:
+        super()._start()
+        for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
+            path.unlink()
+
+    def _collect(self, indices: list[int], output: Any) -> list[list[float]]:
+        probabilities = output["pred"].as_subclass(Tensor).detach().cpu()
+        if probabilities.shape[1] != len(self.label_names):
+            raise InputError(
+                f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
+            )
+        if self.network is not None and self.overlays != "none":
+            self._draw(self.network, indices, output["image"].as_subclass(Tensor), probabilities)
+        return probabilities.tolist()
+
+    def _draw(self, network: nn.Module, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
+        folder = self.path.parent / "overlays"
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = torch.ones_like(probabilities, dtype=torch.bool)
+        if self.overlays == "top":
+            score = self._score(probabilities)
+            wanted = (score == score.amax(1, keepdim=True)) & ~score.isneginf()
+        for finding in wanted.any(0).nonzero().flatten().tolist():
+            rows = wanted[:, finding].nonzero().flatten().tolist()
+            maps = saliency_maps(network, images[rows], finding)
+            for row, saliency in zip(rows, maps, strict=True):
+                stem = Path(self.images[indices[row]]).name.split(".")[0]
+                nothing = "" if saliency.any() else "_nothing"
+                name = f"{indices[row]:05d}_{stem}_{self.label_names[finding]}{nothing}".replace(" ", "_")
+                (folder / f"{name.replace('/', '_')}.png").write_bytes(overlay_png(images[row], saliency))
+
+    def _score(self, probabilities: Tensor) -> Tensor:
+        """By how much each finding is the one to look at; −inf for what is none, or has no threshold."""
+        score = probabilities.double().logit()
+        if self.thresholds:
+            thresholds = [self.thresholds.get(name, nan) for name in self.label_names]
+            score = (score - torch.tensor(thresholds, dtype=score.dtype).logit()).nan_to_num(-inf, inf, -inf)
+        score[:, [name.lower() == NO_FINDING.lower() for name in self.label_names]] = -inf
+        return score
+
+    def _write(self) -> None:
+        called = [f"{name} called" for name in self.label_names if name in self.thresholds]
+        unknown, errors = [nan] * len(self.label_names), self.loader.errors
+        rows = [
+            [image, *self._texts(self.results.get(index, unknown)), errors.get(index, "")]
+            for index, image in enumerate(self.images)
+        ]
+        write_csv(self.path, ["image", *self.label_names, *called, "error"], rows)
+
+    def _texts(self, probabilities: Sequence[float]) -> list[str]:
+        """The probabilities of an image, then its calls; blank is unknown."""
+        calls = []
+        for name, probability in zip(self.label_names, probabilities, strict=True):
+            if name in self.thresholds:
+                threshold = self.thresholds[name]
+                calls.append("" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}")
+        return [*("" if isnan(value) else f"{value:.6f}" for value in probabilities), *calls]
+
+
+class LabelMapSaver(Saver):
+    """Writes the label map of every volume as NIfTI in uint8, and a JSON of the same name with what its values mean.
+
+    The files have the names of their images, in the same folders below `output_dir`: sub/scan.nrrd becomes
+    sub/scan_seg.nii.gz and sub/scan_seg.json, which holds the path of the image, the name of each value, and the volume
+    of each structure in ml. label_maps.csv lists all images with their label maps, or why they could not be read.
+
+    The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
+
+    Args:
+        loader: the evaluator's loader.
+        class_names: structures of the values 1, 2, ..., at most 255.
+        output_dir: folder to write to.
+
+    Raises:
+        ValueError: if there are more structures; at the end of the run, if volumes could not be read.
+    """
+
+    what = "label maps"
+
+    def __init__(self, loader: ReadableLoader, class_names: Sequence[str], output_dir: str | Path) -> None:
+        if len(class_names) > 255:
+            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
+        super().__init__(loader, Path(output_dir, "label_maps.csv"))
+        self.class_names = list(class_names)
+
+    def _start(self) -> None:
+        super()._start()
+        self.names = relative_names(self.images)
+
+    def _collect(self, indices: list[int], output: Any) -> list[Path]:
+        return [self._save(index, each["pred"]) for index, each in zip(indices, output, strict=True)]
+
+    def _save(self, index: int, label_map: MetaTensor) -> Path:
+        path = self.path.parent / f"{self.names[index]}_seg.nii.gz"
+        save_label_map(label_map, path)
+        voxel_ml = float(np.prod(label_map.pixdim.numpy())) / 1000
+        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(self.class_names) + 1)[1:]
+        content = {
+            "image": self.images[index],
+            "label_map": path.name,
+            "labels": dict(enumerate(["background", *self.class_names])),
+            "volumes_ml": {
+                name: round(int(count) * voxel_ml, 3) for name, count in zip(self.class_names, counts, strict=True)
+            },
+        }
+        with written_atomically(path.with_name(path.name.removesuffix(".nii.gz") + ".json")) as file:
+            file.write((json.dumps(content, indent=4) + "\n").encode(errors="replace"))
+        return path
+
+    def _write(self) -> None:
+        rows = [
+            [image, self.results.get(index, ""), self.loader.errors.get(index, "")]
+            for index, image in enumerate(self.images)
+        ]
+        write_csv(self.path, ["image", "label_map", "error"], rows)
+
+
+def save_label_map(label_map: MetaTensor, path: str | Path) -> None:
+    """Write a label map of shape (1, X, Y, Z), values in [0, 255], as .nii.gz in uint8, its affine in both headers."""
+    affine = label_map.affine.cpu().numpy().astype(float)
+    image = nibabel.Nifti1Image(np.asarray(label_map.cpu())[0].astype(np.uint8), affine)
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner", strip_shears=True)
+    image.header.set_xyzt_units("mm")
+    with written_atomically(path) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as compressed:
+        compressed.write(image.to_bytes())
+
+
+def relative_names(images: Sequence[str]) -> list[str]:
+    """A different name for each image, from its path below the folder that all share, without suffix.
+
+    Example:
+        >>> relative_names(["/data/a/scan.nii.gz", "/data/b/scan.nrrd", "/data/b/scan.nii.gz"])
+        ['a/scan', 'b/scan.nrrd', 'b/scan.nii.gz']
+    """
+    folder = os.path.commonpath([os.path.dirname(image) for image in images]) if images else ""
+    relative = [os.path.relpath(image, folder) for image in images]
+    short = [_without_suffix(name) for name in relative]
+    names = [name if short.count(brief) > 1 else brief for name, brief in zip(relative, short, strict=True)]
+    # a.mha, a.nrrd and a.mha.nii would give a.mha twice.
+    return names if len({*names}) == len({*relative}) else relative
+
+
+def _without_suffix(name: str) -> str:
+    suffixes = [suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)]
+    return name[: -len(max(suffixes, key=len))] if suffixes else name
+
+
+class EmbeddingSaver(Saver):
+    """Writes one embedding per image to embeddings.csv or embeddings.npz.
+
+    The CSV has a line per image: its path, why it could not be read (or nothing), then the embedding. The NPZ has, of
+    the N images that could be read, `image` (N,), `embedding` (N, C) and, with a checkpoint, `codes_stageS`
+    (N, *spatial) for each stage S; and `unreadable` and `error` of the others. The evaluator must have
+    `decollate=False`.
+
+    Args:
+        loader: the evaluator's loader.
+        output_dir: folder of the file.
+        output_format: `csv` or `npz`.
+        encoder: the evaluator's network; only used for the codes.
+        checkpoint: a `checkpoint_epoch=N.pt` of pretraining whose codebooks give the codes; None writes no codes.
+
+    Raises:
+        ValueError: if the format is unknown, or codes are asked for in a CSV; at the end, if images could not be read.
+    """
+
+    what = "embeddings"
+
+    def __init__(
+        self,
+        loader: ReadableLoader,
+        output_dir: str | Path,
+        output_format: str = "csv",
+        encoder: nn.Module | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        if output_format not in ("csv", "npz"):
+            raise InputError(f"`output_format` must be csv or npz, got {output_format!r}.")
+        if checkpoint is not None and output_format != "npz":
+            raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
+        super().__init__(loader, Path(output_dir, f"embeddings.{output_format}"))
+        self.encoder = encoder
+        self.codes = None if checkpoint is None else load_quantizer(checkpoint)
+
+    def _collect(self, indices: list[int], output: Any) -> list[dict[str, Any]]:
+        parts = {"embedding": output["pred"]}
+        if self.codes is not None and self.encoder is not None:
+            quantizer, stages = self.codes
+            with torch.inference_mode(), eval_mode(self.encoder):  # the evaluator has left that mode
+                maps = feature_maps(self.encoder, output["image"].as_subclass(Tensor))
+                quantized = quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in stages])
+            parts |= {
+                f"codes_stage{stage}": scale.indices.int() for stage, scale in zip(stages, quantized, strict=True)
+            }
+        arrays = [part.detach().as_subclass(Tensor).cpu().numpy() for part in parts.values()]
+        return [dict(zip(parts, each, strict=True)) for each in zip(*arrays, strict=True)]
+
+    def _write(self) -> None:
+        images, errors = self.images, self.loader.errors
+        first: dict[str, Any] = next(iter(self.results.values()), {})
+        if self.path.suffix == ".npz":
+            arrays: dict[str, Any] = {"error": list(errors.values())}
+            arrays |= {name: np.stack([each[name] for each in self.results.values()]) for name in first}
+            arrays |= {"image": [images[index] for index in self.results]}
+            arrays |= {"unreadable": [images[index] for index in errors]}
+            np.savez_compressed(self.path, **arrays)
+            return
+        rows = [
+            [image, errors[index]]
+            if index in errors
+            else [image, "", *(f"{value:.6g}" for value in self.results[index]["embedding"])]
+            for index, image in enumerate(images)
+        ]
+        width = len(first.get("embedding", ()))
+        write_csv(self.path, ["image", "error", *(f"e{index}" for index in range(width))], rows)
+
+
+class TrainedQuantizer(NamedTuple):
+    """The quantiser of a pretraining run."""
+
+    quantizer: MultiScaleQuantizer
+    stages: list[int]  # the stages of the encoder that it quantises, counted from 1
+
+
+def load_quantizer(path: str | Path) -> TrainedQuantizer:
+    """Projections and codebooks of a `checkpoint_epoch=N.pt`; their sizes and settings are read from it.
+
+    Raises:
+        ValueError: if the checkpoint holds no quantiser.
+    """
+    checkpoint = load_torch(path, _PRETRAINING)
+    prefix, settings = "quantizer.", checkpoint.get("settings", {})
+    network = checkpoint.get("network", {})
+    state = {key.removeprefix(prefix): value for key, value in network.items() if key.startswith(prefix)}
+    channels = [value.shape[1] for key, value in state.items() if key.startswith("projections.") and value.ndim > 1]
+    codes = [value.shape for key, value in state.items() if key.endswith("embedding.weight")]
+    if not codes or "stages" not in settings:
+        raise InputError(f"{path} holds no quantiser: {_PRETRAINING}.")
+    quantizer = MultiScaleQuantizer(
+        settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
+    )
+    quantizer.load_state_dict(state)
+    return TrainedQuantizer(quantizer, settings["stages"])

@@ -1,0 +1,259 @@
+"""Check that two commits compute the same: run all bundles in both, and compare what the runs leave, bit for bit.
+
+    python scripts/compare_commits.py COMMIT [COMMIT] --data_dir DIR [--output_dir runs/compare]
+
+Each commit is checked out in a git worktree of its own and runs there in one thread on the CPU: on phantoms with all
+defaults, and for two epochs on DIR/cxr_nih64, mr_chaos, ct_btcv and mr_hippocampus with other knobs. Finished runs are
+kept, so the same commit twice just runs it. The exit status is 1 if any file differs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from fire.decorators import SetParseFn
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    IMAGES,
+    SCALARS,
+    EventAccumulator,
+)
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+Value = Tensor | bytes | str
+VQ, CLASSIFY, HSSL, SEG = "pretrain_vq_ssl", "cxr_classify", "hssl_multidomain", "seg_finetune_btcv"
+XRAYS = "--num_workers 0 --dataset_dir {data}/cxr_nih64"
+VOLUMES = "--num_workers 0 --dataset_dir ['{data}/mr_chaos','{data}/ct_btcv','{data}/mr_hippocampus']"
+LABELLED = "--num_workers 0 --dataset_dir {data}/mr_chaos"
+EPOCHS = "--max_epochs 2 --val_interval 1 --log_interval 2"
+PATCHES = "--iterations_per_epoch 8 --pixdim [4,4,5] --patch_size [32,32,16] --init_filters 8 --hidden_dim 64"
+PRETRAINED = "--pretrained ../outputs/{}/models/model.pt"
+
+# Folder of the outputs → calls of `monai.bundle run` that write there: the config, or two joined by +, and the knobs.
+RUNS = {
+    "phantoms_vq": [f"{VQ}/train", f"{VQ}/evaluate", f"{VQ}/inference"],
+    "phantoms_classify": [f"{CLASSIFY}/train", f"{CLASSIFY}/evaluate", f"{CLASSIFY}/inference"],
+    "phantoms_hssl": [f"{HSSL}/train", f"{HSSL}/evaluate", f"{HSSL}/inference"],
+    "phantoms_seg": [f"{SEG}/train", f"{SEG}/evaluate", f"{SEG}/inference"],
+    "phantoms_vq_volumes": [f"{VQ}/train+{VQ}/volumes", f"{HSSL}/evaluate"],
+    "xrays_vq": [
+        f"{VQ}/train {XRAYS} {EPOCHS} --encoder resnet18 --image_size 64 --num_embeddings 64 --hidden_dim 256 "
+        "--metric euclidean --fusion attention",
+        f"{VQ}/evaluate {XRAYS} --shortcut view --num_folds 3",
+        f"{VQ}/inference {XRAYS} --output_format npz --codes true",
+    ],
+    "xrays_classify": [
+        f"{CLASSIFY}/train {XRAYS} {EPOCHS} {PRETRAINED.format('xrays_vq')} --label_fraction 0.5 "
+        "--class_balance weighted",
+        f"{CLASSIFY}/evaluate {XRAYS} --temperature_scaling true",
+        f"{CLASSIFY}/inference {XRAYS} --calibration ../outputs/xrays_classify/eval/calibration.json --overlays top",
+    ],
+    "xrays_probe": [
+        f"{CLASSIFY}/train {XRAYS} {EPOCHS} {PRETRAINED.format('xrays_vq')} --mode linear_probe",
+        f"{CLASSIFY}/evaluate {XRAYS}",
+    ],
+    "volumes_hssl": [
+        f"{HSSL}/train {VOLUMES} {EPOCHS} {PATCHES} --mask_size 4 --dense_weight 1",
+        f"{HSSL}/evaluate {VOLUMES} --patches_per_volume 2",
+        f"{HSSL}/inference {LABELLED}",
+    ],
+    "volumes_vq": [
+        f"{VQ}/train+{VQ}/volumes {VOLUMES} {EPOCHS} {PATCHES} --num_embeddings 64",
+        f"{HSSL}/evaluate {VOLUMES} --patches_per_volume 2",
+    ],
+    "volumes_seg": [
+        f"{SEG}/train {LABELLED} {EPOCHS} {PRETRAINED.format('volumes_hssl')} --iterations_per_epoch 8 "
+        "--freeze_epochs 1 --deep_supervision 1 --fold 0 --label_fraction 0.5",
+        f"{SEG}/evaluate {LABELLED} --test_flip_axes [0] --largest_only all",
+        f"{SEG}/inference {LABELLED}",
+    ],
+}
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def run_commit(commit: str, data: Path, folder: Path) -> None:
+    """Run what is missing of a commit, in folder/code, and leave the outputs in folder/outputs."""
+    code = folder / "code"
+    if not code.exists():
+        git("worktree", "add", "--force", "--detach", str(code), commit)
+    environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    where = [sys.executable, "-c", "import dissect_monai; print(dissect_monai.__file__)"]
+    package = Path(subprocess.check_output(where, cwd=code, env=environment, text=True).strip())
+    if not package.is_relative_to(code):
+        raise SystemExit(f"error: the package of {commit} must be imported from {code}, got {package}.")
+    for name, calls in RUNS.items():
+        for number, call in enumerate(calls):
+            output = folder / "outputs" / name
+            done, log = output / f"{number}.done", output / f"{number}.log"
+            if done.exists():
+                continue
+            if number == 0:
+                shutil.rmtree(output, ignore_errors=True)
+                output.mkdir(parents=True)
+            start = time.perf_counter()
+            with open(log, "w", encoding="utf-8") as file:
+                status = subprocess.run(command(call, name, data), cwd=code, env=environment, stdout=file, stderr=file)
+            if status.returncode:
+                raise SystemExit(f"error: {call.split()[0]} of {name} failed in {commit}, see {log}.")
+            done.write_text(f"{time.perf_counter() - start:.0f} s\n", encoding="utf-8")
+            print(f"{folder.name} {name} {call.split()[0]}: {done.read_text(encoding='utf-8').strip()}", flush=True)
+
+
+def command(call: str, name: str, data: Path) -> list[str]:
+    """The command of a call; its outputs are named from the worktree, so that they read the same for each commit."""
+    configs, *knobs = call.split()
+    files = ["bundles/{}/configs/{}.json".format(*each.split("/")) for each in configs.split("+")]
+    knobs = [f"--config_file={json.dumps(files)}", f"--output_dir=../outputs/{name}", *knobs]
+    return [sys.executable, "-m", "monai.bundle", "run", *(knob.replace("{data}", str(data)) for knob in knobs)]
+
+
+def list_outputs(folder: Path) -> dict[str, list[Path]]:
+    """Files that the runs of a commit left; the event files, pictures or volumes of a folder count as one."""
+    files: dict[str, list[Path]] = {}
+    outputs = folder / "outputs"
+    for path in sorted(each for each in outputs.rglob("*") if each.is_file() and each.suffix not in (".log", ".done")):
+        name = (
+            "events" if "tfevents" in path.name else f"*{path.suffix}" if path.suffix in (".png", ".gz") else path.name
+        )
+        files.setdefault(path.relative_to(outputs).with_name(name).as_posix(), []).append(path)
+    return files
+
+
+def read_files(paths: Sequence[Path], folder: Path) -> dict[str, Value]:
+    """Values in files by name; in texts, the folder of the commit is left out."""
+    values: dict[str, Value] = {}
+    for number, path in enumerate(paths):
+        prefix = str(number) if "tfevents" in path.name else path.name if len(paths) > 1 else ""
+        for name, value in leaves(read_file(path), prefix):
+            values[name] = value.replace(str(folder), "FOLDER") if isinstance(value, str) else value
+    return values
+
+
+def read_file(path: Path) -> Any:
+    """What a file holds, at any depth."""
+    if "tfevents" in path.name:
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0, IMAGES: 0}).Reload()
+        images = {tag: [each.encoded_image_string for each in events.Images(tag)] for tag in events.Tags()[IMAGES]}
+        scalars = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()[SCALARS]}
+        return {**images, **{tag: np.array(points) for tag, points in scalars.items()}}
+    if path.suffix == ".pt":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".npz":
+        return dict(np.load(path))
+    if path.suffix == ".gz":
+        return gzip.decompress(path.read_bytes())  # the header has the time
+    return path.read_text(encoding="utf-8") if path.suffix in (".csv", ".html", ".json") else path.read_bytes()
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Value]]:
+    """Tensors, bytes and texts of a nested value, with their names."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        yield from leaves(dict(enumerate(value)), name)
+    elif isinstance(value, np.ndarray):
+        yield from leaves(torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist(), name)
+    else:
+        yield name, value if isinstance(value, Tensor | bytes | str) else repr(value)
+
+
+def difference(first: Mapping[str, Value], second: Mapping[str, Value]) -> str:
+    """What differs between the values of two files; empty if nothing does."""
+    parts = []
+    if lonely := sorted(first.keys() ^ second.keys()):
+        parts.append(f"{len(lonely)} values in one commit alone, such as {lonely[0]}")
+    gaps = {
+        name: gap(first[name], second[name])
+        for name in first.keys() & second
+        if not is_equal(first[name], second[name])
+    }
+    if gaps:
+        worst = max(sorted(gaps), key=lambda name: gaps[name])
+        parts.append(f"{len(gaps)} of {len(first)} values, {worst or 'the content'} by {gaps[worst]:.3g}")
+    return "; ".join(parts)
+
+
+def is_equal(first: Value, second: Value) -> bool:
+    """Whether two values are the same, bit for bit, so that NaN equals itself."""
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return type(first) is type(second) and first == second
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    as_bytes = (
+        each.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for each in (first, second)
+    )
+    return torch.equal(*as_bytes)
+
+
+def gap(first: Value, second: Value) -> float:
+    """Largest difference of the numbers in two values; infinite if they don't correspond."""
+    if isinstance(first, str) and isinstance(second, str):
+        texts, numbers = zip(*((NUMBER.split(each), NUMBER.findall(each)) for each in (first, second)), strict=True)
+        if texts[0] == texts[1]:
+            return float(np.abs(np.subtract(*np.array(numbers, float))).max())
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
+        both_nan = first.isnan() & second.isnan()
+        distances = (first.double() - second.double()).abs().masked_fill(both_nan, 0).nan_to_num(inf)
+        return float(distances.max()) if first.numel() else 0.0
+    return inf
+
+
+def report(folders: Sequence[Path]) -> Iterator[str]:
+    """A line for each file of two commits, given their folders."""
+    first, second = map(list_outputs, folders)
+    for file in sorted(first.keys() | second.keys()):
+        if file not in first or file not in second:
+            yield f"only in {'A' if file in first else 'B'}: {file}"
+        else:
+            contents = (read_files(files[file], folder) for files, folder in zip((first, second), folders, strict=True))
+            found = difference(*contents)
+            yield f"different: {file}: {found}" if found else f"equal: {file}"
+
+
+def main(first: str, second: str = "HEAD", *, data_dir: str, output_dir: str | None = None) -> None:
+    """Run all bundles in two commits and compare what they leave, a line a file.
+
+    Args:
+        first: a commit, A in what is printed.
+        second: another, B; changes that are not committed are not seen.
+        data_dir: folder that holds cxr_nih64, mr_chaos, ct_btcv and mr_hippocampus, each with a dataset.json.
+        output_dir: folder for worktrees and outputs, runs/compare by default; runs/ is ignored by git.
+    """
+    data = Path(data_dir).absolute()
+    for name in re.findall(r"{data}/(\w+)", str(RUNS)):
+        if not (data / name / "dataset.json").is_file():
+            raise SystemExit(f"error: `--data_dir` must hold {name}/dataset.json, got {data}.")
+    parent = Path(output_dir or ROOT / "runs" / "compare").resolve()
+    commits = [git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in (first, second)]
+    folders = [parent / commit[:12] for commit in commits]
+    for commit, folder in zip(commits, folders, strict=True):
+        run_commit(commit, data, folder)
+    is_same = True
+    for line in report(folders):
+        print(line, flush=True)
+        is_same &= line.startswith("equal")
+    sys.exit(not is_same)
+
+
+if __name__ == "__main__":
+    fire.Fire(SetParseFn(str)(main))

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from monai.networks.nets import SegResNet, resnet10
+from torch import Tensor
+from torch.nn import functional as F
+
+from dissect_monai.inferers import AutocastInferer
+from dissect_monai.losses.contrastive import hierarchical_contrast
+from dissect_monai.losses.pretraining import HSSLLoss, VQSSLLoss, regression_loss, unexplained_variance
+from dissect_monai.networks.hssl import HSSLNet
+from dissect_monai.networks.vqssl import VQSSLNet
+from dissect_monai.transforms.augment import Corrupt, Placement
+from dissect_monai.transforms.views import HierarchyTarget, ViewBatch
+
+TERMS = ["image", "task", "group", "classification", "reconstruction"]
+TASK, GROUP = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 1, 0])
+both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
+
+# ---- self-distillation -------------------------------------------------------------------------------------------
+
+
+def random_pair(num: int = 8, dim: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num, dim, generator=generator), torch.randn(num, dim, generator=generator)
+
+
+def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
+    torch.manual_seed(0)
+    encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+    net = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode)
+    return net, torch.rand(8, 1, 32, 32)
+
+
+def test_regression_is_a_scalar_between_zero_and_four() -> None:
+    predictions, _ = random_pair()
+    other = predictions.roll(4, dims=0)
+    assert regression_loss(predictions, other).item() == pytest.approx(0, abs=1e-6)
+    assert regression_loss(predictions, -other).item() == pytest.approx(4)
+    assert 0 < regression_loss(*random_pair()) < 4
+
+
+def test_vqssl_terms_are_named_scalars() -> None:
+    for decode, last in ((False, []), (True, ["reconstruction"])):
+        net, views = net_and_views(decode)
+        terms = VQSSLLoss().terms(net(views), views)
+        assert list(terms) == ["continuous", "discrete", "commitment", *last]
+        assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
+
+
+def test_regression_ignores_length_and_which_view_comes_first() -> None:
+    predictions, targets = random_pair()
+    loss = regression_loss(predictions, targets)
+    torch.testing.assert_close(regression_loss(3 * predictions, 0.1 * targets), loss)
+    torch.testing.assert_close(regression_loss(predictions.roll(4, 0), targets.roll(4, 0)), loss)
+
+
+def test_regression_compares_with_the_other_view_of_the_same_image() -> None:
+    directions = torch.eye(4)
+    assert regression_loss(directions[[0, 1, 2, 3]], directions[[2, 3, 0, 1]]).item() == pytest.approx(0)
+    assert regression_loss(directions[[0, 1, 2, 3]], directions[[0, 1, 2, 3]]).item() == pytest.approx(2)
+
+
+def test_vqssl_is_the_weighted_sum_of_the_terms() -> None:
+    net, views = net_and_views(decode=True)
+    output = net(views)
+    loss = VQSSLLoss(0.5, 2.0, 3.0, 7.0)
+    terms = loss.terms(output, views)
+    expected = 0.5 * terms["continuous"] + 2 * terms["discrete"] + 3 * terms["commitment"] + 7 * terms["reconstruction"]
+    torch.testing.assert_close(loss(output, views), expected)
+
+
+def test_only_the_continuous_weight_is_plain_byol() -> None:
+    net, views = net_and_views(decode=True)
+    output = net(views)
+    VQSSLLoss(1, 0, 0, 0)(output, views).backward(retain_graph=True)
+    gradients = [parameter.grad.clone() for parameter in net.encoder.parameters()]
+    net.zero_grad()
+    byol = 2 - 2 * F.cosine_similarity(output.predictions, output.targets.roll(4, 0)).mean()
+    byol.backward()
+    for gradient, parameter in zip(gradients, net.encoder.parameters(), strict=True):
+        assert torch.equal(gradient, parameter.grad)
+
+
+def test_regression_is_that_of_a_loop_over_the_pairs() -> None:
+    predictions, targets = random_pair()
+    distances = []
+    for image in range(4):
+        for view, other in ((image, image + 4), (image + 4, image)):
+            q = predictions[view] / predictions[view].norm()
+            z = targets[other] / targets[other].norm()
+            distances.append((q - z).square().sum())  # Eq. 2 of BYOL
+    torch.testing.assert_close(regression_loss(predictions, targets), torch.stack(distances).mean())
+
+
+def test_targets_get_no_gradient() -> None:
+    predictions, targets = (each.requires_grad_() for each in random_pair())
+    regression_loss(predictions, targets).backward()
+    assert predictions.grad.abs().sum() > 0
+    assert targets.grad is None
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    predictions, targets = random_pair()
+    loss = regression_loss(predictions.bfloat16(), targets.bfloat16())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, regression_loss(predictions, targets), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("predictions", "targets"), [((3, 5), (3, 5)), ((4, 5), (4, 6)), ((4, 5), (2, 5))])
+def test_rejects_what_are_not_two_views(predictions: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"`predictions` and `targets` must have one shape \(2·B, D\), got"):
+        regression_loss(torch.rand(predictions), torch.rand(targets))
+
+
+def test_rejects_reconstruction_without_a_decoder() -> None:
+    net, views = net_and_views()
+    with pytest.raises(ValueError, match="the network has no decoder: set `decode`"):
+        VQSSLLoss(reconstruction_weight=1)(net(views), views)
+
+
+# ---- hierarchy ---------------------------------------------------------------------------------------------------
+
+
+def make_net(spatial_dims: int = 2, dense: bool = False) -> HSSLNet:
+    torch.manual_seed(0)
+    segresnet = SegResNet(spatial_dims, 8, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    return HSSLNet(segresnet, 3, 2, hidden_dim=16, out_dim=8, dense=dense)
+
+
+def make_batch(spatial_dims: int = 2) -> ViewBatch:
+    generator = torch.Generator().manual_seed(1)
+    # Every task has a brightness of its own, every image a pattern.
+    noise = torch.rand(4, 1, *[8] * spatial_dims, generator=generator)
+    images = 0.3 * TASK.view(-1, 1, *[1] * spatial_dims) + 0.4 * noise
+    views = images.repeat(2, *[1] * (spatial_dims + 1)).clamp(0, 1)
+    images, masked = Corrupt(0.4, mask_size=4)(views, generator)
+    return ViewBatch(images, HierarchyTarget(views, masked, TASK, GROUP))
+
+
+def only(name: str) -> HSSLLoss:
+    return HSSLLoss(**{f"{term}_weight": float(term == name) for term in TERMS})
+
+
+@both_dims
+def test_terms_are_named_scalars(spatial_dims: int) -> None:
+    images, target = make_batch(spatial_dims)
+    terms = HSSLLoss().terms(make_net(spatial_dims)(images), target)
+    assert list(terms) == TERMS
+    assert all(term.shape == () and term.dtype == torch.float32 and term > 0 for term in terms.values())
+
+
+def test_the_dense_term_is_a_switch_of_network_and_loss() -> None:
+    images, target = make_batch()
+    target = target._replace(placement=Placement(torch.eye(2).expand(8, -1, -1), torch.zeros(8, 2)))
+    output = make_net(dense=True)(images)
+    assert output.dense.shape == (8, 8, 2, 2)
+    terms = HSSLLoss(dense_weight=3).terms(output, target)
+    assert list(terms) == [*TERMS, "dense"]
+    without = HSSLLoss()(output, target)
+    torch.testing.assert_close(HSSLLoss(dense_weight=3)(output, target), without + 3 * terms["dense"])
+    with pytest.raises(ValueError, match="`dense_weight` is positive but the network has no head for it: set `dense`"):
+        HSSLLoss(dense_weight=1)(make_net()(images), target)
+
+
+@pytest.mark.parametrize(("counts", "left_out"), [((1, 1), ["task", "group"]), ((3, 1), ["group"]), ((3, 2), [])])
+def test_a_level_of_a_single_label_is_left_out(
+    counts: tuple[int, int], left_out: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    loss = HSSLLoss(num_tasks=counts[0], num_groups=counts[1])
+    assert [name for name, weight in loss.weights.items() if not weight and name != "dense"] == left_out
+    assert all(f"single {name}" in caplog.text for name in left_out)
+    assert ("single" in caplog.text) == bool(left_out)
+
+
+def test_forward_is_the_weighted_sum_of_the_terms() -> None:
+    images, target = make_batch()
+    output = make_net()(images)
+    loss = HSSLLoss(0.5, 2, 3, 5, 7, temperature=0.2)
+    terms = loss.terms(output, target)
+    expected = sum(weight * terms[name] for name, weight in zip(TERMS, (0.5, 2, 3, 5, 7), strict=True))
+    torch.testing.assert_close(loss(output, target), expected)
+    contrast = hierarchical_contrast(output.embeddings, TASK, GROUP, 0.2)
+    assert all(torch.equal(terms[name], term) for name, term in contrast.items())
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_weight_zero_removes_a_term(name: str) -> None:
+    images, target = make_batch()
+    output = make_net()(images)
+    terms = HSSLLoss().terms(output, target)
+    without = HSSLLoss(**{f"{name}_weight": 0})(output, target)
+    torch.testing.assert_close(without, torch.stack([term for key, term in terms.items() if key != name]).sum())
+    torch.testing.assert_close(only(name)(output, target), terms[name])
+
+
+def test_classification_is_the_mean_of_both_entropies() -> None:
+    images, target = make_batch()
+    output = make_net()(images)
+    right = output._replace(
+        task_logits=100 * torch.eye(3)[TASK.repeat(2)], group_logits=100 * torch.eye(2)[GROUP.repeat(2)]
+    )
+    assert only("classification")(right, target) < 1e-6
+    unsure = right._replace(task_logits=torch.zeros(8, 3))
+    torch.testing.assert_close(only("classification")(unsure, target), torch.tensor(3.0).log() / 2)
+
+
+def test_reconstruction_is_judged_on_the_uncorrupted_view_and_most_where_it_is_masked() -> None:
+    images, target = make_batch()
+    output = make_net()(images)
+    perfect = output._replace(reconstruction=target.views)
+    assert only("reconstruction")(perfect, target) == 0
+    blind, seeing = (
+        output._replace(reconstruction=target.views + 0.1 * where) for where in (target.masked, ~target.masked)
+    )
+    variance = target.views.flatten(1).var(1, correction=0)
+    on_all = (0.01 * target.masked.flatten(1).float().mean(1) / variance).mean()
+    has_masked = target.masked.flatten(1).any(1)
+    on_masked = (0.01 * has_masked / variance).mean()
+    torch.testing.assert_close(only("reconstruction")(blind, target), (on_all + on_masked) / 2)
+    on_seen = (0.01 * (~target.masked).flatten(1).float().mean(1) / variance).mean()
+    torch.testing.assert_close(only("reconstruction")(seeing, target), on_seen / 2)
+
+
+def test_reconstruction_without_a_mask_is_judged_everywhere() -> None:
+    images, target = make_batch()
+    output = make_net()(images)
+    loss = only("reconstruction")(output, target._replace(masked=None))
+    torch.testing.assert_close(loss, unexplained_variance(output.reconstruction, target.views))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_falls_when_it_is_optimised(name: str) -> None:
+    net, (images, target) = make_net(), make_batch()
+    loss = only(name)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    values = []
+    for _ in range(25):
+        value = loss(net(images), target)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    # A level's loss is at least the logarithm of how many positives an anchor has: 1, 3 or 1, and 3.
+    floor = {"task": torch.tensor([3.0, 1, 1, 3]).log().mean().item(), "group": torch.tensor(3.0).log().item()}
+    assert values[-1] - floor.get(name, 0) < 0.5 * (values[0] - floor.get(name, 0))
+
+
+@both_dims
+def test_reconstruction_trains_encoder_and_decoder(spatial_dims: int) -> None:
+    net, (images, target) = make_net(spatial_dims), make_batch(spatial_dims)
+    only("reconstruction")(net(images), target).backward()
+    for name, parameter in net.segresnet.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    assert all((parameter.grad == 0).all() for parameter in net.projectors.parameters())
+
+
+@pytest.mark.parametrize("name", TERMS[:4])
+def test_other_terms_train_the_encoder_alone(name: str) -> None:
+    net, (images, target) = make_net(), make_batch()
+    only(name)(net(images), target).backward()
+    assert net.segresnet.convInit.conv.weight.grad.abs().sum() > 0
+    assert (net.segresnet.up_layers[0][0].conv1.conv.weight.grad == 0).all()
+
+
+@both_dims
+def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
+    net, (images, target) = make_net(spatial_dims), make_batch(spatial_dims)
+    output = AutocastInferer()(images, net)
+    assert output.task_logits.dtype == torch.bfloat16
+    terms, expected = HSSLLoss().terms(output, target), HSSLLoss().terms(net(images), target)
+    for name in TERMS:
+        assert terms[name].dtype == torch.float32
+        torch.testing.assert_close(terms[name], expected[name], rtol=0.1, atol=0.1)
+    HSSLLoss()(output, target).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [(HSSLLoss, [*TERMS, "dense"]), (VQSSLLoss, ["continuous", "discrete", "commitment", "reconstruction"])],
+)
+def test_rejects_negative_weights_and_a_loss_of_nothing(loss: Any, names: list[str]) -> None:
+    for name in names:
+        with pytest.raises(ValueError, match=f"`{name}_weight` must not be negative, got -1"):
+            loss(**{f"{name}_weight": -1})
+    with pytest.raises(ValueError, match="one of the loss weights must be positive, got 0 for all of them"):
+        loss(**{f"{name}_weight": 0 for name in names})
+
+
+def test_rejects_a_temperature_that_is_not_positive() -> None:
+    with pytest.raises(ValueError, match="`temperature` must be positive, got 0"):
+        HSSLLoss(temperature=0)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.nets import SegResNet, resnet10
+from torch import Tensor, nn
+
+from dissect_monai.networks.encoders import SegResNetEncoder, feature_maps, pool
+
+
+def segresnet(spatial_dims: int = 3, **kwargs: object) -> SegResNet:
+    torch.manual_seed(0)
+    return SegResNet(spatial_dims, init_filters=8, out_channels=3, blocks_down=(1, 2, 1), blocks_up=(1, 1), **kwargs)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_encoder_of_a_segresnet_gives_its_maps(spatial_dims: int) -> None:
+    network, images = segresnet(spatial_dims), torch.rand(2, 1, *[16] * spatial_dims)
+    encoder = SegResNetEncoder(network)
+    bottleneck, maps = network.encode(images)
+    assert torch.equal(encoder.encode(images)[0], bottleneck)
+    for ours, reference, chosen in zip(encoder.encode(images)[1], maps, feature_maps(encoder, images), strict=True):
+        assert torch.equal(ours, reference)
+        assert torch.equal(ours, chosen)
+    assert torch.equal(encoder(images), pool(bottleneck))
+
+
+def test_encoder_of_a_segresnet_drops_out_as_it_does() -> None:
+    network, images = segresnet(dropout_prob=0.5), torch.rand(1, 1, 16, 16, 16)
+    encoder = SegResNetEncoder(network)
+    torch.manual_seed(1)
+    expected = network.encode(images)[0]
+    torch.manual_seed(1)
+    assert torch.equal(encoder.encode(images)[0], expected)
+    assert not torch.equal(encoder.eval().encode(images)[0], expected)
+
+
+def test_encoder_of_a_segresnet_has_its_keys_and_loads_into_another() -> None:
+    state = SegResNetEncoder(segresnet()).state_dict()
+    assert list(state) == [key for key in segresnet().state_dict() if key.startswith(("convInit.", "down_layers."))]
+    missing, unexpected = segresnet().load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert not any(key.startswith(("convInit", "down_layers")) for key in missing)
+
+
+@pytest.mark.parametrize("no_max_pool", [False, True])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_pooled_maps_are_the_output_of_a_stock_resnet(spatial_dims: int, no_max_pool: bool) -> None:
+    stock = resnet10(
+        spatial_dims=spatial_dims, n_input_channels=1, conv1_t_stride=2, no_max_pool=no_max_pool, feed_forward=False
+    ).eval()
+    images = torch.rand(2, 1, *[32] * spatial_dims)
+    with torch.no_grad():
+        maps = feature_maps(stock, images)
+        torch.testing.assert_close(pool(maps[-1]), stock(images))
+    assert [each.shape[1] for each in maps] == [64, 128, 256, 512]
+
+
+def test_maps_of_a_segresnet_are_those_that_it_decodes() -> None:
+    stock, images = segresnet().eval(), torch.rand(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        maps = feature_maps(stock, images)
+        torch.testing.assert_close(stock.decode(maps[-1], maps[::-1]), stock(images))
+
+
+def test_any_module_that_returns_maps_is_an_encoder() -> None:
+    class Stages(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return images, images[..., ::2]
+
+    assert [each.shape[-1] for each in feature_maps(Stages(), torch.rand(1, 1, 32, 32))] == [32, 16]
+
+
+def test_rejects_an_encoder_without_maps() -> None:
+    with pytest.raises(ValueError, match=r"`encoder` must be a MONAI ResNet, .* got Conv2d returning Tensor"):
+        feature_maps(nn.Conv2d(1, 4, 3), torch.rand(1, 1, 8, 8))

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.networks.nets import SegResNet
+from torch import Tensor
+
+from dissect_monai.networks.segmentation import DeepSupervisionNet, init_class_prior
+
+
+def segresnet(spatial_dims: int = 3, **changes: Any) -> SegResNet:
+    torch.manual_seed(0)
+    arguments = {
+        "spatial_dims": spatial_dims, "init_filters": 8, "out_channels": 3, "blocks_down": (1, 1, 1),
+        "blocks_up": (1, 1),
+    }  # fmt: skip
+    return SegResNet(**arguments | changes)
+
+
+def images(spatial_dims: int = 3) -> Tensor:
+    return torch.randn(2, 1, *[8] * spatial_dims, generator=torch.Generator().manual_seed(1))
+
+
+def labels(spatial_dims: int = 3) -> Tensor:
+    return torch.randint(0, 3, (2, 1, *[8] * spatial_dims), generator=torch.Generator().manual_seed(2)).float()
+
+
+def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+# --- the start
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_an_untrained_network_calls_every_structure_rare(spatial_dims: int) -> None:
+    network = segresnet(spatial_dims)
+    before = copy_of(network)
+    init_class_prior(network, prior=0.02)
+    background, *structures = network.conv_final[-1].conv.bias.softmax(0).tolist()
+    assert [each / (each + background) for each in structures] == pytest.approx([0.02, 0.02])
+    changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == ["conv_final.2.conv.bias"]
+
+
+def test_coarser_levels_start_rare_too() -> None:
+    heads = DeepSupervisionNet(segresnet(blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1)), 2).heads
+    shares = [head.bias.softmax(0).tolist() for head in heads]
+    assert shares == [pytest.approx([0.98019, 0.0099, 0.0099], abs=1e-4)] * 2
+
+
+@pytest.mark.parametrize("prior", [0, 1, -0.1])
+def test_priors_out_of_range_are_refused(prior: float) -> None:
+    with pytest.raises(ValueError, match="`prior` must lie between 0 and 1"):
+        init_class_prior(segresnet(), prior)
+
+
+# --- coarser levels
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_in_training_there_are_logits_of_every_level(spatial_dims: int) -> None:
+    deep = {"blocks_down": (1, 1, 1, 1), "blocks_up": (1, 1, 1)}
+    for num_heads in (1, 2):
+        network = DeepSupervisionNet(segresnet(spatial_dims, **deep), num_heads).train()
+        shapes = [tuple(each.shape) for each in network(images(spatial_dims))]
+        assert shapes == [(2, 3, *[size] * spatial_dims) for size in (8, 4, 2)[: num_heads + 1]]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_the_first_logits_are_those_of_the_segresnet(spatial_dims: int) -> None:
+    plain = segresnet(spatial_dims)
+    network = DeepSupervisionNet(segresnet(spatial_dims), 1)
+    batch = images(spatial_dims)
+    torch.testing.assert_close(network.train()(batch)[0], plain.train()(batch), rtol=0, atol=0)
+    output = network.eval()(batch)
+    assert isinstance(output, Tensor)
+    torch.testing.assert_close(output, plain.eval()(batch), rtol=0, atol=0)
+
+
+def test_the_segresnet_keeps_its_keys() -> None:
+    plain = segresnet()
+    network = DeepSupervisionNet(segresnet(), 1)
+    assert list(network.segresnet.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(network.segresnet.state_dict())
+    assert {key for key in network.state_dict() if not key.startswith("segresnet.")} == {
+        "heads.0.weight", "heads.0.bias",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_every_level_learns(spatial_dims: int) -> None:
+    network = DeepSupervisionNet(segresnet(spatial_dims), 1).train()
+    loss = DeepSupervisionLoss(DiceCELoss(include_background=False, to_onehot_y=True, softmax=True))
+    output = network(images(spatial_dims))
+    value = loss(output, labels(spatial_dims))
+    value.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert network.heads[0].weight.grad.abs().sum() > 0
+    assert network.segresnet.conv_final[-1].conv.weight.grad.abs().sum() > 0
+    # the loss is that of both levels, the coarser one with half the weight
+    one = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    coarse = torch.nn.functional.interpolate(labels(spatial_dims), scale_factor=0.5, mode="nearest-exact")
+    expected = one(output[0], labels(spatial_dims)) + 0.5 * one(output[1], coarse)
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("num_heads", [-1, 0, 2, 3])
+def test_heads_out_of_range_are_refused(num_heads: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"`num_heads` must be at least 1 and fewer than the 2 levels, got {num_heads}"
+    ):
+        DeepSupervisionNet(segresnet(), num_heads)

@@ -1,0 +1,434 @@
+"""What a run needs from its command line: knobs, errors in one line, output folders, processes, tracking."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT, TINY_BUNDLE, Recipe, command_line, refused, run_bundle, run_config, write
+from monai.bundle import ConfigParser, ConfigWorkflow, run
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dissect_monai.bundle import (
+    LONGEST_PARAMETER,
+    OF_DECOLLATED,
+    TRACKING_OPTIONS,
+    _completed,
+    bad_input,
+    begin,
+    bundle_root,
+    check_batches,
+    check_knobs,
+    check_output,
+    check_training,
+    checkpoint_to_resume,
+    destroy_group,
+    given_items,
+    is_true,
+    parameters,
+    process_device,
+    with_dashes,
+)
+from dissect_monai.common import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
+
+# ---- overrides ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"learning_rate": 0.2},
+        {"train#trainer#max_epochs": 2},
+        {"train::trainer::max_epochs": 2},
+        {"train#handlers#0#iteration_log": True},
+        {"train#handlers#0#epoch_log": False},
+        {"loss#squared_pred": True},
+        {"loss#_disabled_": True},
+        {"loss_name": "monai.losses.TverskyLoss", "loss#alpha": 0.3},
+        {"metric_name#include_background": False},
+        {"run_id": "run", "workflow_type": "infer"},
+    ],
+)
+def test_overrides_that_name_something_pass(tiny_bundle: Path, overrides: dict[str, Any]) -> None:
+    run_bundle(tiny_bundle, **overrides)
+    assert Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("train#trainer#max_epoch", "train#trainer#max_epochs"),
+        ("train::trainer::max_epoch", "train#trainer#max_epochs"),
+        ("loss#sigmoids", "loss#sigmoid"),
+        ("metric_name#reductoin", "metric_name#reduction"),
+        ("loss#alpha", "loss"),  # an argument of another loss
+        ("train#handlers#0#iteration_lg", "train#handlers#0#iteration_log"),
+        ("network#widen_facto", "network#widen_factor"),  # resnet10 takes any keyword
+    ],
+)
+def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, meant: str) -> None:
+    with refused(f"there is no --{typo} to override; did you mean --{meant}"):
+        run_bundle(tiny_bundle, **{typo: 1})
+    assert not Path("ran").exists()
+
+
+def test_overrides_in_an_args_file_are_checked_too(tiny_bundle: Path) -> None:
+    config_file = str(tiny_bundle / "configs" / "train.json")
+    good = write(Path("good.json"), {"config_file": config_file, "learning_rate": 1, "run_id": "run"})
+    run_config(args_file=good)
+    assert Path("ran").exists()
+    bad = write(Path("bad.json"), {"config_file": config_file, "lerning_rate": 1})
+    with refused("there is no --lerning_rate to override; did you mean --learning_rate"):
+        run_config(args_file=bad)
+
+
+def test_overrides_name_what_a_second_config_adds_and_not_what_it_takes_away(tiny_bundle: Path) -> None:
+    first = tiny_bundle / "configs" / "train.json"
+    more = write(tiny_bundle / "configs" / "more.json", {"world_size": 1, "learning_rate": {"_disabled_": True}})
+    with refused(r"--learning_rate has no meaning with train\.json and more\.json: leave it out"):
+        run_config([first, more], learning_rate=0.2)
+    assert not Path("ran").exists()
+    run_config([first, more], world_size=2)
+    assert Path("ran").exists()
+
+
+def test_callers_of_the_python_api_may_add_ids(tiny_bundle: Path) -> None:
+    workflow = ConfigWorkflow(str(tiny_bundle / "configs" / "train.json"), extra=1)
+    workflow.initialize()
+    workflow.run()
+    assert Path("ran").exists()
+
+
+def test_arguments_of_another_program_are_not_those_of_a_bundle(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["server.py", "run", "--lerning_rate", "1"])
+    hook = sys.excepthook
+    run(config_file=str(tiny_bundle / "configs" / "train.json"))
+    assert Path("ran").exists()
+    assert sys.excepthook is hook
+
+
+def test_without_a_workflow_no_list_is_given_and_nothing_is_checked() -> None:
+    assert given_items("train#dataset#data") is None
+    begin()
+
+
+# ---- knobs -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "stages": [4, [], [0], [2, 2], ["4"], "all"],
+    "learning_rate": ["abc", 0, -1, True, None],
+    "num_workers": ["x", -1, 1.5],
+    "label_fraction": ["ten", 0, 1.1],
+    "dataset_dir": [2024, "", " ", [], ["a", 3]],
+    "output_dir": [None, 7, ""],
+    "embedding_dim": ["x", 0],
+    "reconstruction_weight": ["false", False, -0.1],
+    "spatial_dims": [4, "2"],
+    "encoder": ["resnet19", 18, None],
+    "device": ["gpu", "cuda:99", 1.5],
+    "num_folds": [1, -2, "five"],
+    "amp": ["yes", 1, None],
+    "momentum": [1.1, "high"],
+    "fusion": ["sum", ["add"], {"a": 1}],
+    "findings": [3, [], [1]],
+    "max_epochs": [0, "1e3", True],
+    "task": ["", [3], {"a": 1}, 7],
+    "validation_fraction": [1, -0.1, "half"],
+    "pixdim": [1.5, [1, 1], [1, 1, 0], ["1", 1, 1]],
+    "patch_size": [96, [96, 96], [96, 96, 4], [96, 96, 9.5]],
+    "a_min": ["low", None, float("nan")],
+    "init_filters": [4, 12, 8.0],
+    "blocks_down": [[], [0, 1], 4],
+    "mask_size": [0, 1.5],
+}
+GOOD = {
+    "stages": [[2, 3, 4], [4], (1,)],
+    "learning_rate": [1e-3, 1],
+    "label_fraction": [1, 0.01],
+    "dataset_dir": [None, "a", ["a", "b"]],
+    "device": ["cpu"],
+    "num_folds": [0, 5],
+    "amp": [True, "false", "True"],
+    "findings": [None, "Mass", ["Mass", "No finding"]],
+    "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}],
+    "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
+    "patch_size": [[96, 96, 8]],
+    "init_filters": [8, 32],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_with_the_name_of_the_knob(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"`{name}` must be .*, got {re.escape(repr(value))}"):
+        check_knobs(ConfigParser({name: value}))
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
+def test_a_good_value_passes(name: str, value: Any) -> None:
+    check_knobs(ConfigParser({name: value}))
+
+
+def test_a_knob_may_be_an_expression() -> None:
+    check_knobs(ConfigParser({"max_epochs": "$2 * 3", "batch_size": "@max_epochs"}))
+    with pytest.raises(InputError, match="`batch_size` must be a whole number of at least 1, got 0"):
+        check_knobs(ConfigParser({"max_epochs": "$2 - 2 + 5", "batch_size": "$@max_epochs - 5"}))
+
+
+def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
+    parser = ConfigParser({"amp": "false", "compile": "True", "shard": True, "on": "$@amp or @compile"})
+    check_knobs(parser)
+    assert [parser.get_parsed_content(name) for name in ("amp", "compile", "shard", "on")] == [False, True, True, True]
+    with pytest.raises(InputError, match="`subset` must be true or false, got 'yes'"):
+        is_true("yes", "subset")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
+        (
+            {"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4},
+            r"multiples of 8, .*, got \[16, 12, 8\]",
+        ),
+        ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than the 3 of .*, got \[1, 1, 1\]"),
+        ({"batch_size": 7, "sampling_temperature": 0.5}, "`batch_size` must be even, .*, got 7"),
+        (
+            {"train": {"trainer": {"max_epochs": 3}}, "schedule_epochs": 2, "warmup_epochs": 0},
+            "`schedule_epochs` must be at least",
+        ),
+        ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
+        ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
+    ],
+)
+def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_knobs(ConfigParser(knobs))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"patch_size": [16, 8, 9], "spatial_dims": 2, "blocks_down": [1] * 4},  # of slices the third side is not used
+        {"batch_size": 7},
+        {"a_min": 5},
+        {"encoder": {"_disabled_": True}},
+        {"mode": "linear_probe", "pretrained": None},  # of random features
+    ],
+)
+def test_knobs_are_compared_where_all_are_used(knobs: dict[str, Any]) -> None:
+    check_knobs(ConfigParser(knobs))
+
+
+def test_weights_without_a_file_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there are no weights at"):
+        check_knobs(ConfigParser({"mode": "finetune", "pretrained": str(tmp_path / "model.pt")}))
+
+
+def test_the_running_bundle_is_held_to_the_rules(tiny_bundle: Path) -> None:
+    with refused("`--learning_rate` must be a number over 0, got 'fast'"):
+        run_bundle(tiny_bundle, learning_rate="fast")
+    assert not Path("ran").exists()
+
+
+def test_settings_are_the_knobs_on_which_weights_depend(tiny_bundle: Path) -> None:
+    config = {
+        **TINY_BUNDLE, "batch_size": "$2 * 4", "num_workers": 3, "encoder": {"_disabled_": True}, "modality": None,
+        "run": ["$Path('settings').write_text(str(bundle.run_settings(num_images=5, modality='CT')))"],
+    }  # fmt: skip
+    write(tiny_bundle / "configs" / "train.json", config)
+    run_bundle(tiny_bundle)
+    expected = {"learning_rate": 0.1, "batch_size": 8, "modality": "CT", "num_images": 5}
+    assert Path("settings").read_text() == str(expected)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+def run_in_a_process(tiny_bundle: Path, expression: str, **knobs: Any) -> Any:
+    config = {**TINY_BUNDLE, "seed": 0, "batch_size": 4, "run": [f"${expression}"]}
+    return command_line(write(tiny_bundle / "configs" / "train.json", config), cwd=Path(), **knobs)
+
+
+def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "bundle.check_batches(range(3), @batch_size)")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: `training` holds 3 images, fewer")
+    assert result.stderr.splitlines()[-1].endswith("lower `--batch_size`.")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_misspelt_knob_of_the_command_line_ends_with_one_line(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "1", batch_sise=3)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: there is no --batch_sise to override; did you mean --batch_size?"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "bundle.check_batches(None, 4)")  # a TypeError inside this package
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "TypeError" in result.stderr
+
+
+def test_only_refusals_and_the_file_system_are_bad_input() -> None:
+    wrapped = RuntimeError("applying transform")
+    wrapped.__cause__ = InputError("`seed` must be an integer, got x.")
+    assert bad_input(wrapped) is wrapped.__cause__
+    assert isinstance(bad_input(FileNotFoundError("model.pt")), FileNotFoundError)
+    assert bad_input(ValueError("of numpy")) is None
+
+
+def test_knobs_have_dashes_in_what_the_command_line_says() -> None:
+    assert with_dashes("`seed` must be 1, `--amp` and `data` too") == "`--seed` must be 1, `--amp` and `data` too"
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [".", "bundles/tiny", "bundles/tiny/configs", "elsewhere", "bundles/other"])
+def test_finds_the_bundle_from_anywhere(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    write(tiny_bundle.parent / "other" / "configs" / "metadata.json", {})
+    cwd = tiny_bundle.parent.parent / place
+    cwd.mkdir(exist_ok=True)
+    monkeypatch.chdir(cwd)
+    run_bundle(tiny_bundle)
+    assert Path("ran").read_text() == str(tiny_bundle)
+
+
+def test_finds_a_relative_bundle_and_one_without_a_config(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bundle_root("tiny") == str(Path("bundles", "tiny"))
+    with pytest.raises(FileNotFoundError, match=r"cannot find the bundle large from .*: add --bundle_root"):
+        bundle_root("large")
+    monkeypatch.chdir(tiny_bundle)
+    assert bundle_root("tiny") == "."
+    monkeypatch.chdir("configs")
+    run_config(Path("train.json"))
+    assert Path("ran").read_text() == str(tiny_bundle)
+
+
+def test_an_output_has_its_folders_and_the_log_says_which_images_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dissect_monai")
+    check_output(True, "phantoms", tmp_path / "out")
+    check_training(False, ["a", "b"], tmp_path / "out", resume_from=None)
+    check_output(False, None, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["checkpoints", "eval", "models"]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
+    for message in ("generated phantoms in phantoms;", "images in a, b.", "images that the caller lists."):
+        assert message in caplog.text
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"`output_dir` must be a folder that can be written, got .*file: "):
+        check_output(True, "phantoms", tmp_path / "file")
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
+    ckpt_dir = tmp_path / "checkpoints"
+    check_training(False, "images", tmp_path, None)
+    (ckpt_dir / "checkpoint_epoch=best.pt").touch()  # no name that a run would write
+    check_training(False, "images", tmp_path, None)
+    (ckpt_dir / "checkpoint_epoch=3.pt").touch()
+    with pytest.raises(InputError, match=r"holds the checkpoints of another run: go on .*`resume` true.*, or give"):
+        check_training(False, "images", tmp_path, None)
+    check_training(False, "images", tmp_path, str(ckpt_dir / "checkpoint_epoch=3.pt"))
+    check_training(True, "phantoms", tmp_path, None)  # a smoke run may be repeated
+    check_training(False, None, tmp_path, None)  # and so may a training of a server
+
+
+@pytest.mark.parametrize("resume", [True, "true", "auto", False, "false"])
+def test_a_run_goes_on_if_it_is_to(tmp_path: Path, resume: bool | str) -> None:
+    (tmp_path / "checkpoint_epoch=3.pt").touch()
+    found = checkpoint_to_resume(resume, tmp_path)
+    assert found == (None if resume in (False, "false") else str(tmp_path / "checkpoint_epoch=3.pt"))
+
+
+def test_auto_begins_where_true_must_go_on(tmp_path: Path) -> None:
+    assert checkpoint_to_resume("auto", tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt"):
+        checkpoint_to_resume("true", tmp_path)
+    with pytest.raises(InputError, match="`resume` must be true, false or auto, got 'maybe'"):
+        checkpoint_to_resume("maybe", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "message"),
+    [
+        (7, 4, r"holds 7 images, fewer than one batch of 4 on 2 process\(es\): lower"),
+        (7, 1, "`batch_size` must be at least 2 for batch normalisation, got 1"),
+        (0, 4, "`training` holds no images: list some there"),
+    ],
+)
+def test_less_than_a_batch_per_process_is_refused(count: int, batch_size: int, message: str) -> None:
+    check_batches(range(8), batch_size=4, world_size=2)
+    with pytest.raises(InputError, match=message):
+        check_batches(range(count), batch_size, world_size=2)
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------
+
+
+def test_says_how_to_start_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(InputError, match=r"python -m torch\.distributed\.run --nproc_per_node"):
+        process_device()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert process_device().type in ("cpu", "cuda")
+
+
+def gloo_threads() -> list[str]:
+    return [task.name for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are only listed by Linux")
+def test_no_thread_of_the_group_is_left(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
+    network = DistributedDataParallel(nn.Linear(2, 1))
+    network(torch.ones(1, 2)).sum().backward()
+    dist.all_reduce(torch.ones(1))
+    assert gloo_threads()
+    destroy_group(network)
+    assert not dist.is_initialized()
+    assert not gloo_threads()
+
+
+# ---- tracking ----------------------------------------------------------------------------------------------------
+
+
+def test_without_mlflow_one_line_says_what_to_install(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dissect_monai.bundle.find_spec", lambda name: None)
+    monkeypatch.chdir(ROOT)
+    with refused("needs MLflow: pip install"):
+        recipe_of("pretrain_vq_ssl").train(tmp_path, tracking="mlflow")
+
+
+def test_what_a_file_of_settings_says_stays() -> None:
+    own = {"_target_": "monai.handlers.MLFlowHandler", "output_transform": "$mine", "iteration_log": True}
+    assert _completed(own, has_settings=True) == own
+    of_monai = {"_target_": "MLFlowHandler", "output_transform": OF_DECOLLATED, "experiment_param": "@mine"}
+    assert _completed(of_monai, has_settings=True)["experiment_param"] == "@mine"
+    assert DEFAULT_MLFLOW_SETTINGS["configs"]["trainer"]["output_transform"] == OF_DECOLLATED
+    assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
+
+
+def test_long_settings_are_no_parameters() -> None:
+    assert parameters({"pixdim": [1, 2], "long": "x" * (LONGEST_PARAMETER + 1)}) == {"pixdim": "[1, 2]"}
