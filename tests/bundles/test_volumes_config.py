@@ -65,7 +65,7 @@ def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
 def test_settings_say_of_network_and_data_what_those_of_hssl_multidomain_say() -> None:
     of_data = {"pixdim", "patch_size", "a_min", "a_max", "tasks", "groups", "sampling_temperature", "seed"}
     config, other = merged()["settings"], read(HSSL)["settings"]
-    needed = {"spatial_dims", "init_filters", "blocks_down", "validation_fraction", "amp", "data"} | of_data
+    needed = {"spatial_dims", "init_filters", "blocks_down", "validation_fraction", "data"} | of_data
     assert {name: config[name] for name in needed} == {name: other[name] for name in needed}
 
 
@@ -166,11 +166,14 @@ def test_without_data_it_draws_phantoms_of_volumes(tmp_path: Path) -> None:
         ({"patch_size": [16, 16, 18]}, r"`--patch_size` must be multiples of 4, .* 3 levels .*, got \[16, 16, 18\]"),
         ({"patch_size": [16, 16]}, "`--patch_size` must be a list of 3"),
         ({"batch_size": 5}, "`--batch_size` must be even"),
-        ({"stages": [3, 4]}, r"`stages` must be increasing numbers from 1 to 3 .*, got \[3, 4\]"),
+        ({"stages": [3, 4]}, r"`--stages` must be increasing numbers from 1 to 3 .*, got \[3, 4\]"),
         ({"init_filters": 12}, "`--init_filters` must be a multiple of 8, got 12"),
-        ({"a_min": 300}, r"`--a_min` must be below --a_max, got 300 and 275\.0"),
+        ({"a_min": 300}, r"`--a_min` must be below `--a_max`, got 300 and 275\.0"),
         ({"sampling_temperature": 2}, "`--sampling_temperature`"),
-        ({"task": {"nowhere": "abdomen"}}, "`task` must name folders among abdomen_ct, head_ct, head_mr, got nowhere"),
+        (
+            {"task": {"nowhere": "abdomen"}},
+            "`--task` must name folders among abdomen_ct, head_ct, head_mr, got nowhere",
+        ),
     ],
     ids=str,
 )
@@ -193,7 +196,7 @@ def test_a_folder_without_a_task_is_refused(volume_dirs: list[Path], tmp_path: P
     dataset = read(folder / "dataset.json")
     del dataset["task"]
     (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
-    with refused("set must have a `task`, got None"):
+    with refused("set must have a `--task`, got None"):
         train(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

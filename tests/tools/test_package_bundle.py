@@ -62,7 +62,11 @@ def test_holds_bundle_package_and_weights_in_one_folder_and_nothing_else(bundle:
     assert {name.parts[0] for name in names} == {bundle.name}
     inside = {name.relative_to(bundle.name).as_posix() for name in names}
     own = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dissect_monai").rglob("*.py")}
+    modules = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "dissect_monai").rglob("*.*")
+        if path.parent.name != "__pycache__"
+    }
     assert inside == own - {"eval/metrics.csv"} | modules
 
 
