@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
 import pytest
 import torch
-from helpers import ROOT, TINY_BUNDLE, write
+from helpers import RECIPES, ROOT, TASKS, TINY_BUNDLE, Recipe, write
 
+from dissect_monai.phantoms.volumes import write_volume_phantoms
 from dissect_monai.phantoms.xray import write_xray_phantoms
 
 
@@ -29,9 +32,34 @@ def tiny_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of all processes that run these tests."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(shared_dir: Path) -> Path:
     """Phantoms, few and small."""
-    return write_xray_phantoms(tmp_path_factory.mktemp("phantoms") / "set", 24, 16, 16, image_size=32)
+    return write_xray_phantoms(shared_dir / "xrays", 24, 16, 16, image_size=32)
+
+
+@pytest.fixture(scope="session")
+def volume_dirs(shared_dir: Path) -> list[Path]:
+    """Phantoms of three tasks in two groups, few and small."""
+    return write_volume_phantoms(shared_dir / "volumes", 4, 2, 2, image_size=32, tasks=TASKS)
+
+
+@pytest.fixture(scope="session")
+def recipe_of(dataset_dir: Path, volume_dirs: list[Path], shared_dir: Path) -> Callable[[str], Recipe]:
+    """The recipe of a name; `RECIPES` has them all."""
+    return partial(Recipe, xrays=dataset_dir, volumes=volume_dirs, folder=shared_dir)
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request: pytest.FixtureRequest, recipe_of: Callable[[str], Recipe]) -> Recipe:
+    """Each of them in turn."""
+    return recipe_of(request.param)
 
 
 @pytest.fixture

@@ -7,13 +7,16 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import monai.bundle.__main__
@@ -21,25 +24,44 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
+from filelock import FileLock
 from ignite.engine import Engine
 from monai.bundle import ConfigParser, run
 from monai.data import Dataset
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dissect_monai.bundle import bad_input, with_dashes
-from dissect_monai.handlers.checkpoints import newest_checkpoint
-from dissect_monai.phantoms.volumes import write_volume_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
-TINY = {  # knobs that all training configs have
-    "encoder": "resnet18",
+BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
+RECIPES = {bundle.name: [bundle / "configs" / "train.json"] for bundle in BUNDLES} | {
+    f"{config.parts[-3]}_{config.stem}": [config.with_name("train.json"), config]
+    for config in sorted(ROOT.glob("bundles/*/configs/*.json"))
+    if config.stem not in (*STANDARD_CONFIGS, "multi_gpu_train")
+}
+TASKS = ("abdomen_ct", "head_ct", "head_mr")  # of two groups
+TINY = {  # knobs of the recipes, for a training of a second
+    "encoder": "resnet10",
     "image_size": 32,
+    "num_embeddings": 16,
+    "embedding_dim": 16,
+    "hidden_dim": 16,
+    "pixdim": [12, 12, 12],
+    "patch_size": [16, 16, 16],
+    "blocks_down": [1, 1, 1],
+    "blocks_up": [1, 1],
+    "init_filters": 8,
+    "mask_size": 4,
+    "iterations_per_epoch": 2,
     "batch_size": 8,
     "max_epochs": 1,
     "warmup_epochs": 0,
-    "num_workers": 0,
+    "learning_rate": 0.01,
+    "val_interval": 1,
     "log_interval": 1,
+    "num_workers": 0,
     "amp": False,
 }
 
@@ -61,6 +83,52 @@ TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
 }
 
 
+def tiny_knobs(recipe: str) -> dict[str, Any]:
+    """Those of `TINY` that a recipe has."""
+    known = {key for config in RECIPES[recipe] for key in read(config)}
+    knobs: dict[str, Any] = {key: value for key, value in TINY.items() if key in known}
+    if "patch_size" in known:
+        knobs["batch_size"] //= 2
+        for key in ("encoder", "image_size"):
+            knobs.pop(key, None)
+    return knobs
+
+
+class Recipe:
+    """A bundle's train.json, with a config for other data over it if there is one: its training, in small."""
+
+    def __init__(self, name: str, xrays: Path, volumes: Sequence[Path], folder: Path) -> None:
+        self.name, self.configs = name, RECIPES[name]
+        self.bundle = self.configs[0].parent.parent
+        self.knobs = tiny_knobs(name)
+        data = xrays if "image_size" in self.knobs else volumes[0] if self.bundle.name.startswith("seg") else volumes
+        self.knobs["dataset_dir"] = str(data) if isinstance(data, Path) else [str(each) for each in data]
+        self._finished = folder / name
+
+    def train(self, output_dir: Path, **knobs: Any) -> None:
+        """`monai.bundle run` in this process."""
+        run_config(self.configs, **{**self.knobs, "output_dir": output_dir, **knobs})
+
+    def run(self, config: str, output_dir: Path, **knobs: Any) -> None:
+        """Another config of the bundle, with the weights of the finished training."""
+        shared = {"dataset_dir": self.knobs["dataset_dir"], "pretrained": self.model, "num_workers": 0}
+        run_config(self.bundle / "configs" / f"{config}.json", **{**shared, "output_dir": output_dir, **knobs})
+
+    @property
+    def finished(self) -> Path:
+        """Output folder of a training of two epochs, which the first that asks for it makes for all processes."""
+        with FileLock(f"{self._finished}.lock"):
+            if not self._finished.with_suffix(".done").exists():
+                self.train(self._finished, max_epochs=2)
+                self._finished.with_suffix(".done").touch()
+        return self._finished
+
+    @property
+    def model(self) -> Path:
+        """The weights that it has left."""
+        return self.finished / "models" / "model.pt"
+
+
 def run_config(config: Any = None, **knobs: Any) -> None:
     """`python -m monai.bundle run` in this process: of a config file, of several, or of an `args_file`."""
     files = [config] if isinstance(config, (str, Path)) else [*(config or [])]
@@ -78,21 +146,77 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def command_line(
-    config: str | Path, cwd: Path = ROOT, launcher: tuple[str, ...] = (), threads: int | None = 1, **knobs: Any
-) -> Any:
-    launcher = launcher or ("-m",)
-    command = [sys.executable, *launcher, "monai.bundle", "run", "--config_file", str(config), *_arguments(knobs)]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False, env=environment
-    )
+class Ended(NamedTuple):
+    """What processes have left."""
+
+    returncode: int  # of the first that failed, else 0
+    stdout: str
+    stderr: str
 
 
-def two_processes(*configs: Path, cwd: Path, **knobs: Any) -> Any:
-    """`monai.bundle run` of a training by two processes."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    return command_line(f"[{','.join(repr(str(config)) for config in configs)}]", cwd=cwd, launcher=launcher, **knobs)
+@cache
+def fork_server() -> subprocess.Popen[str]:
+    """It ends with the tests, which hold its input."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command, pipe = [sys.executable, str(Path(__file__).with_name("forks.py"))], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment)
+
+
+def command_line(config: str | Path | Sequence[Path], cwd: Path = ROOT, **knobs: Any) -> Ended:
+    """`monai.bundle run` in a process of its own."""
+    files = str(config) if isinstance(config, str | Path) else str([str(each) for each in config])
+    return forked(files, cwd, [{}], **knobs)
+
+
+def two_processes(
+    *configs: Path, cwd: Path, meanwhile: Callable[[list[int]], None] | None = None, **knobs: Any
+) -> Ended:
+    """`monai.bundle run` of a training by two processes, as torchrun starts them; `meanwhile` gets their ids."""
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [{**ranks, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return forked(str([str(config) for config in configs]), cwd, environments, meanwhile, **knobs)
+
+
+def forked(
+    files: str,
+    cwd: Path,
+    environments: list[dict[str, str]],
+    meanwhile: Callable[[list[int]], None] | None = None,
+    **knobs: Any,
+) -> Ended:
+    """`monai.bundle run` in a process for each environment."""
+    arguments = ["monai.bundle", "run", *_arguments({"config_file": files, **knobs})]
+    server = fork_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with TemporaryDirectory() as folder:
+        logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]
+        processes = [
+            {
+                "arguments": arguments,
+                "cwd": str(cwd.resolve()),
+                "environment": environment,
+                "stdout": out,
+                "stderr": error,
+            }
+            for environment, (out, error) in zip(environments, logs, strict=True)
+        ]
+        server.stdin.write(json.dumps(processes) + "\n")
+        server.stdin.flush()
+        pids = json.loads(server.stdout.readline())
+        try:
+            if meanwhile is not None:
+                meanwhile(pids)
+        finally:
+            statuses = json.loads(server.stdout.readline())
+        texts = ("".join(Path(path).read_text(errors="replace") for path in paths) for paths in zip(*logs, strict=True))
+        return Ended(next(filter(None, statuses), 0), *texts)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -117,8 +241,43 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def network_state(ckpt_dir: Path) -> dict[str, Any]:
-    return torch.load(newest_checkpoint(ckpt_dir), weights_only=True)["network"]
+def metrics_of(output_dir: Path) -> dict[str, float]:
+    lines = (output_dir / "eval" / "metrics.csv").read_text().splitlines()
+    return {name: float(value) for name, value in (line.split(",") for line in lines)}
+
+
+def events_of(output_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(output_dir / "eval"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def tags_of(output_dir: Path) -> set[str]:
+    tags = events_of(output_dir).Tags()
+    return {*tags["scalars"], *tags["images"]}
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output_dir / "models" / "model.pt", weights_only=True)
+
+
+def settings(output_dir: Path) -> dict[str, Any]:
+    return read(output_dir / "models" / "model.json")
+
+
+def checkpoint(output_dir: Path, epoch: int) -> dict[str, Any]:
+    return torch.load(output_dir / "checkpoints" / f"checkpoint_epoch={epoch}.pt", weights_only=True)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Bit for bit, in nested containers, too."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
 
 
 def write(path: Path, content: Any) -> Path:
@@ -129,20 +288,6 @@ def write(path: Path, content: Any) -> Path:
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run_config(bundle / "configs" / "train.json", **overrides)
-
-
-def short_training(bundle: str, xrays: Path, folder: Path) -> dict[str, Any]:
-    """Knobs of a training of seconds on small phantoms: the X-rays, or volumes that it writes into a folder."""
-    short = {"max_epochs": 1, "warmup_epochs": 0, "batch_size": 4, "num_workers": 0, "amp": False, "val_interval": 1}
-    if bundle in ("pretrain_vq_ssl", "cxr_classify"):
-        return {**short, "dataset_dir": xrays, "image_size": 32, "encoder": "resnet18"}
-    volumes = {"pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8, "iterations_per_epoch": 2}
-    tasks = ["abdomen_ct"]
-    if bundle == "hssl_multidomain":
-        volumes["mask_size"] = 8
-        tasks.append("head_mr")
-    folders = write_volume_phantoms(folder, 6, 2, 2, image_size=32, tasks=tasks)
-    return {**short, **volumes, "dataset_dir": folders[0] if len(folders) == 1 else [*map(str, folders)]}
 
 
 def git(repository: Path, *arguments: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY_BUNDLE, command_line, refused, run_bundle, run_config, short_training, write
+from helpers import ROOT, TINY_BUNDLE, Recipe, command_line, refused, run_bundle, run_config, write
 from monai.bundle import ConfigParser, ConfigWorkflow, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
@@ -412,14 +413,12 @@ def test_no_thread_of_the_group_is_left(tmp_path: Path) -> None:
 
 
 def test_without_mlflow_one_line_says_what_to_install(
-    dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dissect_monai.bundle.find_spec", lambda name: None)
     monkeypatch.chdir(ROOT)
-    train = ROOT / "bundles" / "pretrain_vq_ssl" / "configs" / "train.json"
-    knobs = short_training("pretrain_vq_ssl", dataset_dir, tmp_path)
     with refused("needs MLflow: pip install"):
-        run_config(train, **knobs, output_dir=tmp_path / "output", tracking="mlflow")
+        recipe_of("pretrain_vq_ssl").train(tmp_path, tracking="mlflow")
 
 
 def test_what_a_file_of_settings_says_stays() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, list_data_collate
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
+from monai.utils import ImageMetaKey, enums
 from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -22,6 +25,12 @@ from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
 
 logger = logging.getLogger(__name__)
+# What PyTorch must know to load an image's metadata with `weights_only`.
+_METADATA: list[Any] = [
+    np.empty(0).__reduce__()[0], np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "SU?"},
+    *(each for each in vars(enums).values() if isinstance(each, type) and issubclass(each, Enum)),
+]  # fmt: skip
 Attempt = tuple[int, Any, "str | None"]  # index of the item, its contents, why it could not be read
 
 
@@ -69,10 +78,27 @@ def cached_dataset(
         contents, good = read_all(preprocessed, on_corrupt, num_workers, progress)
         dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
     else:
-        stored = PersistentDataset(data, Compose(deterministic), cache_dir, hash_transform=pickle_hashing)
+        stored = _StoredDataset(data, Compose(deterministic), cache_dir)
         _, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
-        dataset = PersistentDataset(good, steps, cache_dir, hash_transform=pickle_hashing)
+        dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
+
+
+class _StoredDataset(PersistentDataset):
+    """With the metadata of images that have them, and of no other tensor, as in memory."""
+
+    def __init__(self, data: list[Item], transform: Callable[..., Any], cache_dir: str | Path) -> None:
+        super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
+
+    def _cachecheck(self, item_transformed: Item) -> Item:
+        torch.serialization.add_safe_globals(_METADATA)  # here, as a process that loads may not have made the data set
+        stored: Item = super()._cachecheck(item_transformed)
+        return {key: value.as_tensor() if _knows_nothing(value) else value for key, value in stored.items()}
+
+
+def _knows_nothing(value: Any) -> bool:
+    """Whether a value became a MetaTensor only by being stored."""
+    return isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta
 
 
 def labelled_part(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.networks.utils import eval_mode
 from torch import Tensor, nn
 
 from dissect_monai.common import NO_FINDING, InputError
@@ -312,7 +313,7 @@ class EmbeddingSaver(Saver):
         parts = {"embedding": output["pred"]}
         if self.codes is not None and self.encoder is not None:
             quantizer, stages = self.codes
-            with torch.inference_mode():
+            with torch.inference_mode(), eval_mode(self.encoder):  # the evaluator has left that mode
                 maps = feature_maps(self.encoder, output["image"].as_subclass(Tensor))
                 quantized = quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in stages])
             parts |= {

@@ -73,6 +73,20 @@ def test_cached_items_are_what_the_transform_gives(tmp_path: Path, cache_dir: Pa
     assert dataset[5]["image"].shape == (1, 8, 8)  # decoded once
 
 
+def test_images_keep_their_metadata_and_nothing_else_gets_some(tmp_path: Path, cache_dir: Path | None) -> None:
+    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=2), ensure_channel_first=True)
+    steps = Compose([load, Resized("image", spatial_size=[8, 8]), EnsureTyped("label", track_meta=False)])
+    data, written = make_items(tmp_path / "images", 2), []
+    for _ in range(2):  # the second time from what is stored
+        dataset = cached_dataset(data, steps, cache_dir)
+        for item, given in zip(dataset, data, strict=True):
+            assert item["image"].meta["filename_or_obj"] == given["image"]
+            assert item["image"].applied_operations[0]["class"] == "Resize"
+            assert type(item["label"]) is torch.Tensor
+        written.append([path.stat().st_mtime_ns for path in sorted(cache_dir.iterdir())] if cache_dir else [])
+    assert written[0] == written[1]
+
+
 def test_a_disk_cache_is_found_again_but_not_by_other_settings(tmp_path: Path) -> None:
     data, cache_dir = make_items(tmp_path / "images"), tmp_path / "cache"
     for size, expected in ((8, 6), (8, 6), (9, 12)):

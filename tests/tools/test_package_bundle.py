@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -10,20 +11,30 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, committed_copy, git, read, run_config, short_training, write
-from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+from helpers import BUNDLES, ROOT, Recipe, committed_copy, git, read, same, write
+from monai.bundle import (
+    ConfigParser,
+    ConfigWorkflow,
+    ckpt_export,
+    download,
+    load,
+    onnx_export,
+    verify_metadata,
+    verify_net_in_out,
+)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from package_bundle import main, package
 
-BUNDLES = sorted(path.name for path in ROOT.glob("bundles/*"))
-every_bundle = pytest.mark.parametrize("bundle", BUNDLES)
+NAMES = [path.name for path in BUNDLES]
+every_bundle = pytest.mark.parametrize("bundle", NAMES)
 
 
 @pytest.fixture
@@ -51,7 +62,11 @@ def test_holds_bundle_package_and_weights_in_one_folder_and_nothing_else(bundle:
     assert {name.parts[0] for name in names} == {bundle.name}
     inside = {name.relative_to(bundle.name).as_posix() for name in names}
     own = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    modules = {str(path.relative_to(bundle.parents[1])) for path in (bundle.parents[1] / "dissect_monai").rglob("*.*")}
+    modules = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "dissect_monai").rglob("*.*")
+        if path.parent.name != "__pycache__"
+    }
     assert inside == own - {"eval/metrics.csv"} | modules
 
 
@@ -117,7 +132,9 @@ def given(**knobs: Any) -> list[str]:
     return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
 
 
-def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(dataset_dir: Path, tmp_path: Path) -> None:
+def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path
+) -> None:
     source = committed_copy(tmp_path / "source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -132,7 +149,7 @@ def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(datas
     packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
     command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
     shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
-    knobs = given(**short_training("pretrain_vq_ssl", dataset_dir, tmp_path))
+    knobs = given(**recipe_of("pretrain_vq_ssl").knobs)
     run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
     command(*run, *knobs, cwd=bundle, packages=packages)
     assert (bundle / "models" / "model.pt").is_file()
@@ -169,72 +186,69 @@ class Unpacked(NamedTuple):
     """A bundle as `download` leaves it, in a folder that was empty."""
 
     folder: Path
-    knobs: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What MONAI's commands need to know of it."""
+        configs = {"meta_file": "metadata", "config_file": "inference"}
+        paths = {key: str(self.folder / "configs" / f"{name}.json") for key, name in configs.items()}
+        return {**paths, "bundle_root": str(self.folder)}
 
 
-@pytest.fixture(scope="module", params=BUNDLES)
-def unpacked(request: pytest.FixtureRequest, dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
-    work, name = tmp_path_factory.mktemp(request.param), request.param
-    knobs = short_training(name, dataset_dir, work / "data")
-    run_config(ROOT / "bundles" / name / "configs" / "train.json", **knobs, output_dir=work / "weights")
+@pytest.fixture(scope="module", params=NAMES)
+def unpacked(
+    request: pytest.FixtureRequest, recipe_of: Callable[[str], Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Unpacked:
+    work, recipe = tmp_path_factory.mktemp(request.param), recipe_of(request.param)
     repository = committed_copy(work / "repository")
-    archive = package(repository / "bundles" / name, work / "weights", work / "dist")
-    (work / "empty").mkdir()
-    source = ("--name", name, "--url", archive.as_uri(), "--bundle_dir", ".")
-    command("-m", "monai.bundle", "download", *source, cwd=work / "empty")
-    return Unpacked(work / "empty" / name, knobs)
+    archive = package(repository / "bundles" / recipe.name, recipe.finished, work / "dist")
+    download(recipe.name, url=archive.as_uri(), bundle_dir=str(work / "empty"), progress=False)
+    return Unpacked(work / "empty" / recipe.name, recipe)
 
 
 @pytest.mark.slow
 def test_from_the_archive_alone_a_bundle_predicts_trains_and_evaluates(unpacked: Unpacked, tmp_path: Path) -> None:
-    folder, knobs = unpacked
-    where = command("-c", "import dissect_monai; print(dissect_monai.__file__)", cwd=folder)
-    assert Path(where.strip()).parent == folder / "dissect_monai"
-    run = ("-m", "monai.bundle", "run", "--dataset_dir", str(knobs["dataset_dir"]), "--config_file")
-    command(*run, "configs/inference.json", cwd=folder)
+    folder, recipe = unpacked
+    data, out = recipe.knobs["dataset_dir"], str(tmp_path)
+    runs = [
+        {"config_file": "configs/inference.json", "dataset_dir": data},
+        {"config_file": "configs/train.json", **recipe.knobs, "output_dir": out},
+        {"config_file": "configs/evaluate.json", "dataset_dir": data, "output_dir": out, "num_samples": 5},
+    ]
+    script = "import sys, json, dissect_monai; from monai.bundle import run; print(dissect_monai.__file__)\n"
+    script += "for knobs in json.loads(sys.argv[1]): run(**knobs)"
+    where = command("-c", script, json.dumps(runs), cwd=folder).splitlines()[0]
+    assert Path(where).parent == folder / "dissect_monai"
     assert list((folder / "eval").iterdir())
-    train = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
-    command(*train, *given(**knobs, output_dir=tmp_path), cwd=folder)
-    command(*run, "configs/evaluate.json", "--output_dir", str(tmp_path), cwd=folder)
+    assert (tmp_path / "models" / "model.pt").is_file()
     assert (tmp_path / "eval" / "metrics.csv").is_file()
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """What MONAI's commands need to know of a bundle."""
-    configs = folder / "configs"
-    return {
-        "meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json"),
-        "bundle_root": str(folder),
-    }  # fmt: skip
-
-
 @pytest.mark.slow
-def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked, tmp_path: Path) -> None:
-    folder = unpacked.folder
-    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/inference.json", "models/model.pt"):
+def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked) -> None:
+    folder, files = unpacked.folder, unpacked.files
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"):
         assert (folder / name).is_file(), name
     metadata = read(folder / "configs" / "metadata.json")
     assert metadata["version"] in metadata["changelog"]
-    files = files_of(folder)
-    schema = ROOT / "tests" / "meta_schema_20240725.json"
-    verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
+    verify_metadata(meta_file=files["meta_file"], filepath=str(ROOT / "tests" / "meta_schema_20240725.json"))
     workflow = ConfigWorkflow(files["config_file"], workflow_type="infer", logging_file=False, bundle_root=str(folder))
     workflow.initialize()
     assert workflow.check_properties() == []
     verify_net_in_out("network_def", device="cpu", **files)
-    weights = str(folder / "models" / "model.pt")
-    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=weights, **files)
-    torch.jit.load(tmp_path / "model.ts")
 
 
 @pytest.mark.slow
-def test_exports_give_what_the_network_gives_on_an_image(unpacked: Unpacked, tmp_path: Path) -> None:
+def test_what_is_loaded_and_exported_gives_what_the_network_gives_on_an_image(
+    unpacked: Unpacked, tmp_path: Path
+) -> None:
     import onnxruntime
 
-    files, weights = files_of(unpacked.folder), unpacked.folder / "models" / "model.pt"
+    folder, files, weights = unpacked.folder, unpacked.files, unpacked.folder / "models" / "model.pt"
     parser = ConfigParser()
     parser.read_config(files["config_file"])
-    parser.update({"bundle_root": files["bundle_root"], "dataset_dir": unpacked.knobs["dataset_dir"]})
+    parser.update({"bundle_root": files["bundle_root"], "dataset_dir": unpacked.recipe.knobs["dataset_dir"]})
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     image = torch.as_tensor(parser.get_parsed_content("dataset")[0]["image"])[None]
@@ -242,6 +256,9 @@ def test_exports_give_what_the_network_gives_on_an_image(unpacked: Unpacked, tmp
     with torch.no_grad():
         expected = network(image)
 
+    loading = {"source": "monaihosting", "workflow_type": "inference"}
+    loaded = load(folder.name, bundle_dir=str(folder.parent), **loading).cpu()
+    assert same(dict(loaded.state_dict()), dict(network.state_dict()))
     ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(weights), **files)
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=0, atol=1e-4)
     shape = list(image.shape)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, run_config, short_training
+from helpers import ROOT, Recipe
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 METRICS = {
@@ -26,27 +27,25 @@ def tracked_runs(folder: Path) -> tuple[Any, list[Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", sorted(path.name for path in ROOT.glob("bundles/*")))
-def test_a_run_shows_its_settings_losses_scores_and_config(bundle: str, dataset_dir: Path, tmp_path: Path) -> None:
-    knobs = short_training(bundle, dataset_dir, tmp_path / "data")
-    output_dir = tmp_path / "output"
-    train = ROOT / "bundles" / bundle / "configs" / "train.json"
-    run_config(train, **knobs, output_dir=output_dir, tracking="mlflow")
-    client, (run,) = tracked_runs(output_dir)
+def test_a_run_shows_its_settings_losses_scores_and_config(
+    bundle: str, recipe_of: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    recipe = recipe_of(bundle)
+    recipe.train(tmp_path, tracking="mlflow")
+    client, (run,) = tracked_runs(tmp_path)
     assert run.info.status == "FINISHED"
-    assert run.data.params["batch_size"] == "4"
+    assert run.data.params["batch_size"] == str(recipe.knobs["batch_size"])
     assert run.data.metrics.keys() >= METRICS[bundle]
     (config,) = client.list_artifacts(run.info.run_id)
     assert config.path.startswith("config_")
-    run_config(
-        train.with_name("evaluate.json"), dataset_dir=knobs["dataset_dir"], output_dir=output_dir, tracking="mlflow"
-    )
-    _, runs = tracked_runs(output_dir)
+    recipe.run("evaluate", tmp_path, num_samples=5, tracking="mlflow")
+    _, runs = tracked_runs(tmp_path)
     assert len(runs) == 2
     assert all(each.data.metrics for each in runs)
 
 
 def test_every_start_is_a_run_of_its_own_with_the_name_and_store_that_it_is_given(
-    dataset_dir: Path, tmp_path: Path
+    recipe_of: Callable[[str], Recipe], tmp_path: Path
 ) -> None:
     """A process that was killed leaves its run open: MLflow refuses other parameters for it."""
     import mlflow
@@ -55,10 +54,8 @@ def test_every_start_is_a_run_of_its_own_with_the_name_and_store_that_it_is_give
     client = mlflow.MlflowClient(store)
     killed = client.create_run(client.create_experiment("mine", (tmp_path / "artifacts").as_uri()))
     client.log_param(killed.info.run_id, "batch_size", "999")
-    knobs = short_training("pretrain_vq_ssl", dataset_dir, tmp_path)
-    run_config(
-        ROOT / "bundles" / "pretrain_vq_ssl" / "configs" / "train.json", **knobs, output_dir=tmp_path / "output",
-        tracking="mlflow", tracking_uri=store, experiment_name="mine",
-    )  # fmt: skip
+    recipe_of("hssl_multidomain").train(
+        tmp_path / "output", tracking="mlflow", tracking_uri=store, experiment_name="mine"
+    )
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert sorted(run.data.params["batch_size"] for run in runs) == ["4", "999"]
