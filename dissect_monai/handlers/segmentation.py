@@ -174,7 +174,8 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
     num_classes = len(pred) - 1 or int(pred_map.max())
     if num_classes > len(class_names) or 1 < len(pred) <= len(class_names):
         raise InputError(f"`class_names` must name the {num_classes} classes of the prediction, got {class_names}.")
-    label_map, unknown = values_to_classes(integer_map(where, label[0].numpy()), item["labels"], class_names, where)
+    values = integer_map(where, (label[0] if len(label) == 1 else label).numpy())
+    label_map, unknown = values_to_classes(values, item["labels"], class_names, where)
     if unknown:
         logger.warning(
             "%s has the values %s, which `labels` does not name: they count as background.",

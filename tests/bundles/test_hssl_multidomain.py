@@ -287,8 +287,8 @@ def test_refuses_a_task_of_a_single_subject(folders: Folders, tmp_path: Path) ->
         ({"pixdim": [1, 0, 1]}, "`--pixdim` must be"),
         ({"validation_fraction": 1}, "`--validation_fraction` must be"),
         ({"batch_size": 3}, "`--batch_size` must be"),
-        ({"mask_size": 16}, "`--mask_size` must be smaller than the sides of --patch_size"),
-        ({"a_min": 300}, "`--a_min` must be below --a_max, got 300 and 275"),
+        ({"mask_size": 16}, "`--mask_size` must be smaller than the sides of `--patch_size`"),
+        ({"a_min": 300}, "`--a_min` must be below `--a_max`, got 300 and 275"),
         (
             {"task": {"elsewhere": "liver"}},
             "`task` must name folders among abdomen_ct, head_ct, head_mr, got elsewhere",
