@@ -1133,7 +1133,10 @@ def test_volumes_of_other_channels_than_the_weights_are_named(on_blocks: Path, t
         ({"resume": True}, "checkpoint"),
         ({"pretrained": "nowhere.pt"}, r"nowhere\.pt"),
         ({"dataset_dir": "nowhere"}, "nowhere"),
-        ({"val_interval": 3, "max_epochs": 2}, "`--val_interval` must be at most `--max_epochs` where `--select` is best"),
+        (
+            {"val_interval": 3, "max_epochs": 2},
+            "`--val_interval` must be at most `--max_epochs` where `--select` is best",
+        ),
         ({"schedule_epochs": 1, "max_epochs": 2}, "`--schedule_epochs` must be at least `--max_epochs`"),
     ],
     ids=str,
