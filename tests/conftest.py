@@ -15,6 +15,11 @@ from dissect_monai.phantoms.volumes import write_volume_phantoms
 from dissect_monai.phantoms.xray import write_xray_phantoms
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """On tensors this small threads only wait for each other."""
