@@ -62,13 +62,6 @@ def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
     assert config["train"]["augment"]["flip_prob"] == 0
 
 
-def test_settings_say_of_network_and_data_what_those_of_hssl_multidomain_say() -> None:
-    of_data = {"pixdim", "patch_size", "a_min", "a_max", "tasks", "groups", "sampling_temperature", "seed"}
-    config, other = merged()["settings"], read(HSSL)["settings"]
-    needed = {"spatial_dims", "init_filters", "blocks_down", "validation_fraction", "data"} | of_data
-    assert {name: config[name] for name in needed} == {name: other[name] for name in needed}
-
-
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
