@@ -62,6 +62,15 @@ def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
     assert config["train"]["augment"]["flip_prob"] == 0
 
 
+def test_settings_say_of_network_and_data_what_those_of_hssl_multidomain_say(
+    recipe_of: Callable[[str], Recipe],
+) -> None:
+    own, other = (settings(recipe_of(name).finished) for name in ("pretrain_vq_ssl_volumes", "hssl_multidomain"))
+    of_data = {"pixdim", "patch_size", "a_min", "a_max", "tasks", "groups", "sampling_temperature", "seed", "data"}
+    needed = {"spatial_dims", "init_filters", "blocks_down", "validation_fraction"} | of_data
+    assert {name: own[name] for name in needed} == {name: other[name] for name in needed}
+
+
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
