@@ -58,5 +58,5 @@ def is_forked() -> bool:
     return False
 
 
-if is_forked():
+if __name__ == "__main__" and is_forked():
     runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
