@@ -93,12 +93,10 @@ class _StoredDataset(PersistentDataset):
     def _cachecheck(self, item_transformed: Item) -> Item:
         torch.serialization.add_safe_globals(_METADATA)  # here, as a process that loads may not have made the data set
         stored: Item = super()._cachecheck(item_transformed)
-        return {key: value.as_tensor() if _knows_nothing(value) else value for key, value in stored.items()}
-
-
-def _knows_nothing(value: Any) -> bool:
-    """Whether a value became a MetaTensor only by being stored."""
-    return isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta
+        for key, value in stored.items():
+            if isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta:
+                stored[key] = value.as_tensor()
+        return stored
 
 
 def labelled_part(
@@ -188,8 +186,6 @@ def read_all(
     dataset: Dataset, on_corrupt: str = "raise", num_workers: int = 0, progress: bool = False, keep: bool = True
 ) -> tuple[list[Any], list[Item]]:
     """Contents (none if not `keep`) and items that could be read, in their order; see `cached_dataset`."""
-    if on_corrupt not in ("raise", "skip"):
-        raise InputError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
 
     def load(index: int) -> tuple[Any, str | None]:
         content, error = attempt(dataset, index)
@@ -203,22 +199,22 @@ def read_all(
             attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
     finally:
         torch.set_num_threads(torch_threads)
-    lines = [_named(item, error) for item, (_, error) in zip(dataset.data, attempts, strict=True) if error is not None]
-    if lines and (on_corrupt == "raise" or len(lines) == len(attempts)):
+    good, bad = [], []
+    for item, (content, error) in zip(dataset.data, attempts, strict=True):
+        if error is None:
+            good.append((content, item))
+        else:
+            image = str(item["image"])
+            bad.append(error if image in error else f"{image}: {error}")
+    if bad and (on_corrupt != "skip" or not good):
         raise InputError(
-            f"`data` must hold images that can be read, got {len(lines)} of {len(attempts)} that cannot:\n  "
-            + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
+            f"`data` must hold images that can be read, got {len(bad)} of {len(attempts)} that cannot:\n  "
+            + "\n  ".join(bad[:5] + ["..."] * (len(bad) > 5))
             + "\nRepair them, remove them from the data list, or leave them out by setting `on_corrupt` to skip."
         )
-    for line in lines:
+    for line in bad:
         logger.warning("Skipped: %s", line)
-    contents = [content for content, error in attempts if keep and error is None]
-    return contents, [item for item, (_, error) in zip(dataset.data, attempts, strict=True) if error is None]
-
-
-def _named(item: Item, error: str) -> str:
-    image = str(item["image"])
-    return error if image in error else f"{image}: {error}"
+    return [content for content, _ in good], [item for _, item in good]
 
 
 class _Attempts(torch_data.Dataset[Attempt]):

@@ -28,7 +28,6 @@ def patch_dataset(
     transform: Callable[..., Any],
     on_corrupt: str = "raise",
     num_workers: int = 0,
-    progress: bool = False,
     seed: int = 0,
 ) -> Dataset:
     """A fixed set of patches: every volume is read once, now, and nothing but its patches is kept.
@@ -45,7 +44,6 @@ def patch_dataset(
             `RandCropByPosNegLabeld` with `num_samples`.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that read; at least one.
-        progress: show a progress bar.
         seed: draws other patches.
 
     Returns:
@@ -57,8 +55,8 @@ def patch_dataset(
             `transform` does not load the label maps.
     """
     volumes = _Volumes(data, transform, seed)
-    contents, items = read_all(volumes, on_corrupt, num_workers, progress) if data else ([], [])
-    _name_unnamed(items)
+    contents, items = read_all(volumes, on_corrupt, num_workers) if data else ([], [])
+    _warn_of_unnamed(items)
     patches = [(item, patch) for item, of_volume in zip(items, contents, strict=True) for patch in of_volume]
     data = [{**item, **{key: patch[key] for key in patch if key != "image"}} for item, patch in patches]
     return _PatchDataset(data, [patch["image"] for _, patch in patches])
@@ -90,8 +88,13 @@ class _Volumes(Dataset):
         drawn = self._seeded(index)(volume, start=self.num_deterministic)
         drawn = drawn if isinstance(drawn, list) else [drawn]
         patches: list[dict[str, Any]] = [{"image": _plain(patch["image"])} for patch in drawn]
-        sizes = _sizes(volume.get(LABEL_MAP), item) if LABEL_MAP in item else None
-        if sizes is not None:
+        if LABEL_MAP in item and not isinstance(volume.get(LABEL_MAP), Tensor):
+            raise InputError(
+                f'`transform` must load "{LABEL_MAP}" as it loads "image", got nothing for {item["image"]}: add it to '
+                "its keys, with `allow_missing_keys`."
+            )
+        if LABEL_MAP in item and isinstance(item.get("labels"), Mapping):
+            sizes = _voxels(volume[LABEL_MAP], item["labels"])
             for patch, source in zip(patches, drawn, strict=True):
                 patch["structures"] = _shown(source[LABEL_MAP], sizes, item["labels"])
         return patches
@@ -107,16 +110,6 @@ def _plain(image: Any) -> Tensor:
     return torch.as_tensor(image).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
 
 
-def _sizes(label_map: Any, item: Item) -> dict[str, int] | None:
-    """Voxels of each named structure in a volume; None without names."""
-    if not isinstance(label_map, Tensor):
-        raise InputError(
-            f'`transform` must load "{LABEL_MAP}" as it loads "image", got {type(label_map).__name__} for '
-            f"{item['image']}: add it to its keys, with `allow_missing_keys`."
-        )
-    return _voxels(label_map, item["labels"]) if isinstance(item.get("labels"), Mapping) else None
-
-
 def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]]) -> dict[str, float]:
     shown = {}
     for name, count in _voxels(label_map, labels).items():
@@ -127,12 +120,12 @@ def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, lis
 
 
 def _voxels(label_map: Tensor, labels: Mapping[str, list[int]]) -> dict[str, int]:
+    """Voxels of each named structure."""
     counts = torch.bincount(label_map.as_subclass(Tensor).flatten().clamp_min(0).long()).tolist()
     return {name: sum(counts[value] for value in values if value < len(counts)) for name, values in labels.items()}
 
 
-def _name_unnamed(items: list[Item]) -> None:
-    """Warn of label maps that cannot be used without names."""
+def _warn_of_unnamed(items: list[Item]) -> None:
     unnamed = {
         item.get("task"): item["image"]
         for item in items

@@ -19,13 +19,13 @@ class SeededIndex(int):
     seed: int
 
     def __new__(cls, index: int, seed: int) -> SeededIndex:
-        """Make an index with a seed in [0, 2**32)."""
+        """An index with a seed in [0, 2**32)."""
         self = super().__new__(cls, index)
         self.seed = seed
         return self
 
     def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
-        """Arguments with which `pickle` makes it anew in a worker process."""
+        """What `pickle` makes it of in a worker process."""
         return int(self), self.seed
 
 
@@ -38,7 +38,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
 
     Args:
         data: items of a data list, in the order of the data set; each with a "task".
-        temperature: in [0, 1]: 1 draws every item equally often, 0 every task.
+        temperature: 1 draws every item equally often, 0 every task.
         num_samples: samples of an epoch over all processes, rounded down to whole draws of each; the number of items
             if None.
         items_per_draw: items of one task that follow each other, different ones if it has so many.
@@ -47,7 +47,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         num_replicas: number of processes.
 
     Raises:
-        ValueError: if an argument is outside its range, an item has no task, or there is no draw for each process.
+        ValueError: if an item has no task, or there is no draw for each process.
 
     Example:
         >>> data = [{"task": "large"}] * 100 + [{"task": "small"}] * 4
@@ -66,17 +66,10 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         rank: int = 0,
         num_replicas: int = 1,
     ) -> None:
-        if not 0 <= temperature <= 1:
-            raise InputError(f"`temperature` must be in [0, 1], got {temperature}.")
-        if items_per_draw < 1:
-            raise InputError(f"`items_per_draw` must be at least 1, got {items_per_draw}.")
-        if seed < 0 or not 0 <= rank < num_replicas:
-            raise InputError(f"`seed` must not be negative and `rank` in [0, {num_replicas}), got {seed} and {rank}.")
         without = next((item for item in data if "task" not in item), None)
         if without is not None:
             raise InputError(f'`data` must be items with a "task", got {without}: merge the folders by `aggregate`.')
-        tasks = np.array([item["task"] for item in data])
-        self.items = [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
+        self.items = _by_task(data)
         self.items_per_draw = items_per_draw
         self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * num_replicas)
         if self.num_draws < 1:
@@ -126,12 +119,16 @@ def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
         dataset: with a data list `data`, each of its items with a "task".
         num_items: at least 1.
     """
-    places: dict[str, list[int]] = {}
-    for index, item in enumerate(dataset.data):
-        places.setdefault(item["task"], []).append(index)
-    spaced = [np.linspace(0, len(each) - 1, min(num_items, len(each))).round().astype(int) for each in places.values()]
-    chosen = [each[index] for each, indices in zip(places.values(), spaced, strict=True) for index in indices]
+    chosen: list[int] = []
+    for items in _by_task(dataset.data):
+        chosen += items[np.linspace(0, len(items) - 1, min(num_items, len(items))).round().astype(int)].tolist()
     return torch_data.Subset(dataset, sorted(chosen))
+
+
+def _by_task(data: Sequence[Item]) -> list[NDArray[Any]]:
+    """Indices of the items of each task."""
+    tasks = np.array([item["task"] for item in data])
+    return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
 
 
 class SeededDataset(torch_data.Dataset[Any]):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, labelled
@@ -67,10 +68,9 @@ def _positives(items: Sequence[Item]) -> set[int]:
     return {index for item in labelled(items) for index, value in enumerate(item["label"]) if value == 1}
 
 
-def _parted(items: Sequence[Item], subjects: Collection[str]) -> tuple[list[Item], list[Item]]:
-    """The items of all other subjects, and those of the subjects."""
-    others = [item for item in items if item["subject"] not in subjects]
-    return others, [item for item in items if item["subject"] in subjects]
+def _parted(items: Sequence[Item], moves: Callable[[Item], bool]) -> tuple[list[Item], list[Item]]:
+    """The items that stay, and those that move."""
+    return [item for item in items if not moves(item)], [item for item in items if moves(item)]
 
 
 def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[Datalist]:
@@ -79,23 +79,20 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
     Folders of one task may show the same subjects, such as a channel each: a subject of one name goes to one split.
     None are moved where fewer than two would be left.
     """
-    unsplit = [item for datalist in datalists if not datalist.validation for item in datalist.training]
+    subjects: dict[str, set[str]] = {}
+    for item in (item for datalist in datalists if not datalist.validation for item in datalist.training):
+        subjects.setdefault(item["task"], set()).add(item["subject"])
     drawn: set[tuple[str, str]] = set()
-    for task in sorted({item["task"] for item in unsplit}) if fraction else ():
-        # Sorted, so that the order of folders and files does not count.
-        subjects = sorted({item["subject"] for item in unsplit if item["task"] == task})
-        chosen = draw_subjects(subjects, fraction, seed)
-        if len(subjects) - len(chosen) > 1:
+    for task, of_task in subjects.items() if fraction else ():
+        chosen = draw_subjects(sorted(of_task), fraction, seed)  # sorted, so that the order of files does not count
+        if len(of_task) - len(chosen) > 1:
             drawn |= {(task, subject) for subject in chosen}
-    return [
-        datalist
-        if datalist.validation
-        else datalist._replace(
-            training=[item for item in datalist.training if (item["task"], item["subject"]) not in drawn],
-            validation=[item for item in datalist.training if (item["task"], item["subject"]) in drawn],
-        )
-        for datalist in datalists
-    ]
+
+    def split(datalist: Datalist) -> Datalist:
+        training, validation = _parted(datalist.training, lambda item: (item["task"], item["subject"]) in drawn)
+        return datalist._replace(training=training, validation=validation)
+
+    return [datalist if datalist.validation else split(datalist) for datalist in datalists]
 
 
 def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
@@ -115,31 +112,28 @@ def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
         )  # fmt: skip
 
 
-def with_test_split(datalist: Datalist, fraction: float = 0.2, seed: int = 0) -> Datalist:
-    """For tasks without test split: score the validation split, and choose on a part of the training subjects instead.
+def with_test_split(datalist: Datalist, seed: int = 0) -> Datalist:
+    """For tasks without test split: score the validation split, and choose on a fifth of the training subjects instead.
 
     Nothing is then chosen on what is scored, as pretraining chooses nothing on the validation split.
 
     Args:
         datalist: as `aggregate` gives it.
-        fraction: share in (0, 1) of the training subjects of such a task, at least one.
         seed: draws other subjects.
     """
-    if not 0 < fraction < 1:
-        raise InputError(f"`fraction` must be in (0, 1), got {fraction}.")
     for task in datalist.task_names:
-        training, validation, test = ([item for item in split if item["task"] == task] for split in datalist[:3])
+        parts = [_parted(split, lambda item, task=task: item["task"] == task) for split in datalist[:3]]
+        (others, training), (other_validation, validation), (other_test, test) = parts
         if test or not validation:
             continue
         logger.warning(
             "Task %s has no test split: its validation split is scored, and what is chosen is chosen on a part of its "
             "training subjects.", task,
         )  # fmt: skip
-        drawn = draw_subjects((item["subject"] for item in training), fraction, seed)
-        kept, moved = _parted(training, drawn)
-        others = [[item for item in split if item["task"] != task] for split in datalist[:3]]
+        drawn = draw_subjects((item["subject"] for item in training), 0.2, seed)
+        kept, moved = _parted(training, lambda item, drawn=drawn: item["subject"] in drawn)
         datalist = datalist._replace(
-            training=others[0] + kept, validation=others[1] + moved, test=others[2] + validation
+            training=others + kept, validation=other_validation + moved, test=other_test + validation
         )
     return datalist
 
@@ -160,7 +154,7 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
     else:
         chosen = draw_subjects(subjects, min(fraction, 1 - 1 / len(subjects)), seed)  # one is left to train on
         logger.info("%d of %d training subjects are held out for validation.", len(chosen), len(subjects))
-    training, validation = _parted(items, chosen)
+    training, validation = _parted(items, lambda item: item["subject"] in chosen)
     return datalist._replace(training=training, validation=validation)
 
 
@@ -201,11 +195,9 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
         settings: of the weights, which say on which subjects they were trained and chosen.
 
     Raises:
-        ValueError: if `split` is unknown, has no labelled volumes, has a subject that the weights were trained on, or
-            volumes of other channels.
+        ValueError: if `split` has no labelled volumes, a subject that the weights were trained on, or volumes of other
+            channels.
     """
-    if split not in ("auto", "validation", "test", "all"):
-        raise InputError(f"`split` must be auto, validation, test or all, got {split!r}.")
     name = ("test" if datalist.test else "validation") if split == "auto" else split
     items: list[Item] = datalist.items() if name == "all" else getattr(datalist, name)
     if not items:
@@ -220,6 +212,7 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
             "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
             "train for the last weights instead of the best."
         )
+        logger.warning(notes[0])
     known = {*settings.get("trained_on", ())}
     trained_on = sorted({item["subject"] for item in items if subject_digest(item) in known})
     if trained_on:
@@ -228,8 +221,6 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
             f"{shorten(trained_on)}. Set `fold`, `split_seed` and `validation_fraction` as in training, or take the "
             "dataset.json of training."
         )
-    for note in notes:
-        logger.warning(note)
     subjects = len({item["subject"] for item in items})
     logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
@@ -238,7 +229,7 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
 def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
     """Refuse volumes with more or fewer modalities than channels; the `ValueError` names the first."""
     for item in items:
-        modalities = [item["modality"]] if isinstance(item["modality"], str) else item["modality"]
+        modalities = ensure_tuple(item["modality"])
         if len(modalities) != in_channels:
             raise InputError(
                 f"every volume must have {in_channels} channel(s), got {', '.join(modalities)} for {item['image']}: "

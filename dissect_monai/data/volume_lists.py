@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.data import Dataset
+from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, absolute, data_folders, merge_datalists, read_folder
@@ -57,29 +58,29 @@ def aggregate(
             label maps that are no integers; a task has two groups or fewer than two training subjects; splits share a
             subject; or volumes cannot be used.
     """
-    if not 0 <= validation_fraction < 1:
-        raise InputError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
     folders = data_folders(dataset_dirs)
-    datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
-    tasks, groups = _per_folder("task", task, folders), _per_folder("group", group, folders)
-    modalities = _per_folder("modality", modality, folders)
-    for datalist, folder, *domain in zip(datalists, folders, tasks, groups, modalities, strict=True):
-        _complete(datalist, folder, *domain)
+    given = [_per_folder(*each, folders) for each in (("task", task), ("group", group), ("modality", modality))]
+    datalists = [
+        _read(folder, own_modality, task=own_task, group=own_group)
+        for folder, own_task, own_group, own_modality in zip(folders, *given, strict=True)
+    ]
+    for folder, datalist in zip(folders, datalists, strict=True):
         _refuse_without_domain(datalist, folder)
         refuse_other_channels(datalist.items(), 1)
     datalists = hold_out(datalists, validation_fraction, seed)
     warn_of_shared_subjects(datalists)
-    images = [sorted({item["image"] for item in datalist.items()}) for datalist in datalists]
     merged = merge_datalists(datalists, folders)
     _warn_of_unknown(merged.items())
-    every_image = [{"image": image} for image in sorted(set().union(*images))]
+    every_image = [{"image": image} for image in sorted({item["image"] for item in merged.items()})]
     files = Dataset(every_image, lambda item: read_header(item["image"]))
-    found, items = read_all(files, on_corrupt, num_workers)  # headers, of which MONAI makes plain tuples
-    headers = {item["image"]: VolumeHeader(*header) for item, header in zip(items, found, strict=True)}
-    for folder, of_folder in zip(folders, images, strict=True):
-        _refuse_mixed_channels(folder, {image: headers[image] for image in of_folder if image in headers})
-    readable = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
-    return _with_ids(readable._replace(headers=headers))
+    found, readable = read_all(files, on_corrupt, num_workers)  # headers, of which MONAI makes plain tuples
+    headers = {item["image"]: VolumeHeader(*header) for item, header in zip(readable, found, strict=True)}
+    for folder, datalist in zip(folders, datalists, strict=True):
+        _refuse_mixed_channels(folder, datalist, headers)
+    merged = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
+    _refuse_odd_tasks(merged)
+    names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
+    return merged._replace(headers=headers, task_names=next(names), group_names=next(names))
 
 
 def read_segmentation(
@@ -119,28 +120,24 @@ def read_segmentation(
     """
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
-    if num_folds < 2 or not 0 <= validation_fraction < 1:
-        raise InputError(
-            "`num_folds` must be at least 2 and `validation_fraction` in [0, 1), "
-            f"got {num_folds} and {validation_fraction}."
-        )
     folders = data_folders(dataset_dir)
-    datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
+    datalists = [_read(folder, modality, default_modality) for folder in folders]
     for datalist, folder in zip(datalists, folders, strict=True):
-        _complete(datalist, folder, modality=modality, default_modality=default_modality)
         for item in datalist.items():
-            item.setdefault("task", (folder if folder.is_dir() else folder.parent).name)
-    class_names = _class_names(datalists, folders, structures)
-    datalist = _with_label_maps(merge_datalists(datalists, folders))
-    datalist = split_training(datalist, fold, num_folds, validation_fraction, split_seed)
+            item.setdefault("task", folder.name)
+    merged = _with_label_maps(merge_datalists(datalists, folders))
+    datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     trained_on = datalist.training or datalist.items()
-    common = trained_on[0]["modality"]
-    in_channels = 1 if isinstance(common, str) else len(common)
+    modality = trained_on[0]["modality"]
+    in_channels = len(ensure_tuple(modality))
     refuse_other_channels(trained_on, in_channels)
     _warn_of_unknown(datalist.training)
-    if any(item["modality"] != common for item in trained_on):
-        common = None
-    return datalist._replace(label_names=(), class_names=class_names, modality=common, in_channels=in_channels)
+    return datalist._replace(
+        label_names=(),
+        class_names=_class_names(datalists, folders, structures),
+        modality=modality if all(item["modality"] == modality for item in trained_on) else None,
+        in_channels=in_channels,
+    )
 
 
 def segmentation_of_weights(settings: Mapping[str, Any]) -> Datalist:
@@ -178,15 +175,34 @@ def read_volumes(
         ValueError: if a dataset.json is malformed, or a volume has other channels.
     """
     folders = data_folders(dataset_dir)
-    datalists = [read_folder(folder, spatial_dims=3, check=False) for folder in folders]
     given = _per_folder("modality", modality, folders) if in_channels == 1 else [modality] * len(folders)
-    for datalist, of_folder in zip(datalists, given, strict=True):
-        for item in datalist.items():
-            item["modality"] = _modality(of_folder, item.get("modality"), default_modality)
+    datalists = [_read(*each, default_modality, check=False) for each in zip(folders, given, strict=True)]
     items = merge_datalists(datalists, folders, check=False).items()
     refuse_other_channels(items, in_channels)
     _warn_of_unknown(items)
     return items
+
+
+def _read(
+    folder: Path, modality: Any, default_modality: Any = None, check: bool = True, **domain: str | None
+) -> Datalist:
+    """The data list of a folder of volumes; its items have a subject, a modality, and what else is given for them."""
+    datalist = read_folder(folder, spatial_dims=3, check=check)
+    for item in datalist.items():
+        item |= {key: value for key, value in domain.items() if value is not None}
+        item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
+        item["modality"] = _modality(modality, item.get("modality"), default_modality)
+        if isinstance(item.get("labels"), Mapping):
+            item["labels"] = _named_values(item["labels"], folder)
+    return datalist
+
+
+def _modality(*choices: Any) -> str | list[str]:
+    """The first that is given: a text, or a list with one for each channel; "unknown" where nothing says it."""
+    chosen = next((each for each in choices if each is not None), None)
+    values = chosen.values() if isinstance(chosen, Mapping) else ensure_tuple(chosen)
+    names = [str(value or "").strip() or "unknown" for value in values]
+    return names[0] if len(names) == 1 else names
 
 
 def _per_folder(key: str, value: PerFolder, folders: Sequence[Path]) -> list[str | None]:
@@ -205,33 +221,6 @@ def _per_folder(key: str, value: PerFolder, folders: Sequence[Path]) -> list[str
     if len(value) != len(folders):
         raise InputError(f"`{key}` must have one value for each of the {len(folders)} folders, got {len(value)}.")
     return list(value)
-
-
-def _complete(
-    datalist: Datalist,
-    folder: Path,
-    task: str | None = None,
-    group: str | None = None,
-    modality: str | Sequence[str] | None = None,
-    default_modality: str | Sequence[str] | None = None,
-) -> None:
-    """Give every item its subject and modality, and task, group and values of its structures if they are known."""
-    base = folder if folder.is_dir() else folder.parent
-    for item in datalist.items():
-        item.setdefault("subject", os.path.relpath(item["image"], base))
-        item.update({key: value for key, value in (("task", task), ("group", group)) if value is not None})
-        item["modality"] = _modality(modality, item.get("modality"), default_modality)
-        if isinstance(item.get("labels"), Mapping):
-            item["labels"] = _named_values(item["labels"], folder)
-
-
-def _modality(given: Any, own: Any, default: Any) -> str | list[str]:
-    """A text, or a list with one for each channel; "unknown" where nothing says it."""
-    chosen = next((each for each in (given, own, default) if each is not None), None)
-    values = list(chosen.values()) if isinstance(chosen, Mapping) else chosen
-    values = list(values) if isinstance(values, (list, tuple)) else [values]
-    names = ["unknown" if value is None else str(value).strip() or "unknown" for value in values]
-    return names[0] if len(names) == 1 else names
 
 
 def _warn_of_unknown(items: Sequence[Item]) -> None:
@@ -269,8 +258,9 @@ def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:
                 )
 
 
-def _refuse_mixed_channels(folder: Path, headers: Mapping[str, VolumeHeader]) -> None:
-    examples = {header.channels: image for image, header in headers.items()}
+def _refuse_mixed_channels(folder: Path, datalist: Datalist, headers: Mapping[str, VolumeHeader]) -> None:
+    images = [item["image"] for item in datalist.items() if item["image"] in headers]
+    examples = {headers[image].channels: image for image in images}
     if len(examples) > 1:
         raise InputError(
             f"{folder} must hold volumes of one number of channels, got "
@@ -279,43 +269,35 @@ def _refuse_mixed_channels(folder: Path, headers: Mapping[str, VolumeHeader]) ->
         )
 
 
-def _with_ids(datalist: Datalist) -> Datalist:
-    items = datalist.items()
-    groups: dict[str, Item] = {}
-    for item in items:
-        first = groups.setdefault(item["task"], item)
+def _refuse_odd_tasks(datalist: Datalist) -> None:
+    """Refuse tasks of two groups, or with a single training subject."""
+    firsts: dict[str, Item] = {}
+    for item in datalist.items():
+        first = firsts.setdefault(item["task"], item)
         if item["group"] != first["group"]:
             raise InputError(
                 f"task {item['task']!r} must have one group, got {first['group']!r} for {first['image']} and "
                 f"{item['group']!r} for {item['image']}: give them one group, or two tasks."
             )
-    task_names = sorted(groups)
-    group_names = sorted({item["group"] for item in items})
-    for item in items:
-        item["task_id"], item["group_id"] = task_names.index(item["task"]), group_names.index(item["group"])
-    for name in task_names:
-        subjects = {item["subject"]: item["image"] for item in datalist.training if item["task"] == name}
+    for name, first in firsts.items():
+        subjects = {item["subject"] for item in datalist.training if item["task"] == name}
         if len(subjects) < 2:
-            only = next(iter(subjects.values()), groups[name]["image"])
             raise InputError(
                 f"task {name!r} must have at least two training subjects, as the contrast needs, got {len(subjects)} "
-                f"(see {only}): add volumes, give it the task of another folder, or leave its folder out."
+                f"(see {first['image']}): add volumes, give it the task of another folder, or leave its folder out."
             )
-    return datalist._replace(task_names=task_names, group_names=group_names)
 
 
 def _class_names(datalists: Sequence[Datalist], folders: Sequence[Path], structures: Sequence[str] | None) -> list[str]:
     """The chosen structures, or all in the order of their values; all folders must name the same."""
-    found = [_structures(datalist, folder) for datalist, folder in zip(datalists, folders, strict=True)]
+    found = [_structures(*each) for each in zip(datalists, folders, strict=True)]
     for names, folder in zip(found, folders, strict=True):
         if {*names} != {*found[0]}:
             raise InputError(
                 f"all folders must name the same structures, got {shorten(found[0])} in {folders[0]} and "
                 f"{shorten(names)} in {folder}: what one set has not contoured would count as background."
             )
-    if structures is None:
-        return found[0]
-    chosen = [structures] if isinstance(structures, str) else list(structures)
+    chosen = found[0] if structures is None else [*ensure_tuple(structures)]
     if not chosen or not {*chosen} <= {*found[0]} or len({*chosen}) < len(chosen):
         raise InputError(
             f"`structures` must be different ones of {', '.join(found[0])}, got {', '.join(map(str, chosen))}."
@@ -343,8 +325,8 @@ def _with_label_maps(datalist: Datalist) -> Datalist:
             "dataset.json must list volumes with the path of a label map (`label`), got "
             f"{len(datalist.items())} without: write it there for each volume."
         )
-    for split in SPLITS:
-        without = len(getattr(datalist, split)) - len(getattr(kept, split))
-        if without:
-            logger.warning("%d of the volumes in `%s` have no label map and are left out.", without, split)
+    for split, given, with_map in zip(SPLITS, datalist, kept, strict=False):
+        if len(with_map) < len(given):
+            count = len(given) - len(with_map)
+            logger.warning("%d of the volumes in `%s` have no label map and are left out.", count, split)
     return kept

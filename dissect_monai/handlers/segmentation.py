@@ -181,7 +181,7 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
             "%s has the values %s, which `labels` does not name: they count as background.",
             item["label"], ", ".join(map(str, unknown)),
         )  # fmt: skip
-    pred_map = largest_components(pred_map, [each for name, each in classes.items() if name in largest_only])
+    pred_map = largest_components(pred_map, [value for name, (value,) in classes.items() if name in largest_only])
     return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
 
 

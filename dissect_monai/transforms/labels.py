@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,14 +132,14 @@ def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> 
     return x, y, z
 
 
-def largest_components(label_map: ArrayLike, structures: Sequence[Sequence[int]]) -> LabelMap:
+def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
     """Keep the largest connected part of each structure; the others become background. Faces connect, edges do not.
 
     It suits structures that are one piece. Of two kidneys under one value, it removes one.
 
     Args:
         label_map: shape (X, Y, Z), integers of any dtype.
-        structures: the values of each structure to clean; voxels of others stay.
+        values: of the structures to clean; voxels of others stay.
 
     Returns:
         A new label map of the same shape. Of parts of equal size, the first is kept.
@@ -148,14 +148,14 @@ def largest_components(label_map: ArrayLike, structures: Sequence[Sequence[int]]
         ValueError: if the label map is not 3-D or has fractions.
 
     Example:
-        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
+        >>> largest_components([[[3, 3, 0, 3, 2]]], [3])
         array([[[3, 3, 0, 0, 2]]])
     """
     cleaned = integer_map("label_map", label_map).copy()
     found = ndimage.find_objects(cleaned)
-    for values in structures:
-        part = cleaned[box_around([found], values)]
-        components, count = ndimage.label(np.isin(part, values))
+    for value in values:
+        part = cleaned[box_around([found], [value])]
+        components, count = ndimage.label(part == value)
         if count > 1:
             sizes = np.bincount(components.ravel())[1:]
             part[(components > 0) & (components != sizes.argmax() + 1)] = 0
@@ -173,7 +173,7 @@ class LargestComponentsd(MapTransform):
 
     def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: Sequence[str]) -> None:
         super().__init__(keys)
-        self.values = [[list(class_names).index(name) + 1] for name in structures]
+        self.values = [list(class_names).index(name) + 1 for name in structures]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the label maps of an item."""

@@ -42,7 +42,6 @@ def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -
     assert datalist.test == [{"image": str(folder / "3.png"), "task": "chest"}]
     assert datalist.label_names == ["x", "y"]
     assert images(datalist.items()) == ["0.png", "1.png", "2.png", "3.png"]
-    assert read_datalist(folder / "dataset.json").test == datalist.test
     assert images(read_datalist(folder / "1.png").training) == ["1.png"]
 
 
@@ -50,9 +49,7 @@ def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -
     ("given", "names", "expected"),
     [
         ([[0, 1], [None, 0]], ["finding_0", "finding_1"], [[0, 1], [NAN, 0]]),
-        ([1, 0.0], ["finding_0"], [[1], [0]]),
-        ([{"x": 1}, {"y": 0, "x": None}], ["x", "y"], [[1, NAN], [NAN, 0]]),
-        ([True, None], ["finding_0"], [[1], None]),
+        ([1, 0.0, None], ["finding_0"], [[1], [0], None]),
         ([None, None], [], [None, None]),
     ],
 )
@@ -96,7 +93,6 @@ def test_several_folders_unite_label_names_and_tell_subjects_apart(tmp_path: Pat
     assert datalist.label_names == ["x", "y", "z"]
     assert [item.get("subject") for item in datalist.items()] == ["a/1", None, "b/1"]
     np.testing.assert_equal(labels(datalist.items()), [[1, 0, NAN], None, [1, NAN, 0]])
-    assert read_datalist(str([*map(str, folders)])).label_names == ["x", "y", "z"]  # a list that arrives as one text
     same_name = [write_set(tmp_path / parent / "a", **one) for parent in "pq"]
     subjects = [item["subject"] for item in read_datalist(same_name).training]
     assert subjects == [f"{folder}/1" for folder in same_name]
@@ -161,13 +157,12 @@ def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -
         ({"training": [], "val": [{"image": "0.png"}]}, "lists of images must be called .*, got `val`. Rename it"),
         ({"training": [f"no{index}.png" for index in range(5)]}, r"got 5 missing: .*no0.png, .*no2.png, \.\.\."),
         ({"training": [{"image": "0.png", "label": "no.nii"}]}, r"got 1 missing: .*no\.nii"),
-        ({"training": [{"image": "0.png", "label": [1, 2]}]}, r"`training`\[0\] .*0\.png.* must be 1, 0 or null"),
-        ({"training": [{"image": "0.png", "label": [[1]]}]}, "must be 1, 0 or null"),
+        ({"training": [{"image": "0.png", "label": [1, 2]}]}, r"the label of .*0\.png must have values 1, 0 or null"),
+        ({"training": [{"image": "0.png", "label": [[1]]}]}, "must have values 1, 0 or null"),
         (
             {"training": [{"image": "0.png", "label": [1, 0]}, {"image": "1.png", "label": [1]}]},
-            r"`training`\[1\] .* must have 2 values \(finding_0, finding_1\), got 1",
+            r"the label of .*1\.png must have 2 values \(finding_0, finding_1\), got 1",
         ),
-        ({"label_names": ["x"], "training": [{"image": "0.png", "label": {"y": 1}}]}, r"use the names .*x.*, got .*y"),
         ({"label_names": ["x", "x"], "training": []}, "`label_names` must be a list of different names"),
         (
             {"training": [{"image": "0.png", "subject": 1}], "test": [{"image": "1.png", "subject": "1"}]},
@@ -200,5 +195,3 @@ def test_wrong_folders_are_explained(tmp_path: Path) -> None:
     for folders in ([], [tmp_path, tmp_path]):
         with pytest.raises(ValueError, match="one folder or several different ones"):
             read_datalist(folders)
-    with pytest.raises(ValueError, match="`spatial_dims` must be 2 or 3"):
-        read_datalist(tmp_path, spatial_dims=4)

@@ -188,5 +188,5 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_a_transform_that_leaves_out_the_label_map_is_refused(tmp_path: Path) -> None:
     transform = Compose([Lambdad("image", lambda path: torch.zeros(1, 4, 4, 4))])
-    with pytest.raises(ValueError, match='`transform` must load "label_map" as it loads "image", got str for'):
+    with pytest.raises(ValueError, match='`transform` must load "label_map" as it loads "image", got nothing for'):
         patch_dataset(write_volumes(tmp_path, 1), transform)

@@ -99,10 +99,6 @@ def test_a_seeded_index_is_an_integer_that_survives_pickling() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 1.1}, r"`temperature` must be in \[0, 1\], got 1.1"),
-        ({"items_per_draw": 0}, "`items_per_draw` must be at least 1, got 0"),
-        ({"seed": -1}, "`seed` must not be negative"),
-        ({"rank": 2, "num_replicas": 2}, r"`rank` in \[0, 2\), got 0 and 2"),
         ({"num_samples": 3, "num_replicas": 2}, r"must give 2 process\(es\) a draw of 2 items each, got 3"),
         ({"data": [{"image": "a"}]}, r"`data` must be items with a \"task\", got .*image"),
         ({"data": []}, "got None for 0 items"),
