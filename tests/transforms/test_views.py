@@ -103,15 +103,6 @@ def test_nothing_waits_for_the_gpu(shape: tuple[int, ...]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_rejects_no_views_and_negative_seeds() -> None:
-    with pytest.raises(ValueError, match=r"`num_views` must be at least 1, got 0"):
-        Views(BatchAugment(), num_views=0)
-    with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, -1, 0"):
-        Views(BatchAugment(), rank=-1)
-    with pytest.raises(ValueError, match=r"`seed`, `rank`, `epoch` must not be negative, got 0, 0, -1"):
-        Views(BatchAugment()).set_epoch(-1)
-
-
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.uint8, [0, 0.2, 1]), (torch.float32, [0, 51, 255])])
 def test_only_bytes_are_scaled(dtype: torch.dtype, expected: list[float]) -> None:
     image, label = prepare_images({"image": torch.tensor([0, 51, 255], dtype=dtype), "label": torch.ones(2)}, "cpu")
@@ -162,23 +153,6 @@ def test_masks_repeat_with_their_epoch() -> None:
     again = views(make_batch(), "cpu")
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.target.masked, again.target.masked)
-
-
-@pytest.mark.parametrize("names", [[], ["heart", "heart"], "heart"])
-def test_rejects_names_that_cannot_be_numbered(names: Any) -> None:
-    with pytest.raises(ValueError, match="`tasks` must be different names, at least one, got"):
-        HierarchyViews(BatchAugment(), names, GROUPS)
-    with pytest.raises(ValueError, match="`groups` must be different names, at least one, got"):
-        HierarchyViews(BatchAugment(), TASKS, names)
-
-
-def test_rejects_an_image_of_an_unknown_task_or_without_group() -> None:
-    batch = make_batch()
-    with pytest.raises(ValueError, match="`task` of an image must be one of spleen, pancreas, heart, got 'liver'"):
-        make_views()({**batch, "task": ["liver"] * 4}, "cpu")
-    del batch["group"]
-    with pytest.raises(ValueError, match=r"every image must have a `group`, got \['image', 'task'\]: name it in"):
-        make_views()(batch, "cpu")
 
 
 # ---- masked images -----------------------------------------------------------------------------------------------
