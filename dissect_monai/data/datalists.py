@@ -94,15 +94,10 @@ def read_datalist(
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     """Absolute paths of the folder or folders; a `ValueError` if there is none, or one twice."""
-    folders = [absolute(folder) for folder in ensure_tuple(dataset_dir)]
+    folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in ensure_tuple(dataset_dir)]
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
-
-
-def absolute(path: str | Path) -> Path:
-    """The absolute path, without resolving links."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def labelled(items: Sequence[Item]) -> list[Item]:
@@ -122,12 +117,8 @@ def label_matrix(
     every label is 0, 0 where one is 1, and else NaN. Findings without labels are refused, or unknown with
     `allow_missing` if there are others; "No finding" is unknown too then, as they may be there.
     """
-    labels = np.full((len(items), len(label_names)), np.nan)
-    for row, item in zip(labels, items, strict=True):
-        values = _values(item)
-        if values and len(values) != len(label_names):
-            raise InputError(f"The label of {item['image']} must have {len(label_names)} values, got {len(values)}.")
-        row[: len(values)] = values
+    rows = [_values(item) or [np.nan] * len(label_names) for item in items]
+    labels = np.array(rows, dtype=float).reshape(len(items), len(label_names))
     if findings is None:
         return labels
     columns = dict(zip(label_names, labels.T, strict=True))
@@ -156,7 +147,7 @@ def with_findings(
     Raises:
         ValueError: if the data list lacks a finding, or all of them.
     """
-    names = [*datalist.label_names] if findings is None else [findings] if isinstance(findings, str) else [*findings]
+    names = [*ensure_tuple(datalist.label_names if findings is None else findings)]
     if not datalist.label_names:
         raise InputError("`dataset_dir` must have labels, got none: write a `label` for each image into dataset.json.")
     if len(set(names)) < len(names):
@@ -300,17 +291,25 @@ def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], chec
 
 def _refuse_leaks(datalist: Datalist) -> None:
     for key in ("subject", "image"):
-        where = {
-            split: {item[key]: item["image"] for item in getattr(datalist, split) if key in item} for split in SPLITS
-        }
-        for first, second in itertools.combinations(SPLITS, 2):
-            shared = sorted(where[first].keys() & where[second].keys())
-            if shared:
-                example = " and ".join(sorted({where[split][shared[0]] for split in (first, second)}))
-                raise InputError(
-                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {shorten(shared, 5)} "
-                    f"(see {example}). Move each to one split of dataset.json, else the evaluation is on training data."
-                )
+        shared = in_several_splits([datalist], lambda item, key=key: item.get(key))
+        if shared:
+            names = sorted(shared)
+            example = shared[names[0]]
+            raise InputError(
+                f"{' and '.join(f'`{split}`' for split in example)} must share no {key}, got {len(names)} in both: "
+                f"{shorten(names, 5)} (see {' and '.join(dict.fromkeys(example.values()))}). Move each to one split of "
+                "dataset.json, else the evaluation is on training data."
+            )
+
+
+def in_several_splits(datalists: Sequence[Datalist], name: Callable[[Item], Any]) -> dict[Any, dict[str, str]]:
+    """The names that items of several splits have, each with an image of every such split; None is no name."""
+    places: dict[Any, dict[str, str]] = {}
+    for datalist in datalists:
+        for split in SPLITS:
+            for item in getattr(datalist, split):
+                places.setdefault(name(item), {})[split] = item["image"]
+    return {each: found for each, found in places.items() if each is not None and len(found) > 1}
 
 
 def _values(item: Item) -> list[float]:

@@ -13,7 +13,7 @@ import numpy as np
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import SPLITS, Datalist, labelled
+from dissect_monai.data.datalists import Datalist, in_several_splits, labelled
 
 BTCV_VALIDATION = range(35, 41)  # of the literature; the other 24 of the 30 are 1 to 10 and 21 to 34
 Subject = TypeVar("Subject", bound=Hashable)
@@ -97,12 +97,7 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
 
 def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
     """Warn where folders of one task have a subject of one name in different splits: it may be the same person."""
-    places: dict[tuple[str, str], dict[str, str]] = {}
-    for datalist in datalists:
-        for split in SPLITS:
-            for item in getattr(datalist, split):
-                places.setdefault((item["task"], item["subject"]), {})[split] = item["image"]
-    shared = {name: found for name, found in places.items() if len(found) > 1}
+    shared = in_several_splits(datalists, lambda item: (item["task"], item["subject"]))
     if shared:
         (task, subject), found = next(iter(shared.items()))
         logger.warning(

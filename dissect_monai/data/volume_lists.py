@@ -12,13 +12,13 @@ from monai.data import Dataset
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import SPLITS, Datalist, absolute, data_folders, merge_datalists, read_folder
+from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, merge_datalists, read_folder
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, warn_of_shared_subjects
 
 logger = logging.getLogger(__name__)
-# A value for all folders, one for each folder, or one by the name or path of a folder.
+# A value for all folders, one for each folder, or one by the name of a folder.
 PerFolder = str | Sequence[str | None] | Mapping[str, str] | None
 
 
@@ -42,26 +42,25 @@ def aggregate(
     Args:
         dataset_dirs: the folder or folders.
         task: one for all folders, a list with one for each (null leaves that of dataset.json), or a mapping from names
-            or paths of folders.
+            of folders.
         group: the same of the group, such as the region.
         modality: the same of the modality.
         validation_fraction: share in [0, 1) of the subjects of a task, at least one, that becomes its validation split
-            if its folders have none; none where fewer than two would be left to train on. Subjects of one name in
-            folders of one task count as the same, and an item without subject is one of its own.
+            if its folders have none, see `hold_out`. An item without subject is one of its own.
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
         num_workers: threads that read headers.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
-        ValueError: if an argument is out of range; a folder has no task or group, mixes channels, or names values of
-            label maps that are no integers; a task has two groups or fewer than two training subjects; splits share a
-            subject; or volumes cannot be used.
+        ValueError: if a folder has no task or group, mixes channels, or names values of label maps that are no
+            integers; a task has two groups or fewer than two training subjects; splits share a subject; or volumes
+            cannot be used.
     """
     folders = data_folders(dataset_dirs)
     given = [_per_folder(*each, folders) for each in (("task", task), ("group", group), ("modality", modality))]
     datalists = [
-        _read(folder, own_modality, task=own_task, group=own_group)
+        _read(folder, own_modality, {"task": own_task, "group": own_group})
         for folder, own_task, own_group, own_modality in zip(folders, *given, strict=True)
     ]
     for folder, datalist in zip(folders, datalists, strict=True):
@@ -99,14 +98,14 @@ def read_segmentation(
     must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
 
     A set without validation split gets one by whole subject: 0035 to 0040 where the subjects are those of BTCV
-    (img0001, ...), as in the literature, or else a part of the training subjects. `fold` puts training and validation
-    subjects together and splits them anew. A volume without subject is one of its own.
+    (img0001, ...), as in the literature, or else a part of the training subjects. A volume without subject is one of
+    its own.
 
     Args:
         dataset_dir: the folder or folders.
         structures: names of those to learn, in the order of the classes; None takes all.
         modality: of the volumes ("CT" scales by a window), or one for each channel; None takes that of dataset.json.
-        fold: fold for validation, from 0; None takes no folds.
+        fold: puts training and validation subjects together and takes this of their folds, from 0, for validation.
         num_folds: number of folds, at least 2.
         validation_fraction: share of the training subjects, in [0, 1), at least one; 0 takes none, and so does a single
             subject.
@@ -115,13 +114,13 @@ def read_segmentation(
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
-        ValueError: if an argument is out of range; dataset.json is malformed, or names no structures, or others than
-            another folder; splits share a subject; or no volume has a label map.
+        ValueError: if `fold` is out of range; dataset.json is malformed, or names no structures, or others than another
+            folder; splits share a subject; or no volume has a label map.
     """
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
     folders = data_folders(dataset_dir)
-    datalists = [_read(folder, modality, default_modality) for folder in folders]
+    datalists = [_read(folder, modality, {}, default_modality) for folder in folders]
     for datalist, folder in zip(datalists, folders, strict=True):
         for item in datalist.items():
             item.setdefault("task", folder.name)
@@ -176,7 +175,7 @@ def read_volumes(
     """
     folders = data_folders(dataset_dir)
     given = _per_folder("modality", modality, folders) if in_channels == 1 else [modality] * len(folders)
-    datalists = [_read(*each, default_modality, check=False) for each in zip(folders, given, strict=True)]
+    datalists = [_read(*each, {}, default_modality, check=False) for each in zip(folders, given, strict=True)]
     items = merge_datalists(datalists, folders, check=False).items()
     refuse_other_channels(items, in_channels)
     _warn_of_unknown(items)
@@ -184,12 +183,12 @@ def read_volumes(
 
 
 def _read(
-    folder: Path, modality: Any, default_modality: Any = None, check: bool = True, **domain: str | None
+    folder: Path, modality: Any, given: Mapping[str, str | None], default_modality: Any = None, check: bool = True
 ) -> Datalist:
     """The data list of a folder of volumes; its items have a subject, a modality, and what else is given for them."""
     datalist = read_folder(folder, spatial_dims=3, check=check)
     for item in datalist.items():
-        item |= {key: value for key, value in domain.items() if value is not None}
+        item |= {key: value for key, value in given.items() if value is not None}
         item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
         item["modality"] = _modality(modality, item.get("modality"), default_modality)
         if isinstance(item.get("labels"), Mapping):
@@ -210,14 +209,11 @@ def _per_folder(key: str, value: PerFolder, folders: Sequence[Path]) -> list[str
     if value is None or isinstance(value, str):
         return [value] * len(folders)
     if isinstance(value, Mapping):
-        places = {name: [each for each in folders if name == each.name or absolute(name) == each] for name in value}
-        unknown = [str(name) for name, found in places.items() if not found]
+        names = [folder.name for folder in folders]
+        unknown = [str(name) for name in value if name not in names]
         if unknown:
-            raise InputError(
-                f"`{key}` must name folders among {', '.join(folder.name for folder in folders)}, "
-                f"got {', '.join(unknown)}."
-            )
-        return [next((value[name] for name in places if folder in places[name]), None) for folder in folders]
+            raise InputError(f"`{key}` must name folders among {', '.join(names)}, got {', '.join(unknown)}.")
+        return [value.get(name) for name in names]
     if len(value) != len(folders):
         raise InputError(f"`{key}` must have one value for each of the {len(folders)} folders, got {len(value)}.")
     return list(value)

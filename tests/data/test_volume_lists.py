@@ -83,7 +83,7 @@ def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Pa
 
 def test_what_is_given_goes_before_what_the_folder_says(tmp_path: Path) -> None:
     folders = two_sets(tmp_path)
-    datalist = aggregate(folders, task=[None, "skull"], group={str(folders[0]): "trunk"}, modality={"b": "PET"})
+    datalist = aggregate(folders, task=[None, "skull"], group={"a": "trunk"}, modality={"b": "PET"})
     assert datalist.task_names == ["liver", "skull"]
     assert datalist.group_names == ["head", "trunk"]
     assert {item["task"]: item["modality"] for item in datalist.training} == {"liver": "CT", "skull": "PET"}
