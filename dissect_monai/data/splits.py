@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -143,8 +142,7 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
         if len(subjects) < num_folds:
             raise InputError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
         chosen = {*shuffled(subjects, seed)[fold::num_folds]}
-    elif numbers := _btcv_numbers(items):
-        chosen = {subject for subject, number in numbers.items() if number in BTCV_VALIDATION}
+    elif chosen := _btcv_validation(items):
         logger.info("The subjects are those of BTCV: 0035 to 0040 are for validation, as in the literature.")
     else:
         chosen = draw_subjects(subjects, min(fraction, 1 - 1 / len(subjects)), seed)  # one is left to train on
@@ -153,12 +151,12 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
     return datalist._replace(training=training, validation=validation)
 
 
-def _btcv_numbers(items: Sequence[Item]) -> dict[str, int]:
-    """Number of each subject, if the files have the names of BTCV's 30 training cases."""
-    matches = {item["subject"]: re.match(r"img(\d{4})\.", Path(item["image"]).name) for item in items}
-    numbers = {subject: int(match[1]) for subject, match in matches.items() if match is not None}
-    standard = {*range(1, 11), *range(21, 41)}
-    return numbers if len(numbers) == len(matches) and {*numbers.values()} == standard else {}
+def _btcv_validation(items: Sequence[Item]) -> set[str]:
+    """The subjects of img0035 to img0040, if the files have the names of BTCV's 30 training cases."""
+    subjects = {Path(item["image"]).name.split(".")[0]: item["subject"] for item in items}
+    if subjects.keys() != {f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))}:
+        return set()
+    return {subjects[f"img{number:04d}"] for number in BTCV_VALIDATION}
 
 
 def datalist_digest(items: Sequence[Item]) -> str:

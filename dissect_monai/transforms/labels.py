@@ -83,13 +83,14 @@ def values_to_classes(
     """
     class_of = {0: 0}
     for name, values in labels.items():
-        index = list(class_names).index(name) + 1 if name in class_names else 0
-        for value in values:
-            if value < 1:
-                raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
-            if index and class_of.get(value, 0) not in (0, index):
+        if min(values) < 1:
+            raise InputError(f"{where} must have structures with values over 0, got {min(values)} for {name}.")
+        class_of |= dict.fromkeys(values, 0)
+    for index, name in enumerate(class_names, start=1):
+        for value in labels.get(name, ()):
+            if class_of[value] not in (0, index):
                 raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
-            class_of[value] = index or class_of.get(value, 0)
+            class_of[value] = index
     unknown = sorted({*np.unique(label_map).tolist()} - class_of.keys())
     if unknown:
         label_map = np.where(np.isin(label_map, unknown), 0, label_map)

@@ -44,29 +44,6 @@ def pixels(dataset: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_image_and_label_map_are_of_the_same_place(tmp_path: Path, spatial_dims: int) -> None:
-    transform, shown = patch_transform(spatial_dims, num_samples=16).set_random_state(0), 0
-    for item in write_volumes(tmp_path):
-        item[LABEL_MAP] = item.pop("label")
-        for patch in transform(item):
-            assert patch["image"].shape == patch[LABEL_MAP].shape == (1, *[8] * spatial_dims)
-            np.testing.assert_array_equal(patch["image"] > 150, patch[LABEL_MAP] == 1)
-            shown += int(patch[LABEL_MAP].sum() > 0)
-    assert shown > 3
-
-
-def test_a_resampled_label_map_still_lies_on_its_image(tmp_path: Path) -> None:
-    item = write_volume(tmp_path, 0)
-    item[LABEL_MAP] = item.pop("label")
-    patches = patch_transform(pixdim=0.5, size=24).set_random_state(0)(item)
-    bright, lump = (
-        torch.stack([patch[key] for patch in patches]) > low for key, low in (("image", 150), (LABEL_MAP, 0))
-    )
-    assert bright.sum() > 100
-    assert (bright & lump).sum() > 0.9 * bright.sum()
-
-
-@pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_patches_know_the_structures_that_they_show(tmp_path: Path, spatial_dims: int) -> None:
     data = write_volumes(tmp_path)
     dataset = patch_dataset(data, patch_transform(spatial_dims, num_samples=10), num_workers=2)

@@ -16,7 +16,6 @@ from monai.transforms import (
     Invertd,
     LoadImaged,
     Orientationd,
-    SaveImaged,
     Spacingd,
     SpatialPadd,
 )
@@ -142,19 +141,6 @@ def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
     assert dice(restored, label_map()[None], 1) >= dice(inverted, label_map()[None], 1) - 0.01
 
 
-def test_a_saved_prediction_lies_on_the_grid_of_its_file(tmp_path: Path) -> None:
-    affine = affine_of((1, 0, 2), (1, -1, -1))
-    nib.save(nib.Nifti1Image(label_map(), affine), tmp_path / "a.nii.gz")
-    item = LoadImaged("image", reader=ImageFileReader(), ensure_channel_first=True)({"image": tmp_path / "a.nii.gz"})
-    item = Orientationd("image", axcodes="RAS", labels=None)(item)
-    saver = SaveImaged("image", output_dir=tmp_path / "out", separate_folder=False, print_log=False)
-    saver(OriginalGridd("image")(item))
-    (path,) = (tmp_path / "out").iterdir()
-    saved = nib.load(path)
-    np.testing.assert_allclose(saved.affine, affine)
-    np.testing.assert_array_equal(np.asarray(saved.dataobj), label_map())
-
-
 # --- values
 
 
@@ -247,26 +233,20 @@ def test_volumes_larger_than_a_patch_get_the_common_spacing() -> None:
     torch.testing.assert_close(resampled.as_tensor(), expected.as_tensor(), rtol=0, atol=1e-4)
 
 
-def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides() -> None:
-    image = spaced(volume((9, 16, 8), (1, 1, 1)), [2, 2, 2], [16, 16, 16])
-    assert image.shape == (1, 9, 16, 8)  # as it was, for 16 voxels of 1 mm fill the side
-    np.testing.assert_allclose(image.pixdim, [1, 1, 1], rtol=1e-5)
-    image = spaced(volume((9, 16, 8), (1, 1, 1)), [2, 2, 4], [31, 31, 15])
-    assert image.shape == (1, 17, 31, 8)
-    np.testing.assert_allclose(image.pixdim, [0.5, 0.5, 1], rtol=1e-5)
-
-
-def test_one_side_as_long_as_the_patch_is_enough() -> None:
-    assert spaced(volume((41, 11, 5), (1, 1, 1)), [2, 2, 2], [16, 16, 16]).shape == (1, 21, 6, 3)
-
-
-def test_slices_stay_where_the_spacing_is_left_or_the_patch_is_one() -> None:
-    image = volume((10, 10, 5), (1, 1, 8))
-    kept = spaced(image, [2, 2, -1], [19, 19, 1])
-    assert kept.shape == (1, 19, 19, 5)
-    np.testing.assert_allclose(kept.pixdim, [0.5, 0.5, 8], rtol=1e-5)
-    np.testing.assert_allclose(spaced(image, [2, 2, 4], [19, 19, 1]).pixdim, [0.5, 0.5, 4], rtol=1e-5)
-
-
-def test_a_volume_without_extent_is_left_as_it_is() -> None:
-    assert spaced(volume((1, 1, 5), (1, 1, 8)), [2, 2, -1], [19, 19, 1]).shape == (1, 1, 1, 5)
+@pytest.mark.parametrize(
+    ("shape", "spacing", "pixdim", "patch", "expected", "found"),
+    [
+        ((9, 16, 8), (1, 1, 1), [2, 2, 2], [16, 16, 16], (9, 16, 8), [1, 1, 1]),  # as it was: 16 voxels fill the side
+        ((9, 16, 8), (1, 1, 1), [2, 2, 4], [31, 31, 15], (17, 31, 8), [0.5, 0.5, 1]),
+        ((41, 11, 5), (1, 1, 1), [2, 2, 2], [16, 16, 16], (21, 6, 3), [2, 2, 2]),  # one side as long is enough
+        ((10, 10, 5), (1, 1, 8), [2, 2, -1], [19, 19, 1], (19, 19, 5), [0.5, 0.5, 8]),  # slices stay
+        ((10, 10, 5), (1, 1, 8), [2, 2, 4], [19, 19, 1], (19, 19, 9), [0.5, 0.5, 4]),
+        ((1, 1, 5), (1, 1, 8), [2, 2, -1], [19, 19, 1], (1, 1, 5), [2, 2, 8]),  # without extent
+    ],
+)
+def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides(
+    shape: Any, spacing: Any, pixdim: Any, patch: Any, expected: Any, found: Any
+) -> None:
+    image = spaced(volume(shape, spacing), pixdim, patch)
+    assert image.shape == (1, *expected)
+    np.testing.assert_allclose(image.pixdim, found, rtol=1e-5)
