@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -291,7 +292,7 @@ def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], chec
 
 def _refuse_leaks(datalist: Datalist) -> None:
     for key in ("subject", "image"):
-        shared = in_several_splits([datalist], lambda item, key=key: item.get(key))
+        shared = in_several_splits([datalist], methodcaller("get", key))
         if shared:
             names = sorted(shared)
             example = shared[names[0]]

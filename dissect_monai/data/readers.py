@@ -232,7 +232,7 @@ class Grid(NamedTuple):
 
 
 def read_header(path: str | PathLike[str]) -> VolumeHeader:
-    """Read the header of a NIfTI, MHA, NRRD or DICOM volume; arguments and errors are those of `read_grid`."""
+    """Read the header of a volume, see `read_grid`."""
     shape, affine, channels = read_grid(path)
     order, spacing = np.argsort(nibabel.io_orientation(affine)[:, 0]), voxel_sizes(affine)
     x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
@@ -240,13 +240,9 @@ def read_header(path: str | PathLike[str]) -> VolumeHeader:
 
 
 def read_grid(path: str | PathLike[str]) -> Grid:
-    """Read the grid of a NIfTI, MHA, NRRD or DICOM volume from its header.
+    """Read the grid of a NIfTI, MHA or NRRD volume, or of a DICOM series in a folder, from its header.
 
-    Args:
-        path: file, or folder of one DICOM series.
-
-    Raises:
-        ValueError: if the header cannot be read, or is not that of one volume with a spacing; names the file.
+    A header that cannot be read, or is not that of one volume with a spacing, is a `ValueError` that names the file.
     """
     path = Path(path)
     kind = "series" if path.is_dir() else image_format(path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -67,9 +68,10 @@ def _positives(items: Sequence[Item]) -> set[int]:
     return {index for item in labelled(items) for index, value in enumerate(item["label"]) if value == 1}
 
 
-def _parted(items: Sequence[Item], moves: Callable[[Item], bool]) -> tuple[list[Item], list[Item]]:
-    """The items that stay, and those that move."""
-    return [item for item in items if not moves(item)], [item for item in items if moves(item)]
+def _parted(items: Sequence[Item], chosen: Collection[Any], *keys: str) -> tuple[list[Item], list[Item]]:
+    """The other items, and those whose value of a key, or values of several, is chosen."""
+    of = itemgetter(*keys)
+    return [item for item in items if of(item) not in chosen], [item for item in items if of(item) in chosen]
 
 
 def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[Datalist]:
@@ -88,7 +90,7 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
             drawn |= {(task, subject) for subject in chosen}
 
     def split(datalist: Datalist) -> Datalist:
-        training, validation = _parted(datalist.training, lambda item: (item["task"], item["subject"]) in drawn)
+        training, validation = _parted(datalist.training, drawn, "task", "subject")
         return datalist._replace(training=training, validation=validation)
 
     return [datalist if datalist.validation else split(datalist) for datalist in datalists]
@@ -96,7 +98,7 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
 
 def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
     """Warn where folders of one task have a subject of one name in different splits: it may be the same person."""
-    shared = in_several_splits(datalists, lambda item: (item["task"], item["subject"]))
+    shared = in_several_splits(datalists, itemgetter("task", "subject"))
     if shared:
         (task, subject), found = next(iter(shared.items()))
         logger.warning(
@@ -116,7 +118,7 @@ def with_test_split(datalist: Datalist, seed: int = 0) -> Datalist:
         seed: draws other subjects.
     """
     for task in datalist.task_names:
-        parts = [_parted(split, lambda item, task=task: item["task"] == task) for split in datalist[:3]]
+        parts = [_parted(split, [task], "task") for split in datalist[:3]]
         (others, training), (other_validation, validation), (other_test, test) = parts
         if test or not validation:
             continue
@@ -125,7 +127,7 @@ def with_test_split(datalist: Datalist, seed: int = 0) -> Datalist:
             "training subjects.", task,
         )  # fmt: skip
         drawn = draw_subjects((item["subject"] for item in training), 0.2, seed)
-        kept, moved = _parted(training, lambda item, drawn=drawn: item["subject"] in drawn)
+        kept, moved = _parted(training, drawn, "subject")
         datalist = datalist._replace(
             training=others + kept, validation=other_validation + moved, test=other_test + validation
         )
@@ -147,7 +149,7 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
     else:
         chosen = draw_subjects(subjects, min(fraction, 1 - 1 / len(subjects)), seed)  # one is left to train on
         logger.info("%d of %d training subjects are held out for validation.", len(chosen), len(subjects))
-    training, validation = _parted(items, lambda item: item["subject"] in chosen)
+    training, validation = _parted(items, chosen, "subject")
     return datalist._replace(training=training, validation=validation)
 
 

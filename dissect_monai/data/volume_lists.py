@@ -127,14 +127,14 @@ def read_segmentation(
     merged = _with_label_maps(merge_datalists(datalists, folders))
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     trained_on = datalist.training or datalist.items()
-    modality = trained_on[0]["modality"]
-    in_channels = len(ensure_tuple(modality))
+    common = trained_on[0]["modality"]
+    in_channels = len(ensure_tuple(common))
     refuse_other_channels(trained_on, in_channels)
     _warn_of_unknown(datalist.training)
     return datalist._replace(
         label_names=(),
         class_names=_class_names(datalists, folders, structures),
-        modality=modality if all(item["modality"] == modality for item in trained_on) else None,
+        modality=common if all(item["modality"] == common for item in trained_on) else None,
         in_channels=in_channels,
     )
 
@@ -321,7 +321,7 @@ def _with_label_maps(datalist: Datalist) -> Datalist:
             "dataset.json must list volumes with the path of a label map (`label`), got "
             f"{len(datalist.items())} without: write it there for each volume."
         )
-    for split, given, with_map in zip(SPLITS, datalist, kept, strict=False):
+    for split, given, with_map in zip(SPLITS, datalist[:3], kept[:3], strict=True):
         if len(with_map) < len(given):
             count = len(given) - len(with_map)
             logger.warning("%d of the volumes in `%s` have no label map and are left out.", count, split)

@@ -67,19 +67,10 @@ class ValuesToClassesd(MapTransform):
 def values_to_classes(
     label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
 ) -> tuple[NDArray[np.uint8], list[int]]:
-    """Classes 1, 2, ... of the named structures in place of a file's values, 0 for everything else.
+    """Classes 1, 2, ... of the named structures in place of a file's values, and the values that have no name.
 
-    Args:
-        label_map: integers of any shape and dtype.
-        labels: values of each structure; one that is no class may share values with one that is.
-        class_names: structures of the classes, at most 255.
-        where: what a message calls the label map.
-
-    Returns:
-        The classes, and the values that `labels` does not name, which become background.
-
-    Raises:
-        ValueError: if a value is under 1, or in two classes.
+    `labels` has the values of each structure; those that are no class may share them. All but the classes becomes
+    background, 0. A value under 1, or in two classes, is refused; the message calls the label map `where`.
     """
     class_of = {0: 0}
     for name, values in labels.items():
@@ -100,11 +91,7 @@ def values_to_classes(
 
 
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
-    """A label map as an array of integers, which files often hold as floats.
-
-    Raises:
-        ValueError: if it is not 3-D or has fractions; `name` is what the message calls it.
-    """
+    """A 3-D label map, called `name` in messages, as an array of integers, which files often hold as floats."""
     array = np.asarray(label_map)
     if array.ndim != 3:
         raise InputError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
@@ -123,9 +110,7 @@ def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
 def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> Box:
     """The smallest box around all voxels that have one of some values; an empty one if there are none.
 
-    Args:
-        found: of each label map, what `scipy.ndimage.find_objects` gives.
-        values: the values, of which 0 has no box.
+    `found` is what `scipy.ndimage.find_objects` gives of each label map; the value 0 has no box.
     """
     boxes = [each[value - 1] for each in found for value in values if 0 < value <= len(each)]
     axes = list(zip(*(box for box in boxes if box is not None), strict=True)) or [(slice(0, 0),)] * 3
@@ -134,19 +119,9 @@ def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> 
 
 
 def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
-    """Keep the largest connected part of each structure; the others become background. Faces connect, edges do not.
+    """A label map (X, Y, Z) with only the largest connected part of the structures with some values.
 
-    It suits structures that are one piece. Of two kidneys under one value, it removes one.
-
-    Args:
-        label_map: shape (X, Y, Z), integers of any dtype.
-        values: of the structures to clean; voxels of others stay.
-
-    Returns:
-        A new label map of the same shape. Of parts of equal size, the first is kept.
-
-    Raises:
-        ValueError: if the label map is not 3-D or has fractions.
+    The other parts become background. Faces connect, edges do not. Of parts of equal size, the first is kept.
 
     Example:
         >>> largest_components([[[3, 3, 0, 3, 2]]], [3])
@@ -164,7 +139,9 @@ def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
 
 
 class LargestComponentsd(MapTransform):
-    """Keeps the largest connected part of some structures of a label map, see `largest_components`.
+    """Keeps the largest connected part of some structures of a label map.
+
+    It suits structures that are one piece. Of two kidneys under one value, it removes one.
 
     Args:
         keys: keys of the label maps, of shape (1, X, Y, Z), integers.

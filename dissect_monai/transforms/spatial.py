@@ -63,9 +63,6 @@ def to_original_grid(pred: MetaTensor, shape: Sequence[int], affine: Tensor | Ar
     Returns:
         Label map of shape (1, *shape) with that affine, on the device of `pred`: uint8 of indices of classes, or the
         dtype of the label map. Its other metadata are those of `pred`.
-
-    Raises:
-        ValueError: if `pred` is not 4-D, `shape` has not three positive sizes, or an affine cannot be inverted.
     """
     if pred.ndim != 4 or pred.numel() == 0 or len(shape) != 3 or min(shape) < 1:
         raise InputError(
@@ -86,17 +83,9 @@ def to_original_grid(pred: MetaTensor, shape: Sequence[int], affine: Tensor | Ar
 
 
 def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
-    """Refuse a label map whose grid lies wholly beside that of its image: all of the image would be background.
+    """Refuse a label map (C, X, Y, Z) whose grid lies wholly beside that of its image: all would be background.
 
     Grids of other shape, orientation or spacing are fine, and so is one that covers a part of the other.
-
-    Args:
-        label: shape (C, X, Y, Z).
-        image: the same; or a prediction for it.
-        where: what the message calls the label map.
-
-    Raises:
-        ValueError: naming the boxes in mm around both.
     """
     boxes = [_box(each) for each in (image, label)]
     low, high = np.max([box[0] for box in boxes], 0), np.min([box[1] for box in boxes], 0)
