@@ -13,7 +13,7 @@ from monai.data import Dataset
 from monai.transforms import Compose
 from torch import Tensor
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import Item
 from dissect_monai.data.datasets import flattened, read_all
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,17 @@ def patch_dataset(
         each patch, with `structures` if there is a label map.
 
     Raises:
-        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named; or if
-            `transform` does not load the label maps.
+        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
     """
     volumes = _Volumes(data, transform, seed)
     contents, items = read_all(volumes, on_corrupt, num_workers) if data else ([], [])
-    _warn_of_unnamed(items)
+    maps = [item for item in items if isinstance(item.get("label"), str)]
+    unnamed = [item["label"] for item in maps if not isinstance(item.get("labels"), Mapping)]
+    if unnamed:
+        logger.warning(
+            "%d label maps have structures without names (%s): write `labels`, such as {\"1\": \"spleen\"}, into "
+            "dataset.json.", len(unnamed), unnamed[0],
+        )  # fmt: skip
     patches = [(item, patch) for item, of_volume in zip(items, contents, strict=True) for patch in of_volume]
     data = [{**item, **{key: patch[key] for key in patch if key != "image"}} for item, patch in patches]
     return _PatchDataset(data, [patch["image"] for _, patch in patches])
@@ -88,11 +93,6 @@ class _Volumes(Dataset):
         drawn = self._seeded(index)(volume, start=self.num_deterministic)
         drawn = drawn if isinstance(drawn, list) else [drawn]
         patches: list[dict[str, Any]] = [{"image": _plain(patch["image"])} for patch in drawn]
-        if LABEL_MAP in item and not isinstance(volume.get(LABEL_MAP), Tensor):
-            raise InputError(
-                f'`transform` must load "{LABEL_MAP}" as it loads "image", got nothing for {item["image"]}: add it to '
-                "its keys, with `allow_missing_keys`."
-            )
         if LABEL_MAP in item and isinstance(item.get("labels"), Mapping):
             sizes = _voxels(volume[LABEL_MAP], item["labels"])
             for patch, source in zip(patches, drawn, strict=True):
@@ -123,16 +123,3 @@ def _voxels(label_map: Tensor, labels: Mapping[str, list[int]]) -> dict[str, int
     """Voxels of each named structure."""
     counts = torch.bincount(label_map.as_subclass(Tensor).flatten().clamp_min(0).long()).tolist()
     return {name: sum(counts[value] for value in values if value < len(counts)) for name, values in labels.items()}
-
-
-def _warn_of_unnamed(items: list[Item]) -> None:
-    unnamed = {
-        item.get("task"): item["image"]
-        for item in items
-        if isinstance(item.get("label"), str) and not isinstance(item.get("labels"), Mapping)
-    }
-    for task, image in unnamed.items():
-        logger.warning(
-            "Task %s has label maps whose structures have no names (see %s): write `labels`, such as "
-            '{"1": "spleen"}, into its dataset.json.', task, image,
-        )  # fmt: skip

@@ -47,7 +47,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         num_replicas: number of processes.
 
     Raises:
-        ValueError: if an item has no task, or there is no draw for each process.
+        ValueError: if there is no draw for each process.
 
     Example:
         >>> data = [{"task": "large"}] * 100 + [{"task": "small"}] * 4
@@ -66,9 +66,6 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         rank: int = 0,
         num_replicas: int = 1,
     ) -> None:
-        without = next((item for item in data if "task" not in item), None)
-        if without is not None:
-            raise InputError(f'`data` must be items with a "task", got {without}: merge the folders by `aggregate`.')
         self.items = _by_task(data)
         self.items_per_draw = items_per_draw
         self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * num_replicas)

@@ -30,7 +30,6 @@ def aggregate(
     validation_fraction: float = 0.0,
     seed: int = 0,
     on_corrupt: str = "raise",
-    num_workers: int = 8,
 ) -> Datalist:
     """Merge data folders of 3-D volumes, each with a task and a group, and read the headers of all their files.
 
@@ -49,7 +48,6 @@ def aggregate(
             if its folders have none, see `hold_out`. An item without subject is one of its own.
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
-        num_workers: threads that read headers.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
@@ -72,7 +70,7 @@ def aggregate(
     _warn_of_unknown(merged.items())
     every_image = [{"image": image} for image in sorted({item["image"] for item in merged.items()})]
     files = Dataset(every_image, lambda item: read_header(item["image"]))
-    found, readable = read_all(files, on_corrupt, num_workers)  # headers, of which MONAI makes plain tuples
+    found, readable = read_all(files, on_corrupt, num_workers=8)  # headers, of which MONAI makes plain tuples
     headers = {item["image"]: VolumeHeader(*header) for item, header in zip(readable, found, strict=True)}
     for folder, datalist in zip(folders, datalists, strict=True):
         _refuse_mixed_channels(folder, datalist, headers)

@@ -40,9 +40,6 @@ def test_pictures_of_8_and_16_bits_are_read_as_x_y(tmp_path: Path, suffix: str, 
     pixels = PICTURE if scale == 1 else PICTURE.astype(np.uint16) * scale
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
     np.testing.assert_array_equal(load(tmp_path / f"a.{suffix}"), pixels.T)
-
-
-def test_jpeg_is_read_within_its_loss(tmp_path: Path) -> None:
     Image.fromarray(np.full((6, 9), 100, np.uint8)).save(tmp_path / "a.jpg")
     assert np.abs(load(tmp_path / "a.jpg") - 100.0).max() <= 2
 
