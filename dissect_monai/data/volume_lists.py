@@ -12,7 +12,7 @@ from monai.data import Dataset
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, merge_datalists, read_folder
+from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, warn_of_shared_subjects
@@ -189,7 +189,7 @@ def _read(
         item |= {key: value for key, value in given.items() if value is not None}
         item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
         item["modality"] = _modality(modality, item.get("modality"), default_modality)
-        if isinstance(item.get("labels"), Mapping):
+        if check and isinstance(item.get("labels"), Mapping):
             item["labels"] = _named_values(item["labels"], folder)
     return datalist
 
@@ -314,13 +314,12 @@ def _structures(datalist: Datalist, folder: Path) -> list[str]:
 
 def _with_label_maps(datalist: Datalist) -> Datalist:
     kept = datalist.with_items(lambda items: [item for item in items if isinstance(item.get("label"), str)])
+    without = len(datalist.items()) - len(kept.items())
     if not kept.items():
         raise InputError(
-            "dataset.json must list volumes with the path of a label map (`label`), got "
-            f"{len(datalist.items())} without: write it there for each volume."
+            f"dataset.json must list volumes with the path of a label map (`label`), got {without} without: write it "
+            "there for each volume."
         )
-    for split, given, with_map in zip(SPLITS, datalist[:3], kept[:3], strict=True):
-        if len(with_map) < len(given):
-            count = len(given) - len(with_map)
-            logger.warning("%d of the volumes in `%s` have no label map and are left out.", count, split)
+    if without:
+        logger.warning("%d volumes have no label map and are left out.", without)
     return kept

@@ -132,36 +132,22 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, kept: float) -> 
     path = tmp_path / f"a.{suffix}"
     sitk.WriteImage(sitk.GetImageFromArray(RNG.integers(0, 255, (1, 64, 64), dtype=np.uint8)), path)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(ValueError, match=rf"a\.{suffix} must be an intact image .* Replace it or remove it"):
+    message = rf"a\.{suffix} must be an intact image .*, got: [A-Za-z].*\. Replace it or remove it"
+    with pytest.raises(ValueError, match=message) as caught:
         load(path)
+    assert not re.search(r"0x|\wImageIO|\.cxx", str(caught.value))  # neither address nor source file
 
 
-@pytest.mark.parametrize("suffix", ["dcm", "mha", "nrrd"])
-def test_the_reason_names_no_address_and_no_source_file(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a.{suffix}"
-    sitk.WriteImage(sitk.GetImageFromArray(RNG.integers(0, 255, (1, 64, 64), dtype=np.uint8)), path)
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(ValueError, match=r", got: [A-Z][\w: /.-]+ [\w/.-]+\. Replace it") as caught:
-        load(path)
-    assert not re.search(r"0x|ImageIO|\.cxx", str(caught.value))
-
-
-def test_a_folder_of_two_series_is_refused(tmp_path: Path) -> None:
+def test_what_holds_no_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):
+        load(tmp_path / "a.png")
+    Image.fromarray(np.array([[1, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif must hold finite values, got NaN or infinity"):
+        load(tmp_path / "a.tif")
     for series in "12":
         write_series(tmp_path / "v", volume(), series)
     with pytest.raises(ValueError, match="one DICOM series, got 2"):
         load(tmp_path / "v")
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):
-        load(tmp_path / "a.png")
-
-
-def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[1, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif must hold finite values, got NaN or infinity"):
-        load(tmp_path / "a.tif")
 
 
 # --- headers
