@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import Dataset
-from monai.transforms import Compose
 from torch import Tensor
 
 from dissect_monai.common import Item
@@ -90,24 +89,21 @@ class _Volumes(Dataset):
         if isinstance(item.get("label"), str):
             item[LABEL_MAP] = item.pop("label")
         volume = self.steps(item, end=self.num_deterministic)
-        drawn = self._seeded(index)(volume, start=self.num_deterministic)
+        # A copy, as threads share the transforms; what it draws follows from the seed and the index.
+        seeds = np.random.SeedSequence([self.seed, index]).generate_state(1)
+        steps = deepcopy(self.steps).set_random_state(int(seeds[0]))
+        drawn = steps(volume, start=self.num_deterministic)
         drawn = drawn if isinstance(drawn, list) else [drawn]
-        patches: list[dict[str, Any]] = [{"image": _plain(patch["image"])} for patch in drawn]
+        # Copies, so that patches do not keep their volume in memory.
+        images = [torch.as_tensor(patch["image"]).as_subclass(Tensor) for patch in drawn]
+        patches: list[dict[str, Any]] = [
+            {"image": image.clone(memory_format=torch.contiguous_format)} for image in images
+        ]
         if LABEL_MAP in item and isinstance(item.get("labels"), Mapping):
             sizes = _voxels(volume[LABEL_MAP], item["labels"])
             for patch, source in zip(patches, drawn, strict=True):
                 patch["structures"] = _shown(source[LABEL_MAP], sizes, item["labels"])
         return patches
-
-    def _seeded(self, index: int) -> Compose:
-        """A copy, as threads share the transforms, whose draws follow from the seed and the index."""
-        words = np.random.SeedSequence([self.seed, index]).generate_state(1)
-        return deepcopy(self.steps).set_random_state(int(words[0]))
-
-
-def _plain(image: Any) -> Tensor:
-    """A copy, so that a patch does not keep its volume in memory."""
-    return torch.as_tensor(image).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
 
 
 def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]]) -> dict[str, float]:
