@@ -95,10 +95,18 @@ def read_datalist(
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     """Absolute paths of the folder or folders; a `ValueError` if there is none, or one twice."""
-    folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in ensure_tuple(dataset_dir)]
+    folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in _listed(dataset_dir)]
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
+
+
+def _listed(given: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    """Also of a list that a command line passes as one text, without inner quotes: [A, B]."""
+    text = str(given).strip()
+    if not isinstance(given, (str, Path)) or Path(text).exists() or not (text.startswith("[") and text.endswith("]")):
+        return ensure_tuple(given)
+    return [name.strip(" '\"") for name in text[1:-1].split(",")]
 
 
 def labelled(items: Sequence[Item]) -> list[Item]:

@@ -93,6 +93,7 @@ def test_several_folders_unite_label_names_and_tell_subjects_apart(tmp_path: Pat
     assert datalist.label_names == ["x", "y", "z"]
     assert [item.get("subject") for item in datalist.items()] == ["a/1", None, "b/1"]
     np.testing.assert_equal(labels(datalist.items()), [[1, 0, NAN], None, [1, NAN, 0]])
+    assert read_datalist(str([*map(str, folders)])).label_names == ["x", "y", "z"]  # a list that arrives as one text
     same_name = [write_set(tmp_path / parent / "a", **one) for parent in "pq"]
     subjects = [item["subject"] for item in read_datalist(same_name).training]
     assert subjects == [f"{folder}/1" for folder in same_name]
