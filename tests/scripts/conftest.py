@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, write
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import make_datalist
 import render_results
 import run_experiments
 
@@ -119,6 +120,21 @@ def write_volumes(folder: Path, num_subjects: int) -> None:
     write(folder / "dataset.json", {"training": [*items, unlabelled]})
     for item in (*items, unlabelled):
         (folder / item["image"]).touch()
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Runs make_datalist.py, which must refuse what it is given, and write nothing; returns its message."""
+
+    def refused(match: str, *arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit, match=match) as caught:
+            make_datalist.main([str(argument) for argument in arguments])
+        assert str(caught.value).startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return str(caught.value)
+
+    return refused
 
 
 @pytest.fixture
