@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dissect_monai.common import Interval
-from dissect_monai.metrics.classification import auroc, average_precision
+from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 
 Array = NDArray[np.floating[Any]]
 Measure = Callable[..., Array]  # labels, scores, weights → values, as in dissect_monai.metrics
@@ -143,9 +142,8 @@ def partner(key: Key, others: Iterable[Key]) -> Key | None:
 
 def usable_columns(labels: Array, scores: Iterable[Array]) -> list[int]:
     """Columns with both classes and with scores from every run, so that all means are over the same findings."""
-    known = ~np.isnan(labels)
-    missing = np.any([(np.isnan(each) & known).any((0, 1)) for each in scores], axis=0)
-    return [i for i in range(labels.shape[1]) if not missing[i] and {0, 1} <= set(labels[known[:, i], i])]
+    missing = np.any([(np.isnan(each) & ~np.isnan(labels)).any((0, 1)) for each in scores], axis=0)
+    return np.flatnonzero(both_classes(labels) & ~missing).tolist()
 
 
 def macro(measure: Measure, labels: Array, scores: Array, weights: Array) -> Array:
@@ -274,7 +272,7 @@ def comparisons(names: Sequence[str], pairs: Pairs) -> list[tuple[str, str, list
     return found
 
 
-def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
+def difference(ours: Array, theirs: Array, seed_share: Array) -> tuple[float, float, float]:
     """Difference of two means over seeds, and its 95 % bootstrap interval over subjects and seeds.
 
     Each resample draws subjects with all of their images, and the seeds, both with replacement and the same for both
@@ -283,4 +281,4 @@ def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
     """
     by_seed = ours - theirs
     low, high = np.nanpercentile((by_seed[1:] * seed_share).sum(1), (2.5, 97.5))
-    return Interval(float(by_seed[0].mean()), float(low), float(high))
+    return float(by_seed[0].mean()), float(low), float(high)

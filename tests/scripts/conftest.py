@@ -151,6 +151,7 @@ def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stand:
     monkeypatch.setattr(run_experiments, "call", stand)
     monkeypatch.setattr(run_experiments, "code_state", lambda: ("c0ffee00", False))
     monkeypatch.setattr(run_experiments, "TABLE", tmp_path / "results" / "results.csv")
+    run_experiments.TABLE.write_text(",".join(run_experiments.FIELDS) + "\n", encoding="utf-8")
     return stand
 
 
