@@ -237,14 +237,6 @@ def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(path: Pa
     assert study.subjects == {name: int(name.split()[0]) for name in study.variants}
 
 
-@every_segmentation
-def test_every_pretraining_is_compared_with_scratch_and_several_sets_with_each_other_pretraining(path: Path) -> None:
-    study = run_experiments.read_study(path)
-    pretrained = [name for name in study.recipes if name != "scratch"]
-    expected = [[name, "scratch"] for name in pretrained]
-    assert study.compare == expected + [["HSSL, five sets", x] for x in pretrained if x != "HSSL, five sets"]
-
-
 def test_the_pretrainings_of_two_studies_differ_in_their_recipes_alone() -> None:
     one, other = (run_experiments.read_study(EXPERIMENTS / f"{n}_pretraining.json") for n in ("volume", "segmentation"))
     assert (one.training, one.seeds, one.bundle) == (other.training, other.seeds, other.bundle)

@@ -378,14 +378,6 @@ def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_pa
     assert lines[-2] == "  and 3 more"
 
 
-def test_left_out_pairs_do_not_move_the_others(tmp_path: Path) -> None:
-    run(*volumes(folders(tmp_path, 10)))
-    before = {item["subject"] for item in content(tmp_path)["validation"]}
-    write_label(tmp_path / "labels" / "case_1.nii.gz", shape=(4, 5, 2))
-    run(*volumes(tmp_path), "--skip_corrupt", "--overwrite")
-    assert {item["subject"] for item in content(tmp_path)["validation"]} == before - {"case_1"}
-
-
 def test_no_label_map_is_read_where_headers_differ(tmp_path: Path, refused: Refused) -> None:
     truncated_label(*(folders(tmp_path) / part / "case_1.nii.gz" for part in ("images", "labels")))
     write_label(tmp_path / "labels" / "case_2.nii.gz", shape=(4, 5, 2))
