@@ -297,70 +297,54 @@ def test_volumes_refuse_what_they_cannot_do_without(tmp_path: Path, refused: Ref
 # --- what does not agree
 
 
-def other_shape(image: Path, label: Path) -> None:
-    write_label(label, shape=(4, 5, 2))
-
-
-def other_affine(image: Path, label: Path) -> None:
-    write_image(image, np.diag([1.0, -1.0, 2.5, 1.0]))
-
-
-def unknown_value(image: Path, label: Path) -> None:
-    write_label(label, [1, 3, 5])
-
-
-def fractions(image: Path, label: Path) -> None:
-    save(label, np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE))
-
-
-def negative_value(image: Path, label: Path) -> None:
-    save(label, np.full(SHAPE, -1, np.int16))
-
-
-def missing_label(image: Path, label: Path) -> None:
-    label.unlink()
-
-
-def missing_image(image: Path, label: Path) -> None:
-    image.unlink()
-
-
-def several_channels(image: Path, label: Path) -> None:
-    save(image, np.zeros((*SHAPE, 2), np.int16))
-
-
-def colour(image: Path, label: Path) -> None:
-    save(label, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]))
-
-
-def corrupt_image(image: Path, label: Path) -> None:
-    image.write_bytes(b"nothing")
-
-
-def truncated_label(image: Path, label: Path) -> None:
+def truncate(label: Path) -> None:
     label.unlink()
     path = write_label(label.with_suffix(""))
     path.write_bytes(path.read_bytes()[:-30])
 
 
-@pytest.mark.parametrize(
-    ("damage", "match"),
-    [
-        (other_shape, r"\S+images/case_1.nii.gz \(shape \(4, 5, 3\), .+\) and \S+labels/case_1.+ \(shape \(4, 5, 2\)"),
-        (other_affine, r".+spacing \[1.0, 1.0, 2.5\], orientation RPS,.+spacing \[1.0, 1.0, 2.0\], orientation LPS"),
-        (unknown_value, r"\S+labels/case_1.nii.gz has values without a name: 3, 5$"),
-        (negative_value, r"\S+labels/case_1.nii.gz has values without a name: -1$"),
-        (fractions, r"\S+labels/case_1.nii.gz has values without a name: 0\.0\d+, "),
-        (missing_label, r"\S+images/case_1.nii.gz has no label map$"),
-        (missing_image, r"\S+labels/case_1.nii.gz has no image$"),
-        (several_channels, r"\S+case_1.nii.gz must be one 3-D volume, got shape \(4, 5, 3, 2\): write every frame or"),
-        (colour, r"\S+labels/case_1.nii.gz must have one value a voxel, got 3. Write each channel to a file"),
-        (corrupt_image, r"\S+images/case_1.nii.gz must be an intact image"),
-        (truncated_label, r"\S+labels/case_1.nii must be an intact image"),
-    ],
-)
+PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "other shape": (
+        lambda image, label: write_label(label, shape=(4, 5, 2)),
+        r"\S+images/case_1.nii.gz \(shape \(4, 5, 3\), .+\) and \S+labels/case_1.+ \(shape \(4, 5, 2\)",
+    ),
+    "other affine": (
+        lambda image, label: write_image(image, np.diag([1.0, -1.0, 2.5, 1.0])),
+        r".+spacing \[1.0, 1.0, 2.5\], orientation RPS,.+spacing \[1.0, 1.0, 2.0\], orientation LPS",
+    ),
+    "unknown values": (
+        lambda image, label: write_label(label, [1, 3, 5]),
+        r"\S+labels/case_1.nii.gz has values without a name: 3, 5$",
+    ),
+    "negative value": (
+        lambda image, label: save(label, np.full(SHAPE, -1, np.int16)),
+        r"\S+labels/case_1.nii.gz has values without a name: -1$",
+    ),
+    "fractions": (
+        lambda image, label: save(label, np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE)),
+        r"\S+labels/case_1.nii.gz has values without a name: 0\.0\d+, ",
+    ),
+    "no label map": (lambda image, label: label.unlink(), r"\S+images/case_1.nii.gz has no label map$"),
+    "no image": (lambda image, label: image.unlink(), r"\S+labels/case_1.nii.gz has no image$"),
+    "channels": (
+        lambda image, label: save(image, np.zeros((*SHAPE, 2), np.int16)),
+        r"\S+case_1.nii.gz must be one 3-D volume, got shape \(4, 5, 3, 2\): write every frame or",
+    ),
+    "colour": (
+        lambda image, label: save(label, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        r"\S+labels/case_1.nii.gz must have one value a voxel, got 3. Write each channel to a file",
+    ),
+    "corrupt image": (
+        lambda image, label: image.write_bytes(b"nothing"),
+        r"\S+images/case_1.nii.gz must be an intact image",
+    ),
+    "truncated label map": (lambda image, label: truncate(label), r"\S+labels/case_1.nii must be an intact image"),
+}
+
+
+@pytest.mark.parametrize(("damage", "match"), PROBLEMS.values(), ids=PROBLEMS)
 def test_what_does_not_agree_is_named_and_left_out_on_demand(
-    tmp_path: Path, damage: Callable[[Path, Path], None], match: str, refused: Refused
+    tmp_path: Path, damage: Callable[[Path, Path], object], match: str, refused: Refused
 ) -> None:
     damage(*(folders(tmp_path) / part / "case_1.nii.gz" for part in ("images", "labels")))
     message = refused(rf"(?m)^error: 1 of 5 images cannot be used:\n  {match}", *volumes(tmp_path))
@@ -379,7 +363,7 @@ def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_pa
 
 
 def test_no_label_map_is_read_where_headers_differ(tmp_path: Path, refused: Refused) -> None:
-    truncated_label(*(folders(tmp_path) / part / "case_1.nii.gz" for part in ("images", "labels")))
+    truncate(folders(tmp_path) / "labels" / "case_1.nii.gz")
     write_label(tmp_path / "labels" / "case_2.nii.gz", shape=(4, 5, 2))
     assert "case_1" not in refused("1 of 5 images cannot be used", *volumes(tmp_path))
 
