@@ -57,9 +57,10 @@ def make_datalist(
         "modality": {"0": source.modality},
     }
     if source.group:
-        header |= {"task": name, "group": source.group, **source.about}
+        header |= {"task": name, "group": source.group}
         if source.labels:
             header["labels"] = {"0": "background", **{str(value): each for value, each in source.labels.items()}}
+        header |= source.about
     else:
         header["label_names"] = source.label_names
     print_counts(source, splits)
