@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import make_datalist
 import numpy as np
 import pytest
-from helpers import ROOT, write
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import make_datalist
 import render_results
 import run_experiments
+from helpers import write
 
 METRICS = ("dice", "hd95", "surface_dice")
 FIELDS = ["case", "subject", "structure", "values", *METRICS, "label_ml", "pred_ml", "outcome"]
