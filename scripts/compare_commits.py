@@ -168,11 +168,15 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
 
 def difference(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]) -> str:
     """What differs between the values of two files; empty if nothing does."""
+    parts = []
     if lonely := sorted(first.keys() ^ second.keys()):
-        return f"{len(lonely)} values in one commit alone, such as {lonely[0]}"
-    gaps = {name: gap(value, second[name]) for name, value in first.items() if not is_equal(value, second[name])}
-    worst = max(gaps, key=lambda name: gaps[name], default="")
-    return f"{len(gaps)} of {len(first)} values, {worst or 'the content'} by {gaps[worst]:.3g}" if gaps else ""
+        parts.append(f"{len(lonely)} values in one commit alone, such as {lonely[0]}")
+    shared = [name for name in first if name in second]
+    gaps = {name: gap(first[name], second[name]) for name in shared if not is_equal(first[name], second[name])}
+    if gaps:
+        worst = max(gaps, key=lambda name: gaps[name])
+        parts.append(f"{len(gaps)} of {len(shared)} values, {worst or 'the content'} by {gaps[worst]:.3g}")
+    return "; ".join(parts)
 
 
 def is_equal(first: NDArray[Any], second: NDArray[Any]) -> bool:

@@ -61,7 +61,7 @@ def log(run: Path) -> None:
         (lambda run: save(run, weight=torch.tensor([1.5, NAN]), epoch=2), "model.pt: 1 of 2 values, /weight by 0.5"),
         (lambda run: save(run, weight=torch.tensor([1.0, 2.0]), epoch=2), "model.pt: 1 of 2 values, /weight by inf"),
         (lambda run: save(run, weight=torch.tensor([1.0, NAN]).double(), epoch=2), "1 of 2 values, /weight by 0"),
-        (lambda run: save(run, epoch=2), "models/model.pt: 1 values in one commit alone, such as /weight"),
+        (lambda run: save(run, epoch=3), "1 values in one commit alone, such as /weight; 1 of 1 values, /epoch by 1"),
         (lambda run: (run / "a.nii.gz").write_bytes(gzip.compress(b"other")), "gz: 1 of 1 values, the content by"),
         (log, "events: 1 of 1 values, /loss by inf"),
     ],
