@@ -12,14 +12,13 @@ products of all pairs: one forward, two backward. On CPU one thread and process 
 median over the rounds, with its extremes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from common import Timings, compare, conclude, peak_memory
+from common import Timings, compare, conclude, make_parser, peak_memory
 from monai.losses import ContrastiveLoss
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,8 +113,7 @@ def measure(losses: Losses, num: int, device: str, rounds: int) -> Timings:
 
 
 def report(name: str, timings: Timings, other: str) -> None:
-    times = "  ".join(f"{variant} {timings.median(variant):.2f}" for variant in timings.rounds)
-    print(f"{name}: {times} ms")
+    print(f"{name}: {timings}")
     print(f"    {other} / ours {timings.ratio(other, 'ours')}")
     if "projected" in timings.rounds:
         print(f"    {other} / projected {timings.ratio(other, 'projected')}")
@@ -133,10 +131,7 @@ def peaks(losses: Losses, device: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
 
     three = {"ours": ours_hierarchical, "projected": projected_hierarchical, "pml": pml_hierarchical}
     one = {"ours": ours_image, "nt_xent": nt_xent_image}
