@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from monai.networks.layers.factories import Conv
@@ -41,7 +43,7 @@ class HSSLNet(nn.Module):
         dense: whether to build the head of the dense contrast.
 
     Raises:
-        ValueError: if `segresnet` cannot reconstruct its input, or a number is not positive.
+        ValueError: if `segresnet` cannot reconstruct its input.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
@@ -60,9 +62,6 @@ class HSSLNet(nn.Module):
         dense: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in {"num_tasks": num_tasks, "num_groups": num_groups}.items():
-            if number < 1:
-                raise InputError(f"`{name}` must be at least 1, got {number}.")
         out_channels = segresnet.conv_final[-1].out_channels
         if out_channels != segresnet.in_channels or not segresnet.use_conv_final:
             raise InputError(
@@ -76,15 +75,11 @@ class HSSLNet(nn.Module):
         # A random layer draws something of twenty times the variance of an image, to be unlearnt in a hundred steps.
         for parameter in segresnet.conv_final[-1].parameters():
             parameter.data.mul_(0.1)
-        self.projectors = nn.ModuleDict({level: _projector(width, hidden_dim, out_dim) for level in LEVELS})
+        self.projectors = nn.ModuleDict({level: _mlp(nn.Linear, width, hidden_dim, out_dim) for level in LEVELS})
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)
-        conv = Conv[Conv.CONV, segresnet.spatial_dims]
-        self.dense_projector = (
-            nn.Sequential(conv(width, hidden_dim, 1), nn.ReLU(inplace=True), conv(hidden_dim, out_dim, 1))
-            if dense
-            else None
-        )
+        conv = partial(Conv[Conv.CONV, segresnet.spatial_dims], kernel_size=1)
+        self.dense_projector = _mlp(conv, width, hidden_dim, out_dim) if dense else None
 
     def forward(self, images: Tensor) -> HSSLOutput:
         """Embed, classify and reconstruct views.
@@ -112,5 +107,5 @@ class HSSLNet(nn.Module):
         )
 
 
-def _projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+def _mlp(layer: Callable[[int, int], nn.Module], in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(layer(in_dim, hidden_dim), nn.ReLU(inplace=True), layer(hidden_dim, out_dim))
