@@ -36,7 +36,7 @@ def bootstrap(
         The statistic of all items, each counted once, and the ends of its interval.
 
     Raises:
-        ValueError: if `num_samples` is not positive or the statistic of all items is undefined.
+        ValueError: if the statistic of all items is undefined.
 
     Example:
         >>> error = np.array([0.1, 0.3, 0.2, 0.4])
@@ -51,8 +51,6 @@ def resample(
     statistic: Callable[[Array], ArrayLike], subjects: ArrayLike, num_samples: int = 1000, seed: int = 0
 ) -> Resampled:
     """A statistic of resamples of the subjects; arguments and errors are those of `bootstrap`."""
-    if num_samples < 1:
-        raise InputError(f"`num_samples` must be at least 1, got {num_samples}.")
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
     value = float(np.asarray(statistic(np.ones((1, len(item_subject)))))[0])
     if np.isnan(value):

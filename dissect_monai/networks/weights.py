@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from monai.networks.nets import SegResNet
@@ -187,15 +187,8 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
     network.load_state_dict(state | kept)
 
 
-class TrainedQuantizer(NamedTuple):
-    """The quantiser of a pretraining run."""
-
-    quantizer: MultiScaleQuantizer
-    stages: list[int]  # the stages of the encoder that it quantises, counted from 1
-
-
-def load_quantizer(path: str | Path) -> TrainedQuantizer:
-    """Projections and codebooks of a `checkpoint_epoch=N.pt`; their sizes and settings are read from it.
+def load_quantizer(path: str | Path) -> tuple[MultiScaleQuantizer, list[int]]:
+    """The quantiser of a `checkpoint_epoch=N.pt` of pretraining, and the stages of the encoder that it quantises.
 
     Raises:
         ValueError: if the checkpoint holds no quantiser.
@@ -213,4 +206,4 @@ def load_quantizer(path: str | Path) -> TrainedQuantizer:
         settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
     )
     quantizer.load_state_dict(state)
-    return TrainedQuantizer(quantizer, settings["stages"])
+    return quantizer, settings["stages"]
