@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from dissect_monai.phantoms.generated import SPLITS, checked_counts, write_once
+from dissect_monai.phantoms.generated import SPLITS, Splits, write_once
 
 # Diffuse ones: a finding that a crop can lose is one that two views need not agree on.
 XRAY_FINDINGS = ("nodules", "reticulation", "cysts", "consolidation")
@@ -98,17 +98,19 @@ def write_xray_phantoms(
         `output_dir` as a path; the data list is its dataset.json.
 
     Raises:
-        ValueError: if a count is negative, `image_size` under 16, or `output_dir` holds anything else.
+        ValueError: if `output_dir` holds anything else.
     """
-    counts = checked_counts(image_size, num_training, num_validation, num_test)
+    counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
-    return write_once(output_dir, spec, lambda folder: _write_set(folder, spec))
+    head: dict[str, Any] = {"name": "xray_phantoms", "description": "generated chest X-ray phantoms"}
+    head |= {"modality": {"0": "CR"}, "label_names": XRAY_FINDINGS}
+    return write_once(output_dir, spec, head, partial(_write_files, spec=spec))
 
 
-def _write_set(folder: Path, spec: dict[str, int]) -> None:
-    (folder / "images").mkdir(parents=True)
+def _write_files(folder: Path, spec: dict[str, int]) -> Splits:
+    (folder / "images").mkdir()
     rng = np.random.default_rng(spec["seed"])
-    splits: dict[str, list[dict[str, object]]] = {}
+    splits: Splits = {}
     num_subjects = 0
     for split in SPLITS:
         count = spec[split]
@@ -124,9 +126,7 @@ def _write_set(folder: Path, spec: dict[str, int]) -> None:
             item = {"image": name, "label": phantom.label.astype(int).tolist()}
             splits[split].append(item | {"subject": f"{num_subjects + subject:05d}", "view": phantom.view})
         num_subjects += len(labels)
-    head = {"name": "xray_phantoms", "description": "generated chest X-ray phantoms", "modality": {"0": "CR"}}
-    dataset = {**head, "label_names": XRAY_FINDINGS, "spec": spec, **splits}
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
+    return splits
 
 
 def _balanced_labels(num_subjects: int, rng: np.random.Generator) -> NDArray[np.bool_]:
