@@ -38,7 +38,7 @@ def write_volume_phantoms(
         num_training: number of training subjects of each task.
         num_validation: number of validation subjects of each task.
         num_test: number of test subjects of each task.
-        image_size: voxels along the longest side of a field of view, at least 16; under 40, a small organ may be lost.
+        image_size: voxels along the longest side of a field of view, 16 or more; under 40, a small organ may be lost.
         seed: of the sets. A subject does not depend on the numbers of the others.
         tasks: among `VOLUME_TASKS`.
 

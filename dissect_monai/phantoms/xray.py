@@ -58,7 +58,7 @@ def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayL
 
     Args:
         seed: seed of the image; the same seed gives the same phantom.
-        image_size: height and width in pixels, at least 16.
+        image_size: height and width in pixels, 16 or more.
         subject_seed: seed of the anatomy. Images that share it are of one subject.
         label: findings to draw, shape (4,), values 0 and 1. Equal seeds give images that differ in the findings alone.
     """
@@ -91,7 +91,7 @@ def write_xray_phantoms(
         num_training: number of training images.
         num_validation: number of validation images.
         num_test: number of test images.
-        image_size: height and width in pixels, at least 16.
+        image_size: height and width in pixels, 16 or more.
         seed: seed of the set.
 
     Returns:
