@@ -17,13 +17,14 @@ from dissect_monai.networks.encoders import pool
 class HSSLOutput(NamedTuple):
     """What `HSSLNet` returns for V·B views; read it by name."""
 
-    features: Tensor  # (V·B, C, *spatial / stride), the bottleneck
-    embedding: Tensor  # (V·B, C), its pooled features, no gradient
+    embedding: Tensor  # (V·B, C), pooled features of the bottleneck, no gradient
     embeddings: tuple[Tensor, ...]  # (V·B, out_dim) each, for the image, task and group level
     task_logits: Tensor  # (V·B, num_tasks)
     group_logits: Tensor  # (V·B, num_groups)
     reconstruction: Tensor  # (V·B, in_channels, *spatial), float32
-    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride), a projection of `features`; None without its head
+    dense: Tensor | None = (
+        None  # (V·B, out_dim, *spatial / stride) of the bottleneck; None without its head
+    )
 
 
 class HSSLNet(nn.Module):
@@ -63,14 +64,12 @@ class HSSLNet(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = segresnet.conv_final[-1].out_channels
-        if out_channels != segresnet.in_channels or not segresnet.use_conv_final:
+        if out_channels != segresnet.in_channels:
             raise InputError(
-                "`segresnet` must reconstruct its input: it must use its final convolution and have as many output as "
-                f"input channels, got {out_channels} and {segresnet.in_channels}; set `out_channels`."
+                "`segresnet` must reconstruct its input, with as many output as input channels, got "
+                f"{out_channels} and {segresnet.in_channels}; set `out_channels`."
             )
-        levels = len(segresnet.down_layers)
-        width = segresnet.init_filters * 2 ** (levels - 1)
-        self.stride = 2 ** (levels - 1)
+        width = segresnet.init_filters * 2 ** (len(segresnet.down_layers) - 1)
         self.segresnet = segresnet
         # A random layer draws something of twenty times the variance of an image, to be unlearnt in a hundred steps.
         for parameter in segresnet.conv_final[-1].parameters():
@@ -85,19 +84,11 @@ class HSSLNet(nn.Module):
         """Embed, classify and reconstruct views.
 
         Args:
-            images: shape (V·B, in_channels, *spatial), float in [0, 1].
-
-        Raises:
-            ValueError: if a spatial size is no multiple of the stride of the bottleneck.
+            images: shape (V·B, in_channels, *spatial), float in [0, 1]; sizes are multiples of the bottleneck's stride.
         """
-        if any(size % self.stride for size in images.shape[2:]):
-            raise InputError(
-                f"the spatial sizes of `images` must be multiples of {self.stride}, got {tuple(images.shape[2:])}."
-            )
         features, maps = self.segresnet.encode(images)
         pooled = pool(features)
         return HSSLOutput(
-            features=features,
             embedding=pooled.detach(),
             embeddings=tuple(projector(pooled) for projector in self.projectors.values()),
             task_logits=self.task_classifier(pooled),

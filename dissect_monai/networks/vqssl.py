@@ -239,14 +239,13 @@ class VQSSLNet(nn.Module):
         entropies = []
         for codebook in self.codebooks:
             usage = codebook.ema_cluster_size / codebook.ema_cluster_size.sum().clamp(min=1e-12)
-            # One code has entropy 0, and log 1 = 0 cannot divide it.
-            entropies.append(torch.special.entr(usage).sum() / log(max(2, len(usage))))
+            entropies.append(torch.special.entr(usage).sum() / log(len(usage)))
         return torch.stack(entropies).softmax(0) * len(entropies)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """Move the target: target ← momentum·target + (1 − momentum)·online, with `momentum` in [0, 1]."""
-        online = [parameter for part in self._online().values() for parameter in part.parameters()]
+        online: list[Tensor] = [parameter for part in self._online().values() for parameter in part.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
 
 

@@ -109,21 +109,6 @@ def test_dead_codes_become_current_features_and_the_others_stay() -> None:
     torch.testing.assert_close(revived.ema_cluster_size[10:], 0.2 * kept.ema_cluster_size.mean().expand(6))
 
 
-@every_metric
-@pytest.mark.parametrize("extras", [{"revive_fraction": 0.05}, {"data_init": True}])
-def test_codes_do_not_collapse(metric: str, extras: dict[str, float]) -> None:
-    def used(codebook: EMACodebook) -> int:
-        for noise in batches(60, 4, 8, 8, 8):
-            indices = codebook(3 + 0.5 * noise).indices  # far from codes drawn from N(0, 1)
-        return len(indices.unique())
-
-    torch.manual_seed(0)
-    off = {"data_init": False, "revive_fraction": 0.0}
-    collapsed = EMACodebook(32, 8, metric=metric, **off)  # type: ignore[arg-type]
-    assert used(collapsed) <= 8
-    assert used(EMACodebook(32, 8, metric=metric, **{**off, **extras})) >= 30  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("spatial", [(5, 5), (3, 4, 5)])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_equals_the_quantizer_of_monai(spatial: tuple[int, ...], memory_format: str) -> None:
