@@ -32,6 +32,7 @@ from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.multilabel import BALANCES
 from dissect_monai.networks.optimizers import MODES
+from dissect_monai.networks.weights import refuse_bad_mode
 
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.
@@ -409,13 +410,6 @@ def _check_pairs(batch_size: int, _: float) -> None:
         raise InputError(f"`batch_size` must be even, as two volumes of a task are drawn together, got {batch_size}.")
 
 
-def _check_mode(mode: str, pretrained: str | None) -> None:
-    if mode == "scratch" and pretrained:
-        raise InputError(f"`mode` scratch starts from no weights, got `pretrained` {pretrained}: give one of the two.")
-    if mode == "finetune" and not pretrained:
-        raise InputError("`mode` finetune needs weights: set `pretrained` to a models/model.pt, or `mode` to scratch.")
-
-
 # What knobs must be to each other, in a config that has all of them.
 TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
     ("train::trainer::max_epochs", "schedule_epochs", "warmup_epochs"): _check_schedule,
@@ -425,7 +419,7 @@ TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
     ("blocks_down", "blocks_up"): _check_blocks,
     ("mask_size", "patch_size", "spatial_dims"): _check_mask,
     ("batch_size", "sampling_temperature"): _check_pairs,
-    ("mode", "pretrained"): _check_mode,
+    ("mode", "pretrained"): refuse_bad_mode,
 }
 
 

@@ -69,8 +69,7 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated or holds something else; the message ends with `remedy`.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there are no weights at {Path(path).absolute()}: {remedy}.")
+    _refuse_missing(path, remedy)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
@@ -138,6 +137,26 @@ def has_decoder(path: str | Path) -> bool:
         ValueError: if they cannot be loaded.
     """
     return not Path(path).is_file() or not _is_encoder(load_torch(path, TRAIN_FIRST))
+
+
+def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
+    """Refuse weights that "scratch" would not use, that are not there, or that "finetune" needs and has not.
+
+    Raises:
+        FileNotFoundError: if the weights are not there.
+        ValueError: saying what to do.
+    """
+    if mode == "scratch" and pretrained:
+        raise InputError(f"`mode` scratch starts from no weights, got `pretrained` {pretrained}: give one of the two.")
+    if mode == "finetune" and not pretrained:
+        raise InputError("`mode` finetune needs weights: set `pretrained` to a models/model.pt, or `mode` to scratch.")
+    if pretrained:
+        _refuse_missing(pretrained, TRAIN_FIRST)
+
+
+def _refuse_missing(path: str | Path, remedy: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there are no weights at {Path(path).absolute()}: {remedy}.")
 
 
 def _is_encoder(state: Mapping[str, Any]) -> bool:
