@@ -81,14 +81,7 @@ def expected_calibration_error(
     With equal-width bins b of the probability p, ECE = Σ_b |g_b| with the gaps g_b = Σ_{i∈b} w_i (y_i − p_i) / Σ_i w_i.
     Chance adds to it, the more so the fewer the items, and resampling adds chance again: take `calibration_interval`.
 
-    Args:
-        label: as for `auroc`.
-        probability: shape (N,), in [0, 1].
-        weight: as for `auroc`.
-        num_bins: number of bins.
-
-    Returns:
-        A scalar in [0, 1], 0 is best, or shape (R,). NaN where nothing is known or a probability is NaN.
+    Label, weight and result, which is in [0, 1], are those of `auroc`; a probability must be in [0, 1].
 
     Reference:
         Guo et al., On calibration of modern neural networks, ICML 2017, Eq. 3. Their bins are of the confidence in the
@@ -114,13 +107,7 @@ def calibration_noise(label: ArrayLike, probability: ArrayLike, weight: ArrayLik
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
-    """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies.
-
-    Arguments are those of `expected_calibration_error`.
-
-    Returns:
-        Mean probability, share of positives and number of items of each bin that holds any, by rising probability.
-    """
+    """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies."""
     label, probability, _ = _known(label, probability)
     index = _bin(probability, num_bins)
     num_items = np.bincount(index, minlength=num_bins)
@@ -131,13 +118,9 @@ def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) ->
 
 
 def sensitivity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
-    """Share of the positives whose score reaches the threshold.
+    """Share of the positives whose score reaches the threshold, which is to be chosen on other items.
 
-    Args:
-        label: as for `auroc`, like the score, the weight and the result.
-        score: an item is called positive if it reaches the threshold.
-        threshold: choose it on other items; NaN has no result.
-        weight: as for `auroc`.
+    Label, score, weight and result are those of `auroc`; a threshold of NaN has no result.
 
     Example:
         >>> float(sensitivity([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], threshold=0.5))
@@ -155,11 +138,7 @@ def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
     """Threshold of the largest sensitivity + specificity − 1, halfway between the scores that it parts.
 
     Of equal optima it is the lowest, which misses fewest. If no cut is better than chance, all are called positive.
-    Use validation items, not test items.
-
-    Args:
-        label: as for `auroc`, like the score.
-        score: larger for positives.
+    Label and score are those of `auroc`; use validation items, not test items.
 
     Returns:
         The threshold, for scores that are equal or larger; NaN if a class is missing or a score is NaN.

@@ -103,11 +103,11 @@ def pixel_pca(
     Args:
         train_images: shape (N, C, H, W), any real dtype.
         other_images: further sets, to be projected on the same components.
-        num_components: number of components, cut to N − 1 and C·size².
+        num_components: cut to N − 1 and C·size².
         size: height and width to which images are averaged first.
 
     Returns:
-        Features of shape (N, `num_components`) of the training images and of each further set.
+        Features of shape (N, `num_components`) of each set.
     """
     sets = (train_images, *other_images)
     pixels = [F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in sets]
@@ -119,17 +119,8 @@ def pixel_pca(
 def knn_scores(train_x: Array, train_y: Array, test_x: Array, k: int = 20, temperature: float = 0.07) -> Array:
     """Vote of the k nearest training items of known label for each finding, weighted by exp(cosine / temperature).
 
-    Features are standardised with the training statistics and L2-normalised before.
-
-    Args:
-        train_x: shape (N, D).
-        train_y: shape (N, C), 1, 0 or NaN (unknown).
-        test_x: shape (M, D).
-        k: number of neighbours; all are used where fewer are known.
-        temperature: smaller lets the nearest count for more.
-
-    Returns:
-        Scores in [0, 1] of shape (M, C), NaN for a finding that lacks a class in training.
+    Features are standardised with the training statistics and L2-normalised before. Arguments and result are those of
+    `linear_probe`, but that there is nothing to choose.
 
     Reference:
         Wu et al., Unsupervised feature learning via non-parametric instance discrimination, CVPR 2018, Sec. 3.4 and
@@ -170,8 +161,8 @@ def grouped_cross_val_scores(x: Array, y: Array, subjects: Sequence[str], num_fo
     For each fold C is chosen on the next one, and the probe is then fitted on all but the first.
 
     Args:
-        x: shape (N, D).
-        y: shape (N, C), 1, 0 or NaN (unknown).
+        x: features (N, D).
+        y: labels (N, C).
         subjects: subject of each item.
         num_folds: at least 3: one to score, one to choose C, the others to train; and at most the subjects.
         seed: seed of the folds.

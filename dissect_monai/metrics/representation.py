@@ -29,14 +29,9 @@ class DomainFeatures(NamedTuple):
 
 
 def perplexity(indices: Tensor, num_embeddings: int) -> Tensor:
-    """Effective number of codes in use: the exponential of the usage entropy.
+    """Effective number of codes in use, in [1, `num_embeddings`]: the exponential of the usage entropy.
 
-    Args:
-        indices: code indices of any shape, integers in [0, `num_embeddings`).
-        num_embeddings: size of the codebook.
-
-    Returns:
-        A scalar in [1, `num_embeddings`].
+    Indices have any shape.
 
     Example:
         >>> perplexity(torch.tensor([0, 1, 1, 0]), num_embeddings=8)
@@ -80,15 +75,9 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def feature_std(features: Tensor) -> Tensor:
-    """Spread of the features on the unit sphere: about 1 if they are isotropic, 0 if they have collapsed.
+    """Spread of features (N, D) on the unit sphere: about 1 if they are isotropic, 0 if they have collapsed.
 
     Each row is L2-normalised; the standard deviations over rows are averaged over dimensions and multiplied by √D.
-
-    Args:
-        features: shape (N, D), any float dtype.
-
-    Returns:
-        A scalar in [0, 1].
 
     Reference:
         Chen & He, Exploring simple Siamese representation learning, CVPR 2021, Sec. 4.1 and Fig. 2.
@@ -99,16 +88,9 @@ def feature_std(features: Tensor) -> Tensor:
 def task_labels(
     task: Sequence[str], group: Sequence[str], group_of: Mapping[str, str], within_group: bool = False
 ) -> Array:
-    """Labels of the shortcut probe: of which task an image is.
+    """Labels (N, C) of the shortcut probe: of which of C tasks (`group_of`: their groups) each of N images is.
 
-    Args:
-        task: task of each of N images.
-        group: group of each image.
-        group_of: the C tasks to be told apart, and their groups.
-        within_group: tell a task only from those of its group.
-
-    Returns:
-        Shape (N, C): 1, 0, or NaN for images of other tasks or, if asked for, other groups.
+    They are 1, 0, or NaN for images of other tasks or, with `within_group`, of other groups.
     """
 
     def label(task: str, group: str, name: str) -> float:
@@ -123,10 +105,6 @@ def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, f
     """Macro AUROC over tasks with which a linear probe, fitted on the bank, tells the task of an item: 0.5 is chance.
 
     The inverse strength of the probe's penalty is fixed, `DEFAULT_C`, as the items are those that are scored.
-
-    Args:
-        bank: training images.
-        items: validation images.
 
     Returns:
         `shortcut_task` from the features, `shortcut_task_intensity` from the intensities, and `shortcut_within_group`
@@ -155,9 +133,6 @@ def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
     MONAI's `domain_shift` is a linear CKA that pairs the items of two tasks, which have nothing to do with each other,
     after centring each task. So it says how alike the shapes of two clouds of features are, not whether they lie apart,
     and it falls with the number of items: only values of the same items can be compared.
-
-    Args:
-        items: validation images.
 
     Returns:
         `collapse_effective_rank` in [0, 1], 1 if the features have collapsed to a line; from two tasks on

@@ -22,9 +22,7 @@ class HSSLOutput(NamedTuple):
     task_logits: Tensor  # (V·B, num_tasks)
     group_logits: Tensor  # (V·B, num_groups)
     reconstruction: Tensor  # (V·B, in_channels, *spatial), float32
-    dense: Tensor | None = (
-        None  # (V·B, out_dim, *spatial / stride) of the bottleneck; None without its head
-    )
+    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride) of the bottleneck; None without its head
 
 
 class HSSLNet(nn.Module):

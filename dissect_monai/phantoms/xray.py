@@ -52,15 +52,10 @@ _Anatomy = Mapping[str, float]
 def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayLike) -> Phantom:
     """Draw a schematic frontal chest X-ray: body, lungs, heart, bones, findings, noise and a corner marker.
 
-    The anatomy is the subject's; the view, pose, exposure, noise and the place and size of the findings are the
-    image's. The view ("PA" or "AP", even odds) sets magnification, heart size, lung volume and the marker's corner. It
-    is independent of the findings, so that a feature which encodes it is a shortcut.
-
-    Args:
-        seed: seed of the image; the same seed gives the same phantom.
-        image_size: height and width in pixels, 16 or more.
-        subject_seed: seed of the anatomy. Images that share it are of one subject.
-        label: findings to draw, shape (4,), values 0 and 1. Equal seeds give images that differ in the findings alone.
+    The anatomy is the subject's; view, pose, exposure, noise and place and size of the findings are the image's. The
+    view (even odds) sets magnification, heart size, lung volume and the marker's corner. It is independent of the
+    findings, so that a feature which encodes it is a shortcut. Equal seeds give images that differ in the findings
+    alone, which `label`, of shape (4,), says.
     """
     subject_rng, rng = np.random.default_rng([0, subject_seed]), np.random.default_rng([1, seed])
     anatomy = dict(zip(_ANATOMY, subject_rng.uniform(*np.transpose([*_ANATOMY.values()])), strict=True))
