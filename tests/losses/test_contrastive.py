@@ -80,13 +80,6 @@ def test_length_of_the_embeddings_and_values_of_the_labels_do_not_matter() -> No
     torch.testing.assert_close(supervised_contrast(embeddings * lengths, [7 - 3 * labels])[0], loss)
 
 
-def test_image_level_draws_the_views_of_an_item_together_and_the_others_apart() -> None:
-    views = torch.eye(4).repeat(2, 1)
-    assert hierarchical_contrast([views] * 3, GROUP[:4], GROUP[:4])["image"] < 1e-3
-    crossed = views[[*range(4), 5, 6, 7, 4]]
-    assert hierarchical_contrast([crossed] * 3, GROUP[:4], GROUP[:4])["image"] > 5
-
-
 def test_anchor_without_positive_contributes_nothing() -> None:
     embeddings = random_embeddings(6)
     alone = supervised_contrast(embeddings, [torch.tensor([0, 0, 1, 2, 3, 4])])[0]

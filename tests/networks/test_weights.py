@@ -203,33 +203,29 @@ def test_a_part_of_an_encoder_is_refused(tmp_path: Path, part: str) -> None:
         load_weights(segresnet(), path)
 
 
-def test_all_but_the_last_layer_of_a_reconstruction_starts_a_segmentation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("outputs", "class_names", "whole"),
+    [
+        (CLASSES, ORGANS, True),
+        (CLASSES, ["spleen", "aorta"], False),
+        (CLASSES, ORGANS[::-1], False),
+        (CLASSES, None, False),
+        (1, None, False),  # a reconstruction
+    ],
+)
+def test_the_last_layer_comes_only_from_a_segmentation_of_the_same_structures(
+    tmp_path: Path, outputs: int, class_names: list[str] | None, whole: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network, path = segresnet(1, out_channels=CLASSES), saved(tmp_path, segresnet(0))
+    other, network = segresnet(0, out_channels=outputs), segresnet(1, out_channels=CLASSES)
+    path = saved(tmp_path, other, **({} if class_names is None else {"class_names": class_names}))
     with caplog.at_level(logging.INFO):
         assert load_weights(network, path, ORGANS, transfer=True) is network
     keys = set(network.state_dict())
-    assert taken_over(network, segresnet(0), segresnet(1, out_channels=CLASSES)) == keys - LAST
+    assert taken_over(network, other, segresnet(1, out_channels=CLASSES)) == (keys if whole else keys - LAST)
+    loaded, left = (len(keys), "none") if whole else (len(keys) - 2, "conv_final.2")
     assert caplog.records[-1].message == (
-        f"Loaded {len(keys) - 2} of {len(keys)} tensors of {path}; parts left as they were: conv_final.2."
+        f"Loaded {loaded} of {len(keys)} tensors of {path}; parts left as they were: {left}."
     )
-
-
-@pytest.mark.parametrize(
-    ("class_names", "whole"),
-    [(ORGANS, True), (["spleen", "aorta"], False), (ORGANS[::-1], False), (None, False), (["tumour"] * 2, False)],
-)
-def test_the_last_layer_comes_only_from_a_segmentation_of_the_same_structures(
-    tmp_path: Path, class_names: list[str] | None, whole: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    other, network = segresnet(0, out_channels=CLASSES), segresnet(1, out_channels=CLASSES)
-    settings = {} if class_names is None else {"class_names": class_names}
-    with caplog.at_level(logging.INFO):
-        load_weights(network, saved(tmp_path, other, **settings), ORGANS, transfer=True)
-    taken = taken_over(network, other, segresnet(1, out_channels=CLASSES))
-    assert set(network.state_dict()) - taken == (set() if whole else LAST)
-    assert caplog.records[-1].message.endswith(f"left as they were: {'none' if whole else 'conv_final.2'}.")
 
 
 def test_a_last_layer_that_is_not_taken_may_be_broken_or_missing(tmp_path: Path) -> None:
