@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dissect_monai.common import Array, InputError
 from dissect_monai.metrics.classification import both_classes
-from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.networks.encoders import feature_maps, pool
 from dissect_monai.transforms.views import prepare_images
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def extract_features(
         with torch.inference_mode():
             for batch in loader:
                 image, _ = prepare_images(batch, device, non_blocking=True)
-                pooled.append([stage.flatten(2).mean(2).float() for stage in stages_fn(encoder, image)])
+                pooled.append([pool(stage) for stage in stages_fn(encoder, image)])
     finally:
         for module, mode in modes.items():
             module.training = mode
