@@ -86,7 +86,7 @@ def make_module(library: str, codes: Tensor, spatial_dims: int) -> nn.Module:
     monai.load_state_dict({"embedding.weight": codes, "ema_w": codes, "ema_cluster_size": torch.ones(num)})
     if library == "monai":
         return VectorQuantizer(monai)
-    ours = EMACodebook(num, channels, commitment_cost=0.25, decay=0.99, data_init=False, revive_fraction=0)
+    ours = EMACodebook(num, channels, data_init=False, revive_fraction=0)
     ours.load_state_dict(monai.state_dict())
     return ours
 

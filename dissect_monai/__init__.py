@@ -73,6 +73,7 @@ from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks.encoders import place_network as place_network
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
+from dissect_monai.networks.optimizers import trained_part as trained_part
 from dissect_monai.networks.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.networks.segmentation import DeepSupervisionNet as DeepSupervisionNet
 from dissect_monai.networks.segmentation import init_class_prior as init_class_prior
@@ -80,7 +81,6 @@ from dissect_monai.networks.vqssl import VQSSLNet as VQSSLNet
 from dissect_monai.networks.weights import has_decoder as has_decoder
 from dissect_monai.networks.weights import load_weights as load_weights
 from dissect_monai.networks.weights import read_settings as read_settings
-from dissect_monai.networks.weights import trained_part as trained_part
 from dissect_monai.phantoms.volumes import VOLUME_TASKS as VOLUME_TASKS
 from dissect_monai.phantoms.volumes import write_volume_phantoms as write_volume_phantoms
 from dissect_monai.phantoms.xray import XRAY_FINDINGS as XRAY_FINDINGS

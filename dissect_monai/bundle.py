@@ -31,7 +31,8 @@ from dissect_monai.common import InputError, MissingPackageError
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.multilabel import BALANCES
-from dissect_monai.networks.weights import MODES, refuse_bad_mode
+from dissect_monai.networks.optimizers import MODES
+from dissect_monai.networks.weights import refuse_bad_mode
 
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.

@@ -186,8 +186,7 @@ class FrozenProbes:
             train, val = y[0][:, part], y[1][:, part]
             known = ~np.isnan(train).all(1) if question.parts else np.ones(len(train), dtype=bool)
             if known.any():
-                fitted = linear_probe(x[0][known], train[known], x[1], val, x[2])
-                scores["linear"][:, part] = fitted.scores
+                scores["linear"][:, part] = linear_probe(x[0][known], train[known], x[1], val, x[2])
                 scores["knn"][:, part] = knn_scores(x[0][known], train[known], x[2])
         return scores
 

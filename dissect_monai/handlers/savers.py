@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isnan, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -23,13 +23,11 @@ from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import VOLUME_SUFFIXES
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.quantizers import MultiScaleQuantizer
-from dissect_monai.networks.weights import load_torch
+from dissect_monai.networks.weights import load_quantizer
 from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
-_PRETRAINING = "give `checkpoint` a checkpoint_epoch=N.pt of pretraining"
 
 
 class Saver(ABC):
@@ -340,31 +338,3 @@ class EmbeddingSaver(Saver):
         ]
         width = len(first.get("embedding", ()))
         write_csv(self.path, ["image", "error", *(f"e{index}" for index in range(width))], rows)
-
-
-class TrainedQuantizer(NamedTuple):
-    """The quantiser of a pretraining run."""
-
-    quantizer: MultiScaleQuantizer
-    stages: list[int]  # the stages of the encoder that it quantises, counted from 1
-
-
-def load_quantizer(path: str | Path) -> TrainedQuantizer:
-    """Projections and codebooks of a `checkpoint_epoch=N.pt`; their sizes and settings are read from it.
-
-    Raises:
-        ValueError: if the checkpoint holds no quantiser.
-    """
-    checkpoint = load_torch(path, _PRETRAINING)
-    prefix, settings = "quantizer.", checkpoint.get("settings", {})
-    network = checkpoint.get("network", {})
-    state = {key.removeprefix(prefix): value for key, value in network.items() if key.startswith(prefix)}
-    channels = [value.shape[1] for key, value in state.items() if key.startswith("projections.") and value.ndim > 1]
-    codes = [value.shape for key, value in state.items() if key.endswith("embedding.weight")]
-    if not codes or "stages" not in settings:
-        raise InputError(f"{path} holds no quantiser: {_PRETRAINING}.")
-    quantizer = MultiScaleQuantizer(
-        settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
-    )
-    quantizer.load_state_dict(state)
-    return TrainedQuantizer(quantizer, settings["stages"])
