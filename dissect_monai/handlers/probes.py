@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +51,9 @@ class Question(NamedTuple):
     name: str
     columns: list[str]
     labels: list[Array]  # one (N, C) per split: training, validation, test; 1, 0 or NaN
-    # Columns that have probes and a C of their own, and only the training items that one of them is known of, so that
-    # what tells those apart from all others plays no part; None is all columns and all items.
-    parts: list[list[int]] | None = None
+    # Columns of one key share a C and the training items that one of them is known of, so that what tells those apart
+    # from all others plays no part; None is all columns and all items.
+    keys: list[str] | None = None
 
 
 class ProbeScores(NamedTuple):
@@ -63,8 +64,8 @@ class ProbeScores(NamedTuple):
     features: str  # "last", "stages" (all stages side by side) or that of the baseline
     probe: str  # "knn" or "linear"
     scores: Array  # (N, C)
-    auroc: dict[int, Resampled]  # of the columns that have one
-    ap: dict[int, Resampled]
+    auroc: dict[str, Resampled]  # of the columns that have one
+    ap: dict[str, Resampled]
 
 
 class Row(NamedTuple):
@@ -89,9 +90,9 @@ class FrozenProbes:
 
     It writes findings.csv, differences.csv (macro AUROC of the first encoder less that of all others, paired bootstrap)
     and scores.npz (all scores, so that runs can be compared pairwise later), and leaves every AUROC in the engine's
-    metrics, which MONAI's `MetricsSaver` writes to metrics.csv. A metric is called after source, features, probe,
-    "auroc", the question (unless it is `findings` or `shortcut`) and the column, as in
-    `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are left out and named in the log.
+    metrics. A metric is called after source, features, probe, "auroc", the question (unless it is `findings` or
+    `shortcut`) and the column, as in `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are
+    left out and named in the log.
 
     Args:
         encoders: encoders by name; the first is compared with all others.
@@ -139,33 +140,28 @@ class FrozenProbes:
 
     def __call__(self, engine: Engine) -> None:
         """Extract features, probe them, write the tables and leave the metrics."""
-        scored = [
+        results = [
             self._scored(question, source, kind, probe, scores)
             for source, kind, features in self._features(engine.state.device)
             for question in self.questions
             for probe, scores in self._scores(question, features).items()
         ]
-        rows = [row for result in scored for row in self._rows(result)]
-        left_out = [name for each in scored for i, name in enumerate(each.question.columns) if i not in each.auroc]
+        left_out = [name for each in results for name in each.question.columns if name not in each.auroc]
         if left_out:
             logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(dict.fromkeys(left_out)))
-        write_csv(self.output_dir / "findings.csv", columns(Row), rows, nan="nan")
-        write_csv(self.output_dir / "differences.csv", DIFFERENCES, self._differences(scored), nan="nan")
+        groups = [list(self._rows(result)) for result in results]
+        write_csv(self.output_dir / "findings.csv", columns(Row), chain.from_iterable(groups), nan="nan")
+        write_csv(self.output_dir / "differences.csv", DIFFERENCES, self._differences(results), nan="nan")
         arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
-        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in scored}
+        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in results}
         np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
-        for row in rows:
-            column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
-            name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
-            engine.state.metrics |= metrics_by_name({name: row.auroc})
-            if row.finding == MACRO or row.finding in self._logged():
-                logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
-
-    def _logged(self) -> list[str]:
-        """Columns whose AUROC is worth a line of the log: few, or that of a question by itself."""
-        if len(self.questions) == 1:
-            return self.questions[0].columns
-        return [question.columns[0] for question in self.questions if len(question.columns) == 1]
+        for group in groups:
+            for row in group:
+                column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
+                name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
+                engine.state.metrics |= metrics_by_name({name: row.auroc})
+                if row is group[0]:  # the mean, or the only column
+                    logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
 
     def _features(self, device: torch.device) -> Iterator[Features]:
         for source, encoder in self.encoders.items():
@@ -182,9 +178,11 @@ class FrozenProbes:
             x_all, y_all = np.concatenate(x), np.concatenate(y)
             return {"linear": grouped_cross_val_scores(x_all, y_all, self.subjects, self.num_folds, self.seed)}
         scores = {probe: np.full(y[2].shape, np.nan) for probe in ("linear", "knn")}
-        for part in question.parts or [list(range(len(question.columns)))]:
+        keys = question.keys or [""] * len(question.columns)
+        for key in dict.fromkeys(keys):
+            part = [index for index, other in enumerate(keys) if other == key]
             train, val = y[0][:, part], y[1][:, part]
-            known = ~np.isnan(train).all(1) if question.parts else np.ones(len(train), dtype=bool)
+            known = ~np.isnan(train).all(1) if question.keys else np.ones(len(train), dtype=bool)
             if known.any():
                 fitted = linear_probe(x[0][known], train[known], x[1], val, x[2])
                 scores["linear"][:, part] = fitted.scores
@@ -192,50 +190,46 @@ class FrozenProbes:
         return scores
 
     def _scored(self, question: Question, source: str, kind: str, probe: str, scores: Array) -> ProbeScores:
-        aurocs, aps = {}, {}
-        for index, pair in enumerate(zip(self._truth(question).T, scores.T, strict=True)):
-            if not np.isnan(auroc(*pair)):
-                draws = self.subjects, self.num_samples, self.seed
-                aurocs[index] = resample(partial(auroc, *pair), *draws)
-                aps[index] = resample(partial(average_precision, *pair), *draws)
+        draws = self.subjects, self.num_samples, self.seed
+        pairs = dict(zip(question.columns, zip(self._truth(question).T, scores.T, strict=True), strict=True))
+        usable = {name: pair for name, pair in pairs.items() if not np.isnan(auroc(*pair))}
+        aurocs = {name: resample(partial(auroc, *pair), *draws) for name, pair in usable.items()}
+        aps = {name: resample(partial(average_precision, *pair), *draws) for name, pair in usable.items()}
         return ProbeScores(question, source, kind, probe, scores, aurocs, aps)
 
     def _truth(self, question: Question) -> Array:
         return np.concatenate(question.labels) if self.num_folds else question.labels[2]
 
     def _rows(self, result: ProbeScores) -> Iterator[Row]:
-        groups = {result.question.columns[index]: [index] for index in result.auroc}
-        if len(groups) > 1:
-            groups = {MACRO: list(result.auroc), **groups}
-        for name, indices in groups.items():
-            mean_auroc, mean_ap = (
-                percentile_interval(mean_resampled([each[index] for index in indices]))
-                for each in (result.auroc, result.ap)
-            )
-            truth = self._truth(result.question)[:, indices]
+        names = list(result.auroc)
+        groups = {MACRO: names} if len(names) > 1 else {}
+        for finding, group in (groups | {name: [name] for name in names}).items():
+            truth = self._truth(result.question)[:, [result.question.columns.index(name) for name in group]]
+            intervals = [_mean_interval([each[name] for name in group]) for each in (result.auroc, result.ap)]
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
-            place = (result.source, result.features, result.probe, result.question.name)
-            yield Row(*place, name, mean_auroc, mean_ap, n, positives)
+            yield Row(*result[1:4], result.question.name, finding, *intervals, n, positives)
 
-    def _differences(self, scored: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
+    def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.encoders))
-        for result in scored:
-            for other in scored:
-                same = other.question is result.question and other.probe == result.probe
-                comparable = other.features == result.features or other.source not in self.encoders
-                shared = [index for index in result.auroc if index in other.auroc]
-                if result.source == main != other.source and same and comparable and shared:
-                    ours, theirs = (mean_resampled([each.auroc[i] for i in shared]) for each in (result, other))
-                    paired = Resampled(ours.value - theirs.value, ours.resamples - theirs.resamples)
-                    place = (result.question.name, result.features, result.probe, other.source)
-                    yield *place, percentile_interval(paired)
+        for ours, theirs in product(results, repeat=2):
+            same = theirs.question is ours.question and theirs.probe == ours.probe
+            comparable = theirs.features == ours.features or theirs.source not in self.encoders
+            shared = [name for name in ours.auroc if name in theirs.auroc]
+            if ours.source == main != theirs.source and same and comparable and shared:
+                one, other = (mean_resampled([each.auroc[name] for name in shared]) for each in (ours, theirs))
+                paired = Resampled(one.value - other.value, one.resamples - other.resamples)
+                yield ours.question.name, ours.features, ours.probe, theirs.source, percentile_interval(paired)
+
+
+def _mean_interval(parts: Sequence[Resampled]) -> Interval:
+    return percentile_interval(mean_resampled(parts))
 
 
 class ProbeHandler(FrozenProbes):
     """`FrozenProbes` of labelled images or volumes: how well the findings can be read off the features.
 
-    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. Arguments that
-    are not named here are those of `FrozenProbes`.
+    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. All other
+    arguments are those of `FrozenProbes`.
 
     Args:
         label_names: names of the values of a label.
@@ -255,18 +249,15 @@ class ProbeHandler(FrozenProbes):
         output_dir: str | Path,
         findings: str | Sequence[str] | None = None,
         shortcut: str | None = None,
-        num_folds: int = 0,
         pixels: bool = True,
-        num_samples: int = 1000,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         names = list(ensure_tuple(findings) if findings else label_names)
         questions = [Question("findings", names, [label_matrix(items, label_names, names) for items in splits])]
         if shortcut is not None:
             questions.append(_shortcut(splits, shortcut))
-        baseline = _pixel_components if pixels else None
-        super().__init__(encoders, loaders, questions, output_dir, baseline, num_folds, num_samples, seed)
+        super().__init__(encoders, loaders, questions, output_dir, _pixel_components if pixels else None, **kwargs)
 
 
 class VolumeProbeHandler(FrozenProbes):
@@ -281,7 +272,7 @@ class VolumeProbeHandler(FrozenProbes):
     - `domains_in_group`: the same for tasks that share a group, among its patches: which scanner, where the region is
       no help.
 
-    The baseline is histograms of the intensities. Arguments that are not named here are those of `FrozenProbes`.
+    The baseline is histograms of the intensities. All other arguments are those of `FrozenProbes`.
 
     Args:
         loaders: loaders of the three splits, of data sets as `patch_dataset` gives them.
@@ -296,8 +287,7 @@ class VolumeProbeHandler(FrozenProbes):
         output_dir: str | Path,
         label_names: Sequence[str] = (),
         intensity: bool = True,
-        num_samples: int = 1000,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         asked = [_structures(splits), *_domains(splits)]
@@ -307,8 +297,7 @@ class VolumeProbeHandler(FrozenProbes):
         questions = [question for question in map(_scorable, asked) if question.columns]
         if not questions:
             logger.warning("No probe: %s.", _NOTHING_TO_ASK)
-        baseline = _histograms if intensity else None
-        super().__init__(encoders, loaders, questions, output_dir, baseline, num_samples=num_samples, seed=seed)
+        super().__init__(encoders, loaders, questions, output_dir, _histograms if intensity else None, **kwargs)
 
 
 def refuse_unlabelled(
@@ -405,11 +394,9 @@ def _structures(splits: Sequence[list[Item]]) -> Question:
     def label(item: Item, task: str, name: str) -> float:
         return item.get("structures", {}).get(name, np.nan) if item["task"] == task else np.nan
 
-    labels: list[Array] = []
-    for items in splits:
-        rows = [[label(item, *pair) for pair in pairs] for item in items]
-        labels.append(np.array(rows, dtype=float).reshape(len(items), len(pairs)))
-    return Question("structures", ["/".join(pair) for pair in pairs], labels, _parts([task for task, _ in pairs]))
+    rows = [[[label(item, *pair) for pair in pairs] for item in items] for items in splits]
+    labels = [np.array(each, dtype=float).reshape(len(each), len(pairs)) for each in rows]
+    return Question("structures", ["/".join(pair) for pair in pairs], labels, [task for task, _ in pairs])
 
 
 def _domains(splits: Sequence[list[Item]]) -> list[Question]:
@@ -423,7 +410,7 @@ def _domains(splits: Sequence[list[Item]]) -> list[Question]:
     within = [task_labels(*origin, sharing, within_group=True) for origin in origins]
     return [
         Question("domains", list(tasks), everywhere),
-        Question("domains_in_group", list(sharing), within, _parts(list(sharing.values()))),
+        Question("domains_in_group", list(sharing), within, list(sharing.values())),
     ]
 
 
@@ -436,15 +423,9 @@ def _scorable(question: Question) -> Question:
             "Left out of %s, for lack of patches with it or without it in training or in test: %s.",
             question.name, ", ".join(left_out),
         )  # fmt: skip
-    parts = question.parts and [[kept.index(index) for index in part if index in kept] for part in question.parts]
     return Question(
         question.name,
         [question.columns[index] for index in kept],
         [labels[:, kept] for labels in question.labels],
-        parts and [part for part in parts if part],
+        question.keys and [question.keys[index] for index in kept],
     )
-
-
-def _parts(keys: Sequence[str]) -> list[list[int]]:
-    """Places of equal keys."""
-    return [[index for index, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]

@@ -28,10 +28,9 @@ from dissect_monai.handlers.segmentation_report import (
 from dissect_monai.metrics.segmentation import score_structures
 from dissect_monai.transforms.labels import integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
-from dissect_monai.visualize.classifier import figure_to_tensor
+from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class SegmentationEvaluation:
         self.facts, self.notes, self.window = facts, notes, window
         self.items: dict[str, Item] = {}
         self.cases: dict[str, CaseScores] = {}
-        self.stored: dict[str, bytes] = {}
+        self.pictures: dict[str, bytes] = {}
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -108,16 +107,20 @@ class SegmentationEvaluation:
             item = self.items[image]
             maps = read_maps(item, pred, self.class_names, self.largest_only)
             self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
-            if self.facts is not None:
-                self.stored[image] = maps.compressed()
-            if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
-                figure = case_figure(item, maps, scored_classes(item, self.class_names), self.window)
-                name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
-                self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
+            drawn = self.writer is not None and len(self.cases) <= NUM_OVERLAYS
+            if drawn or self.facts is not None:
+                # All classes in all pictures, so that each has one colour.
+                labels = dict.fromkeys(self.class_names, []) | scored_classes(item, self.class_names)
+                figure = case_figure(item, maps, labels, self.window)
+                if self.facts is not None:
+                    self.pictures[image] = figure_to_png(figure)
+                if self.writer is not None and drawn:
+                    name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
+                    self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
         self.items = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
-        self.cases, self.stored = {}, {}
+        self.cases, self.pictures = {}, {}
         refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
         unknown = [name for name in named if name not in self.class_names]
@@ -134,19 +137,11 @@ class SegmentationEvaluation:
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)
-        if self.facts is None:
-            return
-        # All structures in all pictures, so that each has one colour.
-        no_class: dict[str, list[int]] = {each.structure: [] for each in summaries[1:]}
-
-        def draw(case: CaseScores) -> Figure | None:
-            if case.case not in self.stored:
-                return None
-            item, maps = self.items[case.case], CaseMaps.restored(self.stored[case.case])
-            return case_figure(item, maps, no_class | scored_classes(item, self.class_names), self.window)
-
-        path = Path(self.output_dir, "report.html")
-        write_segmentation_report(path, cases, summaries, draw, self.facts, self.notes)
+        if self.facts is not None:
+            path = Path(self.output_dir, "report.html")
+            write_segmentation_report(
+                path, cases, summaries, self.pictures, self.class_names, self.facts, self.notes
+            )
 
 
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:
