@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from math import isnan
@@ -95,6 +96,7 @@ class FindingRow(NamedTuple):
 METRICS = FindingRow._fields[1:6]
 
 
+@dataclass(eq=False)
 class ClassifierEvaluation:
     """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
 
@@ -116,27 +118,16 @@ class ClassifierEvaluation:
         seed: seed of the resamples.
     """
 
-    def __init__(
-        self,
-        validation: Iterable[Mapping[str, Any]],
-        label_names: Sequence[str],
-        output_dir: str | Path,
-        mode: str = "finetune",
-        temperature_scaling: bool = False,
-        num_samples: int = 1000,
-        num_worst: int = 6,
-        facts: Mapping[str, Any] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.validation = validation
-        self.label_names = list(label_names)
-        self.output_dir = Path(output_dir)
-        self.mode = mode
-        self.temperature_scaling = temperature_scaling
-        self.num_samples, self.seed = num_samples, seed
-        self.num_worst = num_worst
-        self.facts = dict(facts or {})
-        self.collector = OutputCollector()
+    validation: Iterable[Mapping[str, Any]]
+    label_names: Sequence[str]
+    output_dir: str | Path
+    mode: str = "finetune"
+    temperature_scaling: bool = False
+    num_samples: int = 1000
+    num_worst: int = 6
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    collector: OutputCollector = field(default_factory=OutputCollector, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split, on the network and data set of `engine`."""
@@ -146,7 +137,7 @@ class ClassifierEvaluation:
     def __call__(self, engine: Any) -> None:
         """Fit on validation, score the test split, write the files and leave the metrics."""
         validation, test = self._validate(engine), self.collector.outputs()
-        dataset = engine.data_loader.dataset
+        dataset, folder = engine.data_loader.dataset, Path(self.output_dir)
         temperature = fit_temperature(*validation) if self.temperature_scaling else 1.0
         probabilities = test.probabilities(temperature)
         pairs = zip(validation.labels.T, validation.probabilities(temperature).T, strict=True)
@@ -157,9 +148,9 @@ class ClassifierEvaluation:
         missing = [row.finding for row in rows[1:] if isnan(row.auroc.value)]
         if missing:
             logger.warning("Left out, %s: %s.", WITHOUT_CLASS, ", ".join(missing))
-        write_findings(self.output_dir / "findings.csv", rows)
+        write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
-        write_calibration(self.output_dir / "calibration.json", fitted, engine.network)
+        write_calibration(folder / "calibration.json", fitted, engine.network)
         self._write_predictions(dataset.data, subjects, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
@@ -182,8 +173,7 @@ class ClassifierEvaluation:
             for plot, caption in CAPTIONS.items()
         }
         cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
-        path, title = self.output_dir / "report.html", "Evaluation of the classifier"
-        limits = (*LIMITS, SALIENCY)
+        path, title, limits = folder / "report.html", "Evaluation of the classifier", (*LIMITS, SALIENCY)
         write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", table_notes(rows), limits)
 
     def _validate(self, engine: Any) -> Outputs:
@@ -208,9 +198,10 @@ class ClassifierEvaluation:
             [item["image"], subject, *(text for pair in zip(*row, strict=True) for text in _texts(*pair))]
             for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True)
         ]
-        write_csv(self.output_dir / "predictions.csv", ["image", "subject", *columns], lines)
+        write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *columns], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
-        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
+        scores = Path(self.output_dir, "scores.npz")
+        np.savez_compressed(scores, subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
 
     def _worst_cases(self, engine: Any, labels: Array, probabilities: Array, thresholds: Sequence[float]) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class ReconstructionRow(NamedTuple):
     error: Interval
 
 
+@dataclass(eq=False)
 class ReconstructionHandler:
     """Measures the reconstructions of an evaluator whose `prepare_batch` is `MaskedImages`, per task.
 
@@ -47,11 +49,10 @@ class ReconstructionHandler:
         ValueError: during the run, if the evaluator sees another number of patches.
     """
 
-    def __init__(self, data: Sequence[Item], output_dir: str | Path, num_samples: int = 1000, seed: int = 0) -> None:
-        self.data = data
-        self.output_dir = Path(output_dir)
-        self.num_samples, self.seed = num_samples, seed
-        self._clear()
+    data: Sequence[Item]
+    output_dir: str | Path
+    num_samples: int = 1000
+    seed: int = 0
 
     def attach(self, engine: Engine) -> None:
         """Measure every batch, and sum up when `engine` has seen them all."""
@@ -81,11 +82,11 @@ class ReconstructionHandler:
         if len(errors) != len(self.data):
             raise InputError(f"`data` must be the {len(errors)} patches of the evaluator, got {len(self.data)}.")
         rows = [self._row(task, errors) for task in sorted({item["task"] for item in self.data})]
-        write_csv(self.output_dir / "reconstruction.csv", columns(ReconstructionRow), rows, nan="nan")
+        write_csv(Path(self.output_dir, "reconstruction.csv"), columns(ReconstructionRow), rows, nan="nan")
         tiles = zip(*(self._pictures[row.task] for row in rows), strict=True)
         figure = slice_figure([torch.cat(column) for column in tiles])
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(self.output_dir / "reconstruction.png")
+        Image.fromarray(pixels).save(Path(self.output_dir, "reconstruction.png"))
         for row in rows:
             engine.state.metrics[metric_name("reconstruction_error", row.task)] = row.masked_error.value
 

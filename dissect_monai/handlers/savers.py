@@ -6,10 +6,10 @@ import gzip
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isnan, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -61,6 +61,11 @@ class Saver(ABC):
         """Paths of all images."""
         return [str(item["image"]) for item in self.loader.dataset.data]
 
+    def rows(self, unknown: Any = "") -> Iterator[tuple[str, Any, str]]:
+        """Path of every image, its result or `unknown`, and why it could not be read or nothing."""
+        for index, image in enumerate(self.images):
+            yield image, self.results.get(index, unknown), self.loader.errors.get(index, "")
+
     def _start(self) -> None:
         self.results = {}
 
@@ -92,16 +97,16 @@ class PredictionSaver(Saver):
         loader: the evaluator's loader.
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
+        network: the evaluator's network, for the overlays.
         overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
             furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
             images. Where nothing speaks for the finding the name ends in "_nothing".
-        network: the evaluator's network, for the overlays.
         thresholds: probability from which on a finding is called, by name, as `read_calibration` gives them; with NaN
             it is neither called nor not.
 
     Raises:
-        ValueError: if `overlays` is unknown or has no network; during the run, if there are more or fewer probabilities
-            than names; at its end, if images could not be read.
+        ValueError: during the run, if there are more or fewer probabilities than names; at its end, if images could
+            not be read.
     """
 
     what = "predictions"
@@ -111,17 +116,13 @@ class PredictionSaver(Saver):
         loader: ReadableLoader,
         label_names: Sequence[str],
         output_dir: str | Path,
+        network: nn.Module,
         overlays: str = "none",
-        network: nn.Module | None = None,
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
-        if overlays not in OVERLAYS:
-            raise InputError(f"`overlays` must be one of {', '.join(OVERLAYS)}, got {overlays!r}.")
-        if overlays != "none" and network is None:
-            raise InputError("`network` must be given for `overlays`, got None.")
         super().__init__(loader, Path(output_dir, "probabilities.csv"))
         self.label_names = list(label_names)
-        self.overlays, self.network = overlays, network
+        self.network, self.overlays = network, overlays
         self.thresholds = dict(thresholds or {})
 
     def _start(self) -> None:
@@ -135,11 +136,11 @@ class PredictionSaver(Saver):
             raise InputError(
                 f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
             )
-        if self.network is not None and self.overlays != "none":
-            self._draw(self.network, indices, output["image"].as_subclass(Tensor), probabilities)
+        if self.overlays != "none":
+            self._draw(indices, output["image"].as_subclass(Tensor), probabilities)
         return probabilities.tolist()
 
-    def _draw(self, network: nn.Module, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
+    def _draw(self, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
         folder = self.path.parent / "overlays"
         folder.mkdir(parents=True, exist_ok=True)
         wanted = torch.ones_like(probabilities, dtype=torch.bool)
@@ -148,7 +149,7 @@ class PredictionSaver(Saver):
             wanted = (score == score.amax(1, keepdim=True)) & ~score.isneginf()
         for finding in wanted.any(0).nonzero().flatten().tolist():
             rows = wanted[:, finding].nonzero().flatten().tolist()
-            maps = saliency_maps(network, images[rows], finding)
+            maps = saliency_maps(self.network, images[rows], finding)
             for row, saliency in zip(rows, maps, strict=True):
                 stem = Path(self.images[indices[row]]).name.split(".")[0]
                 nothing = "" if saliency.any() else "_nothing"
@@ -165,22 +166,18 @@ class PredictionSaver(Saver):
         return score
 
     def _write(self) -> None:
-        called = [f"{name} called" for name in self.label_names if name in self.thresholds]
-        unknown, errors = [nan] * len(self.label_names), self.loader.errors
-        rows = [
-            [image, *self._texts(self.results.get(index, unknown)), errors.get(index, "")]
-            for index, image in enumerate(self.images)
-        ]
-        write_csv(self.path, ["image", *self.label_names, *called, "error"], rows)
+        called = [name for name in self.label_names if name in self.thresholds]
+        lines = []
+        for image, result, error in self.rows(unknown=[nan] * len(self.label_names)):
+            probabilities = dict(zip(self.label_names, result, strict=True))
+            texts = ["" if isnan(value) else f"{value:.6f}" for value in result]
+            calls = [_called(probabilities[name], self.thresholds[name]) for name in called]
+            lines.append([image, *texts, *calls, error])
+        write_csv(self.path, ["image", *self.label_names, *(f"{name} called" for name in called), "error"], lines)
 
-    def _texts(self, probabilities: Sequence[float]) -> list[str]:
-        """The probabilities of an image, then its calls; blank is unknown."""
-        calls = []
-        for name, probability in zip(self.label_names, probabilities, strict=True):
-            if name in self.thresholds:
-                threshold = self.thresholds[name]
-                calls.append("" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}")
-        return [*("" if isnan(value) else f"{value:.6f}" for value in probabilities), *calls]
+
+def _called(probability: float, threshold: float) -> str:
+    return "" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}"
 
 
 class LabelMapSaver(Saver):
@@ -234,11 +231,7 @@ class LabelMapSaver(Saver):
         return path
 
     def _write(self) -> None:
-        rows = [
-            [image, self.results.get(index, ""), self.loader.errors.get(index, "")]
-            for index, image in enumerate(self.images)
-        ]
-        write_csv(self.path, ["image", "label_map", "error"], rows)
+        write_csv(self.path, ["image", "label_map", "error"], self.rows())
 
 
 def save_label_map(label_map: MetaTensor, path: str | Path) -> None:
@@ -288,7 +281,7 @@ class EmbeddingSaver(Saver):
         checkpoint: a `checkpoint_epoch=N.pt` of pretraining whose codebooks give the codes; None writes no codes.
 
     Raises:
-        ValueError: if the format is unknown, or codes are asked for in a CSV; at the end, if images could not be read.
+        ValueError: if codes are asked for in a CSV; at the end, if images could not be read.
     """
 
     what = "embeddings"
@@ -301,8 +294,6 @@ class EmbeddingSaver(Saver):
         encoder: nn.Module | None = None,
         checkpoint: str | Path | None = None,
     ) -> None:
-        if output_format not in ("csv", "npz"):
-            raise InputError(f"`output_format` must be csv or npz, got {output_format!r}.")
         if checkpoint is not None and output_format != "npz":
             raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
         super().__init__(loader, Path(output_dir, f"embeddings.{output_format}"))
@@ -332,29 +323,14 @@ class EmbeddingSaver(Saver):
             arrays |= {"unreadable": [images[index] for index in errors]}
             np.savez_compressed(self.path, **arrays)
             return
-        rows = [
-            [image, errors[index]]
-            if index in errors
-            else [image, "", *(f"{value:.6g}" for value in self.results[index]["embedding"])]
-            for index, image in enumerate(images)
-        ]
+        results = self.rows(unknown={"embedding": []})
+        rows = [[image, error, *(f"{value:.6g}" for value in each["embedding"])] for image, each, error in results]
         width = len(first.get("embedding", ()))
         write_csv(self.path, ["image", "error", *(f"e{index}" for index in range(width))], rows)
 
 
-class TrainedQuantizer(NamedTuple):
-    """The quantiser of a pretraining run."""
-
-    quantizer: MultiScaleQuantizer
-    stages: list[int]  # the stages of the encoder that it quantises, counted from 1
-
-
-def load_quantizer(path: str | Path) -> TrainedQuantizer:
-    """Projections and codebooks of a `checkpoint_epoch=N.pt`; their sizes and settings are read from it.
-
-    Raises:
-        ValueError: if the checkpoint holds no quantiser.
-    """
+def load_quantizer(path: str | Path) -> tuple[MultiScaleQuantizer, list[int]]:
+    """The quantiser of a `checkpoint_epoch=N.pt`, and the stages of the encoder that it quantises, counted from 1."""
     checkpoint = load_torch(path, _PRETRAINING)
     prefix, settings = "quantizer.", checkpoint.get("settings", {})
     network = checkpoint.get("network", {})
@@ -367,4 +343,4 @@ def load_quantizer(path: str | Path) -> TrainedQuantizer:
         settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
     )
     quantizer.load_state_dict(state)
-    return TrainedQuantizer(quantizer, settings["stages"])
+    return quantizer, settings["stages"]

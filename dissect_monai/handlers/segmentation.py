@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 NUM_OVERLAYS = 2
 
 
+@dataclass(eq=False)
 class SegmentationEvaluation:
     """Scores the predictions of an evaluator on the grid of the label files, see `score_structures` and `summarize`.
 
@@ -63,29 +65,16 @@ class SegmentationEvaluation:
             evaluator's data set.
     """
 
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        output_dir: str | Path | None = None,
-        tolerance: float = 2.0,
-        largest_only: Sequence[str] = (),
-        num_samples: int = 1000,
-        seed: int = 0,
-        writer: SummaryWriter | None = None,
-        facts: Mapping[str, Any] | None = None,
-        notes: Sequence[str] = (),
-        window: tuple[float, float] | None = None,
-    ) -> None:
-        self.class_names = list(class_names)
-        self.output_dir = output_dir
-        self.tolerance = tolerance
-        self.largest_only = largest_only
-        self.num_samples, self.seed = num_samples, seed
-        self.writer = writer
-        self.facts, self.notes, self.window = facts, notes, window
-        self.items: dict[str, Item] = {}
-        self.cases: dict[str, CaseScores] = {}
-        self.pictures: dict[str, bytes] = {}
+    class_names: Sequence[str]
+    output_dir: str | Path | None = None
+    tolerance: float = 2.0
+    largest_only: Sequence[str] = ()
+    num_samples: int = 1000
+    seed: int = 0
+    writer: SummaryWriter | None = None
+    facts: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+    window: tuple[float, float] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -110,7 +99,7 @@ class SegmentationEvaluation:
             drawn = self.writer is not None and len(self.cases) <= NUM_OVERLAYS
             if drawn or self.facts is not None:
                 # All classes in all pictures, so that each has one colour.
-                labels = dict.fromkeys(self.class_names, []) | scored_classes(item, self.class_names)
+                labels = {name: [] for name in self.class_names} | scored_classes(item, self.class_names)
                 figure = case_figure(item, maps, labels, self.window)
                 if self.facts is not None:
                     self.pictures[image] = figure_to_png(figure)
@@ -119,8 +108,9 @@ class SegmentationEvaluation:
                     self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
-        self.items = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
-        self.cases, self.pictures = {}, {}
+        self.items: dict[str, Item] = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
+        self.cases: dict[str, CaseScores] = {}
+        self.pictures: dict[str, bytes] = {}  # of all cases, for the report
         refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
         unknown = [name for name in named if name not in self.class_names]
@@ -139,9 +129,7 @@ class SegmentationEvaluation:
         write_tables(self.output_dir, cases, summaries)
         if self.facts is not None:
             path = Path(self.output_dir, "report.html")
-            write_segmentation_report(
-                path, cases, summaries, self.pictures, self.class_names, self.facts, self.notes
-            )
+            write_segmentation_report(path, cases, summaries, self.pictures, self.class_names, self.facts, self.notes)
 
 
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:

@@ -15,7 +15,7 @@ from monai.transforms import LoadImage, SpatialResample
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from dissect_monai.common import Array, InputError, Interval, Item
+from dissect_monai.common import Array, Interval, Item
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
@@ -112,9 +112,7 @@ def summarize(cases: Sequence[CaseScores], num_samples: int = 1000, seed: int = 
         fields |= {f"{metric}_std": _std(values) for metric, values in scores.items()}
         missed, false_positives = _counts(cases, name if index else None)
         num_subjects = int((~np.isnan(scores["dice"])).sum())
-        summaries.append(
-            StructureSummary(name, num_subjects, missed=missed, false_positives=false_positives, **fields)
-        )
+        summaries.append(StructureSummary(name, num_subjects, missed=missed, false_positives=false_positives, **fields))
     return summaries
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import cos, isfinite, pi
 from typing import Any
 
@@ -22,6 +23,7 @@ from dissect_monai.networks.weights import SEGRESNET_ENCODER
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class TargetMomentumHandler:
     """Moves the target network after every iteration, with a momentum that rises from `momentum` to 1.
 
@@ -32,21 +34,13 @@ class TargetMomentumHandler:
         momentum: τ at the first iteration, in [0, 1].
         num_iterations: iterations over which τ follows a half cosine to 1.
 
-    Raises:
-        ValueError: if `momentum` or `num_iterations` is out of range.
-
     Reference:
         Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
     """
 
-    def __init__(self, network: VQSSLNet, momentum: float, num_iterations: int) -> None:
-        if not 0 <= momentum <= 1:
-            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
-        if num_iterations < 1:
-            raise InputError(f"`num_iterations` must be at least 1, got {num_iterations}.")
-        self.network = network
-        self.momentum = momentum
-        self.num_iterations = num_iterations
+    network: VQSSLNet
+    momentum: float
+    num_iterations: int
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -63,6 +57,7 @@ class TargetMomentumHandler:
         return 1 - (1 - self.momentum) * (cos(pi * progress) + 1) / 2
 
 
+@dataclass(eq=False)
 class EpochSeedHandler:
     """Makes the draws of python, torch and `epoch_seeded` in an epoch a function of seed, rank and epoch alone.
 
@@ -75,10 +70,9 @@ class EpochSeedHandler:
         epoch_seeded: samplers and augmentations with `set_epoch`.
     """
 
-    def __init__(self, seed: int, rank: int = 0, epoch_seeded: Sequence[Any] = ()) -> None:
-        self.seed = seed
-        self.rank = rank
-        self.epoch_seeded = epoch_seeded
+    seed: int
+    rank: int = 0
+    epoch_seeded: Sequence[Any] = ()
 
     def attach(self, engine: Engine) -> None:
         """Run before the first batch of every epoch is fetched."""
@@ -95,6 +89,7 @@ class EpochSeedHandler:
             drawer.set_epoch(epoch)
 
 
+@dataclass(eq=False)
 class ProgressHandler:
     """One progress bar over the whole run: epoch and loss if there is one, time gone and time left.
 
@@ -103,10 +98,9 @@ class ProgressHandler:
         description: what the bar is of.
     """
 
-    def __init__(self, interval: int = 10, description: str = "pretraining") -> None:
-        self.interval = interval
-        self.description = description
-        self.bar: tqdm[Any] | None = None
+    interval: int = 10
+    description: str = "pretraining"
+    bar: tqdm[Any] | None = field(default=None, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine` from its start, or from where it resumes."""
@@ -139,6 +133,7 @@ class ProgressHandler:
             raise error
 
 
+@dataclass(eq=False)
 class FiniteLoss:
     """Stops a run whose loss is not finite; attach it before what saves the network.
 
@@ -149,8 +144,7 @@ class FiniteLoss:
         ValueError: during the run.
     """
 
-    def __init__(self, interval: int = 10) -> None:
-        self.interval = interval
+    interval: int = 10
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, and at the end of every epoch."""
@@ -209,15 +203,10 @@ class FrozenEncoder:
 
     Args:
         network: the network.
-        num_epochs: how many epochs, at least 0.
-
-    Raises:
-        ValueError: if `num_epochs` is negative.
+        num_epochs: how many epochs.
     """
 
     def __init__(self, network: SegResNet, num_epochs: int) -> None:
-        if num_epochs < 0:
-            raise InputError(f"`num_epochs` must be at least 0, got {num_epochs}.")
         self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
         self.num_epochs = num_epochs
 

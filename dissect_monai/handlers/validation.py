@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.metrics.classification import (
@@ -46,25 +47,22 @@ class Outputs(NamedTuple):
         return torch.from_numpy(self.logits / temperature).sigmoid().numpy()
 
 
-class OutputCollector:
+class OutputCollector(EpochOutputStore):
     """Collects the logits and labels of the epoch that an evaluator (`decollate=False`) is in."""
 
     def __init__(self) -> None:
-        self.store = EpochOutputStore(lambda output: (_on_cpu(output["pred"]), _on_cpu(output["label"])))
-
-    def attach(self, engine: Engine) -> None:
-        """Start afresh at every epoch, collect after every batch."""
-        self.store.attach(engine)
+        super().__init__(lambda output: (_on_cpu(output["pred"]), _on_cpu(output["label"])))
 
     def outputs(self) -> Outputs:
         """All of the epoch so far."""
-        return Outputs(*(torch.cat(part).numpy() for part in zip(*self.store.data, strict=True)))
+        return Outputs(*(torch.cat(part).numpy() for part in zip(*self.data, strict=True)))
 
 
 def _on_cpu(values: Tensor) -> Tensor:
     return values.detach().as_subclass(Tensor).double().cpu()
 
 
+@dataclass(eq=False)
 class ClassificationMetrics:
     """Leaves the validation metrics of a multi-label classifier with the evaluator, and draws its curves.
 
@@ -76,19 +74,13 @@ class ClassificationMetrics:
         label_names: names of the C findings.
         writer: TensorBoard for the ROC and reliability figures; None draws none.
         interval: epochs of the trainer between figures.
-
-    Raises:
-        ValueError: if `interval` is not positive.
     """
 
-    def __init__(self, label_names: Sequence[str], writer: SummaryWriter | None = None, interval: int = 1) -> None:
-        if interval < 1:
-            raise InputError(f"`interval` must be at least 1, got {interval}.")
-        self.label_names = list(label_names)
-        self.writer = writer
-        self.interval = interval
-        self.collector = OutputCollector()
-        self.named_left_out = False
+    label_names: Sequence[str]
+    writer: SummaryWriter | None = None
+    interval: int = 1
+    collector: OutputCollector = field(default_factory=OutputCollector, init=False)
+    named_left_out: bool = field(default=False, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Collect over the epoch; attach before handlers that log or compare the metrics."""

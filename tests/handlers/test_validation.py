@@ -90,8 +90,6 @@ def test_draws_curves_at_the_interval() -> None:
     for epoch in (2, 3, 4):
         evaluator.run(epoch)
     assert {name: list(images) for name, images in writer.images.items()} == {"roc": [2, 4], "reliability": [2, 4]}
-    with pytest.raises(ValueError, match="`interval` must be at least 1, got 0"):
-        ClassificationMetrics(NAMES, interval=0)
 
 
 # ---- k-NN of an encoder ------------------------------------------------------------------------------------------

@@ -77,14 +77,17 @@ def center(**changes: Any) -> list[int]:
     return [int(shown(overlay(**changes, image=places[axis]).axes[2 - axis])[0, 0]) for axis in range(3)]
 
 
-def test_planes_show_most_structures_or_the_middle_of_a_single_one() -> None:
+def test_planes_show_most_structures_or_most_of_a_single_one() -> None:
     label, pred = maps()
     x, y, z = center()
     for cut in (np.s_[:, :, z], np.s_[:, y], np.s_[x]):
         assert len(set(np.unique([label[cut], pred[cut]])) - {0}) >= 2
     assert set(np.unique([label[:, :, z], pred[:, :, z]])) == {0, 1, 2, 4}
     for name, of in (("right_kidney", label), ("spleen", pred)):  # the label lacks the spleen
-        assert of[tuple(center(labels={name: LABELS[name]}))] in LABELS[name]
+        mask = np.isin(of, LABELS[name])
+        areas = [mask.sum(tuple({0, 1, 2} - {axis})) for axis in range(3)]
+        found = center(labels={name: LABELS[name]})
+        assert [area[place] for area, place in zip(areas, found, strict=True)] == [area.max() for area in areas]
 
 
 def test_predictions_are_areas_and_labels_are_outlines_of_one_colour() -> None:
@@ -131,17 +134,3 @@ def test_there_may_be_more_structures_than_colours() -> None:
     label = np.arange(24 * 20 * 12).reshape(SHAPE) % 40
     labels = {f"organ {value}": [value] for value in range(1, 40)}
     assert len(legend(overlay(label=label, pred=label, labels=labels))) == 41
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image": np.zeros((3, 3, 3))}, r"must have one shape \(X, Y, Z\).*got \(3, 3, 3\), \(24, 20, 12\)"),
-        ({"spacing": (1, 1)}, r"`spacing` three positive numbers, got .* \[1, 1\]"),
-        ({"window": (5, 5)}, r"`window` must be increasing, got \(5, 5\)"),
-        ({"label": np.full(SHAPE, 0.5)}, "`label` must hold integers"),
-    ],
-)
-def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        overlay(**changes)
