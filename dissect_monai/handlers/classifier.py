@@ -193,12 +193,12 @@ class ClassifierEvaluation:
     def _write_predictions(
         self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
     ) -> None:
-        columns = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
+        names = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
         lines = [
             [item["image"], subject, *(text for pair in zip(*row, strict=True) for text in _texts(*pair))]
             for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True)
         ]
-        write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *columns], lines)
+        write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *names], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
         scores = Path(self.output_dir, "scores.npz")
         np.savez_compressed(scores, subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
@@ -278,14 +278,20 @@ def finding_rows(
     }
     rows = []
     for index, (name, label) in enumerate(zip(label_names, labels.T, strict=True)):
-        counts = _subject_counts(label, np.asarray(subjects))
-        intervals = {
-            metric: _interval(metric, [found.get(index, {})], partial(wilson_interval, count=counts.get(metric, NAN)))
-            for metric in METRICS
-        }
-        n, positives = int((~np.isnan(label)).sum()), int(np.nansum(label))
-        rows.append(FindingRow(name, threshold=thresholds[index], n=n, positives=positives, **intervals))
-    means = {metric: _interval(metric, list(found.values()), partial(_mean_ends, rows, metric)) for metric in METRICS}
+        intervals = {metric: _interval(metric, [found.get(index, {})]) for metric in METRICS}
+        positives, negatives = (len(np.unique(np.asarray(subjects)[label == truth])) for truth in (1, 0))
+        counts = {"auroc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
+        for metric, count in counts.items():
+            value = intervals[metric].value
+            if isnan(intervals[metric].low) and not isnan(value):
+                intervals[metric] = Interval(value, *map(float, wilson_interval(value, count)))
+        n, num_positives = int((~np.isnan(label)).sum()), int(np.nansum(label))
+        rows.append(FindingRow(name, threshold=thresholds[index], n=n, positives=num_positives, **intervals))
+    means = {metric: _interval(metric, list(found.values())) for metric in METRICS}
+    for metric, mean in means.items():
+        if isnan(mean.low) and not isnan(mean.value):  # as if all erred on the same side together, which is careful
+            known = [getattr(row, metric) for row in rows if not isnan(getattr(row, metric).value)]
+            means[metric] = Interval(mean.value, *np.mean([interval[1:] for interval in known], axis=0).tolist())
     return [FindingRow(MACRO, threshold=NAN, n=None, positives=None, **means), *rows]
 
 
@@ -333,14 +339,8 @@ def _resampled(
     return {name: resample(statistic, subjects, num_samples, seed) for name, statistic in statistics.items()}
 
 
-def _subject_counts(label: Array, subjects: Any) -> dict[str, int]:
-    """How many subjects each proportion counts."""
-    positives, negatives = (len(np.unique(subjects[label == truth])) for truth in (1, 0))
-    return {"auroc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
-
-
-def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]], ends: Callable[[float], ArrayLike]) -> Interval:
-    """A metric's mean over the findings that have it; `ends` stands in where no resample differs."""
+def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]]) -> Interval:
+    """A metric's mean over the findings that have it; without ends where no resample differs."""
     having = [each for each in findings if metric in each]
     if not having:
         return UNKNOWN
@@ -349,12 +349,5 @@ def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]], ends: Ca
         interval = calibration_interval(mean, mean_resampled([each["noise"] for each in having]))
     else:
         interval = percentile_interval(mean)
-    if interval.high - interval.low > 1e-9:  # rounding
-        return interval
-    return Interval(interval.value, *map(float, np.asarray(ends(interval.value))))
-
-
-def _mean_ends(rows: Sequence[FindingRow], metric: str, _value: float) -> Array:
-    """Means of the ends of the findings' intervals, which is careful: as if all erred on the same side together."""
-    intervals = [getattr(row, metric) for row in rows]
-    return np.mean([interval[1:] for interval in intervals if not isnan(interval.value)], axis=0)
+    differs = interval.high - interval.low > 1e-9  # rounding
+    return interval if differs else Interval(interval.value, NAN, NAN)

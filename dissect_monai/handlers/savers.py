@@ -261,8 +261,8 @@ def relative_names(images: Sequence[str]) -> list[str]:
 
 
 def _without_suffix(name: str) -> str:
-    suffixes = [suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)]
-    return name[: -len(max(suffixes, key=len))] if suffixes else name
+    suffix = max((each for each in VOLUME_SUFFIXES if name.lower().endswith(each)), key=len, default="")
+    return name[: len(name) - len(suffix)]
 
 
 class EmbeddingSaver(Saver):
