@@ -18,7 +18,6 @@ from dissect_monai.handlers.segmentation_report import (
     CaseScores,
     case_figure,
     representative_cases,
-    subject_scores,
     summarize,
     summary_metrics,
     write_segmentation_report,
@@ -51,35 +50,23 @@ STUDY = [
 ]
 
 
-def test_a_line_of_a_structure_is_the_mean_over_subjects_that_have_it() -> None:
-    _, liver, kidney, _ = summarize(STUDY)
+def test_the_first_line_counts_every_subject_alike_and_others_those_that_have_the_structure() -> None:
+    mean, liver, kidney, spleen = summarize(STUDY, num_samples=200, seed=3)
+    subjects = np.array([(0.9 + 0.7) / 2, (0.7 + 0.25) / 2, 0.4])
+    assert (mean.structure, mean.n) == ("mean", 3)
+    np.testing.assert_allclose(
+        mean.dice, bootstrap(lambda weight: weight @ subjects / weight.sum(1), ["A", "B", "C"], 200, 3)
+    )
+    assert mean.dice.low < mean.dice.value < mean.dice.high
+    assert mean.dice_std == pytest.approx(np.std(subjects, ddof=1))
+    assert mean.hd95.value == pytest.approx(np.mean([4, (4 + 8) / 2, 9]))
     assert (liver.structure, liver.n, kidney.n) == ("liver", 3, 2)
     assert liver.dice.value == pytest.approx(np.mean([0.9, 0.7, 0.4]))
     assert liver.dice_std == pytest.approx(np.std([0.9, 0.7, 0.4], ddof=1))
     assert kidney.dice.value == pytest.approx(np.mean([0.7, 0.25]))  # a missed one is 0
     assert kidney.hd95.value == pytest.approx(np.mean([6, 8]))  # and has no distance
-
-
-def test_the_first_line_counts_every_subject_alike() -> None:
-    mean = summarize(STUDY)[0]
-    subjects = [(0.9 + 0.7) / 2, (0.7 + 0.25) / 2, 0.4]
-    assert (mean.structure, mean.n) == ("mean", 3)
-    assert mean.dice.value == pytest.approx(np.mean(subjects))
-    assert mean.dice_std == pytest.approx(np.std(subjects, ddof=1))
-    assert mean.hd95.value == pytest.approx(np.mean([4, (4 + 8) / 2, 9]))
-
-
-def test_intervals_are_those_of_the_bootstrap_by_subject() -> None:
-    mean = summarize(STUDY, num_samples=200, seed=3)[0]
-    values = np.array([0.8, 0.475, 0.4])
-    expected = bootstrap(lambda weight: weight @ values / weight.sum(1), ["A", "B", "C"], 200, 3)
-    np.testing.assert_allclose(mean.dice, expected)
-    assert mean.dice.low < mean.dice.value < mean.dice.high
-
-
-def test_missed_and_false_positives_are_counted_per_case() -> None:
-    counts = {each.structure: (each.missed, each.false_positives) for each in summarize(STUDY)}
-    assert counts == {"mean": (1, 2), "liver": (0, 0), "left kidney": (1, 0), "spleen": (0, 2)}
+    counts = [(each.missed, each.false_positives) for each in (mean, liver, kidney, spleen)]
+    assert counts == [(1, 2), (0, 0), (1, 0), (0, 2)]
 
 
 def test_a_structure_that_no_label_has_counts_for_nothing() -> None:
@@ -102,14 +89,6 @@ def test_structures_may_differ_between_cases() -> None:
     assert (mean.dice.value, liver.dice.value, heart.dice.value) == (0.6, 0.5, 0.7)
 
 
-def test_subjects_have_the_mean_over_their_structures() -> None:
-    subjects = {each.subject: each for each in subject_scores(STUDY)}
-    assert list(subjects) == ["A", "B", "C"]
-    assert subjects["B"].dice == pytest.approx(0.475)
-    assert (subjects["B"].missed, subjects["B"].false_positives) == (1, 1)
-    assert subjects["C"][1:4] == (0.4, 9, 0.9)
-
-
 def test_metrics_have_the_names_of_their_structures() -> None:
     metrics = summary_metrics(summarize(STUDY))
     ends = {f"{metric}_mean{end}" for metric in ("dice", "hd95", "surface_dice") for end in ("", "_low", "_high")}
@@ -128,6 +107,10 @@ def test_tables_hold_every_case_subject_and_structure(tmp_path: Path) -> None:
     }  # fmt: skip
     assert cases[0]["values"] == "1 2"
     assert [row["subject"] for row in subjects] == ["A", "B", "C"]
+    assert subjects[1] == {
+        "subject": "B", "dice": "0.4750", "hd95": "6.0000", "surface_dice": "0.6750", "missed": "1",
+        "false_positives": "1",
+    }  # fmt: skip
     assert [row["structure"] for row in summary] == ["mean", "liver", "left kidney", "spleen"]
     assert [summary[2][name] for name in ("n", "dice", "missed")] == ["2", "0.4750", "1"]
     assert float(summary[0]["dice_low"]) < float(summary[0]["dice"]) < float(summary[0]["dice_high"])
