@@ -27,34 +27,24 @@ NUM_KEPT = 2  # checkpoints of a run
 
 @dataclass(eq=False)
 class TrainingCheckpoint:
-    """Saves all that a run needs to go on, and its weights, at the end of epochs; resumes from it.
+    """Saves all that a run needs to go on as checkpoint_epoch=N.pt, and its weights; resumes from it.
 
     A run killed at any moment leaves the newest complete files intact, where MONAI's `CheckpointSaver` writes in place.
     Random state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the
     run starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
-
-    Args:
-        ckpt_dir: folder for `checkpoint_epoch=N.pt`.
-        save_dict: objects with `state_dict`, by name; the engine's own state is added as `trainer`.
-        weights: module whose plain state dict other bundles load; None leaves that to another, such as `BestWeights`.
-        weights_path: where `weights` go, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
-        settings: what the weights depend on, such as encoder and image size; a resumed run must have the same.
-        interval: epochs between checkpoints, of which the newest two stay; the last epoch is always saved.
-        resume_from: checkpoint to load when the run starts, or None.
-        rank: rank of this process; all load, rank 0 saves.
 
     Raises:
         ValueError: when the run starts, if the checkpoint is of another run or another version of this package.
     """
 
     ckpt_dir: str | Path
-    save_dict: Mapping[str, Any]
-    weights: nn.Module | None = None
-    weights_path: str | Path | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    interval: int = 1
+    save_dict: Mapping[str, Any]  # objects with `state_dict`, by name; the engine's own state is added as `trainer`
+    weights: nn.Module | None = None  # whose state dict other bundles load; None leaves that to `BestWeights`
+    weights_path: str | Path | None = None  # such as models/model.pt; `settings` go beside it, as models/model.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights; a resumed run must have the same
+    interval: int = 1  # epochs between checkpoints, of which the newest two stay; the last epoch is always saved
     resume_from: str | None = None
-    rank: int = 0
+    rank: int = 0  # all load, rank 0 saves
 
     def attach(self, engine: Engine) -> None:
         """Load at the start, save at the end of epochs."""
@@ -149,26 +139,17 @@ class BestWeights:
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.
 
-    Args:
-        evaluator: the validator; it may validate in one process alone.
-        weights: module whose plain state dict is written.
-        weights_path: where it goes, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
-        settings: what the weights depend on, such as encoder, image size and the names of the findings.
-        metric: the evaluator's metric, larger is better.
-        patience: validations in a row without improvement after which the run ends.
-        rank: of this process, if every process validates; 0 writes.
-
     Raises:
         ValueError: during the run, if the evaluator has no such metric.
     """
 
-    evaluator: Engine
+    evaluator: Engine  # it may validate in one process alone
     weights: nn.Module
-    weights_path: str | Path
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    metric: str = "auroc"
-    patience: int = 10
-    rank: int = 0
+    weights_path: str | Path  # such as models/model.pt; `settings` go beside it, as models/model.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights
+    metric: str = "auroc"  # of the evaluator, larger is better
+    patience: int = 10  # validations in a row without improvement after which the run ends
+    rank: int = 0  # if every process validates; 0 writes
 
     def attach(self, engine: Engine) -> None:
         """Compare after every validation, stop at the end of the trainer's epoch."""

@@ -105,28 +105,17 @@ class ClassifierEvaluation:
     report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
     `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator. Findings that lack a class in the test split
     have counts alone; those that lack one in validation have no threshold, and so no sensitivity and specificity.
-
-    Args:
-        validation: loader of the labelled validation images.
-        label_names: names of the C findings.
-        output_dir: folder for all files.
-        mode: name of the scores in scores.npz, such as "finetune".
-        temperature_scaling: whether to divide the logits by the temperature that fits validation best.
-        num_samples: bootstrap resamples.
-        num_worst: cases in the report, at most: those furthest on the wrong side of the threshold.
-        facts: headline facts of the report by name, such as the data and the weights.
-        seed: seed of the resamples.
     """
 
-    validation: Iterable[Mapping[str, Any]]
-    label_names: Sequence[str]
+    validation: Iterable[Mapping[str, Any]]  # loader of the labelled validation images
+    label_names: Sequence[str]  # of the C findings
     output_dir: str | Path
-    mode: str = "finetune"
-    temperature_scaling: bool = False
-    num_samples: int = 1000
-    num_worst: int = 6
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    mode: str = "finetune"  # names the scores in scores.npz
+    temperature_scaling: bool = False  # whether to divide the logits by the temperature that fits validation best
+    num_samples: int = 1000  # bootstrap resamples
+    num_worst: int = 6  # cases in the report, at most: those furthest on the wrong side of the threshold
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the report by name, such as the data and the weights
+    seed: int = 0  # of the resamples
     collector: OutputCollector = field(default_factory=OutputCollector, init=False)
 
     def attach(self, engine: Engine) -> None:

@@ -47,19 +47,14 @@ class HSSLValidation:
     `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
     and reconstructed; and `embedding_map`, of the features.
 
-    Args:
-        network: the network, not its wrapper.
-        views: makes two views of every image; restarted at every validation, so that all have the same views.
-        training: loader of a few fixed training images, not shuffled, of a data set with a data list.
-        validation: loader of the evaluator, likewise. Items of both have a "task" and a "group".
-        writer: TensorBoard; None draws nothing.
+    The loaders do not shuffle, and their data sets have a data list whose items have a "task" and a "group".
     """
 
-    network: HSSLNet
-    views: HierarchyViews
-    training: DataLoader[Any]
-    validation: DataLoader[Any]
-    writer: SummaryWriter | None = None
+    network: HSSLNet  # not its wrapper
+    views: HierarchyViews  # two of every image; restarted at every validation, so that all have the same views
+    training: DataLoader[Any]  # of a few fixed images
+    validation: DataLoader[Any]  # the evaluator's
+    writer: SummaryWriter | None = None  # None draws nothing
 
     def __post_init__(self) -> None:
         if any(len({item["task"] for item in items_of(each.dataset)}) < 2 for each in (self.training, self.validation)):

@@ -31,22 +31,15 @@ PATIENCE = 5  # looks in a row at which the features must be collapsed before th
 class Monitor(ABC):
     """Writes loss terms, indicators of a collapse and pictures of a pretraining run; stops a run that is lost.
 
-    Args:
-        network: the pretraining network, not its wrapper.
-        loss: its loss, for the terms by name.
-        optimizer: for the learning rate.
-        writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
-        interval: iterations between looks; each waits for the device.
-
     Raises:
         ValueError: during the run, if the loss is not finite or the features have collapsed.
     """
 
-    network: nn.Module
-    loss: VQSSLLoss | HSSLLoss
-    optimizer: Optimizer
-    writer: SummaryWriter | None = None
-    interval: int = 10
+    network: nn.Module  # not its wrapper
+    loss: VQSSLLoss | HSSLLoss  # for the terms by name
+    optimizer: Optimizer  # for the learning rate
+    writer: SummaryWriter | None = None  # None on ranks that write nothing, which still stop with the others
+    interval: int = 10  # iterations between looks; each waits for the device
     collapsed: int = field(default=0, init=False)  # looks in a row
 
     spread: ClassVar[str]  # scalar on the scale of `feature_std` by which a collapse is judged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -82,6 +83,7 @@ class Row(NamedTuple):
     positives: int  # items of which one is 1
 
 
+@dataclass(eq=False)
 class FrozenProbes:
     """Asks questions of frozen encoders and of a baseline by linear probe and k-NN, with 95 % intervals by subject.
 
@@ -94,16 +96,6 @@ class FrozenProbes:
     `shortcut`) and the column, as in `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are
     left out and named in the log.
 
-    Args:
-        encoders: encoders by name; the first is compared with all others.
-        loaders: loaders of the splits `training`, `validation` and `test`, of data sets with a data list `data`.
-        questions: with labels of the items of the three splits.
-        output_dir: folder for the tables.
-        baseline: makes features that need no encoder from the loaders, if any.
-        num_folds: 0 for the given splits, else the number of folds.
-        num_samples: bootstrap resamples.
-        seed: seed of folds and resamples.
-
     Raises:
         ValueError: if there are more folds than subjects.
 
@@ -111,28 +103,22 @@ class FrozenProbes:
         Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
     """
 
-    def __init__(
-        self,
-        encoders: Mapping[str, nn.Module],
-        loaders: Mapping[str, DataLoader[Any]],
-        questions: Sequence[Question],
-        output_dir: str | Path,
-        baseline: Callable[[Sequence[DataLoader[Any]]], Iterator[Features]] | None = None,
-        num_folds: int = 0,
-        num_samples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        self.encoders = encoders
-        self.loaders = [loaders[split] for split in SPLITS]
-        self.questions = questions
-        self.output_dir = Path(output_dir)
-        self.baseline = baseline
-        self.num_folds, self.num_samples, self.seed = num_folds, num_samples, seed
-        scored = self.loaders if num_folds else self.loaders[2:]
-        items = [item for loader in scored for item in items_of(loader.dataset)]
+    encoders: Mapping[str, nn.Module]  # by name; the first is compared with all others
+    loaders: Mapping[str, DataLoader[Any]]  # of training, validation and test, whose data sets have a data list
+    questions: Sequence[Question]  # with labels of the items of the three splits
+    output_dir: str | Path
+    baseline: Callable[[Sequence[DataLoader[Any]]], Iterator[Features]] | None = None  # features without an encoder
+    num_folds: int = 0  # 0 for the given splits
+    num_samples: int = 1000  # bootstrap resamples
+    seed: int = 0  # of folds and resamples
+
+    def __post_init__(self) -> None:
+        scored = SPLITS if self.num_folds else SPLITS[2:]
+        items = [item for split in scored for item in items_of(self.loaders[split].dataset)]
         self.subjects = [str(item.get("subject", item["image"])) for item in items]
-        if num_folds > len(set(self.subjects)):
-            raise InputError(f"`num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
+        count = len(set(self.subjects))
+        if self.num_folds > count:
+            raise InputError(f"`num_folds` must be at most the {count} subjects, got {self.num_folds}.")
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split."""
@@ -149,12 +135,12 @@ class FrozenProbes:
         left_out = [name for each in results for name in each.question.columns if name not in each.auroc]
         if left_out:
             logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(dict.fromkeys(left_out)))
-        groups = [list(self._rows(result)) for result in results]
-        write_csv(self.output_dir / "findings.csv", columns(Row), chain.from_iterable(groups), nan="nan")
-        write_csv(self.output_dir / "differences.csv", DIFFERENCES, self._differences(results), nan="nan")
+        groups, folder = [list(self._rows(result)) for result in results], Path(self.output_dir)
+        write_csv(folder / "findings.csv", columns(Row), chain.from_iterable(groups), nan="nan")
+        write_csv(folder / "differences.csv", DIFFERENCES, self._differences(results), nan="nan")
         arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
         arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in results}
-        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(folder / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
         for group in groups:
             for row in group:
                 column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
@@ -164,12 +150,13 @@ class FrozenProbes:
                     logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
 
     def _features(self, device: torch.device) -> Iterator[Features]:
+        loaders = [self.loaders[split] for split in SPLITS]
         for source, encoder in self.encoders.items():
-            splits = [extract_features(encoder, loader, device, feature_maps) for loader in self.loaders]
+            splits = [extract_features(encoder, loader, device, feature_maps) for loader in loaders]
             yield source, "last", [split.last for split in splits]
             yield source, "stages", [split.stages for split in splits]
         if self.baseline is not None:
-            yield from self.baseline(self.loaders)
+            yield from self.baseline(loaders)
 
     def _scores(self, question: Question, x: list[Array]) -> dict[str, Array]:
         """Scores of all columns by probe, NaN where there was nothing to learn from."""
@@ -205,9 +192,10 @@ class FrozenProbes:
         groups = {MACRO: names} if len(names) > 1 else {}
         for finding, group in (groups | {name: [name] for name in names}).items():
             truth = self._truth(result.question)[:, [result.question.columns.index(name) for name in group]]
-            intervals = [_mean_interval([each[name] for name in group]) for each in (result.auroc, result.ap)]
+            area, precision = (_mean_interval([each[name] for name in group]) for each in (result.auroc, result.ap))
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
-            yield Row(*result[1:4], result.question.name, finding, *intervals, n, positives)
+            place = result.source, result.features, result.probe, result.question.name
+            yield Row(*place, finding, area, precision, n, positives)
 
     def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.encoders))
@@ -395,7 +383,7 @@ def _structures(splits: Sequence[list[Item]]) -> Question:
         return item.get("structures", {}).get(name, np.nan) if item["task"] == task else np.nan
 
     rows = [[[label(item, *pair) for pair in pairs] for item in items] for items in splits]
-    labels = [np.array(each, dtype=float).reshape(len(each), len(pairs)) for each in rows]
+    labels: list[Array] = [np.array(each, dtype=float).reshape(len(each), len(pairs)) for each in rows]
     return Question("structures", ["/".join(pair) for pair in pairs], labels, [task for task, _ in pairs])
 
 

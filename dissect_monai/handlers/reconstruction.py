@@ -39,20 +39,14 @@ class ReconstructionHandler:
     task, in the order of the lines: as it was, as the network saw it, the masked voxels blue, and as it reconstructed
     it. The error of the masked voxels is left in the engine's metrics as `reconstruction_error_<task>`.
 
-    Args:
-        data: the data list of the patches, each with "task", "group" and "subject", in the order of the evaluator.
-        output_dir: folder for both files.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
-
     Raises:
         ValueError: during the run, if the evaluator sees another number of patches.
     """
 
-    data: Sequence[Item]
+    data: Sequence[Item]  # patches with "task", "group" and "subject", in the order of the evaluator
     output_dir: str | Path
-    num_samples: int = 1000
-    seed: int = 0
+    num_samples: int = 1000  # bootstrap resamples
+    seed: int = 0  # of the resamples
 
     def attach(self, engine: Engine) -> None:
         """Measure every batch, and sum up when `engine` has seen them all."""

@@ -48,33 +48,21 @@ class SegmentationEvaluation:
     metrics. Structures that no label has, or no prediction can have, are named in the log. The processes of a
     distributed run score a part of the cases each, and all of them have the metrics of all cases.
 
-    Args:
-        class_names: structures of the classes 1, 2, ...
-        output_dir: folder for cases.csv, subjects.csv, summary.csv and report.html; None writes nothing.
-        tolerance: of the surface Dice in mm.
-        largest_only: structures of which only the largest connected part counts.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
-        writer: TensorBoard, which gets the first two cases as overlays; None draws none.
-        facts: headline facts of the report by name, such as where the weights come from; None writes no report.
-        notes: sentences of the report on how to read it.
-        window: values of the images that are black and white in the pictures, where the modality is CT.
-
     Raises:
         ValueError: during the run, as `refuse_unmapped` and `read_maps` say, or if a prediction is of no item of the
             evaluator's data set.
     """
 
-    class_names: Sequence[str]
-    output_dir: str | Path | None = None
-    tolerance: float = 2.0
-    largest_only: Sequence[str] = ()
-    num_samples: int = 1000
-    seed: int = 0
-    writer: SummaryWriter | None = None
-    facts: Mapping[str, Any] | None = None
-    notes: Sequence[str] = ()
-    window: tuple[float, float] | None = None
+    class_names: Sequence[str]  # structures of the classes 1, 2, ...
+    output_dir: str | Path | None = None  # for cases.csv, subjects.csv, summary.csv, report.html; None writes nothing
+    tolerance: float = 2.0  # of the surface Dice in mm
+    largest_only: Sequence[str] = ()  # structures of which only the largest connected part counts
+    num_samples: int = 1000  # bootstrap resamples
+    seed: int = 0  # of the resamples
+    writer: SummaryWriter | None = None  # TensorBoard, which gets the first two cases as overlays; None draws none
+    facts: Mapping[str, Any] | None = None  # of the report by name, such as the weights; None writes no report
+    notes: Sequence[str] = ()  # of the report, on how to read it
+    window: tuple[float, float] | None = None  # values that are black and white in pictures of CT
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -99,7 +87,8 @@ class SegmentationEvaluation:
             drawn = self.writer is not None and len(self.cases) <= NUM_OVERLAYS
             if drawn or self.facts is not None:
                 # All classes in all pictures, so that each has one colour.
-                labels = {name: [] for name in self.class_names} | scored_classes(item, self.class_names)
+                labels: dict[str, list[int]] = {name: [] for name in self.class_names}
+                labels |= scored_classes(item, self.class_names)
                 figure = case_figure(item, maps, labels, self.window)
                 if self.facts is not None:
                     self.pictures[image] = figure_to_png(figure)

@@ -29,18 +29,13 @@ class TargetMomentumHandler:
 
     The momentum of an iteration is left as `engine.state.target_momentum`.
 
-    Args:
-        network: the network whose `update_target` is called; not its DDP or compiled wrapper.
-        momentum: τ at the first iteration, in [0, 1].
-        num_iterations: iterations over which τ follows a half cosine to 1.
-
     Reference:
         Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
     """
 
-    network: VQSSLNet
-    momentum: float
-    num_iterations: int
+    network: VQSSLNet  # not its DDP or compiled wrapper
+    momentum: float  # τ at the first iteration, in [0, 1]
+    num_iterations: int  # over which τ follows a half cosine to 1
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -63,16 +58,11 @@ class EpochSeedHandler:
 
     So a run resumed at epoch n draws what an uninterrupted run draws, without random state in the checkpoint. The
     state that MONAI's random transforms keep is not touched.
-
-    Args:
-        seed: seed of the run.
-        rank: rank of this process; ranks draw differently.
-        epoch_seeded: samplers and augmentations with `set_epoch`.
     """
 
     seed: int
-    rank: int = 0
-    epoch_seeded: Sequence[Any] = ()
+    rank: int = 0  # ranks draw differently
+    epoch_seeded: Sequence[Any] = ()  # samplers and augmentations with `set_epoch`
 
     def attach(self, engine: Engine) -> None:
         """Run before the first batch of every epoch is fetched."""
@@ -91,14 +81,9 @@ class EpochSeedHandler:
 
 @dataclass(eq=False)
 class ProgressHandler:
-    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left.
+    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left."""
 
-    Args:
-        interval: iterations between updates of the loss; reading it waits for the device.
-        description: what the bar is of.
-    """
-
-    interval: int = 10
+    interval: int = 10  # iterations between updates of the loss; reading it waits for the device
     description: str = "pretraining"
     bar: tqdm[Any] | None = field(default=None, init=False)
 
@@ -135,16 +120,9 @@ class ProgressHandler:
 
 @dataclass(eq=False)
 class FiniteLoss:
-    """Stops a run whose loss is not finite; attach it before what saves the network.
+    """Stops a run whose loss is not finite by a `ValueError`; attach it before what saves the network."""
 
-    Args:
-        interval: iterations between looks; each waits for the device.
-
-    Raises:
-        ValueError: during the run.
-    """
-
-    interval: int = 10
+    interval: int = 10  # iterations between looks; each waits for the device
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, and at the end of every epoch."""

@@ -69,16 +69,11 @@ class ClassificationMetrics:
     Metrics are the means `auroc`, `ap` and `ece` over the findings that have both classes, and `auroc_<finding>`,
     `ap_<finding>`, `ece_<finding>`, with _ for blanks. Findings that lack a class are left out and named in the log,
     once; if all do, the means are NaN. The evaluator's output must hold logits, its `decollate` be false.
-
-    Args:
-        label_names: names of the C findings.
-        writer: TensorBoard for the ROC and reliability figures; None draws none.
-        interval: epochs of the trainer between figures.
     """
 
-    label_names: Sequence[str]
-    writer: SummaryWriter | None = None
-    interval: int = 1
+    label_names: Sequence[str]  # of the C findings
+    writer: SummaryWriter | None = None  # for the ROC and reliability figures; None draws none
+    interval: int = 1  # epochs of the trainer between figures
     collector: OutputCollector = field(default_factory=OutputCollector, init=False)
     named_left_out: bool = field(default=False, init=False)
 

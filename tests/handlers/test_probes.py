@@ -44,7 +44,7 @@ class Probed:
     """One evaluation, looked at by several tests."""
 
     def __init__(self, folder: Path, handler: Any, network: nn.Module) -> None:
-        self.metrics = evaluate(handler, handler.loaders[2], network)
+        self.metrics = evaluate(handler, handler.loaders["test"], network)
         self.findings, self.differences = (table(folder / f"{name}.csv") for name in ("findings", "differences"))
         with np.load(folder / "scores.npz") as arrays:
             self.arrays = dict(arrays)
