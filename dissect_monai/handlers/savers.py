@@ -50,11 +50,11 @@ class Saver(ABC):
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Keep the results of one batch."""
         batch = engine.state.batch
         indices = batch["index"].tolist() if isinstance(batch, dict) else [int(each["index"]) for each in batch]
-        self.results |= zip(indices, self._collect(indices, engine.state.output), strict=True)
+        self.results |= zip(indices, self._collect(indices, engine), strict=True)
 
     @property
     def images(self) -> list[str]:
@@ -70,7 +70,7 @@ class Saver(ABC):
         self.results = {}
 
     @abstractmethod
-    def _collect(self, indices: list[int], output: Any) -> Iterable[Any]:
+    def _collect(self, indices: list[int], engine: Any) -> Iterable[Any]:
         """The results of one batch, of images with these indices."""
 
     @abstractmethod
@@ -97,7 +97,6 @@ class PredictionSaver(Saver):
         loader: the evaluator's loader.
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
-        network: the evaluator's network, for the overlays.
         overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
             furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
             images. Where nothing speaks for the finding the name ends in "_nothing".
@@ -116,13 +115,12 @@ class PredictionSaver(Saver):
         loader: ReadableLoader,
         label_names: Sequence[str],
         output_dir: str | Path,
-        network: nn.Module,
         overlays: str = "none",
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(loader, Path(output_dir, "probabilities.csv"))
         self.label_names = list(label_names)
-        self.network, self.overlays = network, overlays
+        self.overlays = overlays
         self.thresholds = dict(thresholds or {})
 
     def _start(self) -> None:
@@ -130,17 +128,18 @@ class PredictionSaver(Saver):
         for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
             path.unlink()
 
-    def _collect(self, indices: list[int], output: Any) -> list[list[float]]:
+    def _collect(self, indices: list[int], engine: Any) -> list[list[float]]:
+        output = engine.state.output
         probabilities = output["pred"].as_subclass(Tensor).detach().cpu()
         if probabilities.shape[1] != len(self.label_names):
             raise InputError(
                 f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
             )
         if self.overlays != "none":
-            self._draw(indices, output["image"].as_subclass(Tensor), probabilities)
+            self._draw(engine.network, indices, output["image"].as_subclass(Tensor), probabilities)
         return probabilities.tolist()
 
-    def _draw(self, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
+    def _draw(self, network: nn.Module, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
         folder = self.path.parent / "overlays"
         folder.mkdir(parents=True, exist_ok=True)
         wanted = torch.ones_like(probabilities, dtype=torch.bool)
@@ -149,7 +148,7 @@ class PredictionSaver(Saver):
             wanted = (score == score.amax(1, keepdim=True)) & ~score.isneginf()
         for finding in wanted.any(0).nonzero().flatten().tolist():
             rows = wanted[:, finding].nonzero().flatten().tolist()
-            maps = saliency_maps(self.network, images[rows], finding)
+            maps = saliency_maps(network, images[rows], finding)
             for row, saliency in zip(rows, maps, strict=True):
                 stem = Path(self.images[indices[row]]).name.split(".")[0]
                 nothing = "" if saliency.any() else "_nothing"
@@ -210,8 +209,8 @@ class LabelMapSaver(Saver):
         super()._start()
         self.names = relative_names(self.images)
 
-    def _collect(self, indices: list[int], output: Any) -> list[Path]:
-        return [self._save(index, each["pred"]) for index, each in zip(indices, output, strict=True)]
+    def _collect(self, indices: list[int], engine: Any) -> list[Path]:
+        return [self._save(index, each["pred"]) for index, each in zip(indices, engine.state.output, strict=True)]
 
     def _save(self, index: int, label_map: MetaTensor) -> Path:
         path = self.path.parent / f"{self.names[index]}_seg.nii.gz"
@@ -277,8 +276,8 @@ class EmbeddingSaver(Saver):
         loader: the evaluator's loader.
         output_dir: folder of the file.
         output_format: `csv` or `npz`.
-        encoder: the evaluator's network; only used for the codes.
-        checkpoint: a `checkpoint_epoch=N.pt` of pretraining whose codebooks give the codes; None writes no codes.
+        checkpoint: a `checkpoint_epoch=N.pt` of the encoder's pretraining, whose codebooks give the codes; None writes
+            no codes.
 
     Raises:
         ValueError: if codes are asked for in a CSV; at the end, if images could not be read.
@@ -291,21 +290,20 @@ class EmbeddingSaver(Saver):
         loader: ReadableLoader,
         output_dir: str | Path,
         output_format: str = "csv",
-        encoder: nn.Module | None = None,
         checkpoint: str | Path | None = None,
     ) -> None:
         if checkpoint is not None and output_format != "npz":
             raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
         super().__init__(loader, Path(output_dir, f"embeddings.{output_format}"))
-        self.encoder = encoder
         self.codes = None if checkpoint is None else load_quantizer(checkpoint)
 
-    def _collect(self, indices: list[int], output: Any) -> list[dict[str, Any]]:
+    def _collect(self, indices: list[int], engine: Any) -> list[dict[str, Any]]:
+        output, encoder = engine.state.output, engine.network
         parts = {"embedding": output["pred"]}
-        if self.codes is not None and self.encoder is not None:
+        if self.codes is not None:
             quantizer, stages = self.codes
-            with torch.inference_mode(), eval_mode(self.encoder):  # the evaluator has left that mode
-                maps = feature_maps(self.encoder, output["image"].as_subclass(Tensor))
+            with torch.inference_mode(), eval_mode(encoder):  # the evaluator has left that mode
+                maps = feature_maps(encoder, output["image"].as_subclass(Tensor))
                 quantized = quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in stages])
             parts |= {
                 f"codes_stage{stage}": scale.indices.int() for stage, scale in zip(stages, quantized, strict=True)

@@ -130,7 +130,7 @@ def test_probabilities_and_calls_are_written_and_corrupt_files_named_before_they
     loader = ReadableLoader(dataset, batch_size=2, num_workers=num_workers)
     thresholds = {NAMES[0]: 0.5, NAMES[1]: float("nan")}
     with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*probabilities\.csv names them"):
-        predict(loader, PredictionSaver(loader, NAMES, tmp_path / "eval", network, thresholds=thresholds), network)
+        predict(loader, PredictionSaver(loader, NAMES, tmp_path / "eval", thresholds=thresholds), network)
     rows = table(tmp_path / "eval" / "probabilities.csv")
     assert list(rows[0]) == ["image", *NAMES, *(f"{name} called" for name in NAMES), "error"]
     assert [row["image"] for row in rows] == [item["image"] for item in dataset.data]
@@ -186,7 +186,7 @@ def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
         path.write_bytes(b"")
     loader, network = ReadableLoader(folder_of(tmp_path), batch_size=2), classifier()
     with pytest.raises(ValueError, match="2 of 5"):
-        predict(loader, PredictionSaver(loader, NAMES, tmp_path, network, overlays), network)
+        predict(loader, PredictionSaver(loader, NAMES, tmp_path, overlays), network)
     pictures = sorted((tmp_path / "overlays").glob("0*.png"))
     assert len(pictures) == number
     assert old not in pictures
@@ -200,7 +200,7 @@ def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
 def test_the_name_of_an_overlay_says_that_nothing_speaks_for_the_finding(tmp_path: Path) -> None:
     loader, network = ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), classifier()
     network.get_parameter("fc.weight").data[1] = 0
-    predict(loader, PredictionSaver(loader, NAMES, tmp_path, network, "all"), network)
+    predict(loader, PredictionSaver(loader, NAMES, tmp_path, "all"), network)
     names = sorted(path.name for path in (tmp_path / "overlays").glob("*.png"))
     assert names == ["00000_image_0_Opacity.png", "00000_image_0_Pleural_Thickening_nothing.png"]
 
@@ -210,7 +210,7 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
     names = ["Edema", "Effusion", "No finding"]
     given = dict(zip(names, (0.1, 0.7, 0.5), strict=True))
     for thresholds, top in ((None, [1, 1]), (given, [0, 1]), ({**given, "Edema": float("nan")}, [1, 1])):
-        saver = PredictionSaver(ReadableLoader(Dataset([])), names, tmp_path, nn.Identity(), thresholds=thresholds)
+        saver = PredictionSaver(ReadableLoader(Dataset([])), names, tmp_path, thresholds=thresholds)
         assert saver._score(probabilities).argmax(1).tolist() == top
 
 
@@ -229,7 +229,7 @@ def test_rejects_bad_arguments(make: Callable[[ReadableLoader], Saver], message:
 def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -> None:
     loader = ReadableLoader(folder_of(tmp_path))
     with pytest.raises(ValueError, match="`label_names` must name the network's 2 outputs, got 1"):
-        predict(loader, PredictionSaver(loader, NAMES[:1], tmp_path, classifier()))
+        predict(loader, PredictionSaver(loader, NAMES[:1], tmp_path))
 
 
 # --- files of label maps
