@@ -20,7 +20,7 @@ from dissect_monai.handlers.reconstruction import view_errors
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
+from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
 from dissect_monai.visualize.classifier import embedding_map, figure_to_tensor
 from dissect_monai.visualize.training import show_mask, slice_figure
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class HSSLValidation:
     """Judges an `HSSLNet` on validation data, among others by how well its features betray the data set.
 
-    Attached to an evaluator whose network is the `HSSLNet` and whose `prepare_batch` is `views`. It leaves in the
-    engine's metrics
+    Attached to an evaluator whose network is the `HSSLNet` and whose `prepare_batch` is `HierarchyViews` that make two
+    views, it leaves in the engine's metrics
 
     - `retrieval_*` and `accuracy_*`, see `level_metrics`, over all validation images;
     - `reconstruction_error_<task>`, the unexplained variance over the masked voxels (over all, where a batch has none),
@@ -47,29 +47,25 @@ class HSSLValidation:
     `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
     and reconstructed; and `embedding_map`, of the features.
 
-    The loaders do not shuffle, and their data sets have a data list whose items have a "task" and a "group".
+    Neither loader shuffles, and the items of both data sets have a "task" and a "group".
     """
 
-    network: HSSLNet  # not its wrapper
-    views: HierarchyViews  # two of every image; restarted at every validation, so that all have the same views
     training: DataLoader[Any]  # of a few fixed images
-    validation: DataLoader[Any]  # the evaluator's
     writer: SummaryWriter | None = None  # None draws nothing
 
-    def __post_init__(self) -> None:
-        if any(len({item["task"] for item in items_of(each.dataset)}) < 2 for each in (self.training, self.validation)):
-            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
-
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         """Collect during a validation and judge at its end; attach before what writes the metrics."""
+        loaders = self.training, engine.data_loader
+        if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in loaders):
+            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     @torch.no_grad()
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Leave the metrics in the engine's state, and draw."""
-        bank, items = (self._features(each, engine.state.device) for each in (self.training, self.validation))
+        bank, items = (_features(engine, loader) for loader in (self.training, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         if self.writer is not None:
             epoch = engine.state.epoch
@@ -79,8 +75,9 @@ class HSSLValidation:
             self.writer.add_image("embedding_map", figure_to_tensor(figure), epoch)
             self.writer.flush()
 
-    def _start(self) -> None:
-        self.views.set_epoch(0)
+    def _start(self, engine: Any) -> None:
+        self.views: HierarchyViews = engine.prepare_batch
+        self.views.set_epoch(0)  # all validations have the same views
         # Of each batch: embeddings of three levels, logits of task and group, errors, task and group, all (2·B, ...)
         self.seen: list[tuple[Tensor, ...]] = []
         self.pictures: dict[str, list[Tensor]] = {}  # rows of each task
@@ -120,11 +117,12 @@ class HSSLValidation:
         metrics = {name: float(value) for name, value in levels.items()}
         return {**metrics, "reconstruction_error": float(np.mean([*by_task.values()])), **by_task}
 
-    def _features(self, loader: DataLoader[Any], device: torch.device) -> DomainFeatures:
-        found = extract_features(self.network.segresnet, loader, device, _histograms_and_bottleneck)
-        items = items_of(loader.dataset)
-        task, group = ([item[key] for item in items] for key in ("task", "group"))
-        return DomainFeatures(found.last, found.stages[:, :NUM_BINS], task, group)
+
+def _features(engine: Any, loader: DataLoader[Any]) -> DomainFeatures:
+    found = extract_features(engine.network.segresnet, loader, engine.state.device, _histograms_and_bottleneck)
+    items = items_of(loader.dataset)
+    task, group = ([item[key] for item in items] for key in ("task", "group"))
+    return DomainFeatures(found.last, found.stages[:, :NUM_BINS], task, group)
 
 
 def _histograms_and_bottleneck(encoder: nn.Module, images: Tensor) -> list[Tensor]:

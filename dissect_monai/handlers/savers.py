@@ -33,16 +33,15 @@ _PRETRAINING = "give `checkpoint` a checkpoint_epoch=N.pt of pretraining"
 
 
 class Saver(ABC):
-    """Collects a result of every image after every batch and writes `path` at the end of a run.
+    """Collects a result of every image of a `ReadableLoader` after every batch, and writes `path` at the end of a run.
 
     When all is written, images that could not be read end the run with an error.
     """
 
     what: str  # is written, for the log
 
-    def __init__(self, loader: ReadableLoader, path: str | Path) -> None:
-        self.loader, self.path = loader, Path(path)
-        self.results: dict[int, Any] = {}  # by the index of the image
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     def attach(self, engine: Engine) -> None:
         """Collect after every batch, write at the end."""
@@ -66,8 +65,9 @@ class Saver(ABC):
         for index, image in enumerate(self.images):
             yield image, self.results.get(index, unknown), self.loader.errors.get(index, "")
 
-    def _start(self) -> None:
-        self.results = {}
+    def _start(self, engine: Any) -> None:
+        self.loader: ReadableLoader = engine.data_loader
+        self.results: dict[int, Any] = {}  # by the index of the image
 
     @abstractmethod
     def _collect(self, indices: list[int], engine: Any) -> Iterable[Any]:
@@ -94,7 +94,6 @@ class PredictionSaver(Saver):
     `decollate=False`.
 
     Args:
-        loader: the evaluator's loader.
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
         overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
@@ -112,19 +111,18 @@ class PredictionSaver(Saver):
 
     def __init__(
         self,
-        loader: ReadableLoader,
         label_names: Sequence[str],
         output_dir: str | Path,
         overlays: str = "none",
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(loader, Path(output_dir, "probabilities.csv"))
+        super().__init__(Path(output_dir, "probabilities.csv"))
         self.label_names = list(label_names)
         self.overlays = overlays
         self.thresholds = dict(thresholds or {})
 
-    def _start(self) -> None:
-        super()._start()
+    def _start(self, engine: Any) -> None:
+        super()._start(engine)
         for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
             path.unlink()
 
@@ -189,7 +187,6 @@ class LabelMapSaver(Saver):
     The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
-        loader: the evaluator's loader.
         class_names: structures of the values 1, 2, ..., at most 255.
         output_dir: folder to write to.
 
@@ -199,14 +196,14 @@ class LabelMapSaver(Saver):
 
     what = "label maps"
 
-    def __init__(self, loader: ReadableLoader, class_names: Sequence[str], output_dir: str | Path) -> None:
+    def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
         if len(class_names) > 255:
             raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
-        super().__init__(loader, Path(output_dir, "label_maps.csv"))
+        super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
 
-    def _start(self) -> None:
-        super()._start()
+    def _start(self, engine: Any) -> None:
+        super()._start(engine)
         self.names = relative_names(self.images)
 
     def _collect(self, indices: list[int], engine: Any) -> list[Path]:
@@ -273,7 +270,6 @@ class EmbeddingSaver(Saver):
     `decollate=False`.
 
     Args:
-        loader: the evaluator's loader.
         output_dir: folder of the file.
         output_format: `csv` or `npz`.
         checkpoint: a `checkpoint_epoch=N.pt` of the encoder's pretraining, whose codebooks give the codes; None writes
@@ -287,14 +283,13 @@ class EmbeddingSaver(Saver):
 
     def __init__(
         self,
-        loader: ReadableLoader,
         output_dir: str | Path,
         output_format: str = "csv",
         checkpoint: str | Path | None = None,
     ) -> None:
         if checkpoint is not None and output_format != "npz":
             raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
-        super().__init__(loader, Path(output_dir, f"embeddings.{output_format}"))
+        super().__init__(Path(output_dir, f"embeddings.{output_format}"))
         self.codes = None if checkpoint is None else load_quantizer(checkpoint)
 
     def _collect(self, indices: list[int], engine: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EpochOutputStore
 from monai.metrics import EmbeddingCollapseMetric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -102,39 +102,32 @@ class ClassificationMetrics:
             self.writer.flush()
 
 
+@dataclass(eq=False)
 class KNNHandler:
     """Leaves the k-NN AUROC and the collapse of the embedding with the evaluator, whose network is the encoder.
 
     The metrics are `knn_auroc` (last stage), `knn_auroc_stages` (all stages), both left out if no finding has both
-    classes, and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
-
-    Args:
-        encoder: encoder as it trains.
-        training: loader of the labelled training images, a part of a data set with a data list (see `labelled_part`).
-        validation: loader of the labelled validation images, of a data set with a data list.
-        label_names: names of the findings.
+    classes, and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed). The evaluator's data set has a
+    data list of labelled images.
     """
 
-    def __init__(
-        self, encoder: nn.Module, training: DataLoader[Any], validation: DataLoader[Any], label_names: Sequence[str]
-    ) -> None:
-        self.encoder = encoder
-        self.loaders = training, validation
-        self.labels = [label_matrix(items_of(each.dataset), label_names) for each in self.loaders]
-        self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+    training: DataLoader[Any]  # of labelled images, a part of a data set with a data list, see `labelled_part`
+    label_names: Sequence[str]
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the validation split."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Extract features, let the neighbours vote, and leave the metrics."""
-        train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
+        loaders, device = (self.training, engine.data_loader), engine.state.device
+        train, val = (extract_features(engine.network, loader, device, feature_maps) for loader in loaders)
+        known, truth = (label_matrix(items_of(loader.dataset), self.label_names) for loader in loaders)
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
         for name, (bank, queries) in banks.items():
-            scores = knn_scores(bank, self.labels[0], queries)
-            value = macro_auroc(self.labels[1], scores)
+            value = macro_auroc(truth, knn_scores(bank, known, queries))
             if not isnan(value):
                 engine.state.metrics[name] = value
-        collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
-        engine.state.metrics["embedding_collapse"] = float(collapse)
+        collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+        scores = collapse(embeddings=torch.from_numpy(val.last))
+        engine.state.metrics["embedding_collapse"] = float(scores["effective_rank_score"])

@@ -64,7 +64,7 @@ class Validation:
         self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
         self.training = DataLoader(Dataset(make_items(tasks, 4, spatial_dims, seed=1)), batch_size=5)
         self.validation = DataLoader(Dataset(make_items(tasks, per_task, spatial_dims)), batch_size=4)
-        self.handler = HSSLValidation(self.net, self.views, self.training, self.validation, writer)
+        self.handler = HSSLValidation(self.training, writer)
         self.evaluator = SupervisedEvaluator(
             device=torch.device("cpu"),
             val_data_loader=self.validation,

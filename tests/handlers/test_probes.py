@@ -412,7 +412,7 @@ def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_pat
     network = SegResNet(spatial_dims, init_filters=8, out_channels=1, blocks_down=(1, 1), blocks_up=(1,)).eval()
     handlers = [
         VolumeProbeHandler({"pretrained": network}, loaders, tmp_path, num_samples=10),
-        ReconstructionHandler(patches["test"].data, tmp_path, num_samples=10),
+        ReconstructionHandler(tmp_path, num_samples=10),
     ]
     masking = MaskedImages(Corrupt(0.5, mask_size=2))
     metrics = evaluate(handlers, loaders["test"], network, prepare_batch=masking)

@@ -130,7 +130,7 @@ def test_probabilities_and_calls_are_written_and_corrupt_files_named_before_they
     loader = ReadableLoader(dataset, batch_size=2, num_workers=num_workers)
     thresholds = {NAMES[0]: 0.5, NAMES[1]: float("nan")}
     with pytest.raises(ValueError, match=r"2 of 5 images could not be read: .*probabilities\.csv names them"):
-        predict(loader, PredictionSaver(loader, NAMES, tmp_path / "eval", thresholds=thresholds), network)
+        predict(loader, PredictionSaver(NAMES, tmp_path / "eval", thresholds=thresholds), network)
     rows = table(tmp_path / "eval" / "probabilities.csv")
     assert list(rows[0]) == ["image", *NAMES, *(f"{name} called" for name in NAMES), "error"]
     assert [row["image"] for row in rows] == [item["image"] for item in dataset.data]
@@ -148,7 +148,7 @@ def test_embeddings_are_written_and_corrupt_files_named(tmp_path: Path, output_f
     dataset, network = folder_of(tmp_path), classifier()
     loader = ReadableLoader(dataset, batch_size=2)
     with pytest.raises(ValueError, match=rf"2 of 5 images could not be read: .*embeddings\.{output_format} names them"):
-        infer(loader, EmbeddingSaver(loader, tmp_path, output_format), network, Lambdad("pred", lambda pred: pred))
+        infer(loader, EmbeddingSaver(tmp_path, output_format), network, Lambdad("pred", lambda pred: pred))
     embeddings, images = expected(dataset, [0, 2, 3], network), [item["image"] for item in dataset.data]
     if output_format == "csv":
         rows = table(tmp_path / "embeddings.csv")
@@ -168,9 +168,7 @@ def test_embeddings_are_written_and_corrupt_files_named(tmp_path: Path, output_f
 @pytest.mark.parametrize("saver", [PredictionSaver, EmbeddingSaver])
 def test_a_folder_of_nothing_but_corrupt_files_is_written_down_too(tmp_path: Path, saver: Any) -> None:
     loader = ReadableLoader(folder_of(tmp_path, corrupt=(0, 1, 2, 3, 4)), batch_size=2)
-    made = (
-        PredictionSaver(loader, NAMES, tmp_path, classifier()) if saver is PredictionSaver else saver(loader, tmp_path)
-    )
+    made = PredictionSaver(NAMES, tmp_path, classifier()) if saver is PredictionSaver else saver(loader, tmp_path)
     with pytest.raises(ValueError, match="5 of 5 images could not be read"):
         predict(loader, made)
     assert [bool(row["error"]) for row in table(made.path)] == [True] * 5
@@ -186,7 +184,7 @@ def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
         path.write_bytes(b"")
     loader, network = ReadableLoader(folder_of(tmp_path), batch_size=2), classifier()
     with pytest.raises(ValueError, match="2 of 5"):
-        predict(loader, PredictionSaver(loader, NAMES, tmp_path, overlays), network)
+        predict(loader, PredictionSaver(NAMES, tmp_path, overlays), network)
     pictures = sorted((tmp_path / "overlays").glob("0*.png"))
     assert len(pictures) == number
     assert old not in pictures
@@ -200,7 +198,7 @@ def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
 def test_the_name_of_an_overlay_says_that_nothing_speaks_for_the_finding(tmp_path: Path) -> None:
     loader, network = ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), classifier()
     network.get_parameter("fc.weight").data[1] = 0
-    predict(loader, PredictionSaver(loader, NAMES, tmp_path, "all"), network)
+    predict(loader, PredictionSaver(NAMES, tmp_path, "all"), network)
     names = sorted(path.name for path in (tmp_path / "overlays").glob("*.png"))
     assert names == ["00000_image_0_Opacity.png", "00000_image_0_Pleural_Thickening_nothing.png"]
 
@@ -210,26 +208,26 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
     names = ["Edema", "Effusion", "No finding"]
     given = dict(zip(names, (0.1, 0.7, 0.5), strict=True))
     for thresholds, top in ((None, [1, 1]), (given, [0, 1]), ({**given, "Edema": float("nan")}, [1, 1])):
-        saver = PredictionSaver(ReadableLoader(Dataset([])), names, tmp_path, thresholds=thresholds)
+        saver = PredictionSaver(names, tmp_path, thresholds=thresholds)
         assert saver._score(probabilities).argmax(1).tolist() == top
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda loader: EmbeddingSaver(loader, "no", checkpoint="x.pt"), "`output_format` must be npz for codes"),
-        (lambda loader: LabelMapSaver(loader, ["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
+        (lambda: EmbeddingSaver("no", checkpoint="x.pt"), "`output_format` must be npz for codes"),
+        (lambda: LabelMapSaver(["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
     ],
 )
-def test_rejects_bad_arguments(make: Callable[[ReadableLoader], Saver], message: str) -> None:
+def test_rejects_bad_arguments(make: Callable[[], Saver], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make(ReadableLoader(Dataset([{}])))
+        make()
 
 
 def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -> None:
     loader = ReadableLoader(folder_of(tmp_path))
     with pytest.raises(ValueError, match="`label_names` must name the network's 2 outputs, got 1"):
-        predict(loader, PredictionSaver(loader, NAMES[:1], tmp_path))
+        predict(loader, PredictionSaver(NAMES[:1], tmp_path))
 
 
 # --- files of label maps
@@ -343,7 +341,7 @@ def segment(paths: list[str], output_dir: Path) -> None:
         ]
     )
     loader = ReadableLoader(Dataset([{"image": path} for path in paths], steps))
-    infer(loader, LabelMapSaver(loader, CLASSES, output_dir), Oracle(), OriginalGridd("pred"), decollate=True)
+    infer(loader, LabelMapSaver(CLASSES, output_dir), Oracle(), OriginalGridd("pred"), decollate=True)
 
 
 def files(folder: Path) -> set[str]:
@@ -403,14 +401,15 @@ def test_a_second_run_lists_only_its_own_label_maps(tmp_path: Path) -> None:
     label_map = MetaTensor(torch.as_tensor(blocks()[None]), affine=torch.as_tensor(affine_of()))
     data = [{"image": f"/data/{name}.nii"} for name in "ab"]
     loader: Any = SimpleNamespace(dataset=SimpleNamespace(data=data), errors={}, refuse_unreadable=lambda path: None)
-    saver = LabelMapSaver(loader, CLASSES, tmp_path)
+    saver = LabelMapSaver(CLASSES, tmp_path)
 
     def step(engine: Engine, index: int) -> list[dict[str, Any]]:
         engine.state.batch = [{"index": torch.tensor(index)}]
         return [{"pred": label_map}]
 
     for indices in ([0, 1], [1]):
-        engine = Engine(step)
+        engine: Any = Engine(step)
+        engine.data_loader = loader
         saver.attach(engine)
         engine.run(indices, max_epochs=1)
         listed = [bool(row["label_map"]) for row in table(tmp_path / "label_maps.csv")]

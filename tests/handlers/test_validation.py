@@ -22,9 +22,9 @@ NAN = float("nan")
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
 
 
-def evaluated(network: nn.Module, items: list[dict[str, Any]], handler: Any) -> SupervisedEvaluator:
+def evaluated(network: nn.Module, dataset: Dataset, handler: Any) -> SupervisedEvaluator:
     """An evaluator that has run once."""
-    loader = DataLoader(Dataset(items), batch_size=7)
+    loader = DataLoader(dataset, batch_size=7)
     evaluator = SupervisedEvaluator("cpu", loader, network, val_handlers=[handler], decollate=False)
     evaluator.logger.setLevel(logging.ERROR)
     evaluator.run()
@@ -46,7 +46,7 @@ def drawn(num_items: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 def validated(logits: torch.Tensor, labels: torch.Tensor, handler: ClassificationMetrics) -> SupervisedEvaluator:
     """By a network that returns the "images", which are the logits."""
     items = [{"image": image, "label": label} for image, label in zip(logits, labels, strict=True)]
-    return evaluated(nn.Identity(), items, handler)
+    return evaluated(nn.Identity(), Dataset(items), handler)
 
 
 def test_metrics_are_those_of_sklearn_over_the_known_labels() -> None:
@@ -112,10 +112,9 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
 
 
 def neighbours(network: nn.Module) -> dict[str, float]:
-    training, validation = labelled_images(0), labelled_images(1)
-    images = [Dataset(items, lambda item: {"image": item["image"]}) for items in (training, validation)]
-    handler = KNNHandler(network, *(DataLoader(each, batch_size=16) for each in images), NAMES)
-    return evaluated(network, [{"image": item["image"]} for item in validation], handler).state.metrics
+    training, validation = (Dataset(labelled_images(seed), lambda item: {"image": item["image"]}) for seed in (0, 1))
+    handler = KNNHandler(DataLoader(training, batch_size=16), NAMES)
+    return evaluated(network, validation, handler).state.metrics
 
 
 def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
