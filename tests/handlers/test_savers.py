@@ -168,7 +168,7 @@ def test_embeddings_are_written_and_corrupt_files_named(tmp_path: Path, output_f
 @pytest.mark.parametrize("saver", [PredictionSaver, EmbeddingSaver])
 def test_a_folder_of_nothing_but_corrupt_files_is_written_down_too(tmp_path: Path, saver: Any) -> None:
     loader = ReadableLoader(folder_of(tmp_path, corrupt=(0, 1, 2, 3, 4)), batch_size=2)
-    made = PredictionSaver(NAMES, tmp_path, classifier()) if saver is PredictionSaver else saver(loader, tmp_path)
+    made = saver(*[NAMES] * (saver is PredictionSaver), tmp_path)
     with pytest.raises(ValueError, match="5 of 5 images could not be read"):
         predict(loader, made)
     assert [bool(row["error"]) for row in table(made.path)] == [True] * 5
