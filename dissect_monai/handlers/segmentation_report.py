@@ -205,8 +205,7 @@ def case_figure(
         item: "image": its path; "modality", if it is known: of the image, or a list with that of each channel.
         maps: label and prediction.
         labels: class of each structure, {name: [class]}; its place among them is its colour. One without is not drawn.
-        window: values of the image that are black and white, in HU; only for CT or an unknown modality, others have
-            the default of `segmentation_overlay`.
+        window: values that are black and white in HU, for CT or an unknown modality.
     """
     image, grid = load_volume(item["image"], torch.float32), maps.label.shape
     if image.shape[1:] != grid or not np.allclose(image.affine.numpy(), maps.affine, atol=1e-3):

@@ -43,7 +43,6 @@ def segmentation_overlay(
 ) -> Figure:
     """Three planes of a volume: the prediction as filled areas, the label as outlines of the same colours.
 
-    Where an area ends at its outline, both agree; an outline without area was missed, an area without outline added.
     The orientation is radiological: the patient's right on the left of axial and coronal planes, the front on the left
     of sagittal ones. Each plane is the one that cuts most structures, with 15 mm of the image around them; all planes
     have one scale.

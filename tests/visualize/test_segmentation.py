@@ -42,10 +42,12 @@ def letters(axes: Any) -> dict[str, tuple[float, float]]:
     return {text.get_text(): text.get_position() for text in axes.texts if len(text.get_text()) == 1}
 
 
-def test_a_figure_is_1500_pixels_wide() -> None:
-    picture = figure_to_tensor(overlay())
+def test_a_figure_is_1500_pixels_wide_and_voxels_have_their_proportions() -> None:
+    figure = overlay()
+    picture = figure_to_tensor(figure)
     assert picture.shape[::2] == (3, 1500)
     assert (picture.min(), picture.max()) == (0, 1)
+    assert [axes.get_aspect() for axes in figure.axes] == [2, 5, 2.5]
 
 
 def test_planes_have_the_orientation_of_a_radiologist() -> None:
@@ -65,10 +67,6 @@ def test_the_patients_sides_are_written_where_they_are() -> None:
         left, right, top, bottom = (found[side] for side in sides)
         assert left[0] < 0.1 < 0.9 < right[0]
         assert bottom[1] < 0.1 < 0.9 < top[1]
-
-
-def test_voxels_have_their_proportions() -> None:
-    assert [axes.get_aspect() for axes in overlay().axes] == [2, 5, 2.5]
 
 
 def center(**changes: Any) -> list[int]:
