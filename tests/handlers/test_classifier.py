@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import evaluated as run
 from helpers import table
 from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator
 from monai.handlers import MetricsSaver
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score, roc_curve
 from torch import Tensor, nn
@@ -85,20 +85,13 @@ class Evaluated:
             facts={"data": "made up"},
             **kwargs,
         )
-        evaluator = SupervisedEvaluator(
-            device="cpu",
-            val_data_loader=DataLoader(self.test, batch_size=8),
-            network=self.network,
-            val_handlers=[handler, MetricsSaver(folder, metrics="*")],
-            decollate=False,
-        )
         logging.getLogger("ignite").setLevel(logging.ERROR)
         log, logger = StringIO(), logging.getLogger("dissect_monai.handlers.classifier")
-        logger.addHandler(handler := logging.StreamHandler(log))
-        evaluator.run()
-        logger.removeHandler(handler)
+        logger.addHandler(stream := logging.StreamHandler(log))
+        saver = MetricsSaver(folder, metrics="*")
+        self.metrics = run(self.network, DataLoader(self.test, batch_size=8), handler, saver).state.metrics
+        logger.removeHandler(stream)
         self.log = log.getvalue()
-        self.metrics = evaluator.state.metrics
         self.findings, self.predictions = table(folder / "findings.csv"), table(folder / "predictions.csv")
         self.folder = folder
 

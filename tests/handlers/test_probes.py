@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Decoded, patch_transform, pick, table
+from helpers import Decoded, evaluated, patch_transform, pick, table
 from monai.data import DataLoader
-from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet, resnet10
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
@@ -32,19 +31,11 @@ PATCHES = {"training": 24, "validation": 12, "test": 16}  # of each task
 GROUPS = {"btcv": "abdomen", "chaos": "abdomen", "brats": "head"}
 
 
-def evaluate(handler: Any, loader: DataLoader, network: nn.Module, **kwargs: Any) -> dict[str, float]:
-    handlers = handler if isinstance(handler, list) else [handler]
-    evaluator = SupervisedEvaluator("cpu", loader, network, val_handlers=handlers, decollate=False, **kwargs)
-    evaluator.logger.setLevel(logging.ERROR)
-    evaluator.run()
-    return evaluator.state.metrics
-
-
 class Probed:
     """One evaluation, looked at by several tests."""
 
     def __init__(self, folder: Path, handler: Any, network: nn.Module) -> None:
-        self.metrics = evaluate(handler, handler.loaders["test"], network)
+        self.metrics = evaluated(network, handler.loaders["test"], handler).state.metrics
         self.findings, self.differences = (table(folder / f"{name}.csv") for name in ("findings", "differences"))
         with np.load(folder / "scores.npz") as arrays:
             self.arrays = dict(arrays)
@@ -415,7 +406,7 @@ def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_pat
         ReconstructionHandler(tmp_path, num_samples=10),
     ]
     masking = MaskedImages(Corrupt(0.5, mask_size=2))
-    metrics = evaluate(handlers, loaders["test"], network, prepare_batch=masking)
+    metrics = evaluated(network, loaders["test"], *handlers, prepare_batch=masking).state.metrics
     assert all(metrics[f"reconstruction_error_{folder.name}"] > 0 for folder in phantoms)
     for question in ("structures", "domains", "domains_in_group"):
         assert 0 <= metrics[f"pretrained_last_linear_auroc_{question}_macro"] <= 1

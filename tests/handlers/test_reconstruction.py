@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Decoded, pick, table
+from helpers import Decoded, evaluated, pick, table
 from monai.data import DataLoader
-from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet
 from PIL import Image
 from torch import nn
@@ -43,12 +42,8 @@ def evaluate(
     dataset = dataset or patches()
     masking = MaskedImages(Corrupt(kwargs.pop("mask_fraction", 0.4), mask_size=2))
     handler = ReconstructionHandler(folder, num_samples=50)
-    evaluator = SupervisedEvaluator(
-        device="cpu", val_data_loader=DataLoader(dataset, batch_size=batch_size), network=network,
-        prepare_batch=masking, val_handlers=[handler], decollate=False,
-    )  # fmt: skip
-    evaluator.run()
-    return evaluator.state.metrics
+    loader = DataLoader(dataset, batch_size=batch_size)
+    return evaluated(network, loader, handler, prepare_batch=masking).state.metrics
 
 
 def test_the_input_itself_is_right_but_where_it_is_masked(tmp_path: Path) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from helpers import read, table, write_series
+from helpers import evaluated, read, table, write_series
 from ignite.engine import Engine
 from monai.data import Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
 from monai.networks.nets import resnet10
 from monai.transforms import (
     Activationsd,
@@ -54,16 +53,8 @@ def infer(
     loader: ReadableLoader, saver: Saver, network: nn.Module, after: Callable[..., Any], decollate: bool = False
 ) -> None:
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
-    evaluator = SupervisedEvaluator(
-        device="cpu",
-        val_data_loader=loader,
-        network=network,
-        postprocessing=Compose([after, DeleteItemsd(["image", "image_meta_dict"])]) if not decollate else after,
-        val_handlers=[saver],
-        decollate=decollate,
-    )
-    evaluator.logger.setLevel(logging.CRITICAL)
-    evaluator.run()
+    steps = after if decollate else Compose([after, DeleteItemsd(["image", "image_meta_dict"])])
+    evaluated(network, loader, saver, postprocessing=steps, decollate=decollate)
 
 
 # --- predictions and embeddings of pictures

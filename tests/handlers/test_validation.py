@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import Writer
+from helpers import Writer, evaluated
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import resnet10
@@ -20,15 +19,6 @@ from dissect_monai.networks.encoders import feature_maps
 
 NAN = float("nan")
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
-
-
-def evaluated(network: nn.Module, dataset: Dataset, handler: Any) -> SupervisedEvaluator:
-    """An evaluator that has run once."""
-    loader = DataLoader(dataset, batch_size=7)
-    evaluator = SupervisedEvaluator("cpu", loader, network, val_handlers=[handler], decollate=False)
-    evaluator.logger.setLevel(logging.ERROR)
-    evaluator.run()
-    return evaluator
 
 
 # ---- metrics of a classifier -------------------------------------------------------------------------------------
@@ -46,7 +36,7 @@ def drawn(num_items: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 def validated(logits: torch.Tensor, labels: torch.Tensor, handler: ClassificationMetrics) -> SupervisedEvaluator:
     """By a network that returns the "images", which are the logits."""
     items = [{"image": image, "label": label} for image, label in zip(logits, labels, strict=True)]
-    return evaluated(nn.Identity(), Dataset(items), handler)
+    return evaluated(nn.Identity(), DataLoader(Dataset(items), batch_size=7), handler)
 
 
 def test_metrics_are_those_of_sklearn_over_the_known_labels() -> None:
@@ -114,7 +104,7 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
 def neighbours(network: nn.Module) -> dict[str, float]:
     training, validation = (Dataset(labelled_images(seed), lambda item: {"image": item["image"]}) for seed in (0, 1))
     handler = KNNHandler(DataLoader(training, batch_size=16), NAMES)
-    return evaluated(network, validation, handler).state.metrics
+    return evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
 
 
 def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
