@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import cos, isfinite, pi
 from typing import Any
 
@@ -22,31 +23,19 @@ from dissect_monai.networks.weights import SEGRESNET_ENCODER
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class TargetMomentumHandler:
     """Moves the target network after every iteration, with a momentum that rises from `momentum` to 1.
 
     The momentum of an iteration is left as `engine.state.target_momentum`.
 
-    Args:
-        network: the network whose `update_target` is called; not its DDP or compiled wrapper.
-        momentum: τ at the first iteration, in [0, 1].
-        num_iterations: iterations over which τ follows a half cosine to 1.
-
-    Raises:
-        ValueError: if `momentum` or `num_iterations` is out of range.
-
     Reference:
         Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
     """
 
-    def __init__(self, network: VQSSLNet, momentum: float, num_iterations: int) -> None:
-        if not 0 <= momentum <= 1:
-            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
-        if num_iterations < 1:
-            raise InputError(f"`num_iterations` must be at least 1, got {num_iterations}.")
-        self.network = network
-        self.momentum = momentum
-        self.num_iterations = num_iterations
+    network: VQSSLNet  # not its DDP or compiled wrapper
+    momentum: float  # τ at the first iteration, in [0, 1]
+    num_iterations: int  # over which τ follows a half cosine to 1
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -63,22 +52,17 @@ class TargetMomentumHandler:
         return 1 - (1 - self.momentum) * (cos(pi * progress) + 1) / 2
 
 
+@dataclass(eq=False)
 class EpochSeedHandler:
     """Makes the draws of python, torch and `epoch_seeded` in an epoch a function of seed, rank and epoch alone.
 
     So a run resumed at epoch n draws what an uninterrupted run draws, without random state in the checkpoint. The
     state that MONAI's random transforms keep is not touched.
-
-    Args:
-        seed: seed of the run.
-        rank: rank of this process; ranks draw differently.
-        epoch_seeded: samplers and augmentations with `set_epoch`.
     """
 
-    def __init__(self, seed: int, rank: int = 0, epoch_seeded: Sequence[Any] = ()) -> None:
-        self.seed = seed
-        self.rank = rank
-        self.epoch_seeded = epoch_seeded
+    seed: int
+    rank: int = 0  # ranks draw differently
+    epoch_seeded: Sequence[Any] = ()  # samplers and augmentations with `set_epoch`
 
     def attach(self, engine: Engine) -> None:
         """Run before the first batch of every epoch is fetched."""
@@ -95,18 +79,13 @@ class EpochSeedHandler:
             drawer.set_epoch(epoch)
 
 
+@dataclass(eq=False)
 class ProgressHandler:
-    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left.
+    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left."""
 
-    Args:
-        interval: iterations between updates of the loss; reading it waits for the device.
-        description: what the bar is of.
-    """
-
-    def __init__(self, interval: int = 10, description: str = "pretraining") -> None:
-        self.interval = interval
-        self.description = description
-        self.bar: tqdm[Any] | None = None
+    interval: int = 10  # iterations between updates of the loss; reading it waits for the device
+    description: str = "pretraining"
+    bar: tqdm[Any] | None = field(default=None, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine` from its start, or from where it resumes."""
@@ -139,18 +118,11 @@ class ProgressHandler:
             raise error
 
 
+@dataclass(eq=False)
 class FiniteLoss:
-    """Stops a run whose loss is not finite; attach it before what saves the network.
+    """Stops a run whose loss is not finite by a `ValueError`; attach it before what saves the network."""
 
-    Args:
-        interval: iterations between looks; each waits for the device.
-
-    Raises:
-        ValueError: during the run.
-    """
-
-    def __init__(self, interval: int = 10) -> None:
-        self.interval = interval
+    interval: int = 10  # iterations between looks; each waits for the device
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, and at the end of every epoch."""
@@ -209,15 +181,10 @@ class FrozenEncoder:
 
     Args:
         network: the network.
-        num_epochs: how many epochs, at least 0.
-
-    Raises:
-        ValueError: if `num_epochs` is negative.
+        num_epochs: how many epochs.
     """
 
     def __init__(self, network: SegResNet, num_epochs: int) -> None:
-        if num_epochs < 0:
-            raise InputError(f"`num_epochs` must be at least 0, got {num_epochs}.")
         self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
         self.num_epochs = num_epochs
 
