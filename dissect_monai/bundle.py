@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from math import inf, isfinite
@@ -27,11 +27,16 @@ from monai.networks import nets
 from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 
-from dissect_monai.common import InputError, MissingPackageError
+from dissect_monai.common import InputError, Item, MissingPackageError, of_all_processes, world_size
+from dissect_monai.data.datalists import SPLITS, Datalist
+from dissect_monai.data.datasets import items_of
+from dissect_monai.data.sampling import refuse_small
+from dissect_monai.data.splits import datalist_digest, refuse_untrainable, subject_digest
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
+from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.multilabel import BALANCES
-from dissect_monai.networks.weights import MODES, refuse_bad_mode
+from dissect_monai.networks.weights import MODES, has_decoder, refuse_bad_mode
 
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.
@@ -314,17 +319,6 @@ RULES = {name: rule for rule, settings, others in _RULES for name in f"{settings
 SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 
 
-def is_true(value: bool | str, name: str) -> bool:
-    """A switch as a command line gives it, where `true` is a text.
-
-    Raises:
-        InputError: if it is neither true nor false.
-    """
-    if not SWITCH.holds(value):
-        raise InputError(f"`{name}` must be {SWITCH.says}, got {value!r}.")
-    return str(value).lower() == "true"
-
-
 def check_knobs(parser: ConfigParser) -> None:
     """Hold every knob of a config for which there is a rule to it, and then those that must fit each other.
 
@@ -345,7 +339,7 @@ def check_knobs(parser: ConfigParser) -> None:
         if not holds:
             raise InputError(f"`{name}` must be {rule.says}, got {value!r}.")
         if rule is SWITCH and isinstance(value, str):
-            switches[name] = is_true(value, name)
+            switches[name] = value.lower() == "true"
     for names, check in TOGETHER.items():
         if all(name in parser for name in names):
             check(*map(parser.get_parsed_content, names))
@@ -422,14 +416,26 @@ TOGETHER: dict[tuple[str, ...], Callable[..., None]] = {
 }
 
 
-def run_settings(**facts: Any) -> dict[str, Any]:
+def run_settings(
+    volumes: Any = None, validation: Sequence[Item] = (), pretraining: Mapping[str, Any] | None = None, **facts: Any
+) -> dict[str, Any]:
     """What the weights of the running bundle depend on: its knobs, in their order, and what is given here.
 
     It is written beside the weights, for evaluation and inference, and a run that goes on must have the same.
 
     Args:
+        volumes: training data set of volumes, whose data list gives a digest, `data`.
+        validation: items on which the weights of a segmentation are chosen; their digest is `validation_data`.
+        pretraining: settings of the weights that a segmentation starts from; the subjects that it is `trained_on` are
+            added to theirs.
         facts: what no knob says, such as the number of images; they come before a knob of the same name.
     """
+    items = [] if volumes is None else items_of(volumes)
+    if volumes is not None:
+        facts["data"] = datalist_digest(items)
+    if pretraining is not None:
+        facts["validation_data"] = datalist_digest(validation)
+        facts["trained_on"] = sorted({*pretraining.get("trained_on", ()), *map(subject_digest, items)})
     workflow = running_workflow()
     config = {} if workflow is None else workflow.parser.config
     names = [name for name, knob in config.items() if name in SETTINGS and not _is_disabled(knob)]
@@ -456,15 +462,18 @@ def bundle_root(name: str) -> str:
     raise FileNotFoundError(f"cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
 
 
-def given_items(name: str) -> list[Any] | None:
-    """The data list that the running workflow was given in place of its own, as MONAI Label gives one, or None.
+def given_items() -> tuple[list[Any], list[Any]] | None:
+    """The items for training and validation that a server gives the running workflow, as MONAI Label does, or None.
 
-    Args:
-        name: id of the list in the config, such as "train#dataset#data".
+    They stand in the config in place of what the bundle lists itself, in `train#dataset#data` and
+    `validate#dataset#data`; without the latter there are none for validation.
     """
     workflow = running_workflow()
-    items = None if workflow is None else workflow.parser.get(name.replace("#", "::"))
-    return items if isinstance(items, list) else None
+    names = ("train::dataset::data", "validate::dataset::data")
+    training, validation = (None if workflow is None else workflow.parser.get(name) for name in names)
+    if not isinstance(training, list):
+        return None
+    return training, validation if isinstance(validation, list) else []
 
 
 def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
@@ -483,13 +492,22 @@ def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
         raise InputError(f"`resume` must be {RULES['resume'].says}, got {resume!r}.")
     if str(resume).lower() == "false":
         return None
-    newest: list[str] = broadcast_object([str(path) for path in checkpoints_in(ckpt_dir)[-1:]])
+    newest: list[str] = of_all_processes([str(path) for path in checkpoints_in(ckpt_dir)[-1:]])[0]
     if not newest and str(resume).lower() == "true":
         return newest_checkpoint(ckpt_dir)  # says what is missing
     return newest[0] if newest else None
 
 
-def check_training(smoke: bool, data_dir: object, output_dir: str | Path, resume_from: str | None) -> None:
+def check_training(
+    smoke: bool,
+    data_dir: object,
+    output_dir: str | Path,
+    resume_from: str | None,
+    datalist: Datalist | None = None,
+    batch_size: int | None = None,
+    needed: Sequence[str] = (),
+    select: str | None = None,
+) -> None:
     """The same as `check_output` for a training, which must not overwrite the checkpoints of another run.
 
     Args:
@@ -497,31 +515,61 @@ def check_training(smoke: bool, data_dir: object, output_dir: str | Path, resume
         data_dir: folder or folders of the images; None if the caller of the run lists them.
         output_dir: where the run is to write, in `checkpoints`, `eval` and `models`.
         resume_from: checkpoint from which it goes on, or None.
+        datalist: what it trains on, to be checked with the arguments that follow.
+        batch_size: images of a batch, of which every process must have one.
+        needed: splits that must have labels.
+        select: "best" if the weights of a segmentation are chosen by validation, else "last".
 
     Raises:
-        InputError: if the output folder cannot be written, or holds the checkpoints of another run.
+        InputError: if the output folder cannot be written, or holds the checkpoints of another run, or the data leave
+            nothing to learn.
     """
+    if datalist is not None and select is not None:
+        refuse_untrainable(datalist.training, datalist.validation, select)
+    if datalist is not None and needed:
+        refuse_unlabelled(datalist, splits=needed)
+    if datalist is not None and batch_size is not None:
+        refuse_small(datalist.training, batch_size, world_size())
     ckpt_dir = Path(output_dir, "checkpoints")
     if resume_from is None and not smoke and data_dir is not None and checkpoints_in(ckpt_dir):
         raise InputError(
             f"{ckpt_dir} holds the checkpoints of another run: go on with it (`resume` true), or give another "
             "`output_dir`."
         )
-    check_output(smoke, data_dir, output_dir, ("checkpoints", "eval", "models"))
+    _make_folders(smoke, data_dir, output_dir, ("checkpoints", "eval", "models"))
 
 
-def check_output(smoke: bool, data_dir: object, output_dir: str | Path, folders: Sequence[str] = ("eval",)) -> None:
-    """Say in one line which images a run uses, and make the folders that it writes to.
+def check_output(
+    smoke: bool,
+    data_dir: Any,
+    output_dir: str | Path,
+    datalist: Datalist | None = None,
+    needed: Sequence[str] = SPLITS,
+    findings: str | Sequence[str] | None = None,
+    pretrained: str | Path | None = None,
+) -> None:
+    """Say in one line which images a run uses, and make the folder that it writes to.
 
     Args:
         smoke: whether it runs on generated phantoms.
         data_dir: folder or folders of the images; None if the caller of the run lists them.
-        output_dir: where the run is to write.
-        folders: names of the folders below it.
+        output_dir: where the run is to write, in `eval`.
+        datalist: what an evaluation scores, which must leave something to measure.
+        needed: splits of images that must have labels.
+        findings: those that it scores; None for all.
+        pretrained: weights of a network for volumes, whose reconstructions are measured if it has a decoder.
 
     Raises:
-        InputError: if the output folder cannot be written.
+        InputError: if the output folder cannot be written, or there is nothing to measure.
     """
+    if datalist is not None and pretrained is not None:
+        check_probe_data(datalist, data_dir, has_decoder(pretrained))
+    elif datalist is not None:
+        refuse_unlabelled(datalist, findings, needed)
+    _make_folders(smoke, data_dir, output_dir, ("eval",))
+
+
+def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, folders: Sequence[str]) -> None:
     named = ", ".join(map(str, ensure_tuple(data_dir)))
     if smoke:
         logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", named)
@@ -534,23 +582,6 @@ def check_output(smoke: bool, data_dir: object, output_dir: str | Path, folders:
                 pass
         except OSError as error:
             raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
-
-
-def check_batches(images: Sized, batch_size: int, world_size: int = 1) -> None:
-    """Refuse a training set that does not fill one batch per process.
-
-    Raises:
-        InputError: saying how many images there are and what to do.
-    """
-    if not len(images):
-        raise InputError("`training` holds no images: list some there in dataset.json.")
-    if batch_size < 2:
-        raise InputError(f"`batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
-    if len(images) < batch_size * world_size:
-        raise InputError(
-            f"`training` holds {len(images)} images, fewer than one batch of {batch_size} on {world_size} "
-            "process(es): lower `batch_size`."
-        )
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -568,24 +599,6 @@ def process_device() -> torch.device:
             "`python -m torch.distributed.run --nproc_per_node=<GPUs> -m monai.bundle run ...`."
         )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def broadcast_object(value: Any) -> Any:
-    """What the first process calls this with, in all processes, which must all call it; `value` without a group."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def min_over_ranks(count: int) -> int:
-    """The smallest count of all processes, which must all call this; `count` without a process group."""
-    if not dist.is_initialized():
-        return count
-    counts = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, count)
-    return min(counts)
 
 
 def destroy_group(network: DistributedDataParallel) -> None:

@@ -14,7 +14,13 @@ from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, absolute, data_folders, merge_datalists, read_folder
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
-from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, warn_of_shared_subjects
+from dissect_monai.data.splits import (
+    hold_out,
+    refuse_other_channels,
+    split_training,
+    warn_of_shared_subjects,
+    with_test_split,
+)
 
 logger = logging.getLogger(__name__)
 # A value for all folders, one for each folder, or one by the name or path of a folder.
@@ -30,6 +36,7 @@ def aggregate(
     seed: int = 0,
     on_corrupt: str = "raise",
     num_workers: int = 8,
+    test_seed: int | None = None,
 ) -> Datalist:
     """Merge data folders of 3-D volumes, each with a task and a group, and read the headers of all their files.
 
@@ -50,6 +57,7 @@ def aggregate(
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
         num_workers: threads that read headers.
+        test_seed: for an evaluation: draws the subjects of `with_test_split`; None leaves the splits as they are.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
@@ -79,11 +87,12 @@ def aggregate(
     for folder, of_folder in zip(folders, images, strict=True):
         _refuse_mixed_channels(folder, {image: headers[image] for image in of_folder if image in headers})
     readable = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
-    return _with_ids(readable._replace(headers=headers))
+    datalist = _with_ids(readable._replace(headers=headers))
+    return datalist if test_seed is None else with_test_split(datalist, seed=test_seed)
 
 
 def read_segmentation(
-    dataset_dir: str | Path | Sequence[str | Path],
+    dataset_dir: str | Path | Sequence[str | Path] | None,
     structures: Sequence[str] | None = None,
     modality: str | Sequence[str] | None = None,
     fold: int | None = None,
@@ -91,6 +100,8 @@ def read_segmentation(
     validation_fraction: float = 0.2,
     split_seed: int = 0,
     default_modality: str | Sequence[str] | None = None,
+    given: tuple[list[Item], list[Item]] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Datalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
@@ -111,12 +122,19 @@ def read_segmentation(
             subject.
         split_seed: draws other folds or validation subjects.
         default_modality: of volumes whose modality neither `modality` nor dataset.json says.
+        given: items for training and for validation that a caller lists itself, such as MONAI Label, in place of
+            folders, see `Datalist.complete`.
+        settings: of the weights to go on from, whose structures and channels those items have.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
         ValueError: if an argument is out of range; dataset.json is malformed, or names no structures, or others than
             another folder; splits share a subject; or no volume has a label map.
     """
+    if given is not None:
+        datalist = segmentation_of_weights(settings or {})
+        training, validation = map(datalist.complete, given)
+        return datalist._replace(training=training, validation=validation)
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
     if num_folds < 2 or not 0 <= validation_fraction < 1:

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from dissect_monai.common import InputError, __version__
+from dissect_monai.common import InputError, __version__, rank
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
@@ -27,23 +27,24 @@ NUM_KEPT = 2  # checkpoints of a run
 class TrainingCheckpoint:
     """Saves all that a run needs to go on, and its weights, at the end of epochs; resumes from it.
 
-    A run killed at any moment leaves the newest complete files intact, where MONAI's `CheckpointSaver` writes in place.
-    Random state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the
-    run starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
+    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact, where
+    MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`. Attach it before
+    handlers that look at the network when the run starts, such as a `ValidationHandler`, and after those that change
+    what is saved at the end of epochs.
 
     Args:
         ckpt_dir: folder for `checkpoint_epoch=N.pt`.
         save_dict: objects with `state_dict`, by name; the engine's own state is added as `trainer`.
-        weights: module whose plain state dict other bundles load; None leaves that to another, such as `BestWeights`.
-        weights_path: where `weights` go, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
+        weights: module whose plain state dict other bundles load.
+        weights_path: where it goes, such as `models/model.pt`; `settings` go beside it, as `models/model.json`. None
+            leaves that to another, such as `BestWeights`.
         settings: what the weights depend on, such as encoder and image size; a resumed run must have the same.
         interval: epochs between checkpoints, of which the newest two stay; the last epoch is always saved.
         resume_from: checkpoint to load when the run starts, or None.
-        rank: rank of this process; all load, rank 0 saves.
 
     Raises:
-        ValueError: if `interval` is not positive, or one of `weights` and `weights_path` is given alone; when the run
-            starts, if the checkpoint is of another run or another version of this package.
+        ValueError: if `interval` is not positive, or `weights_path` is given without `weights`; when the run starts, if
+            the checkpoint is of another run or another version of this package.
     """
 
     def __init__(
@@ -55,12 +56,11 @@ class TrainingCheckpoint:
         settings: Mapping[str, Any] | None = None,
         interval: int = 1,
         resume_from: str | None = None,
-        rank: int = 0,
     ) -> None:
         if interval < 1:
             raise InputError(f"`interval` must be at least 1, got {interval}.")
-        if (weights is None) != (weights_path is None):
-            raise InputError("`weights` and `weights_path` must be given together, got one of them.")
+        if weights is None and weights_path is not None:
+            raise InputError("`weights_path` must be given with `weights`, got it alone.")
         self.ckpt_dir = Path(ckpt_dir)
         self.save_dict = dict(save_dict)
         self.weights = weights
@@ -68,14 +68,13 @@ class TrainingCheckpoint:
         self.settings = dict(settings or {})
         self.interval = interval
         self.resume_from = resume_from
-        self.rank = rank
         self.saved: list[Path] = []
 
     def attach(self, engine: Engine) -> None:
         """Load at the start, save at the end of epochs."""
         if self.resume_from is not None:
             engine.add_event_handler(Events.STARTED, self._resume, self.resume_from)
-        if self.rank == 0:
+        if rank() == 0:
             engine.add_event_handler(Events.STARTED, self._remove_halves)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
@@ -170,9 +169,9 @@ class BestWeights:
         weights: module whose plain state dict is written.
         weights_path: where it goes, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
         settings: what the weights depend on, such as encoder, image size and the names of the findings.
+        pretrained: weights that the run started from; written beside the weights, too.
         metric: the evaluator's metric, larger is better.
         patience: validations in a row without improvement after which the run ends.
-        rank: of this process, if every process validates; 0 writes.
 
     Raises:
         ValueError: if `patience` is not positive; during the run, if the evaluator has no such metric.
@@ -186,17 +185,16 @@ class BestWeights:
         settings: Mapping[str, Any] | None = None,
         metric: str = "auroc",
         patience: int = 10,
-        rank: int = 0,
+        pretrained: str | Path | None = None,
     ) -> None:
         if patience < 1:
             raise InputError(f"`patience` must be at least 1, got {patience}.")
         self.evaluator = evaluator
         self.weights = weights
         self.weights_path = weights_path
-        self.settings = dict(settings or {})
+        self.settings = {**(settings or {}), "pretrained": str(pretrained) if pretrained else None}
         self.metric = metric
         self.patience = patience
-        self.rank = rank
 
     def attach(self, engine: Engine) -> None:
         """Compare after every validation, stop at the end of the trainer's epoch."""
@@ -215,7 +213,7 @@ class BestWeights:
         score, state = float(evaluator.state.metrics[self.metric]), trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
-            if self.rank == 0:
+            if rank() == 0:
                 save_weights(self.weights, self.weights_path, self.settings)
         else:
             state.num_worse += 1

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import InputError
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.sampling import part_of_tasks
 from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
 from dissect_monai.handlers.reconstruction import view_errors
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
@@ -49,8 +50,8 @@ class HSSLValidation:
     Args:
         network: the network, not its wrapper.
         views: makes two views of every image; restarted at every validation, so that all have the same views.
-        training: loader of a few fixed training images, not shuffled, of a data set with a data list.
-        validation: loader of the evaluator, likewise. Items of both have a "task" and a "group".
+        training: data set of the training images, with a data list; a few of each task are the bank of the probes.
+        validation: loader of the evaluator, of a data set with a data list. Items of both have a "task" and a "group".
         task_names: names of the tasks, in the order of `views`.
         group_names: names of the groups, in the order of `views`.
         writer: TensorBoard; None draws nothing.
@@ -63,8 +64,8 @@ class HSSLValidation:
         self,
         network: HSSLNet,
         views: HierarchyViews,
-        training: DataLoader[Any],
-        validation: DataLoader[Any],
+        training: Dataset,
+        validation: DataLoader,
         task_names: Sequence[str],
         group_names: Sequence[str],
         writer: SummaryWriter | None = None,
@@ -76,7 +77,7 @@ class HSSLValidation:
                 raise InputError(f"`{key}_names` must be those of `views`, {list(views.numbers[key])}, got {names}.")
         self.network = network
         self.views = views
-        self.loaders = training, validation
+        self.loaders = DataLoader(part_of_tasks(training), batch_size=validation.batch_size), validation
         self.task_names = task_names
         self.writer = writer
         self._start()

@@ -94,7 +94,7 @@ class FrozenProbes:
     `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are left out and named in the log.
 
     Args:
-        encoders: encoders by name; the first is compared with all others.
+        encoders: encoders by name; the first is compared with all others; None is left out.
         loaders: loaders of the splits `training`, `validation` and `test`, of data sets with a data list `data`.
         questions: with labels of the items of the three splits.
         output_dir: folder for the tables.
@@ -112,7 +112,7 @@ class FrozenProbes:
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         questions: Sequence[Question],
         output_dir: str | Path,
@@ -121,7 +121,7 @@ class FrozenProbes:
         num_samples: int = 1000,
         seed: int = 0,
     ) -> None:
-        self.encoders = encoders
+        self.encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
         self.loaders = [loaders[split] for split in SPLITS]
         self.questions = questions
         self.output_dir = Path(output_dir)
@@ -249,7 +249,7 @@ class ProbeHandler(FrozenProbes):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         label_names: Sequence[str],
         output_dir: str | Path,
@@ -291,7 +291,7 @@ class VolumeProbeHandler(FrozenProbes):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         output_dir: str | Path,
         label_names: Sequence[str] = (),

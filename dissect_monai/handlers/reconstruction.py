@@ -15,6 +15,7 @@ from torch import Tensor
 from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.intervals import bootstrap
+from dissect_monai.networks.weights import has_decoder
 from dissect_monai.visualize.training import show_mask, slice_figure
 from dissect_monai.writing import columns, metric_name, write_csv
 
@@ -42,19 +43,30 @@ class ReconstructionHandler:
         output_dir: folder for both files.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
+        weights_path: weights of the network; of an encoder alone there is nothing to measure.
 
     Raises:
         ValueError: during the run, if the evaluator sees another number of patches.
     """
 
-    def __init__(self, data: Sequence[Item], output_dir: str | Path, num_samples: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: Sequence[Item],
+        output_dir: str | Path,
+        num_samples: int = 1000,
+        seed: int = 0,
+        weights_path: str | Path | None = None,
+    ) -> None:
         self.data = data
         self.output_dir = Path(output_dir)
         self.num_samples, self.seed = num_samples, seed
+        self.weights_path = weights_path
         self._clear()
 
     def attach(self, engine: Engine) -> None:
         """Measure every batch, and sum up when `engine` has seen them all."""
+        if self.weights_path is not None and not has_decoder(self.weights_path):
+            return
         engine.add_event_handler(Events.EPOCH_STARTED, self._clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)

@@ -26,7 +26,7 @@ from dissect_monai.handlers.segmentation_report import (
     write_tables,
 )
 from dissect_monai.metrics.segmentation import score_structures
-from dissect_monai.transforms.labels import integer_map, largest_components, values_to_classes
+from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_tensor
 
@@ -51,7 +51,7 @@ class SegmentationEvaluation:
         class_names: structures of the classes 1, 2, ...
         output_dir: folder for cases.csv, subjects.csv, summary.csv and report.html; None writes nothing.
         tolerance: of the surface Dice in mm.
-        largest_only: structures of which only the largest connected part counts.
+        largest_only: structures of which only the largest connected part counts, see `chosen_structures`.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
         writer: TensorBoard, which gets the first two cases as overlays; None draws none.
@@ -69,7 +69,7 @@ class SegmentationEvaluation:
         class_names: Sequence[str],
         output_dir: str | Path | None = None,
         tolerance: float = 2.0,
-        largest_only: Sequence[str] = (),
+        largest_only: str | Sequence[str] = (),
         num_samples: int = 1000,
         seed: int = 0,
         writer: SummaryWriter | None = None,
@@ -80,7 +80,7 @@ class SegmentationEvaluation:
         self.class_names = list(class_names)
         self.output_dir = output_dir
         self.tolerance = tolerance
-        self.largest_only = largest_only
+        self.largest_only = chosen_structures(largest_only, class_names)
         self.num_samples, self.seed = num_samples, seed
         self.writer = writer
         self.facts, self.notes, self.window = facts, notes, window

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EpochOutputStore
+from monai.data import DataLoader, Dataset
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import Array, InputError
 from dissect_monai.data.datalists import label_matrix
-from dissect_monai.data.datasets import items_of
+from dissect_monai.data.datasets import items_of, labelled_part
 from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
@@ -123,16 +123,25 @@ class KNNHandler:
 
     Args:
         encoder: encoder as it trains.
-        training: loader of the labelled training images, a part of a data set with a data list (see `labelled_part`).
+        training: data set of the training images, with a data list; the labelled ones vote.
         validation: loader of the labelled validation images, of a data set with a data list.
         label_names: names of the findings.
+        fraction: share in (0, 1] of the labelled training subjects that vote.
+        seed: draws other subjects.
     """
 
     def __init__(
-        self, encoder: nn.Module, training: DataLoader[Any], validation: DataLoader[Any], label_names: Sequence[str]
+        self,
+        encoder: nn.Module,
+        training: Dataset,
+        validation: DataLoader,
+        label_names: Sequence[str],
+        fraction: float = 1.0,
+        seed: int = 0,
     ) -> None:
         self.encoder = encoder
-        self.loaders = training, validation
+        bank = labelled_part(training, fraction, seed, label_names)
+        self.loaders = DataLoader(bank, batch_size=validation.batch_size), validation
         self.labels = [label_matrix(items_of(each.dataset), label_names) for each in self.loaders]
         self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import Array, InputError, Item
+from dissect_monai.common import Array, InputError, Item, rank
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
@@ -36,7 +36,7 @@ class DomainRow(NamedTuple):
 
 
 def report_domains(datalist: Datalist, path: str | Path, num_volumes: int = 4) -> list[DomainRow]:
-    """Log a table of the tasks and write it as CSV, with a warning where the values of a CT are not in HU.
+    """Log a table of the tasks and write it as CSV, in the first process; warn where the values of a CT are not in HU.
 
     Args:
         datalist: as `aggregate` gives it.
@@ -45,13 +45,15 @@ def report_domains(datalist: Datalist, path: str | Path, num_volumes: int = 4) -
             is logged, and left to the data set to refuse or to skip.
 
     Returns:
-        The table, one row a task.
+        The table, one row a task; none in other processes.
 
     Raises:
         ValueError: if `num_volumes` is below 1.
     """
     if num_volumes < 1:
         raise InputError(f"`num_volumes` must be at least 1, got {num_volumes}.")
+    if rank():
+        return []
     rows = [_row(name, datalist, num_volumes) for name in datalist.task_names]
     logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
     for row in rows:

@@ -9,7 +9,7 @@ from typing import Any
 import ignite.distributed as idist
 import pytest
 import torch
-from helpers import counting_engine
+from helpers import as_process, counting_engine
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
@@ -115,7 +115,8 @@ def test_saves_at_the_interval_and_at_the_end_and_keeps_the_newest(tmp_path: Pat
 
 
 def test_other_ranks_load_but_do_not_save(tmp_path: Path) -> None:
-    go(tmp_path, rank=1)
+    with as_process(1):
+        go(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -175,7 +176,7 @@ def test_refuses_a_checkpoint_of_another_version_by_its_name(tmp_path: Path, ver
     ("kwargs", "message"),
     [
         ({"interval": 0}, "`interval` must be at least 1, got 0"),
-        ({"weights": nn.Linear(1, 1)}, "`weights` and `weights_path` must be given together, got one of them"),
+        ({"weights_path": "model.pt"}, "`weights_path` must be given with `weights`, got it alone"),
     ],
 )
 def test_rejects_bad_arguments(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:

@@ -107,16 +107,13 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
     _, labels = drawn()
     images = torch.rand(40, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 0.6
     images += 0.05 * labels[:, :1, None, None]
-    return [
-        {"image": image, "label": [None if np.isnan(value) else value for value in label.tolist()]}
-        for image, label in zip(images, labels, strict=True)
-    ]
+    return [{"image": image, "label": label.tolist()} for image, label in zip(images, labels, strict=True)]
 
 
 def neighbours(network: nn.Module) -> dict[str, float]:
     training, validation = labelled_images(0), labelled_images(1)
     images = [Dataset(items, lambda item: {"image": item["image"]}) for items in (training, validation)]
-    handler = KNNHandler(network, *(DataLoader(each, batch_size=16) for each in images), NAMES)
+    handler = KNNHandler(network, images[0], DataLoader(images[1], batch_size=16), NAMES)
     return evaluated(network, [{"image": item["image"]} for item in validation], handler).state.metrics
 
 
