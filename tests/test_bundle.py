@@ -153,6 +153,23 @@ BAD = {
     "init_filters": [4, 12, 8.0],
     "blocks_down": [[], [0, 1], 4],
     "mask_size": [0, 1.5],
+    "sampling_temperature": [2, -0.5],
+    "temperature": [0],
+    "task_weight": [-1],
+    "structures": [6, []],
+    "fold": [-1, "first"],
+    "flip_axes": [[3], 0],
+    "test_flip_axes": [[0, 0]],
+    "select": ["first"],
+    "split": ["training"],
+    "overlap": [1, -0.5],
+    "tolerance": [-1],
+    "patience": [0],
+    "deep_supervision": ["yes"],
+    "freeze_epochs": [-1],
+    "ce_weight": ["heavy"],
+    "split_seed": [-1],
+    "largest_only": [3],
 }
 GOOD = {
     "stages": [[2, 3, 4], [4], (1,)],
@@ -206,6 +223,14 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
         (
             {"train": {"trainer": {"max_epochs": 3}}, "schedule_epochs": 2, "warmup_epochs": 0},
             "`schedule_epochs` must be at least",
+        ),
+        (
+            {"train": {"trainer": {"max_epochs": 2}}, "val_interval": 3, "select": "best"},
+            "`val_interval` must be at most `max_epochs` where `select` is best",
+        ),
+        (
+            {"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3},
+            "`mask_size` must be smaller than the sides of `patch_size`",
         ),
         ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
         ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
