@@ -45,7 +45,8 @@ class ImageSampler(torch_data.DistributedSampler[Any]):
             images, own_seed = range(min(of_all_processes(len(dataset)))), seed + 100003 * rank()
         replicas = 1 if shard else world_size()
         refuse_small(images, batch_size, replicas)
-        super().__init__(images, replicas, 0 if shard else rank(), shuffle=True, seed=own_seed, drop_last=True)
+        own_rank = 0 if shard else rank()
+        super().__init__(images, replicas, own_rank, shuffle=True, seed=own_seed, drop_last=True)  # type: ignore[arg-type]
 
 
 class SeededIndex(int):

@@ -123,7 +123,7 @@ def read_segmentation(
         split_seed: draws other folds or validation subjects.
         default_modality: of volumes whose modality neither `modality` nor dataset.json says.
         given: items for training and for validation that a caller lists itself, such as MONAI Label, in place of
-            folders, see `Datalist.complete`.
+            folders, see `Datalist.complete`; needed if `dataset_dir` is None.
         settings: of the weights to go on from, whose structures and channels those items have.
 
     Raises:
@@ -131,9 +131,9 @@ def read_segmentation(
         ValueError: if an argument is out of range; dataset.json is malformed, or names no structures, or others than
             another folder; splits share a subject; or no volume has a label map.
     """
-    if given is not None:
+    if given is not None or dataset_dir is None:
         datalist = segmentation_of_weights(settings or {})
-        training, validation = map(datalist.complete, given)
+        training, validation = map(datalist.complete, given or ([], []))
         return datalist._replace(training=training, validation=validation)
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
