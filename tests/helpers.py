@@ -216,6 +216,14 @@ def forked(
         return Ended(next(filter(None, statuses), 0), *texts)
 
 
+@contextmanager
+def as_process(rank: int, world_size: int = 2) -> Iterator[None]:
+    """For code that looks up its rank and the number of processes, and does not speak to the others."""
+    facts = {"is_initialized": True, "get_rank": rank, "get_world_size": world_size}
+    with patch.multiple("torch.distributed", **{name: lambda value=value: value for name, value in facts.items()}):
+        yield
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

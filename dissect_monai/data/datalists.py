@@ -50,6 +50,35 @@ class Datalist(NamedTuple):
         training, validation, test = map(change, self[:3])
         return self._replace(training=training, validation=validation, test=test)
 
+    def labelled(self) -> Datalist:
+        """The same data list without the items whose label has no known value."""
+        return self.with_items(labelled)
+
+    def with_findings(self, findings: str | Sequence[str] | None = None, allow_missing: bool = False) -> Datalist:
+        """The labelled items, their labels reduced to some findings in a given order.
+
+        Args:
+            findings: names of the labels, or "No finding"; None keeps all.
+            allow_missing: whether findings that the data list lacks are unknown instead of refused.
+
+        Raises:
+            ValueError: if the data list lacks a finding, or all of them.
+        """
+        own = [*self.label_names]
+        names = own if findings is None else [findings] if isinstance(findings, str) else [*findings]
+        if not own:
+            raise InputError(
+                "`dataset_dir` must have labels, got none: write a `label` for each image into dataset.json."
+            )
+        if len(set(names)) < len(names):
+            raise InputError(f"`findings` must be different, got {', '.join(names)}.")
+
+        def relabelled(items: list[Item]) -> list[Item]:
+            rows = label_matrix(items, own, names, allow_missing).tolist()
+            return labelled([{**item, "label": row} for item, row in zip(items, rows, strict=True)])
+
+        return self.with_items(relabelled)._replace(label_names=names)
+
     def complete(self, items: Sequence[Item]) -> list[Item]:
         """Add what items lack that give nothing but "image" and "label", as MONAI Label lists them.
 
@@ -141,32 +170,6 @@ def label_matrix(
         raise InputError(f"the labels must include {', '.join(missing)}, got {', '.join(label_names)}.")
     unknown = np.full(len(items), np.nan)
     return np.stack([columns.get(name, unknown) for name in findings], axis=1)
-
-
-def with_findings(
-    datalist: Datalist, findings: str | Sequence[str] | None = None, allow_missing: bool = False
-) -> Datalist:
-    """The labelled items of a data list, their labels reduced to some findings in a given order.
-
-    Args:
-        datalist: as `read_datalist` gives it.
-        findings: names of its labels, or "No finding"; None keeps all.
-        allow_missing: whether findings that the data list lacks are unknown instead of refused.
-
-    Raises:
-        ValueError: if the data list lacks a finding, or all of them.
-    """
-    names = [*ensure_tuple(datalist.label_names if findings is None else findings)]
-    if not datalist.label_names:
-        raise InputError("`dataset_dir` must have labels, got none: write a `label` for each image into dataset.json.")
-    if len(set(names)) < len(names):
-        raise InputError(f"`findings` must be different, got {', '.join(names)}.")
-
-    def relabelled(items: list[Item]) -> list[Item]:
-        rows = label_matrix(items, datalist.label_names, names, allow_missing).tolist()
-        return labelled([{**item, "label": row} for item, row in zip(items, rows, strict=True)])
-
-    return datalist.with_items(relabelled)._replace(label_names=names)
 
 
 def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:

@@ -19,10 +19,10 @@ from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Item, rank, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
-from dissect_monai.data.splits import select_fraction
+from dissect_monai.data.splits import select_fraction, shared_out
 
 logger = logging.getLogger(__name__)
 # What PyTorch must know to load an image's metadata with `weights_only`.
@@ -40,9 +40,9 @@ def cached_dataset(
     cache_dir: str | Path | None = None,
     on_corrupt: str = "raise",
     num_workers: int = 0,
-    progress: bool = False,
     seeded: bool = False,
     complete: Callable[[list[Item]], list[Item]] | None = None,
+    shard: bool = False,
 ) -> Dataset | SeededDataset:
     """A data set that decodes and preprocesses every image once, now, and so finds all unreadable files.
 
@@ -55,9 +55,9 @@ def cached_dataset(
         cache_dir: folder for the cache, kept between runs; None keeps it in memory.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that fill the cache; at least one.
-        progress: show a progress bar.
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
         complete: adds what items lack that a caller lists itself, such as MONAI Label, see `Datalist.complete`.
+        shard: whether each process takes a part of the items, at least one if there is any.
 
     Returns:
         `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
@@ -70,16 +70,18 @@ def cached_dataset(
     steps, num_deterministic = flattened(transform)
     deterministic = steps.transforms[:num_deterministic]
     data = data if complete is None else complete(data)
+    if shard:
+        data = shared_out(data, rank(), world_size())
     dataset: Dataset
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:
         preprocessed = Dataset(data, Compose([*deterministic, convert_to_contiguous]))
-        contents, good = read_all(preprocessed, on_corrupt, num_workers, progress)
+        contents, good = read_all(preprocessed, on_corrupt, num_workers, progress=rank() == 0)
         dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
     else:
         stored = _StoredDataset(data, Compose(deterministic), cache_dir)
-        _, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
+        _, good = read_all(stored, on_corrupt, num_workers, progress=rank() == 0, keep=False)
         dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
 

@@ -1,8 +1,8 @@
-"""Balanced sampling of tasks, and random transforms that depend on seed and epoch alone."""
+"""Samplers of images and of tasks, and random transforms that depend on seed and epoch alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,43 @@ from monai.data import Dataset
 from numpy.typing import NDArray
 from torch.utils import data as torch_data
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Item, of_all_processes, rank, world_size
+
+
+def refuse_small(images: Sized, batch_size: int, processes: int = 1) -> None:
+    """Refuse a training set that does not fill one batch per process; the `ValueError` says what to do."""
+    if not len(images):
+        raise InputError("`training` holds no images: list some there in dataset.json.")
+    if batch_size < 2:
+        raise InputError(f"`batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
+    if len(images) < batch_size * processes:
+        raise InputError(
+            f"`training` holds {len(images)} images, fewer than one batch of {batch_size} on {processes} "
+            "process(es): lower `batch_size`."
+        )
+
+
+class ImageSampler(torch_data.DistributedSampler[Any]):
+    """Draws every image once an epoch, in an order that follows from seed and epoch, a part in each process.
+
+    Args:
+        dataset: data set of all processes, or of this one alone with `shard`.
+        batch_size: images of a batch, which every process must have.
+        seed: seed of the order.
+        shard: whether each process has images of its own; all of them draw as many as the smallest data set has.
+
+    Raises:
+        ValueError: if the images do not fill one batch per process.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, seed: int = 0, shard: bool = False) -> None:
+        images, own_seed = range(len(dataset)), seed
+        if shard:
+            images, own_seed = range(min(of_all_processes(len(dataset)))), seed + 100003 * rank()
+        replicas = 1 if shard else world_size()
+        refuse_small(images, batch_size, replicas)
+        own_rank = 0 if shard else rank()
+        super().__init__(images, replicas, own_rank, shuffle=True, seed=own_seed, drop_last=True)  # type: ignore[arg-type]
 
 
 class SeededIndex(int):
@@ -43,8 +79,6 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
             if None.
         items_per_draw: items of one task that follow each other, different ones if it has so many.
         seed: seed of all draws.
-        rank: rank of this process.
-        num_replicas: number of processes.
 
     Raises:
         ValueError: if there is no draw for each process.
@@ -63,20 +97,19 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         num_samples: int | None = None,
         items_per_draw: int = 2,
         seed: int = 0,
-        rank: int = 0,
-        num_replicas: int = 1,
     ) -> None:
         self.items = _by_task(data)
         self.items_per_draw = items_per_draw
-        self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * num_replicas)
+        self.rank, self.num_replicas = rank(), world_size()
+        self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * self.num_replicas)
         if self.num_draws < 1:
             raise InputError(
-                f"`num_samples` must give {num_replicas} process(es) a draw of {items_per_draw} items each, "
+                f"`num_samples` must give {self.num_replicas} process(es) a draw of {items_per_draw} items each, "
                 f"got {num_samples} for {len(data)} items: raise it."
             )
         weights = np.array([len(items) for items in self.items], dtype=float) ** temperature
         self.probabilities = weights / weights.sum()
-        self.seed, self.rank, self.num_replicas = seed, rank, num_replicas
+        self.seed = seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:

@@ -64,6 +64,17 @@ def select_fraction(
     return selected
 
 
+def with_fraction(datalist: Datalist, fraction: float = 1.0, seed: int = 0) -> Datalist:
+    """A data list with a fraction of its training subjects, see `select_fraction`.
+
+    Args:
+        datalist: as it was read.
+        fraction: share of the subjects in (0, 1].
+        seed: draws other subjects.
+    """
+    return datalist._replace(training=select_fraction(datalist.training, fraction, seed, datalist.label_names))
+
+
 def _positives(items: Sequence[Item]) -> set[int]:
     return {index for item in labelled(items) for index, value in enumerate(item["label"]) if value == 1}
 
@@ -246,6 +257,6 @@ def refuse_untrainable(training: Sequence[Item], validation: Sequence[Item] | No
         )
 
 
-def shard(items: list[Item], rank: int, world_size: int) -> list[Item]:
-    """The items that one process validates: each process has at least one, if there is any."""
+def shared_out(items: list[Item], rank: int, world_size: int) -> list[Item]:
+    """The part of the items that one process has: at least one, if there is any."""
     return items[rank::world_size] or items[:1]

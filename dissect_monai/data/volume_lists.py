@@ -15,7 +15,13 @@ from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
-from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, warn_of_shared_subjects
+from dissect_monai.data.splits import (
+    hold_out,
+    refuse_other_channels,
+    split_training,
+    warn_of_shared_subjects,
+    with_test_split,
+)
 
 logger = logging.getLogger(__name__)
 # A value for all folders, one for each folder, or one by the name of a folder.
@@ -30,6 +36,7 @@ def aggregate(
     validation_fraction: float = 0.0,
     seed: int = 0,
     on_corrupt: str = "raise",
+    test_seed: int | None = None,
 ) -> Datalist:
     """Merge data folders of 3-D volumes, each with a task and a group, and read the headers of all their files.
 
@@ -48,6 +55,7 @@ def aggregate(
             if its folders have none, see `hold_out`. An item without subject is one of its own.
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
+        test_seed: for an evaluation: draws the subjects of `with_test_split`; None leaves the splits as they are.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
@@ -77,11 +85,12 @@ def aggregate(
     merged = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
     _refuse_odd_tasks(merged)
     names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
-    return merged._replace(headers=headers, task_names=next(names), group_names=next(names))
+    datalist = merged._replace(headers=headers, task_names=next(names), group_names=next(names))
+    return datalist if test_seed is None else with_test_split(datalist, seed=test_seed)
 
 
 def read_segmentation(
-    dataset_dir: str | Path | Sequence[str | Path],
+    dataset_dir: str | Path | Sequence[str | Path] | None,
     structures: Sequence[str] | None = None,
     modality: str | Sequence[str] | None = None,
     fold: int | None = None,
@@ -89,6 +98,8 @@ def read_segmentation(
     validation_fraction: float = 0.2,
     split_seed: int = 0,
     default_modality: str | Sequence[str] | None = None,
+    given: tuple[list[Item], list[Item]] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Datalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
@@ -109,12 +120,19 @@ def read_segmentation(
             subject.
         split_seed: draws other folds or validation subjects.
         default_modality: of volumes whose modality neither `modality` nor dataset.json says.
+        given: items for training and for validation that a caller lists itself, such as MONAI Label, in place of
+            folders, see `Datalist.complete`; needed if `dataset_dir` is None.
+        settings: of the weights to go on from, whose structures and channels those items have.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
         ValueError: if `fold` is out of range; dataset.json is malformed, or names no structures, or others than another
             folder; splits share a subject; or no volume has a label map.
     """
+    if given is not None or dataset_dir is None:
+        datalist = segmentation_of_weights(settings or {})
+        training, validation = map(datalist.complete, given or ([], []))
+        return datalist._replace(training=training, validation=validation)
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
     folders = data_folders(dataset_dir)

@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from dissect_monai.common import InputError, __version__
+from dissect_monai.common import InputError, __version__, rank
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
@@ -29,9 +29,10 @@ NUM_KEPT = 2  # checkpoints of a run
 class TrainingCheckpoint:
     """Saves all that a run needs to go on as checkpoint_epoch=N.pt, and its weights; resumes from it.
 
-    A run killed at any moment leaves the newest complete files intact, where MONAI's `CheckpointSaver` writes in place.
-    Random state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the
-    run starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
+    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact, where
+    MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`. Attach it before
+    handlers that look at the network when the run starts, such as a `ValidationHandler`, and after those that change
+    what is saved at the end of epochs.
 
     Raises:
         ValueError: when the run starts, if the checkpoint is of another run or another version of this package.
@@ -44,13 +45,12 @@ class TrainingCheckpoint:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights; a resumed run must have the same
     interval: int = 1  # epochs between checkpoints, of which the newest two stay; the last epoch is always saved
     resume_from: str | None = None
-    rank: int = 0  # all load, rank 0 saves
 
     def attach(self, engine: Engine) -> None:
         """Load at the start, save at the end of epochs."""
         if self.resume_from is not None:
             engine.add_event_handler(Events.STARTED, self._resume, self.resume_from)
-        if self.rank == 0:
+        if rank() == 0:
             engine.add_event_handler(Events.STARTED, self._remove_halves)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
@@ -149,7 +149,7 @@ class BestWeights:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights
     metric: str = "auroc"  # of the evaluator, larger is better
     patience: int = 10  # validations in a row without improvement after which the run ends
-    rank: int = 0  # if every process validates; 0 writes
+    pretrained: str | Path | None = None  # weights that the run started from; written beside the weights, too
 
     def attach(self, engine: Engine) -> None:
         """Compare after every validation, stop at the end of the trainer's epoch."""
@@ -168,8 +168,9 @@ class BestWeights:
         score, state = float(evaluator.state.metrics[self.metric]), trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
-            if self.rank == 0:
-                save_weights(self.weights, self.weights_path, self.settings)
+            if rank() == 0:
+                pretrained = str(self.pretrained) if self.pretrained else None
+                save_weights(self.weights, self.weights_path, {**self.settings, "pretrained": pretrained})
         else:
             state.num_worse += 1
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.sampling import part_of_tasks
 from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
 from dissect_monai.handlers.reconstruction import view_errors
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
@@ -40,22 +41,24 @@ class HSSLValidation:
     - `retrieval_*` and `accuracy_*`, see `level_metrics`, over all validation images;
     - `reconstruction_error_<task>`, the unexplained variance over the masked voxels (over all, where a batch has none),
       a mean over the views of a task, and `reconstruction_error`, the mean over tasks;
-    - `shortcut_*`, see `shortcut_metrics`, of the bottleneck for the images as they are, with `training` as bank;
+    - `shortcut_*`, see `shortcut_metrics`, of the bottleneck for the images as they are, with a few training images of
+      each task as bank;
     - `collapse_*` and `domain_shift` of the same features, see `collapse_metrics`.
 
     What cannot be told from the data, with a single task above all, is left out. The pictures are
     `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
     and reconstructed; and `embedding_map`, of the features.
 
-    Neither loader shuffles, and the items of both data sets have a "task" and a "group".
+    The loader does not shuffle, and the items of both data sets have a "task" and a "group".
     """
 
-    training: DataLoader[Any]  # of a few fixed images
+    training: Dataset
     writer: SummaryWriter | None = None  # None draws nothing
 
     def attach(self, engine: Any) -> None:
         """Collect during a validation and judge at its end; attach before what writes the metrics."""
-        loaders = self.training, engine.data_loader
+        self.bank = DataLoader(part_of_tasks(self.training), batch_size=engine.data_loader.batch_size)
+        loaders = self.bank, engine.data_loader
         if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in loaders):
             logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
@@ -65,7 +68,7 @@ class HSSLValidation:
     @torch.no_grad()
     def __call__(self, engine: Any) -> None:
         """Leave the metrics in the engine's state, and draw."""
-        bank, items = (_features(engine, loader) for loader in (self.training, engine.data_loader))
+        bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         if self.writer is not None:
             epoch = engine.state.epoch

@@ -103,7 +103,7 @@ class FrozenProbes:
         Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
     """
 
-    encoders: Mapping[str, nn.Module]  # by name; the first is compared with all others
+    encoders: Mapping[str, nn.Module | None]  # by name; the first is compared with all others; None is left out
     loaders: Mapping[str, DataLoader[Any]]  # of training, validation and test, whose data sets have a data list
     questions: Sequence[Question]  # with labels of the items of the three splits
     output_dir: str | Path
@@ -113,6 +113,7 @@ class FrozenProbes:
     seed: int = 0  # of folds and resamples
 
     def __post_init__(self) -> None:
+        self.networks = {name: encoder for name, encoder in self.encoders.items() if encoder is not None}
         scored = SPLITS if self.num_folds else SPLITS[2:]
         items = [item for split in scored for item in items_of(self.loaders[split].dataset)]
         self.subjects = [str(item.get("subject", item["image"])) for item in items]
@@ -151,7 +152,7 @@ class FrozenProbes:
 
     def _features(self, device: torch.device) -> Iterator[Features]:
         loaders = [self.loaders[split] for split in SPLITS]
-        for source, encoder in self.encoders.items():
+        for source, encoder in self.networks.items():
             splits = [extract_features(encoder, loader, device, feature_maps) for loader in loaders]
             yield source, "last", [split.last for split in splits]
             yield source, "stages", [split.stages for split in splits]
@@ -197,10 +198,10 @@ class FrozenProbes:
             yield Row(*place, finding, area, precision, n, positives)
 
     def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
-        main = next(iter(self.encoders))
+        main = next(iter(self.networks))
         for ours, theirs in product(results, repeat=2):
             same = theirs.question is ours.question and theirs.probe == ours.probe
-            comparable = theirs.features == ours.features or theirs.source not in self.encoders
+            comparable = theirs.features == ours.features or theirs.source not in self.networks
             shared = [name for name in ours.auroc if name in theirs.auroc]
             if ours.source == main != theirs.source and same and comparable and shared:
                 one, other = (mean_resampled([each.auroc[name] for name in shared]) for each in (ours, theirs))
@@ -230,7 +231,7 @@ class ProbeHandler(FrozenProbes):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         label_names: Sequence[str],
         output_dir: str | Path,
@@ -269,7 +270,7 @@ class VolumeProbeHandler(FrozenProbes):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         output_dir: str | Path,
         label_names: Sequence[str] = (),

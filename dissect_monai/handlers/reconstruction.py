@@ -17,6 +17,7 @@ from dissect_monai.common import Array, Interval, Item
 from dissect_monai.data.datasets import items_of
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.intervals import bootstrap
+from dissect_monai.networks.weights import has_decoder
 from dissect_monai.visualize.training import show_mask, slice_figure
 from dissect_monai.writing import columns, metric_name, write_csv
 
@@ -45,9 +46,12 @@ class ReconstructionHandler:
     output_dir: str | Path
     num_samples: int = 1000  # bootstrap resamples
     seed: int = 0  # of the resamples
+    weights_path: str | Path | None = None  # of the network; of an encoder alone there is nothing to measure
 
     def attach(self, engine: Engine) -> None:
         """Measure every batch, and sum up when `engine` has seen them all."""
+        if self.weights_path is not None and not has_decoder(self.weights_path):
+            return
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)

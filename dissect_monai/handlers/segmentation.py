@@ -27,7 +27,7 @@ from dissect_monai.handlers.segmentation_report import (
     write_tables,
 )
 from dissect_monai.metrics.segmentation import score_structures
-from dissect_monai.transforms.labels import integer_map, largest_components, values_to_classes
+from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
@@ -56,13 +56,16 @@ class SegmentationEvaluation:
     class_names: Sequence[str]  # structures of the classes 1, 2, ...
     output_dir: str | Path | None = None  # for cases.csv, subjects.csv, summary.csv, report.html; None writes nothing
     tolerance: float = 2.0  # of the surface Dice in mm
-    largest_only: Sequence[str] = ()  # structures of which only the largest connected part counts
+    largest_only: str | Sequence[str] = ()  # whose largest connected part alone counts, see `chosen_structures`
     num_samples: int = 1000  # bootstrap resamples
     seed: int = 0  # of the resamples
     writer: SummaryWriter | None = None  # TensorBoard, which gets the first two cases as overlays; None draws none
     facts: Mapping[str, Any] | None = None  # of the report by name, such as the weights; None writes no report
     notes: Sequence[str] = ()  # of the report, on how to read it
     window: tuple[float, float] | None = None  # values that are black and white in pictures of CT
+
+    def __post_init__(self) -> None:
+        self.structures = chosen_structures(self.largest_only, self.class_names)
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -82,7 +85,7 @@ class SegmentationEvaluation:
                     f"{image}: keep `track_meta` in the preprocessing."
                 )
             item = self.items[image]
-            maps = read_maps(item, pred, self.class_names, self.largest_only)
+            maps = read_maps(item, pred, self.class_names, self.structures)
             self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
             drawn = self.writer is not None and len(self.cases) <= NUM_OVERLAYS
             if drawn or self.facts is not None:

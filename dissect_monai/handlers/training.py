@@ -16,7 +16,7 @@ from monai.networks.nets import SegResNet
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, rank
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import SEGRESNET_ENCODER
 
@@ -61,7 +61,6 @@ class EpochSeedHandler:
     """
 
     seed: int
-    rank: int = 0  # ranks draw differently
     epoch_seeded: Sequence[Any] = ()  # samplers and augmentations with `set_epoch`
 
     def attach(self, engine: Engine) -> None:
@@ -72,7 +71,7 @@ class EpochSeedHandler:
         """Seed them all."""
         epoch = engine.state.epoch
         # Odd factors keep neighbouring seeds, epochs and ranks apart.
-        seed = (self.seed * 1_000_003 + epoch * 8_191 + self.rank) % 2**31
+        seed = (self.seed * 1_000_003 + epoch * 8_191 + rank()) % 2**31
         random.seed(seed)
         torch.manual_seed(seed)
         for drawer in self.epoch_seeded:
@@ -81,7 +80,7 @@ class EpochSeedHandler:
 
 @dataclass(eq=False)
 class ProgressHandler:
-    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left."""
+    """One progress bar over the whole run, in the first process: epoch, loss if there is one, time gone and left."""
 
     interval: int = 10  # iterations between updates of the loss; reading it waits for the device
     description: str = "pretraining"
@@ -105,7 +104,7 @@ class ProgressHandler:
             self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
 
     def _open(self, engine: Engine) -> None:
-        if self.bar is None:
+        if self.bar is None and rank() == 0:
             length = engine.state.epoch_length  # None as long as nobody knows it
             total = None if length is None else engine.state.max_epochs * length
             self.bar = tqdm(total=total, initial=engine.state.iteration, unit="it", desc=self.description)
@@ -168,7 +167,7 @@ class UnseenClasses:
                 self.unseen.pop(value, None)
 
     def _report(self) -> None:
-        if self.unseen:
+        if self.unseen and rank() == 0:
             names = ", ".join(self.unseen.values())
             logger.warning("No patch of the first epoch shows %s: with these labels it cannot be learnt.", names)
 

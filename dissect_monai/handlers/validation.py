@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EpochOutputStore
+from monai.data import DataLoader, Dataset
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
-from dissect_monai.data.datasets import items_of
+from dissect_monai.data.datasets import items_of, labelled_part
 from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
@@ -111,16 +111,20 @@ class KNNHandler:
     data list of labelled images.
     """
 
-    training: DataLoader[Any]  # of labelled images, a part of a data set with a data list, see `labelled_part`
+    training: Dataset  # with a data list, whose labelled images vote
     label_names: Sequence[str]
+    fraction: float = 1.0  # share of the labelled training subjects that vote
+    seed: int = 0  # draws other subjects
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         """Run when `engine` has seen the validation split."""
+        bank = labelled_part(self.training, self.fraction, self.seed, self.label_names)
+        self.bank = DataLoader(bank, batch_size=engine.data_loader.batch_size)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
         """Extract features, let the neighbours vote, and leave the metrics."""
-        loaders, device = (self.training, engine.data_loader), engine.state.device
+        loaders, device = (self.bank, engine.data_loader), engine.state.device
         train, val = (extract_features(engine.network, loader, device, feature_maps) for loader in loaders)
         known, truth = (label_matrix(items_of(loader.dataset), self.label_names) for loader in loaders)
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}

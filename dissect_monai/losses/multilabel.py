@@ -29,6 +29,11 @@ class MultiLabelLoss(nn.Module):
         self.positive_weight: Tensor | None
         self.register_buffer("positive_weight", positive_weight)
 
+    @classmethod
+    def balanced(cls, items: list[Item], label_names: Sequence[str], class_balance: str = "weighted") -> MultiLabelLoss:
+        """The loss with the `positive_weights` of training items."""
+        return cls(positive_weights(items, label_names, class_balance))
+
     def forward(self, pred: Tensor, label: Tensor) -> Tensor:
         """Loss of one batch.
 

@@ -146,12 +146,12 @@ class LargestComponentsd(MapTransform):
     Args:
         keys: keys of the label maps, of shape (1, X, Y, Z), integers.
         class_names: structures of the classes 1, 2, ...
-        structures: names of those to clean.
+        structures: names of those to clean, see `chosen_structures`.
     """
 
-    def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: Sequence[str]) -> None:
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: str | Sequence[str]) -> None:
         super().__init__(keys)
-        self.values = [list(class_names).index(name) + 1 for name in structures]
+        self.values = [list(class_names).index(name) + 1 for name in chosen_structures(structures, class_names)]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the label maps of an item."""

@@ -10,7 +10,7 @@ import torch
 from monai.engines.utils import PrepareBatch
 from torch import Tensor
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, rank
 from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, Placement
 
 
@@ -47,8 +47,7 @@ class Views(PrepareBatch):
 
     Args:
         augment: makes one view of each image.
-        seed: seed of all draws.
-        rank: rank of this process, so that every process draws its own.
+        seed: seed of all draws; every process draws its own.
         num_views: views per image.
         target_key: key of the target in the batch, such as "label"; None takes the views themselves.
     """
@@ -57,19 +56,18 @@ class Views(PrepareBatch):
         self,
         augment: BatchAugment,
         seed: int = 0,
-        rank: int = 0,
         num_views: int = 2,
         target_key: str | None = None,
     ) -> None:
         self.augment = augment
-        self.seed, self.rank = seed, rank
+        self.seed = seed
         self.num_views = num_views
         self.target_key = target_key
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Restart the draws: they depend on seed, rank and epoch alone, so that a resumed run repeats them."""
-        self._epoch_seed = int(np.random.SeedSequence([self.seed, self.rank, epoch]).generate_state(1)[0])
+        """Restart the draws: they depend on seed, process and epoch alone, so that a resumed run repeats them."""
+        self._epoch_seed = int(np.random.SeedSequence([self.seed, rank(), epoch]).generate_state(1)[0])
         self._generator: torch.Generator | None = None
 
     def __call__(
@@ -153,7 +151,7 @@ class HierarchyViews(Views):
         tasks: all names that `task` of an image may have; their order numbers them.
         groups: all names that `group` of an image may have.
         corrupt: masks the network's input; None leaves it as it is.
-        kwargs: `seed`, `rank` and `num_views` of `Views`.
+        kwargs: `seed` and `num_views` of `Views`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import Array, Item
+from dissect_monai.common import Array, Item, rank
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
@@ -37,7 +37,7 @@ class DomainRow(NamedTuple):
 
 
 def report_domains(datalist: Datalist, path: str | Path) -> list[DomainRow]:
-    """Log a table of the tasks and write it as CSV, with a warning where the values of a CT are not in HU.
+    """Log a table of the tasks and write it as CSV, in the first process; warn where the values of a CT are not in HU.
 
     Intensities are those of up to 4 training volumes of a task; one that cannot be read is logged, and left to the data
     set to refuse or to skip.
@@ -47,8 +47,10 @@ def report_domains(datalist: Datalist, path: str | Path) -> list[DomainRow]:
         path: file to write, such as domains.csv; its folder is created.
 
     Returns:
-        The table, one row a task.
+        The table, one row a task; none in other processes.
     """
+    if rank():
+        return []
     rows = [_row(name, datalist) for name in datalist.task_names]
     logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
     for row in rows:

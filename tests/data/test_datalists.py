@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import images, write_images
 
-from dissect_monai.data.datalists import label_matrix, labelled, read_datalist, with_findings
+from dissect_monai.data.datalists import label_matrix, labelled, read_datalist
 
 NAN = float("nan")
 
@@ -112,11 +112,11 @@ def test_label_matrix_has_nan_for_unknown() -> None:
 def test_findings_are_chosen_ordered_and_derived(tmp_path: Path) -> None:
     items = [{"image": "0.png", "label": [1, 0]}, {"image": "1.png", "label": [0, 0]}, {"image": "1.png"}]
     datalist = read_datalist(write_set(tmp_path / "a", training=items, label_names=["x", "y"]))
-    chosen = with_findings(datalist, ["No finding", "y", "x"])
+    chosen = datalist.with_findings(["No finding", "y", "x"])
     assert chosen.label_names == ["No finding", "y", "x"]
     assert labels(chosen.training) == [[0, 0, 1], [1, 0, 0]]  # without the item that has no label
-    assert labels(with_findings(datalist).training) == [[1, 0], [0, 0]]
-    assert labels(with_findings(datalist, "x").training) == [[1], [0]]
+    assert labels(datalist.with_findings().training) == [[1, 0], [0, 0]]
+    assert labels(datalist.with_findings("x").training) == [[1], [0]]
     assert labels(datalist.training[:1]) == [[1, 0]]  # the given items are left alone
 
 
@@ -132,14 +132,14 @@ def test_no_finding_is_a_column_of_the_data_or_derived_where_all_findings_are_kn
 def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "a", training=[{"image": "0.png", "label": [1, 0]}], label_names=["x", "y"])
     datalist = read_datalist(folder)
-    np.testing.assert_equal(labels(with_findings(datalist, ["z", "x"], allow_missing=True).training), [[NAN, 1]])
+    np.testing.assert_equal(labels(datalist.with_findings(["z", "x"], allow_missing=True).training), [[NAN, 1]])
     for findings, allow_missing in ((["x", "z"], False), (["z"], True)):
         with pytest.raises(ValueError, match="the labels must include z, got x, y"):
-            with_findings(datalist, findings, allow_missing)
+            datalist.with_findings(findings, allow_missing)
     with pytest.raises(ValueError, match="`findings` must be different, got x, x"):
-        with_findings(datalist, ["x", "x"])
+        datalist.with_findings(["x", "x"])
     with pytest.raises(ValueError, match="`dataset_dir` must have labels, got none"):
-        with_findings(datalist._replace(label_names=[]))
+        datalist._replace(label_names=[]).with_findings()
 
 
 # --- errors

@@ -16,7 +16,7 @@ from dissect_monai.data.splits import (
     refuse_untrainable,
     scored_subjects,
     select_fraction,
-    shard,
+    shared_out,
     split_training,
     subject_digest,
     with_test_split,
@@ -270,8 +270,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None:
     items = [{"image": str(index)} for index in range(5)]
-    shares = [shard(items, rank, world_size) for rank in range(world_size)]
+    shares = [shared_out(items, rank, world_size) for rank in range(world_size)]
     assert all(shares)
     assert {item["image"] for share in shares for item in share} == set("01234")
     assert sum(map(len, shares)) == max(5, world_size)
-    assert shard([], 0, world_size) == []
+    assert shared_out([], 0, world_size) == []

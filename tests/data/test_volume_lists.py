@@ -358,3 +358,12 @@ def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
     assert own == {**common, "image": "2.nii", "subject": "s"}
     with pytest.raises(ValueError, match="need weights that say them"):
         segmentation_of_weights({})
+
+
+def test_items_of_a_server_take_structures_and_channels_of_the_weights() -> None:
+    settings = {"class_names": ["liver", "spleen"], "modality": "MR"}
+    given = [{"image": "/a.nii.gz", "label": "/b.nii.gz"}], []
+    datalist = read_segmentation(None, given=given, settings=settings)
+    assert datalist.training == datalist.complete(given[0])
+    assert (datalist.training[0]["subject"], datalist.validation) == ("a.nii.gz", [])
+    assert datalist.class_names == ["liver", "spleen"]

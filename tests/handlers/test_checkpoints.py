@@ -9,7 +9,7 @@ from typing import Any
 import ignite.distributed as idist
 import pytest
 import torch
-from helpers import counting_engine
+from helpers import as_process, counting_engine
 from ignite.engine import Engine, Events
 from torch import nn
 
@@ -55,9 +55,13 @@ def test_saves_at_the_interval_and_at_the_end_and_keeps_the_newest(tmp_path: Pat
     assert epochs_left(interval=9) == ["5"]
 
 
-def test_settings_lie_beside_the_weights_and_other_ranks_do_not_save(tmp_path: Path) -> None:
-    go(tmp_path / "1", rank=1)
-    assert not (tmp_path / "1").exists()
+def test_other_ranks_load_but_do_not_save(tmp_path: Path) -> None:
+    with as_process(1):
+        go(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_weights_depend_on_lies_beside_them(tmp_path: Path) -> None:
     settings = {"encoder": "resnet18", "image_size": 48, "stages": [2, 3]}
     go(tmp_path, settings=settings)
     assert read_settings(tmp_path / "models" / "model.pt") == settings

@@ -62,7 +62,7 @@ class Validation:
         # Nothing that mixes up the order of the brightness.
         augment = BatchAugment(spatial_dims=spatial_dims, brightness=0, contrast=None, gamma=None)
         self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
-        self.training = DataLoader(Dataset(make_items(tasks, 4, spatial_dims, seed=1)), batch_size=5)
+        self.training = Dataset(make_items(tasks, 4, spatial_dims, seed=1))
         self.validation = DataLoader(Dataset(make_items(tasks, per_task, spatial_dims)), batch_size=4)
         self.handler = HSSLValidation(self.training, writer)
         self.evaluator = SupervisedEvaluator(

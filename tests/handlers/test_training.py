@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import counting_engine
+from helpers import as_process, counting_engine
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
@@ -78,11 +78,12 @@ def draws(num_workers: int, epochs_done: int = 0, seed: int = 0, rank: int = 0) 
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler, num_workers=num_workers)
     engine = Engine(step)
-    EpochSeedHandler(seed, rank, epoch_seeded=[sampler]).attach(engine)
+    EpochSeedHandler(seed, epoch_seeded=[sampler]).attach(engine)
     torch.manual_seed(epochs_done)  # a resumed process has drawn other numbers before
     if epochs_done:
         engine.load_state_dict({"epoch_length": 3, "max_epochs": 3, "epoch": epochs_done})
-    engine.run(loader, max_epochs=3)
+    with as_process(rank):
+        engine.run(loader, max_epochs=3)
     return seen
 
 

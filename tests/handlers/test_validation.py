@@ -95,15 +95,12 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
     _, labels = drawn()
     images = torch.rand(40, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 0.6
     images += 0.05 * labels[:, :1, None, None]
-    return [
-        {"image": image, "label": [None if np.isnan(value) else value for value in label.tolist()]}
-        for image, label in zip(images, labels, strict=True)
-    ]
+    return [{"image": image, "label": label.tolist()} for image, label in zip(images, labels, strict=True)]
 
 
 def neighbours(network: nn.Module) -> dict[str, float]:
     training, validation = (Dataset(labelled_images(seed), lambda item: {"image": item["image"]}) for seed in (0, 1))
-    handler = KNNHandler(DataLoader(training, batch_size=16), NAMES)
+    handler = KNNHandler(training, NAMES)
     return evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
 
 

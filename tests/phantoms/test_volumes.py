@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from helpers import read
 
-from dissect_monai import VOLUME_TASKS, read_datalist, write_volume_phantoms
+from dissect_monai import read_datalist, write_volume_phantoms
 from dissect_monai.phantoms.scans import SCANS, scan_phantom
+from dissect_monai.phantoms.volumes import VOLUME_TASKS
 
 SPLITS = ("training", "validation", "test")
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import as_process
 from monai.data import MetaTensor
 from torch import Tensor
 
@@ -53,9 +54,10 @@ def test_epochs_repeat_from_seed_rank_and_epoch() -> None:
     batch = make_batch()
 
     def second_batch(seed: int, rank: int, epoch: int) -> Tensor:
-        views = Views(BatchAugment(), seed=seed, rank=rank)
-        views(batch, "cpu")
-        views.set_epoch(epoch)
+        with as_process(rank, 3):
+            views = Views(BatchAugment(), seed=seed)
+            views(batch, "cpu")
+            views.set_epoch(epoch)
         views(batch, "cpu")
         return views(batch, "cpu").images
 
@@ -121,8 +123,8 @@ def test_mask_says_what_each_view_lost(shape: tuple[int, ...]) -> None:
 
 
 def test_without_a_mask_they_are_those_of_views() -> None:
-    expected = Views(BatchAugment(), seed=3, rank=1)
-    actual = make_views(mask_fraction=None, seed=3, rank=1)
+    expected = Views(BatchAugment(), seed=3)
+    actual = make_views(mask_fraction=None, seed=3)
     for views in (expected, actual):
         views.set_epoch(2)
     images, target = actual(make_batch(), "cpu")
