@@ -305,8 +305,8 @@ def _refuse_leaks(datalist: Datalist) -> None:
     for key in ("subject", "image"):
         shared = in_several_splits([datalist], methodcaller("get", key))
         if shared:
-            names = sorted(shared)
-            example = shared[names[0]]
+            example = shared[min(shared)]
+            names = sorted(name for name, found in shared.items() if found.keys() == example.keys())
             raise InputError(
                 f"{' and '.join(f'`{split}`' for split in example)} must share no {key}, got {len(names)} in both: "
                 f"{shorten(names, 5)} (see {' and '.join(dict.fromkeys(example.values()))}). Move each to one split of "
