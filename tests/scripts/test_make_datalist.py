@@ -238,6 +238,27 @@ def test_counts_are_printed_per_split_and_finding(tmp_path: Path, capsys: pytest
     assert cells["Lung Lesion"] == ["5 / 5 / 0", "2 / 2 / 0", "3 / 3 / 0"]
 
 
+def test_splits_without_images_positives_or_negatives_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edema = [1, 0] * 5 + ["", 0, 0, 0] + [1] * 6
+    run("table", table(tmp_path, Edema=edema), *TABLE_OPTIONS, "--split", "part")
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "warning: validation has no positives of Edema.",
+        "warning: test has no negatives of Edema.",
+    ]
+    run("table", tmp_path / "table.csv", *TABLE_OPTIONS, "--validation_fraction", 0, "--overwrite")
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "has no images" in line)
+    assert warning == "warning: validation has no images, but cxr_classify needs validation and test."
+
+
+def test_images_that_are_listed_twice_are_left_out_on_demand(tmp_path: Path, refused: Refused) -> None:
+    file = table(tmp_path, path=["images/0.png", "./images/0.png", *(f"images/{index}.png" for index in range(2, 20))])
+    refused(r"1 of 19 images cannot be used:\n  \S+/images/0.png is listed 2 times\n", "table", file, *TABLE_OPTIONS)
+    run("table", file, *TABLE_OPTIONS, "--skip_corrupt")
+    assert by_name(tmp_path).keys() == {f"{index}.png" for index in range(2, 20)}
+
+
 def test_corrupt_and_missing_images_are_left_out_on_demand_and_move_no_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:

@@ -443,10 +443,12 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
 
 def test_subjects_are_counted_per_split_and_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("btcv", btcv(tmp_path))
-    *lines, unit, wrote = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    *lines, unit, wrote = out.splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     assert cells["images"] == cells["subjects"] == ["24", "6", "0"]
     assert cells["spleen"] == ["23", "6", "0"]
     assert cells["gallbladder"] == ["1", "0", "0"]
     assert cells["left_adrenal_gland"] == ["24", "6", "0"]
     assert (unit, wrote) == ("(structures: subjects whose label map shows them)", f"wrote {tmp_path}/dataset.json")
+    assert "warning: validation has no right_kidney, left_kidney, gallbladder, " in err
