@@ -183,7 +183,10 @@ def test_a_table_gives_labels_unknowns_splits_and_extras(tmp_path: Path) -> None
     assert "view" not in spec["training"][1]
 
 
-@pytest.mark.parametrize(("options", "expected"), [((), [14, 2, 4]), (("--validation_fraction", 0.3), [10, 6, 4])])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), [14, 2, 4]), (("--validation_fraction", 0.3), [10, 6, 4]), (("--test_fraction", 0), [18, 2, 0])],
+)
 def test_a_table_without_split_column_is_split_by_subject(
     tmp_path: Path, options: Sequence[object], expected: list[int]
 ) -> None:
@@ -318,6 +321,8 @@ def test_refuses_a_patient_in_two_official_lists(tmp_path: Path, refused: Refuse
         ({"patient": ["P0"] * 20}, [], "training and validation must hold images, got none"),
         ({"Edema": [0, 1, 2] + [0] * 17}, [], "line 4: Edema must be one of .+ or empty, got '2'"),
         ({"Edema": [0, 1, -1] + [0] * 17}, [], "line 4: Edema must be one of .+ or empty, got '-1'"),
+        ({}, ["--split", "part", "--validation_fraction", "0.3"], "--split must not come with --validation_frac"),
+        ({}, ["--split", "part", "--test_fraction", "0"], "--split must not come with .+ Give one or the other"),
         ({}, ["--subject", "who"], r"must have the columns \['who'\], got \['path'"),
         ({}, ["--extra", "label"], "--extra must not name image, label or subject"),
     ],
@@ -405,6 +410,14 @@ def test_help_says_what_a_source_takes(source: str, capsys: pytest.CaptureFixtur
         run(*source.split(), "--help")
     assert caught.value.code == 0
     assert ("--validation_fraction" if source else "make_datalist.py nih DIR\n") in capsys.readouterr().out
+
+
+def test_help_says_the_fractions_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("table", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "share of the subjects (default: 0.1 without --split)" in shown
+    assert "share of the subjects (default: 0.2 without --split)" in shown
 
 
 def test_the_command_line_ends_with_one_line_and_status_1(tmp_path: Path) -> None:
