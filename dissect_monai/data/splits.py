@@ -54,7 +54,8 @@ def select_fraction(
     subjects = [item.get("subject", index) for index, item in enumerate(items)]
     drawn = draw_subjects(subjects, fraction, seed)
     selected = [item for item, subject in zip(items, subjects, strict=True) if subject in drawn]
-    logger.info("Using %d of %d subjects with labels.", len(drawn), len({*subjects}))
+    if subjects:
+        logger.info("Using %d of %d subjects with labels.", len(drawn), len({*subjects}))
     lost = [
         label_names[index] if label_names else f"finding_{index}"
         for index in sorted(_positives(items) - _positives(selected))
