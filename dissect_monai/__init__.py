@@ -49,6 +49,7 @@ from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandl
 from dissect_monai.handlers.probes import check_probe_data as check_probe_data
 from dissect_monai.handlers.probes import refuse_unlabelled as refuse_unlabelled
 from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
+from dissect_monai.handlers.representation import RepresentationMonitor as RepresentationMonitor
 from dissect_monai.handlers.savers import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.savers import LabelMapSaver as LabelMapSaver
 from dissect_monai.handlers.savers import PredictionSaver as PredictionSaver

@@ -29,21 +29,27 @@ class TargetMomentumHandler:
 
     Args:
         network: the network whose `update_target` is called; not its DDP or compiled wrapper.
-        momentum: τ at the first iteration, in [0, 1].
         num_iterations: iterations over which τ follows a half cosine to 1.
+        momentum: τ at the first iteration, in [0, 1]. None takes what lets the target turn over in a short run, too,
+            max(0, min(0.996, 1 − 2·E/K)) for K iterations: the weights of the start are left with a share of exp(−E).
+        e_foldings: E, positive.
 
     Raises:
-        ValueError: if `momentum` or `num_iterations` is out of range.
+        ValueError: if an argument is out of range.
 
     Reference:
         Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
     """
 
-    def __init__(self, network: VQSSLNet, momentum: float, num_iterations: int) -> None:
-        if not 0 <= momentum <= 1:
-            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
+    def __init__(
+        self, network: VQSSLNet, num_iterations: int, momentum: float | None = None, e_foldings: float = 8
+    ) -> None:
         if num_iterations < 1:
             raise InputError(f"`num_iterations` must be at least 1, got {num_iterations}.")
+        if momentum is None:
+            momentum = max(0.0, min(0.996, 1 - 2 * e_foldings / num_iterations))
+        if not 0 <= momentum <= 1:
+            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
         self.network = network
         self.momentum = momentum
         self.num_iterations = num_iterations

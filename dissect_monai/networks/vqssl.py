@@ -23,10 +23,10 @@ FUSIONS = ("attention", "add", "concat", "replace")
 class SSLOutput(NamedTuple):
     """What the pretraining network returns for V = 2·B views; read it by name."""
 
-    predictions: Tensor  # (V, out_dim), online prediction of the continuous embedding
-    targets: Tensor  # (V, out_dim), target projection of the continuous embedding, no gradient
-    discrete_predictions: Tensor  # (V, out_dim), online prediction of the fused discrete embedding
-    discrete_targets: Tensor  # (V, out_dim), target projection of the fused discrete embedding, no gradient
+    predictions: Tensor  # (V, out_dim), online prediction of the continuous embedding; without target, projection
+    targets: Tensor | None  # (V, out_dim), target projection of the continuous embedding, no gradient
+    discrete_predictions: Tensor  # (V, out_dim), the same of the fused discrete embedding
+    discrete_targets: Tensor | None  # (V, out_dim), the same of the fused discrete embedding
     quantized: list[Quantized]  # one per chosen stage, fine to coarse
     embedding: Tensor  # (V, C), pooled features of the last stage of the online encoder
     reconstruction: Tensor | None  # (V, in_channels, *spatial) in [0, 1], None without a decoder
@@ -132,12 +132,12 @@ class _Branch(nn.Module):
 
 
 class VQSSLNet(nn.Module):
-    """Self-distillation with a multi-scale discrete bottleneck, in 2-D and 3-D.
+    """Self-supervision with a multi-scale discrete bottleneck, in 2-D and 3-D.
 
     The online encoder's chosen stages are projected to a common width and quantised by one EMA codebook each; the
     quantised maps are fused with the continuous ones, pooled, weighted by the entropy of their codebook's use and
-    concatenated to the discrete embedding. The continuous embedding is the pooled last stage. A momentum target
-    computes both for the other view, and predictors regress them (see `VQSSLLoss`).
+    concatenated to the discrete embedding. The continuous embedding is the pooled last stage. Both are projected for
+    `VQSSLLoss`; for BYOL, a momentum target computes both for the other view, and predictors regress them.
 
     Args:
         encoder: stock MONAI `ResNet` or a network with `encode`, such as `SegResNetEncoder`; see `feature_maps`.
@@ -152,6 +152,7 @@ class VQSSLNet(nn.Module):
         hidden_dim: width of the hidden layer of the heads.
         out_dim: width of the projections.
         decode: whether to build the decoder for the reconstruction term.
+        predict: whether to build the predictors and the momentum target, which BYOL alone needs.
 
     Raises:
         ValueError: if `stages` is empty, not increasing, or names a stage that the encoder does not have.
@@ -177,6 +178,7 @@ class VQSSLNet(nn.Module):
         hidden_dim: int = 4096,
         out_dim: int = 256,
         decode: bool = False,
+        predict: bool = True,
     ) -> None:
         super().__init__()
         channels = _stage_channels(encoder, spatial_dims, in_channels)
@@ -196,11 +198,15 @@ class VQSSLNet(nn.Module):
         self.fusions = nn.ModuleList(Fusion(embedding_dim, fusion) for _ in stages)
         widths = {"continuous": channels[-1], "discrete": embedding_dim * len(stages)}
         self.projectors = nn.ModuleDict({name: mlp(width, hidden_dim, out_dim) for name, width in widths.items()})
-        self.predictors = nn.ModuleDict({name: mlp(out_dim, hidden_dim, out_dim) for name in self.projectors})
+        self.predictors = nn.ModuleDict(
+            {name: mlp(out_dim, hidden_dim, out_dim) if predict else nn.Identity() for name in self.projectors}
+        )
         self.decoder = Decoder(spatial_dims, embedding_dim, in_channels, len(stages)) if decode else None
         self.encoder = encoder
-        self.target = _Branch(*deepcopy((encoder, self.quantizer.projections, self.fusions, self.projectors)))
-        self.target.requires_grad_(False)
+        self.target: _Branch | None = None
+        if predict:
+            self.target = _Branch(*deepcopy((encoder, self.quantizer.projections, self.fusions, self.projectors)))
+            self.target.requires_grad_(False)
 
     @property
     def codebooks(self) -> list[EMACodebook]:
@@ -214,8 +220,7 @@ class VQSSLNet(nn.Module):
         fused = _fuse(self.fusions, quantized)
         embedding = pool(maps[-1])
         weights = self.scale_weights()
-        with torch.no_grad():
-            targets, discrete_targets = self._target(images, weights)
+        targets, discrete_targets = (None, None) if self.target is None else self._targets(self.target, images, weights)
         return SSLOutput(
             predictions=self.predictors["continuous"](self.projectors["continuous"](embedding)),
             targets=targets,
@@ -228,12 +233,13 @@ class VQSSLNet(nn.Module):
             else self.decoder([scale.features for scale in quantized], images.shape[2:]),
         )
 
-    def _target(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        maps = feature_maps(self.target.encoder, images)
-        chosen = zip(self.codebooks, self.target.projections, self.stages, strict=True)
+    @torch.no_grad()
+    def _targets(self, target: _Branch, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        maps = feature_maps(target.encoder, images)
+        chosen = zip(self.codebooks, target.projections, self.stages, strict=True)
         quantized = [codebook.lookup(projection(maps[stage - 1])) for codebook, projection, stage in chosen]
-        discrete = _embed(_fuse(self.target.fusions, quantized), weights)
-        return self.target.heads["continuous"](pool(maps[-1])), self.target.heads["discrete"](discrete)
+        discrete = _embed(_fuse(target.fusions, quantized), weights)
+        return target.heads["continuous"](pool(maps[-1])), target.heads["discrete"](discrete)
 
     @torch.no_grad()
     def scale_weights(self) -> Tensor:
@@ -250,6 +256,8 @@ class VQSSLNet(nn.Module):
         """Move the target: target ← momentum·target + (1 − momentum)·online, with `momentum` in [0, 1]."""
         if not 0 <= momentum <= 1:
             raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
+        if self.target is None:
+            raise InputError("the network has no target to move: set `predict`.")
         online = _Branch(self.encoder, self.quantizer.projections, self.fusions, self.projectors)
         torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
 
