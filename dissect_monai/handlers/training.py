@@ -29,9 +29,9 @@ class TargetMomentumHandler:
 
     Args:
         network: the network whose `update_target` is called; not its DDP or compiled wrapper.
-        num_iterations: iterations over which τ follows a half cosine to 1.
         momentum: τ at the first iteration, in [0, 1]. None takes what lets the target turn over in a short run, too,
             max(0, min(0.996, 1 − 2·E/K)) for K iterations: the weights of the start are left with a share of exp(−E).
+        num_iterations: iterations over which τ follows a half cosine to 1.
         e_foldings: E, positive.
 
     Raises:
@@ -42,7 +42,7 @@ class TargetMomentumHandler:
     """
 
     def __init__(
-        self, network: VQSSLNet, num_iterations: int, momentum: float | None = None, e_foldings: float = 8
+        self, network: VQSSLNet, momentum: float | None, num_iterations: int, e_foldings: float = 8
     ) -> None:
         if num_iterations < 1:
             raise InputError(f"`num_iterations` must be at least 1, got {num_iterations}.")

@@ -75,16 +75,16 @@ class VQSSLLoss(_WeightedTerms):
     0 on all but `continuous_weight` it is plain SimCLR, VICReg or BYOL, the control of every experiment.
 
     Args:
-        objective: `nt_xent`, `vicreg` or `byol`, which alone needs the predictors and the momentum target of the
-            network, see `VQSSLNet(predict=...)`.
         continuous_weight: objective of the continuous embedding.
         discrete_weight: objective of the discrete embedding; for `byol`, the mean of three regressions across views:
             discrete on continuous, continuous on discrete and discrete on discrete.
-        cross_weight: 2 − 2·cos of the discrete embedding and the continuous one of the other view; not for `byol`, in
-            whose discrete term it is.
         commitment_weight: sum over scales of the commitment, which pulls features to their codes: squared distance,
             summed over the channels of a code, as the gradient of a mean over them would be lost beside the others.
         reconstruction_weight: share of the view's variance that the decoded image leaves unexplained.
+        cross_weight: 2 − 2·cos of the discrete embedding and the continuous one of the other view; not for `byol`, in
+            whose discrete term it is.
+        objective: `nt_xent`, `vicreg` or `byol`, which alone needs the predictors and the momentum target of the
+            network, see `VQSSLNet(predict=...)`.
         temperature: of `nt_xent`, positive.
 
     Raises:
@@ -97,12 +97,12 @@ class VQSSLLoss(_WeightedTerms):
 
     def __init__(
         self,
-        objective: str = "byol",
         continuous_weight: float = 1.0,
         discrete_weight: float = 1.0,
-        cross_weight: float = 0.0,
         commitment_weight: float = 0.015625,
         reconstruction_weight: float = 0.0,
+        cross_weight: float = 0.0,
+        objective: str = "byol",
         temperature: float = 0.2,
     ) -> None:
         if objective not in OBJECTIVES:

@@ -27,7 +27,7 @@ def run(writer: Writer | None, interval: int = 2, attach: bool = True, collapsed
     if collapsed:
         nn.init.zeros_(encoder.conv1.weight)
         encoder.conv1.requires_grad_(False)
-    loss = VQSSLLoss("nt_xent", **{f"{name}_weight": weight for name, weight in TERMS.items()})
+    loss = VQSSLLoss(**{f"{name}_weight": weight for name, weight in TERMS.items()}, objective="nt_xent")
     data = [{"image": torch.randint(256, (1, 32, 32), dtype=torch.uint8)} for _ in range(24)]
     monitor = RepresentationMonitor(encoder, loss, DataLoader(Dataset(data), batch_size=5), writer, interval)
     trainer = SupervisedTrainer(
