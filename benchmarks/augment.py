@@ -11,7 +11,6 @@ time; on CUDA events, where MONAI still transforms on CPU and pays the upload. A
 with its extremes.
 """
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from math import pi
 
 import torch
 import torch.nn.functional as F
-from common import Timings, compare, conclude
+from common import Timings, compare, conclude, make_parser
 from monai import transforms as mt
 from monai.data import set_track_meta
 from torch import Tensor
@@ -136,10 +135,8 @@ def report(timings: Timings, batch: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,5 +1,6 @@
 """Timing and peak memory, shared by the benchmarks; `python benchmarks/<name>.py` finds it beside itself."""
 
+import argparse
 import multiprocessing
 import re
 import statistics
@@ -28,6 +29,9 @@ class Timings(NamedTuple):
 
     rounds: dict[str, list[float]]
 
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {self.median(name):.2f}" for name in self.rounds) + " ms"
+
     def median(self, name: str) -> float:
         """Median time of one variant in milliseconds."""
         return statistics.median(self.rounds[name])
@@ -45,6 +49,14 @@ class Timings(NamedTuple):
                 for name, times in self.rounds.items()
             }
         )
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser
 
 
 def compare(

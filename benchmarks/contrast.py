@@ -3,23 +3,22 @@
     python benchmarks/contrast.py --device cpu
 
 Embeddings of 128 channels: two views each of a batch of images. "three levels" contrasts images, 7 tasks and 3 groups
-on the same embeddings: ours in one call of the hierarchical loss, which sums their denominators once,
-pytorch-metric-learning by its SupConLoss thrice. "projected" is ours where every level has embeddings of its own, as
-those of HSSLNet: three times the work, in which pytorch-metric-learning takes as long as before. "one level" contrasts
-the images alone, against the NT-Xent loss as lightly computes it (cross-entropy over two blocks of logits) and MONAI's
-ContrastiveLoss, which broadcasts all pairs and is measured at a quarter of the size. The floor is three plain matrix
-products of all pairs: one forward, two backward. On CPU one thread and process time, on CUDA events; a ratio is the
-median over the rounds, with its extremes.
+on the same embeddings: ours in one call, which sums their denominators once, pytorch-metric-learning by its SupConLoss
+thrice. "projected" is `hierarchical_contrast`, where every level has embeddings of its own, as those of HSSLNet: three
+times the work, in which pytorch-metric-learning takes as long as before. "one level" contrasts the images alone,
+against the NT-Xent loss as lightly computes it (cross-entropy over two blocks of logits) and MONAI's ContrastiveLoss,
+which broadcasts all pairs and is measured at a quarter of the size. The floor is three plain matrix products of all
+pairs: one forward, two backward. On CPU one thread and process time, on CUDA events; a ratio is the median over the
+rounds, with its extremes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from common import Timings, compare, conclude, peak_memory
+from common import Timings, compare, conclude, make_parser, peak_memory
 from monai.losses import ContrastiveLoss
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,19 +51,23 @@ def build(num: int, device: str) -> Inputs:
     return Inputs(embeddings, task, group)
 
 
+def labels_of(inputs: Inputs) -> list[Tensor]:
+    images = torch.arange(len(inputs.task), device=inputs.task.device)
+    return [each.repeat(2) for each in (images, inputs.task, inputs.group)]
+
+
 def ours_hierarchical(inputs: Inputs) -> Tensor:
-    return torch.stack([*hierarchical_contrast(*inputs, TEMPERATURE).values()]).sum()
+    return torch.stack(supervised_contrast(inputs.embeddings, labels_of(inputs), TEMPERATURE)).sum()
 
 
 def projected_hierarchical(inputs: Inputs) -> Tensor:
-    levels = [inputs.embeddings.view_as(inputs.embeddings) for _ in range(3)]  # which the loss cannot know to be equal
+    levels = [inputs.embeddings] * 3
     return torch.stack([*hierarchical_contrast(levels, inputs.task, inputs.group, TEMPERATURE).values()]).sum()
 
 
 def pml_hierarchical(inputs: Inputs) -> Tensor:
     loss = SupConLoss(TEMPERATURE)
-    labels = [torch.arange(len(inputs.task), device=inputs.task.device), inputs.task, inputs.group]
-    return torch.stack([loss(inputs.embeddings, each.repeat(2)) for each in labels]).sum()
+    return torch.stack([loss(inputs.embeddings, each) for each in labels_of(inputs)]).sum()
 
 
 def ours_image(inputs: Inputs) -> Tensor:
@@ -114,8 +117,7 @@ def measure(losses: Losses, num: int, device: str, rounds: int) -> Timings:
 
 
 def report(name: str, timings: Timings, other: str) -> None:
-    times = "  ".join(f"{variant} {timings.median(variant):.2f}" for variant in timings.rounds)
-    print(f"{name}: {times} ms")
+    print(f"{name}: {timings}")
     print(f"    {other} / ours {timings.ratio(other, 'ours')}")
     if "projected" in timings.rounds:
         print(f"    {other} / projected {timings.ratio(other, 'projected')}")
@@ -133,10 +135,7 @@ def peaks(losses: Losses, device: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
 
     three = {"ours": ours_hierarchical, "projected": projected_hierarchical, "pml": pml_hierarchical}
     one = {"ours": ours_image, "nt_xent": nt_xent_image}

@@ -9,7 +9,6 @@ plain matrix product of all rows and codes. On CPU one thread and process time, 
 over the rounds, with its extremes.
 """
 
-import argparse
 import math
 import sys
 from functools import partial, reduce
@@ -17,7 +16,7 @@ from operator import add
 from typing import NamedTuple
 
 import torch
-from common import Timings, compare, conclude, peak_memory
+from common import Timings, compare, conclude, make_parser, peak_memory
 from monai.networks.layers.vector_quantizer import EMAQuantizer, VectorQuantizer
 from torch import Tensor, nn
 
@@ -87,7 +86,7 @@ def make_module(library: str, codes: Tensor, spatial_dims: int) -> nn.Module:
     monai.load_state_dict({"embedding.weight": codes, "ema_w": codes, "ema_cluster_size": torch.ones(num)})
     if library == "monai":
         return VectorQuantizer(monai)
-    ours = EMACodebook(num, channels, commitment_cost=0.25, decay=0.99, data_init=False, revive_fraction=0)
+    ours = EMACodebook(num, channels, data_init=False, revive_fraction=0)
     ours.load_state_dict(monai.state_dict())
     return ours
 
@@ -126,8 +125,7 @@ def measure(level: Level, device: str, rounds: int) -> Timings:
 
 def report(name: object, timings: Timings) -> None:
     """Print one line of times and the ratios that matter."""
-    times = "  ".join(f"{variant} {timings.median(variant):.2f}" for variant in timings.rounds)
-    print(f"{name}: {times} ms")
+    print(f"{name}: {timings}")
     for library in ("monai", "vqp"):
         contiguous = timings.ratio(library, "contiguous")
         print(f"    {library} / ours {timings.ratio(library, 'ours')}, / contiguous {contiguous}")
@@ -135,10 +133,7 @@ def report(name: object, timings: Timings) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
 
     timings = []
     for level in LEVELS:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from augment import make_images, monai_transform
-from common import Timings, compare, conclude
+from common import Timings, compare, conclude, make_parser
 from monai import transforms as mt
 from monai.data import CacheDataset, DataLoader, Dataset, set_track_meta
 from monai.networks import nets
@@ -274,13 +274,11 @@ def report_loaders(timings: Timings, args: argparse.Namespace) -> dict[str, bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = make_parser(__doc__)
     parser.add_argument("--encoder", choices=LOADER_GATES, default="resnet18")
     parser.add_argument("--batch", type=int, help="default: 16 on CPU, 256 on CUDA")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--fusion", choices=FUSIONS, default="add")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--loader", action="store_true", help="measure the loaders on CPU as well")
     args = parser.parse_args()
     args.batch = args.batch or {"cpu": 16, "cuda": 256}[args.device]

@@ -81,10 +81,9 @@ def measure(case: Case, rounds: int) -> Timings:
 
 
 def report(name: str, case: Case, timings: Timings) -> None:
-    times = "  ".join(f"{variant} {timings.median(variant):.0f}" for variant in timings.rounds)
     hd95, dice = ours(case)
     shape = "x".join(map(str, case.label.shape))
-    print(f"{name}, {shape}: {times} ms   (HD95 {hd95:.2f} mm, surface Dice {dice:.3f})")
+    print(f"{name}, {shape}: {timings}   (HD95 {hd95:.2f} mm, surface Dice {dice:.3f})")
     print(f"    monai / ours {timings.ratio('monai', 'ours')}", flush=True)
 
 

@@ -49,3 +49,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """What each process calls this with, by rank; all of them must call it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
-from dissect_monai.common import InputError
+MAX_VOXELS = 2**25  # of a volume whose logits are put together on the network's device
 
 
 class AutocastInferer(SimpleInferer):
@@ -34,34 +34,25 @@ class AutocastInferer(SimpleInferer):
 class FlippingWindowInferer(SlidingWindowInferer):
     """Segments volumes window by window under autocast, if wanted as the mean over flipped copies of the volume.
 
-    Windows overlap, and near their borders they count less (by a Gaussian). Volumes of more than `max_voxels` are put
+    Windows overlap, and near their borders they count less (by a Gaussian). Volumes of more than `MAX_VOXELS` are put
     together on the CPU, so that a GPU holds no more than their windows. A module is put into `channels_last_3d`,
     in place.
 
     Args:
         roi_size: voxels of a window.
-        sw_batch_size: windows that the network sees at once.
         overlap: part in [0, 1) of a window that it shares with the next; 0.8 takes 5 to 16 times as many as 0.5.
-        flip_axes: axes 0, 1, 2 along which to flip; of n axes, the mean is over the logits of 2^n copies.
+        flip_axes: different axes among 0, 1, 2; of n axes, the mean is over the logits of 2^n copies.
         amp: whether to autocast to bfloat16.
-        max_voxels: of a volume whose logits are put together on the network's device.
-
-    Raises:
-        ValueError: if `flip_axes` are not different ones of 0, 1, 2.
     """
 
     def __init__(
         self,
         roi_size: Sequence[int],
-        sw_batch_size: int = 4,
         overlap: float = 0.5,
         flip_axes: Sequence[int] = (),
         amp: bool = False,
-        max_voxels: int = 2**25,
     ) -> None:
-        super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cpu_thresh=max_voxels)
-        if len({*flip_axes}) < len(flip_axes) or not {*flip_axes} <= {0, 1, 2}:
-            raise InputError(f"`flip_axes` must be different ones of 0, 1, 2, got {flip_axes}.")
+        super().__init__(roi_size, 4, overlap, mode="gaussian", cpu_thresh=MAX_VOXELS)
         self.flips = list(chain.from_iterable(combinations(flip_axes, size) for size in range(len(flip_axes) + 1)))
         self.amp = amp
 

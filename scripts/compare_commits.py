@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,14 @@ import fire
 import numpy as np
 import torch
 from fire.decorators import SetParseFn
+from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     IMAGES,
     SCALARS,
     EventAccumulator,
 )
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-Value = Tensor | bytes | str
 VQ, CLASSIFY, HSSL, SEG = "pretrain_vq_ssl", "cxr_classify", "hssl_multidomain", "seg_finetune_btcv"
 XRAYS = "--num_workers 0 --dataset_dir {data}/cxr_nih64"
 VOLUMES = "--num_workers 0 --dataset_dir ['{data}/mr_chaos','{data}/ct_btcv','{data}/mr_hippocampus']"
@@ -126,32 +125,18 @@ def command(call: str, name: str, data: Path) -> list[str]:
     return [sys.executable, "-m", "monai.bundle", "run", *(knob.replace("{data}", str(data)) for knob in knobs)]
 
 
-def list_outputs(folder: Path) -> dict[str, list[Path]]:
-    """Files that the runs of a commit left; the event files, pictures or volumes of a folder count as one."""
-    files: dict[str, list[Path]] = {}
+def list_outputs(folder: Path) -> dict[str, Path]:
+    """Files that the runs of a commit left, by name; the event files of a folder count as one."""
     outputs = folder / "outputs"
-    for path in sorted(each for each in outputs.rglob("*") if each.is_file() and each.suffix not in (".log", ".done")):
-        name = (
-            "events" if "tfevents" in path.name else f"*{path.suffix}" if path.suffix in (".png", ".gz") else path.name
-        )
-        files.setdefault(path.relative_to(outputs).with_name(name).as_posix(), []).append(path)
-    return files
+    files = [each for each in outputs.rglob("*") if each.is_file() and each.suffix not in (".log", ".done")]
+    paths = {each.parent / "events" if "tfevents" in each.name else each for each in files}
+    return {path.relative_to(outputs).as_posix(): path for path in sorted(paths)}
 
 
-def read_files(paths: Sequence[Path], folder: Path) -> dict[str, Value]:
-    """Values in files by name; in texts, the folder of the commit is left out."""
-    values: dict[str, Value] = {}
-    for number, path in enumerate(paths):
-        prefix = str(number) if "tfevents" in path.name else path.name if len(paths) > 1 else ""
-        for name, value in leaves(read_file(path), prefix):
-            values[name] = value.replace(str(folder), "FOLDER") if isinstance(value, str) else value
-    return values
-
-
-def read_file(path: Path) -> Any:
-    """What a file holds, at any depth."""
-    if "tfevents" in path.name:
-        events = EventAccumulator(str(path), size_guidance={SCALARS: 0, IMAGES: 0}).Reload()
+def read_file(path: Path, folder: Path) -> Any:
+    """What a file holds, at any depth; in texts, the folder of the commit is left out."""
+    if path.name == "events":
+        events = EventAccumulator(str(path.parent), size_guidance={SCALARS: 0, IMAGES: 0}).Reload()
         images = {tag: [each.encoded_image_string for each in events.Images(tag)] for tag in events.Tags()[IMAGES]}
         scalars = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()[SCALARS]}
         return {**images, **{tag: np.array(points) for tag, points in scalars.items()}}
@@ -161,77 +146,68 @@ def read_file(path: Path) -> Any:
         return dict(np.load(path))
     if path.suffix == ".gz":
         return gzip.decompress(path.read_bytes())  # the header has the time
-    return path.read_text(encoding="utf-8") if path.suffix in (".csv", ".html", ".json") else path.read_bytes()
+    if path.suffix in (".csv", ".html", ".json"):
+        return path.read_text(encoding="utf-8").replace(str(folder), "FOLDER").splitlines()
+    return path.read_bytes()
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Value]]:
-    """Tensors, bytes and texts of a nested value, with their names."""
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+    """The values in a nested one as arrays, with their names."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(item, f"{name}/{key}")
     elif isinstance(value, list | tuple):
-        yield from leaves(dict(enumerate(value)), name)
-    elif isinstance(value, np.ndarray):
-        yield from leaves(torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist(), name)
+        yield from leaves(dict(enumerate(value, start=1)), name)
+    elif isinstance(value, bytes):
+        yield name, np.asarray(sha256(value).hexdigest())
+    elif isinstance(value, torch.Tensor):
+        yield name, value.detach().numpy()
     else:
-        yield name, value if isinstance(value, Tensor | bytes | str) else repr(value)
+        yield name, np.asarray(value)
 
 
-def difference(first: Mapping[str, Value], second: Mapping[str, Value]) -> str:
+def difference(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]) -> str:
     """What differs between the values of two files; empty if nothing does."""
     parts = []
     if lonely := sorted(first.keys() ^ second.keys()):
         parts.append(f"{len(lonely)} values in one commit alone, such as {lonely[0]}")
-    gaps = {
-        name: gap(first[name], second[name])
-        for name in first.keys() & second
-        if not is_equal(first[name], second[name])
-    }
+    shared = [name for name in first if name in second]
+    gaps = {name: gap(first[name], second[name]) for name in shared if not is_equal(first[name], second[name])}
     if gaps:
-        worst = max(sorted(gaps), key=lambda name: gaps[name])
-        parts.append(f"{len(gaps)} of {len(first)} values, {worst or 'the content'} by {gaps[worst]:.3g}")
+        worst = max(gaps, key=lambda name: gaps[name])
+        parts.append(f"{len(gaps)} of {len(shared)} values, {worst or 'the content'} by {gaps[worst]:.3g}")
     return "; ".join(parts)
 
 
-def is_equal(first: Value, second: Value) -> bool:
+def is_equal(first: NDArray[Any], second: NDArray[Any]) -> bool:
     """Whether two values are the same, bit for bit, so that NaN equals itself."""
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return type(first) is type(second) and first == second
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    as_bytes = (
-        each.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for each in (first, second)
-    )
-    return torch.equal(*as_bytes)
+    return (first.dtype, first.shape) == (second.dtype, second.shape) and first.tobytes() == second.tobytes()
 
 
-def gap(first: Value, second: Value) -> float:
+def gap(first: NDArray[Any], second: NDArray[Any]) -> float:
     """Largest difference of the numbers in two values; infinite if they don't correspond."""
-    if isinstance(first, str) and isinstance(second, str):
-        texts, numbers = zip(*((NUMBER.split(each), NUMBER.findall(each)) for each in (first, second)), strict=True)
-        if texts[0] == texts[1]:
-            return float(np.abs(np.subtract(*np.array(numbers, float))).max())
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
-        both_nan = first.isnan() & second.isnan()
-        distances = (first.double() - second.double()).abs().masked_fill(both_nan, 0).nan_to_num(inf)
-        return float(distances.max()) if first.numel() else 0.0
-    return inf
+    if first.shape != second.shape or {first.dtype.kind, second.dtype.kind} - {*"biuf"}:
+        return inf
+    one, two = first.astype(float), second.astype(float)
+    distances = np.where(np.isnan(one) & np.isnan(two), 0, np.abs(one - two))
+    return float(np.nan_to_num(distances, nan=inf, posinf=inf).max(initial=0))
 
 
 def report(folders: Sequence[Path]) -> Iterator[str]:
-    """A line for each file of two commits, given their folders."""
+    """A line for each file that differs between two commits, given their folders."""
     first, second = map(list_outputs, folders)
-    for file in sorted(first.keys() | second.keys()):
-        if file not in first or file not in second:
-            yield f"only in {'A' if file in first else 'B'}: {file}"
-        else:
-            contents = (read_files(files[file], folder) for files, folder in zip((first, second), folders, strict=True))
-            found = difference(*contents)
-            yield f"different: {file}: {found}" if found else f"equal: {file}"
+    for name in sorted(first.keys() | second.keys()):
+        if name not in first or name not in second:
+            yield f"only in {'A' if name in first else 'B'}: {name}"
+            continue
+        both = zip((first, second), folders, strict=True)
+        found = difference(*(dict(leaves(read_file(files[name], folder))) for files, folder in both))
+        if found:
+            yield f"different: {name}: {found}"
 
 
 def main(first: str, second: str = "HEAD", *, data_dir: str, output_dir: str | None = None) -> None:
-    """Run all bundles in two commits and compare what they leave, a line a file.
+    """Run all bundles in two commits and compare what they leave, a line for each file that differs.
 
     Args:
         first: a commit, A in what is printed.
@@ -248,11 +224,9 @@ def main(first: str, second: str = "HEAD", *, data_dir: str, output_dir: str | N
     folders = [parent / commit[:12] for commit in commits]
     for commit, folder in zip(commits, folders, strict=True):
         run_commit(commit, data, folder)
-    is_same = True
-    for line in report(folders):
-        print(line, flush=True)
-        is_same &= line.startswith("equal")
-    sys.exit(not is_same)
+    lines = list(report(folders))
+    print("\n".join(lines) or f"all {len(list_outputs(folders[0]))} files are equal")
+    sys.exit(bool(lines))
 
 
 if __name__ == "__main__":

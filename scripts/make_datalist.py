@@ -3,112 +3,94 @@ r"""Write the dataset.json of a data folder: every image checked, split by subje
     python scripts/make_datalist.py nih DIR
     python scripts/make_datalist.py chexpert DIR --uncertain ignore
     python scripts/make_datalist.py folders DIR --subject_pattern '^(p\d+)_'
-    python scripts/make_datalist.py table FILE.csv --image path --labels "[Edema,Effusion]" --subject patient
-    python scripts/make_datalist.py unlabelled DIR [DIR ...]
+    python scripts/make_datalist.py table FILE.csv --image path --labels Edema Effusion --subject patient
 
 and of volumes (NIfTI, MHA, NRRD, folders of DICOM slices), images and label maps compared:
 
     python scripts/make_datalist.py btcv DIR
-    python scripts/make_datalist.py msd Task09_Spleen --output DIR
-    python scripts/make_datalist.py volumes DIR --label_dir DIR --labels "[liver,spleen]" --group abdomen --modality CT
+    python scripts/make_datalist.py msd Task09_Spleen --group abdomen --output DIR
+    python scripts/make_datalist.py volumes DIR --label_dir DIR --labels liver spleen --group abdomen --modality CT
     python scripts/make_datalist.py volumes DIR --group abdomen --modality CT
 
-What cannot be made right is refused with one message and exit status 1, and nothing is written. `nih --help` lists the
-knobs of one source.
+What cannot be made right is refused, and nothing is written. `nih --help` lists the options of one source.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from difflib import get_close_matches
-from inspect import cleandoc, getmembers, isfunction, signature
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
+from typing import Any
 
-import fire
-from datalists.image_sources import ImageSources
-from datalists.source import Source
-from datalists.volume_sources import VolumeSources
+from datalists.image_sources import UNCERTAIN, chexpert, folders, nih, table
+from datalists.source import Source, absolute
+from datalists.volume_sources import btcv, msd, volumes
 from datalists.writer import make_datalist
 
 
-class Sources(ImageSources, VolumeSources):
-    """Write the dataset.json of a data folder: every image checked, split by subject, and counted.
+def build_parser() -> ArgumentParser:
+    """A subcommand for every source; its options are the arguments of its function and of `make_datalist`."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    sources = parser.add_subparsers(required=True, metavar="SOURCE")
 
-    Give one of the sources nih, chexpert, folders, table and unlabelled, or, of volumes, btcv, msd and volumes;
-    `nih --help` says what it takes.
+    def source(
+        read: Callable[..., Source], validation: float | None = None, test: float | None = None
+    ) -> Callable[..., Action]:
+        about = cleandoc(str(read.__doc__))
+        own = sources.add_parser(
+            read.__name__, description=about, help=about.splitlines()[0], formatter_class=RawDescriptionHelpFormatter
+        )
+        own.set_defaults(read=read)
+        option = own.add_argument
+        if read is not table:
+            option("folder", type=absolute)
+        option("--output", type=absolute, help="where dataset.json goes, if not into the data folder: a folder")
+        option("--overwrite", action="store_true", help="replace an existing dataset.json")
+        option("--skip_corrupt", action="store_true", help="leave out what cannot be used instead of refusing the data")
+        option("--seed", type=int, default=0, help="draws other splits")
+        option("--name", default="", help="of the data set, and the task of volumes")
+        share = "share of the subjects (default: %(default)s)"
+        shown = share if validation is not None else "share of the subjects (default: 0.2 with label maps, else 0)"
+        option("--validation_fraction", type=float, default=validation, help=shown)
+        if test is not None:
+            option("--test_fraction", type=float, default=test, help=share)
+        return option
 
-    Args:
-        output: where it goes, if not into the data folder: a folder, or a path that ends in dataset.json.
-        overwrite: replace an existing dataset.json.
-        check: "open" reads every image, or of volumes every header and label map; "exists" only looks for the files.
-        workers: threads that check images; more than cores, since they wait for the disk.
-        skip_corrupt: leave out images that cannot be read and volumes that do not agree with their label map, and name
-            them, instead of refusing the data.
-        seed: draws other splits.
-        name: name of the data set, and the task of volumes; by default that of its folder, btcv, or what the Decathlon
-            calls it.
-        modality: its DICOM code, such as CR (X-ray, the default of images), CT or MR.
-    """
-
-
-def words_of(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are neither knobs nor, as Fire reads them, the values of knobs."""
-    is_knob = [re.match(r"--|-[a-zA-Z]", argument) is not None for argument in arguments]
-    takes_next = [knob and "=" not in argument for knob, argument in zip(is_knob, arguments, strict=True)]
-    return [
-        argument
-        for argument, knob, is_value in zip(arguments, is_knob, [False, *takes_next], strict=False)
-        if not (knob or is_value)
-    ]
-
-
-def usage() -> str:
-    """What to type, and the knobs that all sources share."""
-    knobs = cleandoc(str(Sources.__doc__)).partition("Args:\n")[2]
-    return f"{__doc__.strip()}\n\nAll sources take:\n\n{knobs}"
-
-
-def refuse_misspelt(arguments: Sequence[str]) -> None:
-    """Refuse a source or knob that does not exist, and words too many: Fire would take them for something else.
-
-    Raises:
-        ValueError: naming the nearest source or knob, or the word.
-    """
-    source, *given = words_of(arguments)
-    sources = [name for name, member in getmembers(Sources, isfunction) if not name.startswith("_")]
-    if source not in sources:
-        (near,) = get_close_matches(source, sources, n=1, cutoff=0)
-        raise ValueError(f"there is no source {source}; did you mean {near}?")
-    parameters = signature(getattr(Sources, source)).parameters
-    known = {"help", *(field.name for field in fields(Sources)), *parameters} - {"self", "folders"}
-    for argument in arguments:
-        name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-        if argument.startswith("--") and name and name not in known:
-            (near,) = get_close_matches(name, known, n=1, cutoff=0)
-            raise ValueError(f"there is no --{name}; did you mean --{near}?")
-    if len(given) > 1 and not any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
-        raise ValueError(f"`{source}` must get one path, got {', '.join(given)}. Name the knobs, as in --seed 1.")
+    pattern = (
+        r"regular expression whose one group is the subject in a file name, or in the path of a volume, as in "
+        r"'^(p\d+)_'; by default each image is a subject of its own"
+    )
+    source(nih, 0.1)
+    option = source(chexpert, 0.1)
+    option("--uncertain", choices=UNCERTAIN, default="ignore", help="what a label of -1 becomes (default: unknown)")
+    option = source(folders, 0.1, 0.2)
+    option("--subject_pattern", default="", help=pattern)
+    option = source(table, 0.1, 0.2)
+    option("file", type=absolute, help="the table")
+    option("--image", required=True, help="column with paths relative to the folder of the images")
+    option("--image_dir", type=absolute, help="folder of the images; that of the table by default")
+    option("--labels", nargs="+", default=[], help="columns with labels; none for unlabelled images")
+    option("--subject", default="", help="column with the patient; by default each image is a subject of its own")
+    option("--split", default="", help="column with train, valid or test, which takes the place of the fractions")
+    option("--extra", nargs="+", default=[], help="columns to copy, such as view and age")
+    source(btcv, 0.2)
+    option = source(msd, 0.2, 0.0)
+    option("--group", required=True, help="region, such as abdomen, which several tasks share")
+    option = source(volumes, None, 0.0)
+    option("--group", required=True, help="region, such as abdomen, which several tasks share")
+    option("--modality", required=True, help="DICOM code, such as CT or MR")
+    option("--label_dir", type=absolute, help="holds the label maps")
+    option("--labels", nargs="+", default=[], help="names of the values 1, 2, ..., or as in 1=liver 6=left_kidney")
+    option("--subject_pattern", default="", help=pattern)
+    return parser
 
 
 def main(command: Sequence[str] | None = None) -> None:
-    """Run one subcommand.
-
-    Args:
-        command: the arguments; those of the process by default.
-    """
-    arguments = sys.argv[1:] if command is None else command
-    if not words_of(arguments):
-        if not {"-h", "--help"} & set(arguments):
-            raise SystemExit(usage())
-        print(usage())
-        return
+    """Run one subcommand; `command` are its arguments, those of the process by default."""
+    given: dict[str, Any] = vars(build_parser().parse_args(command))
+    shared = {name: given.pop(name) for name in ("output", "overwrite", "skip_corrupt", "seed", "name")}
     try:
-        refuse_misspelt(arguments)
-        source = fire.Fire(Sources, command, serialize=lambda got: None if isinstance(got, Source) else got)
-        if isinstance(source, Source):
-            make_datalist(source)
+        make_datalist(given.pop("read")(**given), **shared)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
 

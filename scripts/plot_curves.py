@@ -8,8 +8,7 @@ that the curves stay when the event files of the runs are gone.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, product
 from operator import attrgetter
 from pathlib import Path
@@ -27,11 +26,13 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from dissect_monai.visualize.classifier import COLORS, LINES
+from dissect_monai.writing import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NUM_COLUMNS = 3  # of panels
+NUM_POINTS = 100  # of a curve; longer ones are drawn as this many means of neighbours
 MANY = 30  # points of a line that is drawn without markers, if there are more
 Curve = dict[int, float]  # step → value
 
@@ -62,13 +63,13 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     return {tag: {each.step: each.value for each in values} for tag, values in logged.items()}
 
 
-def thinned(curve: Curve, num_points: int) -> Iterator[tuple[int, float]]:
-    """A curve in step order, at most `num_points` long: means of neighbours, each at the last of their steps."""
-    for part in np.array_split(np.array(sorted(curve.items())), min(num_points, len(curve))):
+def thinned(curve: Curve) -> Iterator[tuple[int, float]]:
+    """A curve in step order, at most `NUM_POINTS` long: means of neighbours, each at the last of their steps."""
+    for part in np.array_split(np.array(sorted(curve.items())), min(NUM_POINTS, len(curve))):
         yield int(part[-1, 0]), float(part[:, 1].mean())
 
 
-def read_points(study_file: Path, runs: Path, tags: Sequence[str], num_points: int) -> list[Point]:
+def read_points(study_file: str, runs: Path, tags: Sequence[str]) -> list[Point]:
     """The curves of all training runs of a study; a recipe may lack a tag.
 
     Raises:
@@ -80,21 +81,11 @@ def read_points(study_file: Path, runs: Path, tags: Sequence[str], num_points: i
         scalars = read_scalars(training.folder / "eval")
         known |= set(scalars)
         name, number = ", ".join([recipe, *variant]), int(seed.removeprefix("seed"))
-        for tag in tags:
-            if tag in scalars:
-                points += [Point(name, number, tag, *each) for each in thinned(scalars[tag], num_points)]
+        points += [Point(name, number, tag, *each) for tag in tags if tag in scalars for each in thinned(scalars[tag])]
     unknown = [tag for tag in tags if tag not in known]
     if unknown:
         raise StudyError(f"no run has {', '.join(unknown)}; there are {', '.join(sorted(known)) or 'no scalars'}.")
     return points
-
-
-def write_points(points: Iterable[Point], path: Path) -> None:
-    """Write the CSV file."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Point._fields)
-        writer.writerows([*point[:-1], f"{point.value:.6g}"] for point in points)
 
 
 def draw(points: Sequence[Point], tags: Sequence[str], path: Path) -> None:
@@ -136,38 +127,23 @@ def draw_line(ax: Axes, points: Sequence[Point], style: Mapping[str, Any]) -> No
     ax.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def main(
-    study_file: str,
-    tags: str | Sequence[str],
-    runs: str | None = None,
-    output: str | None = None,
-    num_points: int = 100,
-) -> None:
+def main(study_file: str, tags: str | Sequence[str], runs: str | None = None) -> None:
     """Draw the training curves of a study.
 
     Args:
         study_file: a file of scripts/experiments/, whose runs have been made with run_experiments.py.
         tags: scalars to draw, as TensorBoard names them; a recipe that lacks one has no line in its panel.
         runs: folder of the runs, runs/NAME by default.
-        output: the figure, docs/NAME_curves.png by default; the numbers go to the same name with .csv.
-        num_points: longer curves are drawn as this many means of neighbours.
     """
     name = Path(study_file).stem
-    folder = Path(runs) if runs else ROOT / "runs" / name
-    figure = Path(output) if output else ROOT / "docs" / f"{name}_curves.png"
+    wanted = list(dict.fromkeys(ensure_tuple(tags)))
     try:
-        if figure.suffix != ".png":
-            raise StudyError(f"`--output` must end in .png, got {figure}.")
-        if not isinstance(num_points, int) or num_points < 1:
-            raise StudyError(f"`--num_points` must be at least 1, got {num_points}.")
-        wanted = list(dict.fromkeys(ensure_tuple(tags)))
-        if not wanted:
-            raise StudyError("`--tags` must name a scalar or more, got none.")
-        points = read_points(Path(study_file), folder, wanted, num_points)
+        points = read_points(study_file, Path(runs) if runs else ROOT / "runs" / name, wanted)
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    write_points(points, figure.with_suffix(".csv"))
+    figure = ROOT / "docs" / f"{name}_curves.png"
+    rows = [(*point[:-1], f"{point.value:.6g}") for point in points]
+    write_csv(figure.with_suffix(".csv"), Point._fields, rows)
     draw(points, wanted, figure)
     print(f"{len(points)} points of {figure.with_suffix('.csv')} are drawn in {figure}")
 

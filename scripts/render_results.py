@@ -2,39 +2,30 @@
 
     python scripts/render_results.py [--check]
 
-Titles and the order of tables come from the studies in scripts/experiments/. Tables go between the README's markers;
-a pair of markers that names a bundle takes the tables of this bundle, the pair without a name all others.
+Titles and the order of tables come from the studies in scripts/experiments/; tables go between the README's markers.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import fire
-from PIL import Image
 from run_experiments import Study, read_study
 from study_statistics import StudyError
 
 from dissect_monai.visualize.classifier import COLORS
 from dissect_monai.visualize.classifier import MARKERS as SYMBOLS
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 ROOT = Path(__file__).resolve().parent.parent
-MARKERS = re.compile(
-    r"(<!-- results: begin (?:(\w+) )?\(scripts/render_results\.py\) -->\n).*?(<!-- results: end -->)", re.DOTALL
-)
+BEGIN, END = "<!-- results: begin (scripts/render_results.py) -->\n", "<!-- results: end -->"
 DIGITS = {"hd95": 1, "missed": 1}  # after the point, of metrics that are not in [0, 1]
-DIGEST = "Digest of the rows"  # the key of a figure's text that says which results it shows
 Row = dict[str, str]
+Lines = dict[str, list[tuple[float, float, float]]]  # recipe → size, mean and std of its points
 
 
 class Figure(NamedTuple):
@@ -45,46 +36,27 @@ class Figure(NamedTuple):
     metric: re.Pattern[str]  # of the metrics that have a panel, without the variant
     xlabel: str
     ylabel: str
-    sizes: Literal["fractions", "subjects"]  # of the training split
-    shaded: bool  # std as a band; else as bars beside each other, which more than a few lines need
+    tick: str  # format of a size
 
 
-LABEL_EFFICIENCY = Figure(
-    "docs/label_efficiency.png",
-    "Label efficiency",
-    re.compile(r".*/auroc"),
-    "share of the training labels",
-    "macro AUROC, mean ± std over seeds",
-    sizes="fractions",
-    shaded=True,
+FIGURES = (
+    Figure(
+        "docs/label_efficiency.png",
+        "Label efficiency",
+        re.compile(r".*/auroc"),
+        "share of the training labels",
+        "macro AUROC, mean ± std over seeds",
+        "{:.0%}",
+    ),
+    Figure(
+        "docs/dice_versus_subjects.png",
+        "Dice by the number of training subjects",
+        re.compile("dice"),
+        "training subjects",
+        "Dice, mean ± std over seeds",
+        "{:g}",
+    ),
 )
-DICE = Figure(
-    "docs/dice_versus_subjects.png",
-    "Dice by the number of training subjects",
-    re.compile("dice"),
-    "training subjects",
-    "Dice, mean ± std over seeds",
-    sizes="subjects",
-    shaded=False,
-)
-FIGURES = (LABEL_EFFICIENCY, DICE)
-
-
-class Line(NamedTuple):
-    """A recipe at each size."""
-
-    recipe: str
-    sizes: list[float]
-    means: list[float]
-    stds: list[float]
-
-
-class Panel(NamedTuple):
-    """A metric of one data set."""
-
-    title: str
-    dataset: str
-    lines: list[Line]
 
 
 class Block(NamedTuple):
@@ -95,9 +67,7 @@ class Block(NamedTuple):
     rows: dict[tuple[str, str], Row]  # by recipe and metric, the latest of each
     variants: dict[str, str]  # name → title
     columns: dict[str, str]  # metric, without the variant → title
-    sizes: Mapping[
-        str, Mapping[str, float]
-    ]  # what a variant trains with, in the words of `Figure.sizes`, if a study says so
+    sizes: dict[str, float]  # variant → its training subjects, or their share, if variants are trained with a part
 
     @property
     def recipes(self) -> list[str]:
@@ -130,14 +100,10 @@ def block(bundle: str, dataset: str, rows: dict[tuple[str, str], Row], studies: 
     shown = {f"{variant}/{metric}" for variant in variants for metric in columns}
     rows = {key: row for key, row in rows.items() if key[1] in shown}
     trained = [study for study in studies if study.variants_change == "training"]
-    fractions = {
-        name: float(knobs["label_fraction"])
-        for study in trained
-        for name, knobs in study.variants.items()
-        if "label_fraction" in knobs
-    }
-    subjects = {name: number for study in trained for name, number in study.subjects.items()}
-    return Block(bundle, dataset, rows, variants, columns, {"fractions": fractions, "subjects": subjects})
+    shares = [(name, knobs.get("label_fraction")) for study in trained for name, knobs in study.variants.items()]
+    sizes = {name: share for name, share in shares if share is not None}
+    sizes |= {name: number for study in trained for name, number in study.subjects.items()}
+    return Block(bundle, dataset, rows, variants, columns, sizes)
 
 
 def cell(row: Row | None) -> str:
@@ -165,12 +131,12 @@ def table(block: Block, title: str, columns: dict[str, str]) -> list[str]:
 
 
 def render(block: Block) -> str:
-    """Markdown of one block: a table per variant, or per metric where the variants are several fractions."""
-    lines = []
+    """Markdown of one block: a table per variant, or per metric where the variants are several sizes."""
+    lines = [f"### `{block.bundle}` on {block.dataset}", ""]
     for figure in FIGURES:
         if panels(figure, [block]):
             lines += [f"![{figure.name} of {block.bundle} on {block.dataset}]({figure.path})", ""]
-    if len(block.sizes["fractions"]) > 1:
+    if len(block.sizes) > 1:
         for metric, title in block.columns.items():
             lines += table(block, title, {f"{name}/{metric}": each for name, each in block.variants.items()})
     else:
@@ -184,112 +150,77 @@ def render(block: Block) -> str:
     return "\n".join([*lines, "\n\n".join(sources)])
 
 
-def curves(block: Block, metric: str, sizes: Mapping[str, float]) -> Iterator[Line]:
-    """The line of each recipe that has one, from the smallest size on."""
-    for recipe in block.recipes:
-        found = [(size, block.rows.get((recipe, f"{name}/{metric}"))) for name, size in sizes.items()]
-        points = sorted(
-            (size, float(row["mean"]), float(row["std"])) for size, row in found if row and ".." not in row["std"]
-        )
-        if points:
-            yield Line(recipe, *(list(each) for each in zip(*points, strict=True)))
-
-
-def panels(figure: Figure, blocks: Sequence[Block]) -> list[Panel]:
-    """What a figure shows: a panel per block and metric with lines over several sizes."""
-    return [
-        Panel(title, block.dataset, lines)
+def panels(figure: Figure, blocks: Sequence[Block]) -> dict[str, Lines]:
+    """What a figure shows, by title: the lines of each data set and metric over several sizes."""
+    return {
+        f"{title}, {block.dataset}": dict(curves(block, metric))
         for block in blocks
-        if len({*(sizes := block.sizes[figure.sizes]).values()}) > 1
+        if len({*block.sizes.values()}) > 1
         for metric, title in block.columns.items()
-        if figure.metric.fullmatch(metric) and (lines := list(curves(block, metric, sizes)))
-    ]
+        if figure.metric.fullmatch(metric)
+    }
 
 
-def digest(panels: Sequence[Panel]) -> str:
-    """A short text that changes with anything that the figure shows."""
-    return sha256(json.dumps(panels).encode()).hexdigest()
+def curves(block: Block, metric: str) -> Iterator[tuple[str, list[tuple[float, float, float]]]]:
+    """The line of each recipe, from the smallest size on; differences have none."""
+    for recipe in block.recipes:
+        found = [(size, block.rows.get((recipe, f"{name}/{metric}"))) for name, size in block.sizes.items()]
+        points = [(size, row["mean"], row["std"]) for size, row in found if row and ".." not in row["std"]]
+        if points:
+            yield recipe, sorted((size, float(mean), float(std)) for size, mean, std in points)
 
 
-def drawn_digest(path: Path) -> str | None:
-    """The digest of what a figure shows; None if there is no figure or it does not say."""
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.info.get(DIGEST)
-
-
-def draw(figure: Figure, panels: Sequence[Panel], path: Path) -> None:
-    """Write a figure: a panel per data set and metric, a line per recipe."""
+def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
+    """Write a figure: a panel per data set and metric, a line per recipe with its std as bars, one beside the other."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(1 + 4 * len(panels), 3.8), layout="constrained")
     axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     axes[0].set_ylabel(figure.ylabel)
-    for ax, panel in zip(axes, panels, strict=True):
-        draw_lines(ax, panel.lines, figure.shaded)
-        ticks = sorted({size for line in panel.lines for size in line.sizes})
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        ticks = sorted({size for points in lines.values() for size, _, _ in points})
+        step = (ticks[-1] / ticks[0]) ** 0.012  # the axis is logarithmic
+        for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle(SYMBOLS), lines, strict=False)):
+            sizes, means, stds = zip(*lines[recipe], strict=True)
+            moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
+            ax.errorbar(
+                moved, means, stds, label=recipe, color=color, marker=marker, markersize=5, capsize=2, elinewidth=1
+            )
         ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{100 * tick:g} %" if figure.sizes == "fractions" else f"{tick:g}" for tick in ticks])
+        ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
         ax.minorticks_off()
-        ax.set(xlabel=figure.xlabel, title=f"{panel.title}, {panel.dataset}")
+        ax.set(xlabel=figure.xlabel, title=title)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
     path.parent.mkdir(exist_ok=True)
-    canvas.savefig(path, dpi=150, metadata={"Software": None, DIGEST: digest(panels)})
-
-
-def draw_lines(ax: Axes, lines: Sequence[Line], shaded: bool) -> None:
-    """Draw lines with their std as bands or as bars, which stand a little to the right of those of the line before."""
-    every = [size for line in lines for size in line.sizes]
-    step = (max(every) / min(every)) ** 0.012  # the axis is logarithmic
-    for index, (color, marker, line) in enumerate(zip(cycle(COLORS), cycle(SYMBOLS), lines, strict=False)):
-        if shaded:
-            ax.plot(line.sizes, line.means, "o-", color=color, markersize=4, label=line.recipe)
-            low, high = ([m + sign * std for m, std in zip(line.means, line.stds, strict=True)] for sign in (-1, 1))
-            ax.fill_between(line.sizes, low, high, color=color, alpha=0.15, linewidth=0)
-        else:
-            sizes = [size * step ** (index - (len(lines) - 1) / 2) for size in line.sizes]
-            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
-            ax.errorbar(sizes, line.means, line.stds, label=line.recipe, **style)
+    canvas.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def main(check: bool = False) -> None:
     """Rewrite what is between the markers of README.md, and the figures.
 
     Args:
-        check: change nothing, and fail if the README or a figure is out of date.
+        check: change nothing, and fail if the README is out of date.
     """
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"error: README.md must hold the lines {BEGIN.strip()} and {END}.")
     try:
         blocks = read_blocks()
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
-    named = {match[2] for match in MARKERS.finditer(text)}
-    unplaced = [each.bundle for each in blocks if each.bundle not in named and None not in named]
-    if unplaced:
-        begin, end = "<!-- results: begin (scripts/render_results.py) -->", "<!-- results: end -->"
-        raise SystemExit(f"error: README.md must hold the lines {begin} and {end} for {', '.join(unplaced)}.")
-
-    def between(match: re.Match[str]) -> str:
-        own = [each for each in blocks if (each.bundle == match[2] if match[2] else each.bundle not in named)]
-        headings = [f"### `{each.bundle}` on {each.dataset}\n\n" if len(own) > 1 else "" for each in own]
-        shown = "\n\n".join(heading + render(each) for heading, each in zip(headings, own, strict=True))
-        return f"{match[1]}{shown}\n{match[3]}"
-
-    new = MARKERS.sub(between, text)
-    figures = {each: shown for each in FIGURES if (shown := panels(each, blocks))}
+    above, below = text.partition(BEGIN)[0], text.partition(END)[2]
+    new = f"{above}{BEGIN}" + "\n\n".join(map(render, blocks)) + f"\n{END}{below}"
     if check:
-        stale = [each.path for each, shown in figures.items() if drawn_digest(ROOT / each.path) != digest(shown)]
-        stale += ["README.md"] * (new != text)
-        if stale:
-            raise SystemExit(f"error: {', '.join(stale)} does not show results/results.csv: run `make results`.")
+        if new != text:
+            raise SystemExit("error: README.md does not show results/results.csv: run `make results`.")
         return
     readme.write_text(new, encoding="utf-8")
-    for each, shown in figures.items():
-        draw(each, shown, ROOT / each.path)
+    for figure in FIGURES:
+        if shown := panels(figure, blocks):
+            draw(figure, shown, ROOT / figure.path)
 
 
 if __name__ == "__main__":

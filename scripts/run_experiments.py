@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from itertools import product
@@ -29,7 +29,6 @@ import fire
 from study_statistics import StudyError, summarise
 
 from dissect_monai import read_datalist
-from dissect_monai.common import shorten
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "results.csv"
@@ -41,9 +40,9 @@ class Study(NamedTuple):
     """A study file; its keys are these.
 
     Values of knobs may hold {data} and {runs} (the folders of the command line), {seed}, {folder} (of the training run)
-    and {is_first} (whether the recipe is the first). A knob that is null is not passed, so that a recipe can do without
-    one that the others share. The seed and `output_dir` are passed to every run. Without variants the recipes are
-    trained for other studies, which name their weights as {runs}/../STUDY/RECIPE/seed{seed}/models/model.pt.
+    and {is_first} (whether the recipe is the first). The seed and `output_dir` are passed to every run. Without
+    variants the recipes are trained for other studies, which name their weights as
+    {runs}/../STUDY/RECIPE/seed{seed}/models/model.pt.
     """
 
     bundle: str
@@ -66,7 +65,7 @@ class Study(NamedTuple):
         """How many subjects each variant trains with, if the study says so, as `select_fraction` draws them."""
         if self.training_subjects is None:
             return {}
-        shares = {name: merged(self.training, knobs).get("label_fraction", 1) for name, knobs in self.variants.items()}
+        shares = {name: {**self.training, **knobs}.get("label_fraction", 1) for name, knobs in self.variants.items()}
         return {name: max(1, round(share * self.training_subjects)) for name, share in shares.items()}
 
 
@@ -98,42 +97,24 @@ def read_study(path: str | Path) -> Study:
         StudyError: if it can't be read, or a key is missing, unknown or senseless.
     """
     try:
-        content = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        study = Study(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
-        raise StudyError(f"{path} is not a study file: {error}") from error
-    unknown = sorted(set(content) - set(Study._fields))
-    missing = [name for name in Study._fields if name not in content and name not in Study._field_defaults]
-    if unknown or missing:
-        raise StudyError(
-            f"{path} has unknown keys: {', '.join(unknown) or 'none'}; missing keys: {', '.join(missing) or 'none'}. "
-            f"A study file holds {', '.join(Study._fields)}."
-        )
-    study = Study(**content)
-    problem = next(problems(study), None)
-    if problem:
-        raise StudyError(f"{problem} in {path}.")
+        raise StudyError(f"{path} is not a study file: {error}. Its keys are {', '.join(Study._fields)}.") from error
+    recipes, number, trains = study.recipes.keys(), study.training_subjects, study.variants_change == "training"
+    names = [*recipes, *study.variants]
+    rules = [
+        (trains or study.variants_change == "evaluation", "`variants_change` must be training or evaluation"),
+        (len({*study.seeds}) == len(study.seeds) > 1, "`seeds` must hold two different numbers or more"),
+        (recipes and "/" not in "".join(names), "`recipes` and `variants` must hold names of folders, without a slash"),
+        (study.variants or not trains, "`variants` must name what is trained, or change evaluation to train recipes"),
+        (number is None or (trains and number > 0), "`training_subjects` must be positive, where variants are trained"),
+        (all(each in recipes and files for each, files in study.configs.items()), "`configs` must give recipes files"),
+        (all(len({*pair} & recipes) == 2 for pair in study.compare), "`compare` must hold pairs of different recipes"),
+    ]
+    for holds, says in rules:
+        if not holds:
+            raise StudyError(f"{says}: correct {path}.")
     return study
-
-
-def problems(study: Study) -> Iterator[str]:
-    """What is senseless in a study."""
-    recipes, number, trains = list(study.recipes), study.training_subjects, study.variants_change == "training"
-    if study.variants_change not in ("training", "evaluation"):
-        yield f"`variants_change` must be training or evaluation, got {study.variants_change}"
-    if len(set(study.seeds)) < max(2, len(study.seeds)):
-        yield f"`seeds` must hold two different numbers or more, got {study.seeds}"
-    if not recipes or "/" in "".join([*recipes, *study.variants]):
-        yield "`recipes` and `variants` must hold names without a slash, since they name folders,"
-    if not study.variants and trains:
-        yield "`variants` must name what is trained, or change evaluation to train the recipes only,"
-    if number is not None and (not isinstance(number, int) or number < 1 or not trains):
-        yield f"`training_subjects` must be a positive number where variants change training, got {number}"
-    for name, configs in study.configs.items():
-        if name not in recipes or not configs or not isinstance(configs, list):
-            yield f"`configs` must give recipes the list of their files, got {name}: {configs}"
-    for pair in study.compare:
-        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1] or any(x not in recipes for x in pair):
-            yield f"`compare` must hold pairs of two different recipes, got {pair}"
 
 
 def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
@@ -150,19 +131,13 @@ def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
         folder = runs / recipe / f"seed{seed}" / name
         fields = {"data": str(data), "runs": str(runs), "seed": str(seed), "folder": str(folder)}
         fields["is_first"] = str(recipe == next(iter(study.recipes)))
-        chain = [Run(configs, folder, merged(study.training, study.recipes[recipe], knobs), fields)]
+        chain = [Run(configs, folder, {**study.training, **study.recipes[recipe], **knobs}, fields)]
         for variant in variants:
-            evaluation = merged(study.evaluation, {} if trains else study.variants[variant])
+            evaluation = {**study.evaluation, **({} if trains else study.variants[variant])}
             evaluated = evaluation_folder(runs, recipe, seed, variant)
             chain.append(Run((own / "evaluate.json",), evaluated, evaluation, fields))
         chains.append(chain)
     return chains
-
-
-def merged(*levels: Mapping[str, Any]) -> dict[str, Any]:
-    """Knobs of several levels, of which later ones win; those that are null in the end are left out."""
-    knobs = {name: value for level in levels for name, value in level.items()}
-    return {name: value for name, value in knobs.items() if value is not None}
 
 
 def evaluation_folder(runs: Path, recipe: str, seed: int, variant: str) -> Path:
@@ -185,10 +160,7 @@ def refuse_missing(run: Run) -> None:
     """Refuse a run whose configs, data or weights from another study are not there."""
     for config in run.configs:
         if not (ROOT / config).is_file():
-            raise StudyError(
-                f"{config} is not there: `bundle` must name a folder of bundles/, and `configs` files by their paths "
-                "from the repository's root."
-            )
+            raise StudyError(f"{config}, by `bundle` or `configs`, must be a file in the repository, and is not there.")
     for knob, value in run.knobs.items():
         for text in value if isinstance(value, list) else [value]:
             path = filled_in(text, run.fields)
@@ -197,21 +169,19 @@ def refuse_missing(run: Run) -> None:
                 raise StudyError(f"`{knob}` of {run.folder} is {path}, which is not there: {remedy}.")
 
 
-def refuse_other_subjects(study: Study, trainings: Iterable[Run]) -> None:
+def refuse_other_subjects(study: Study, training: Run) -> None:
     """Refuse data of which the variants would draw other numbers of subjects than `training_subjects` makes of them."""
-    if study.training_subjects is None:
-        return
-    for folder in {filled_in(run.knobs["dataset_dir"], run.fields) for run in trainings if "dataset_dir" in run.knobs}:
-        try:
-            items = read_datalist(folder, spatial_dims=3).training
-        except (OSError, ValueError) as error:
-            raise StudyError(str(error)) from error
-        found = len({item.get("subject", item["image"]) for item in items if item.get("label")})
-        if found != study.training_subjects:
-            raise StudyError(
-                f"`training_subjects` is {study.training_subjects}, but {folder} has {found} with labels to train on: "
-                "correct it and the names of the variants."
-            )
+    folder = filled_in(training.knobs.get("dataset_dir"), training.fields)
+    try:
+        items = read_datalist(folder, spatial_dims=3).training
+    except (OSError, ValueError) as error:
+        raise StudyError(str(error)) from error
+    found = len({item.get("subject", item["image"]) for item in items if item.get("label")})
+    if found != study.training_subjects:
+        raise StudyError(
+            f"`training_subjects` is {study.training_subjects}, but {folder} has {found} with labels to train on: "
+            "correct it and the names of the variants."
+        )
 
 
 def is_done(run: Run) -> bool:
@@ -237,13 +207,11 @@ def execute_all(chains: Iterable[Sequence[Run]], jobs: int) -> None:
                 execute(run, environment)
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(execute_chain, chain) for chain in chains]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(execute_chain, chain) for chain in chains]):
                 future.result()
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def execute(run: Run, environment: Mapping[str, str]) -> None:
@@ -281,32 +249,28 @@ def last_error(log: Path) -> str:
 
 def code_state() -> tuple[str, bool]:
     """The commit of the code, and whether a tracked file differs from it."""
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *CODE])
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit, status = (
-            subprocess.run(["git", *each], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            for each in commands
-        )
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE))
     except (OSError, subprocess.CalledProcessError) as error:
         raise StudyError(f"each run records its commit, so this must be a git clone: {error}") from error
-    return commit.strip(), bool(status.strip())
 
 
-def common_commit(runs: Iterable[Run], allow_mixed: bool) -> str:
-    """The commit of all runs; "mixed" if they have none in common, or changed code, and that is allowed."""
+def common_commit(runs: Iterable[Run]) -> str:
+    """The commit of all runs, which must be one, with nothing changed."""
     states: dict[str, list[Path]] = {}
     for run in runs:
         done = json.loads((run.folder / "done.json").read_text(encoding="utf-8"))
         states.setdefault(done["commit"][:7] + (" with changes" if done["dirty"] else ""), []).append(run.folder)
     if len(states) == 1 and "with changes" not in next(iter(states)):
         return next(iter(states))
-    if allow_mixed:
-        return "mixed"
-    rare = sorted(states.items(), key=lambda item: len(item[1]))
+    found = "; ".join(f"{state}: {len(folders)} such as {folders[0]}" for state, folders in states.items())
     raise StudyError(
-        "no row is written, for the runs are not all of one commit "
-        f"({'; '.join(f'{state}: {shorten(folders, 3)}' for state, folders in rare)}). Delete those to repeat from "
-        "committed code and run again, or say --allow_mixed true."
+        f"no row is written, for the runs are not all of one commit ({found}). Delete those to repeat from committed "
+        "code and run again."
     )
 
 
@@ -314,32 +278,25 @@ def append_rows(study: Study, rows: Iterable[Mapping[str, Any]], commit: str, co
     """Append rows to results/results.csv; readers take the latest row of a bundle, data set, recipe and metric."""
     shared = {"bundle": study.bundle, "dataset": study.dataset, "hardware": study.hardware, "commit": commit}
     shared |= {"date": date.today().isoformat(), "command": command}
-    is_new = not TABLE.exists()
     with open(TABLE, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows({**shared, **row, "mean": f"{row['mean']:.4f}"} for row in rows)
+        csv.DictWriter(file, FIELDS).writerows({**shared, **row, "mean": f"{row['mean']:.4f}"} for row in rows)
 
 
-def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: bool) -> None:
+def run_study(study_file: Path, data: Path, runs: Path, jobs: int) -> None:
     """Run what is missing of a study and append its rows."""
     study = read_study(study_file)
-    if not isinstance(jobs, int) or jobs < 1:
-        raise StudyError(f"`--jobs` must be at least 1, got {jobs}.")
     runs.mkdir(parents=True, exist_ok=True)
     chains = plan(study, data, runs)
     every = [run for chain in chains for run in chain]
     for run in every:
         refuse_missing(run)
-    refuse_other_subjects(study, [training for training, *_ in chains])
+    if study.training_subjects is not None:
+        refuse_other_subjects(study, chains[0][0])
     print(f"{sum(is_done(run) for run in every)} of {len(every)} runs are done", flush=True)
-    if not allow_mixed and code_state()[1]:
-        print(
-            f"warning: {', '.join(CODE)} have uncommitted changes: no row of what runs now will be written", flush=True
-        )
+    if code_state()[1]:
+        print(f"warning: {', '.join(CODE)} have uncommitted changes: no row of what runs now will be written")
     execute_all(chains, jobs)
-    commit = common_commit(every, allow_mixed)
+    commit = common_commit(every)
     if not study.variants:
         print(f"{len(every)} runs are trained, of commit {commit}; no row is written, as the study has no variants")
         return
@@ -349,13 +306,12 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int, allow_mixed: 
             recipe: [evaluation_folder(runs, recipe, seed, variant) for seed in study.seeds] for recipe in study.recipes
         }
         rows += summarise(variant, folders, study.compare, with_ap=study.variants_change == "training")
-    shown = study_file.resolve()
-    shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else study_file
+    shown = os.path.relpath(study_file, ROOT)
     append_rows(study, rows, commit, f"python scripts/run_experiments.py {shown} --data DIR")
     print(f"{len(rows)} rows appended to {TABLE}")
 
 
-def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1, allow_mixed: bool | str = False) -> None:
+def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1) -> None:
     """Run what is missing of a study and append its table to results/results.csv.
 
     Args:
@@ -364,11 +320,10 @@ def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1, all
         runs: folder for the runs, runs/NAME by default; runs/ is ignored by git.
         jobs: how many trainings run side by side. With 2 and more each has OMP_NUM_THREADS=1, because PyTorch takes all
             cores for each of them otherwise, and threads that outnumber the cores wait for each other.
-        allow_mixed: true to write rows of runs of several commits or of uncommitted code; their commit is "mixed".
     """
     folder = Path(runs) if runs else ROOT / "runs" / Path(study_file).stem
     try:
-        run_study(Path(study_file), Path(data).absolute(), folder.absolute(), jobs, str(allow_mixed).lower() == "true")
+        run_study(Path(study_file), Path(data).absolute(), folder.absolute(), jobs)
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
 

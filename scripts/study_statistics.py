@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dissect_monai.common import Interval
-from dissect_monai.metrics.classification import auroc, average_precision
+from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 
 Array = NDArray[np.floating[Any]]
 Measure = Callable[..., Array]  # labels, scores, weights → values, as in dissect_monai.metrics
@@ -37,9 +36,15 @@ class Key(NamedTuple):
 class Scores(NamedTuple):
     """What an evaluation leaves in eval/scores.npz."""
 
-    subjects: NDArray[Any]
-    labels: dict[str, Array]  # task → (N, C), 1, 0 or NaN
+    truth: dict[str, NDArray[Any]]  # "subjects", (N,), and "labels/<task>", (N, C), 1, 0 or NaN
     sources: dict[str, dict[Key, Array]]  # source → (N, C) each; the first source is the network, the others baselines
+
+    def scored_like(self, other: Scores) -> bool:
+        """Whether both are of the same subjects with the same labels, in one order."""
+        return self.truth.keys() == other.truth.keys() and all(
+            np.array_equal(each, other.truth[name], equal_nan=each.dtype.kind == "f")
+            for name, each in self.truth.items()
+        )
 
 
 def summarise(variant: str, folders: Folders, pairs: Pairs, with_ap: bool) -> Iterator[dict[str, Any]]:
@@ -65,10 +70,11 @@ def classifier_rows(
     variant: str, folders: Folders, pairs: Pairs, measures: Mapping[str, Measure]
 ) -> Iterator[dict[str, Any]]:
     """Rows of evaluations that left the scores of a classifier; the means are over findings."""
-    one, scores = collect(variant, folders)
-    weights, seed_share = resample(one.subjects, len(next(iter(folders.values()))))
-    for task, labels in one.labels.items():
-        of_task = {name: {k: s for k, s in each.items() if k.task == task} for name, each in scores.items()}
+    truth, scores = collect(variant, folders)
+    weights, seed_share = resample(truth.pop("subjects"), len(next(iter(folders.values()))))
+    for name, labels in truth.items():
+        task = name.removeprefix("labels/")
+        of_task = {recipe: {k: s for k, s in each.items() if k.task == task} for recipe, each in scores.items()}
         columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
         if not columns:
             raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
@@ -77,15 +83,15 @@ def classifier_rows(
             print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
         for suffix, measure in measures.items():
             values = {
-                name: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
-                for name, by_key in of_task.items()
+                recipe: {k: macro(measure, labels[:, columns], s[..., columns], weights) for k, s in by_key.items()}
+                for recipe, by_key in of_task.items()
             }
             for key, row in rows_of(values, seed_share, pairs):
                 yield {**row, "metric": f"{variant}/{task}/{key.probe}/{key.features}/{suffix}"}
 
 
-def collect(variant: str, folders: Folders) -> tuple[Scores, dict[str, dict[Key, Array]]]:
-    """One evaluation, for its subjects and labels, and by recipe or baseline the scores of all seeds, (S, N, C).
+def collect(variant: str, folders: Folders) -> tuple[dict[str, NDArray[Any]], dict[str, dict[Key, Array]]]:
+    """Subjects and labels of all evaluations, and by recipe or baseline the scores of all seeds, (S, N, C).
 
     Baselines are those that were scored beside the first recipe.
     """
@@ -94,10 +100,8 @@ def collect(variant: str, folders: Folders) -> tuple[Scores, dict[str, dict[Key,
     network, *baselines = first[0].sources
     scores: dict[str, dict[Key, Array]] = {}
     for recipe, by_seed in evaluations.items():
-        if not all(same_items(each, first[0]) for each in by_seed):
-            raise StudyError(
-                f"the runs of {variant} scored different images or labels, which can't be compared in pairs."
-            )
+        if not all(each.scored_like(first[0]) for each in by_seed):
+            raise StudyError(f"the runs of {variant} scored different images or labels, which can't be compared.")
         # Recipes may name their probe differently (finetune, scratch); the names of the first one are everybody's.
         own = next(iter(by_seed[0].sources))
         names = {key: partner(key, by_seed[0].sources[own]) for key in first[0].sources[network]}
@@ -107,29 +111,20 @@ def collect(variant: str, folders: Folders) -> tuple[Scores, dict[str, dict[Key,
     for baseline in baselines:
         keys = first[0].sources[baseline]
         scores.setdefault(baseline, {key: np.stack([each.sources[baseline][key] for each in first]) for key in keys})
-    return first[0], scores
+    return first[0].truth, scores
 
 
 def read_scores(folder: Path) -> Scores:
     """Read eval/scores.npz of an evaluation."""
+    found = Scores({}, {})
     with np.load(folder / "eval" / "scores.npz") as file:
-        arrays = {tuple(name.split("/")): file[name] for name in file.files}
-    sources: dict[str, dict[Key, Array]] = {}
-    for name, array in arrays.items():
-        if name[0] == "scores":
-            _, source, features, probe, task = name
-            sources.setdefault(source, {})[Key(task, features, probe)] = array
-    labels = {name[1]: array for name, array in arrays.items() if name[0] == "labels"}
-    return Scores(arrays["subjects",], labels, sources)
-
-
-def same_items(one: Scores, other: Scores) -> bool:
-    """Whether two evaluations scored the same subjects with the same labels, in one order."""
-    return (
-        one.subjects.tolist() == other.subjects.tolist()
-        and one.labels.keys() == other.labels.keys()
-        and all(np.array_equal(labels, other.labels[task], equal_nan=True) for task, labels in one.labels.items())
-    )
+        for name, array in file.items():
+            if name.startswith("scores/"):
+                _, source, features, probe, task = name.split("/")
+                found.sources.setdefault(source, {})[Key(task, features, probe)] = array
+            else:
+                found.truth[name] = array
+    return found
 
 
 def partner(key: Key, others: Iterable[Key]) -> Key | None:
@@ -143,9 +138,8 @@ def partner(key: Key, others: Iterable[Key]) -> Key | None:
 
 def usable_columns(labels: Array, scores: Iterable[Array]) -> list[int]:
     """Columns with both classes and with scores from every run, so that all means are over the same findings."""
-    known = ~np.isnan(labels)
-    missing = np.any([(np.isnan(each) & known).any((0, 1)) for each in scores], axis=0)
-    return [i for i in range(labels.shape[1]) if not missing[i] and {0, 1} <= set(labels[known[:, i], i])]
+    missing = np.any([(np.isnan(each) & ~np.isnan(labels)).any((0, 1)) for each in scores], axis=0)
+    return np.flatnonzero(both_classes(labels) & ~missing).tolist()
 
 
 def macro(measure: Measure, labels: Array, scores: Array, weights: Array) -> Array:
@@ -172,9 +166,7 @@ def segmentation_rows(variant: str, folders: Folders, pairs: Pairs) -> Iterator[
     first = next(iter(cases.values()))
     scored = [what_is_scored(lines) for by_seed in cases.values() for lines in by_seed]
     if any(each != scored[0] for each in scored):
-        raise StudyError(
-            f"the runs of {variant} scored different subjects, structures or labels, which can't be compared in pairs."
-        )
+        raise StudyError(f"the runs of {variant} scored different subjects, structures or labels.")
     weights, seed_share = resample(np.array([*dict.fromkeys(line["subject"] for line in first[0])]), len(first))
     values: dict[str, dict[Key, Array]] = {}
     for recipe, by_seed in cases.items():
@@ -205,14 +197,13 @@ def what_is_scored(lines: Iterable[Line]) -> list[tuple[str, ...]]:
     ]
 
 
-def score_matrix(lines: Iterable[Line], metric: str) -> Array:
+def score_matrix(lines: Sequence[Line], metric: str) -> Array:
     """A metric of each subject and structure, the mean of its cases, (N, K); NaN where there is none."""
-    cells: dict[str, dict[str, list[float]]] = {}
+    cells: dict[tuple[str, str], list[float]] = {}
     for line in lines:
-        cell = cells.setdefault(line["subject"], {}).setdefault(line["structure"], [])
-        cell.append(float(line[metric] or "nan"))
-    structures = dict.fromkeys(name for own in cells.values() for name in own)
-    return np.array([[known_mean(own.get(name, [np.nan])) for name in structures] for own in cells.values()])
+        cells.setdefault((line["subject"], line["structure"]), []).append(float(line[metric] or "nan"))
+    subjects, structures = (dict.fromkeys(line[name] for line in lines) for name in ("subject", "structure"))
+    return np.array([[known_mean(cells.get((one, name), [np.nan])) for name in structures] for one in subjects])
 
 
 def subject_means(values: Array, weights: Array) -> Array:
@@ -274,7 +265,7 @@ def comparisons(names: Sequence[str], pairs: Pairs) -> list[tuple[str, str, list
     return found
 
 
-def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
+def difference(ours: Array, theirs: Array, seed_share: Array) -> tuple[float, float, float]:
     """Difference of two means over seeds, and its 95 % bootstrap interval over subjects and seeds.
 
     Each resample draws subjects with all of their images, and the seeds, both with replacement and the same for both
@@ -283,4 +274,4 @@ def difference(ours: Array, theirs: Array, seed_share: Array) -> Interval:
     """
     by_seed = ours - theirs
     low, high = np.nanpercentile((by_seed[1:] * seed_share).sum(1), (2.5, 97.5))
-    return Interval(float(by_seed[0].mean()), float(low), float(high))
+    return float(by_seed[0].mean()), float(low), float(high)

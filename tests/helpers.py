@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,8 +29,10 @@ from filelock import FileLock
 from ignite.engine import Engine
 from monai.bundle import ConfigParser, run
 from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from dissect_monai.bundle import bad_input, with_dashes
 
@@ -213,6 +216,14 @@ def forked(
         return Ended(next(filter(None, statuses), 0), *texts)
 
 
+@contextmanager
+def as_process(rank: int, world_size: int = 2) -> Iterator[None]:
+    """For code that looks up its rank and the number of processes, and does not speak to the others."""
+    facts = {"is_initialized": True, "get_rank": rank, "get_world_size": world_size}
+    with patch.multiple("torch.distributed", **{name: lambda value=value: value for name, value in facts.items()}):
+        yield
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -228,6 +239,15 @@ def refused(message: str) -> Iterator[None]:
     assert cause is not None, raised.value
     # As the Python API says it, or as the command line does.
     assert any(re.search(message, text) for text in (str(cause), with_dashes(str(cause)))), cause
+
+
+def evaluated(network: nn.Module, loader: Any, *handlers: Any, **arguments: Any) -> SupervisedEvaluator:
+    """An evaluator that has run once, its log silent."""
+    arguments = {"decollate": False, **arguments}
+    evaluator = SupervisedEvaluator("cpu", loader, network, val_handlers=list(handlers), **arguments)
+    evaluator.logger.setLevel(logging.CRITICAL)
+    evaluator.run()
+    return evaluator
 
 
 def counting_engine(max_epochs: int = 4) -> Engine:

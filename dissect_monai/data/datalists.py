@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from monai.utils import ensure_tuple
 from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
@@ -20,15 +20,14 @@ from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, Volume
 
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
-logger = logging.getLogger(__name__)
 
 
 class Datalist(NamedTuple):
     """The items of a data set in three splits, and what they have in common; read it by name.
 
     Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a
-    label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts;
-    "task_id" and "group_id", their places in the names; and "modality", a text, or a list with one for each channel.
+    label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts; and
+    "modality", a text, or a list with one for each channel.
     """
 
     training: list[Item]
@@ -51,6 +50,35 @@ class Datalist(NamedTuple):
         training, validation, test = map(change, self[:3])
         return self._replace(training=training, validation=validation, test=test)
 
+    def labelled(self) -> Datalist:
+        """The same data list without the items whose label has no known value."""
+        return self.with_items(labelled)
+
+    def with_findings(self, findings: str | Sequence[str] | None = None, allow_missing: bool = False) -> Datalist:
+        """The labelled items, their labels reduced to some findings in a given order.
+
+        Args:
+            findings: names of the labels, or "No finding"; None keeps all.
+            allow_missing: whether findings that the data list lacks are unknown instead of refused.
+
+        Raises:
+            ValueError: if the data list lacks a finding, or all of them.
+        """
+        own = [*self.label_names]
+        names = own if findings is None else [findings] if isinstance(findings, str) else [*findings]
+        if not own:
+            raise InputError(
+                "`dataset_dir` must have labels, got none: write a `label` for each image into dataset.json."
+            )
+        if len(set(names)) < len(names):
+            raise InputError(f"`findings` must be different, got {', '.join(names)}.")
+
+        def relabelled(items: list[Item]) -> list[Item]:
+            rows = label_matrix(items, own, names, allow_missing).tolist()
+            return labelled([{**item, "label": row} for item, row in zip(items, rows, strict=True)])
+
+        return self.with_items(relabelled)._replace(label_names=names)
+
     def complete(self, items: Sequence[Item]) -> list[Item]:
         """Add what items lack that give nothing but "image" and "label", as MONAI Label lists them.
 
@@ -69,9 +97,9 @@ def read_datalist(
 
     dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...} or of image
     paths, relative to its folder; only `training` and "image" are required. A label is a list of 0, 1 or null
-    (unknown), one such value, a mapping of names to values, or the path of a label map. `label_names` names the values,
-    else they are called finding_0, finding_1, ... `task`, `group`, `modality` and `labels` (the names of the values of
-    label maps) of the whole set are copied to its items.
+    (unknown), or the path of a label map. `label_names` names the values, else they are called finding_0, finding_1,
+    ... `task`, `group`, `modality` and `labels` (the names of the values of label maps) of the whole set are copied to
+    its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
     training item without subject, which counts as a subject of its own; hidden files are skipped.
@@ -86,38 +114,27 @@ def read_datalist(
         check: False allows missing files and subjects in several splits, for predictions, which report each image that
             cannot be read.
 
-    Returns:
-        The three splits and the names of the label values.
-
     Raises:
         FileNotFoundError: if a folder or (with `check`) a listed file does not exist, or a folder holds no images.
         ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image.
     """
-    if spatial_dims not in (2, 3):
-        raise InputError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
     folders = data_folders(dataset_dir)
     return merge_datalists([read_folder(folder, spatial_dims, check) for folder in folders], folders, check)
 
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     """Absolute paths of the folder or folders; a `ValueError` if there is none, or one twice."""
-    given = _listed(dataset_dir) if isinstance(dataset_dir, (str, Path)) else dataset_dir
-    folders = [absolute(folder) for folder in given]
+    folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in _listed(dataset_dir)]
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
 
 
-def absolute(path: str | Path) -> Path:
-    """The absolute path, without resolving links."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def _listed(given: str | Path) -> list[str | Path]:
-    """The folders of a list that a command line passes as one text without inner quotes: [A, B]."""
+def _listed(given: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    """Also of a list that a command line passes as one text, without inner quotes: [A, B]."""
     text = str(given).strip()
-    if not (text.startswith("[") and text.endswith("]")) or Path(text).exists():
-        return [given]
+    if not isinstance(given, (str, Path)) or Path(text).exists() or not (text.startswith("[") and text.endswith("]")):
+        return ensure_tuple(given)
     return [name.strip(" '\"") for name in text[1:-1].split(",")]
 
 
@@ -138,12 +155,8 @@ def label_matrix(
     every label is 0, 0 where one is 1, and else NaN. Findings without labels are refused, or unknown with
     `allow_missing` if there are others; "No finding" is unknown too then, as they may be there.
     """
-    labels = np.full((len(items), len(label_names)), np.nan)
-    for row, item in zip(labels, items, strict=True):
-        values = _values(item)
-        if values and len(values) != len(label_names):
-            raise InputError(f"The label of {item['image']} must have {len(label_names)} values, got {len(values)}.")
-        row[: len(values)] = values
+    rows = [_values(item) or [np.nan] * len(label_names) for item in items]
+    labels = np.array(rows, dtype=float).reshape(len(items), len(label_names))
     if findings is None:
         return labels
     columns = dict(zip(label_names, labels.T, strict=True))
@@ -159,45 +172,18 @@ def label_matrix(
     return np.stack([columns.get(name, unknown) for name in findings], axis=1)
 
 
-def with_findings(
-    datalist: Datalist, findings: str | Sequence[str] | None = None, allow_missing: bool = False
-) -> Datalist:
-    """The labelled items of a data list, their labels reduced to some findings in a given order.
-
-    Args:
-        datalist: as `read_datalist` gives it.
-        findings: names of its labels, or "No finding"; None keeps all.
-        allow_missing: whether findings that the data list lacks are unknown instead of refused.
-
-    Raises:
-        ValueError: if the data list lacks a finding, or all of them.
-    """
-    names = [*datalist.label_names] if findings is None else [findings] if isinstance(findings, str) else [*findings]
-    if not datalist.label_names:
-        raise InputError("`dataset_dir` must have labels, got none: write a `label` for each image into dataset.json.")
-    if len(set(names)) < len(names):
-        raise InputError(f"`findings` must be different, got {', '.join(names)}.")
-
-    def relabelled(items: list[Item]) -> list[Item]:
-        rows = label_matrix(items, datalist.label_names, names, allow_missing).tolist()
-        return labelled([{**item, "label": row} for item, row in zip(items, rows, strict=True)])
-
-    return datalist.with_items(relabelled)._replace(label_names=names)
-
-
 def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:
     """Data list of one folder, see `read_datalist`, without checking what its splits share."""
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
-    if folder.name == "dataset.json":
-        return _read_json(folder, check)
-    if not folder.is_dir():
-        if image_format(folder) is None:
-            raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
-        return Datalist([{"image": str(folder)}], [], [])
     if (folder / "dataset.json").exists():
         return _read_json(folder / "dataset.json", check)
-    images = sorted(_find_images(folder, spatial_dims))
+    if folder.is_dir():
+        images = sorted(_find_images(folder, spatial_dims))
+    elif image_format(folder) is not None:
+        images = [str(folder)]
+    else:
+        raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
     if not images:
         suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 else ()) + VOLUME_SUFFIXES)
         raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.")
@@ -231,34 +217,37 @@ def _read_json(path: Path, check: bool) -> Datalist:
     shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
     if isinstance(spec.get("labels"), dict):  # else they are no names
         shared["labels"] = spec["labels"]
-    splits = [_read_items(spec.get(split, []), split, path, shared) for split in SPLITS]
+    splits = [_read_items(spec.get(split, []), f"{path}: `{split}`", path.parent, shared) for split in SPLITS]
     items = list(itertools.chain(*splits))
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
-    names = _label_names(items, spec.get("label_names"), path)
-    for split, of_split in zip(SPLITS, splits, strict=True):
-        for index, item in enumerate(of_split):
-            if not isinstance(item.get("label", ""), str):
-                item["label"] = _read_label(item["label"], names, f"{path}: `{split}`[{index}] ({item['image']})")
+    with_findings = [item for item in items if not isinstance(item.get("label", ""), str)]
+    names = spec.get("label_names") or []
+    if not isinstance(names, list) or len({*map(str, names)}) < len(names):
+        raise InputError(f"{path}: `label_names` must be a list of different names, got {names}.")
+    if not names and with_findings:
+        names = [f"finding_{index}" for index in range(len(ensure_tuple(with_findings[0]["label"])))]
+    for item in with_findings:
+        item["label"] = _read_label(item["label"], names, f"{path}: the label of {item['image']}")
     training, validation, test = splits
-    return Datalist(training, validation, test, names)
+    return Datalist(training, validation, test, names if with_findings else [])
 
 
-def _read_items(given: Any, split: str, path: Path, shared: Item) -> list[Item]:
+def _read_items(given: Any, where: str, folder: Path, shared: Item) -> list[Item]:
     if not isinstance(given, list):
-        raise InputError(f"{path}: `{split}` must be a list of items, got a {type(given).__name__}.")
+        raise InputError(f"{where} must be a list of items, got a {type(given).__name__}.")
     items = []
     for index, entry in enumerate(given):
         entry = {"image": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise InputError(f'{path}: `{split}`[{index}] must have the path of an "image", got {entry}.')
+            raise InputError(f'{where}[{index}] must have the path of an "image", got {entry}.')
         item = {**shared, **entry}
         for key in ("label", "subject"):
             if item.get(key) is None:
                 item.pop(key, None)
         for key in PATH_KEYS:
             if isinstance(item.get(key), str):
-                item[key] = os.path.abspath(os.path.join(path.parent, item[key]))
+                item[key] = os.path.abspath(os.path.join(folder, item[key]))
         if "subject" in item:
             item["subject"] = str(item["subject"])
         items.append(item)
@@ -283,31 +272,14 @@ def _refuse_missing(paths: list[str], datalist: Path) -> None:
         )
 
 
-def _label_names(items: list[Item], given: Any, path: Path) -> list[str]:
-    given = [] if given is None else given
-    if not isinstance(given, list) or len({name for name in given if isinstance(name, str)}) < len(given):
-        raise InputError(f"{path}: `label_names` must be a list of different names, got {given}.")
-    labels = [item["label"] for item in items if "label" in item and not isinstance(item["label"], str)]
-    if given or not labels:
-        return list(given) if labels else []
-    named = dict.fromkeys(name for label in labels if isinstance(label, dict) for name in label)
-    length = len(labels[0]) if isinstance(labels[0], list) else 1
-    return list(named) or [f"finding_{index}" for index in range(length)]
-
-
 def _read_label(label: Any, names: list[str], where: str) -> list[float]:
-    if isinstance(label, dict):
-        if not set(label) <= set(names):
-            raise InputError(f"{where}: the label must use the names {names}, got {list(label)}.")
-        label = [label.get(name) for name in names]
-    label = label if isinstance(label, list) else [label]
-    if len(label) != len(names):
-        raise InputError(f"{where}: the label must have {len(names)} values ({shorten(names, 3)}), got {len(label)}.")
-    # NaN, which Python's JSON reads, is the one value that differs from itself.
-    values = [float("nan") if value is None or value != value else value for value in label]
-    if not all(isinstance(value, (int, float)) and (value in (0, 1) or value != value) for value in values):
-        raise InputError(f"{where}: label values must be 1, 0 or null (unknown), got {label}.")
-    return [float(value) for value in values]
+    values = ensure_tuple(label)
+    if len(values) != len(names):
+        raise InputError(f"{where} must have {len(names)} values ({shorten(names, 3)}), got {len(values)}.")
+    # NaN, which Python's JSON reads, is in no tuple.
+    if any(value not in (0, 1, None) and value == value for value in values):
+        raise InputError(f"{where} must have values 1, 0 or null (unknown), got {label}.")
+    return [float("nan") if value is None else float(value) for value in values]
 
 
 def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], check: bool = True) -> Datalist:
@@ -331,22 +303,25 @@ def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], chec
 
 def _refuse_leaks(datalist: Datalist) -> None:
     for key in ("subject", "image"):
-        where = {
-            split: {item[key]: item["image"] for item in getattr(datalist, split) if key in item} for split in SPLITS
-        }
-        for first, second in itertools.combinations(SPLITS, 2):
-            shared = sorted(where[first].keys() & where[second].keys())
-            if shared:
-                example = " and ".join(sorted({where[split][shared[0]] for split in (first, second)}))
-                raise InputError(
-                    f"`{first}` and `{second}` must share no {key}, got {len(shared)} in both: {shorten(shared, 5)} "
-                    f"(see {example}). Move each to one split of dataset.json, else the evaluation is on training data."
-                )
-    for split in SPLITS:
-        images = [item["image"] for item in getattr(datalist, split)]
-        if len(set(images)) < len(images):
-            repeated = [image for image, count in Counter(images).items() if count > 1]
-            logger.warning("`%s` lists %d images more than once: %s.", split, len(repeated), shorten(repeated, 3))
+        shared = in_several_splits([datalist], methodcaller("get", key))
+        if shared:
+            names = sorted(shared)
+            example = shared[names[0]]
+            raise InputError(
+                f"{' and '.join(f'`{split}`' for split in example)} must share no {key}, got {len(names)} in both: "
+                f"{shorten(names, 5)} (see {' and '.join(dict.fromkeys(example.values()))}). Move each to one split of "
+                "dataset.json, else the evaluation is on training data."
+            )
+
+
+def in_several_splits(datalists: Sequence[Datalist], name: Callable[[Item], Any]) -> dict[Any, dict[str, str]]:
+    """The names that items of several splits have, each with an image of every such split; None is no name."""
+    places: dict[Any, dict[str, str]] = {}
+    for datalist in datalists:
+        for split in SPLITS:
+            for item in getattr(datalist, split):
+                places.setdefault(name(item), {})[split] = item["image"]
+    return {each: found for each, found in places.items() if each is not None and len(found) > 1}
 
 
 def _values(item: Item) -> list[float]:

@@ -19,10 +19,10 @@ from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Item, rank, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
-from dissect_monai.data.splits import select_fraction
+from dissect_monai.data.splits import select_fraction, shared_out
 
 logger = logging.getLogger(__name__)
 # What PyTorch must know to load an image's metadata with `weights_only`.
@@ -40,9 +40,9 @@ def cached_dataset(
     cache_dir: str | Path | None = None,
     on_corrupt: str = "raise",
     num_workers: int = 0,
-    progress: bool = False,
     seeded: bool = False,
     complete: Callable[[list[Item]], list[Item]] | None = None,
+    shard: bool = False,
 ) -> Dataset | SeededDataset:
     """A data set that decodes and preprocesses every image once, now, and so finds all unreadable files.
 
@@ -55,9 +55,9 @@ def cached_dataset(
         cache_dir: folder for the cache, kept between runs; None keeps it in memory.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that fill the cache; at least one.
-        progress: show a progress bar.
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
         complete: adds what items lack that a caller lists itself, such as MONAI Label, see `Datalist.complete`.
+        shard: whether each process takes a part of the items, at least one if there is any.
 
     Returns:
         `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
@@ -70,16 +70,18 @@ def cached_dataset(
     steps, num_deterministic = flattened(transform)
     deterministic = steps.transforms[:num_deterministic]
     data = data if complete is None else complete(data)
+    if shard:
+        data = shared_out(data, rank(), world_size())
     dataset: Dataset
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
     if cache_dir is None:
         preprocessed = Dataset(data, Compose([*deterministic, convert_to_contiguous]))
-        contents, good = read_all(preprocessed, on_corrupt, num_workers, progress)
+        contents, good = read_all(preprocessed, on_corrupt, num_workers, progress=rank() == 0)
         dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
     else:
         stored = _StoredDataset(data, Compose(deterministic), cache_dir)
-        _, good = read_all(stored, on_corrupt, num_workers, progress, keep=False)
+        _, good = read_all(stored, on_corrupt, num_workers, progress=rank() == 0, keep=False)
         dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
 
@@ -93,12 +95,10 @@ class _StoredDataset(PersistentDataset):
     def _cachecheck(self, item_transformed: Item) -> Item:
         torch.serialization.add_safe_globals(_METADATA)  # here, as a process that loads may not have made the data set
         stored: Item = super()._cachecheck(item_transformed)
-        return {key: value.as_tensor() if _knows_nothing(value) else value for key, value in stored.items()}
-
-
-def _knows_nothing(value: Any) -> bool:
-    """Whether a value became a MetaTensor only by being stored."""
-    return isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta
+        for key, value in stored.items():
+            if isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta:
+                stored[key] = value.as_tensor()
+        return stored
 
 
 def labelled_part(
@@ -188,8 +188,6 @@ def read_all(
     dataset: Dataset, on_corrupt: str = "raise", num_workers: int = 0, progress: bool = False, keep: bool = True
 ) -> tuple[list[Any], list[Item]]:
     """Contents (none if not `keep`) and items that could be read, in their order; see `cached_dataset`."""
-    if on_corrupt not in ("raise", "skip"):
-        raise InputError(f'`on_corrupt` must be "raise" or "skip", got {on_corrupt!r}.')
 
     def load(index: int) -> tuple[Any, str | None]:
         content, error = attempt(dataset, index)
@@ -203,22 +201,22 @@ def read_all(
             attempts = list(tqdm(results, "Reading images", len(dataset), disable=not progress))
     finally:
         torch.set_num_threads(torch_threads)
-    lines = [_named(item, error) for item, (_, error) in zip(dataset.data, attempts, strict=True) if error is not None]
-    if lines and (on_corrupt == "raise" or len(lines) == len(attempts)):
+    good, bad = [], []
+    for item, (content, error) in zip(dataset.data, attempts, strict=True):
+        if error is None:
+            good.append((content, item))
+        else:
+            image = str(item["image"])
+            bad.append(error if image in error else f"{image}: {error}")
+    if bad and (on_corrupt != "skip" or not good):
         raise InputError(
-            f"`data` must hold images that can be read, got {len(lines)} of {len(attempts)} that cannot:\n  "
-            + "\n  ".join(lines[:5] + ["..."] * (len(lines) > 5))
+            f"`data` must hold images that can be read, got {len(bad)} of {len(attempts)} that cannot:\n  "
+            + "\n  ".join(bad[:5] + ["..."] * (len(bad) > 5))
             + "\nRepair them, remove them from the data list, or leave them out by setting `on_corrupt` to skip."
         )
-    for line in lines:
+    for line in bad:
         logger.warning("Skipped: %s", line)
-    contents = [content for content, error in attempts if keep and error is None]
-    return contents, [item for item, (_, error) in zip(dataset.data, attempts, strict=True) if error is None]
-
-
-def _named(item: Item, error: str) -> str:
-    image = str(item["image"])
-    return error if image in error else f"{image}: {error}"
+    return [content for content, _ in good], [item for _, item in good]
 
 
 class _Attempts(torch_data.Dataset[Attempt]):

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import Dataset
-from monai.transforms import Compose
 from torch import Tensor
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import Item
 from dissect_monai.data.datasets import flattened, read_all
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ def patch_dataset(
     transform: Callable[..., Any],
     on_corrupt: str = "raise",
     num_workers: int = 0,
-    progress: bool = False,
     seed: int = 0,
 ) -> Dataset:
     """A fixed set of patches: every volume is read once, now, and nothing but its patches is kept.
@@ -45,7 +43,6 @@ def patch_dataset(
             `RandCropByPosNegLabeld` with `num_samples`.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that read; at least one.
-        progress: show a progress bar.
         seed: draws other patches.
 
     Returns:
@@ -53,12 +50,17 @@ def patch_dataset(
         each patch, with `structures` if there is a label map.
 
     Raises:
-        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named; or if
-            `transform` does not load the label maps.
+        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
     """
     volumes = _Volumes(data, transform, seed)
-    contents, items = read_all(volumes, on_corrupt, num_workers, progress) if data else ([], [])
-    _name_unnamed(items)
+    contents, items = read_all(volumes, on_corrupt, num_workers) if data else ([], [])
+    maps = [item for item in items if isinstance(item.get("label"), str)]
+    unnamed = [item["label"] for item in maps if not isinstance(item.get("labels"), Mapping)]
+    if unnamed:
+        logger.warning(
+            "%d label maps have structures without names (%s): write `labels`, such as {\"1\": \"spleen\"}, into "
+            "dataset.json.", len(unnamed), unnamed[0],
+        )  # fmt: skip
     patches = [(item, patch) for item, of_volume in zip(items, contents, strict=True) for patch in of_volume]
     data = [{**item, **{key: patch[key] for key in patch if key != "image"}} for item, patch in patches]
     return _PatchDataset(data, [patch["image"] for _, patch in patches])
@@ -87,34 +89,21 @@ class _Volumes(Dataset):
         if isinstance(item.get("label"), str):
             item[LABEL_MAP] = item.pop("label")
         volume = self.steps(item, end=self.num_deterministic)
-        drawn = self._seeded(index)(volume, start=self.num_deterministic)
+        # A copy, as threads share the transforms; what it draws follows from the seed and the index.
+        seeds = np.random.SeedSequence([self.seed, index]).generate_state(1)
+        steps = deepcopy(self.steps).set_random_state(int(seeds[0]))
+        drawn = steps(volume, start=self.num_deterministic)
         drawn = drawn if isinstance(drawn, list) else [drawn]
-        patches: list[dict[str, Any]] = [{"image": _plain(patch["image"])} for patch in drawn]
-        sizes = _sizes(volume.get(LABEL_MAP), item) if LABEL_MAP in item else None
-        if sizes is not None:
+        # Copies, so that patches do not keep their volume in memory.
+        images = [torch.as_tensor(patch["image"]).as_subclass(Tensor) for patch in drawn]
+        patches: list[dict[str, Any]] = [
+            {"image": image.clone(memory_format=torch.contiguous_format)} for image in images
+        ]
+        if LABEL_MAP in item and isinstance(item.get("labels"), Mapping):
+            sizes = _voxels(volume[LABEL_MAP], item["labels"])
             for patch, source in zip(patches, drawn, strict=True):
                 patch["structures"] = _shown(source[LABEL_MAP], sizes, item["labels"])
         return patches
-
-    def _seeded(self, index: int) -> Compose:
-        """A copy, as threads share the transforms, whose draws follow from the seed and the index."""
-        words = np.random.SeedSequence([self.seed, index]).generate_state(1)
-        return deepcopy(self.steps).set_random_state(int(words[0]))
-
-
-def _plain(image: Any) -> Tensor:
-    """A copy, so that a patch does not keep its volume in memory."""
-    return torch.as_tensor(image).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
-
-
-def _sizes(label_map: Any, item: Item) -> dict[str, int] | None:
-    """Voxels of each named structure in a volume; None without names."""
-    if not isinstance(label_map, Tensor):
-        raise InputError(
-            f'`transform` must load "{LABEL_MAP}" as it loads "image", got {type(label_map).__name__} for '
-            f"{item['image']}: add it to its keys, with `allow_missing_keys`."
-        )
-    return _voxels(label_map, item["labels"]) if isinstance(item.get("labels"), Mapping) else None
 
 
 def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]]) -> dict[str, float]:
@@ -127,19 +116,6 @@ def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, lis
 
 
 def _voxels(label_map: Tensor, labels: Mapping[str, list[int]]) -> dict[str, int]:
+    """Voxels of each named structure."""
     counts = torch.bincount(label_map.as_subclass(Tensor).flatten().clamp_min(0).long()).tolist()
     return {name: sum(counts[value] for value in values if value < len(counts)) for name, values in labels.items()}
-
-
-def _name_unnamed(items: list[Item]) -> None:
-    """Warn of label maps that cannot be used without names."""
-    unnamed = {
-        item.get("task"): item["image"]
-        for item in items
-        if isinstance(item.get("label"), str) and not isinstance(item.get("labels"), Mapping)
-    }
-    for task, image in unnamed.items():
-        logger.warning(
-            "Task %s has label maps whose structures have no names (see %s): write `labels`, such as "
-            '{"1": "spleen"}, into its dataset.json.', task, image,
-        )  # fmt: skip

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
+import SimpleITK as sitk  # noqa: N813
 from monai.data import ImageReader, NibabelReader
-from monai.utils import MetaKeys, SpaceKeys
+from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from PIL import Image
 
-from dissect_monai.common import InputError, MissingPackageError
+from dissect_monai.common import InputError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -55,8 +56,6 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
     """Turn whatever a decoder raises into one `ValueError` that names the file."""
     try:
         yield
-    except ImportError:
-        raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = decoding_reason(error).replace(f" '{fspath(path)}'", "")  # it is named already
         raise InputError(
@@ -71,73 +70,57 @@ class ImageFileReader(ImageReader):
     Arrays are (x, y) or (x, y, z), whatever the format, so that a PNG and a DICOM of one X-ray agree; volumes carry
     the RAS affine of the same volume as NIfTI. Colour becomes luminance, 16-bit pictures keep their values, the first
     of several pages is read. A folder is read as one DICOM series. ITK applies the slope and intercept of DICOM and
-    inverts MONOCHROME1 within its stored range.
+    inverts MONOCHROME1 within its stored range. A single DICOM file is clipped to its first window (centre and width),
+    as a viewer does; a series never is, since its values (HU) are quantities.
 
     Args:
-        window: clip a single DICOM file to its first window (centre and width), as a viewer does. A series is never
-            clipped, since its values (HU) are quantities.
         spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse other images; None takes
             images as they are.
 
     Raises:
         ValueError: if a file is corrupt or has another number of spatial dimensions; names the file.
-        ImportError: if a DICOM, MHA or NRRD file needs SimpleITK and it is not installed.
     """
 
-    def __init__(self, window: bool = True, spatial_dims: int | None = None) -> None:
-        if spatial_dims not in (None, 2, 3):
-            raise InputError(f"`spatial_dims` must be 2, 3 or None, got {spatial_dims!r}.")
-        self.window = window
+    def __init__(self, spatial_dims: int | None = None) -> None:
         self.spatial_dims = spatial_dims
 
     def verify_suffix(self, filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> bool:
-        """Whether MONAI should choose this reader: not for NIfTI, which it reads itself."""
-        path = _single_path(filename)
-        return path is not None and (path.is_dir() or image_format(path) not in (None, "nifti"))
+        """Yes: MONAI asks this of readers that nobody has named."""
+        return True
 
     def read(self, data: Sequence[str | PathLike[str]] | str | PathLike[str], **kwargs: Any) -> Path:
-        """Accept one file or series folder, which `get_data` decodes: `LoadImage` would hide an error raised here."""
-        path = _single_path(data)
-        if path is None:
-            raise InputError(f"`data` must be one file, got {data!r}: use MONAI's own readers for several.")
-        if path.exists() and not path.is_dir() and image_format(path) is None:
-            raise InputError(f"`data` must be an image file, got {path}.")
-        return path
+        """The path of a file or series folder, which `get_data` decodes: `LoadImage` would hide an error of this."""
+        (path,) = ensure_tuple(data)
+        return Path(path)
 
     def get_data(self, img: Path) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Decode what `read` accepted into the array and MONAI's metadata."""
+        """The array and MONAI's metadata."""
         if not img.exists():
             raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
         with explained(img):
             array, meta = self._decode(img)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
-        return self._fit_spatial_dims(array, meta, img)
-
-    def _decode(self, path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
-        if path.is_dir():
-            return _read_dicom_series(path, self.window)
-        kind = image_format(path)
-        if kind == "picture":
-            return _with_meta(_read_picture(path))
-        if kind == "nifti":
-            reader = NibabelReader(squeeze_non_spatial_dims=True)
-            return reader.get_data(reader.read(path))
-        if kind == "dicom":
-            return _read_dicom(path, self.window)
-        return _from_itk(simpleitk(path).ReadImage(fspath(path)))
-
-    def _fit_spatial_dims(
-        self, array: NDArray[Any], meta: dict[str, Any], path: Path
-    ) -> tuple[NDArray[Any], dict[str, Any]]:
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
         while array.ndim > self.spatial_dims and array.shape[-1] == 1:
             array = array[..., 0]
         if array.ndim != self.spatial_dims:
-            raise InputError(f"{path} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
+            raise InputError(f"{img} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
         return array, {**meta, MetaKeys.SPATIAL_SHAPE: np.array(array.shape)}
+
+    def _decode(self, path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
+        if path.is_dir():
+            files = _series_files(path)
+            return _read_dicom(files[0]) if len(files) == 1 else _from_itk(sitk.ReadImage(files))
+        kind = image_format(path)
+        if kind == "picture":
+            return _with_meta(_read_picture(path))
+        if kind == "nifti":
+            reader = NibabelReader(squeeze_non_spatial_dims=True)
+            return reader.get_data(reader.read(path))
+        return _read_dicom(fspath(path)) if kind == "dicom" else _from_itk(sitk.ReadImage(fspath(path)))
 
 
 def decoding_reason(error: BaseException) -> str:
@@ -151,29 +134,12 @@ def decoding_reason(error: BaseException) -> str:
     return reason.splitlines()[0].rstrip(".:")
 
 
-def _single_path(filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Path | None:
-    if isinstance(filename, (str, PathLike)):
-        return Path(filename)
-    return Path(filename[0]) if len(filename) == 1 else None
-
-
 def _has_dicom_magic(path: str | PathLike[str]) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
-
-
-def simpleitk(path: Path) -> Any:
-    """The module; if it is missing, an `ImportError` names the file that needs it."""
-    try:
-        import SimpleITK
-    except ImportError:
-        raise MissingPackageError(
-            f"Reading {path} needs SimpleITK: `pip install SimpleITK`, or convert the images to PNG or NIfTI."
-        ) from None
-    return SimpleITK
 
 
 def _read_picture(path: Path) -> NDArray[Any]:
@@ -184,29 +150,21 @@ def _read_picture(path: Path) -> NDArray[Any]:
     return array.astype(array.dtype.newbyteorder("="), copy=False).T
 
 
-def _read_dicom_series(folder: Path, window: bool) -> tuple[NDArray[Any], dict[str, Any]]:
-    files = series_files(folder)
-    if len(files) == 1:
-        return _read_dicom(Path(files[0]), window)
-    return _from_itk(simpleitk(folder).ReadImage(files))
-
-
-def series_files(folder: Path) -> Sequence[str]:
+def _series_files(folder: Path) -> list[str]:
     """Files of the one DICOM series in a folder, in the order of its slices."""
-    reader = simpleitk(folder).ImageSeriesReader
-    series = reader.GetGDCMSeriesIDs(fspath(folder))
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(fspath(folder))
     if len(series) != 1:
         raise InputError(f"the folder must hold one DICOM series, got {len(series)}; move each to its own folder.")
-    return list(reader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
+    return list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
 
 
-def _read_dicom(path: Path, window: bool) -> tuple[NDArray[Any], dict[str, Any]]:
-    image = simpleitk(path).ReadImage(fspath(path), imageIO="GDCMImageIO")
+def _read_dicom(path: str) -> tuple[NDArray[Any], dict[str, Any]]:
+    image = sitk.ReadImage(path, imageIO="GDCMImageIO")
     array, meta = _from_itk(image)
     if array.ndim == 3 and array.shape[-1] == 1:
         array, meta = _with_meta(array[..., 0])
     center, width = _tag(image, "0028|1050"), _tag(image, "0028|1051")
-    if window and center is not None and width is not None and width >= 1:
+    if center is not None and width is not None and width >= 1:
         # DICOM PS3.3 C.11.2.1.2.1, the linear function: the window is width - 1 wide, about center - 0.5.
         low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
         if image.HasMetaDataKey("0028|0004") and image.GetMetaData("0028|0004").strip() == "MONOCHROME1":
@@ -230,9 +188,7 @@ def _tag(image: Any, key: str) -> float | None:
 
 
 def _from_itk(image: Any) -> tuple[NDArray[Any], dict[str, Any]]:
-    from SimpleITK import GetArrayFromImage
-
-    array = GetArrayFromImage(image)
+    array = sitk.GetArrayFromImage(image)
     components = image.GetNumberOfComponentsPerPixel()
     if components in (3, 4) and array.dtype == np.uint8:
         array = np.rint(array[..., :3] @ np.array(LUMINANCE)).astype(np.uint8)
@@ -276,7 +232,7 @@ class Grid(NamedTuple):
 
 
 def read_header(path: str | PathLike[str]) -> VolumeHeader:
-    """Read the header of a NIfTI, MHA, NRRD or DICOM volume; arguments and errors are those of `read_grid`."""
+    """Read the header of a volume, see `read_grid`."""
     shape, affine, channels = read_grid(path)
     order, spacing = np.argsort(nibabel.io_orientation(affine)[:, 0]), voxel_sizes(affine)
     x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
@@ -284,14 +240,9 @@ def read_header(path: str | PathLike[str]) -> VolumeHeader:
 
 
 def read_grid(path: str | PathLike[str]) -> Grid:
-    """Read the grid of a NIfTI, MHA, NRRD or DICOM volume from its header.
+    """Read the grid of a NIfTI, MHA or NRRD volume, or of a DICOM series in a folder, from its header.
 
-    Args:
-        path: file, or folder of one DICOM series.
-
-    Raises:
-        ValueError: if the header cannot be read, or is not that of one volume with a spacing; names the file.
-        ImportError: if SimpleITK is needed and not installed.
+    A header that cannot be read, or is not that of one volume with a spacing, is a `ValueError` that names the file.
     """
     path = Path(path)
     kind = "series" if path.is_dir() else image_format(path)
@@ -318,8 +269,8 @@ def _nifti_grid(path: Path) -> Grid:
     return Grid(image.shape, image.affine, 1 if colours is None else len(colours))
 
 
-def _itk_grid(path: Path) -> Grid:
-    reader = simpleitk(path).ImageFileReader()
+def _itk_grid(path: str | Path) -> Grid:
+    reader = sitk.ImageFileReader()
     reader.SetFileName(fspath(path))
     reader.ReadImageInformation()
     # Frames along a fourth axis have no orientation, and are refused anyway.
@@ -328,7 +279,7 @@ def _itk_grid(path: Path) -> Grid:
 
 
 def _series_grid(folder: Path) -> Grid:
-    files = [Path(file) for file in series_files(folder)]
+    files = _series_files(folder)
     first = _itk_grid(files[0])
     if len(files) == 1:
         return first

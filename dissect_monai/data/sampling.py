@@ -1,8 +1,8 @@
-"""Balanced sampling of tasks, and random transforms that depend on seed and epoch alone."""
+"""Samplers of images and of tasks, and random transforms that depend on seed and epoch alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,43 @@ from monai.data import Dataset
 from numpy.typing import NDArray
 from torch.utils import data as torch_data
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Item, of_all_processes, rank, world_size
+
+
+def refuse_small(images: Sized, batch_size: int, processes: int = 1) -> None:
+    """Refuse a training set that does not fill one batch per process; the `ValueError` says what to do."""
+    if not len(images):
+        raise InputError("`training` holds no images: list some there in dataset.json.")
+    if batch_size < 2:
+        raise InputError(f"`batch_size` must be at least 2 for batch normalisation, got {batch_size}.")
+    if len(images) < batch_size * processes:
+        raise InputError(
+            f"`training` holds {len(images)} images, fewer than one batch of {batch_size} on {processes} "
+            "process(es): lower `batch_size`."
+        )
+
+
+class ImageSampler(torch_data.DistributedSampler[Any]):
+    """Draws every image once an epoch, in an order that follows from seed and epoch, a part in each process.
+
+    Args:
+        dataset: data set of all processes, or of this one alone with `shard`.
+        batch_size: images of a batch, which every process must have.
+        seed: seed of the order.
+        shard: whether each process has images of its own; all of them draw as many as the smallest data set has.
+
+    Raises:
+        ValueError: if the images do not fill one batch per process.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, seed: int = 0, shard: bool = False) -> None:
+        images, own_seed = range(len(dataset)), seed
+        if shard:
+            images, own_seed = range(min(of_all_processes(len(dataset)))), seed + 100003 * rank()
+        replicas = 1 if shard else world_size()
+        refuse_small(images, batch_size, replicas)
+        own_rank = 0 if shard else rank()
+        super().__init__(images, replicas, own_rank, shuffle=True, seed=own_seed, drop_last=True)  # type: ignore[arg-type]
 
 
 class SeededIndex(int):
@@ -19,13 +55,13 @@ class SeededIndex(int):
     seed: int
 
     def __new__(cls, index: int, seed: int) -> SeededIndex:
-        """Make an index with a seed in [0, 2**32)."""
+        """An index with a seed in [0, 2**32)."""
         self = super().__new__(cls, index)
         self.seed = seed
         return self
 
     def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
-        """Arguments with which `pickle` makes it anew in a worker process."""
+        """What `pickle` makes it of in a worker process."""
         return int(self), self.seed
 
 
@@ -38,16 +74,14 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
 
     Args:
         data: items of a data list, in the order of the data set; each with a "task".
-        temperature: in [0, 1]: 1 draws every item equally often, 0 every task.
+        temperature: 1 draws every item equally often, 0 every task.
         num_samples: samples of an epoch over all processes, rounded down to whole draws of each; the number of items
             if None.
         items_per_draw: items of one task that follow each other, different ones if it has so many.
         seed: seed of all draws.
-        rank: rank of this process.
-        num_replicas: number of processes.
 
     Raises:
-        ValueError: if an argument is outside its range, an item has no task, or there is no draw for each process.
+        ValueError: if there is no draw for each process.
 
     Example:
         >>> data = [{"task": "large"}] * 100 + [{"task": "small"}] * 4
@@ -63,30 +97,19 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         num_samples: int | None = None,
         items_per_draw: int = 2,
         seed: int = 0,
-        rank: int = 0,
-        num_replicas: int = 1,
     ) -> None:
-        if not 0 <= temperature <= 1:
-            raise InputError(f"`temperature` must be in [0, 1], got {temperature}.")
-        if items_per_draw < 1:
-            raise InputError(f"`items_per_draw` must be at least 1, got {items_per_draw}.")
-        if seed < 0 or not 0 <= rank < num_replicas:
-            raise InputError(f"`seed` must not be negative and `rank` in [0, {num_replicas}), got {seed} and {rank}.")
-        without = next((item for item in data if "task" not in item), None)
-        if without is not None:
-            raise InputError(f'`data` must be items with a "task", got {without}: merge the folders by `aggregate`.')
-        tasks = np.array([item["task"] for item in data])
-        self.items = [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
+        self.items = _by_task(data)
         self.items_per_draw = items_per_draw
-        self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * num_replicas)
+        self.rank, self.num_replicas = rank(), world_size()
+        self.num_draws = (len(data) if num_samples is None else num_samples) // (items_per_draw * self.num_replicas)
         if self.num_draws < 1:
             raise InputError(
-                f"`num_samples` must give {num_replicas} process(es) a draw of {items_per_draw} items each, "
+                f"`num_samples` must give {self.num_replicas} process(es) a draw of {items_per_draw} items each, "
                 f"got {num_samples} for {len(data)} items: raise it."
             )
         weights = np.array([len(items) for items in self.items], dtype=float) ** temperature
         self.probabilities = weights / weights.sum()
-        self.seed, self.rank, self.num_replicas = seed, rank, num_replicas
+        self.seed = seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,12 +149,16 @@ def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
         dataset: with a data list `data`, each of its items with a "task".
         num_items: at least 1.
     """
-    places: dict[str, list[int]] = {}
-    for index, item in enumerate(dataset.data):
-        places.setdefault(item["task"], []).append(index)
-    spaced = [np.linspace(0, len(each) - 1, min(num_items, len(each))).round().astype(int) for each in places.values()]
-    chosen = [each[index] for each, indices in zip(places.values(), spaced, strict=True) for index in indices]
+    chosen: list[int] = []
+    for items in _by_task(dataset.data):
+        chosen += items[np.linspace(0, len(items) - 1, min(num_items, len(items))).round().astype(int)].tolist()
     return torch_data.Subset(dataset, sorted(chosen))
+
+
+def _by_task(data: Sequence[Item]) -> list[NDArray[Any]]:
+    """Indices of the items of each task."""
+    tasks = np.array([item["task"] for item in data])
+    return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
 
 
 class SeededDataset(torch_data.Dataset[Any]):

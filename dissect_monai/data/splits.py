@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import SPLITS, Datalist, labelled
+from dissect_monai.data.datalists import Datalist, in_several_splits, labelled
 
 BTCV_VALIDATION = range(35, 41)  # of the literature; the other 24 of the 30 are 1 to 10 and 21 to 34
 Subject = TypeVar("Subject", bound=Hashable)
@@ -63,14 +64,25 @@ def select_fraction(
     return selected
 
 
+def with_fraction(datalist: Datalist, fraction: float = 1.0, seed: int = 0) -> Datalist:
+    """A data list with a fraction of its training subjects, see `select_fraction`.
+
+    Args:
+        datalist: as it was read.
+        fraction: share of the subjects in (0, 1].
+        seed: draws other subjects.
+    """
+    return datalist._replace(training=select_fraction(datalist.training, fraction, seed, datalist.label_names))
+
+
 def _positives(items: Sequence[Item]) -> set[int]:
     return {index for item in labelled(items) for index, value in enumerate(item["label"]) if value == 1}
 
 
-def _parted(items: Sequence[Item], subjects: Collection[str]) -> tuple[list[Item], list[Item]]:
-    """The items of all other subjects, and those of the subjects."""
-    others = [item for item in items if item["subject"] not in subjects]
-    return others, [item for item in items if item["subject"] in subjects]
+def _parted(items: Sequence[Item], chosen: Collection[Any], *keys: str) -> tuple[list[Item], list[Item]]:
+    """The other items, and those whose value of a key, or values of several, is chosen."""
+    of = itemgetter(*keys)
+    return [item for item in items if of(item) not in chosen], [item for item in items if of(item) in chosen]
 
 
 def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[Datalist]:
@@ -79,33 +91,25 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
     Folders of one task may show the same subjects, such as a channel each: a subject of one name goes to one split.
     None are moved where fewer than two would be left.
     """
-    unsplit = [item for datalist in datalists if not datalist.validation for item in datalist.training]
+    subjects: dict[str, set[str]] = {}
+    for item in (item for datalist in datalists if not datalist.validation for item in datalist.training):
+        subjects.setdefault(item["task"], set()).add(item["subject"])
     drawn: set[tuple[str, str]] = set()
-    for task in sorted({item["task"] for item in unsplit}) if fraction else ():
-        # Sorted, so that the order of folders and files does not count.
-        subjects = sorted({item["subject"] for item in unsplit if item["task"] == task})
-        chosen = draw_subjects(subjects, fraction, seed)
-        if len(subjects) - len(chosen) > 1:
+    for task, of_task in subjects.items() if fraction else ():
+        chosen = draw_subjects(sorted(of_task), fraction, seed)  # sorted, so that the order of files does not count
+        if len(of_task) - len(chosen) > 1:
             drawn |= {(task, subject) for subject in chosen}
-    return [
-        datalist
-        if datalist.validation
-        else datalist._replace(
-            training=[item for item in datalist.training if (item["task"], item["subject"]) not in drawn],
-            validation=[item for item in datalist.training if (item["task"], item["subject"]) in drawn],
-        )
-        for datalist in datalists
-    ]
+
+    def split(datalist: Datalist) -> Datalist:
+        training, validation = _parted(datalist.training, drawn, "task", "subject")
+        return datalist._replace(training=training, validation=validation)
+
+    return [datalist if datalist.validation else split(datalist) for datalist in datalists]
 
 
 def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
     """Warn where folders of one task have a subject of one name in different splits: it may be the same person."""
-    places: dict[tuple[str, str], dict[str, str]] = {}
-    for datalist in datalists:
-        for split in SPLITS:
-            for item in getattr(datalist, split):
-                places.setdefault((item["task"], item["subject"]), {})[split] = item["image"]
-    shared = {name: found for name, found in places.items() if len(found) > 1}
+    shared = in_several_splits(datalists, itemgetter("task", "subject"))
     if shared:
         (task, subject), found = next(iter(shared.items()))
         logger.warning(
@@ -115,31 +119,28 @@ def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
         )  # fmt: skip
 
 
-def with_test_split(datalist: Datalist, fraction: float = 0.2, seed: int = 0) -> Datalist:
-    """For tasks without test split: score the validation split, and choose on a part of the training subjects instead.
+def with_test_split(datalist: Datalist, seed: int = 0) -> Datalist:
+    """For tasks without test split: score the validation split, and choose on a fifth of the training subjects instead.
 
     Nothing is then chosen on what is scored, as pretraining chooses nothing on the validation split.
 
     Args:
         datalist: as `aggregate` gives it.
-        fraction: share in (0, 1) of the training subjects of such a task, at least one.
         seed: draws other subjects.
     """
-    if not 0 < fraction < 1:
-        raise InputError(f"`fraction` must be in (0, 1), got {fraction}.")
     for task in datalist.task_names:
-        training, validation, test = ([item for item in split if item["task"] == task] for split in datalist[:3])
+        parts = [_parted(split, [task], "task") for split in datalist[:3]]
+        (others, training), (other_validation, validation), (other_test, test) = parts
         if test or not validation:
             continue
         logger.warning(
             "Task %s has no test split: its validation split is scored, and what is chosen is chosen on a part of its "
             "training subjects.", task,
         )  # fmt: skip
-        drawn = draw_subjects((item["subject"] for item in training), fraction, seed)
-        kept, moved = _parted(training, drawn)
-        others = [[item for item in split if item["task"] != task] for split in datalist[:3]]
+        drawn = draw_subjects((item["subject"] for item in training), 0.2, seed)
+        kept, moved = _parted(training, drawn, "subject")
         datalist = datalist._replace(
-            training=others[0] + kept, validation=others[1] + moved, test=others[2] + validation
+            training=others + kept, validation=other_validation + moved, test=other_test + validation
         )
     return datalist
 
@@ -154,22 +155,21 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
         if len(subjects) < num_folds:
             raise InputError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
         chosen = {*shuffled(subjects, seed)[fold::num_folds]}
-    elif numbers := _btcv_numbers(items):
-        chosen = {subject for subject, number in numbers.items() if number in BTCV_VALIDATION}
+    elif chosen := _btcv_validation(items):
         logger.info("The subjects are those of BTCV: 0035 to 0040 are for validation, as in the literature.")
     else:
         chosen = draw_subjects(subjects, min(fraction, 1 - 1 / len(subjects)), seed)  # one is left to train on
         logger.info("%d of %d training subjects are held out for validation.", len(chosen), len(subjects))
-    training, validation = _parted(items, chosen)
+    training, validation = _parted(items, chosen, "subject")
     return datalist._replace(training=training, validation=validation)
 
 
-def _btcv_numbers(items: Sequence[Item]) -> dict[str, int]:
-    """Number of each subject, if the files have the names of BTCV's 30 training cases."""
-    matches = {item["subject"]: re.match(r"img(\d{4})\.", Path(item["image"]).name) for item in items}
-    numbers = {subject: int(match[1]) for subject, match in matches.items() if match is not None}
-    standard = {*range(1, 11), *range(21, 41)}
-    return numbers if len(numbers) == len(matches) and {*numbers.values()} == standard else {}
+def _btcv_validation(items: Sequence[Item]) -> set[str]:
+    """The subjects of img0035 to img0040, if the files have the names of BTCV's 30 training cases."""
+    subjects = {Path(item["image"]).name.split(".")[0]: item["subject"] for item in items}
+    if subjects.keys() != {f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))}:
+        return set()
+    return {subjects[f"img{number:04d}"] for number in BTCV_VALIDATION}
 
 
 def datalist_digest(items: Sequence[Item]) -> str:
@@ -201,11 +201,9 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
         settings: of the weights, which say on which subjects they were trained and chosen.
 
     Raises:
-        ValueError: if `split` is unknown, has no labelled volumes, has a subject that the weights were trained on, or
-            volumes of other channels.
+        ValueError: if `split` has no labelled volumes, a subject that the weights were trained on, or volumes of other
+            channels.
     """
-    if split not in ("auto", "validation", "test", "all"):
-        raise InputError(f"`split` must be auto, validation, test or all, got {split!r}.")
     name = ("test" if datalist.test else "validation") if split == "auto" else split
     items: list[Item] = datalist.items() if name == "all" else getattr(datalist, name)
     if not items:
@@ -220,6 +218,7 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
             "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
             "train for the last weights instead of the best."
         )
+        logger.warning(notes[0])
     known = {*settings.get("trained_on", ())}
     trained_on = sorted({item["subject"] for item in items if subject_digest(item) in known})
     if trained_on:
@@ -228,8 +227,6 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
             f"{shorten(trained_on)}. Set `fold`, `split_seed` and `validation_fraction` as in training, or take the "
             "dataset.json of training."
         )
-    for note in notes:
-        logger.warning(note)
     subjects = len({item["subject"] for item in items})
     logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
@@ -238,7 +235,7 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
 def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
     """Refuse volumes with more or fewer modalities than channels; the `ValueError` names the first."""
     for item in items:
-        modalities = [item["modality"]] if isinstance(item["modality"], str) else item["modality"]
+        modalities = ensure_tuple(item["modality"])
         if len(modalities) != in_channels:
             raise InputError(
                 f"every volume must have {in_channels} channel(s), got {', '.join(modalities)} for {item['image']}: "
@@ -260,6 +257,6 @@ def refuse_untrainable(training: Sequence[Item], validation: Sequence[Item] | No
         )
 
 
-def shard(items: list[Item], rank: int, world_size: int) -> list[Item]:
-    """The items that one process validates: each process has at least one, if there is any."""
+def shared_out(items: list[Item], rank: int, world_size: int) -> list[Item]:
+    """The part of the items that one process has: at least one, if there is any."""
     return items[rank::world_size] or items[:1]

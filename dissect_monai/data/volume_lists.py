@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from monai.data import Dataset
+from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import SPLITS, Datalist, absolute, data_folders, merge_datalists, read_folder
+from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
-from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, warn_of_shared_subjects
+from dissect_monai.data.splits import (
+    hold_out,
+    refuse_other_channels,
+    split_training,
+    warn_of_shared_subjects,
+    with_test_split,
+)
 
 logger = logging.getLogger(__name__)
-# A value for all folders, one for each folder, or one by the name or path of a folder.
+# A value for all folders, one for each folder, or one by the name of a folder.
 PerFolder = str | Sequence[str | None] | Mapping[str, str] | None
 
 
@@ -29,7 +36,7 @@ def aggregate(
     validation_fraction: float = 0.0,
     seed: int = 0,
     on_corrupt: str = "raise",
-    num_workers: int = 8,
+    test_seed: int | None = None,
 ) -> Datalist:
     """Merge data folders of 3-D volumes, each with a task and a group, and read the headers of all their files.
 
@@ -41,49 +48,49 @@ def aggregate(
     Args:
         dataset_dirs: the folder or folders.
         task: one for all folders, a list with one for each (null leaves that of dataset.json), or a mapping from names
-            or paths of folders.
+            of folders.
         group: the same of the group, such as the region.
         modality: the same of the modality.
         validation_fraction: share in [0, 1) of the subjects of a task, at least one, that becomes its validation split
-            if its folders have none; none where fewer than two would be left to train on. Subjects of one name in
-            folders of one task count as the same, and an item without subject is one of its own.
+            if its folders have none, see `hold_out`. An item without subject is one of its own.
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
-        num_workers: threads that read headers.
+        test_seed: for an evaluation: draws the subjects of `with_test_split`; None leaves the splits as they are.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
-        ValueError: if an argument is out of range; a folder has no task or group, mixes channels, or names values of
-            label maps that are no integers; a task has two groups or fewer than two training subjects; splits share a
-            subject; or volumes cannot be used.
+        ValueError: if a folder has no task or group, mixes channels, or names values of label maps that are no
+            integers; a task has two groups or fewer than two training subjects; splits share a subject; or volumes
+            cannot be used.
     """
-    if not 0 <= validation_fraction < 1:
-        raise InputError(f"`validation_fraction` must be in [0, 1), got {validation_fraction}.")
     folders = data_folders(dataset_dirs)
-    datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
-    tasks, groups = _per_folder("task", task, folders), _per_folder("group", group, folders)
-    modalities = _per_folder("modality", modality, folders)
-    for datalist, folder, *domain in zip(datalists, folders, tasks, groups, modalities, strict=True):
-        _complete(datalist, folder, *domain)
+    given = [_per_folder(*each, folders) for each in (("task", task), ("group", group), ("modality", modality))]
+    datalists = [
+        _read(folder, own_modality, {"task": own_task, "group": own_group})
+        for folder, own_task, own_group, own_modality in zip(folders, *given, strict=True)
+    ]
+    for folder, datalist in zip(folders, datalists, strict=True):
         _refuse_without_domain(datalist, folder)
         refuse_other_channels(datalist.items(), 1)
     datalists = hold_out(datalists, validation_fraction, seed)
     warn_of_shared_subjects(datalists)
-    images = [sorted({item["image"] for item in datalist.items()}) for datalist in datalists]
     merged = merge_datalists(datalists, folders)
     _warn_of_unknown(merged.items())
-    every_image = [{"image": image} for image in sorted(set().union(*images))]
+    every_image = [{"image": image} for image in sorted({item["image"] for item in merged.items()})]
     files = Dataset(every_image, lambda item: read_header(item["image"]))
-    found, items = read_all(files, on_corrupt, num_workers)  # headers, of which MONAI makes plain tuples
-    headers = {item["image"]: VolumeHeader(*header) for item, header in zip(items, found, strict=True)}
-    for folder, of_folder in zip(folders, images, strict=True):
-        _refuse_mixed_channels(folder, {image: headers[image] for image in of_folder if image in headers})
-    readable = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
-    return _with_ids(readable._replace(headers=headers))
+    found, readable = read_all(files, on_corrupt, num_workers=8)  # headers, of which MONAI makes plain tuples
+    headers = {item["image"]: VolumeHeader(*header) for item, header in zip(readable, found, strict=True)}
+    for folder, datalist in zip(folders, datalists, strict=True):
+        _refuse_mixed_channels(folder, datalist, headers)
+    merged = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
+    _refuse_odd_tasks(merged)
+    names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
+    datalist = merged._replace(headers=headers, task_names=next(names), group_names=next(names))
+    return datalist if test_seed is None else with_test_split(datalist, seed=test_seed)
 
 
 def read_segmentation(
-    dataset_dir: str | Path | Sequence[str | Path],
+    dataset_dir: str | Path | Sequence[str | Path] | None,
     structures: Sequence[str] | None = None,
     modality: str | Sequence[str] | None = None,
     fold: int | None = None,
@@ -91,6 +98,8 @@ def read_segmentation(
     validation_fraction: float = 0.2,
     split_seed: int = 0,
     default_modality: str | Sequence[str] | None = None,
+    given: tuple[list[Item], list[Item]] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Datalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
@@ -98,49 +107,52 @@ def read_segmentation(
     must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
 
     A set without validation split gets one by whole subject: 0035 to 0040 where the subjects are those of BTCV
-    (img0001, ...), as in the literature, or else a part of the training subjects. `fold` puts training and validation
-    subjects together and splits them anew. A volume without subject is one of its own.
+    (img0001, ...), as in the literature, or else a part of the training subjects. A volume without subject is one of
+    its own.
 
     Args:
         dataset_dir: the folder or folders.
         structures: names of those to learn, in the order of the classes; None takes all.
         modality: of the volumes ("CT" scales by a window), or one for each channel; None takes that of dataset.json.
-        fold: fold for validation, from 0; None takes no folds.
+        fold: puts training and validation subjects together and takes this of their folds, from 0, for validation.
         num_folds: number of folds, at least 2.
         validation_fraction: share of the training subjects, in [0, 1), at least one; 0 takes none, and so does a single
             subject.
         split_seed: draws other folds or validation subjects.
         default_modality: of volumes whose modality neither `modality` nor dataset.json says.
+        given: items for training and for validation that a caller lists itself, such as MONAI Label, in place of
+            folders, see `Datalist.complete`; needed if `dataset_dir` is None.
+        settings: of the weights to go on from, whose structures and channels those items have.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
-        ValueError: if an argument is out of range; dataset.json is malformed, or names no structures, or others than
-            another folder; splits share a subject; or no volume has a label map.
+        ValueError: if `fold` is out of range; dataset.json is malformed, or names no structures, or others than another
+            folder; splits share a subject; or no volume has a label map.
     """
+    if given is not None or dataset_dir is None:
+        datalist = segmentation_of_weights(settings or {})
+        training, validation = map(datalist.complete, given or ([], []))
+        return datalist._replace(training=training, validation=validation)
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
-    if num_folds < 2 or not 0 <= validation_fraction < 1:
-        raise InputError(
-            "`num_folds` must be at least 2 and `validation_fraction` in [0, 1), "
-            f"got {num_folds} and {validation_fraction}."
-        )
     folders = data_folders(dataset_dir)
-    datalists = [read_folder(folder, spatial_dims=3) for folder in folders]
+    datalists = [_read(folder, modality, {}, default_modality) for folder in folders]
     for datalist, folder in zip(datalists, folders, strict=True):
-        _complete(datalist, folder, modality=modality, default_modality=default_modality)
         for item in datalist.items():
-            item.setdefault("task", (folder if folder.is_dir() else folder.parent).name)
-    class_names = _class_names(datalists, folders, structures)
-    datalist = _with_label_maps(merge_datalists(datalists, folders))
-    datalist = split_training(datalist, fold, num_folds, validation_fraction, split_seed)
+            item.setdefault("task", folder.name)
+    merged = _with_label_maps(merge_datalists(datalists, folders))
+    datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     trained_on = datalist.training or datalist.items()
     common = trained_on[0]["modality"]
-    in_channels = 1 if isinstance(common, str) else len(common)
+    in_channels = len(ensure_tuple(common))
     refuse_other_channels(trained_on, in_channels)
     _warn_of_unknown(datalist.training)
-    if any(item["modality"] != common for item in trained_on):
-        common = None
-    return datalist._replace(label_names=(), class_names=class_names, modality=common, in_channels=in_channels)
+    return datalist._replace(
+        label_names=(),
+        class_names=_class_names(datalists, folders, structures),
+        modality=common if all(item["modality"] == common for item in trained_on) else None,
+        in_channels=in_channels,
+    )
 
 
 def segmentation_of_weights(settings: Mapping[str, Any]) -> Datalist:
@@ -178,15 +190,34 @@ def read_volumes(
         ValueError: if a dataset.json is malformed, or a volume has other channels.
     """
     folders = data_folders(dataset_dir)
-    datalists = [read_folder(folder, spatial_dims=3, check=False) for folder in folders]
     given = _per_folder("modality", modality, folders) if in_channels == 1 else [modality] * len(folders)
-    for datalist, of_folder in zip(datalists, given, strict=True):
-        for item in datalist.items():
-            item["modality"] = _modality(of_folder, item.get("modality"), default_modality)
+    datalists = [_read(*each, {}, default_modality, check=False) for each in zip(folders, given, strict=True)]
     items = merge_datalists(datalists, folders, check=False).items()
     refuse_other_channels(items, in_channels)
     _warn_of_unknown(items)
     return items
+
+
+def _read(
+    folder: Path, modality: Any, given: Mapping[str, str | None], default_modality: Any = None, check: bool = True
+) -> Datalist:
+    """The data list of a folder of volumes; its items have a subject, a modality, and what else is given for them."""
+    datalist = read_folder(folder, spatial_dims=3, check=check)
+    for item in datalist.items():
+        item |= {key: value for key, value in given.items() if value is not None}
+        item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
+        item["modality"] = _modality(modality, item.get("modality"), default_modality)
+        if check and isinstance(item.get("labels"), Mapping):
+            item["labels"] = _named_values(item["labels"], folder)
+    return datalist
+
+
+def _modality(*choices: Any) -> str | list[str]:
+    """The first that is given: a text, or a list with one for each channel; "unknown" where nothing says it."""
+    chosen = next((each for each in choices if each is not None), None)
+    values = chosen.values() if isinstance(chosen, Mapping) else ensure_tuple(chosen)
+    names = [str(value or "").strip() or "unknown" for value in values]
+    return names[0] if len(names) == 1 else names
 
 
 def _per_folder(key: str, value: PerFolder, folders: Sequence[Path]) -> list[str | None]:
@@ -194,44 +225,14 @@ def _per_folder(key: str, value: PerFolder, folders: Sequence[Path]) -> list[str
     if value is None or isinstance(value, str):
         return [value] * len(folders)
     if isinstance(value, Mapping):
-        places = {name: [each for each in folders if name == each.name or absolute(name) == each] for name in value}
-        unknown = [str(name) for name, found in places.items() if not found]
+        names = [folder.name for folder in folders]
+        unknown = [str(name) for name in value if name not in names]
         if unknown:
-            raise InputError(
-                f"`{key}` must name folders among {', '.join(folder.name for folder in folders)}, "
-                f"got {', '.join(unknown)}."
-            )
-        return [next((value[name] for name in places if folder in places[name]), None) for folder in folders]
+            raise InputError(f"`{key}` must name folders among {', '.join(names)}, got {', '.join(unknown)}.")
+        return [value.get(name) for name in names]
     if len(value) != len(folders):
         raise InputError(f"`{key}` must have one value for each of the {len(folders)} folders, got {len(value)}.")
     return list(value)
-
-
-def _complete(
-    datalist: Datalist,
-    folder: Path,
-    task: str | None = None,
-    group: str | None = None,
-    modality: str | Sequence[str] | None = None,
-    default_modality: str | Sequence[str] | None = None,
-) -> None:
-    """Give every item its subject and modality, and task, group and values of its structures if they are known."""
-    base = folder if folder.is_dir() else folder.parent
-    for item in datalist.items():
-        item.setdefault("subject", os.path.relpath(item["image"], base))
-        item.update({key: value for key, value in (("task", task), ("group", group)) if value is not None})
-        item["modality"] = _modality(modality, item.get("modality"), default_modality)
-        if isinstance(item.get("labels"), Mapping):
-            item["labels"] = _named_values(item["labels"], folder)
-
-
-def _modality(given: Any, own: Any, default: Any) -> str | list[str]:
-    """A text, or a list with one for each channel; "unknown" where nothing says it."""
-    chosen = next((each for each in (given, own, default) if each is not None), None)
-    values = list(chosen.values()) if isinstance(chosen, Mapping) else chosen
-    values = list(values) if isinstance(values, (list, tuple)) else [values]
-    names = ["unknown" if value is None else str(value).strip() or "unknown" for value in values]
-    return names[0] if len(names) == 1 else names
 
 
 def _warn_of_unknown(items: Sequence[Item]) -> None:
@@ -269,8 +270,9 @@ def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:
                 )
 
 
-def _refuse_mixed_channels(folder: Path, headers: Mapping[str, VolumeHeader]) -> None:
-    examples = {header.channels: image for image, header in headers.items()}
+def _refuse_mixed_channels(folder: Path, datalist: Datalist, headers: Mapping[str, VolumeHeader]) -> None:
+    images = [item["image"] for item in datalist.items() if item["image"] in headers]
+    examples = {headers[image].channels: image for image in images}
     if len(examples) > 1:
         raise InputError(
             f"{folder} must hold volumes of one number of channels, got "
@@ -279,43 +281,35 @@ def _refuse_mixed_channels(folder: Path, headers: Mapping[str, VolumeHeader]) ->
         )
 
 
-def _with_ids(datalist: Datalist) -> Datalist:
-    items = datalist.items()
-    groups: dict[str, Item] = {}
-    for item in items:
-        first = groups.setdefault(item["task"], item)
+def _refuse_odd_tasks(datalist: Datalist) -> None:
+    """Refuse tasks of two groups, or with a single training subject."""
+    firsts: dict[str, Item] = {}
+    for item in datalist.items():
+        first = firsts.setdefault(item["task"], item)
         if item["group"] != first["group"]:
             raise InputError(
                 f"task {item['task']!r} must have one group, got {first['group']!r} for {first['image']} and "
                 f"{item['group']!r} for {item['image']}: give them one group, or two tasks."
             )
-    task_names = sorted(groups)
-    group_names = sorted({item["group"] for item in items})
-    for item in items:
-        item["task_id"], item["group_id"] = task_names.index(item["task"]), group_names.index(item["group"])
-    for name in task_names:
-        subjects = {item["subject"]: item["image"] for item in datalist.training if item["task"] == name}
+    for name, first in firsts.items():
+        subjects = {item["subject"] for item in datalist.training if item["task"] == name}
         if len(subjects) < 2:
-            only = next(iter(subjects.values()), groups[name]["image"])
             raise InputError(
                 f"task {name!r} must have at least two training subjects, as the contrast needs, got {len(subjects)} "
-                f"(see {only}): add volumes, give it the task of another folder, or leave its folder out."
+                f"(see {first['image']}): add volumes, give it the task of another folder, or leave its folder out."
             )
-    return datalist._replace(task_names=task_names, group_names=group_names)
 
 
 def _class_names(datalists: Sequence[Datalist], folders: Sequence[Path], structures: Sequence[str] | None) -> list[str]:
     """The chosen structures, or all in the order of their values; all folders must name the same."""
-    found = [_structures(datalist, folder) for datalist, folder in zip(datalists, folders, strict=True)]
+    found = [_structures(*each) for each in zip(datalists, folders, strict=True)]
     for names, folder in zip(found, folders, strict=True):
         if {*names} != {*found[0]}:
             raise InputError(
                 f"all folders must name the same structures, got {shorten(found[0])} in {folders[0]} and "
                 f"{shorten(names)} in {folder}: what one set has not contoured would count as background."
             )
-    if structures is None:
-        return found[0]
-    chosen = [structures] if isinstance(structures, str) else list(structures)
+    chosen = found[0] if structures is None else [*ensure_tuple(structures)]
     if not chosen or not {*chosen} <= {*found[0]} or len({*chosen}) < len(chosen):
         raise InputError(
             f"`structures` must be different ones of {', '.join(found[0])}, got {', '.join(map(str, chosen))}."
@@ -338,13 +332,12 @@ def _structures(datalist: Datalist, folder: Path) -> list[str]:
 
 def _with_label_maps(datalist: Datalist) -> Datalist:
     kept = datalist.with_items(lambda items: [item for item in items if isinstance(item.get("label"), str)])
+    without = len(datalist.items()) - len(kept.items())
     if not kept.items():
         raise InputError(
-            "dataset.json must list volumes with the path of a label map (`label`), got "
-            f"{len(datalist.items())} without: write it there for each volume."
+            f"dataset.json must list volumes with the path of a label map (`label`), got {without} without: write it "
+            "there for each volume."
         )
-    for split in SPLITS:
-        without = len(getattr(datalist, split)) - len(getattr(kept, split))
-        if without:
-            logger.warning("%d of the volumes in `%s` have no label map and are left out.", without, split)
+    if without:
+        logger.warning("%d volumes have no label map and are left out.", without)
     return kept

@@ -48,15 +48,15 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         raise FileNotFoundError(f"there is no calibration at {path.absolute()}: evaluate first, or check the path.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names, weights = list(content["thresholds"]), content["weights"]
-        given = [nan if value is None else float(value) for value in content["thresholds"].values()]
-        calibration = Calibration(float(content["temperature"]), dict(zip(names, given, strict=True)))
+        given = {name: nan if value is None else float(value) for name, value in content["thresholds"].items()}
+        calibration, weights = Calibration(float(content["temperature"]), given), content["weights"]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(
             f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
         ) from error
-    if names != list(label_names) or weights != fingerprint(network):
-        what = "weights" if names == list(label_names) else f"findings ({', '.join(names)})"
+    same = list(given) == list(label_names)
+    if not same or weights != fingerprint(network):
+        what = "weights" if same else f"findings ({', '.join(given)})"
         raise InputError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
     return calibration
 

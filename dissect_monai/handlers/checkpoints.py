@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from dissect_monai.common import InputError, __version__
+from dissect_monai.common import InputError, __version__, rank
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
@@ -24,58 +25,32 @@ ANEW = "or start anew with another `output_dir`"
 NUM_KEPT = 2  # checkpoints of a run
 
 
+@dataclass(eq=False)
 class TrainingCheckpoint:
-    """Saves all that a run needs to go on, and its weights, at the end of epochs; resumes from it.
+    """Saves all that a run needs to go on as checkpoint_epoch=N.pt, and its weights; resumes from it.
 
-    A run killed at any moment leaves the newest complete files intact, where MONAI's `CheckpointSaver` writes in place.
-    Random state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the
-    run starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
-
-    Args:
-        ckpt_dir: folder for `checkpoint_epoch=N.pt`.
-        save_dict: objects with `state_dict`, by name; the engine's own state is added as `trainer`.
-        weights: module whose plain state dict other bundles load; None leaves that to another, such as `BestWeights`.
-        weights_path: where `weights` go, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
-        settings: what the weights depend on, such as encoder and image size; a resumed run must have the same.
-        interval: epochs between checkpoints, of which the newest two stay; the last epoch is always saved.
-        resume_from: checkpoint to load when the run starts, or None.
-        rank: rank of this process; all load, rank 0 saves.
+    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact, where
+    MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`. Attach it before
+    handlers that look at the network when the run starts, such as a `ValidationHandler`, and after those that change
+    what is saved at the end of epochs.
 
     Raises:
-        ValueError: if `interval` is not positive, or one of `weights` and `weights_path` is given alone; when the run
-            starts, if the checkpoint is of another run or another version of this package.
+        ValueError: when the run starts, if the checkpoint is of another run or another version of this package.
     """
 
-    def __init__(
-        self,
-        ckpt_dir: str | Path,
-        save_dict: Mapping[str, Any],
-        weights: nn.Module | None = None,
-        weights_path: str | Path | None = None,
-        settings: Mapping[str, Any] | None = None,
-        interval: int = 1,
-        resume_from: str | None = None,
-        rank: int = 0,
-    ) -> None:
-        if interval < 1:
-            raise InputError(f"`interval` must be at least 1, got {interval}.")
-        if (weights is None) != (weights_path is None):
-            raise InputError("`weights` and `weights_path` must be given together, got one of them.")
-        self.ckpt_dir = Path(ckpt_dir)
-        self.save_dict = dict(save_dict)
-        self.weights = weights
-        self.weights_path = weights_path
-        self.settings = dict(settings or {})
-        self.interval = interval
-        self.resume_from = resume_from
-        self.rank = rank
-        self.saved: list[Path] = []
+    ckpt_dir: str | Path
+    save_dict: Mapping[str, Any]  # objects with `state_dict`, by name; the engine's own state is added as `trainer`
+    weights: nn.Module | None = None  # whose state dict other bundles load; None leaves that to `BestWeights`
+    weights_path: str | Path | None = None  # such as models/model.pt; `settings` go beside it, as models/model.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights; a resumed run must have the same
+    interval: int = 1  # epochs between checkpoints, of which the newest two stay; the last epoch is always saved
+    resume_from: str | None = None
 
     def attach(self, engine: Engine) -> None:
         """Load at the start, save at the end of epochs."""
         if self.resume_from is not None:
             engine.add_event_handler(Events.STARTED, self._resume, self.resume_from)
-        if self.rank == 0:
+        if rank() == 0:
             engine.add_event_handler(Events.STARTED, self._remove_halves)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
@@ -85,19 +60,18 @@ class TrainingCheckpoint:
         is_last = epoch == engine.state.max_epochs or engine.should_terminate
         if epoch % self.interval and not is_last:
             return
-        path = self.ckpt_dir / f"checkpoint_epoch={epoch}.pt"
         states = {name: item.state_dict() for name, item in {**self.save_dict, "trainer": engine}.items()}
-        save_atomically({**states, "settings": self.settings, "version": __version__}, path)
+        content = {**states, "settings": dict(self.settings), "version": __version__}
+        save_atomically(content, Path(self.ckpt_dir, f"checkpoint_epoch={epoch}.pt"))
         if self.weights is not None and self.weights_path is not None:
             save_weights(self.weights, self.weights_path, self.settings)
-        self.saved = [*(old for old in self.saved if old != path), path]
-        while len(self.saved) > NUM_KEPT:
-            self.saved.pop(0).unlink(missing_ok=True)
+        for old in checkpoints_in(self.ckpt_dir)[:-NUM_KEPT]:
+            old.unlink()
 
     def _remove_halves(self) -> None:
         """What a run that was killed while it saved has left."""
-        for half in self.ckpt_dir.glob(".checkpoint_epoch=*.pt.*.tmp"):
-            half.unlink(missing_ok=True)
+        for half in Path(self.ckpt_dir).glob(".checkpoint_epoch=*.pt.*.tmp"):
+            half.unlink()
 
     def _resume(self, engine: Engine, path: str) -> None:
         checkpoint = load_torch(path, f"give an older one as `resume_from`, {ANEW}")
@@ -108,7 +82,6 @@ class TrainingCheckpoint:
         Checkpoint.load_objects({**self.save_dict, "trainer": engine}, checkpoint)
         engine.state.max_epochs = max_epochs
         logger.info("Going on from %s, after epoch %d.", path, engine.state.epoch)
-        self.saved = checkpoints_in(Path(path).parent)
 
     def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:
         version = checkpoint.get("version", "0.1.0")  # which did not write it down
@@ -154,6 +127,7 @@ def newest_checkpoint(ckpt_dir: str | Path) -> str:
     return str(found[-1])
 
 
+@dataclass(eq=False)
 class BestWeights:
     """Keeps the weights of the best validation, and ends the run when validation has not improved for long.
 
@@ -165,38 +139,17 @@ class BestWeights:
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.
 
-    Args:
-        evaluator: the validator; it may validate in one process alone.
-        weights: module whose plain state dict is written.
-        weights_path: where it goes, such as `models/model.pt`; `settings` go beside it, as `models/model.json`.
-        settings: what the weights depend on, such as encoder, image size and the names of the findings.
-        metric: the evaluator's metric, larger is better.
-        patience: validations in a row without improvement after which the run ends.
-        rank: of this process, if every process validates; 0 writes.
-
     Raises:
-        ValueError: if `patience` is not positive; during the run, if the evaluator has no such metric.
+        ValueError: during the run, if the evaluator has no such metric.
     """
 
-    def __init__(
-        self,
-        evaluator: Engine,
-        weights: nn.Module,
-        weights_path: str | Path,
-        settings: Mapping[str, Any] | None = None,
-        metric: str = "auroc",
-        patience: int = 10,
-        rank: int = 0,
-    ) -> None:
-        if patience < 1:
-            raise InputError(f"`patience` must be at least 1, got {patience}.")
-        self.evaluator = evaluator
-        self.weights = weights
-        self.weights_path = weights_path
-        self.settings = dict(settings or {})
-        self.metric = metric
-        self.patience = patience
-        self.rank = rank
+    evaluator: Engine  # it may validate in one process alone
+    weights: nn.Module
+    weights_path: str | Path  # such as models/model.pt; `settings` go beside it, as models/model.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights
+    metric: str = "auroc"  # of the evaluator, larger is better
+    patience: int = 10  # validations in a row without improvement after which the run ends
+    pretrained: str | Path | None = None  # weights that the run started from; written beside the weights, too
 
     def attach(self, engine: Engine) -> None:
         """Compare after every validation, stop at the end of the trainer's epoch."""
@@ -215,8 +168,9 @@ class BestWeights:
         score, state = float(evaluator.state.metrics[self.metric]), trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
-            if self.rank == 0:
-                save_weights(self.weights, self.weights_path, self.settings)
+            if rank() == 0:
+                pretrained = str(self.pretrained) if self.pretrained else None
+                save_weights(self.weights, self.weights_path, {**self.settings, "pretrained": pretrained})
         else:
             state.num_worse += 1
 

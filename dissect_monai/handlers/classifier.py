@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
 from numpy.typing import ArrayLike
+from scipy.special import logit
 from torch import Tensor
 
 from dissect_monai.common import Array, Interval, Item, __version__
@@ -49,13 +51,13 @@ from dissect_monai.visualize.classifier import (
     roc_plot,
     saliency_maps,
 )
-from dissect_monai.visualize.page import Case, FindingRow, Picture, write_report
-from dissect_monai.writing import metric_name, metrics_by_name, write_csv
+from dissect_monai.visualize.page import LIMITS, Case, write_report
+from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 logger = logging.getLogger(__name__)
-METRICS = ("auroc", "ap", "sensitivity", "specificity", "ece")
 NAN = float("nan")
 UNKNOWN = Interval(NAN, NAN, NAN)
+HEADINGS = ("Finding", "AUROC", "AP", "Sensitivity", "Specificity", "ECE", "Threshold", "n", "Positives")
 WITHOUT_CLASS = "for lack of positives or negatives in the test split"
 NOTES = (
     f"n counts the images whose label is known. {MACRO} is the mean over the findings that have the metric; it has "
@@ -65,6 +67,7 @@ NOTES = (
     "Intervals are percentiles of resamples of the subjects. That of ECE allows for what chance adds to it. Where "
     "no resample differs, as at 0 and 1, Wilson's interval over subjects stands in, or none.",
 )
+SALIENCY = "Saliency shows what moved the output, not where a finding is or why it was made."
 NO_SALIENCY = "No saliency: nothing raised the output."
 CAPTIONS = {
     roc_plot: "ROC curves on the test split: as the threshold falls, the share of positives that are found against the "
@@ -76,49 +79,44 @@ CAPTIONS = {
 }
 
 
+class FindingRow(NamedTuple):
+    """One line of findings.csv: a finding, or the mean over them."""
+
+    finding: str
+    auroc: Interval
+    ap: Interval
+    sensitivity: Interval
+    specificity: Interval
+    ece: Interval
+    threshold: float
+    n: int | None  # items whose label is known; None of the mean
+    positives: int | None
+
+
+METRICS = FindingRow._fields[1:6]
+
+
+@dataclass(eq=False)
 class ClassifierEvaluation:
     """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
 
     Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, predictions.csv,
     calibration.json (temperature and thresholds, for predictions), scores.npz (laid out as that of `ProbeHandler`) and
     report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
-    `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator for MONAI's `MetricsSaver`. Findings without
-    positives or negatives in the test split are named, but have counts alone; those without in validation have no
-    threshold, and so no sensitivity and specificity.
-
-    Args:
-        validation: loader of the labelled validation images.
-        label_names: names of the C findings.
-        output_dir: folder for all files.
-        mode: name of the scores in scores.npz, such as "finetune".
-        temperature_scaling: whether to divide the logits by the temperature that fits validation best.
-        num_samples: bootstrap resamples.
-        num_worst: cases in the report, at most: those furthest on the wrong side of the threshold.
-        facts: headline facts of the report by name, such as the data and the weights.
-        seed: seed of the resamples.
+    `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator. Findings that lack a class in the test split
+    have counts alone; those that lack one in validation have no threshold, and so no sensitivity and specificity.
     """
 
-    def __init__(
-        self,
-        validation: Iterable[Mapping[str, Any]],
-        label_names: Sequence[str],
-        output_dir: str | Path,
-        mode: str = "finetune",
-        temperature_scaling: bool = False,
-        num_samples: int = 1000,
-        num_worst: int = 6,
-        facts: Mapping[str, Any] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.validation = validation
-        self.label_names = list(label_names)
-        self.output_dir = Path(output_dir)
-        self.mode = mode
-        self.temperature_scaling = temperature_scaling
-        self.num_samples, self.seed = num_samples, seed
-        self.num_worst = num_worst
-        self.facts = dict(facts or {})
-        self.collector = OutputCollector()
+    validation: Iterable[Mapping[str, Any]]  # loader of the labelled validation images
+    label_names: Sequence[str]  # of the C findings
+    output_dir: str | Path
+    mode: str = "finetune"  # names the scores in scores.npz
+    temperature_scaling: bool = False  # whether to divide the logits by the temperature that fits validation best
+    num_samples: int = 1000  # bootstrap resamples
+    num_worst: int = 6  # cases in the report, at most: those furthest on the wrong side of the threshold
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the report by name, such as the data and the weights
+    seed: int = 0  # of the resamples
+    collector: OutputCollector = field(default_factory=OutputCollector, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split, on the network and data set of `engine`."""
@@ -128,7 +126,7 @@ class ClassifierEvaluation:
     def __call__(self, engine: Any) -> None:
         """Fit on validation, score the test split, write the files and leave the metrics."""
         validation, test = self._validate(engine), self.collector.outputs()
-        dataset = engine.data_loader.dataset
+        dataset, folder = engine.data_loader.dataset, Path(self.output_dir)
         temperature = fit_temperature(*validation) if self.temperature_scaling else 1.0
         probabilities = test.probabilities(temperature)
         pairs = zip(validation.labels.T, validation.probabilities(temperature).T, strict=True)
@@ -136,36 +134,36 @@ class ClassifierEvaluation:
         subjects = [str(item.get("subject", item["image"])) for item in dataset.data]
         draws = subjects, self.num_samples, self.seed
         rows = finding_rows(self.label_names, test.labels, probabilities, thresholds, *draws)
-        missing = left_out_rows(rows)
+        missing = [row.finding for row in rows[1:] if isnan(row.auroc.value)]
         if missing:
-            logger.warning("Left out, %s: %s.", WITHOUT_CLASS, ", ".join(row.finding for row in missing))
-        write_findings(self.output_dir / "findings.csv", rows)
+            logger.warning("Left out, %s: %s.", WITHOUT_CLASS, ", ".join(missing))
+        write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
-        write_calibration(self.output_dir / "calibration.json", fitted, engine.network)
+        write_calibration(folder / "calibration.json", fitted, engine.network)
         self._write_predictions(dataset.data, subjects, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
-        if len(missing) < len(self.label_names):
-            facts = {
-                **self.facts,
-                "mode": self.mode,
-                "test images": len(subjects),
-                "test subjects": len(set(subjects)),
-                "validation images": len(validation.labels),
-                "temperature": temperature,
-                **(self._scaling_facts(validation, temperature) if self.temperature_scaling else {}),
-                "weights' SHA-256": fingerprint(engine.network)[:12],
-                "thresholds": "Youden's index on validation",
-                "bootstrap resamples": self.num_samples,
-                "date": date.today().isoformat(),
-                "software": f"dissect_monai {__version__}",
-            }
-            figures = [
-                Picture(figure_to_png(plot(test.labels, probabilities, self.label_names)), caption)
-                for plot, caption in CAPTIONS.items()
-            ]
-            cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
-            path, title = self.output_dir / "report.html", "Evaluation of the classifier"
-            write_report(path, title, facts, rows, figures, cases, table_notes(rows))
+        if len(missing) == len(self.label_names):
+            return
+        facts = {
+            **self.facts,
+            "mode": self.mode,
+            "test images": len(subjects),
+            "test subjects": len(set(subjects)),
+            "validation images": len(validation.labels),
+            "temperature": temperature,
+            "weights' SHA-256": fingerprint(engine.network)[:12],
+            "thresholds": "Youden's index on validation",
+            "bootstrap resamples": self.num_samples,
+            "date": date.today().isoformat(),
+            "software": f"dissect_monai {__version__}",
+        }
+        figures = {
+            caption: figure_to_png(plot(test.labels, probabilities, self.label_names))
+            for plot, caption in CAPTIONS.items()
+        }
+        cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
+        path, title, limits = folder / "report.html", "Evaluation of the classifier", (*LIMITS, SALIENCY)
+        write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", table_notes(rows), limits)
 
     def _validate(self, engine: Any) -> Outputs:
         """The network's outputs on validation, run as the test split is."""
@@ -181,32 +179,23 @@ class ClassifierEvaluation:
         ).run()
         return collector.outputs()
 
-    def _scaling_facts(self, validation: Outputs, temperature: float) -> dict[str, str]:
-        """What the temperature did to the mean calibration error on validation."""
-        errors = []
-        for each in (1.0, temperature):
-            pairs = zip(validation.labels.T, validation.probabilities(each).T, strict=True)
-            errors.append(float(np.nanmean([expected_calibration_error(*pair) for pair in pairs])))
-        if errors[1] > errors[0]:
-            logger.warning("The temperature raises the mean ECE on validation, from %.3f to %.3f.", *errors)
-        return {"mean ECE on validation": "{:.3f}, unscaled {:.3f}".format(*reversed(errors))}
-
     def _write_predictions(
         self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
     ) -> None:
-        columns = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
+        names = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
         lines = [
             [item["image"], subject, *(text for pair in zip(*row, strict=True) for text in _texts(*pair))]
             for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True)
         ]
-        write_csv(self.output_dir / "predictions.csv", ["image", "subject", *columns], lines)
+        write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *names], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
-        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
+        scores = Path(self.output_dir, "scores.npz")
+        np.savez_compressed(scores, subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
 
     def _worst_cases(self, engine: Any, labels: Array, probabilities: Array, thresholds: Sequence[float]) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""
         dataset = engine.data_loader.dataset
-        excess = np.where(labels == 1, -1, 1) * (_logit(probabilities) - _logit(np.asarray(thresholds)))
+        excess = np.where(labels == 1, -1, 1) * (_logit(probabilities) - _logit(thresholds))
         cases = []
         for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
@@ -214,25 +203,28 @@ class ClassifierEvaluation:
             saliency = saliency_maps(engine.network, image[None], column)[0]
             cases.append(
                 Case(
-                    image_png=overlay_png(image, torch.zeros_like(image)),
-                    overlay_png=overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
-                    name=Path(dataset.data[row]["image"]).name,
-                    finding=self.label_names[column],
-                    truth=labels[row, column],
-                    probability=probabilities[row, column],
+                    {
+                        "Image": overlay_png(image, torch.zeros_like(image)),
+                        "Overlay": overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
+                    },
+                    {
+                        "name": Path(dataset.data[row]["image"]).name,
+                        "finding": self.label_names[column],
+                        "truth": labels[row, column],
+                        "probability": probabilities[row, column],
+                    },
                 )
             )
         return cases
 
 
+def _logit(probability: ArrayLike) -> Array:
+    return np.asarray(logit(np.clip(probability, 1e-12, 1 - 1e-12)))
+
+
 def _texts(probability: float, label: float) -> tuple[str, str]:
     """Both as the table of predictions has them; an unknown label is blank."""
     return f"{probability:.6f}", "" if np.isnan(label) else f"{label:.0f}"
-
-
-def _logit(probability: Array) -> Array:
-    tiny = np.finfo(np.float64).tiny
-    return np.log(probability.clip(tiny)) - np.log((1 - probability).clip(tiny))
 
 
 def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
@@ -254,7 +246,7 @@ def finding_rows(
     num_samples: int = 1000,
     seed: int = 0,
 ) -> list[FindingRow]:
-    """A line for the mean over the findings that have both classes, then one for every finding.
+    """A line for the mean over the `usable_findings`, then one for every finding, of which others have counts alone.
 
     Intervals are 95 % percentiles of resamples of the subjects, those of ECE by `calibration_interval`. Where no
     resample differs, as where all positives are found, AUROC, sensitivity and specificity have Wilson's interval over
@@ -268,60 +260,55 @@ def finding_rows(
         subjects: subject of each of the N items.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
-
-    Returns:
-        1 + C lines. The mean has no counts, because those of the findings differ. The metrics of findings that lack a
-        class, and so are left out of the mean, are NaN.
     """
-    draws = subjects, num_samples, seed
     found = {
-        index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], *draws)
+        index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], subjects, num_samples, seed)
         for index in usable_findings(labels, probabilities)
     }
     rows = []
     for index, (name, label) in enumerate(zip(label_names, labels.T, strict=True)):
-        counts = _subject_counts(label, np.asarray(subjects))
-        intervals = {
-            metric: _interval(metric, [found.get(index, {})], partial(wilson_interval, count=counts.get(metric, NAN)))
-            for metric in METRICS
-        }
-        n, positives = int((~np.isnan(label)).sum()), int(np.nansum(label))
-        rows.append(FindingRow(name, n, positives, threshold=thresholds[index], **intervals))
-    means = {metric: _interval(metric, list(found.values()), partial(_mean_ends, rows, metric)) for metric in METRICS}
-    return [FindingRow(MACRO, None, None, threshold=NAN, **means), *rows]
-
-
-def left_out_rows(rows: Sequence[FindingRow]) -> list[FindingRow]:
-    """Those of the findings that have no positives or no negatives, and so no metrics."""
-    return [row for row in rows if row.finding != MACRO and isnan(row.auroc.value)]
+        intervals = {metric: _interval(metric, [found.get(index, {})]) for metric in METRICS}
+        positives, negatives = (len(np.unique(np.asarray(subjects)[label == truth])) for truth in (1, 0))
+        counts = {"auroc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
+        for metric, count in counts.items():
+            value = intervals[metric].value
+            if isnan(intervals[metric].low) and not isnan(value):
+                intervals[metric] = Interval(value, *map(float, wilson_interval(value, count)))
+        n, num_positives = int((~np.isnan(label)).sum()), int(np.nansum(label))
+        rows.append(FindingRow(name, threshold=thresholds[index], n=n, positives=num_positives, **intervals))
+    means = {metric: _interval(metric, list(found.values())) for metric in METRICS}
+    for metric, mean in means.items():
+        if isnan(mean.low) and not isnan(mean.value):  # as if all erred on the same side together, which is careful
+            known = [getattr(row, metric) for row in rows if not isnan(getattr(row, metric).value)]
+            means[metric] = Interval(mean.value, *np.mean([interval[1:] for interval in known], axis=0).tolist())
+    return [FindingRow(MACRO, threshold=NAN, n=None, positives=None, **means), *rows]
 
 
 def finding_metrics(rows: Sequence[FindingRow]) -> dict[str, float]:
     """`auroc`, `auroc_low`, `auroc_high`, `auroc_<finding>`, ... of the lines that have metrics."""
-    known = [row for row in rows if not isnan(row.auroc.value)]
     return metrics_by_name(
         {
             metric if row.finding == MACRO else metric_name(metric, row.finding): getattr(row, metric)
-            for row in known
+            for row in rows
+            if not isnan(row.auroc.value)
             for metric in METRICS
         }
     )
 
 
 def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
-    """Write the table as CSV: every metric with `_low` and `_high`, then threshold, n, positives; unknown is blank."""
-    fields = ["finding", *metrics_by_name(dict.fromkeys(METRICS, UNKNOWN)), "threshold", "n", "positives"]
+    """Write the table as CSV, its thresholds with six digits; what is unknown is blank."""
     lines = []
     for row in rows:
         threshold = "" if isnan(row.threshold) else f"{row.threshold:.6g}"
         lines.append([row.finding, *(getattr(row, metric) for metric in METRICS), threshold, row.n, row.positives])
-    write_csv(path, fields, lines)
+    write_csv(path, columns(FindingRow), lines)
 
 
 def table_notes(rows: Sequence[FindingRow]) -> list[str]:
-    """How to read the table, for the report: what is left out, and what the mean, ECE and the intervals are."""
-    missing = ", ".join(f"{row.finding} ({row.positives} positives of {row.n})" for row in left_out_rows(rows))
-    left_out = f"Without metrics, and so left out of the mean and the figures, {WITHOUT_CLASS}: {missing}."
+    """How to read the table, for the report."""
+    missing = [f"{row.finding} ({row.positives} positives of {row.n})" for row in rows[1:] if isnan(row.auroc.value)]
+    left_out = f"Without metrics, and so left out of the mean and the figures, {WITHOUT_CLASS}: {', '.join(missing)}."
     return [left_out, *NOTES] if missing else list(NOTES)
 
 
@@ -332,23 +319,17 @@ def _resampled(
     statistics: dict[str, Callable[[Array], Array]] = {
         "auroc": partial(auroc, label, probability),
         "ap": partial(average_precision, label, probability),
-        "sensitivity": partial(sensitivity, label, probability, threshold),
-        "specificity": partial(specificity, label, probability, threshold),
         "ece": partial(expected_calibration_error, label, probability),
         "noise": partial(calibration_noise, label, probability),
     }
-    defined = [name for name in statistics if not isnan(threshold) or name not in ("sensitivity", "specificity")]
-    return {name: resample(statistics[name], subjects, num_samples, seed) for name in defined}
+    if not isnan(threshold):
+        statistics["sensitivity"] = partial(sensitivity, label, probability, threshold)
+        statistics["specificity"] = partial(specificity, label, probability, threshold)
+    return {name: resample(statistic, subjects, num_samples, seed) for name, statistic in statistics.items()}
 
 
-def _subject_counts(label: Array, subjects: Any) -> dict[str, int]:
-    """How many subjects each proportion counts."""
-    positives, negatives = (len(np.unique(subjects[label == truth])) for truth in (1, 0))
-    return {"auroc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
-
-
-def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]], ends: Callable[[float], ArrayLike]) -> Interval:
-    """A metric's mean over the findings that have it; `ends` stands in where no resample differs."""
+def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]]) -> Interval:
+    """A metric's mean over the findings that have it; without ends where no resample differs."""
     having = [each for each in findings if metric in each]
     if not having:
         return UNKNOWN
@@ -357,12 +338,5 @@ def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]], ends: Ca
         interval = calibration_interval(mean, mean_resampled([each["noise"] for each in having]))
     else:
         interval = percentile_interval(mean)
-    if interval.high - interval.low > 1e-9:  # rounding
-        return interval
-    return Interval(interval.value, *map(float, np.asarray(ends(interval.value))))
-
-
-def _mean_ends(rows: Sequence[FindingRow], metric: str, _value: float) -> Array:
-    """Means of the ends of the findings' intervals, which is careful: as if all erred on the same side together."""
-    intervals = [getattr(row, metric) for row in rows]
-    return np.mean([interval[1:] for interval in intervals if not isnan(interval.value)], axis=0)
+    differs = interval.high - interval.low > 1e-9  # rounding
+    return interval if differs else Interval(interval.value, NAN, NAN)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import InputError
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.sampling import part_of_tasks
 from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
 from dissect_monai.handlers.reconstruction import view_errors
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
+from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
 from dissect_monai.visualize.classifier import embedding_map, figure_to_tensor
 from dissect_monai.visualize.training import show_mask, slice_figure
@@ -30,69 +31,44 @@ NUM_BINS = 32  # of the intensity histograms
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class HSSLValidation:
     """Judges an `HSSLNet` on validation data, among others by how well its features betray the data set.
 
-    Attached to an evaluator whose network is the `HSSLNet` and whose `prepare_batch` is `views`. It leaves in the
-    engine's metrics
+    Attached to an evaluator whose network is the `HSSLNet` and whose `prepare_batch` is `HierarchyViews` that make two
+    views, it leaves in the engine's metrics
 
     - `retrieval_*` and `accuracy_*`, see `level_metrics`, over all validation images;
     - `reconstruction_error_<task>`, the unexplained variance over the masked voxels (over all, where a batch has none),
       a mean over the views of a task, and `reconstruction_error`, the mean over tasks;
-    - `shortcut_*`, see `shortcut_metrics`, of the bottleneck for the images as they are, with `training` as bank;
+    - `shortcut_*`, see `shortcut_metrics`, of the bottleneck for the images as they are, with a few training images of
+      each task as bank;
     - `collapse_*` and `domain_shift` of the same features, see `collapse_metrics`.
 
     What cannot be told from the data, with a single task above all, is left out. The pictures are
     `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
     and reconstructed; and `embedding_map`, of the features.
 
-    Args:
-        network: the network, not its wrapper.
-        views: makes two views of every image; restarted at every validation, so that all have the same views.
-        training: loader of a few fixed training images, not shuffled, of a data set with a data list.
-        validation: loader of the evaluator, likewise. Items of both have a "task" and a "group".
-        task_names: names of the tasks, in the order of `views`.
-        group_names: names of the groups, in the order of `views`.
-        writer: TensorBoard; None draws nothing.
-
-    Raises:
-        ValueError: if `views` makes another number of views, or has other names.
+    The loader does not shuffle, and the items of both data sets have a "task" and a "group".
     """
 
-    def __init__(
-        self,
-        network: HSSLNet,
-        views: HierarchyViews,
-        training: DataLoader[Any],
-        validation: DataLoader[Any],
-        task_names: Sequence[str],
-        group_names: Sequence[str],
-        writer: SummaryWriter | None = None,
-    ) -> None:
-        if views.num_views != 2:
-            raise InputError(f"`views` must make 2 views of every image, got {views.num_views}.")
-        for key, names in {"task": task_names, "group": group_names}.items():
-            if list(views.numbers[key]) != list(names):
-                raise InputError(f"`{key}_names` must be those of `views`, {list(views.numbers[key])}, got {names}.")
-        self.network = network
-        self.views = views
-        self.loaders = training, validation
-        self.task_names = task_names
-        self.writer = writer
-        self._start()
-        if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in self.loaders):
-            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
+    training: Dataset
+    writer: SummaryWriter | None = None  # None draws nothing
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         """Collect during a validation and judge at its end; attach before what writes the metrics."""
+        self.bank = DataLoader(part_of_tasks(self.training), batch_size=engine.data_loader.batch_size)
+        loaders = self.bank, engine.data_loader
+        if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in loaders):
+            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     @torch.no_grad()
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Leave the metrics in the engine's state, and draw."""
-        bank, items = (self._features(loader, engine.state.device) for loader in self.loaders)
+        bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         if self.writer is not None:
             epoch = engine.state.epoch
@@ -102,11 +78,11 @@ class HSSLValidation:
             self.writer.add_image("embedding_map", figure_to_tensor(figure), epoch)
             self.writer.flush()
 
-    def _start(self) -> None:
-        self.views.set_epoch(0)
-        # Of each batch: embeddings of three levels, logits of task and group, and errors, all (2·B, ...)
+    def _start(self, engine: Any) -> None:
+        self.views: HierarchyViews = engine.prepare_batch
+        self.views.set_epoch(0)  # all validations have the same views
+        # Of each batch: embeddings of three levels, logits of task and group, errors, task and group, all (2·B, ...)
         self.seen: list[tuple[Tensor, ...]] = []
-        self.labels: list[tuple[Tensor, Tensor]] = []  # task and group, (B,)
         self.pictures: dict[str, list[Tensor]] = {}  # rows of each task
 
     @torch.no_grad()
@@ -114,15 +90,16 @@ class HSSLValidation:
         target, output = engine.state.output["label"], engine.state.output["pred"]
         where = target.masked if target.masked is not None and target.masked.any() else None
         errors = view_errors(output.reconstruction, target.views, where)
-        self.seen.append((*output.embeddings, output.task_logits, output.group_logits, errors))
-        self.labels.append((target.task, target.group))
+        labels = target.task.repeat(2), target.group.repeat(2)
+        self.seen.append((*output.embeddings, output.task_logits, output.group_logits, errors, *labels))
         if self.writer is not None:
             self._draw(engine.state.output["image"], target, output)
 
     def _draw(self, seen: Tensor, target: HierarchyTarget, output: HSSLOutput) -> None:
         """Keep the pictures of the first images of each task, not the images."""
+        names = list(self.views.numbers["task"])
         for index, task in enumerate(target.task.tolist()):
-            rows = self.pictures.setdefault(self.task_names[task], [])
+            rows = self.pictures.setdefault(names[task], [])
             if len(rows) < NUM_PICTURES:
                 one = slice(index, index + 1)
                 masked = None if target.masked is None else target.masked[one]
@@ -131,22 +108,24 @@ class HSSLValidation:
 
     def _scored(self) -> dict[str, float]:
         """Metrics of the views."""
-        *embeddings, task_logits, group_logits, errors = map(_joined, zip(*self.seen, strict=True))
-        task, group = map(torch.cat, zip(*self.labels, strict=True))
-        levels = level_metrics(embeddings, (task_logits, group_logits), (task, group))
+        *embeddings, task_logits, group_logits, errors, tasks, groups = map(_joined, zip(*self.seen, strict=True))
         error = errors.unflatten(0, (2, -1)).mean(0)
+        task, group = tasks[: len(error)], groups[: len(error)]
+        levels = level_metrics(embeddings, (task_logits, group_logits), (task, group))
         by_task = {
-            metric_name("reconstruction_error", self.task_names[index]): float(error[task == index].mean())
-            for index in task.unique().tolist()
+            metric_name("reconstruction_error", name): float(error[task == index].mean())
+            for name, index in self.views.numbers["task"].items()
+            if (task == index).any()
         }
         metrics = {name: float(value) for name, value in levels.items()}
         return {**metrics, "reconstruction_error": float(np.mean([*by_task.values()])), **by_task}
 
-    def _features(self, loader: DataLoader[Any], device: torch.device) -> DomainFeatures:
-        found = extract_features(self.network.segresnet, loader, device, _histograms_and_bottleneck)
-        items = items_of(loader.dataset)
-        task, group = ([item[key] for item in items] for key in ("task", "group"))
-        return DomainFeatures(found.last, found.stages[:, :NUM_BINS], task, group)
+
+def _features(engine: Any, loader: DataLoader[Any]) -> DomainFeatures:
+    found = extract_features(engine.network.segresnet, loader, engine.state.device, _histograms_and_bottleneck)
+    items = items_of(loader.dataset)
+    task, group = ([item[key] for item in items] for key in ("task", "group"))
+    return DomainFeatures(found.last, found.stages[:, :NUM_BINS], task, group)
 
 
 def _histograms_and_bottleneck(encoder: nn.Module, images: Tensor) -> list[Tensor]:

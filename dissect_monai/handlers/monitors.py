@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from ignite.engine import Engine, Events
@@ -26,42 +27,25 @@ NUM_PICTURES = 4
 PATIENCE = 5  # looks in a row at which the features must be collapsed before the run stops
 
 
+@dataclass(eq=False)
 class Monitor(ABC):
     """Writes loss terms, indicators of a collapse and pictures of a pretraining run; stops a run that is lost.
 
-    Args:
-        network: the pretraining network, not its wrapper.
-        loss: its loss, for the terms by name.
-        optimizer: for the learning rate.
-        writer: TensorBoard; None on ranks that write nothing, which still stop with the others.
-        interval: iterations between looks; each waits for the device.
-
     Raises:
-        ValueError: if `interval` is not positive; during the run, if the loss is not finite or the features have
-            collapsed.
+        ValueError: during the run, if the loss is not finite or the features have collapsed.
     """
 
-    spread: str  # scalar on the scale of `feature_std` by which a collapse is judged
-    spread_of: str  # what it is called
-    collapsed_std = 0.01  # below which it is one, where isotropic features have 1
-    remedy: str  # against a collapse
+    network: nn.Module  # not its wrapper
+    loss: VQSSLLoss | HSSLLoss  # for the terms by name
+    optimizer: Optimizer  # for the learning rate
+    writer: SummaryWriter | None = None  # None on ranks that write nothing, which still stop with the others
+    interval: int = 10  # iterations between looks; each waits for the device
+    collapsed: int = field(default=0, init=False)  # looks in a row
 
-    def __init__(
-        self,
-        network: nn.Module,
-        loss: VQSSLLoss | HSSLLoss,
-        optimizer: Optimizer,
-        writer: SummaryWriter | None = None,
-        interval: int = 10,
-    ) -> None:
-        if interval < 1:
-            raise InputError(f"`interval` must be at least 1, got {interval}.")
-        self.network = network
-        self.loss = loss
-        self.optimizer = optimizer
-        self.writer = writer
-        self.interval = interval
-        self.collapsed = 0
+    spread: ClassVar[str]  # scalar on the scale of `feature_std` by which a collapse is judged
+    spread_of: ClassVar[str]  # what it is called
+    collapsed_std: ClassVar[float] = 0.01  # below which it is one, where isotropic features have 1
+    remedy: ClassVar[str]  # against a collapse
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, draw at the end of every epoch; attach before what saves the network."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +52,9 @@ class Question(NamedTuple):
     name: str
     columns: list[str]
     labels: list[Array]  # one (N, C) per split: training, validation, test; 1, 0 or NaN
-    # Columns that have probes and a C of their own, and only the training items that one of them is known of, so that
-    # what tells those apart from all others plays no part; None is all columns and all items.
-    parts: list[list[int]] | None = None
+    # Columns of one key share a C and the training items that one of them is known of, so that what tells those apart
+    # from all others plays no part; None is all columns and all items.
+    keys: list[str] | None = None
 
 
 class ProbeScores(NamedTuple):
@@ -63,8 +65,8 @@ class ProbeScores(NamedTuple):
     features: str  # "last", "stages" (all stages side by side) or that of the baseline
     probe: str  # "knn" or "linear"
     scores: Array  # (N, C)
-    auroc: dict[int, Resampled]  # of the columns that have one
-    ap: dict[int, Resampled]
+    auroc: dict[str, Resampled]  # of the columns that have one
+    ap: dict[str, Resampled]
 
 
 class Row(NamedTuple):
@@ -81,6 +83,7 @@ class Row(NamedTuple):
     positives: int  # items of which one is 1
 
 
+@dataclass(eq=False)
 class FrozenProbes:
     """Asks questions of frozen encoders and of a baseline by linear probe and k-NN, with 95 % intervals by subject.
 
@@ -89,19 +92,9 @@ class FrozenProbes:
 
     It writes findings.csv, differences.csv (macro AUROC of the first encoder less that of all others, paired bootstrap)
     and scores.npz (all scores, so that runs can be compared pairwise later), and leaves every AUROC in the engine's
-    metrics, which MONAI's `MetricsSaver` writes to metrics.csv. A metric is called after source, features, probe,
-    "auroc", the question (unless it is `findings` or `shortcut`) and the column, as in
-    `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are left out and named in the log.
-
-    Args:
-        encoders: encoders by name; the first is compared with all others.
-        loaders: loaders of the splits `training`, `validation` and `test`, of data sets with a data list `data`.
-        questions: with labels of the items of the three splits.
-        output_dir: folder for the tables.
-        baseline: makes features that need no encoder from the loaders, if any.
-        num_folds: 0 for the given splits, else the number of folds.
-        num_samples: bootstrap resamples.
-        seed: seed of folds and resamples.
+    metrics. A metric is called after source, features, probe, "auroc", the question (unless it is `findings` or
+    `shortcut`) and the column, as in `pretrained_last_linear_auroc_structures_macro`. Columns without both classes are
+    left out and named in the log.
 
     Raises:
         ValueError: if there are more folds than subjects.
@@ -110,28 +103,23 @@ class FrozenProbes:
         Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
     """
 
-    def __init__(
-        self,
-        encoders: Mapping[str, nn.Module],
-        loaders: Mapping[str, DataLoader[Any]],
-        questions: Sequence[Question],
-        output_dir: str | Path,
-        baseline: Callable[[Sequence[DataLoader[Any]]], Iterator[Features]] | None = None,
-        num_folds: int = 0,
-        num_samples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        self.encoders = encoders
-        self.loaders = [loaders[split] for split in SPLITS]
-        self.questions = questions
-        self.output_dir = Path(output_dir)
-        self.baseline = baseline
-        self.num_folds, self.num_samples, self.seed = num_folds, num_samples, seed
-        scored = self.loaders if num_folds else self.loaders[2:]
-        items = [item for loader in scored for item in items_of(loader.dataset)]
+    encoders: Mapping[str, nn.Module | None]  # by name; the first is compared with all others; None is left out
+    loaders: Mapping[str, DataLoader[Any]]  # of training, validation and test, whose data sets have a data list
+    questions: Sequence[Question]  # with labels of the items of the three splits
+    output_dir: str | Path
+    baseline: Callable[[Sequence[DataLoader[Any]]], Iterator[Features]] | None = None  # features without an encoder
+    num_folds: int = 0  # 0 for the given splits
+    num_samples: int = 1000  # bootstrap resamples
+    seed: int = 0  # of folds and resamples
+
+    def __post_init__(self) -> None:
+        self.networks = {name: encoder for name, encoder in self.encoders.items() if encoder is not None}
+        scored = SPLITS if self.num_folds else SPLITS[2:]
+        items = [item for split in scored for item in items_of(self.loaders[split].dataset)]
         self.subjects = [str(item.get("subject", item["image"])) for item in items]
-        if num_folds > len(set(self.subjects)):
-            raise InputError(f"`num_folds` must be at most the {len(set(self.subjects))} subjects, got {num_folds}.")
+        count = len(set(self.subjects))
+        if self.num_folds > count:
+            raise InputError(f"`num_folds` must be at most the {count} subjects, got {self.num_folds}.")
 
     def attach(self, engine: Engine) -> None:
         """Run when `engine` has seen the test split."""
@@ -139,41 +127,37 @@ class FrozenProbes:
 
     def __call__(self, engine: Engine) -> None:
         """Extract features, probe them, write the tables and leave the metrics."""
-        scored = [
+        results = [
             self._scored(question, source, kind, probe, scores)
             for source, kind, features in self._features(engine.state.device)
             for question in self.questions
             for probe, scores in self._scores(question, features).items()
         ]
-        rows = [row for result in scored for row in self._rows(result)]
-        left_out = [name for each in scored for i, name in enumerate(each.question.columns) if i not in each.auroc]
+        left_out = [name for each in results for name in each.question.columns if name not in each.auroc]
         if left_out:
             logger.warning("Left out, for lack of positives or negatives: %s.", ", ".join(dict.fromkeys(left_out)))
-        write_csv(self.output_dir / "findings.csv", columns(Row), rows, nan="nan")
-        write_csv(self.output_dir / "differences.csv", DIFFERENCES, self._differences(scored), nan="nan")
+        groups, folder = [list(self._rows(result)) for result in results], Path(self.output_dir)
+        write_csv(folder / "findings.csv", columns(Row), chain.from_iterable(groups), nan="nan")
+        write_csv(folder / "differences.csv", DIFFERENCES, self._differences(results), nan="nan")
         arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
-        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in scored}
-        np.savez_compressed(self.output_dir / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
-        for row in rows:
-            column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
-            name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
-            engine.state.metrics |= metrics_by_name({name: row.auroc})
-            if row.finding == MACRO or row.finding in self._logged():
-                logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
-
-    def _logged(self) -> list[str]:
-        """Columns whose AUROC is worth a line of the log: few, or that of a question by itself."""
-        if len(self.questions) == 1:
-            return self.questions[0].columns
-        return [question.columns[0] for question in self.questions if len(question.columns) == 1]
+        arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in results}
+        np.savez_compressed(folder / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
+        for group in groups:
+            for row in group:
+                column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
+                name = metric_name(f"{row.source}_{row.features}_{row.probe}_auroc", column)
+                engine.state.metrics |= metrics_by_name({name: row.auroc})
+                if row is group[0]:  # the mean, or the only column
+                    logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
 
     def _features(self, device: torch.device) -> Iterator[Features]:
-        for source, encoder in self.encoders.items():
-            splits = [extract_features(encoder, loader, device, feature_maps) for loader in self.loaders]
+        loaders = [self.loaders[split] for split in SPLITS]
+        for source, encoder in self.networks.items():
+            splits = [extract_features(encoder, loader, device, feature_maps) for loader in loaders]
             yield source, "last", [split.last for split in splits]
             yield source, "stages", [split.stages for split in splits]
         if self.baseline is not None:
-            yield from self.baseline(self.loaders)
+            yield from self.baseline(loaders)
 
     def _scores(self, question: Question, x: list[Array]) -> dict[str, Array]:
         """Scores of all columns by probe, NaN where there was nothing to learn from."""
@@ -182,60 +166,58 @@ class FrozenProbes:
             x_all, y_all = np.concatenate(x), np.concatenate(y)
             return {"linear": grouped_cross_val_scores(x_all, y_all, self.subjects, self.num_folds, self.seed)}
         scores = {probe: np.full(y[2].shape, np.nan) for probe in ("linear", "knn")}
-        for part in question.parts or [list(range(len(question.columns)))]:
+        keys = question.keys or [""] * len(question.columns)
+        for key in dict.fromkeys(keys):
+            part = [index for index, other in enumerate(keys) if other == key]
             train, val = y[0][:, part], y[1][:, part]
-            known = ~np.isnan(train).all(1) if question.parts else np.ones(len(train), dtype=bool)
+            known = ~np.isnan(train).all(1) if question.keys else np.ones(len(train), dtype=bool)
             if known.any():
-                fitted = linear_probe(x[0][known], train[known], x[1], val, x[2])
-                scores["linear"][:, part] = fitted.scores
+                scores["linear"][:, part] = linear_probe(x[0][known], train[known], x[1], val, x[2])
                 scores["knn"][:, part] = knn_scores(x[0][known], train[known], x[2])
         return scores
 
     def _scored(self, question: Question, source: str, kind: str, probe: str, scores: Array) -> ProbeScores:
-        aurocs, aps = {}, {}
-        for index, pair in enumerate(zip(self._truth(question).T, scores.T, strict=True)):
-            if not np.isnan(auroc(*pair)):
-                draws = self.subjects, self.num_samples, self.seed
-                aurocs[index] = resample(partial(auroc, *pair), *draws)
-                aps[index] = resample(partial(average_precision, *pair), *draws)
+        draws = self.subjects, self.num_samples, self.seed
+        pairs = dict(zip(question.columns, zip(self._truth(question).T, scores.T, strict=True), strict=True))
+        usable = {name: pair for name, pair in pairs.items() if not np.isnan(auroc(*pair))}
+        aurocs = {name: resample(partial(auroc, *pair), *draws) for name, pair in usable.items()}
+        aps = {name: resample(partial(average_precision, *pair), *draws) for name, pair in usable.items()}
         return ProbeScores(question, source, kind, probe, scores, aurocs, aps)
 
     def _truth(self, question: Question) -> Array:
         return np.concatenate(question.labels) if self.num_folds else question.labels[2]
 
     def _rows(self, result: ProbeScores) -> Iterator[Row]:
-        groups = {result.question.columns[index]: [index] for index in result.auroc}
-        if len(groups) > 1:
-            groups = {MACRO: list(result.auroc), **groups}
-        for name, indices in groups.items():
-            mean_auroc, mean_ap = (
-                percentile_interval(mean_resampled([each[index] for index in indices]))
-                for each in (result.auroc, result.ap)
-            )
-            truth = self._truth(result.question)[:, indices]
+        names = list(result.auroc)
+        groups = {MACRO: names} if len(names) > 1 else {}
+        for finding, group in (groups | {name: [name] for name in names}).items():
+            truth = self._truth(result.question)[:, [result.question.columns.index(name) for name in group]]
+            area, precision = (_mean_interval([each[name] for name in group]) for each in (result.auroc, result.ap))
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
-            place = (result.source, result.features, result.probe, result.question.name)
-            yield Row(*place, name, mean_auroc, mean_ap, n, positives)
+            place = result.source, result.features, result.probe, result.question.name
+            yield Row(*place, finding, area, precision, n, positives)
 
-    def _differences(self, scored: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
-        main = next(iter(self.encoders))
-        for result in scored:
-            for other in scored:
-                same = other.question is result.question and other.probe == result.probe
-                comparable = other.features == result.features or other.source not in self.encoders
-                shared = [index for index in result.auroc if index in other.auroc]
-                if result.source == main != other.source and same and comparable and shared:
-                    ours, theirs = (mean_resampled([each.auroc[i] for i in shared]) for each in (result, other))
-                    paired = Resampled(ours.value - theirs.value, ours.resamples - theirs.resamples)
-                    place = (result.question.name, result.features, result.probe, other.source)
-                    yield *place, percentile_interval(paired)
+    def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
+        main = next(iter(self.networks))
+        for ours, theirs in product(results, repeat=2):
+            same = theirs.question is ours.question and theirs.probe == ours.probe
+            comparable = theirs.features == ours.features or theirs.source not in self.networks
+            shared = [name for name in ours.auroc if name in theirs.auroc]
+            if ours.source == main != theirs.source and same and comparable and shared:
+                one, other = (mean_resampled([each.auroc[name] for name in shared]) for each in (ours, theirs))
+                paired = Resampled(one.value - other.value, one.resamples - other.resamples)
+                yield ours.question.name, ours.features, ours.probe, theirs.source, percentile_interval(paired)
+
+
+def _mean_interval(parts: Sequence[Resampled]) -> Interval:
+    return percentile_interval(mean_resampled(parts))
 
 
 class ProbeHandler(FrozenProbes):
     """`FrozenProbes` of labelled images or volumes: how well the findings can be read off the features.
 
-    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. Arguments that
-    are not named here are those of `FrozenProbes`.
+    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. All other
+    arguments are those of `FrozenProbes`.
 
     Args:
         label_names: names of the values of a label.
@@ -249,24 +231,21 @@ class ProbeHandler(FrozenProbes):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         label_names: Sequence[str],
         output_dir: str | Path,
         findings: str | Sequence[str] | None = None,
         shortcut: str | None = None,
-        num_folds: int = 0,
         pixels: bool = True,
-        num_samples: int = 1000,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         names = list(ensure_tuple(findings) if findings else label_names)
         questions = [Question("findings", names, [label_matrix(items, label_names, names) for items in splits])]
         if shortcut is not None:
             questions.append(_shortcut(splits, shortcut))
-        baseline = _pixel_components if pixels else None
-        super().__init__(encoders, loaders, questions, output_dir, baseline, num_folds, num_samples, seed)
+        super().__init__(encoders, loaders, questions, output_dir, _pixel_components if pixels else None, **kwargs)
 
 
 class VolumeProbeHandler(FrozenProbes):
@@ -281,7 +260,7 @@ class VolumeProbeHandler(FrozenProbes):
     - `domains_in_group`: the same for tasks that share a group, among its patches: which scanner, where the region is
       no help.
 
-    The baseline is histograms of the intensities. Arguments that are not named here are those of `FrozenProbes`.
+    The baseline is histograms of the intensities. All other arguments are those of `FrozenProbes`.
 
     Args:
         loaders: loaders of the three splits, of data sets as `patch_dataset` gives them.
@@ -291,13 +270,12 @@ class VolumeProbeHandler(FrozenProbes):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module | None],
         loaders: Mapping[str, DataLoader[Any]],
         output_dir: str | Path,
         label_names: Sequence[str] = (),
         intensity: bool = True,
-        num_samples: int = 1000,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         splits = [items_of(loaders[split].dataset) for split in SPLITS]
         asked = [_structures(splits), *_domains(splits)]
@@ -307,8 +285,7 @@ class VolumeProbeHandler(FrozenProbes):
         questions = [question for question in map(_scorable, asked) if question.columns]
         if not questions:
             logger.warning("No probe: %s.", _NOTHING_TO_ASK)
-        baseline = _histograms if intensity else None
-        super().__init__(encoders, loaders, questions, output_dir, baseline, num_samples=num_samples, seed=seed)
+        super().__init__(encoders, loaders, questions, output_dir, _histograms if intensity else None, **kwargs)
 
 
 def refuse_unlabelled(
@@ -405,11 +382,9 @@ def _structures(splits: Sequence[list[Item]]) -> Question:
     def label(item: Item, task: str, name: str) -> float:
         return item.get("structures", {}).get(name, np.nan) if item["task"] == task else np.nan
 
-    labels: list[Array] = []
-    for items in splits:
-        rows = [[label(item, *pair) for pair in pairs] for item in items]
-        labels.append(np.array(rows, dtype=float).reshape(len(items), len(pairs)))
-    return Question("structures", ["/".join(pair) for pair in pairs], labels, _parts([task for task, _ in pairs]))
+    rows = [[[label(item, *pair) for pair in pairs] for item in items] for items in splits]
+    labels: list[Array] = [np.array(each, dtype=float).reshape(len(each), len(pairs)) for each in rows]
+    return Question("structures", ["/".join(pair) for pair in pairs], labels, [task for task, _ in pairs])
 
 
 def _domains(splits: Sequence[list[Item]]) -> list[Question]:
@@ -423,7 +398,7 @@ def _domains(splits: Sequence[list[Item]]) -> list[Question]:
     within = [task_labels(*origin, sharing, within_group=True) for origin in origins]
     return [
         Question("domains", list(tasks), everywhere),
-        Question("domains_in_group", list(sharing), within, _parts(list(sharing.values()))),
+        Question("domains_in_group", list(sharing), within, list(sharing.values())),
     ]
 
 
@@ -436,15 +411,9 @@ def _scorable(question: Question) -> Question:
             "Left out of %s, for lack of patches with it or without it in training or in test: %s.",
             question.name, ", ".join(left_out),
         )  # fmt: skip
-    parts = question.parts and [[kept.index(index) for index in part if index in kept] for part in question.parts]
     return Question(
         question.name,
         [question.columns[index] for index in kept],
         [labels[:, kept] for labels in question.labels],
-        parts and [part for part in parts if part],
+        question.keys and [question.keys[index] for index in kept],
     )
-
-
-def _parts(keys: Sequence[str]) -> list[list[int]]:
-    """Places of equal keys."""
-    return [[index for index, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]

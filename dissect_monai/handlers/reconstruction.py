@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from ignite.engine import Engine, Events
 from PIL import Image
 from torch import Tensor
 
-from dissect_monai.common import Array, InputError, Interval, Item
+from dissect_monai.common import Array, Interval, Item
+from dissect_monai.data.datasets import items_of
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.intervals import bootstrap
+from dissect_monai.networks.weights import has_decoder
 from dissect_monai.visualize.training import show_mask, slice_figure
 from dissect_monai.writing import columns, metric_name, write_csv
 
@@ -30,36 +33,31 @@ class ReconstructionRow(NamedTuple):
     error: Interval
 
 
+@dataclass(eq=False)
 class ReconstructionHandler:
     """Measures the reconstructions of an evaluator whose `prepare_batch` is `MaskedImages`, per task.
 
     It writes reconstruction.csv, whose lines are `ReconstructionRow`s, and reconstruction.png, the first patch of every
     task, in the order of the lines: as it was, as the network saw it, the masked voxels blue, and as it reconstructed
     it. The error of the masked voxels is left in the engine's metrics as `reconstruction_error_<task>`.
-
-    Args:
-        data: the data list of the patches, each with "task", "group" and "subject", in the order of the evaluator.
-        output_dir: folder for both files.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
-
-    Raises:
-        ValueError: during the run, if the evaluator sees another number of patches.
+    Items of the evaluator's data set have a "task", a "group" and a "subject".
     """
 
-    def __init__(self, data: Sequence[Item], output_dir: str | Path, num_samples: int = 1000, seed: int = 0) -> None:
-        self.data = data
-        self.output_dir = Path(output_dir)
-        self.num_samples, self.seed = num_samples, seed
-        self._clear()
+    output_dir: str | Path
+    num_samples: int = 1000  # bootstrap resamples
+    seed: int = 0  # of the resamples
+    weights_path: str | Path | None = None  # of the network; of an encoder alone there is nothing to measure
 
     def attach(self, engine: Engine) -> None:
         """Measure every batch, and sum up when `engine` has seen them all."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._clear)
+        if self.weights_path is not None and not has_decoder(self.weights_path):
+            return
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def _clear(self) -> None:
+    def _start(self, engine: Any) -> None:
+        self._data: list[Item] = items_of(engine.data_loader.dataset)
         self._errors: list[Tensor] = []  # (B, 2), of the masked voxels, NaN if there are none, and of all
         self._pictures: dict[str, list[Tensor]] = {}  # target, input and reconstruction of each task
 
@@ -68,7 +66,7 @@ class ReconstructionHandler:
         views, masked = output["label"]
         images, reconstructions = output["image"], output["pred"].float()
         seen = sum(map(len, self._errors))
-        for index, item in enumerate(self.data[seen : seen + len(views)]):
+        for index, item in enumerate(self._data[seen : seen + len(views)]):
             one = slice(index, index + 1)
             shown = (views[one], show_mask(images[one], masked[one]), reconstructions[one])
             self._pictures.setdefault(item["task"], [each.cpu() for each in shown])
@@ -78,20 +76,18 @@ class ReconstructionHandler:
     def __call__(self, engine: Engine) -> None:
         """Write the table and the picture, and leave the metrics."""
         errors = torch.cat(self._errors).double().numpy()
-        if len(errors) != len(self.data):
-            raise InputError(f"`data` must be the {len(errors)} patches of the evaluator, got {len(self.data)}.")
-        rows = [self._row(task, errors) for task in sorted({item["task"] for item in self.data})]
-        write_csv(self.output_dir / "reconstruction.csv", columns(ReconstructionRow), rows, nan="nan")
+        rows = [self._row(task, errors) for task in sorted({item["task"] for item in self._data})]
+        write_csv(Path(self.output_dir, "reconstruction.csv"), columns(ReconstructionRow), rows, nan="nan")
         tiles = zip(*(self._pictures[row.task] for row in rows), strict=True)
         figure = slice_figure([torch.cat(column) for column in tiles])
         pixels = figure.mul(255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(self.output_dir / "reconstruction.png")
+        Image.fromarray(pixels).save(Path(self.output_dir, "reconstruction.png"))
         for row in rows:
             engine.state.metrics[metric_name("reconstruction_error", row.task)] = row.masked_error.value
 
     def _row(self, task: str, errors: Array) -> ReconstructionRow:
-        chosen = [index for index, item in enumerate(self.data) if item["task"] == task]
-        items = [self.data[index] for index in chosen]
+        chosen = [index for index, item in enumerate(self._data) if item["task"] == task]
+        items = [self._data[index] for index in chosen]
         subjects = [str(item.get("subject", item["image"])) for item in items]
         within, whole = (self._interval(each, subjects) for each in errors[chosen].T)
         return ReconstructionRow(task, items[0]["group"], len(items), len(set(subjects)), within, whole)

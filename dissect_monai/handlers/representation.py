@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from monai.engines import IterationEvents
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import InputError
 from dissect_monai.losses.pretraining import VQSSLLoss
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import effective_rank
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 LOW_RANK = 0.1  # share of the highest possible rank under which a representation has next to collapsed
 
 
+@dataclass(eq=False)
 class RepresentationMonitor:
     """Writes, every few epochs, what each term of the loss does to the encoder, and the rank of its features.
 
@@ -29,35 +30,15 @@ class RepresentationMonitor:
     norms, in the first iteration of the epoch. `collapse/effective_rank_unaugmented` is that of the pooled last stage
     at the end of the epoch, with a warning if it is under a tenth of what is possible.
 
-    Args:
-        encoder: the encoder as it trains, not its wrapper.
-        loss: the loss of the pretraining network, for its terms.
-        images: batches with an "image", unaugmented.
-        writer: TensorBoard; None on ranks that write nothing, where the terms are computed with the others.
-        interval: epochs between looks, at least 1.
-
-    Raises:
-        ValueError: if `interval` is not positive.
-
     Reference:
         Roy & Vetterli, The effective rank, EUSIPCO 2007.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        loss: VQSSLLoss,
-        images: Iterable[Mapping[str, Any]],
-        writer: SummaryWriter | None = None,
-        interval: int = 1,
-    ) -> None:
-        if interval < 1:
-            raise InputError(f"`interval` must be at least 1, got {interval}.")
-        self.encoder = encoder
-        self.loss = loss
-        self.images = images
-        self.writer = writer
-        self.interval = interval
+    encoder: nn.Module  # as it trains, not its wrapper
+    loss: VQSSLLoss
+    images: Iterable[Mapping[str, Any]]  # batches with an "image", unaugmented
+    writer: SummaryWriter | None = None  # None where nothing is written; the terms are computed with the others
+    interval: int = 1  # epochs between looks
 
     def attach(self, engine: Engine) -> None:
         """Look in the first epoch and in every `interval`-th one."""

@@ -6,10 +6,10 @@ import gzip
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isnan, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -23,26 +23,23 @@ from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import VOLUME_SUFFIXES
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.quantizers import MultiScaleQuantizer
-from dissect_monai.networks.weights import load_torch
+from dissect_monai.networks.weights import load_quantizer
 from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
-_PRETRAINING = "give `checkpoint` a checkpoint_epoch=N.pt of pretraining"
 
 
 class Saver(ABC):
-    """Collects a result of every image after every batch and writes `path` at the end of a run.
+    """Collects a result of every image of a `ReadableLoader` after every batch, and writes `path` at the end of a run.
 
     When all is written, images that could not be read end the run with an error.
     """
 
     what: str  # is written, for the log
 
-    def __init__(self, loader: ReadableLoader, path: str | Path) -> None:
-        self.loader, self.path = loader, Path(path)
-        self.results: dict[int, Any] = {}  # by the index of the image
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     def attach(self, engine: Engine) -> None:
         """Collect after every batch, write at the end."""
@@ -50,22 +47,28 @@ class Saver(ABC):
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Keep the results of one batch."""
         batch = engine.state.batch
         indices = batch["index"].tolist() if isinstance(batch, dict) else [int(each["index"]) for each in batch]
-        self.results |= zip(indices, self._collect(indices, engine.state.output), strict=True)
+        self.results |= zip(indices, self._collect(indices, engine), strict=True)
 
     @property
     def images(self) -> list[str]:
         """Paths of all images."""
         return [str(item["image"]) for item in self.loader.dataset.data]
 
-    def _start(self) -> None:
-        self.results = {}
+    def rows(self, unknown: Any = "") -> Iterator[tuple[str, Any, str]]:
+        """Path of every image, its result or `unknown`, and why it could not be read or nothing."""
+        for index, image in enumerate(self.images):
+            yield image, self.results.get(index, unknown), self.loader.errors.get(index, "")
+
+    def _start(self, engine: Any) -> None:
+        self.loader: ReadableLoader = engine.data_loader
+        self.results: dict[int, Any] = {}  # by the index of the image
 
     @abstractmethod
-    def _collect(self, indices: list[int], output: Any) -> Iterable[Any]:
+    def _collect(self, indices: list[int], engine: Any) -> Iterable[Any]:
         """The results of one batch, of images with these indices."""
 
     @abstractmethod
@@ -89,54 +92,47 @@ class PredictionSaver(Saver):
     `decollate=False`.
 
     Args:
-        loader: the evaluator's loader.
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
         overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
             furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
             images. Where nothing speaks for the finding the name ends in "_nothing".
-        network: the evaluator's network, for the overlays.
         thresholds: probability from which on a finding is called, by name, as `read_calibration` gives them; with NaN
             it is neither called nor not.
 
     Raises:
-        ValueError: if `overlays` is unknown or has no network; during the run, if there are more or fewer probabilities
-            than names; at its end, if images could not be read.
+        ValueError: during the run, if there are more or fewer probabilities than names; at its end, if images could
+            not be read.
     """
 
     what = "predictions"
 
     def __init__(
         self,
-        loader: ReadableLoader,
         label_names: Sequence[str],
         output_dir: str | Path,
         overlays: str = "none",
-        network: nn.Module | None = None,
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
-        if overlays not in OVERLAYS:
-            raise InputError(f"`overlays` must be one of {', '.join(OVERLAYS)}, got {overlays!r}.")
-        if overlays != "none" and network is None:
-            raise InputError("`network` must be given for `overlays`, got None.")
-        super().__init__(loader, Path(output_dir, "probabilities.csv"))
+        super().__init__(Path(output_dir, "probabilities.csv"))
         self.label_names = list(label_names)
-        self.overlays, self.network = overlays, network
+        self.overlays = overlays
         self.thresholds = dict(thresholds or {})
 
-    def _start(self) -> None:
-        super()._start()
+    def _start(self, engine: Any) -> None:
+        super()._start(engine)
         for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
             path.unlink()
 
-    def _collect(self, indices: list[int], output: Any) -> list[list[float]]:
+    def _collect(self, indices: list[int], engine: Any) -> list[list[float]]:
+        output = engine.state.output
         probabilities = output["pred"].as_subclass(Tensor).detach().cpu()
         if probabilities.shape[1] != len(self.label_names):
             raise InputError(
                 f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
             )
-        if self.network is not None and self.overlays != "none":
-            self._draw(self.network, indices, output["image"].as_subclass(Tensor), probabilities)
+        if self.overlays != "none":
+            self._draw(engine.network, indices, output["image"].as_subclass(Tensor), probabilities)
         return probabilities.tolist()
 
     def _draw(self, network: nn.Module, indices: list[int], images: Tensor, probabilities: Tensor) -> None:
@@ -165,22 +161,18 @@ class PredictionSaver(Saver):
         return score
 
     def _write(self) -> None:
-        called = [f"{name} called" for name in self.label_names if name in self.thresholds]
-        unknown, errors = [nan] * len(self.label_names), self.loader.errors
-        rows = [
-            [image, *self._texts(self.results.get(index, unknown)), errors.get(index, "")]
-            for index, image in enumerate(self.images)
-        ]
-        write_csv(self.path, ["image", *self.label_names, *called, "error"], rows)
+        called = [name for name in self.label_names if name in self.thresholds]
+        lines = []
+        for image, result, error in self.rows(unknown=[nan] * len(self.label_names)):
+            probabilities = dict(zip(self.label_names, result, strict=True))
+            texts = ["" if isnan(value) else f"{value:.6f}" for value in result]
+            calls = [_called(probabilities[name], self.thresholds[name]) for name in called]
+            lines.append([image, *texts, *calls, error])
+        write_csv(self.path, ["image", *self.label_names, *(f"{name} called" for name in called), "error"], lines)
 
-    def _texts(self, probabilities: Sequence[float]) -> list[str]:
-        """The probabilities of an image, then its calls; blank is unknown."""
-        calls = []
-        for name, probability in zip(self.label_names, probabilities, strict=True):
-            if name in self.thresholds:
-                threshold = self.thresholds[name]
-                calls.append("" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}")
-        return [*("" if isnan(value) else f"{value:.6f}" for value in probabilities), *calls]
+
+def _called(probability: float, threshold: float) -> str:
+    return "" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}"
 
 
 class LabelMapSaver(Saver):
@@ -193,7 +185,6 @@ class LabelMapSaver(Saver):
     The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
-        loader: the evaluator's loader.
         class_names: structures of the values 1, 2, ..., at most 255.
         output_dir: folder to write to.
 
@@ -203,18 +194,18 @@ class LabelMapSaver(Saver):
 
     what = "label maps"
 
-    def __init__(self, loader: ReadableLoader, class_names: Sequence[str], output_dir: str | Path) -> None:
+    def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
         if len(class_names) > 255:
             raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
-        super().__init__(loader, Path(output_dir, "label_maps.csv"))
+        super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
 
-    def _start(self) -> None:
-        super()._start()
+    def _start(self, engine: Any) -> None:
+        super()._start(engine)
         self.names = relative_names(self.images)
 
-    def _collect(self, indices: list[int], output: Any) -> list[Path]:
-        return [self._save(index, each["pred"]) for index, each in zip(indices, output, strict=True)]
+    def _collect(self, indices: list[int], engine: Any) -> list[Path]:
+        return [self._save(index, each["pred"]) for index, each in zip(indices, engine.state.output, strict=True)]
 
     def _save(self, index: int, label_map: MetaTensor) -> Path:
         path = self.path.parent / f"{self.names[index]}_seg.nii.gz"
@@ -234,11 +225,7 @@ class LabelMapSaver(Saver):
         return path
 
     def _write(self) -> None:
-        rows = [
-            [image, self.results.get(index, ""), self.loader.errors.get(index, "")]
-            for index, image in enumerate(self.images)
-        ]
-        write_csv(self.path, ["image", "label_map", "error"], rows)
+        write_csv(self.path, ["image", "label_map", "error"], self.rows())
 
 
 def save_label_map(label_map: MetaTensor, path: str | Path) -> None:
@@ -268,8 +255,8 @@ def relative_names(images: Sequence[str]) -> list[str]:
 
 
 def _without_suffix(name: str) -> str:
-    suffixes = [suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)]
-    return name[: -len(max(suffixes, key=len))] if suffixes else name
+    suffix = max((each for each in VOLUME_SUFFIXES if name.lower().endswith(each)), key=len, default="")
+    return name[: len(name) - len(suffix)]
 
 
 class EmbeddingSaver(Saver):
@@ -281,40 +268,35 @@ class EmbeddingSaver(Saver):
     `decollate=False`.
 
     Args:
-        loader: the evaluator's loader.
         output_dir: folder of the file.
         output_format: `csv` or `npz`.
-        encoder: the evaluator's network; only used for the codes.
-        checkpoint: a `checkpoint_epoch=N.pt` of pretraining whose codebooks give the codes; None writes no codes.
+        checkpoint: a `checkpoint_epoch=N.pt` of the encoder's pretraining, whose codebooks give the codes; None writes
+            no codes.
 
     Raises:
-        ValueError: if the format is unknown, or codes are asked for in a CSV; at the end, if images could not be read.
+        ValueError: if codes are asked for in a CSV; at the end, if images could not be read.
     """
 
     what = "embeddings"
 
     def __init__(
         self,
-        loader: ReadableLoader,
         output_dir: str | Path,
         output_format: str = "csv",
-        encoder: nn.Module | None = None,
         checkpoint: str | Path | None = None,
     ) -> None:
-        if output_format not in ("csv", "npz"):
-            raise InputError(f"`output_format` must be csv or npz, got {output_format!r}.")
         if checkpoint is not None and output_format != "npz":
             raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
-        super().__init__(loader, Path(output_dir, f"embeddings.{output_format}"))
-        self.encoder = encoder
+        super().__init__(Path(output_dir, f"embeddings.{output_format}"))
         self.codes = None if checkpoint is None else load_quantizer(checkpoint)
 
-    def _collect(self, indices: list[int], output: Any) -> list[dict[str, Any]]:
+    def _collect(self, indices: list[int], engine: Any) -> list[dict[str, Any]]:
+        output, encoder = engine.state.output, engine.network
         parts = {"embedding": output["pred"]}
-        if self.codes is not None and self.encoder is not None:
+        if self.codes is not None:
             quantizer, stages = self.codes
-            with torch.inference_mode(), eval_mode(self.encoder):  # the evaluator has left that mode
-                maps = feature_maps(self.encoder, output["image"].as_subclass(Tensor))
+            with torch.inference_mode(), eval_mode(encoder):  # the evaluator has left that mode
+                maps = feature_maps(encoder, output["image"].as_subclass(Tensor))
                 quantized = quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in stages])
             parts |= {
                 f"codes_stage{stage}": scale.indices.int() for stage, scale in zip(stages, quantized, strict=True)
@@ -332,39 +314,7 @@ class EmbeddingSaver(Saver):
             arrays |= {"unreadable": [images[index] for index in errors]}
             np.savez_compressed(self.path, **arrays)
             return
-        rows = [
-            [image, errors[index]]
-            if index in errors
-            else [image, "", *(f"{value:.6g}" for value in self.results[index]["embedding"])]
-            for index, image in enumerate(images)
-        ]
+        results = self.rows(unknown={"embedding": []})
+        rows = [[image, error, *(f"{value:.6g}" for value in each["embedding"])] for image, each, error in results]
         width = len(first.get("embedding", ()))
         write_csv(self.path, ["image", "error", *(f"e{index}" for index in range(width))], rows)
-
-
-class TrainedQuantizer(NamedTuple):
-    """The quantiser of a pretraining run."""
-
-    quantizer: MultiScaleQuantizer
-    stages: list[int]  # the stages of the encoder that it quantises, counted from 1
-
-
-def load_quantizer(path: str | Path) -> TrainedQuantizer:
-    """Projections and codebooks of a `checkpoint_epoch=N.pt`; their sizes and settings are read from it.
-
-    Raises:
-        ValueError: if the checkpoint holds no quantiser.
-    """
-    checkpoint = load_torch(path, _PRETRAINING)
-    prefix, settings = "quantizer.", checkpoint.get("settings", {})
-    network = checkpoint.get("network", {})
-    state = {key.removeprefix(prefix): value for key, value in network.items() if key.startswith(prefix)}
-    channels = [value.shape[1] for key, value in state.items() if key.startswith("projections.") and value.ndim > 1]
-    codes = [value.shape for key, value in state.items() if key.endswith("embedding.weight")]
-    if not codes or "stages" not in settings:
-        raise InputError(f"{path} holds no quantiser: {_PRETRAINING}.")
-    quantizer = MultiScaleQuantizer(
-        settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
-    )
-    quantizer.load_state_dict(state)
-    return TrainedQuantizer(quantizer, settings["stages"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,18 @@ from dissect_monai.handlers.segmentation_report import (
     write_tables,
 )
 from dissect_monai.metrics.segmentation import score_structures
-from dissect_monai.transforms.labels import integer_map, largest_components, values_to_classes
+from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
-from dissect_monai.visualize.classifier import figure_to_tensor
+from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 NUM_OVERLAYS = 2
 
 
+@dataclass(eq=False)
 class SegmentationEvaluation:
     """Scores the predictions of an evaluator on the grid of the label files, see `score_structures` and `summarize`.
 
@@ -47,46 +48,24 @@ class SegmentationEvaluation:
     metrics. Structures that no label has, or no prediction can have, are named in the log. The processes of a
     distributed run score a part of the cases each, and all of them have the metrics of all cases.
 
-    Args:
-        class_names: structures of the classes 1, 2, ...
-        output_dir: folder for cases.csv, subjects.csv, summary.csv and report.html; None writes nothing.
-        tolerance: of the surface Dice in mm.
-        largest_only: structures of which only the largest connected part counts.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
-        writer: TensorBoard, which gets the first two cases as overlays; None draws none.
-        facts: headline facts of the report by name, such as where the weights come from; None writes no report.
-        notes: sentences of the report on how to read it.
-        window: values of the images that are black and white in the pictures, where the modality is CT.
-
     Raises:
         ValueError: during the run, as `refuse_unmapped` and `read_maps` say, or if a prediction is of no item of the
             evaluator's data set.
     """
 
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        output_dir: str | Path | None = None,
-        tolerance: float = 2.0,
-        largest_only: Sequence[str] = (),
-        num_samples: int = 1000,
-        seed: int = 0,
-        writer: SummaryWriter | None = None,
-        facts: Mapping[str, Any] | None = None,
-        notes: Sequence[str] = (),
-        window: tuple[float, float] | None = None,
-    ) -> None:
-        self.class_names = list(class_names)
-        self.output_dir = output_dir
-        self.tolerance = tolerance
-        self.largest_only = largest_only
-        self.num_samples, self.seed = num_samples, seed
-        self.writer = writer
-        self.facts, self.notes, self.window = facts, notes, window
-        self.items: dict[str, Item] = {}
-        self.cases: dict[str, CaseScores] = {}
-        self.stored: dict[str, bytes] = {}
+    class_names: Sequence[str]  # structures of the classes 1, 2, ...
+    output_dir: str | Path | None = None  # for cases.csv, subjects.csv, summary.csv, report.html; None writes nothing
+    tolerance: float = 2.0  # of the surface Dice in mm
+    largest_only: str | Sequence[str] = ()  # whose largest connected part alone counts, see `chosen_structures`
+    num_samples: int = 1000  # bootstrap resamples
+    seed: int = 0  # of the resamples
+    writer: SummaryWriter | None = None  # TensorBoard, which gets the first two cases as overlays; None draws none
+    facts: Mapping[str, Any] | None = None  # of the report by name, such as the weights; None writes no report
+    notes: Sequence[str] = ()  # of the report, on how to read it
+    window: tuple[float, float] | None = None  # values that are black and white in pictures of CT
+
+    def __post_init__(self) -> None:
+        self.structures = chosen_structures(self.largest_only, self.class_names)
 
     def attach(self, engine: Engine) -> None:
         """Score after every batch, sum up at the end; attach before what writes the metrics."""
@@ -106,18 +85,24 @@ class SegmentationEvaluation:
                     f"{image}: keep `track_meta` in the preprocessing."
                 )
             item = self.items[image]
-            maps = read_maps(item, pred, self.class_names, self.largest_only)
+            maps = read_maps(item, pred, self.class_names, self.structures)
             self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
-            if self.facts is not None:
-                self.stored[image] = maps.compressed()
-            if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
-                figure = case_figure(item, maps, scored_classes(item, self.class_names), self.window)
-                name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
-                self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
+            drawn = self.writer is not None and len(self.cases) <= NUM_OVERLAYS
+            if drawn or self.facts is not None:
+                # All classes in all pictures, so that each has one colour.
+                labels: dict[str, list[int]] = {name: [] for name in self.class_names}
+                labels |= scored_classes(item, self.class_names)
+                figure = case_figure(item, maps, labels, self.window)
+                if self.facts is not None:
+                    self.pictures[image] = figure_to_png(figure)
+                if self.writer is not None and drawn:
+                    name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
+                    self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
-        self.items = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
-        self.cases, self.stored = {}, {}
+        self.items: dict[str, Item] = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
+        self.cases: dict[str, CaseScores] = {}
+        self.pictures: dict[str, bytes] = {}  # of all cases, for the report
         refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
         unknown = [name for name in named if name not in self.class_names]
@@ -134,19 +119,9 @@ class SegmentationEvaluation:
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)
-        if self.facts is None:
-            return
-        # All structures in all pictures, so that each has one colour.
-        no_class: dict[str, list[int]] = {each.structure: [] for each in summaries[1:]}
-
-        def draw(case: CaseScores) -> Figure | None:
-            if case.case not in self.stored:
-                return None
-            item, maps = self.items[case.case], CaseMaps.restored(self.stored[case.case])
-            return case_figure(item, maps, no_class | scored_classes(item, self.class_names), self.window)
-
-        path = Path(self.output_dir, "report.html")
-        write_segmentation_report(path, cases, summaries, draw, self.facts, self.notes)
+        if self.facts is not None:
+            path = Path(self.output_dir, "report.html")
+            write_segmentation_report(path, cases, summaries, self.pictures, self.class_names, self.facts, self.notes)
 
 
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:
@@ -181,7 +156,7 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
             "%s has the values %s, which `labels` does not name: they count as background.",
             item["label"], ", ".join(map(str, unknown)),
         )  # fmt: skip
-    pred_map = largest_components(pred_map, [each for name, each in classes.items() if name in largest_only])
+    pred_map = largest_components(pred_map, [value for name, (value,) in classes.items() if name in largest_only])
     return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
 
 

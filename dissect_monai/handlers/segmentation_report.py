@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
-from functools import partial
-from io import BytesIO
-from itertools import cycle
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,14 +15,13 @@ from monai.transforms import LoadImage, SpatialResample
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from dissect_monai.common import Array, InputError, Interval, Item
+from dissect_monai.common import Array, Interval, Item
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
 from dissect_monai.transforms.intensity import is_ct
 from dissect_monai.transforms.labels import LabelMap
-from dissect_monai.visualize.classifier import figure_to_png
-from dissect_monai.visualize.page import LIMITS, Swatch, write_report
+from dissect_monai.visualize.page import LIMITS, Case, colored, write_report
 from dissect_monai.visualize.segmentation import ORGAN_COLORS, segmentation_overlay
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
@@ -34,14 +30,15 @@ if TYPE_CHECKING:
 
 METRICS = Overlap._fields
 MEAN = "mean"  # what the line of the mean over structures is called
+HEADINGS = ("Structure", "Subjects", "Dice", "HD95 (mm)", "Surface Dice", "Missed", "False positives")
 SEGMENTATION_LIMITS = (
-    *LIMITS[:2],
+    *LIMITS,
     "Missed: cases whose label has the structure and whose prediction does not; they count as Dice 0 and have no HD95. "
     "False positives: the reverse; they have no score, for the structure may never have been contoured. "
     "A dash: not defined, as where no label has the structure (absent).",
     "Three planes do not show a whole volume: open the weakest cases in a viewer.",
 )
-NO_MAP = "No picture: the prediction of this case was not kept."
+NO_PICTURE = "No picture: another process has predicted this case."
 _NUM_NAMED = 3  # of the weakest and strongest structures
 
 
@@ -87,9 +84,9 @@ def subject_scores(cases: Sequence[CaseScores]) -> list[SubjectScores]:
     by_subject: dict[str, list[CaseScores]] = {}
     for case in cases:
         by_subject.setdefault(case.subject, []).append(case)
-    means = zip(*(_row_means(_matrix(cases, metric)).tolist() for metric in METRICS), strict=True)
+    means = zip(*(_matrix(cases, metric)[:, 0].tolist() for metric in METRICS), strict=True)
     return [
-        SubjectScores._make([subject, *row, _count(own, "missed"), _count(own, "false_positive")])
+        SubjectScores._make([subject, *row, *_counts(own)])
         for (subject, own), row in zip(by_subject.items(), means, strict=True)
     ]
 
@@ -103,26 +100,19 @@ def summarize(cases: Sequence[CaseScores], num_samples: int = 1000, seed: int = 
     one subject has none. A structure that no label has, has counts alone, and is left out of the mean.
 
     Args:
-        cases: the scores of all cases; the structures may differ between them.
+        cases: the scores of all cases, at least one; the structures may differ between them.
         num_samples: bootstrap resamples.
         seed: seed of the resamples.
-
-    Raises:
-        ValueError: if there are no cases, or `num_samples` is not positive.
     """
-    if not cases:
-        raise InputError("`cases` must hold the scores of at least one case, got none.")
     matrices = {metric: _matrix(cases, metric) for metric in METRICS}
-    values = {MEAN: {metric: _row_means(matrix) for metric, matrix in matrices.items()}}
-    for index, name in enumerate(_names(cases)):
-        values[name] = {metric: matrix[:, index] for metric, matrix in matrices.items()}
     summaries = []
-    for row, (name, by_metric) in enumerate(values.items()):
-        fields: dict[str, Any] = {metric: _interval(each, num_samples, seed) for metric, each in by_metric.items()}
-        fields |= {f"{metric}_std": _std(each) for metric, each in by_metric.items()}
-        missed, false = (_count(cases, outcome, name if row else None) for outcome in ("missed", "false_positive"))
-        num_subjects = int((~np.isnan(by_metric["dice"])).sum())
-        summaries.append(StructureSummary(name, num_subjects, missed=missed, false_positives=false, **fields))
+    for index, name in enumerate([MEAN, *_names(cases)]):
+        scores = {metric: matrix[:, index] for metric, matrix in matrices.items()}
+        fields: dict[str, Any] = {metric: _interval(values, num_samples, seed) for metric, values in scores.items()}
+        fields |= {f"{metric}_std": _std(values) for metric, values in scores.items()}
+        missed, false_positives = _counts(cases, name if index else None)
+        num_subjects = int((~np.isnan(scores["dice"])).sum())
+        summaries.append(StructureSummary(name, num_subjects, missed=missed, false_positives=false_positives, **fields))
     return summaries
 
 
@@ -151,22 +141,19 @@ def _names(cases: Sequence[CaseScores]) -> list[str]:
 
 
 def _matrix(cases: Sequence[CaseScores], metric: str) -> Array:
-    """A metric of each subject and structure, the mean of its cases, (S, K); NaN where there is none."""
-    cells: dict[tuple[str, str], list[float]] = {}
+    """A metric of each subject: the mean over structures, then each of them, (S, 1 + K); NaN where there is none."""
+    cells: dict[str, dict[str, list[float]]] = {}
     for case in cases:
+        own = cells.setdefault(case.subject, {})
         for score in case.structures:
-            cells.setdefault((case.subject, score.structure), []).append(getattr(score, metric))
-    subjects, names = dict.fromkeys(case.subject for case in cases), _names(cases)
-    return np.array([[_nanmean(cells.get((subject, name), [])) for name in names] for subject in subjects], dtype=float)
+            own.setdefault(score.structure, []).append(getattr(score, metric))
+    rows = [[_mean(own.get(name, [])) for name in _names(cases)] for own in cells.values()]
+    return np.array([[_mean(row), *row] for row in rows])
 
 
-def _nanmean(values: Sequence[float] | Array) -> float:
+def _mean(values: Sequence[float]) -> float:
     known = [value for value in values if not isnan(value)]
     return float(np.mean(known)) if known else NAN
-
-
-def _row_means(matrix: Array) -> Array:
-    return np.array([_nanmean(row) for row in matrix])
 
 
 def _std(values: Array) -> float:
@@ -176,20 +163,16 @@ def _std(values: Array) -> float:
 
 def _interval(values: Array, num_samples: int, seed: int) -> Interval:
     """Mean of the known values of subjects, and its interval."""
-    known = np.flatnonzero(~np.isnan(values))
+    known = values[~np.isnan(values)]
     if len(known) < 2:
-        return Interval(_nanmean(values), NAN, NAN)
-    return bootstrap(partial(_weighted_mean, values[known]), known, num_samples, seed)
+        return Interval(_mean(values.tolist()), NAN, NAN)
+    return bootstrap(lambda weight: weight @ known / weight.sum(1), np.arange(len(known)), num_samples, seed)
 
 
-def _weighted_mean(values: Array, weight: Array) -> Array:
-    return weight @ values / weight.sum(1)
-
-
-def _count(cases: Sequence[CaseScores], outcome: str, structure: str | None = None) -> int:
-    """Cases with an outcome of one structure, or of each of them."""
-    scores = [score for case in cases for score in case.structures]
-    return sum(score.outcome == outcome and structure in (None, score.structure) for score in scores)
+def _counts(cases: Sequence[CaseScores], structure: str | None = None) -> list[int]:
+    """Cases that miss a structure, or each of them, and cases that have it wrongly."""
+    outcomes = [each.outcome for case in cases for each in case.structures if structure in (None, each.structure)]
+    return [outcomes.count(outcome) for outcome in ("missed", "false_positive")]
 
 
 # --- pictures
@@ -202,18 +185,6 @@ class CaseMaps(NamedTuple):
     pred: LabelMap  # (X, Y, Z)
     affine: Array  # (4, 4), from voxels to mm in RAS
     spacing: Sequence[float]  # mm
-
-    def compressed(self) -> bytes:
-        """In a hundredth of the size or so."""
-        file = BytesIO()
-        np.savez_compressed(file, *self)
-        return file.getvalue()
-
-    @classmethod
-    def restored(cls, content: bytes) -> CaseMaps:
-        """What `compressed` gave."""
-        with np.load(BytesIO(content)) as arrays:
-            return cls(*arrays.values())
 
 
 def load_volume(path: str, dtype: torch.dtype | None = None) -> MetaTensor:
@@ -234,8 +205,7 @@ def case_figure(
         item: "image": its path; "modality", if it is known: of the image, or a list with that of each channel.
         maps: label and prediction.
         labels: class of each structure, {name: [class]}; its place among them is its colour. One without is not drawn.
-        window: values of the image that are black and white, in HU; only for CT or an unknown modality, others have
-            the default of `segmentation_overlay`.
+        window: values that are black and white in HU, for CT or an unknown modality.
     """
     image, grid = load_volume(item["image"], torch.float32), maps.label.shape
     if image.shape[1:] != grid or not np.allclose(image.affine.numpy(), maps.affine, atol=1e-3):
@@ -266,31 +236,12 @@ def representative_cases(cases: Sequence[CaseScores]) -> dict[str, CaseScores]:
 # --- the page
 
 
-class _Row(NamedTuple):
-    structure: str | Swatch
-    subjects: int  # that have the structure in a label
-    dice: Interval
-    hd95: Interval  # mm
-    surface_dice: Interval
-    missed: int  # cases
-    false_positives: int  # cases
-
-
-class _Overlay(NamedTuple):
-    overlay_png: bytes | str
-    rank: str  # among the cases
-    subject: str
-    image: str  # file name
-    mean_dice: str
-    strongest: str
-    weakest: str
-
-
 def write_segmentation_report(
     path: str | Path,
     cases: Sequence[CaseScores],
     summaries: Sequence[StructureSummary],
-    draw: Callable[[CaseScores], Figure | None],
+    pictures: Mapping[str, bytes],
+    class_names: Sequence[str],
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
@@ -300,28 +251,27 @@ def write_segmentation_report(
         path: file to write; its folder is made.
         cases: the scores of all cases.
         summaries: what `summarize` makes of them.
-        draw: gives the picture of a case, or None if another process has its prediction.
+        pictures: the PNG of a case by the path of its image.
+        class_names: structures in the order of their colours.
         facts: headline facts by name, such as where the weights come from.
         notes: sentences below the table, on how to read it.
     """
-    titles: list[str | Swatch] = ["Mean of structures"]
-    titles += [
-        Swatch(_words(each.structure), color) for each, color in zip(summaries[1:], cycle(ORGAN_COLORS), strict=False)
-    ]
+    names = ["Mean of structures"]
+    for each in summaries[1:]:
+        color = ORGAN_COLORS[class_names.index(each.structure) % len(ORGAN_COLORS)]
+        names.append(colored(_words(each.structure), color))
     rows = [
-        _Row(title, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
-        for title, each in zip(titles, summaries, strict=True)
+        (name, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
+        for name, each in zip(names, summaries, strict=True)
     ]
+    shown = [
+        Case({"Overlay": pictures.get(case.case, NO_PICTURE)}, _facts(rank, case))
+        for rank, case in representative_cases(cases).items()
+    ]
+    facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
+    heading = "Cases by their mean Dice"
     write_report(
-        path,
-        title="Evaluation of the segmentation",
-        summary={"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()},
-        metrics_rows=rows,
-        cases=[_overlay(draw(case), rank, case) for rank, case in representative_cases(cases).items()],
-        notes=notes,
-        limits=SEGMENTATION_LIMITS,
-        cases_heading="Cases by their mean Dice",
-        wide_cases=True,
+        path, "Evaluation of the segmentation", facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS
     )
 
 
@@ -329,18 +279,22 @@ def _mean_dice(case: CaseScores) -> float:
     return subject_scores([case])[0].dice
 
 
-def _overlay(figure: Figure | None, rank: str, case: CaseScores) -> _Overlay:
+def _facts(rank: str, case: CaseScores) -> dict[str, str]:
     ordered = sorted((score for score in case.structures if not isnan(score.dice)), key=lambda score: -score.dice)
     count = min(_NUM_NAMED, len(ordered) // 2)  # so that no structure is among both
-    named = _listed(ordered[: max(count, 1)]), _listed(ordered[::-1][:count])
-    picture = NO_MAP if figure is None else figure_to_png(figure)
-    return _Overlay(picture, rank, Path(case.subject).name, Path(case.case).name, f"{_mean_dice(case):.3f}", *named)
+    return {
+        "rank": rank,
+        "subject": Path(case.subject).name,
+        "image": Path(case.case).name,
+        "mean Dice": f"{_mean_dice(case):.3f}",
+        "strongest": _listed(ordered[: max(count, 1)]),
+        "weakest": _listed(ordered[::-1][:count]),
+    }
 
 
 def _listed(scores: Sequence[StructureScore]) -> str:
-    texts = ("missed" if score.outcome == "missed" else f"{score.dice:.3f}" for score in scores)
-    named = zip(scores, texts, strict=True)
-    return ", ".join(f"{_words(score.structure)} {text}" for score, text in named) or "–"
+    values = ("missed" if each.outcome == "missed" else f"{each.dice:.3f}" for each in scores)
+    return ", ".join(f"{_words(each.structure)} {value}" for each, value in zip(scores, values, strict=True)) or "–"
 
 
 def _words(structure: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import cos, isfinite, pi
 from typing import Any
 
@@ -15,44 +16,33 @@ from monai.networks.nets import SegResNet
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, rank
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import SEGRESNET_ENCODER
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class TargetMomentumHandler:
     """Moves the target network after every iteration, with a momentum that rises from `momentum` to 1.
 
-    The momentum of an iteration is left as `engine.state.target_momentum`.
-
-    Args:
-        network: the network whose `update_target` is called; not its DDP or compiled wrapper.
-        momentum: τ at the first iteration, in [0, 1]. None takes what lets the target turn over in a short run, too,
-            max(0, min(0.996, 1 − 2·E/K)) for K iterations: the weights of the start are left with a share of exp(−E).
-        num_iterations: iterations over which τ follows a half cosine to 1.
-        e_foldings: E, positive.
-
-    Raises:
-        ValueError: if an argument is out of range.
+    The momentum of an iteration is left as `engine.state.target_momentum`. Without `momentum`, it starts at
+    max(0, min(0.996, 1 − 2·E/K)) for K iterations, so that the target turns over in a short run, too: of the weights
+    that it starts with, a share of exp(−E) is left.
 
     Reference:
         Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
     """
 
-    def __init__(
-        self, network: VQSSLNet, momentum: float | None, num_iterations: int, e_foldings: float = 8
-    ) -> None:
-        if num_iterations < 1:
-            raise InputError(f"`num_iterations` must be at least 1, got {num_iterations}.")
-        if momentum is None:
-            momentum = max(0.0, min(0.996, 1 - 2 * e_foldings / num_iterations))
-        if not 0 <= momentum <= 1:
-            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
-        self.network = network
-        self.momentum = momentum
-        self.num_iterations = num_iterations
+    network: VQSSLNet  # not its DDP or compiled wrapper
+    momentum: float | None  # τ at the first iteration, in [0, 1]
+    num_iterations: int  # K, over which τ follows a half cosine to 1
+    e_foldings: float = 8  # E
+
+    def __post_init__(self) -> None:
+        shortest = 1 - 2 * self.e_foldings / self.num_iterations
+        self.first = max(0.0, min(0.996, shortest)) if self.momentum is None else self.momentum
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -66,25 +56,19 @@ class TargetMomentumHandler:
     def momentum_at(self, iteration: int) -> float:
         """τ after `iteration` iterations."""
         progress = min(1.0, iteration / self.num_iterations)
-        return 1 - (1 - self.momentum) * (cos(pi * progress) + 1) / 2
+        return 1 - (1 - self.first) * (cos(pi * progress) + 1) / 2
 
 
+@dataclass(eq=False)
 class EpochSeedHandler:
     """Makes the draws of python, torch and `epoch_seeded` in an epoch a function of seed, rank and epoch alone.
 
     So a run resumed at epoch n draws what an uninterrupted run draws, without random state in the checkpoint. The
     state that MONAI's random transforms keep is not touched.
-
-    Args:
-        seed: seed of the run.
-        rank: rank of this process; ranks draw differently.
-        epoch_seeded: samplers and augmentations with `set_epoch`.
     """
 
-    def __init__(self, seed: int, rank: int = 0, epoch_seeded: Sequence[Any] = ()) -> None:
-        self.seed = seed
-        self.rank = rank
-        self.epoch_seeded = epoch_seeded
+    seed: int
+    epoch_seeded: Sequence[Any] = ()  # samplers and augmentations with `set_epoch`
 
     def attach(self, engine: Engine) -> None:
         """Run before the first batch of every epoch is fetched."""
@@ -94,25 +78,20 @@ class EpochSeedHandler:
         """Seed them all."""
         epoch = engine.state.epoch
         # Odd factors keep neighbouring seeds, epochs and ranks apart.
-        seed = (self.seed * 1_000_003 + epoch * 8_191 + self.rank) % 2**31
+        seed = (self.seed * 1_000_003 + epoch * 8_191 + rank()) % 2**31
         random.seed(seed)
         torch.manual_seed(seed)
         for drawer in self.epoch_seeded:
             drawer.set_epoch(epoch)
 
 
+@dataclass(eq=False)
 class ProgressHandler:
-    """One progress bar over the whole run: epoch and loss if there is one, time gone and time left.
+    """One progress bar over the whole run, in the first process: epoch, loss if there is one, time gone and left."""
 
-    Args:
-        interval: iterations between updates of the loss; reading it waits for the device.
-        description: what the bar is of.
-    """
-
-    def __init__(self, interval: int = 10, description: str = "pretraining") -> None:
-        self.interval = interval
-        self.description = description
-        self.bar: tqdm[Any] | None = None
+    interval: int = 10  # iterations between updates of the loss; reading it waits for the device
+    description: str = "pretraining"
+    bar: tqdm[Any] | None = field(default=None, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine` from its start, or from where it resumes."""
@@ -132,7 +111,7 @@ class ProgressHandler:
             self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
 
     def _open(self, engine: Engine) -> None:
-        if self.bar is None:
+        if self.bar is None and rank() == 0:
             length = engine.state.epoch_length  # None as long as nobody knows it
             total = None if length is None else engine.state.max_epochs * length
             self.bar = tqdm(total=total, initial=engine.state.iteration, unit="it", desc=self.description)
@@ -145,18 +124,11 @@ class ProgressHandler:
             raise error
 
 
+@dataclass(eq=False)
 class FiniteLoss:
-    """Stops a run whose loss is not finite; attach it before what saves the network.
+    """Stops a run whose loss is not finite by a `ValueError`; attach it before what saves the network."""
 
-    Args:
-        interval: iterations between looks; each waits for the device.
-
-    Raises:
-        ValueError: during the run.
-    """
-
-    def __init__(self, interval: int = 10) -> None:
-        self.interval = interval
+    interval: int = 10  # iterations between looks; each waits for the device
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, and at the end of every epoch."""
@@ -202,7 +174,7 @@ class UnseenClasses:
                 self.unseen.pop(value, None)
 
     def _report(self) -> None:
-        if self.unseen:
+        if self.unseen and rank() == 0:
             names = ", ".join(self.unseen.values())
             logger.warning("No patch of the first epoch shows %s: with these labels it cannot be learnt.", names)
 
@@ -215,15 +187,10 @@ class FrozenEncoder:
 
     Args:
         network: the network.
-        num_epochs: how many epochs, at least 0.
-
-    Raises:
-        ValueError: if `num_epochs` is negative.
+        num_epochs: how many epochs.
     """
 
     def __init__(self, network: SegResNet, num_epochs: int) -> None:
-        if num_epochs < 0:
-            raise InputError(f"`num_epochs` must be at least 0, got {num_epochs}.")
         self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
         self.num_epochs = num_epochs
 

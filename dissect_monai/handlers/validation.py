@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any, NamedTuple
 
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EpochOutputStore
+from monai.data import DataLoader, Dataset
 from monai.metrics import EmbeddingCollapseMetric
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
-from dissect_monai.data.datasets import items_of
+from dissect_monai.data.datasets import items_of, labelled_part
 from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
@@ -46,49 +47,35 @@ class Outputs(NamedTuple):
         return torch.from_numpy(self.logits / temperature).sigmoid().numpy()
 
 
-class OutputCollector:
+class OutputCollector(EpochOutputStore):
     """Collects the logits and labels of the epoch that an evaluator (`decollate=False`) is in."""
 
     def __init__(self) -> None:
-        self.store = EpochOutputStore(lambda output: (_on_cpu(output["pred"]), _on_cpu(output["label"])))
-
-    def attach(self, engine: Engine) -> None:
-        """Start afresh at every epoch, collect after every batch."""
-        self.store.attach(engine)
+        super().__init__(lambda output: (_on_cpu(output["pred"]), _on_cpu(output["label"])))
 
     def outputs(self) -> Outputs:
         """All of the epoch so far."""
-        return Outputs(*(torch.cat(part).numpy() for part in zip(*self.store.data, strict=True)))
+        return Outputs(*(torch.cat(part).numpy() for part in zip(*self.data, strict=True)))
 
 
 def _on_cpu(values: Tensor) -> Tensor:
     return values.detach().as_subclass(Tensor).double().cpu()
 
 
+@dataclass(eq=False)
 class ClassificationMetrics:
     """Leaves the validation metrics of a multi-label classifier with the evaluator, and draws its curves.
 
     Metrics are the means `auroc`, `ap` and `ece` over the findings that have both classes, and `auroc_<finding>`,
     `ap_<finding>`, `ece_<finding>`, with _ for blanks. Findings that lack a class are left out and named in the log,
     once; if all do, the means are NaN. The evaluator's output must hold logits, its `decollate` be false.
-
-    Args:
-        label_names: names of the C findings.
-        writer: TensorBoard for the ROC and reliability figures; None draws none.
-        interval: epochs of the trainer between figures.
-
-    Raises:
-        ValueError: if `interval` is not positive.
     """
 
-    def __init__(self, label_names: Sequence[str], writer: SummaryWriter | None = None, interval: int = 1) -> None:
-        if interval < 1:
-            raise InputError(f"`interval` must be at least 1, got {interval}.")
-        self.label_names = list(label_names)
-        self.writer = writer
-        self.interval = interval
-        self.collector = OutputCollector()
-        self.named_left_out = False
+    label_names: Sequence[str]  # of the C findings
+    writer: SummaryWriter | None = None  # for the ROC and reliability figures; None draws none
+    interval: int = 1  # epochs of the trainer between figures
+    collector: OutputCollector = field(default_factory=OutputCollector, init=False)
+    named_left_out: bool = field(default=False, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Collect over the epoch; attach before handlers that log or compare the metrics."""
@@ -115,39 +102,36 @@ class ClassificationMetrics:
             self.writer.flush()
 
 
+@dataclass(eq=False)
 class KNNHandler:
     """Leaves the k-NN AUROC and the collapse of the embedding with the evaluator, whose network is the encoder.
 
     The metrics are `knn_auroc` (last stage), `knn_auroc_stages` (all stages), both left out if no finding has both
-    classes, and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed).
-
-    Args:
-        encoder: encoder as it trains.
-        training: loader of the labelled training images, a part of a data set with a data list (see `labelled_part`).
-        validation: loader of the labelled validation images, of a data set with a data list.
-        label_names: names of the findings.
+    classes, and `embedding_collapse` (MONAI's effective-rank score, 1 is collapsed). The evaluator's data set has a
+    data list of labelled images.
     """
 
-    def __init__(
-        self, encoder: nn.Module, training: DataLoader[Any], validation: DataLoader[Any], label_names: Sequence[str]
-    ) -> None:
-        self.encoder = encoder
-        self.loaders = training, validation
-        self.labels = [label_matrix(items_of(each.dataset), label_names) for each in self.loaders]
-        self.collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+    training: Dataset  # with a data list, whose labelled images vote
+    label_names: Sequence[str]
+    fraction: float = 1.0  # share of the labelled training subjects that vote
+    seed: int = 0  # draws other subjects
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         """Run when `engine` has seen the validation split."""
+        bank = labelled_part(self.training, self.fraction, self.seed, self.label_names)
+        self.bank = DataLoader(bank, batch_size=engine.data_loader.batch_size)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Extract features, let the neighbours vote, and leave the metrics."""
-        train, val = (extract_features(self.encoder, each, engine.state.device, feature_maps) for each in self.loaders)
+        loaders, device = (self.bank, engine.data_loader), engine.state.device
+        train, val = (extract_features(engine.network, loader, device, feature_maps) for loader in loaders)
+        known, truth = (label_matrix(items_of(loader.dataset), self.label_names) for loader in loaders)
         banks = {"knn_auroc": (train.last, val.last), "knn_auroc_stages": (train.stages, val.stages)}
         for name, (bank, queries) in banks.items():
-            scores = knn_scores(bank, self.labels[0], queries)
-            value = macro_auroc(self.labels[1], scores)
+            value = macro_auroc(truth, knn_scores(bank, known, queries))
             if not isnan(value):
                 engine.state.metrics[name] = value
-        collapse = self.collapse(embeddings=torch.from_numpy(val.last))["effective_rank_score"]
-        engine.state.metrics["embedding_collapse"] = float(collapse)
+        collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+        scores = collapse(embeddings=torch.from_numpy(val.last))
+        engine.state.metrics["embedding_collapse"] = float(scores["effective_rank_score"])

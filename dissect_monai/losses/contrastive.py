@@ -18,7 +18,7 @@ BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
 
 
 def hierarchical_contrast(
-    embeddings: Tensor | Sequence[Tensor], task: Tensor, group: Tensor, temperature: float = 0.1
+    embeddings: Sequence[Tensor], task: Tensor, group: Tensor, temperature: float = 0.1
 ) -> dict[str, Tensor]:
     """Supervised contrast at three levels: embeddings of one image, of one task and of one group attract each other.
 
@@ -26,38 +26,31 @@ def hierarchical_contrast(
     the batch being candidates. Over several processes they are those of the joined batch, see there.
 
     Args:
-        embeddings: of V ≥ 2 views of each of B items, all first views, then all second ones, and so on: one tensor
-            of shape (V·B, D) for all levels or one per level; a tensor that levels share is compared once.
+        embeddings: of the three levels, each of V ≥ 2 views of each of B items, shape (V·B, D): all first views, then
+            all second ones, and so on.
         task: integer task of each item, shape (B,).
         group: integer group of each item, shape (B,).
         temperature: divides the cosine similarities, positive; smaller weighs the nearest negatives more.
 
     Raises:
-        ValueError: if the shapes do not fit or `temperature` is not positive.
+        ValueError: if there are not two or more views of each item.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886): the levels. Khosla et al.,
         Supervised Contrastive Learning, NeurIPS 2020, Eq. 2: the form of all three. Independent implementation from
         the abstract of the former.
     """
-    levels = [embeddings] * len(LEVELS) if isinstance(embeddings, Tensor) else list(embeddings)
-    if len(levels) != len(LEVELS) or any(level.ndim != 2 for level in levels):
-        shapes = [tuple(level.shape) for level in levels]
-        raise InputError(f"`embeddings` must be one tensor (V·B, D) or {len(LEVELS)}, one per level, got {shapes}.")
     items = len(task)
-    if task.shape != (items,) or group.shape != (items,):
-        raise InputError(f"`task` and `group` must be (B,), got {tuple(task.shape)} and {tuple(group.shape)}.")
-    if not items or any(len(level) % items or len(level) < 2 * items for level in levels):
-        sizes = [len(level) for level in levels]
-        raise InputError(f"`embeddings` must hold two or more views of each of the {items} items, got {sizes}.")
     image = torch.arange(items, device=task.device) + items * rank()
-    labels = dict(zip(LEVELS, (image, task, group), strict=True))
-    losses: dict[str, Tensor] = {}
-    for shared in {id(level): level for level in levels}.values():
-        names = [name for name, level in zip(LEVELS, levels, strict=True) if level is shared]
-        given = [labels[name].repeat(len(shared) // items) for name in names]
-        losses |= zip(names, supervised_contrast(shared, given, temperature), strict=True)
-    return {name: losses[name] for name in LEVELS}
+    losses = {}
+    for name, level, labels in zip(LEVELS, embeddings, (image, task, group), strict=True):
+        num_views, rest = divmod(len(level), items)
+        if num_views < 2 or rest:
+            raise InputError(
+                f"`embeddings` must hold two or more views of each of the {items} items, got {len(level)}."
+            )
+        (losses[name],) = supervised_contrast(level, [labels.repeat(num_views)], temperature)
+    return losses
 
 
 def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperature: float = 0.1) -> list[Tensor]:
@@ -78,24 +71,13 @@ def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperatur
     Returns:
         one scalar per labelling, at least 0.
 
-    Raises:
-        ValueError: if a labelling has another length than the embeddings, or `temperature` is not positive.
-
     Reference:
         Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, Eq. 2.
     """
-    check_temperature(temperature)
-    _check_labels(embeddings, labels)
     with torch.autocast(embeddings.device.type, enabled=False):
-        rows = gather_rows(_normalised(embeddings))
+        rows = gather_rows(normalised(embeddings))
         denominators = _LogDenominators.apply(rows, 1 / temperature)
         return [_contrast(rows, denominators, _gather(each), temperature) for each in labels]
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not positive."""
-    if not temperature > 0:
-        raise InputError(f"`temperature` must be positive, got {temperature}.")
 
 
 @torch.no_grad()
@@ -111,17 +93,13 @@ def retrieval_accuracy(embeddings: Tensor, labels: Tensor) -> Tensor:
     Returns:
         scalar in [0, 1].
 
-    Raises:
-        ValueError: if there is no other embedding, or `labels` have another length.
-
     Example:
         >>> retrieval_accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([5, 5, 7]))
         tensor(0.6667)
     """
-    _check_labels(embeddings, [labels])
     nearest = torch.empty_like(labels, dtype=torch.long)
     with torch.autocast(embeddings.device.type, enabled=False):
-        for block, similarities in _similarities(_normalised(embeddings), 0, len(labels)):
+        for block, similarities in _similarities(normalised(embeddings), 0, len(labels)):
             nearest[block] = similarities.argmax(1)
     return (labels[nearest] == labels).float().mean()
 
@@ -211,13 +189,6 @@ def _gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _normalised(embeddings: Tensor) -> Tensor:
+def normalised(embeddings: Tensor) -> Tensor:
+    """Vectors along axis 1 of norm 1, in float32 at least."""
     return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
-
-
-def _check_labels(embeddings: Tensor, labels: Sequence[Tensor]) -> None:
-    if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise InputError(f"`embeddings` must be (N, D) with N of at least 2, got {tuple(embeddings.shape)}.")
-    if any(each.shape != embeddings.shape[:1] for each in labels):
-        shapes = [tuple(each.shape) for each in labels]
-        raise InputError(f"`labels` must be ({len(embeddings)},), one per embedding, got {shapes}.")

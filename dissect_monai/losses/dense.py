@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dissect_monai.common import InputError
-from dissect_monai.losses.contrastive import check_temperature
+from dissect_monai.losses.contrastive import normalised
 from dissect_monai.transforms.augment import Placement
 
 
@@ -27,29 +26,22 @@ def dense_contrast(features: Tensor, placement: Placement, temperature: float = 
     Returns:
         scalar, at least 0; 0 if no view overlaps with the other.
 
-    Raises:
-        ValueError: if `temperature` is not positive, or there are not two views, each with a place.
-
     Reference:
         Wang et al., Dense Contrastive Learning (DenseCL), CVPR 2021, Sec. 3.3: the loss. Xie et al., Propagate Yourself
         (PixPro), CVPR 2021, Sec. 3.1: positives by place. Departure: the negatives come from the same image.
     """
-    check_temperature(temperature)
-    if len(features) % 2 or len(placement.matrix) != len(features):
-        raise InputError(
-            f"`features` must be of two views of each image, each with a place, got {len(features)} maps and "
-            f"{len(placement.matrix)} places."
-        )
     cells = features.shape[2:]
+    entropies, anchors = [], []
     with torch.autocast(features.device.type, enabled=False):
-        embeddings = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2), dim=1)
-        first, second = embeddings.chunk(2)
-        similarity = torch.einsum("bdm,bdn->bmn", first, second) / temperature
+        first, second = normalised(features.flatten(2)).chunk(2)
+        logits = torch.einsum("bdm,bdn->bmn", first, second) / temperature
         one, two = (Placement(*parts) for parts in zip(*(part.chunk(2) for part in placement), strict=True))
-        forward = _cross_entropies(similarity, _nearest(one, two, cells))
-        backward = _cross_entropies(similarity.transpose(1, 2), _nearest(two, one, cells))
-        entropies, anchors = (torch.cat(parts) for parts in zip(forward, backward, strict=True))
-        return entropies.where(anchors, 0).sum() / anchors.sum().clamp_min(1)
+        for candidates_first, view, other in ((logits.transpose(1, 2), one, two), (logits, two, one)):
+            positive, is_near = _nearest(view, other, cells)
+            entropies.append(F.cross_entropy(candidates_first, positive, reduction="none"))
+            anchors.append(is_near)
+    is_anchor = torch.cat(anchors)
+    return torch.cat(entropies).where(is_anchor, 0).sum() / is_anchor.sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -66,8 +58,3 @@ def _nearest(view: Placement, other: Placement, cells: torch.Size) -> tuple[Tens
     is_near = (place - index).norm(dim=-1) <= 0.5 * sqrt(len(cells)) + 1e-4
     strides = [cells[axis + 1 :].numel() for axis in range(len(cells))]
     return (index.long() * torch.tensor(strides, device=size.device)).sum(-1), is_near
-
-
-def _cross_entropies(similarity: Tensor, nearest: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    positive, is_near = nearest
-    return F.cross_entropy(similarity.transpose(1, 2), positive, reduction="none"), is_near

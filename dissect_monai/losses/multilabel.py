@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import Item
 from dissect_monai.data.datalists import label_matrix
 
 BALANCES = ("none", "weighted")
+LIMIT = 10.0
 
 
 class MultiLabelLoss(nn.Module):
@@ -28,6 +29,11 @@ class MultiLabelLoss(nn.Module):
         self.positive_weight: Tensor | None
         self.register_buffer("positive_weight", positive_weight)
 
+    @classmethod
+    def balanced(cls, items: list[Item], label_names: Sequence[str], class_balance: str = "weighted") -> MultiLabelLoss:
+        """The loss with the `positive_weights` of training items."""
+        return cls(positive_weights(items, label_names, class_balance))
+
     def forward(self, pred: Tensor, label: Tensor) -> Tensor:
         """Loss of one batch.
 
@@ -37,12 +43,7 @@ class MultiLabelLoss(nn.Module):
 
         Returns:
             A scalar; 0 if no label is known.
-
-        Raises:
-            ValueError: if the shapes disagree.
         """
-        if pred.shape != label.shape:
-            raise InputError(f"`label` must have the shape of `pred`, {tuple(pred.shape)}, got {tuple(label.shape)}.")
         known = ~label.isnan()
         weight = None if self.positive_weight is None else self.positive_weight.to(pred.device)
         losses = F.binary_cross_entropy_with_logits(
@@ -51,10 +52,8 @@ class MultiLabelLoss(nn.Module):
         return losses / known.sum().clamp_min(1)
 
 
-def positive_weights(
-    items: list[Item], label_names: Sequence[str], class_balance: str = "weighted", limit: float = 10.0
-) -> Tensor:
-    """Weight of the positives of each finding against the imbalance of its classes.
+def positive_weights(items: list[Item], label_names: Sequence[str], class_balance: str) -> Tensor:
+    """Weight of the positives of each finding against the imbalance of its classes, in [0.1, 10].
 
     A weight w moves the logits up by about log w, and the probabilities with them: they rank as before, but are no
     frequencies any more, and a temperature does not repair it. For calibrated probabilities choose "none".
@@ -63,20 +62,12 @@ def positive_weights(
         items: the labelled training items.
         label_names: names of the C findings.
         class_balance: "weighted" for negatives / positives, "none" for 1.
-        limit: weights stay in [1 / limit, limit].
 
     Returns:
         Shape (C,); 1 for a finding without positives or without negatives.
-
-    Raises:
-        ValueError: if `class_balance` is unknown or `limit` is below 1.
     """
-    if class_balance not in BALANCES:
-        raise InputError(f"`class_balance` must be one of {', '.join(BALANCES)}, got {class_balance!r}.")
-    if limit < 1:
-        raise InputError(f"`limit` must be at least 1, got {limit}.")
     labels = label_matrix(items, label_names)
     positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
     balanced = (class_balance == "none") | (positives == 0) | (negatives == 0)
     weights = np.where(balanced, 1, negatives / positives.clip(1))
-    return torch.from_numpy(weights.clip(1 / limit, limit)).float()
+    return torch.from_numpy(weights.clip(1 / LIMIT, LIMIT)).float()

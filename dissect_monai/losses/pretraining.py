@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect_monai.common import InputError
-from dissect_monai.losses.contrastive import check_temperature, hierarchical_contrast
+from dissect_monai.losses.contrastive import hierarchical_contrast
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.losses.joint_embedding import OBJECTIVES, nt_xent, regression_loss, vicreg
 from dissect_monai.networks.hssl import HSSLOutput
@@ -53,9 +53,6 @@ class _WeightedTerms(nn.Module):
 
     def __init__(self, **weights: float) -> None:
         super().__init__()
-        for name, weight in weights.items():
-            if weight < 0:
-                raise InputError(f"`{name}_weight` must not be negative, got {weight}.")
         if not any(weights.values()):
             raise InputError("one of the loss weights must be positive, got 0 for all of them.")
         self.weights = weights
@@ -88,7 +85,7 @@ class VQSSLLoss(_WeightedTerms):
         temperature: of `nt_xent`, positive.
 
     Raises:
-        ValueError: if a weight is negative or all are 0, `objective` is unknown, or `temperature` is not positive.
+        ValueError: if all weights are 0, or `objective` is unknown.
 
     Reference:
         Singh and Mishra, DiSSECT, arXiv 2509.18765, whose objective is BYOL's. Departures: the other objectives; the
@@ -107,7 +104,6 @@ class VQSSLLoss(_WeightedTerms):
     ) -> None:
         if objective not in OBJECTIVES:
             raise InputError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
-        check_temperature(temperature)
         super().__init__(
             continuous=continuous_weight,
             discrete=discrete_weight,
@@ -178,7 +174,7 @@ class HSSLLoss(_WeightedTerms):
         num_groups: number of groups; None for several.
 
     Raises:
-        ValueError: if a weight is negative or all are 0, or `temperature` is not positive.
+        ValueError: if all weights are 0, or `temperature` is not positive.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
@@ -200,7 +196,8 @@ class HSSLLoss(_WeightedTerms):
         for name, number in {"task": num_tasks, "group": num_groups}.items():
             if number == 1:
                 logger.info("There is a single %s: its contrast is left out.", name)
-        check_temperature(temperature)
+        if not temperature > 0:
+            raise InputError(f"`temperature` must be positive, got {temperature}.")
         super().__init__(
             image=image_weight,
             task=0.0 if num_tasks == 1 else task_weight,

@@ -31,9 +31,6 @@ def auroc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -
     Returns:
         A scalar in [0, 1], or shape (R,). NaN where it is undefined: a class has no weight, or a score is NaN.
 
-    Raises:
-        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
-
     Example:
         >>> float(auroc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]))
         0.75
@@ -46,7 +43,7 @@ def auroc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -
 def average_precision(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> Array:
     """Average precision: the precision at each threshold, weighted by the recall gained there.
 
-    Arguments, result and errors are those of `auroc`.
+    Arguments and result are those of `auroc`.
 
     Example:
         >>> round(float(average_precision([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])), 4)
@@ -84,17 +81,7 @@ def expected_calibration_error(
     With equal-width bins b of the probability p, ECE = Σ_b |g_b| with the gaps g_b = Σ_{i∈b} w_i (y_i − p_i) / Σ_i w_i.
     Chance adds to it, the more so the fewer the items, and resampling adds chance again: take `calibration_interval`.
 
-    Args:
-        label: as for `auroc`.
-        probability: shape (N,), in [0, 1].
-        weight: as for `auroc`.
-        num_bins: number of bins.
-
-    Returns:
-        A scalar in [0, 1], 0 is best, or shape (R,). NaN where nothing is known or a probability is NaN.
-
-    Raises:
-        ValueError: if the shapes disagree, a label is not 1, 0 or NaN, or a probability is outside [0, 1].
+    Label, weight and result, which is in [0, 1], are those of `auroc`; a probability must be in [0, 1].
 
     Reference:
         Guo et al., On calibration of modern neural networks, ICML 2017, Eq. 3. Their bins are of the confidence in the
@@ -120,13 +107,7 @@ def calibration_noise(label: ArrayLike, probability: ArrayLike, weight: ArrayLik
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
-    """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies.
-
-    Arguments and errors are those of `expected_calibration_error`.
-
-    Returns:
-        Mean probability, share of positives and number of items of each bin that holds any, by rising probability.
-    """
+    """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies."""
     label, probability, _ = _known(label, probability)
     index = _bin(probability, num_bins)
     num_items = np.bincount(index, minlength=num_bins)
@@ -137,16 +118,9 @@ def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) ->
 
 
 def sensitivity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
-    """Share of the positives whose score reaches the threshold.
+    """Share of the positives whose score reaches the threshold, which is to be chosen on other items.
 
-    Label, score, weight, result and errors are those of `auroc`.
-
-    Args:
-        label: of each item.
-        score: of each item.
-        threshold: an item is called positive if its score is equal or larger; choose it on other items. NaN has no
-            result.
-        weight: of each item.
+    Label, score, weight and result are those of `auroc`; a threshold of NaN has no result.
 
     Example:
         >>> float(sensitivity([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], threshold=0.5))
@@ -164,7 +138,7 @@ def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
     """Threshold of the largest sensitivity + specificity − 1, halfway between the scores that it parts.
 
     Of equal optima it is the lowest, which misses fewest. If no cut is better than chance, all are called positive.
-    Arguments and errors are those of `auroc`; use validation items, not test items.
+    Label and score are those of `auroc`; use validation items, not test items.
 
     Returns:
         The threshold, for scores that are equal or larger; NaN if a class is missing or a score is NaN.
@@ -202,15 +176,12 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
         than chance, have no optimum and give an end of that range.
 
     Raises:
-        ValueError: if the shapes disagree, a label is not 1, 0 or NaN, none is known, or a logit is not finite.
+        ValueError: if no label is known, or a logit is not finite.
 
     Reference:
         Guo et al., On calibration of modern neural networks, ICML 2017, Sec. 4.2; for sigmoids instead of a softmax.
     """
-    logit, label = np.asarray(logit, dtype=float), np.asarray(label, dtype=float)
-    if logit.shape != label.shape:
-        raise InputError(f"`logit` and `label` must have the same shape, got {logit.shape} and {label.shape}.")
-    label, logit, _ = _known(label.ravel(), logit.ravel())
+    label, logit, _ = _known(np.ravel(label), np.ravel(logit))
     if not len(label) or not np.isfinite(logit).all():
         raise InputError("`logit` must be finite where `label` is known, and some must be, got NaN, infinity or none.")
     low, high = np.log(TEMPERATURES)
@@ -226,14 +197,7 @@ def _known(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) 
     """Label, score and weight of the K items of known label, (K,), (K,) and (..., K); of none if one lacks a score."""
     label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
     weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
-    if label.ndim != 1 or score.shape != label.shape or weight.shape[-1:] != label.shape:
-        raise InputError(
-            "`label`, scores and `weight` must have shapes (N,), (N,) and (..., N), "
-            f"got {label.shape}, {score.shape} and {weight.shape}."
-        )
     known = ~np.isnan(label)
-    if not np.isin(label[known], (0, 1)).all():
-        raise InputError(f"`label` must hold 1, 0 or NaN, got {np.unique(label)}.")
     if np.isnan(score[known]).any():
         known = np.zeros_like(known)
     return label[known], score[known], weight[..., known]
@@ -270,13 +234,6 @@ def _gaps(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None, nu
 
 def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:
     """Index of the bin (b / num_bins, (b + 1) / num_bins] of each probability; the first holds 0, too."""
-    if num_bins < 1:
-        raise InputError(f"`num_bins` must be at least 1, got {num_bins}.")
-    if len(probability) and not 0 <= probability.min() <= probability.max() <= 1:
-        raise InputError(
-            f"`probability` must be in [0, 1], got {probability.min():g} to {probability.max():g}. "
-            "Apply a sigmoid to logits."
-        )
     return np.maximum(np.ceil(probability * num_bins).astype(np.intp) - 1, 0)
 
 

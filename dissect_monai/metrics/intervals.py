@@ -32,11 +32,8 @@ def bootstrap(
         num_samples: number of resamples.
         seed: seed of the resamples; equal seeds and subjects give equal resamples.
 
-    Returns:
-        The statistic of all items, each counted once, and the ends of its interval.
-
     Raises:
-        ValueError: if `num_samples` is not positive or the statistic of all items is undefined.
+        ValueError: if the statistic of all items is undefined.
 
     Example:
         >>> error = np.array([0.1, 0.3, 0.2, 0.4])
@@ -51,8 +48,6 @@ def resample(
     statistic: Callable[[Array], ArrayLike], subjects: ArrayLike, num_samples: int = 1000, seed: int = 0
 ) -> Resampled:
     """A statistic of resamples of the subjects; arguments and errors are those of `bootstrap`."""
-    if num_samples < 1:
-        raise InputError(f"`num_samples` must be at least 1, got {num_samples}.")
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
     value = float(np.asarray(statistic(np.ones((1, len(item_subject)))))[0])
     if np.isnan(value):
@@ -89,9 +84,7 @@ def calibration_interval(error: Resampled, noise: Resampled) -> Interval:
     The upper end is that of the basic bootstrap, 2 value − q(2.5 %) of the resamples, and at least the value. The lower
     end is value − q(97.5 %) of the noise: no error moves by more, by the triangle inequality.
 
-    Args:
-        error: `expected_calibration_error` resampled, or the mean of several.
-        noise: `calibration_noise` likewise, on the same resamples.
+    `error` is `expected_calibration_error` resampled, or the mean of several; `noise` is `calibration_noise` likewise.
 
     Reference:
         Davison & Hinkley, Bootstrap methods and their application, 1997, Sec. 5.2, for the basic bootstrap. The lower
@@ -113,9 +106,6 @@ def wilson_interval(share: ArrayLike, count: ArrayLike) -> tuple[Array, Array]:
         share: observed shares in [0, 1], any shape.
         count: number of units of each share, positive; for an area under the ROC curve, of the rarer class, because its
             variance is at most area (1 − area) / count.
-
-    Returns:
-        Lower and upper ends, in [0, 1] and on their side of the share.
 
     Reference:
         Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927. For the area: Birnbaum

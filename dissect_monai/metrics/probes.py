@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import DataLoader
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dissect_monai.common import Array, InputError
 from dissect_monai.metrics.classification import both_classes
-from dissect_monai.networks.encoders import feature_maps
+from dissect_monai.networks.encoders import feature_maps, pool
 from dissect_monai.transforms.views import prepare_images
 
 logger = logging.getLogger(__name__)
@@ -38,18 +38,11 @@ class Features(NamedTuple):
     stages: NDArray[np.float32]  # (N, sum of C over all stages)
 
 
-class ProbeResult(NamedTuple):
-    """What a linear probe says of the test items."""
-
-    scores: Array  # (M, C), probabilities; NaN for the findings left out
-    c: float  # inverse strength of the L2 penalty that validation chose
-
-
 def extract_features(
     encoder: nn.Module,
     loader: Iterable[Mapping[str, Any]],
     device: torch.device | str,
-    stages_fn: Callable[[nn.Module, Tensor], list[Tensor]],
+    stages_fn: Callable[[nn.Module, Tensor], list[Tensor]] = feature_maps,
 ) -> Features:
     """Pooled features of every image, the encoder in eval mode and without gradients; its modes stay as they were.
 
@@ -72,7 +65,7 @@ def extract_features(
         with torch.inference_mode():
             for batch in loader:
                 image, _ = prepare_images(batch, device, non_blocking=True)
-                pooled.append([stage.flatten(2).mean(2).float() for stage in stages_fn(encoder, image)])
+                pooled.append([pool(stage) for stage in stages_fn(encoder, image)])
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -110,11 +103,11 @@ def pixel_pca(
     Args:
         train_images: shape (N, C, H, W), any real dtype.
         other_images: further sets, to be projected on the same components.
-        num_components: number of components, cut to N − 1 and C·size².
+        num_components: cut to N − 1 and C·size².
         size: height and width to which images are averaged first.
 
     Returns:
-        Features of shape (N, `num_components`) of the training images and of each further set.
+        Features of shape (N, `num_components`) of each set.
     """
     sets = (train_images, *other_images)
     pixels = [F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in sets]
@@ -123,51 +116,27 @@ def pixel_pca(
     return [pca.transform(each) for each in pixels]
 
 
-def knn_scores(
-    train_x: ArrayLike, train_y: ArrayLike, test_x: ArrayLike, k: int = 20, temperature: float = 0.07
-) -> Array:
+def knn_scores(train_x: Array, train_y: Array, test_x: Array, k: int = 20, temperature: float = 0.07) -> Array:
     """Vote of the k nearest training items of known label for each finding, weighted by exp(cosine / temperature).
 
-    Features are standardised with the training statistics and L2-normalised before.
-
-    Args:
-        train_x: shape (N, D).
-        train_y: shape (N, C), 1, 0 or NaN (unknown).
-        test_x: shape (M, D).
-        k: number of neighbours; all are used where fewer are known.
-        temperature: smaller lets the nearest count for more.
-
-    Returns:
-        Scores in [0, 1] of shape (M, C), NaN for a finding that lacks a class in training.
-
-    Raises:
-        ValueError: if `k` or `temperature` is not positive, shapes disagree or a label is not 1, 0 or NaN.
+    Features are standardised with the training statistics and L2-normalised before. Arguments and result are those of
+    `linear_probe`, but that there is nothing to choose.
 
     Reference:
         Wu et al., Unsupervised feature learning via non-parametric instance discrimination, CVPR 2018, Sec. 3.4 and
         its temperature. Standardising is ours: the raw cosines of pooled ReLU features, all positive, hardly differ.
     """
-    if k < 1 or temperature <= 0:
-        raise InputError(f"`k` and `temperature` must be positive, got {k} and {temperature}.")
-    train_x, train_y = _checked(train_x, train_y)
     train_x, test_x = (F.normalize(torch.from_numpy(x), dim=1).numpy() for x in _standardised(train_x, test_x))
     blocks = np.array_split(test_x, len(test_x) // _KNN_ROWS + 1)
     return np.concatenate([_vote(block @ train_x.T, train_y, k, temperature) for block in blocks])
 
 
-def linear_probe(
-    train_x: ArrayLike,
-    train_y: ArrayLike,
-    val_x: ArrayLike,
-    val_y: ArrayLike,
-    test_x: ArrayLike,
-    cs: Sequence[float] = CS,
-) -> ProbeResult:
+def linear_probe(train_x: Array, train_y: Array, val_x: Array, val_y: Array, test_x: Array) -> Array:
     """Logistic regression on standardised frozen features: one problem a finding, one C for all, chosen on validation.
 
     C is the one of highest macro AUROC over the findings with both classes in training and validation, the smallest of
     equals; without such a finding it is `DEFAULT_C`, and the log says so. Items of unknown label are dropped finding by
-    finding. Findings with a single class in training get NaN scores and are named in the log.
+    finding. Findings with a single class in training are named in the log.
 
     Args:
         train_x: shape (N, D); the scaler and the models are fitted on it alone.
@@ -175,70 +144,66 @@ def linear_probe(
         val_x: validation features.
         val_y: validation labels.
         test_x: shape (M, D).
-        cs: inverse strengths of the L2 penalty to choose from.
 
-    Raises:
-        ValueError: if `cs` is empty or not positive, shapes disagree or a label is not 1, 0 or NaN.
+    Returns:
+        Probabilities of shape (M, C), NaN for a finding that lacks a class in training.
     """
-    train_x, train_y = _checked(train_x, train_y)
-    c = _choose_c(train_x, train_y, *_checked(val_x, val_y), cs)
+    c = _choose_c(train_x, train_y, val_x, val_y)
     left_out = tuple(np.flatnonzero(~both_classes(train_y)).tolist())
     if left_out:
         logger.warning("Left out of the linear probe, for lack of a class in training: findings %s.", left_out)
-    return ProbeResult(_fit_predict(train_x, train_y, test_x, c), c)
+    return logistic_regression(train_x, train_y, test_x, c)
 
 
-def grouped_cross_val_scores(
-    x: ArrayLike, y: ArrayLike, subjects: ArrayLike, num_folds: int = 5, seed: int = 0, cs: Sequence[float] = CS
-) -> Array:
+def grouped_cross_val_scores(x: Array, y: Array, subjects: Sequence[str], num_folds: int = 5, seed: int = 0) -> Array:
     """Scores of the linear probe for every item, fitted on the other folds; folds are made of whole subjects.
 
     For each fold C is chosen on the next one, and the probe is then fitted on all but the first.
 
     Args:
-        x: shape (N, D).
-        y: shape (N, C), 1, 0 or NaN (unknown).
+        x: features (N, D).
+        y: labels (N, C).
         subjects: subject of each item.
-        num_folds: number of folds, at least 3: one to score, one to choose C, the others to train.
+        num_folds: at least 3: one to score, one to choose C, the others to train; and at most the subjects.
         seed: seed of the folds.
-        cs: inverse strengths of the L2 penalty to choose from.
 
     Returns:
         Probabilities of shape (N, C); NaN where a finding lacks a class in the training folds.
-
-    Raises:
-        ValueError: as for `linear_probe`, and if there are fewer than 3 folds or fewer subjects than folds.
     """
-    x, y = _checked(x, y)
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
-    if len(item_subject) != len(x):
-        raise InputError(f"`subjects` must name the subject of each of the {len(x)} items, got {len(item_subject)}.")
-    if not 3 <= num_folds <= len(names):
-        raise InputError(f"`num_folds` must be in [3, {len(names)}], the number of subjects, got {num_folds}.")
     fold = (np.random.default_rng(seed).permutation(len(names)) % num_folds)[item_subject]
     scores = np.full(y.shape, np.nan)
     for held_out in range(num_folds):
         test = fold == held_out
         val = fold == (held_out + 1) % num_folds
         train = ~test & ~val
-        c = _choose_c(x[train], y[train], x[val], y[val], cs)
-        scores[test] = _fit_predict(x[~test], y[~test], x[test], c)
+        c = _choose_c(x[train], y[train], x[val], y[val])
+        scores[test] = logistic_regression(x[~test], y[~test], x[test], c)
     return scores
 
 
-def _checked(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) == 0:
-        raise InputError(f"Features and labels must have shapes (N, D) and (N, C), N > 0, got {x.shape} and {y.shape}.")
-    if not (np.isin(y, (0, 1)) | np.isnan(y)).all():
-        raise InputError(f"Labels must be 1, 0 or NaN (unknown), got {np.unique(y)}.")
-    return x, y
+def logistic_regression(train_x: Array, train_y: Array, test_x: Array, c: float) -> Array:
+    """Probabilities (M, C) of the test items, one problem a finding, with the inverse strength `c` of the L2 penalty.
+
+    Arguments and result are those of `linear_probe`.
+    """
+    train_x, test_x = _standardised(train_x, test_x)
+    scores = np.full((len(test_x), train_y.shape[1]), np.nan)
+    # Products this small do not repay threads, which on a busy machine wait for each other fifty times as long.
+    with threadpool_limits(1, user_api="blas"):
+        for finding in np.flatnonzero(both_classes(train_y)):
+            known = ~np.isnan(train_y[:, finding])
+            # At the default tolerance of 1e-4 probabilities are still up to 0.01 from the optimum.
+            model = LogisticRegression(C=c, tol=1e-5, max_iter=2000).fit(train_x[known], train_y[known, finding])
+            scores[:, finding] = model.predict_proba(test_x)[:, 1]
+    return scores
 
 
-def _standardised(train_x: ArrayLike, test_x: ArrayLike) -> tuple[Array, Array]:
+def _standardised(train_x: Array, test_x: Array) -> tuple[Array, Array]:
     """Both sets in float64, with the mean and standard deviation of the first."""
-    scaler = StandardScaler().fit(np.asarray(train_x, dtype=np.float64))
-    return scaler.transform(train_x), scaler.transform(np.asarray(test_x, dtype=np.float64))
+    train_x, test_x = train_x.astype(np.float64), test_x.astype(np.float64)
+    scaler = StandardScaler().fit(train_x)
+    return scaler.transform(train_x), scaler.transform(test_x)
 
 
 def _vote(similarity: Array, train_y: Array, k: int, temperature: float) -> Array:
@@ -254,14 +219,7 @@ def _vote(similarity: Array, train_y: Array, k: int, temperature: float) -> Arra
     return scores
 
 
-def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array, cs: Sequence[float]) -> float:
-    if not cs or min(cs) <= 0:
-        raise InputError(f"`cs` must hold positive values, got {cs}.")
-    if train_y.shape[1] != val_y.shape[1]:
-        raise InputError(
-            "Labels must have the same findings in training and validation, "
-            f"got {train_y.shape[1]} and {val_y.shape[1]}."
-        )
+def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array) -> float:
     judged = np.flatnonzero(both_classes(train_y, val_y))
     if not len(judged):
         logger.warning("No finding has both classes in training and validation: C is the default, %g.", DEFAULT_C)
@@ -269,24 +227,10 @@ def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array, cs: Se
     known = ~np.isnan(val_y)
 
     def macro_auroc(c: float) -> float:
-        scores = _fit_predict(train_x, train_y, val_x, c)
+        scores = logistic_regression(train_x, train_y, val_x, c)
         return float(np.mean([roc_auc_score(val_y[known[:, i], i], scores[known[:, i], i]) for i in judged]))
 
-    return max(sorted(cs), key=macro_auroc)
-
-
-def _fit_predict(train_x: Array, train_y: Array, test_x: ArrayLike, c: float) -> Array:
-    """Probabilities (M, C) of the test items."""
-    train_x, test_x = _standardised(train_x, test_x)
-    scores = np.full((len(test_x), train_y.shape[1]), np.nan)
-    # Products this small do not repay threads, which on a busy machine wait for each other fifty times as long.
-    with threadpool_limits(1, user_api="blas"):
-        for finding in np.flatnonzero(both_classes(train_y)):
-            known = ~np.isnan(train_y[:, finding])
-            # At the default tolerance of 1e-4 probabilities are still up to 0.01 from the optimum.
-            model = LogisticRegression(C=c, tol=1e-5, max_iter=2000).fit(train_x[known], train_y[known, finding])
-            scores[:, finding] = model.predict_proba(test_x)[:, 1]
-    return scores
+    return max(CS, key=macro_auroc)
 
 
 class FeatureDataset(Dataset[dict[str, Tensor]]):
@@ -336,5 +280,5 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
                 labels.append(batch["label"])
                 yield batch
 
-        features = extract_features(self.network, batches(), self.device, feature_maps).last
+        features = extract_features(self.network, batches(), self.device).last
         return torch.from_numpy(features), torch.cat(labels)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import Array
 from dissect_monai.metrics.classification import both_classes, macro_auroc
-from dissect_monai.metrics.probes import DEFAULT_C, linear_probe
+from dissect_monai.metrics.probes import DEFAULT_C, logistic_regression
 
 MIN_ITEMS = 3  # of a task whose shift is measured: centred, two items lie on a line, and any two lines are alike
 
@@ -29,34 +29,26 @@ class DomainFeatures(NamedTuple):
 
 
 def perplexity(indices: Tensor, num_embeddings: int) -> Tensor:
-    """Effective number of codes in use: the exponential of the usage entropy.
+    """Effective number of codes in use, in [1, `num_embeddings`]: the exponential of the usage entropy.
 
-    Args:
-        indices: code indices of any shape, integers in [0, `num_embeddings`).
-        num_embeddings: size of the codebook.
-
-    Returns:
-        A scalar in [1, `num_embeddings`].
-
-    Raises:
-        ValueError: if `indices` is empty or holds a code that the codebook lacks.
+    Indices have any shape.
 
     Example:
         >>> perplexity(torch.tensor([0, 1, 1, 0]), num_embeddings=8)
         tensor(2.)
     """
-    usage = _counts(indices, num_embeddings) / indices.numel()
+    usage = torch.bincount(indices.flatten(), minlength=num_embeddings) / indices.numel()
     return torch.special.entr(usage).sum().exp()
 
 
 def code_usage(indices: Tensor, num_embeddings: int) -> Tensor:
-    """Share of the codes that occur at all, in (0, 1]; arguments and errors are those of `perplexity`.
+    """Share of the codes that occur at all, in (0, 1]; arguments as for `perplexity`.
 
     Example:
         >>> code_usage(torch.tensor([0, 1, 1, 0]), num_embeddings=8)
         tensor(0.2500)
     """
-    return (_counts(indices, num_embeddings) > 0).float().mean()
+    return (torch.bincount(indices.flatten(), minlength=num_embeddings) > 0).float().mean()
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -70,13 +62,10 @@ def effective_rank(features: Tensor) -> Tensor:
     Returns:
         A float64 scalar in [1, min(N, D)].
 
-    Raises:
-        ValueError: if `features` is not a non-empty matrix.
-
     Reference:
         Roy & Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007, Definition 1.
     """
-    features = _matrix(features).double()
+    features = features.double()
     values = torch.linalg.svdvals(features - features.mean(0))
     # Rounding leaves singular values of this size in a constant set, where they would count as directions.
     rounding = torch.finfo(torch.float64).eps * max(features.shape) * torch.linalg.matrix_norm(features)
@@ -86,39 +75,22 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def feature_std(features: Tensor) -> Tensor:
-    """Spread of the features on the unit sphere: about 1 if they are isotropic, 0 if they have collapsed.
+    """Spread of features (N, D) on the unit sphere: about 1 if they are isotropic, 0 if they have collapsed.
 
     Each row is L2-normalised; the standard deviations over rows are averaged over dimensions and multiplied by √D.
-
-    Args:
-        features: shape (N, D), any float dtype.
-
-    Returns:
-        A scalar in [0, 1].
-
-    Raises:
-        ValueError: if `features` is not a non-empty matrix.
 
     Reference:
         Chen & He, Exploring simple Siamese representation learning, CVPR 2021, Sec. 4.1 and Fig. 2.
     """
-    features = _matrix(features)
     return F.normalize(features.float(), dim=1).std(0, correction=0).mean() * features.shape[1] ** 0.5
 
 
 def task_labels(
     task: Sequence[str], group: Sequence[str], group_of: Mapping[str, str], within_group: bool = False
 ) -> Array:
-    """Labels of the shortcut probe: of which task an image is.
+    """Labels (N, C) of the shortcut probe: of which of C tasks (`group_of`: their groups) each of N images is.
 
-    Args:
-        task: task of each of N images.
-        group: group of each image.
-        group_of: the C tasks to be told apart, and their groups.
-        within_group: tell a task only from those of its group.
-
-    Returns:
-        Shape (N, C): 1, 0, or NaN for images of other tasks or, if asked for, other groups.
+    They are 1, 0, or NaN for images of other tasks or, with `within_group`, of other groups.
     """
 
     def label(task: str, group: str, name: str) -> float:
@@ -133,10 +105,6 @@ def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, f
     """Macro AUROC over tasks with which a linear probe, fitted on the bank, tells the task of an item: 0.5 is chance.
 
     The inverse strength of the probe's penalty is fixed, `DEFAULT_C`, as the items are those that are scored.
-
-    Args:
-        bank: training images.
-        items: validation images.
 
     Returns:
         `shortcut_task` from the features, `shortcut_task_intensity` from the intensities, and `shortcut_within_group`
@@ -153,8 +121,9 @@ def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, f
         train_y, val_y = (task_labels(part.task, part.group, group_of, within_group) for part in (bank, items))
         told = both_classes(train_y, val_y)
         if told.any():
-            train_y, val_y = train_y[:, told], val_y[:, told]
-            metrics[name] = macro_auroc(val_y, linear_probe(train_x, train_y, val_x, val_y, val_x, (DEFAULT_C,)).scores)
+            metrics[name] = macro_auroc(
+                val_y[:, told], logistic_regression(train_x, train_y[:, told], val_x, DEFAULT_C)
+            )
     return metrics
 
 
@@ -164,9 +133,6 @@ def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
     MONAI's `domain_shift` is a linear CKA that pairs the items of two tasks, which have nothing to do with each other,
     after centring each task. So it says how alike the shapes of two clouds of features are, not whether they lie apart,
     and it falls with the number of items: only values of the same items can be compared.
-
-    Args:
-        items: validation images.
 
     Returns:
         `collapse_effective_rank` in [0, 1], 1 if the features have collapsed to a line; from two tasks on
@@ -189,18 +155,3 @@ def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
     if shifts:
         metrics["domain_shift"] = torch.stack(shifts).mean()
     return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
-def _counts(indices: Tensor, num_embeddings: int) -> Tensor:
-    if indices.numel() == 0:
-        raise InputError("`indices` must not be empty, got a tensor without elements.")
-    counts = torch.bincount(indices.flatten(), minlength=num_embeddings)
-    if len(counts) > num_embeddings:
-        raise InputError(f"`indices` must be under `num_embeddings` = {num_embeddings}, got {len(counts) - 1}.")
-    return counts
-
-
-def _matrix(features: Tensor) -> Tensor:
-    if features.ndim != 2 or features.numel() == 0:
-        raise InputError(f"`features` must have shape (N, D), not empty, got {tuple(features.shape)}. Pool them first.")
-    return features

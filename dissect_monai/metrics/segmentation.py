@@ -13,10 +13,9 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import Array
 from dissect_monai.transforms.labels import Mask, box_around, integer_map
 
-OUTCOMES = ("scored", "missed", "false_positive", "absent")
 NAN = float("nan")
 _ROUNDING = 1e-6  # part of the tolerance by which a distance may exceed it: headers hold spacings in float32
 
@@ -31,7 +30,7 @@ class StructureScore(NamedTuple):
     surface_dice: float  # in [0, 1]
     label_ml: float
     pred_ml: float
-    outcome: str  # of `OUTCOMES`
+    outcome: str  # "scored", "missed", "false_positive" or "absent"
 
 
 class Overlap(NamedTuple):
@@ -72,26 +71,14 @@ def score_structures(
         A score for each structure, in the order of `labels`.
 
     Raises:
-        ValueError: if the shapes differ or are not 3-D, a label map has fractions, `spacing` has no three positive
-            numbers, `tolerance` is negative, or a structure has no values or one under 1.
+        ValueError: if a label map is not 3-D or has fractions.
     """
     label_map, pred_map = integer_map("label", label), integer_map("pred", pred)
-    if label_map.shape != pred_map.shape:
-        raise InputError(
-            f"`label` and `pred` must lie on one grid, got the shapes {label_map.shape} and {pred_map.shape}: "
-            "resample the prediction with `to_original_grid`."
-        )
-    spacing = _checked(spacing, tolerance)
-    unclear = {name: list(values) for name, values in labels.items() if min(values, default=0) < 1}
-    if unclear or not labels:
-        raise InputError(
-            f"`labels` must give every structure its values over 0, such as {{'spleen': [1]}}, got {unclear}."
-        )
     found = [ndimage.find_objects(part) for part in (label_map, pred_map)]
     voxel_ml = float(np.prod(spacing)) / 1000
     scores = []
     for name, given in labels.items():
-        values = tuple(map(int, given))
+        values = tuple(given)
         box = box_around(found, values)
         masks = np.isin(label_map[box], values), np.isin(pred_map[box], values)
         label_ml, pred_ml = (float(mask.sum()) * voxel_ml for mask in masks)
@@ -118,18 +105,10 @@ def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: f
         spacing: mm between voxels along the three axes.
         tolerance: of the surface Dice in mm.
 
-    Raises:
-        ValueError: if the shapes differ or are not 3-D, or a mask is empty.
-
     Reference:
         Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
         radiotherapy, 2018 (arXiv 1809.04430), for the surface Dice. Their HD95 weighs distances by area, ours does not.
     """
-    if label.ndim != 3 or label.shape != pred.shape or not (label.any() and pred.any()):
-        raise InputError(
-            f"`label` and `pred` must be masks of one shape (X, Y, Z) with voxels, got {label.shape} with "
-            f"{label.sum()} and {pred.shape} with {pred.sum()}."
-        )
     dice = 2 * float((label & pred).sum()) / float(label.sum() + pred.sum())
     to_pred, to_label = _nearest(*(_edge_points(mask, spacing) for mask in (label, pred)))
     hd95 = max(float(np.percentile(each, 95)) for each in (to_pred, to_label))
@@ -168,15 +147,6 @@ def _corner_areas(spacing: tuple[float, ...]) -> Array:
     """Area in mm² that marching cubes gives to each of the 256 kinds of corners."""
     table, _ = create_table_neighbour_code_to_surface_area(spacing)
     return np.asarray(table, dtype=float)
-
-
-def _checked(spacing: Sequence[float], tolerance: float) -> list[float]:
-    values = [float(each) for each in spacing]
-    if len(values) != 3 or not all(0 < each < float("inf") for each in values):
-        raise InputError(f"`spacing` must hold three positive numbers in mm, got {values}.")
-    if not 0 <= tolerance < float("inf"):
-        raise InputError(f"`tolerance` must be at least 0 mm, got {tolerance}.")
-    return values
 
 
 def _outcome(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float) -> tuple[str, Overlap]:

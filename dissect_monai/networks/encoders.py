@@ -7,6 +7,7 @@ from monai.networks.nets import ResNet, SegResNet
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
+from dissect_monai.networks.optimizers import trained_part
 
 
 def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
@@ -77,8 +78,17 @@ class SegResNetEncoder(nn.Module):
         return pool(self.encode(images)[0])
 
 
-def place_network(network: nn.Module, device: torch.device | str) -> nn.Module:
-    """Move a network to a device, with the weights of its convolutions in channels-last order, and return it."""
+def place_network(network: nn.Module, device: torch.device | str, mode: str = "scratch") -> nn.Module:
+    """Move a network to a device, with the weights of its convolutions in channels-last order.
+
+    Args:
+        network: the network, changed in place.
+        device: where to.
+        mode: "linear_probe" freezes all but the head `fc`, see `trained_part`.
+
+    Returns:
+        what is to be trained: the network, or its head alone.
+    """
     is_3d = any(parameter.ndim == 5 for parameter in network.parameters())
     memory_format = torch.channels_last_3d if is_3d else torch.channels_last
-    return network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    return trained_part(network.to(device, memory_format=memory_format), mode)  # type: ignore[call-overload]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from monai.networks.layers.factories import Conv
@@ -15,13 +17,12 @@ from dissect_monai.networks.encoders import pool
 class HSSLOutput(NamedTuple):
     """What `HSSLNet` returns for V·B views; read it by name."""
 
-    features: Tensor  # (V·B, C, *spatial / stride), the bottleneck
-    embedding: Tensor  # (V·B, C), its pooled features, no gradient
+    embedding: Tensor  # (V·B, C), pooled features of the bottleneck, no gradient
     embeddings: tuple[Tensor, ...]  # (V·B, out_dim) each, for the image, task and group level
     task_logits: Tensor  # (V·B, num_tasks)
     group_logits: Tensor  # (V·B, num_groups)
     reconstruction: Tensor  # (V·B, in_channels, *spatial), float32
-    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride), a projection of `features`; None without its head
+    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride) of the bottleneck; None without its head
 
 
 class HSSLNet(nn.Module):
@@ -41,7 +42,7 @@ class HSSLNet(nn.Module):
         dense: whether to build the head of the dense contrast.
 
     Raises:
-        ValueError: if `segresnet` cannot reconstruct its input, or a number is not positive.
+        ValueError: if `segresnet` cannot reconstruct its input.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
@@ -60,49 +61,32 @@ class HSSLNet(nn.Module):
         dense: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in {"num_tasks": num_tasks, "num_groups": num_groups}.items():
-            if number < 1:
-                raise InputError(f"`{name}` must be at least 1, got {number}.")
         out_channels = segresnet.conv_final[-1].out_channels
-        if out_channels != segresnet.in_channels or not segresnet.use_conv_final:
+        if out_channels != segresnet.in_channels:
             raise InputError(
-                "`segresnet` must reconstruct its input: it must use its final convolution and have as many output as "
-                f"input channels, got {out_channels} and {segresnet.in_channels}; set `out_channels`."
+                "`segresnet` must reconstruct its input, with as many output as input channels, got "
+                f"{out_channels} and {segresnet.in_channels}; set `out_channels`."
             )
-        levels = len(segresnet.down_layers)
-        width = segresnet.init_filters * 2 ** (levels - 1)
-        self.stride = 2 ** (levels - 1)
+        width = segresnet.init_filters * 2 ** (len(segresnet.down_layers) - 1)
         self.segresnet = segresnet
         # A random layer draws something of twenty times the variance of an image, to be unlearnt in a hundred steps.
         for parameter in segresnet.conv_final[-1].parameters():
             parameter.data.mul_(0.1)
-        self.projectors = nn.ModuleDict({level: _projector(width, hidden_dim, out_dim) for level in LEVELS})
+        self.projectors = nn.ModuleDict({level: _mlp(nn.Linear, width, hidden_dim, out_dim) for level in LEVELS})
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)
-        conv = Conv[Conv.CONV, segresnet.spatial_dims]
-        self.dense_projector = (
-            nn.Sequential(conv(width, hidden_dim, 1), nn.ReLU(inplace=True), conv(hidden_dim, out_dim, 1))
-            if dense
-            else None
-        )
+        conv = partial(Conv[Conv.CONV, segresnet.spatial_dims], kernel_size=1)
+        self.dense_projector = _mlp(conv, width, hidden_dim, out_dim) if dense else None
 
     def forward(self, images: Tensor) -> HSSLOutput:
         """Embed, classify and reconstruct views.
 
         Args:
-            images: shape (V·B, in_channels, *spatial), float in [0, 1].
-
-        Raises:
-            ValueError: if a spatial size is no multiple of the stride of the bottleneck.
+            images: shape (V·B, in_channels, *spatial), float in [0, 1]; sizes are multiples of the bottleneck's stride.
         """
-        if any(size % self.stride for size in images.shape[2:]):
-            raise InputError(
-                f"the spatial sizes of `images` must be multiples of {self.stride}, got {tuple(images.shape[2:])}."
-            )
         features, maps = self.segresnet.encode(images)
         pooled = pool(features)
         return HSSLOutput(
-            features=features,
             embedding=pooled.detach(),
             embeddings=tuple(projector(pooled) for projector in self.projectors.values()),
             task_logits=self.task_classifier(pooled),
@@ -112,5 +96,5 @@ class HSSLNet(nn.Module):
         )
 
 
-def _projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+def _mlp(layer: Callable[[int, int], nn.Module], in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(layer(in_dim, hidden_dim), nn.ReLU(inplace=True), layer(hidden_dim, out_dim))

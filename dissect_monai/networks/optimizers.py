@@ -1,4 +1,4 @@
-"""The optimiser: no weight decay of biases and norms, and learning rates that fall with depth."""
+"""What is trained, and how: the head or all of a network, no weight decay of biases, learning rates by depth."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.optim import AdamW
 
 from dissect_monai.common import InputError
 
+MODES = ("linear_probe", "finetune", "scratch")
 DEPTHS = {part: depth for depth, part in enumerate(("fc", "layer4", "layer3", "layer2", "layer1"))}  # below: the stem
 
 
@@ -17,22 +18,13 @@ def adamw(network: nn.Module, learning_rate: float, weight_decay: float, layer_d
 
     Args:
         network: module to train; with `layer_decay` a MONAI `ResNet`, not its DDP or compiled wrapper.
-        learning_rate: positive; that of the head.
-        weight_decay: not negative.
+        learning_rate: that of the head.
+        weight_decay: of all other parameters.
         layer_decay: in (0, 1]; a layer learns at learning_rate · layer_decay^d, d from 0 (the head `fc`) to 5 (stem).
-
-    Raises:
-        ValueError: if an argument is out of range.
 
     Reference:
         Howard & Ruder, Universal language model fine-tuning (ULMFiT), ACL 2018, Sec. 3.2: discriminative rates.
     """
-    if learning_rate <= 0 or weight_decay < 0:
-        raise InputError(
-            f"`learning_rate` must be positive and `weight_decay` not negative, got {learning_rate} and {weight_decay}."
-        )
-    if not 0 < layer_decay <= 1:
-        raise InputError(f"`layer_decay` must be in (0, 1], got {layer_decay}.")
     groups = defaultdict(list)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -49,3 +41,24 @@ def adamw(network: nn.Module, learning_rate: float, weight_decay: float, layer_d
         lr=learning_rate,
         fused=True,
     )
+
+
+def trained_part(network: nn.Module, mode: str) -> nn.Module:
+    """What the trainer trains: in "linear_probe" the head alone, on a `FeatureDataset`; else all of the network.
+
+    In "linear_probe" all but the head is frozen, and the network put into eval mode: the batch norms of an encoder that
+    a trainer gets would drift.
+
+    Args:
+        network: a MONAI `ResNet` with `num_classes`.
+        mode: "linear_probe", "finetune" or "scratch".
+
+    Raises:
+        ValueError: if `mode` is unknown.
+    """
+    if mode not in MODES:
+        raise InputError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
+    if mode != "linear_probe":
+        return network
+    network.eval().requires_grad_(False)
+    return network.get_submodule("fc").requires_grad_(True)

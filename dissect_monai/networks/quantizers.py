@@ -15,6 +15,8 @@ from dissect_monai.common import InputError, rank, world_size
 
 # Scores of one chunk of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**27}
+COMMITMENT_COST = 0.25  # van den Oord et al., Sec. 3.2
+EPSILON = 1e-5  # Laplace smoothing of the cluster sizes, as in MONAI's `EMAQuantizer`
 SEED_SIZE = 1e-3  # cluster size of a code before any feature has been assigned to it
 
 
@@ -23,7 +25,7 @@ class Quantized(NamedTuple):
 
     features: Tensor  # (B, embedding_dim, *spatial), float32, straight-through
     indices: Tensor  # (B, *spatial), int64 in [0, num_embeddings)
-    commitment: Tensor  # scalar, already times `commitment_cost`
+    commitment: Tensor  # scalar, 0.25 times the mean squared distance of the input to its code
     projected: Tensor  # (B, embedding_dim, *spatial), float32, what was quantised
 
 
@@ -38,14 +40,12 @@ class EMACodebook(nn.Module):
     Args:
         num_embeddings: number of codes.
         embedding_dim: number of channels of the input and of a code.
-        commitment_cost: factor of the commitment term, the mean squared distance of the input to its code.
         decay: EMA decay in [0, 1); larger moves the codes more slowly.
-        epsilon: Laplace smoothing of the cluster sizes, positive.
         metric: "euclidean", or "cosine": input and codes are L2-normalised, `features` and `projected` have norm 1.
         data_init: whether the first training batch seeds the codes with evenly spaced features. Codes drawn from
             N(0, 1) lie far from most features, and the few that win a feature keep all of them.
         revive_fraction: a code whose running cluster size falls below this fraction of the mean size is dead and
-            becomes a current feature, with the mean size; in [0, 1), 0 revives none.
+            becomes a current feature, of twice that size; in [0, 1), 0 revives none.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -63,26 +63,20 @@ class EMACodebook(nn.Module):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        commitment_cost: float = 0.25,
         decay: float = 0.99,
-        epsilon: float = 1e-5,
         metric: str = "euclidean",
         data_init: bool = True,
         revive_fraction: float = 0.05,
     ) -> None:
         super().__init__()
-        _require(num_embeddings >= 1, "num_embeddings", "at least 1", num_embeddings)
-        _require(embedding_dim >= 1, "embedding_dim", "at least 1", embedding_dim)
-        _require(commitment_cost >= 0, "commitment_cost", "at least 0", commitment_cost)
-        _require(0 <= decay < 1, "decay", "in [0, 1)", decay)
-        _require(epsilon > 0, "epsilon", "positive", epsilon)
-        _require(metric in ("euclidean", "cosine"), "metric", "'euclidean' or 'cosine'", metric)
-        _require(0 <= revive_fraction < 1, "revive_fraction", "in [0, 1), where 0 revives no code", revive_fraction)
+        if metric not in ("euclidean", "cosine"):
+            raise InputError(f"`metric` must be 'euclidean' or 'cosine', got {metric!r}.")
+        for name, value in {"decay": decay, "revive_fraction": revive_fraction}.items():
+            if not 0 <= value < 1:
+                raise InputError(f"`{name}` must be in [0, 1), got {value}.")
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.commitment_cost = commitment_cost
         self.decay = decay
-        self.epsilon = epsilon
         self.metric = metric
         self.data_init = data_init
         self.revive_fraction = revive_fraction
@@ -119,7 +113,7 @@ class EMACodebook(nn.Module):
             rows = self._normalised(self._rows(inputs))
             codes = self._normalised(self.embedding.weight.float())
             indices = _nearest(rows.detach(), codes)
-            features, commitment = _StraightThrough.apply(rows, codes, indices, self.commitment_cost)
+            features, commitment = _StraightThrough.apply(rows, codes, indices)
         size = (len(inputs), *inputs.shape[2:])
         return Quantized(
             features=features.view(*size, -1).movedim(-1, 1),
@@ -156,7 +150,7 @@ class EMACodebook(nn.Module):
         if self.revive_fraction > 0:
             self._revive(rows, counts)
         total = self.ema_cluster_size.sum()
-        sizes = (self.ema_cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
+        sizes = (self.ema_cluster_size + EPSILON) / (total + self.num_embeddings * EPSILON) * total
         self.embedding.weight.copy_(self._normalised(self.ema_w / sizes.unsqueeze(1)))
 
     def _revive(self, rows: Tensor, counts: Tensor) -> None:
@@ -200,13 +194,11 @@ class MultiScaleQuantizer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        stages = len(in_channels)
-        sizes = [num_embeddings] * stages if isinstance(num_embeddings, int) else list(num_embeddings)
-        _require(spatial_dims in (2, 3), "spatial_dims", "2 or 3", spatial_dims)
-        _require(stages > 0 and min(in_channels) > 0, "in_channels", "one positive number per stage", in_channels)
-        _require(len(sizes) == stages, "num_embeddings", f"one number or {stages}, one per stage", num_embeddings)
-        self.in_channels = tuple(in_channels)
-        self.num_embeddings = tuple(sizes)
+        sizes = [num_embeddings] * len(in_channels) if isinstance(num_embeddings, int) else num_embeddings
+        if len(sizes) != len(in_channels):
+            raise InputError(
+                f"`num_embeddings` must be one number or {len(in_channels)}, one per stage, got {num_embeddings}."
+            )
         self.projections = nn.ModuleList(Conv[Conv.CONV, spatial_dims](c, embedding_dim, 1) for c in in_channels)
         self.codebooks = nn.ModuleList(EMACodebook(size, embedding_dim, **kwargs) for size in sizes)
 
@@ -215,38 +207,25 @@ class MultiScaleQuantizer(nn.Module):
 
         Args:
             features: one feature map of shape (B, in_channels[i], *spatial) per stage.
-
-        Raises:
-            ValueError: if the number of stages or of channels differs from `in_channels`.
         """
-        if len(features) != len(self.in_channels):
-            raise InputError(f"`features` must have {len(self.in_channels)} stages, got {len(features)}.")
-        for i, (stage, channels) in enumerate(zip(features, self.in_channels, strict=True)):
-            if stage.shape[1] != channels:
-                raise InputError(f"`features[{i}]` must have {channels} channels, got {stage.shape[1]}.")
         stages = zip(features, self.projections, self.codebooks, strict=True)
         return [codebook(projection(stage)) for stage, projection, codebook in stages]
-
-
-def _require(valid: bool, name: str, rule: str, value: object) -> None:
-    if not valid:
-        raise InputError(f"`{name}` must be {rule}, got {value!r}.")
 
 
 class _StraightThrough(torch.autograd.Function):
     """Features and commitment in one node, so that backward needs no copy beyond the gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, codes: Tensor, indices: Tensor, cost: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, rows: Tensor, codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         features = F.embedding(indices, codes)
         ctx.save_for_backward(rows, features)
-        ctx.scale = 2 * cost / rows.numel()
-        return features, cost * F.mse_loss(features, rows)
+        ctx.scale = 2 * COMMITMENT_COST / rows.numel()
+        return features, COMMITMENT_COST * F.mse_loss(features, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad_features: Tensor, grad_commitment: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_features: Tensor, grad_commitment: Tensor) -> tuple[Tensor, None, None]:
         rows, features = ctx.saved_tensors
-        return torch.sub(rows, features).mul_(ctx.scale * grad_commitment).add_(grad_features), None, None, None
+        return torch.sub(rows, features).mul_(ctx.scale * grad_commitment).add_(grad_features), None, None
 
 
 def _nearest(rows: Tensor, codes: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from dissect_monai.common import InputError
 
+PRIOR = 0.01
 
-def init_class_prior(network: SegResNet, prior: float = 0.01) -> None:
-    """Make an untrained network call every structure rare.
+
+def init_class_prior(network: SegResNet) -> None:
+    """Make an untrained network call every structure rare: each has a probability of 0.01 against the background.
 
     With the usual biases of zero each class starts with the same share of all voxels, which is far more than a
     structure has. The Dice loss then pushes all structures down, and those whose features are not told apart soon
@@ -21,23 +23,16 @@ def init_class_prior(network: SegResNet, prior: float = 0.01) -> None:
 
     Args:
         network: the biases of its last convolution are changed in place; its first output is the background.
-        prior: probability of each structure against the background, in (0, 1).
-
-    Raises:
-        ValueError: if `prior` is out of range.
 
     Reference:
-        Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the default is.
+        Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the probability is.
     """
-    if not 0 < prior < 1:
-        raise InputError(f"`prior` must lie between 0 and 1, got {prior}.")
-    _init_class_prior(network.conv_final[-1].conv.bias, prior)
+    _start_rare(network.conv_final[-1].conv.bias)
 
 
-def _init_class_prior(biases: Tensor, prior: float = 0.01) -> None:
-    """As `init_class_prior`, of the biases of one convolution."""
+def _start_rare(biases: Tensor) -> None:
     with torch.no_grad():
-        biases.fill_(math.log(prior / (1 - prior)))
+        biases.fill_(math.log(PRIOR / (1 - PRIOR)))
         biases[0] = 0
 
 
@@ -58,7 +53,7 @@ class DeepSupervisionNet(nn.Module):
         Lee et al., Deeply-supervised nets, AISTATS 2015, Sec. 2.
     """
 
-    def __init__(self, segresnet: SegResNet, num_heads: int = 2) -> None:
+    def __init__(self, segresnet: SegResNet, num_heads: int) -> None:
         super().__init__()
         levels = len(segresnet.up_layers)
         if not 1 <= num_heads < levels:
@@ -69,7 +64,7 @@ class DeepSupervisionNet(nn.Module):
         # Level 0 is that of the output itself.
         heads = [conv(segresnet.init_filters * 2**level, classes, 1) for level in range(1, num_heads + 1)]
         for head in heads:
-            _init_class_prior(head.bias)
+            _start_rare(head.bias)
         self.heads = nn.ModuleList(heads)
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from math import log
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from monai.networks.blocks import Convolution
@@ -23,10 +23,10 @@ FUSIONS = ("attention", "add", "concat", "replace")
 class SSLOutput(NamedTuple):
     """What the pretraining network returns for V = 2·B views; read it by name."""
 
-    predictions: Tensor  # (V, out_dim), online prediction of the continuous embedding; without target, projection
+    predictions: Tensor  # (V, out_dim), of the continuous embedding: predictions, or projections without a target
     targets: Tensor | None  # (V, out_dim), target projection of the continuous embedding, no gradient
-    discrete_predictions: Tensor  # (V, out_dim), the same of the fused discrete embedding
-    discrete_targets: Tensor | None  # (V, out_dim), the same of the fused discrete embedding
+    discrete_predictions: Tensor  # (V, out_dim), the same two of the fused discrete embedding
+    discrete_targets: Tensor | None
     quantized: list[Quantized]  # one per chosen stage, fine to coarse
     embedding: Tensor  # (V, C), pooled features of the last stage of the online encoder
     reconstruction: Tensor | None  # (V, in_channels, *spatial) in [0, 1], None without a decoder
@@ -52,18 +52,13 @@ class Fusion(nn.Module):
         num_heads: attention heads; D must be divisible by it.
 
     Raises:
-        ValueError: if `mode` is unknown or the heads do not divide D.
+        ValueError: if `mode` is unknown.
     """
 
     def __init__(self, embedding_dim: int, mode: str = "attention", num_heads: int = 8) -> None:
         super().__init__()
         if mode not in FUSIONS:
             raise InputError(f"`fusion` must be one of {', '.join(FUSIONS)}, got {mode!r}.")
-        if mode == "attention" and embedding_dim % num_heads:
-            raise InputError(
-                f"`embedding_dim` must be a multiple of the {num_heads} attention heads, got {embedding_dim}: "
-                "change it or use another `fusion`."
-            )
         self.mode = mode
         self.mix: nn.Module = nn.Identity()
         if mode == "attention":
@@ -116,19 +111,6 @@ class Decoder(nn.Module):
 
     def _resize(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(x, size=tuple(size), mode=self.interpolation, align_corners=False)
-
-
-class _Branch(nn.Module):
-    """What the online network and its momentum target have in common: all but codebooks and predictors."""
-
-    def __init__(
-        self, encoder: nn.Module, projections: nn.ModuleList, fusions: nn.ModuleList, heads: nn.ModuleDict
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projections = projections
-        self.fusions = fusions
-        self.heads = heads
 
 
 class VQSSLNet(nn.Module):
@@ -203,10 +185,7 @@ class VQSSLNet(nn.Module):
         )
         self.decoder = Decoder(spatial_dims, embedding_dim, in_channels, len(stages)) if decode else None
         self.encoder = encoder
-        self.target: _Branch | None = None
-        if predict:
-            self.target = _Branch(*deepcopy((encoder, self.quantizer.projections, self.fusions, self.projectors)))
-            self.target.requires_grad_(False)
+        self.target = nn.ModuleDict(deepcopy(self._online())).requires_grad_(False) if predict else None
 
     @property
     def codebooks(self) -> list[EMACodebook]:
@@ -215,31 +194,50 @@ class VQSSLNet(nn.Module):
 
     def forward(self, images: Tensor) -> SSLOutput:
         """Embed V views, shape (V, in_channels, *spatial), float in [0, 1], with the online and the target network."""
-        maps = feature_maps(self.encoder, images)
-        quantized = self.quantizer([maps[stage - 1] for stage in self.stages])
-        fused = _fuse(self.fusions, quantized)
-        embedding = pool(maps[-1])
-        weights = self.scale_weights()
-        targets, discrete_targets = (None, None) if self.target is None else self._targets(self.target, images, weights)
+        embedding, projections, quantized = self._project(self._online(), images, is_online=True)
+        targets: dict[str, Tensor] = {}
+        if self.target is not None:
+            with torch.no_grad():
+                _, targets, _ = self._project(self.target, images, is_online=False)
+        predictions = {name: self.predictors[name](projection) for name, projection in projections.items()}
+        reconstruction = None
+        if self.decoder is not None:
+            reconstruction = self.decoder([scale.features for scale in quantized], images.shape[2:])
         return SSLOutput(
-            predictions=self.predictors["continuous"](self.projectors["continuous"](embedding)),
-            targets=targets,
-            discrete_predictions=self.predictors["discrete"](self.projectors["discrete"](_embed(fused, weights))),
-            discrete_targets=discrete_targets,
+            predictions=predictions["continuous"],
+            targets=targets.get("continuous"),
+            discrete_predictions=predictions["discrete"],
+            discrete_targets=targets.get("discrete"),
             quantized=quantized,
             embedding=embedding.detach(),
-            reconstruction=None
-            if self.decoder is None
-            else self.decoder([scale.features for scale in quantized], images.shape[2:]),
+            reconstruction=reconstruction,
         )
 
-    @torch.no_grad()
-    def _targets(self, target: _Branch, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        maps = feature_maps(target.encoder, images)
-        chosen = zip(self.codebooks, target.projections, self.stages, strict=True)
-        quantized = [codebook.lookup(projection(maps[stage - 1])) for codebook, projection, stage in chosen]
-        discrete = _embed(_fuse(target.fusions, quantized), weights)
-        return target.heads["continuous"](pool(maps[-1])), target.heads["discrete"](discrete)
+    def _online(self) -> dict[str, nn.Module]:
+        """What the target follows: all of the online network but codebooks, predictors and decoder."""
+        return {
+            "encoder": self.encoder,
+            "projections": self.quantizer.projections,
+            "fusions": self.fusions,
+            "heads": self.projectors,
+        }
+
+    def _project(
+        self, branch: Any, images: Tensor, is_online: bool
+    ) -> tuple[Tensor, dict[str, Tensor], list[Quantized]]:
+        """Continuous embedding, projections of both embeddings, quantised stages: of the online network or target."""
+        maps = feature_maps(branch["encoder"], images)
+        quantized = []
+        for codebook, projection, stage in zip(self.codebooks, branch["projections"], self.stages, strict=True):
+            quantize = codebook if is_online else codebook.lookup  # the target must not move the codes
+            quantized.append(quantize(projection(maps[stage - 1])))
+        fused = [
+            fusion(scale.features, scale.projected) for fusion, scale in zip(branch["fusions"], quantized, strict=True)
+        ]
+        pooled = [pool(scale) * weight for scale, weight in zip(fused, self.scale_weights(), strict=True)]
+        embeddings = {"continuous": pool(maps[-1]), "discrete": torch.cat(pooled, dim=1)}
+        projections = {name: branch["heads"][name](each) for name, each in embeddings.items()}
+        return embeddings["continuous"], projections, quantized
 
     @torch.no_grad()
     def scale_weights(self) -> Tensor:
@@ -247,27 +245,16 @@ class VQSSLNet(nn.Module):
         entropies = []
         for codebook in self.codebooks:
             usage = codebook.ema_cluster_size / codebook.ema_cluster_size.sum().clamp(min=1e-12)
-            # One code has entropy 0, and log 1 = 0 cannot divide it.
-            entropies.append(torch.special.entr(usage).sum() / log(max(2, len(usage))))
+            entropies.append(torch.special.entr(usage).sum() / log(len(usage)))
         return torch.stack(entropies).softmax(0) * len(entropies)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """Move the target: target ← momentum·target + (1 − momentum)·online, with `momentum` in [0, 1]."""
-        if not 0 <= momentum <= 1:
-            raise InputError(f"`momentum` must be in [0, 1], got {momentum}.")
         if self.target is None:
             raise InputError("the network has no target to move: set `predict`.")
-        online = _Branch(self.encoder, self.quantizer.projections, self.fusions, self.projectors)
-        torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
-
-
-def _fuse(fusions: nn.ModuleList, quantized: Sequence[Quantized]) -> list[Tensor]:
-    return [fusion(scale.features, scale.projected) for fusion, scale in zip(fusions, quantized, strict=True)]
-
-
-def _embed(fused: Sequence[Tensor], weights: Tensor) -> Tensor:
-    return torch.cat([pool(scale) * weight for scale, weight in zip(fused, weights, strict=True)], dim=1)
+        online: list[Tensor] = [parameter for part in self._online().values() for parameter in part.parameters()]
+        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
 
 
 def _stage_channels(encoder: nn.Module, spatial_dims: int, in_channels: int) -> list[int]:

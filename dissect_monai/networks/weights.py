@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from monai.networks.nets import SegResNet
-from torch import Tensor, nn
+from torch import nn
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, shorten
+from dissect_monai.networks.quantizers import MultiScaleQuantizer
 from dissect_monai.writing import save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
-MODES = ("linear_probe", "finetune", "scratch")
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
+SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
 LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
 SEGRESNET_REMEDY = (
     "Is it a SegResNet of the same spatial_dims, init_filters, blocks, input and output channels, as the JSON beside "
@@ -104,8 +105,9 @@ def load_weights(
     """
     if not path:
         return network
-    state, left = load_torch(path, TRAIN_FIRST), []
+    state = load_torch(path, TRAIN_FIRST)
     total = len(state)
+    left: tuple[str, ...] = ()
     settings = {} if names is None else read_settings(path)
     if names is not None and not transfer:
         _refuse_other_names(network, path, settings, names)
@@ -116,13 +118,12 @@ def load_weights(
                 f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones."
             )
         if _is_encoder(state) and (names is None or transfer):
-            decoder = (key for key in network.state_dict() if not key.startswith(SEGRESNET_ENCODER))
-            left = list(dict.fromkeys(f"{key.split('.')[0]}." for key in decoder))
+            left = SEGRESNET_DECODER
         elif names is not None and settings.get("class_names") != list(names):
-            left = [LAST_LAYER]
+            left = (LAST_LAYER,)
             state = {key: value for key, value in state.items() if not str(key).startswith(LAST_LAYER)}
     elif transfer:
-        left = ["fc."]
+        left = ("fc.",)
     _load_state(network, state, path, left)
     parts_left = ", ".join(part.rstrip(".") for part in left) or "none"
     logger.info("Loaded %d of %d tensors of %s; parts left as they were: %s.", len(state), total, path, parts_left)
@@ -139,7 +140,7 @@ def has_decoder(path: str | Path) -> bool:
 
 
 def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
-    """Refuse weights that "scratch" would not use, and "finetune" without weights; a probe of random features is fine.
+    """Refuse weights that "scratch" would not use, that are not there, or that "finetune" needs and has not.
 
     Raises:
         FileNotFoundError: if the weights are not there.
@@ -151,27 +152,6 @@ def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
         raise InputError("`mode` finetune needs weights: set `pretrained` to a models/model.pt, or `mode` to scratch.")
     if pretrained:
         _refuse_missing(pretrained, TRAIN_FIRST)
-
-
-def trained_part(network: nn.Module, mode: str) -> nn.Module:
-    """What the trainer trains: in "linear_probe" the head alone, on a `FeatureDataset`; else all of the network.
-
-    In "linear_probe" all but the head is frozen, and the network put into eval mode: the batch norms of an encoder that
-    a trainer gets would drift.
-
-    Args:
-        network: a MONAI `ResNet` with `num_classes`.
-        mode: "linear_probe", "finetune" or "scratch".
-
-    Raises:
-        ValueError: if `mode` is unknown.
-    """
-    if mode not in MODES:
-        raise InputError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
-    if mode != "linear_probe":
-        return network
-    network.eval().requires_grad_(False)
-    return network.get_submodule("fc").requires_grad_(True)
 
 
 def _refuse_missing(path: str | Path, remedy: str) -> None:
@@ -199,18 +179,17 @@ def _refuse_other_names(
         )
 
 
-def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, left: Sequence[str]) -> None:
+def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, left: tuple[str, ...]) -> None:
     """Fill all of a network but the keys that begin as in `left`, or refuse."""
-    kept = {key: value for key, value in network.state_dict().items() if key.startswith(tuple(left))}
-    own = {key: value for key, value in network.state_dict().items() if key not in kept}
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    kept = {key: value for key, value in network.state_dict().items() if key.startswith(left)}
+    own = {key: value.shape for key, value in network.state_dict().items() if key not in kept}
+    shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
-        "not a tensor": [key for key in own if key in state and key not in tensors],
-        "of another shape": [key for key in own if key in tensors and own[key].shape != tensors[key].shape],
+        "of another shape": [key for key in own if key in state and own[key] != shapes[key]],
     }
-    found = [f"{len(keys)} {what} ({_few(keys)})" for what, keys in problems.items() if keys]
+    found = [f"{len(keys)} {what} ({shorten(keys, 5)})" for what, keys in problems.items() if keys]
     if found:
         remedy = SEGRESNET_REMEDY if isinstance(network, SegResNet) else "Is it the same `encoder`?"
         if {*problems["missing"]} == HEAD_KEYS:
@@ -218,14 +197,32 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
         elif {*problems["unexpected"]} == HEAD_KEYS:
             remedy = "They are of a trained classifier: give the encoder that pretraining has left."
         raise InputError(f"the weights in {path} do not fit the {type(network).__name__}: {'; '.join(found)}. {remedy}")
-    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise InputError(
             f"the weights in {path} must be finite, got NaN or infinity in {len(broken)} of {len(state)} tensors "
-            f"({_few(broken)}): train again or take an older checkpoint."
+            f"({shorten(broken, 5)}): train again or take an older checkpoint."
         )
     network.load_state_dict(state | kept)
 
 
-def _few(keys: Sequence[Any]) -> str:
-    return ", ".join(map(str, keys[:5]))
+def load_quantizer(path: str | Path) -> tuple[MultiScaleQuantizer, list[int]]:
+    """The quantiser of a `checkpoint_epoch=N.pt` of pretraining, and the stages of the encoder that it quantises.
+
+    Raises:
+        ValueError: if the checkpoint holds no quantiser.
+    """
+    remedy = "give `checkpoint` a checkpoint_epoch=N.pt of pretraining"
+    checkpoint = load_torch(path, remedy)
+    prefix, settings = "quantizer.", checkpoint.get("settings", {})
+    network = checkpoint.get("network", {})
+    state = {key.removeprefix(prefix): value for key, value in network.items() if key.startswith(prefix)}
+    channels = [value.shape[1] for key, value in state.items() if key.startswith("projections.") and value.ndim > 1]
+    codes = [value.shape for key, value in state.items() if key.endswith("embedding.weight")]
+    if not codes or "stages" not in settings:
+        raise InputError(f"{path} holds no quantiser: {remedy}.")
+    quantizer = MultiScaleQuantizer(
+        settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
+    )
+    quantizer.load_state_dict(state)
+    return quantizer, settings["stages"]

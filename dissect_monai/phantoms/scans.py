@@ -103,7 +103,7 @@ def scan_phantom(scan: Scan, seed: Sequence[int], image_size: int) -> VolumePhan
     Args:
         scan: what and how.
         seed: of the subject and of its scan; on another `image_size` it gives the same subject.
-        image_size: voxels along the longest side of the field of view, at least 16.
+        image_size: voxels along the longest side of the field of view, 16 or more.
     """
     # The body draws from a stream of its own, so that it is the same on every grid.
     body_rng, rng = np.random.default_rng(seed).spawn(2)

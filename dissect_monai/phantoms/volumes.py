@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from dissect_monai.common import InputError
-from dissect_monai.phantoms.generated import SPLITS, checked_counts, write_once
+from dissect_monai.phantoms.generated import SPLITS, Splits, write_once
 from dissect_monai.phantoms.scans import SCANS, scan_phantom
 
 VOLUME_TASKS = tuple(SCANS)
@@ -40,7 +38,7 @@ def write_volume_phantoms(
         num_training: number of training subjects of each task.
         num_validation: number of validation subjects of each task.
         num_test: number of test subjects of each task.
-        image_size: voxels along the longest side of a field of view, at least 16; under 40, a small organ may be lost.
+        image_size: voxels along the longest side of a field of view, 16 or more; under 40, a small organ may be lost.
         seed: of the sets. A subject does not depend on the numbers of the others.
         tasks: among `VOLUME_TASKS`.
 
@@ -48,37 +46,36 @@ def write_volume_phantoms(
         The folders of the tasks, in their order.
 
     Raises:
-        ValueError: if a count is negative, a task unknown or repeated, `image_size` too small, or if the folder of a
-            task holds anything else.
+        ValueError: if the folder of a task holds anything else.
     """
-    counts = checked_counts(image_size, num_training, num_validation, num_test)
-    if isinstance(tasks, str) or not tasks or len({*tasks}) < len(tasks) or not {*tasks} <= {*SCANS}:
-        raise InputError(f"`tasks` must be different ones of {', '.join(VOLUME_TASKS)}, got {tasks!r}.")
+    counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     folders = []
     for task in tasks:
+        scan = SCANS[task]
+        labels = {str(value): name for value, name in enumerate(("background", *scan.labels))}
+        description = f"generated phantoms: {scan.description}"
+        head: dict[str, Any] = {"name": task, "description": description, "task": task, "group": scan.group}
+        head |= {"modality": {"0": scan.modality}, "labels": labels}
         spec = {"version": _VERSION, "task": task, **counts, "image_size": image_size, "seed": seed}
-        folders.append(write_once(Path(output_dir) / task, spec, partial(_write_set, spec=spec)))
+        folders.append(write_once(Path(output_dir) / task, spec, head, partial(_write_files, spec=spec)))
     return folders
 
 
-def _write_set(folder: Path, spec: dict[str, Any]) -> None:
+def _write_files(folder: Path, spec: dict[str, Any]) -> Splits:
     for kind in ("images", "labels"):
-        (folder / kind).mkdir(parents=True)
+        (folder / kind).mkdir()
     task = spec["task"]
-    scan = SCANS[task]
-    splits: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    splits: Splits = {split: [] for split in SPLITS}
     for number, split in enumerate(SPLITS):
         for index in range(spec[split]):
-            phantom = scan_phantom(scan, [VOLUME_TASKS.index(task), spec["seed"], number, index], spec["image_size"])
+            seed = [VOLUME_TASKS.index(task), spec["seed"], number, index]
+            phantom = scan_phantom(SCANS[task], seed, spec["image_size"])
             subject = f"{task}_{split}_{index:03d}"
             item = {"image": f"images/{subject}.nii.gz", "label": f"labels/{subject}.nii.gz", "subject": subject}
             _save(phantom.image, phantom.affine, folder / item["image"])
             _save(phantom.label, phantom.affine, folder / item["label"])
             splits[split].append(item)
-    labels = {str(value): name for value, name in enumerate(("background", *scan.labels))}
-    head = {"name": task, "description": f"generated phantoms: {scan.description}", "task": task, "group": scan.group}
-    dataset = {**head, "modality": {"0": scan.modality}, "labels": labels, "spec": spec, **splits}
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
+    return splits
 
 
 def _save(array: NDArray[np.integer[Any]], affine: NDArray[np.float64], path: Path) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from dissect_monai.phantoms.generated import SPLITS, checked_counts, write_once
+from dissect_monai.phantoms.generated import SPLITS, Splits, write_once
 
 # Diffuse ones: a finding that a crop can lose is one that two views need not agree on.
 XRAY_FINDINGS = ("nodules", "reticulation", "cysts", "consolidation")
@@ -52,15 +52,10 @@ _Anatomy = Mapping[str, float]
 def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayLike) -> Phantom:
     """Draw a schematic frontal chest X-ray: body, lungs, heart, bones, findings, noise and a corner marker.
 
-    The anatomy is the subject's; the view, pose, exposure, noise and the place and size of the findings are the
-    image's. The view ("PA" or "AP", even odds) sets magnification, heart size, lung volume and the marker's corner. It
-    is independent of the findings, so that a feature which encodes it is a shortcut.
-
-    Args:
-        seed: seed of the image; the same seed gives the same phantom.
-        image_size: height and width in pixels, at least 16.
-        subject_seed: seed of the anatomy. Images that share it are of one subject.
-        label: findings to draw, shape (4,), values 0 and 1. Equal seeds give images that differ in the findings alone.
+    The anatomy is the subject's; view, pose, exposure, noise and place and size of the findings are the image's. The
+    view (even odds) sets magnification, heart size, lung volume and the marker's corner. It is independent of the
+    findings, so that a feature which encodes it is a shortcut. Equal seeds give images that differ in the findings
+    alone, which `label`, of shape (4,), says.
     """
     subject_rng, rng = np.random.default_rng([0, subject_seed]), np.random.default_rng([1, seed])
     anatomy = dict(zip(_ANATOMY, subject_rng.uniform(*np.transpose([*_ANATOMY.values()])), strict=True))
@@ -91,24 +86,26 @@ def write_xray_phantoms(
         num_training: number of training images.
         num_validation: number of validation images.
         num_test: number of test images.
-        image_size: height and width in pixels, at least 16.
+        image_size: height and width in pixels, 16 or more.
         seed: seed of the set.
 
     Returns:
         `output_dir` as a path; the data list is its dataset.json.
 
     Raises:
-        ValueError: if a count is negative, `image_size` under 16, or `output_dir` holds anything else.
+        ValueError: if `output_dir` holds anything else.
     """
-    counts = checked_counts(image_size, num_training, num_validation, num_test)
+    counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
-    return write_once(output_dir, spec, lambda folder: _write_set(folder, spec))
+    head: dict[str, Any] = {"name": "xray_phantoms", "description": "generated chest X-ray phantoms"}
+    head |= {"modality": {"0": "CR"}, "label_names": XRAY_FINDINGS}
+    return write_once(output_dir, spec, head, partial(_write_files, spec=spec))
 
 
-def _write_set(folder: Path, spec: dict[str, int]) -> None:
-    (folder / "images").mkdir(parents=True)
+def _write_files(folder: Path, spec: dict[str, int]) -> Splits:
+    (folder / "images").mkdir()
     rng = np.random.default_rng(spec["seed"])
-    splits: dict[str, list[dict[str, object]]] = {}
+    splits: Splits = {}
     num_subjects = 0
     for split in SPLITS:
         count = spec[split]
@@ -124,9 +121,7 @@ def _write_set(folder: Path, spec: dict[str, int]) -> None:
             item = {"image": name, "label": phantom.label.astype(int).tolist()}
             splits[split].append(item | {"subject": f"{num_subjects + subject:05d}", "view": phantom.view})
         num_subjects += len(labels)
-    head = {"name": "xray_phantoms", "description": "generated chest X-ray phantoms", "modality": {"0": "CR"}}
-    dataset = {**head, "label_names": XRAY_FINDINGS, "spec": spec, **splits}
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
+    return splits
 
 
 def _balanced_labels(num_subjects: int, rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
@@ -43,11 +44,11 @@ class BatchAugment(nn.Module):
 
     Args:
         spatial_dims: 2 or 3.
-        image_size: size of the views, one number or one per axis; None keeps the size of the images.
+        image_size: sides of the views; None keeps the size of the images.
         crop_scale: range of the cropped part of the image's area (volume), in (0, 1].
         crop_ratio: range of the stretch: the cropped part of every further axis over that of the first axis.
-        flip_prob: probability of a flip along each axis; one number is for the first axis alone, which is left-right in
-            images that MONAI reads: 2-D ones are (x, y), volumes (x, y, z). Set it to 0 where the side matters.
+        flip_prob: probability of a flip along the first axis, which is left-right in images that MONAI reads: 2-D ones
+            are (x, y), volumes (x, y, z). Set it to 0 where the side matters.
         rotation: largest angle in degrees, in the plane of every two axes; voxels are taken as isotropic.
         gamma: range of the exponent.
         brightness: largest shift of the intensities, up or down.
@@ -67,10 +68,10 @@ class BatchAugment(nn.Module):
     def __init__(
         self,
         spatial_dims: int = 2,
-        image_size: int | Sequence[int] | None = None,
+        image_size: int | None = None,
         crop_scale: Sequence[float] | None = (0.5, 1.0),
         crop_ratio: Sequence[float] | None = (3 / 4, 4 / 3),
-        flip_prob: float | Sequence[float] = 0.5,
+        flip_prob: float = 0.5,
         rotation: float = 10.0,
         gamma: Sequence[float] | None = (0.7, 1.5),
         brightness: float = 0.1,
@@ -79,16 +80,11 @@ class BatchAugment(nn.Module):
         blur_prob: float = 0.5,
     ) -> None:
         super().__init__()
-        if spatial_dims not in _MEMORY_FORMAT:
-            raise InputError(f"`spatial_dims` must be 2 or 3, got {spatial_dims}.")
-        flips = (flip_prob, *[0.0] * (spatial_dims - 1)) if isinstance(flip_prob, int | float) else tuple(flip_prob)
-        if len(flips) != spatial_dims:
-            raise InputError(f"`flip_prob` must be one number or one per axis ({spatial_dims}), got {flip_prob}.")
         self.spatial_dims = spatial_dims
-        self.image_size = None if image_size is None else _checked_size(image_size, spatial_dims)
+        self.image_size = None if image_size is None else (image_size,) * spatial_dims
         self.crop_scale = _checked_range("crop_scale", crop_scale, highest=1)
         self.crop_ratio = _checked_range("crop_ratio", crop_ratio)
-        self.flip_prob = tuple(_checked("flip_prob", prob, highest=1) for prob in flips)
+        self.flip_prob = _checked("flip_prob", flip_prob, highest=1)
         self.rotation = _checked("rotation", rotation, highest=180)
         self.gamma = _checked_range("gamma", gamma)
         self.brightness = _checked("brightness", brightness, highest=1)
@@ -125,12 +121,12 @@ class BatchAugment(nn.Module):
     def _resample(self, images: Tensor, draw: _Draw) -> Augmented:
         shape = tuple(images.shape[2:])
         size = self.image_size or shape
-        cropped = self.crop_scale != _OFF
-        if not (cropped or any(self.flip_prob) or self.rotation) and size == shape:
+        if self.crop_scale == _OFF and not (self.flip_prob or self.rotation) and size == shape:
             same = torch.eye(self.spatial_dims, device=images.device).expand(len(images), -1, -1)
             return Augmented(images, Placement(same, same.new_zeros(len(images), self.spatial_dims)))
         side, center = draw.boxes(self.crop_scale, self.crop_ratio, self.spatial_dims)
-        flip = torch.stack([torch.where(draw.happens(prob), -1.0, 1.0) for prob in self.flip_prob], 1)
+        probabilities = [self.flip_prob] + [0.0] * (self.spatial_dims - 1)
+        flip = torch.stack([torch.where(draw.happens(each), -1.0, 1.0) for each in probabilities], 1)
         matrix = torch.diag_embed(side * flip)
         if self.rotation:
             matrix = draw.rotations(self.rotation, shape) @ matrix
@@ -268,17 +264,8 @@ def _checked(name: str, value: float, highest: float = math.inf) -> float:
 
 
 def _checked_range(name: str, values: Sequence[float] | None, highest: float = math.inf) -> _Range:
-    values = _OFF if values is None else values
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
-        raise InputError(f"`{name}` must be two numbers, got {values!r}.")
-    low, high = values
-    if not all(isinstance(value, (int, float)) for value in values) or not 0 < low <= high <= highest:
-        raise InputError(f"`{name}` must be two increasing numbers in (0, {highest}], got {values}.")
-    return low, high
-
-
-def _checked_size(size: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
-    sizes = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
-    if len(sizes) != spatial_dims or min(sizes) < 1:
-        raise InputError(f"`image_size` must be one positive number or one per axis ({spatial_dims}), got {size}.")
-    return sizes
+    given = _OFF if values is None else ensure_tuple(values)
+    numbers = [value for value in given if isinstance(value, (int, float))]
+    if len(given) != 2 or len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] <= highest:
+        raise InputError(f"`{name}` must be two increasing numbers in (0, {highest}], got {values!r}.")
+    return numbers[0], numbers[1]

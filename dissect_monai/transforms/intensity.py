@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, ScaleIntensityRange
-from monai.utils import convert_to_dst_type
+from monai.utils import convert_to_dst_type, ensure_tuple
 from numpy.typing import NDArray
 
 from dissect_monai.common import InputError
@@ -29,16 +29,15 @@ class NormalizeModalityd(MapTransform):
     the way from the darkest voxel to the 99.5 percentile of all, thereby becomes 0. Everything is clipped.
 
     Args:
-        keys: keys of the images; tensors of any shape. A `modality` of the item that begins with CT, in either case, is
-            CT; a missing one is not. A list scales every channel by its own.
+        keys: keys of the images, of shape (C, *spatial). A `modality` of the item that begins with CT, in either case,
+            is CT; a missing one is not. A list scales every channel by its own.
         a_min: lower end of the CT window in HU.
         a_max: upper end of the CT window in HU.
         b_max: upper end of the result, 255 for a cache in uint8.
         modality: of items that say none.
 
     Raises:
-        ValueError: if an argument is outside its range, a volume has but one value after scaling, or another number
-            of channels (of those with shape (C, X, Y, Z)) than modalities.
+        ValueError: if a volume has but one value after scaling, or another number of channels than modalities.
     """
 
     def __init__(
@@ -50,10 +49,6 @@ class NormalizeModalityd(MapTransform):
         modality: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(keys)
-        if not a_min < a_max:
-            raise InputError(f"`a_min` must be below `a_max`, got {a_min} and {a_max}.")
-        if b_max <= 0:
-            raise InputError(f"`b_max` must be over 0, got {b_max}.")
         self.window = (a_min, a_max)
         self.b_max, self.modality = b_max, modality
 
@@ -61,18 +56,14 @@ class NormalizeModalityd(MapTransform):
         """Replace the images of an item."""
         item = dict(data)
         for key in self.key_iterator(item):
-            image, modality = item[key], item.get("modality", self.modality)
-            names = modality if isinstance(modality, (list, tuple)) else [modality]
-            if image.ndim == 4 and len(names) != len(image):
+            image, modalities = item[key], ensure_tuple(item.get("modality", self.modality))
+            if len(modalities) != len(image):
                 raise InputError(
-                    f"a volume must have a channel for each of the modalities {', '.join(map(str, names))}, "
+                    f"a volume must have a channel for each of the modalities {', '.join(map(str, modalities))}, "
                     f"got {len(image)}: correct `modality` in dataset.json."
                 )
-            if isinstance(modality, (list, tuple)):
-                channels = [self._scaled(channel, name) for channel, name in zip(image, modality, strict=True)]
-                item[key] = convert_to_dst_type(torch.stack(channels), image, dtype=channels[0].dtype)[0]
-            else:
-                item[key] = self._scaled(image, modality)
+            channels = [self._scaled(channel, name) for channel, name in zip(image, modalities, strict=True)]
+            item[key] = convert_to_dst_type(torch.stack(channels), image, dtype=channels[0].dtype)[0]
         return item
 
     def _scaled(self, image: torch.Tensor, modality: object) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,29 +67,21 @@ class ValuesToClassesd(MapTransform):
 def values_to_classes(
     label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
 ) -> tuple[NDArray[np.uint8], list[int]]:
-    """Classes 1, 2, ... of the named structures in place of a file's values, 0 for everything else.
+    """Classes 1, 2, ... of the named structures in place of a file's values, and the values that have no name.
 
-    Args:
-        label_map: integers of any shape and dtype.
-        labels: values of each structure; one that is no class may share values with one that is.
-        class_names: structures of the classes, at most 255.
-        where: what a message calls the label map.
-
-    Returns:
-        The classes, and the values that `labels` does not name, which become background.
-
-    Raises:
-        ValueError: if a value is under 1, or in two classes.
+    `labels` has the values of each structure; those that are no class may share them. All but the classes becomes
+    background, 0. A value under 1, or in two classes, is refused; the message calls the label map `where`.
     """
     class_of = {0: 0}
     for name, values in labels.items():
-        index = list(class_names).index(name) + 1 if name in class_names else 0
-        for value in values:
-            if value < 1:
-                raise InputError(f"{where} must have structures with values over 0, got {value} for {name}.")
-            if index and class_of.get(value, 0) not in (0, index):
+        if min(values) < 1:
+            raise InputError(f"{where} must have structures with values over 0, got {min(values)} for {name}.")
+        class_of |= dict.fromkeys(values, 0)
+    for index, name in enumerate(class_names, start=1):
+        for value in labels.get(name, ()):
+            if class_of[value] not in (0, index):
                 raise InputError(f"{where} must give each value one class, got {value} in {name} and another one.")
-            class_of[value] = index or class_of.get(value, 0)
+            class_of[value] = index
     unknown = sorted({*np.unique(label_map).tolist()} - class_of.keys())
     if unknown:
         label_map = np.where(np.isin(label_map, unknown), 0, label_map)
@@ -99,11 +91,7 @@ def values_to_classes(
 
 
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
-    """A label map as an array of integers, which files often hold as floats.
-
-    Raises:
-        ValueError: if it is not 3-D or has fractions; `name` is what the message calls it.
-    """
+    """A 3-D label map, called `name` in messages, as an array of integers, which files often hold as floats."""
     array = np.asarray(label_map)
     if array.ndim != 3:
         raise InputError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
@@ -122,9 +110,7 @@ def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
 def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> Box:
     """The smallest box around all voxels that have one of some values; an empty one if there are none.
 
-    Args:
-        found: of each label map, what `scipy.ndimage.find_objects` gives.
-        values: the values, of which 0 has no box.
+    `found` is what `scipy.ndimage.find_objects` gives of each label map; the value 0 has no box.
     """
     boxes = [each[value - 1] for each in found for value in values if 0 < value <= len(each)]
     axes = list(zip(*(box for box in boxes if box is not None), strict=True)) or [(slice(0, 0),)] * 3
@@ -132,30 +118,20 @@ def box_around(found: Sequence[Sequence[Box | None]], values: Sequence[int]) -> 
     return x, y, z
 
 
-def largest_components(label_map: ArrayLike, structures: Sequence[Sequence[int]]) -> LabelMap:
-    """Keep the largest connected part of each structure; the others become background. Faces connect, edges do not.
+def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
+    """A label map (X, Y, Z) with only the largest connected part of the structures with some values.
 
-    It suits structures that are one piece. Of two kidneys under one value, it removes one.
-
-    Args:
-        label_map: shape (X, Y, Z), integers of any dtype.
-        structures: the values of each structure to clean; voxels of others stay.
-
-    Returns:
-        A new label map of the same shape. Of parts of equal size, the first is kept.
-
-    Raises:
-        ValueError: if the label map is not 3-D or has fractions.
+    The other parts become background. Faces connect, edges do not. Of parts of equal size, the first is kept.
 
     Example:
-        >>> largest_components([[[3, 3, 0, 3, 2]]], [[3]])
+        >>> largest_components([[[3, 3, 0, 3, 2]]], [3])
         array([[[3, 3, 0, 0, 2]]])
     """
     cleaned = integer_map("label_map", label_map).copy()
     found = ndimage.find_objects(cleaned)
-    for values in structures:
-        part = cleaned[box_around([found], values)]
-        components, count = ndimage.label(np.isin(part, values))
+    for value in values:
+        part = cleaned[box_around([found], [value])]
+        components, count = ndimage.label(part == value)
         if count > 1:
             sizes = np.bincount(components.ravel())[1:]
             part[(components > 0) & (components != sizes.argmax() + 1)] = 0
@@ -163,17 +139,19 @@ def largest_components(label_map: ArrayLike, structures: Sequence[Sequence[int]]
 
 
 class LargestComponentsd(MapTransform):
-    """Keeps the largest connected part of some structures of a label map, see `largest_components`.
+    """Keeps the largest connected part of some structures of a label map.
+
+    It suits structures that are one piece. Of two kidneys under one value, it removes one.
 
     Args:
         keys: keys of the label maps, of shape (1, X, Y, Z), integers.
         class_names: structures of the classes 1, 2, ...
-        structures: names of those to clean.
+        structures: names of those to clean, see `chosen_structures`.
     """
 
-    def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: Sequence[str]) -> None:
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: str | Sequence[str]) -> None:
         super().__init__(keys)
-        self.values = [[list(class_names).index(name) + 1] for name in structures]
+        self.values = [list(class_names).index(name) + 1 for name in chosen_structures(structures, class_names)]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the label maps of an item."""

@@ -31,31 +31,20 @@ class OriginalGridd(MapTransform):
     image. For `postprocessing`, before `SaveImaged`; nothing is inverted step by step.
 
     Args:
-        keys: keys of the predictions.
-
-    Raises:
-        ValueError: if a prediction has lost its metadata.
+        keys: keys of the predictions, `MetaTensor`s.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the predictions of an item."""
         item = dict(data)
         for key in self.key_iterator(item):
-            meta = getattr(item[key], "meta", {})
-            if MetaKeys.SPATIAL_SHAPE not in meta or MetaKeys.ORIGINAL_AFFINE not in meta:
-                raise InputError(
-                    f"{key!r} must be a MetaTensor with the `{MetaKeys.SPATIAL_SHAPE}` and "
-                    f"`{MetaKeys.ORIGINAL_AFFINE}` of its file, got metadata {sorted(map(str, meta))}: keep "
-                    "`track_meta` in the preprocessing, or call `to_original_grid`."
-                )
+            meta = item[key].meta
             shape = [int(size) for size in meta[MetaKeys.SPATIAL_SHAPE]]
             item[key] = to_original_grid(item[key], shape, meta[MetaKeys.ORIGINAL_AFFINE])
         return item
 
 
-def to_original_grid(
-    pred: Tensor, shape: Sequence[int], affine: Tensor | Array, pred_affine: Tensor | Array | None = None
-) -> MetaTensor:
+def to_original_grid(pred: MetaTensor, shape: Sequence[int], affine: Tensor | Array) -> MetaTensor:
     """Resample the logits of classes, or a label map, to another grid, as a label map.
 
     Logits are interpolated linearly, and the largest wins; of a label map, the nearest voxel is taken. Both affines say
@@ -70,49 +59,33 @@ def to_original_grid(
             shape (1, X, Y, Z). On any device.
         shape: voxels of the grid along its three axes.
         affine: affine (4, 4) of the grid, from voxels to mm in RAS.
-        pred_affine: affine of `pred`; None takes that of a `MetaTensor`.
 
     Returns:
         Label map of shape (1, *shape) with that affine, on the device of `pred`: uint8 of indices of classes, or the
         dtype of the label map. Its other metadata are those of `pred`.
-
-    Raises:
-        ValueError: if `pred` is not 4-D or has no affine, `shape` has not three positive sizes, or an affine cannot be
-            inverted.
     """
     if pred.ndim != 4 or pred.numel() == 0 or len(shape) != 3 or min(shape) < 1:
         raise InputError(
             "`pred` must have shape (C, X, Y, Z), of one item, and `shape` three positive sizes, "
             f"got {tuple(pred.shape)} and {tuple(shape)}."
         )
-    if pred_affine is None and not isinstance(pred, MetaTensor):
-        raise InputError("`pred_affine` must be given if `pred` is no MetaTensor, got None.")
-    source = _affine("pred_affine", pred.affine if pred_affine is None else pred_affine)  # type: ignore[attr-defined]
-    to_pred = np.linalg.solve(source, _affine("affine", affine))
-    meta = {key: value for key, value in getattr(pred, "meta", {}).items() if key != MetaKeys.AFFINE}
-    pred = pred.detach().as_subclass(Tensor)
+    to_pred = np.linalg.solve(_affine("affine of `pred`", pred.affine), _affine("affine", affine))
+    meta = {key: value for key, value in pred.meta.items() if key != MetaKeys.AFFINE}
+    values = pred.detach().as_subclass(Tensor)
     label_map = torch.empty(tuple(shape), dtype=pred.dtype if len(pred) == 1 else torch.uint8, device=pred.device)
     thickness = max(1, min(_MAX_VOXELS, _MAX_VALUES // len(pred)) // (shape[1] * shape[2]))
     for start in range(0, shape[0], thickness):
         slab = label_map[start : start + thickness]
         shift = np.eye(4)
         shift[0, 3] = start
-        slab.copy_(_resample(pred, tuple(slab.shape), to_pred @ shift))
+        slab.copy_(_resample(values, tuple(slab.shape), to_pred @ shift))
     return MetaTensor(label_map[None], affine=torch.as_tensor(np.asarray(affine, dtype=float)), meta=meta)
 
 
 def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
-    """Refuse a label map whose grid lies wholly beside that of its image: all of the image would be background.
+    """Refuse a label map (C, X, Y, Z) whose grid lies wholly beside that of its image: all would be background.
 
     Grids of other shape, orientation or spacing are fine, and so is one that covers a part of the other.
-
-    Args:
-        label: shape (C, X, Y, Z).
-        image: the same; or a prediction for it.
-        where: what the message calls the label map.
-
-    Raises:
-        ValueError: naming the boxes in mm around both.
     """
     boxes = [_box(each) for each in (image, label)]
     low, high = np.max([box[0] for box in boxes], 0), np.min([box[1] for box in boxes], 0)
@@ -136,7 +109,7 @@ def _box(volume: MetaTensor) -> tuple[Array, Array]:
 def _affine(name: str, affine: Tensor | Array) -> Array:
     matrix = np.asarray(torch.as_tensor(affine).cpu(), dtype=float)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
-        raise InputError(f"`{name}` must be an affine (4, 4) that can be inverted, got {matrix.tolist()}.")
+        raise InputError(f"the {name} must be a matrix (4, 4) that can be inverted, got {matrix.tolist()}.")
     return matrix
 
 
@@ -185,18 +158,10 @@ class AdaptiveSpacingd(MapTransform):
         keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
         pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
         spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
-
-    Raises:
-        ValueError: if `pixdim` or `spatial_size` has no three values, or a size is below 1.
     """
 
     def __init__(self, keys: KeysCollection, pixdim: Sequence[float], spatial_size: Sequence[int]) -> None:
         super().__init__(keys)
-        if len(pixdim) != 3 or len(spatial_size) != 3 or min(spatial_size) < 1:
-            raise InputError(
-                f"`pixdim` and `spatial_size` must hold three values, the sizes at least 1, got {pixdim} and "
-                f"{spatial_size}."
-            )
         self.pixdim = np.array(pixdim, dtype=float)
         self.spatial_size = np.array(spatial_size)
 

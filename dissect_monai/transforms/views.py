@@ -10,7 +10,7 @@ import torch
 from monai.engines.utils import PrepareBatch
 from torch import Tensor
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, rank
 from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, Placement
 
 
@@ -47,36 +47,27 @@ class Views(PrepareBatch):
 
     Args:
         augment: makes one view of each image.
-        seed: seed of all draws.
-        rank: rank of this process, so that every process draws its own.
+        seed: seed of all draws; every process draws its own.
         num_views: views per image.
         target_key: key of the target in the batch, such as "label"; None takes the views themselves.
-
-    Raises:
-        ValueError: if `num_views` is below 1, or `seed`, `rank` or an epoch is negative.
     """
 
     def __init__(
         self,
         augment: BatchAugment,
         seed: int = 0,
-        rank: int = 0,
         num_views: int = 2,
         target_key: str | None = None,
     ) -> None:
-        if num_views < 1:
-            raise InputError(f"`num_views` must be at least 1, got {num_views}.")
         self.augment = augment
-        self.seed, self.rank = seed, rank
+        self.seed = seed
         self.num_views = num_views
         self.target_key = target_key
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Restart the draws: they depend on seed, rank and epoch alone, so that a resumed run repeats them."""
-        if min(self.seed, self.rank, epoch) < 0:
-            raise InputError(f"`seed`, `rank`, `epoch` must not be negative, got {self.seed}, {self.rank}, {epoch}.")
-        self._epoch_seed = int(np.random.SeedSequence([self.seed, self.rank, epoch]).generate_state(1)[0])
+        """Restart the draws: they depend on seed, process and epoch alone, so that a resumed run repeats them."""
+        self._epoch_seed = int(np.random.SeedSequence([self.seed, rank(), epoch]).generate_state(1)[0])
         self._generator: torch.Generator | None = None
 
     def __call__(
@@ -160,10 +151,7 @@ class HierarchyViews(Views):
         tasks: all names that `task` of an image may have; their order numbers them.
         groups: all names that `group` of an image may have.
         corrupt: masks the network's input; None leaves it as it is.
-        kwargs: `seed`, `rank` and `num_views` of `Views`.
-
-    Raises:
-        ValueError: as `Views`, or if names repeat or are none, or an image has no `task` or `group` of that name.
+        kwargs: `seed` and `num_views` of `Views`.
     """
 
     def __init__(
@@ -176,7 +164,10 @@ class HierarchyViews(Views):
     ) -> None:
         super().__init__(augment, **kwargs)
         self.corrupt = corrupt
-        self.numbers = {"task": _numbered("tasks", tasks), "group": _numbered("groups", groups)}
+        self.numbers = {
+            key: {name: number for number, name in enumerate(names)}
+            for key, names in (("task", tasks), ("group", groups))
+        }
 
     def __call__(
         self,
@@ -189,21 +180,7 @@ class HierarchyViews(Views):
         views, placement = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs)
         images, masked = self.corrupt(views, self._generator) if self.corrupt else (views, None)
         task, group = (
-            torch.tensor(self._numbers(batchdata, key)).to(device, non_blocking=non_blocking) for key in self.numbers
+            torch.tensor([numbers[name] for name in batchdata[key]]).to(device, non_blocking=non_blocking)
+            for key, numbers in self.numbers.items()
         )
         return ViewBatch(images, HierarchyTarget(views, masked, task, group, placement))
-
-    def _numbers(self, batchdata: Mapping[str, Any], key: str) -> list[int]:
-        numbers = self.numbers[key]
-        if key not in batchdata:
-            raise InputError(f"every image must have a `{key}`, got {list(batchdata)}: name it in its dataset.json.")
-        unknown = [name for name in batchdata[key] if name not in numbers]
-        if unknown:
-            raise InputError(f"`{key}` of an image must be one of {', '.join(numbers)}, got {unknown[0]!r}.")
-        return [numbers[name] for name in batchdata[key]]
-
-
-def _numbered(argument: str, names: Sequence[str]) -> dict[str, int]:
-    if isinstance(names, str) or not names or len(set(names)) < len(names):
-        raise InputError(f"`{argument}` must be different names, at least one, got {names!r}.")
-    return {name: number for number, name in enumerate(names)}

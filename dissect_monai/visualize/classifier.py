@@ -1,4 +1,4 @@
-"""Figures of a classifier and of its features for TensorBoard and the report: ROC, reliability, a map, saliency."""
+"""Figures of a classifier and of its features: ROC, reliability, a map, saliency."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from monai.visualize import GradCAM
-from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.metrics import roc_curve
 from torch import Tensor, nn
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import Array
 from dissect_monai.metrics.classification import auroc, expected_calibration_error, reliability, usable_findings
 from dissect_monai.metrics.intervals import wilson_interval
 
@@ -34,8 +33,8 @@ MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 
 
-def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figure:
-    """ROC curve of each finding, best first in the legend; those without both classes or without scores are left out.
+def roc_plot(labels: Array, scores: Array, names: Sequence[str]) -> Figure:
+    """ROC curve of each of the `usable_findings`, best first in the legend.
 
     Args:
         labels: shape (N, C), 1, 0 or NaN (unknown).
@@ -44,13 +43,10 @@ def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figu
 
     Returns:
         A figure 900 pixels wide.
-
-    Raises:
-        ValueError: if the shapes disagree or a label is not 1, 0 or NaN.
     """
-    figure, (axes,) = _figure(len(names))
+    figure, (axes,) = _panels(6, _height(names))
     curves: list[tuple[float, Any]] = []
-    for index, label, score in _columns(labels, scores, names):
+    for index, label, score in _columns(labels, scores):
         area = float(auroc(label, score))
         false_positive_rate, true_positive_rate, _ = roc_curve(label, score)
         text = f"{names[index]}  {area:.3f}"
@@ -65,17 +61,17 @@ def roc_plot(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Figu
     return figure
 
 
-def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequence[str]) -> Figure:
+def reliability_plot(labels: Array, probabilities: Array, names: Sequence[str]) -> Figure:
     """Observed frequency over probability, per finding and pooled, above a histogram of the probabilities.
 
-    Arguments, result and findings are those of `roc_plot`, but the scores must be in [0, 1]. The pooled curve has 95 %
-    Wilson intervals, which take labels for independent. Its calibration error is not the mean over the findings, which
-    is in the title: pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
+    Arguments and findings are those of `roc_plot`, but the scores must be in [0, 1]. The pooled curve has 95 % Wilson
+    intervals, which take labels for independent. Its calibration error is not the mean over the findings, which is in
+    the title: pooled in one bin, findings whose probabilities are too high cancel those whose are too low.
     """
-    figure, (axes, histogram) = _figure(len(names), panels=2)
+    figure, (axes, histogram) = _panels(6, _height(names), rows=2, height_ratios=[3.2, 1])
     lines: list[Any] = []
     known, errors = [], []
-    for index, label, probability in _columns(labels, probabilities, names):
+    for index, label, probability in _columns(labels, probabilities):
         error = float(expected_calibration_error(label, probability))
         known.append((label, probability))
         errors.append(error)
@@ -95,33 +91,16 @@ def reliability_plot(labels: ArrayLike, probabilities: ArrayLike, names: Sequenc
     return figure
 
 
-def embedding_map(features: ArrayLike, task: Sequence[str], group: Sequence[str]) -> Figure:
-    """The two principal components of features, by task on the left and by group on the right.
-
-    Args:
-        features: shape (N, D), N > 0, any real dtype.
-        task: task of each item.
-        group: group of each item.
+def embedding_map(features: Array, task: Sequence[str], group: Sequence[str]) -> Figure:
+    """The two principal components of features (N, D), by task on the left and by group on the right.
 
     Returns:
         A figure 1500 pixels wide. The axes say how much of the variance they show.
-
-    Raises:
-        ValueError: if the shapes disagree.
     """
-    from matplotlib.figure import Figure
-
-    features = np.asarray(features, dtype=float)
-    if features.ndim != 2 or not len(features) == len(task) == len(group) > 0:
-        raise InputError(
-            "`features` must be (N, D), N > 0, with a task and a group for each item, "
-            f"got {features.shape}, {len(task)} and {len(group)}."
-        )
-    points, share = _principal_components(features)
-    figure = Figure(figsize=(10, 4.6 + 0.22 * (max(len(set(task)), len(set(group))) + 1) // 2), dpi=150)
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
-    for axes, title, names in zip(figure.subplots(1, 2), ("task", "group"), (task, group), strict=True):
-        _plain(axes)
+    points, share = _principal_components(features.astype(float))
+    num_rows = (max(len(set(task)), len(set(group))) + 1) // 2
+    figure, panels = _panels(10, 4.6 + 0.22 * num_rows, columns=2)
+    for axes, title, names in zip(panels, ("task", "group"), (task, group), strict=True):
         for index, name in enumerate(sorted(set(names))):
             chosen = points[[each == name for each in names]]
             style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "alpha": 0.75, "s": 26, "linewidth": 0}
@@ -133,37 +112,25 @@ def embedding_map(features: ArrayLike, task: Sequence[str], group: Sequence[str]
     return figure
 
 
-def saliency_maps(network: nn.Module, images: Tensor, finding: int, layer: str | None = None) -> Tensor:
+def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
     """How much each place of the images speaks for a finding, by MONAI's Grad-CAM.
 
     Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
-    network stays as it is.
-
-    By default the maps are those of the last stage of a ResNet that has at least 4 places along every axis: stage 4
-    from about 100 pixels on, stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The last
-    one's is empty only if its features lower the logit on balance.
+    network stays as it is. The maps are those of the last stage that has at least 4 places along every axis: stage 4
+    from about 100 pixels on, stage 2 at 48. Where its map is empty, that of the next coarser stage is taken.
 
     Args:
-        network: classifier that returns logits (B, C).
+        network: a ResNet that returns logits (B, C).
         images: shape (B, C, *spatial), as the network takes them, on its device.
         finding: index of the logit.
-        layer: name of the module whose feature maps are weighed; None takes the stage described above.
 
     Returns:
         Shape (B, 1, *spatial) in [0, 1]; 0 throughout where nothing speaks for the finding.
 
-    Raises:
-        ValueError: if the network has no such layer, or no stages, or `finding` is negative.
-
     Reference:
-        Selvaraju et al., Grad-CAM: visual explanations from deep networks via gradient-based localization, ICCV 2017,
-        Eq. 1–2.
+        Selvaraju et al., Grad-CAM, ICCV 2017, Eq. 1–2.
     """
-    layers = [name for name, _ in network.named_modules() if name in (STAGES if layer is None else [layer])]
-    if not layers:
-        raise InputError(f"`layer` must name a module of the {type(network).__name__}, got {layer!r}.")
-    if finding < 0:
-        raise InputError(f"`finding` must be the index of a logit, got {finding}.")
+    layers = [name for name, _ in network.named_modules() if name in STAGES]
     # A copy, because GradCAM leaves its hooks in the network and gradients in the parameters.
     camera = GradCAM(deepcopy(network), layers, postprocessing=lambda maps: maps)
     with torch.enable_grad():
@@ -210,22 +177,22 @@ def figure_to_tensor(figure: Figure) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(figure_to_png(figure))).convert("RGB"))).movedim(2, 0) / 255
 
 
-def _figure(num_findings: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure 6 inches wide, with room below for a legend of two columns."""
+def _height(names: Sequence[str]) -> float:
+    """Inches of a figure above a legend of two columns."""
+    return 6.3 + 0.2 * (len(names) // 2 + 1)
+
+
+def _panels(width: float, height: float, rows: int = 1, columns: int = 1, **ratios: Any) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 6.3 + 0.2 * (num_findings // 2 + 1)), dpi=150)
+    figure = Figure(figsize=(width, height), dpi=150)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
-    axes = figure.subplots(panels, 1, squeeze=False, height_ratios=[3.2, 1][:panels])[:, 0].tolist()
-    for each in axes:
-        _plain(each)
-    return figure, axes
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E5E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)
+    panels = figure.subplots(rows, columns, squeeze=False, **ratios).ravel().tolist()
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E5E7EB", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def _principal_components(features: Array) -> tuple[Array, Array]:
@@ -238,14 +205,8 @@ def _principal_components(features: Array) -> tuple[Array, Array]:
     return points[:, :2], variance[:2] / max(variance.sum(), np.finfo(float).tiny)
 
 
-def _columns(labels: ArrayLike, scores: ArrayLike, names: Sequence[str]) -> Iterator[tuple[int, Array, Array]]:
+def _columns(labels: Array, scores: Array) -> Iterator[tuple[int, Array, Array]]:
     """Index, labels and scores of each usable finding, for the items of known label."""
-    labels, scores = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
-    if labels.ndim != 2 or scores.shape != labels.shape or labels.shape[1] != len(names):
-        raise InputError(
-            f"Labels and scores must have shape (N, {len(names)}), one column a finding, "
-            f"got {labels.shape} and {scores.shape}."
-        )
     for index in usable_findings(labels, scores):
         known = ~np.isnan(labels[:, index])
         yield index, labels[known, index], scores[known, index]

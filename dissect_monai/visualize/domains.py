@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dissect_monai.common import Array, InputError, Item
+from dissect_monai.common import Array, Item, rank
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
 from dissect_monai.writing import write_csv
 
 logger = logging.getLogger(__name__)
+NUM_VOLUMES = 4  # of a task, that are read for their intensities
 
 
 class DomainRow(NamedTuple):
@@ -35,24 +36,22 @@ class DomainRow(NamedTuple):
     maximum: float
 
 
-def report_domains(datalist: Datalist, path: str | Path, num_volumes: int = 4) -> list[DomainRow]:
-    """Log a table of the tasks and write it as CSV, with a warning where the values of a CT are not in HU.
+def report_domains(datalist: Datalist, path: str | Path) -> list[DomainRow]:
+    """Log a table of the tasks and write it as CSV, in the first process; warn where the values of a CT are not in HU.
+
+    Intensities are those of up to 4 training volumes of a task; one that cannot be read is logged, and left to the data
+    set to refuse or to skip.
 
     Args:
         datalist: as `aggregate` gives it.
         path: file to write, such as domains.csv; its folder is created.
-        num_volumes: how many volumes of each task are read for their intensities, at least 1; one that cannot be read
-            is logged, and left to the data set to refuse or to skip.
 
     Returns:
-        The table, one row a task.
-
-    Raises:
-        ValueError: if `num_volumes` is below 1.
+        The table, one row a task; none in other processes.
     """
-    if num_volumes < 1:
-        raise InputError(f"`num_volumes` must be at least 1, got {num_volumes}.")
-    rows = [_row(name, datalist, num_volumes) for name in datalist.task_names]
+    if rank():
+        return []
+    rows = [_row(name, datalist) for name in datalist.task_names]
     logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
     for row in rows:
         if is_ct(row.modality) and row.minimum >= 0:
@@ -63,7 +62,7 @@ def report_domains(datalist: Datalist, path: str | Path, num_volumes: int = 4) -
     return rows
 
 
-def _row(task: str, datalist: Datalist, num_volumes: int) -> DomainRow:
+def _row(task: str, datalist: Datalist) -> DomainRow:
     splits = [[item for item in getattr(datalist, split) if item["task"] == task] for split in SPLITS]
     items = [item for split in splits for item in split]
     headers = [datalist.headers[item["image"]] for item in items]
@@ -76,14 +75,14 @@ def _row(task: str, datalist: Datalist, num_volumes: int) -> DomainRow:
         sum(int(np.prod(header.shape)) for header in headers),
         " x ".join(f"{value:.3g}" for value in np.median([header.spacing for header in headers], axis=0)),
         " x ".join(f"{value:.0f}" for value in np.median([header.shape for header in headers], axis=0)),
-        *_intensities(splits[0], num_volumes),
+        *_intensities(splits[0]),
     )
 
 
-def _intensities(items: Sequence[Item], num_volumes: int) -> tuple[float, float, float, float]:
+def _intensities(items: Sequence[Item]) -> tuple[float, float, float, float]:
     """Minimum, 1 %, 99 % and maximum over volumes that are evenly spaced in the list."""
     reader = ImageFileReader(spatial_dims=3)
-    chosen = np.linspace(0, len(items) - 1, min(num_volumes, len(items))).round().astype(int)
+    chosen = np.linspace(0, len(items) - 1, min(NUM_VOLUMES, len(items))).round().astype(int)
     values: list[Array] = [np.full(1, np.nan)]
     for index in chosen:
         try:

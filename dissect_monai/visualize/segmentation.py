@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import ndimage
 
-from dissect_monai.common import InputError
 from dissect_monai.transforms.intensity import sample_voxels
-from dissect_monai.transforms.labels import Box, LabelMap, Mask, box_around, integer_map
+from dissect_monai.transforms.labels import Box, LabelMap, Mask, box_around
 from dissect_monai.visualize.classifier import GREY, INK
 
 if TYPE_CHECKING:
@@ -30,26 +29,20 @@ _LEGEND_COLUMNS = 5
 _BARS = (200, 100, 50, 20, 10, 5, 2, 1)  # mm
 
 
-class _Plane(NamedTuple):
-    title: str
-    axis: int  # that is cut, of an array in RAS
-    letters: str  # of the patient's sides on the left, right, top and bottom
-
-
-_PLANES = (_Plane("Axial", 2, "RLAP"), _Plane("Coronal", 1, "RLSI"), _Plane("Sagittal", 0, "APSI"))
+# Axis that is cut, of an array in RAS, and the patient's sides on the left, right, top and bottom.
+_PLANES = {"Axial": (2, "RLAP"), "Coronal": (1, "RLSI"), "Sagittal": (0, "APSI")}
 
 
 def segmentation_overlay(
-    image: ArrayLike,
-    label: ArrayLike,
-    pred: ArrayLike,
+    image: NDArray[Any],
+    label: LabelMap,
+    pred: LabelMap,
     labels: Mapping[str, Sequence[int]],
     spacing: Sequence[float],
     window: tuple[float, float] | None = None,
 ) -> Figure:
     """Three planes of a volume: the prediction as filled areas, the label as outlines of the same colours.
 
-    Where an area ends at its outline, both agree; an outline without area was missed, an area without outline added.
     The orientation is radiological: the patient's right on the left of axial and coronal planes, the front on the left
     of sagittal ones. Each plane is the one that cuts most structures, with 15 mm of the image around them; all planes
     have one scale.
@@ -65,77 +58,46 @@ def segmentation_overlay(
 
     Returns:
         A figure 1500 pixels wide.
-
-    Raises:
-        ValueError: if shapes or `spacing` do not fit, or `window` is empty.
     """
-    volume, *maps = _checked(image, label, pred, spacing)
-    if window is not None and not window[0] < window[1]:
-        raise InputError(f"`window` must be increasing, got {window}.")
+    maps = label, pred
     found = [ndimage.find_objects(each) for each in maps]
     tight = box_around(found, [value for values in labels.values() for value in values])
+    if not tight[0].stop:  # no structure: the whole volume
+        tight = slice(0, label.shape[0]), slice(0, label.shape[1]), slice(0, label.shape[2])
     center = _center(maps, list(labels.values()), tight)
-    box = _enlarged(tight, spacing)
-    low, high = np.percentile(sample_voxels(volume[box]), (0.5, 99.5)) if window is None else window
-    extent = [size * step for size, step in zip(volume[box].shape, spacing, strict=True)]
+    box = tuple(
+        slice(max(0, part.start - margin), part.stop + margin)
+        for part, margin in zip(tight, (round(_MARGIN / step) for step in spacing), strict=True)
+    )
+    low, high = np.percentile(sample_voxels(image[box]), (0.5, 99.5)) if window is None else window
+    extent = [size * step for size, step in zip(image[box].shape, spacing, strict=True)]
     figure, panels = _figure(extent, len(labels))
-    for plane, axes in zip(_PLANES, panels, strict=True):
-        picture, *cuts = (_as_seen(each, plane.axis, center, box) for each in (volume, *maps))
-        across, up = (step for axis, step in enumerate(spacing) if axis != plane.axis)
+    for (title, (axis, letters)), axes in zip(_PLANES.items(), panels, strict=True):
+        picture, *cuts = (_as_seen(each, axis, center, box) for each in (image, *maps))
+        across, up = (step for other, step in enumerate(spacing) if other != axis)
         norm: dict[str, Any] = {"vmin": float(low), "vmax": max(float(high), float(low) + 1e-6)}
         axes.imshow(picture, "gray", origin="lower", aspect=up / across, interpolation="bilinear", **norm)
         for index, values in enumerate(labels.values()):
             _draw(axes, ORGAN_COLORS[index % len(ORGAN_COLORS)], *(np.isin(each, values) for each in cuts))
-        _annotate(axes, plane, picture.shape, across)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        _annotate(axes, letters, picture.shape, across)
     _legend(figure, labels, found)
     return figure
 
 
-def _checked(
-    image: ArrayLike, label: ArrayLike, pred: ArrayLike, spacing: Sequence[float]
-) -> tuple[NDArray[Any], LabelMap, LabelMap]:
-    volume = np.asarray(image)
-    maps = integer_map("label", label), integer_map("pred", pred)
-    if volume.shape != maps[0].shape or volume.shape != maps[1].shape or len(spacing) != 3 or min(spacing) <= 0:
-        raise InputError(
-            "`image`, `label` and `pred` must have one shape (X, Y, Z), and `spacing` three positive numbers, got "
-            f"{volume.shape}, {maps[0].shape}, {maps[1].shape} and {list(spacing)}."
-        )
-    return volume, *maps
-
-
 def _center(maps: Sequence[LabelMap], groups: Sequence[Sequence[int]], box: Box) -> list[int]:
-    """Where the planes meet: within the box around the structures, or in the middle of the volume if it is empty."""
-    shape = maps[0][box].shape
-    if not min(shape):
-        return [size // 2 for size in maps[0].shape]
-    starts = [part.start for part in box]
-    if len(groups) == 1:
-        label, pred = (np.argwhere(np.isin(each[box], groups[0])) for each in maps)
-        places = label if len(label) else pred
-        # A curved structure may not reach its own middle: take its voxel that is nearest.
-        nearest = places[((places - np.median(places, 0)) ** 2).sum(1).argmin()]
-        return [start + int(place) for start, place in zip(starts, nearest, strict=True)]
-    scores = [np.zeros(size) for size in shape]
+    """Along each axis the slice that cuts most structures, and of several the one that cuts them best."""
+    scores = [np.zeros(part.stop - part.start) for part in box]
     for values in groups:
         mask = np.isin(maps[0][box], values) | np.isin(maps[1][box], values)
         for axis, score in enumerate(scores):
             area = mask.sum(tuple(other for other in range(3) if other != axis))
-            # Of slices with equally many structures, the one that cuts them best.
             score += (area > 0) + area / max(area.max(), 1) / (len(groups) + 1)
-    return [start + int(score.argmax()) for start, score in zip(starts, scores, strict=True)]
+    best = [int(score.argmax()) if score.any() else len(score) // 2 for score in scores]
+    return [part.start + place for part, place in zip(box, best, strict=True)]
 
 
-def _enlarged(box: Box, spacing: Sequence[float]) -> Box:
-    """A box with its margin; everything if it is empty."""
-    if box[0].start == box[0].stop:
-        return slice(None), slice(None), slice(None)
-    voxels = [round(_MARGIN / step) for step in spacing]
-    x, y, z = (slice(max(0, part.start - more), part.stop + more) for part, more in zip(box, voxels, strict=True))
-    return x, y, z
-
-
-def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Box) -> NDArray[Any]:
+def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Sequence[slice]) -> NDArray[Any]:
     """A plane of an array in RAS, its rows from below to above and its columns from left to right."""
     within = tuple(part for other, part in enumerate(box) if other != axis)
     return volume.take(center[axis], axis)[within].T[:, ::-1]
@@ -167,18 +129,17 @@ def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
         axes.contour(columns, rows, enlarged, levels=[0.5], colors=[color], linewidths=1.3)
 
 
-def _annotate(axes: Axes, plane: _Plane, shape: tuple[int, ...], across: float) -> None:
-    """Title, the patient's sides and a scale."""
+def _annotate(axes: Axes, letters: str, shape: tuple[int, ...], across: float) -> None:
+    """The patient's sides and a scale."""
     from matplotlib.patheffects import withStroke
 
-    axes.set_title(plane.title, loc="left", fontsize=10, color=INK)
     axes.set(xticks=[], yticks=[], xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), facecolor="black")
     axes.spines[:].set_visible(False)
     style: dict[str, Any] = {"color": "white", "fontsize": 9, "fontweight": "bold", "transform": axes.transAxes}
     halo = [withStroke(linewidth=2.5, foreground="black")]  # to be read on bone
     places = [(0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center")]
     places += [(0.5, 0.985, "center", "top"), (0.5, 0.015, "center", "bottom")]
-    for letter, (x, y, horizontal, vertical) in zip(plane.letters, places, strict=True):
+    for letter, (x, y, horizontal, vertical) in zip(letters, places, strict=True):
         axes.text(x, y, letter, ha=horizontal, va=vertical, path_effects=halo, **style)
     length = next((bar for bar in _BARS if bar <= 0.3 * shape[1] * across), 1)
     ends = [0.03, 0.03 + length / across / shape[1]]

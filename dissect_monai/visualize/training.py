@@ -14,13 +14,9 @@ MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
 
 def code_colors(codes: Tensor) -> Tensor:
-    """One colour per code, similar codes in similar colours: three principal components as red, green and blue.
+    """Colours (num_embeddings, 3) in [0, 1] of a codebook (num_embeddings, embedding_dim), alike for similar codes.
 
-    Args:
-        codes: codebook of shape (num_embeddings, embedding_dim).
-
-    Returns:
-        colours of shape (num_embeddings, 3) in [0, 1].
+    Three principal components are red, green and blue.
     """
     centered = codes.float() - codes.float().mean(0)
     components = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:3].T
@@ -30,15 +26,12 @@ def code_colors(codes: Tensor) -> Tensor:
 
 
 def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[Tensor]) -> Tensor:
-    """Images, enlarged if need be, beside their code maps: one row an image, one column a scale, fine to coarse.
+    """`view_figure` of images beside their code maps, one column a scale, fine to coarse.
 
     Args:
-        images: (B, C, *spatial) in [0, 1], three channels as colours, else the first; of volumes the middle slice.
+        images: (B, C, *spatial) in [0, 1].
         indices: per scale, codes of shape (B, *spatial_i).
         codebooks: per scale, codes of shape (num_embeddings, embedding_dim).
-
-    Returns:
-        picture of shape (3, rows, columns) in [0, 1].
     """
     pictures = _enlarged(_pictures(images), TILE_SIDE)
     columns = [pictures]
@@ -49,13 +42,9 @@ def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[T
 
 
 def view_figure(columns: Sequence[Tensor]) -> Tensor:
-    """Batches of equal shape side by side, one row an image, enlarged if need be: two views, or reconstructions, too.
+    """A picture (3, rows, columns) in [0, 1] of batches (B, C, *spatial) in [0, 1] side by side, one row an image.
 
-    Args:
-        columns: batches (B, C, *spatial) in [0, 1].
-
-    Returns:
-        picture of shape (3, rows, columns) in [0, 1].
+    Small images are enlarged. Three channels are colours, else the first is shown; of volumes the middle slice.
     """
     return _tile([_enlarged(_pictures(images), TILE_SIDE) for images in columns])
 
@@ -67,15 +56,7 @@ def slice_figure(columns: Sequence[Tensor]) -> Tensor:
 
 
 def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:
-    """Images whose masked voxels are blue, where they would look like air.
-
-    Args:
-        images: (B, C, *spatial) in [0, 1]; the first channel is shown.
-        masked: True in (B, 1, *spatial) where the network sees nothing; None is nowhere.
-
-    Returns:
-        colours of shape (B, 3, *spatial).
-    """
+    """The first channel of images as colours (B, 3, *spatial), masked voxels blue: else they would look like air."""
     grey = images[:, :1].expand(-1, 3, *images.shape[2:])
     if masked is None:
         return grey

@@ -1,85 +1,93 @@
-"""What all sources of make_datalist.py share: splits, checks, and writing dataset.json."""
+"""What all sources of make_datalist.py share: splits, checks, counts, and writing dataset.json."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datalists.counts import print_findings, print_structures
-from datalists.source import Options, Record, Source, Volumes, absolute, is_true, one_of
-from datalists.volume_pairs import Found, check_grids, check_values
+from datalists.source import SPLITS, Record, Source
+from datalists.volume_pairs import check_grids, check_values
 from dissect_monai import ImageFileReader, read_datalist
-from dissect_monai.common import shorten
-from dissect_monai.data.datalists import SPLITS
-from dissect_monai.data.readers import decoding_reason, image_format
 
-T = TypeVar("T")
-DRAWN = "; drawn with seed"  # begins what a description says of the splits
+Splits = Mapping[str, Sequence[Record]]
+WORKERS = 8  # more than cores, since they wait for the disk
 NAMED_PROBLEMS = 10  # of all that are found; the others are counted
 
 
-def make_datalist(source: Source) -> None:
+def make_datalist(
+    source: Source, output: Path | None, overwrite: bool, skip_corrupt: bool, seed: int, name: str
+) -> None:
     """Draw splits, check everything, print the counts and write dataset.json.
 
     Raises:
         ValueError: saying what must be put right; then nothing is written.
     """
-    options, volumes = source.options, source.volumes
-    for name, least in {"workers": 1, "seed": 0}.items():
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
-    output = output_path(options, source.folder)
-    records = [record._replace(image=absolute(record.image)) for record in source.records]
-    records = draw_splits(records, source.shares, options.seed)
-    refuse_repeats(records)
-    wanted = {"training", *(split for split, share in source.shares.items() if share), *(r.split for r in records)}
-    records = check_volumes(records, volumes, options) if volumes else check_images(records, options)
+    path = output_path(output or source.folder, overwrite)
+    leave_out(source.problems, len(source.records) + len(source.problems), skip_corrupt)
+    records = draw_splits(source.records, source.shares, seed)
+    if source.group:
+        # Headers come first, since they are quick: a label map is read only once all images and label maps agree.
+        records = usable(records, check_grids, "Reading headers", skip_corrupt)
+        if source.labels:
+            records = usable(records, partial(check_values, names=source.labels), "Reading label maps", skip_corrupt)
+    else:
+        records = usable(records, check_xray, "Opening images", skip_corrupt)
     splits = {split: [record for record in records if record.split == split] for split in SPLITS}
-    empty = [split for split in SPLITS if split in wanted and not splits[split]]
+    drawn = {split: share for split, share in source.shares.items() if share}
+    empty = [split for split in ("training", *drawn) if not splits[split]]
     if empty:
         raise ValueError(f"{' and '.join(empty)} must hold images, got none. Add subjects or change the fractions.")
-    shares = "".join(f", {share:g} of the subjects for {split}" for split, share in source.shares.items())
-    name = str(options.name or source.name or source.folder.name)
+    name = name or source.name or source.folder.name
+    shares = "".join(f", {share:g} of the subjects for {split}" for split, share in drawn.items())
     header = {
         "name": name,
-        "description": source.description + (f"{DRAWN} {options.seed}{shares}" if shares else ""),
-        "modality": {"0": str(options.modality or source.modality)},
+        "description": source.description + (f"; drawn with seed {seed}{shares}" if shares else ""),
+        "modality": {"0": source.modality},
     }
-    if volumes:
-        found = sorted({value for record in records for value in record.values})
-        labels = {value: f"label_{value}" for value in found} if volumes.labels is None else volumes.labels
-        print_structures(splits, labels if found else {})
-        named = {"labels": {"0": "background", **{str(value): labels[value] for value in labels}}} if labels else {}
-        header |= {"task": name, "group": volumes.group, **named, **volumes.about}
+    if source.group:
+        header |= {"task": name, "group": source.group}
+        if source.labels:
+            header["labels"] = {"0": "background", **{str(value): each for value, each in source.labels.items()}}
+        header |= source.about
     else:
-        print_findings(splits, source.label_names)
         header["label_names"] = source.label_names
-    write(header, splits, output)
+    print_counts(source, splits)
+    write(header, splits, path)
 
 
-def output_path(options: Options, folder: Path) -> Path:
+def output_path(output: Path, overwrite: bool) -> Path:
     """Where dataset.json goes; refused if it may not."""
-    output, overwrite = absolute(options.output or folder), is_true("overwrite", options.overwrite)
     output = output / "dataset.json" if output.is_dir() else output
     if output.name != "dataset.json" or not output.parent.is_dir():
-        raise ValueError(f"`output` must be an existing folder, with or without /dataset.json, got {output}.")
+        raise ValueError(f"--output must be an existing folder, with or without /dataset.json, got {output}.")
     if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists. Replace it with --overwrite true, or name another folder with --output.")
+        raise ValueError(f"{output} exists. Replace it with --overwrite, or name another folder with --output.")
     if not os.access(output.parent, os.W_OK):
         raise ValueError(f"{output.parent} must be writable. Name another folder with --output.")
     return output
+
+
+def leave_out(problems: Sequence[str], total: int, skip: bool) -> None:
+    """Name what cannot be used: an error, or a warning if it is to be left out."""
+    if not problems:
+        return
+    more = [f"and {len(problems) - NAMED_PROBLEMS} more"] if len(problems) > NAMED_PROBLEMS else []
+    text = "\n  ".join([f"{len(problems)} of {total} images cannot be used:", *problems[:NAMED_PROBLEMS], *more])
+    if not skip:
+        raise ValueError(f"{text}\nCorrect them, or leave them out with --skip_corrupt.")
+    print(f"warning: left out, {text}", file=sys.stderr)
 
 
 def draw_splits(records: Sequence[Record], shares: Mapping[str, float], seed: int) -> list[Record]:
@@ -87,10 +95,7 @@ def draw_splits(records: Sequence[Record], shares: Mapping[str, float], seed: in
 
     Any share but 0 draws one subject at least.
     """
-    if (
-        not all(isinstance(share, (int, float)) and share >= 0 for share in shares.values())
-        or sum(shares.values()) >= 1
-    ):
+    if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
         raise ValueError(f"fractions must be 0 or more and sum to less than 1, got {dict(shares)}.")
     groups = list(dict.fromkeys(record.group for record in records if record.split is None))
     split_of = dict.fromkeys(groups, "training")
@@ -102,118 +107,65 @@ def draw_splits(records: Sequence[Record], shares: Mapping[str, float], seed: in
     return [record._replace(split=record.split or split_of[record.group]) for record in records]
 
 
-def refuse_repeats(records: Sequence[Record]) -> None:
-    """Refuse images that are listed twice and subjects in several splits."""
-    twice = [image for image, count in Counter(record.image for record in records).items() if count > 1]
-    if twice:
-        raise ValueError(f"{len(twice)} images are listed more than once: {shorten(twice, 3)}. Remove the repetitions.")
-    splits: defaultdict[str, set[str]] = defaultdict(set)
-    for record in records:
-        splits[record.group].add(str(record.split))
-    leaks = [f"{group} ({', '.join(sorted(found))})" for group, found in splits.items() if len(found) > 1]
-    if leaks:
-        raise ValueError(
-            f"{len(leaks)} subjects are in more than one split: {shorten(leaks, 3)}. "
-            "Move each to one split, else the evaluation is on training data."
-        )
+def usable(
+    records: Sequence[Record], check: Callable[[Record], Record], title: str, skip_corrupt: bool
+) -> list[Record]:
+    """What a check makes of the records that pass it; in threads, as files and decoders do not hold Python's lock."""
+
+    def checked(record: Record) -> Record | str:
+        try:
+            return check(record)
+        except ImportError:
+            raise  # a missing package is no fault of the file
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    with ThreadPool(WORKERS) as pool:
+        found = list(tqdm(pool.imap(checked, records), title, len(records)))
+    leave_out([each for each in found if isinstance(each, str)], len(records), skip_corrupt)
+    return [each for each in found if not isinstance(each, str)]
 
 
-def check_images(records: list[Record], options: Options) -> list[Record]:
-    """The records whose image can be read: all of them, or less what `skip_corrupt` leaves out."""
-    images = [record.image for record in records]
-    opens, skip = (
-        one_of("check", options.check, "open", "exists") == "open",
-        is_true("skip_corrupt", options.skip_corrupt),
-    )
-    found = concurrently(os.path.isfile, images, options.workers, "Looking for images", 16)
-    missing = [image for image, is_file in zip(images, found, strict=True) if not is_file]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(images)} images do not exist: {shorten(missing, 3)}. "
-            "Complete the download, correct the paths, or remove them from the table."
-        )
-    if not opens:
-        return records
-    errors = concurrently(reading_error, images, options.workers, "Opening images", 16)
-    corrupt = [f"{image} ({error})" for image, error in zip(images, errors, strict=True) if error]
-    if corrupt and not skip:
-        raise ValueError(
-            f"{len(corrupt)} of {len(images)} images cannot be read: {shorten(corrupt, 3)}. "
-            "Replace them, or leave them out with --skip_corrupt true."
-        )
-    leave_out(corrupt, len(images), skip)
-    return [record for record, error in zip(records, errors, strict=True) if not error]
+def check_xray(record: Record) -> Record:
+    """The record, if its image can be read."""
+    path = record.image
+    if path.suffix.lower() == ".png" and path.exists():
+        try:
+            with Image.open(path) as picture:
+                picture.verify()  # its checksums find any damage in a small part of the time of decoding
+        except Exception as error:  # pillow raises anything
+            raise ValueError(f"{path} must be an intact image, got: {error}") from error
+        if picture.format == "PNG":
+            return record
+    reader = ImageFileReader(spatial_dims=2)
+    reader.get_data(reader.read(path))
+    return record
 
 
-def check_volumes(records: list[Record], volumes: Volumes, options: Options) -> list[Record]:
-    """The records that can be used, with the values of their label maps: all, or less what `skip_corrupt` leaves out.
-
-    Headers come first, since they are quick: a label map is read only once all images and label maps agree.
-    """
-    skip = is_true("skip_corrupt", options.skip_corrupt)
-    if one_of("check", options.check, "open", "exists") == "exists":
-        return records
-
-    def usable(check: Callable[[Record], Found], title: str) -> list[Record]:
-        found = concurrently(check, records, options.workers, title, 1)
-        leave_out([each.error for each in found if each.error], len(records), skip)
-        return [
-            record._replace(values=each.values) for record, each in zip(records, found, strict=True) if not each.error
-        ]
-
-    records = usable(lambda record: check_grids(record.image, record.label_map), "Reading headers")
-    if volumes.labels == {}:
-        return records
-    return usable(lambda record: check_values(record.image, record.label_map, volumes.labels), "Reading label maps")
-
-
-def leave_out(problems: Sequence[str], total: int, skip: bool) -> None:
-    """Name what cannot be used, which is left out with `skip`.
-
-    Raises:
-        ValueError: naming the volumes and the remedy, if there are any and `skip` is False.
-    """
-    if skip:
-        for problem in problems:
-            print(f"warning: skipped {problem}", file=sys.stderr)
-    elif problems:
-        more = len(problems) - NAMED_PROBLEMS
-        lines = [*problems[:NAMED_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-        raise ValueError(
-            "\n  ".join([f"{len(problems)} of {total} volumes cannot be used:", *lines])
-            + "\nCorrect them, or leave them out with --skip_corrupt true."
-        )
+def print_counts(source: Source, splits: Splits) -> None:
+    """Print the numbers of images, of subjects and of each label in every split."""
+    lines = [
+        ["", *splits],
+        ["images", *(str(len(records)) for records in splits.values())],
+        ["subjects", *(str(len({record.group for record in records})) for records in splits.values())],
+    ]
+    for index, name in enumerate(source.label_names):
+        counts = [Counter(record.label[index] for record in records if record.label) for records in splits.values()]
+        lines.append([name, *(f"{count[1]} / {count[0]} / {count[None]}" for count in counts)])
+    for value, name in source.labels.items():
+        shown = [{record.group for record in records if value in record.values} for records in splits.values()]
+        lines.append([name, *(str(len(subjects)) for subjects in shown)])
+    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for name, *cells in lines:
+        print(name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), sep="  ")
+    if source.label_names:
+        print("(images: positive / negative / unknown)")
+    if source.labels:
+        print("(structures: subjects whose label map shows them)")
 
 
-def concurrently(
-    function: Callable[[T], Any], items: Sequence[T], workers: int, title: str, chunksize: int
-) -> list[Any]:
-    """Map a function over items with a progress bar; in threads, as files and decoders do not hold Python's lock."""
-    with ThreadPool(workers) as pool:
-        return list(tqdm(pool.imap(function, items, chunksize=chunksize), title, len(items)))
-
-
-def reading_error(image: Path) -> str | None:
-    """Why an X-ray cannot be read, or None if it can."""
-    try:
-        with open(image, "rb") as file:
-            is_png = file.read(4) == b"\x89PNG"
-        if is_png and image_format(image) == "picture":
-            # Its checksums find any damage in a small part of the time of decoding.
-            with Image.open(image) as picture:
-                picture.verify()
-        else:
-            reader = ImageFileReader(spatial_dims=2)
-            reader.get_data(reader.read(image))
-    except ImportError:
-        raise  # a missing package is no fault of the file
-    except Exception as error:  # pillow's verify, which is no part of our reader, raises anything
-        return decoding_reason(error.__cause__ or error)
-    return None
-
-
-def write(header: Mapping[str, Any], splits: Mapping[str, list[Record]], output: Path) -> None:
-    """Write dataset.json, and read it back before it takes the place of another."""
+def write(header: Mapping[str, Any], splits: Splits, output: Path) -> None:
+    """Write dataset.json, and read it back, as training does, before it takes the place of another."""
     with TemporaryDirectory(dir=output.parent, prefix=".make_datalist_") as folder:
         staged = Path(folder, "dataset.json")
         # First as it must be to be read from here, then as it must be to be moved.

@@ -29,7 +29,7 @@ TRAIN = {
     "resume": False,
     "resume_from": "$dissect_monai.checkpoint_to_resume(@resume, @ckpt_dir)",
     "all_items": {"_target_": "dissect_monai.read_datalist", "dataset_dir": "@dataset_dir"},
-    "datalist": {"_target_": "dissect_monai.with_findings", "datalist": "@all_items", "findings": "@findings"},
+    "datalist": "$@all_items.with_findings(@findings)",
     "network_def": {"_target_": "DenseNet121", "spatial_dims": 2, "in_channels": 1, "out_channels": "$len(@findings)"},
     "network": {"_target_": "dissect_monai.place_network", "network": "@network_def", "device": "@device"},
     "loss": {"_target_": "dissect_monai.MultiLabelLoss"},
@@ -85,8 +85,7 @@ TRAIN = {
     },
     "initialize": ["$dissect_monai.begin(@seed)"],
     "run": [
-        "$dissect_monai.check_batches(@datalist.training, @batch_size)",
-        "$dissect_monai.check_training(False, @dataset_dir, @output_dir, @resume_from)",
+        "$dissect_monai.check_training(False, @dataset_dir, @output_dir, @resume_from, @datalist, @batch_size)",
         "$@train#trainer.run()",
     ],
 }  # fmt: skip

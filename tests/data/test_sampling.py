@@ -3,14 +3,17 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from helpers import as_process
 from monai.data import CacheDataset, DataLoader, Dataset
 from monai.transforms import Compose, EnsureTyped, RandScaleIntensityd, RandSpatialCropd
+from torch.utils.data import DistributedSampler
 
-from dissect_monai.data.sampling import DomainSampler, SeededDataset, SeededIndex, part_of_tasks
+from dissect_monai.data.sampling import DomainSampler, ImageSampler, SeededDataset, SeededIndex, part_of_tasks
 
 COUNTS = {"large": 60, "medium": 15, "small": 4}
 DATA = [{"task": task} for task, count in COUNTS.items() for _ in range(count)]
@@ -64,9 +67,10 @@ def test_draws_are_different_items_of_one_task(items_per_draw: int) -> None:
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_processes_share_the_draws_of_one(num_replicas: int) -> None:
     alone = drawn(num_samples=60, temperature=1)
-    shared = [
-        drawn(num_samples=60, temperature=1, rank=rank, num_replicas=num_replicas) for rank in range(num_replicas)
-    ]
+    shared = []
+    for rank in range(num_replicas):
+        with as_process(rank, num_replicas):
+            shared.append(drawn(num_samples=60, temperature=1))
     assert {len(indices) for indices in shared} == {60 // num_replicas}
     pairs = [[indices[start : start + 2] for start in range(0, len(indices), 2)] for indices in shared]
     assert [index for step in zip(*pairs, strict=True) for pair in step for index in pair] == alone
@@ -74,7 +78,8 @@ def test_processes_share_the_draws_of_one(num_replicas: int) -> None:
 
 
 def test_samples_that_cannot_be_shared_out_are_dropped() -> None:
-    assert [len(DomainSampler(DATA, rank=rank, num_replicas=3)) for rank in range(3)] == [26] * 3  # of 79
+    with as_process(2, 3):
+        assert len(DomainSampler(DATA)) == 26  # a third of 79
 
 
 def test_draws_depend_on_seed_and_epoch_alone() -> None:
@@ -99,18 +104,43 @@ def test_a_seeded_index_is_an_integer_that_survives_pickling() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 1.1}, r"`temperature` must be in \[0, 1\], got 1.1"),
-        ({"items_per_draw": 0}, "`items_per_draw` must be at least 1, got 0"),
-        ({"seed": -1}, "`seed` must not be negative"),
-        ({"rank": 2, "num_replicas": 2}, r"`rank` in \[0, 2\), got 0 and 2"),
-        ({"num_samples": 3, "num_replicas": 2}, r"must give 2 process\(es\) a draw of 2 items each, got 3"),
-        ({"data": [{"image": "a"}]}, r"`data` must be items with a \"task\", got .*image"),
+        ({"num_samples": 1}, r"must give 1 process\(es\) a draw of 2 items each, got 1"),
         ({"data": []}, "got None for 0 items"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DomainSampler(**{"data": DATA, **arguments})
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_images_are_shuffled_and_shared_as_torch_does_it(shard: bool) -> None:
+    orders = []
+    for rank in range(2):
+        with as_process(rank), patch("dissect_monai.data.sampling.of_all_processes", lambda count: [count, 9]):
+            sampler = ImageSampler(range(11), 4, seed=3, shard=shard)
+        own = (range(9), 1, 0, True, 3 + 100003 * rank) if shard else (range(11), 2, rank, True, 3)
+        expected = DistributedSampler(*own, drop_last=True)
+        for each in (sampler, expected):
+            each.set_epoch(2)
+        assert list(sampler) == list(expected)
+        orders.append(list(sampler))
+    assert shard or not {*orders[0]} & {*orders[1]}
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "message"),
+    [
+        (7, 4, r"holds 7 images, fewer than one batch of 4 on 2 process\(es\): lower"),
+        (7, 1, "`batch_size` must be at least 2 for batch normalisation, got 1"),
+        (0, 4, "`training` holds no images: list some there"),
+    ],
+)
+def test_less_than_a_batch_per_process_is_refused(count: int, batch_size: int, message: str) -> None:
+    with as_process(0):
+        ImageSampler(range(8), 4)
+        with pytest.raises(ValueError, match=message):
+            ImageSampler(range(count), batch_size)
 
 
 # --- data sets

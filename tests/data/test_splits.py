@@ -16,7 +16,7 @@ from dissect_monai.data.splits import (
     refuse_untrainable,
     scored_subjects,
     select_fraction,
-    shard,
+    shared_out,
     split_training,
     subject_digest,
     with_test_split,
@@ -78,8 +78,6 @@ def test_a_finding_that_loses_its_positives_is_logged(
 def test_bad_fractions_are_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\]"):
         select_fraction(xrays(), fraction)
-    with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\)"):
-        with_test_split(datalist_of(4, 4), fraction)
 
 
 # --- what is held out
@@ -101,10 +99,10 @@ def test_tasks_without_validation_split_hold_out_whole_subjects() -> None:
 def test_without_test_split_validation_is_scored_and_training_chooses(caplog: pytest.LogCaptureFixture) -> None:
     other = [volumes(name, 4, "whole") for name in "xyz"]
     datalist = Datalist(volumes("a", 10) + other[0], volumes("b", 4) + other[1], other[2], task_names=["t", "whole"])
-    split = with_test_split(datalist, fraction=0.4)
+    split = with_test_split(datalist)
     assert [each[:4] for each in split[:3]] == other
     training, validation, test = (each[4:] for each in split[:3])
-    assert (len(subjects(training)), len(subjects(validation)), subjects(test)) == (3, 2, {"b0", "b1"})
+    assert (len(subjects(training)), len(subjects(validation)), subjects(test)) == (4, 1, {"b0", "b1"})
     assert training + validation != volumes("a", 10)
     assert sorted(images(training + validation)) == sorted(images(volumes("a", 10)))
     assert "Task t has no test split" in caplog.text
@@ -239,7 +237,6 @@ def test_weights_chosen_on_the_scored_subjects_are_noted(
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("training", "`split` must be auto, validation, test or all, got 'training'"),
         ("test", "`test` must hold volumes with label maps to be scored, got none"),
         ("auto", "`validation` must hold volumes .*got none: list some in dataset.json, hold some out"),
     ],
@@ -273,8 +270,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None:
     items = [{"image": str(index)} for index in range(5)]
-    shares = [shard(items, rank, world_size) for rank in range(world_size)]
+    shares = [shared_out(items, rank, world_size) for rank in range(world_size)]
     assert all(shares)
     assert {item["image"] for share in shares for item in share} == set("01234")
     assert sum(map(len, shares)) == max(5, world_size)
-    assert shard([], 0, world_size) == []
+    assert shared_out([], 0, world_size) == []

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from helpers import images, read, volume, write, write_series
+from helpers import images, read, volume, write
 
 from dissect_monai.common import Item
 from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, segmentation_of_weights
@@ -54,30 +54,20 @@ def test_items_know_their_domain(tmp_path: Path) -> None:
     assert (datalist.task_names, datalist.group_names) == (["brain", "liver"], ["abdomen", "head"])
     assert datalist.training[0] == {
         "image": str(tmp_path / "a" / "0.nii.gz"), "subject": "a/0", "task": "liver", "group": "abdomen",
-        "modality": "CT", "task_id": 1, "group_id": 0,
+        "modality": "CT",
     }  # fmt: skip
     last = datalist.training[-1]
-    assert [last[key] for key in ("subject", "task", "modality", "task_id", "group_id")] == ["b/1", "brain", "MR", 0, 1]
+    assert [last[key] for key in ("subject", "task", "modality")] == ["b/1", "brain", "MR"]
     assert {item["task"] for item in datalist.validation} == {"liver"}
     assert datalist.headers == {item["image"]: ((4, 5, 6), (2, 1, 1), 1) for item in datalist.items()}
-    ids = [{item["image"]: item["task_id"] for item in aggregate(order).training} for order in (folders, folders[::-1])]
-    assert ids[0] == ids[1]
     assert subjects(aggregate(str(folders[1])).training) == {"0", "1"}  # one folder keeps its subjects
 
 
-@pytest.mark.parametrize(
-    ("task", "group"),
-    [
-        (["x", "y"], "body"),
-        ({"a": "x", "b": "y"}, ["body", "body"]),
-        (["x", "y"], {"a": "body", "b": "body"}),
-    ],
-)
-def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Path, task: Any, group: Any) -> None:
+def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Path) -> None:
     for name in "ab":
         for index in range(2):
             write_volume(tmp_path / name / "sub" / f"{index}.nii.gz")
-    datalist = aggregate([tmp_path / "a", tmp_path / "b"], task, group, modality="CT")
+    datalist = aggregate([tmp_path / "a", tmp_path / "b"], ["x", "y"], "body", modality="CT")
     assert [item["task"] for item in datalist.training] == ["x", "x", "y", "y"]
     assert datalist.group_names == ["body"]
     assert subjects(datalist.training) == {f"{name}/sub/{index}.nii.gz" for name in "ab" for index in range(2)}
@@ -85,19 +75,10 @@ def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Pa
 
 def test_what_is_given_goes_before_what_the_folder_says(tmp_path: Path) -> None:
     folders = two_sets(tmp_path)
-    datalist = aggregate(folders, task=[None, "skull"], group={str(folders[0]): "trunk"}, modality={"b": "PET"})
+    datalist = aggregate(folders, task=[None, "skull"], group={"a": "trunk"}, modality={"b": "PET"})
     assert datalist.task_names == ["liver", "skull"]
     assert datalist.group_names == ["head", "trunk"]
     assert {item["task"]: item["modality"] for item in datalist.training} == {"liver": "CT", "skull": "PET"}
-
-
-def test_mha_nrrd_and_dicom_series_are_volumes_too(tmp_path: Path) -> None:
-    for name in ("1.mha", "2.nrrd"):
-        sitk.WriteImage(volume(), str(tmp_path / name))
-    write_series(tmp_path / "3", volume())
-    datalist = aggregate(tmp_path, task="liver", group="abdomen", modality="CT")
-    assert images(datalist.training) == ["1.mha", "2.nrrd", "3"]
-    assert {header.shape for header in datalist.headers.values()} == {(5, 6, 4)}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +100,6 @@ def test_a_validation_split_is_drawn_if_asked_for(tmp_path: Path, caplog: pytest
     drawn = aggregate(folders, validation_fraction=0.3)
     assert [item["subject"] for item in drawn.validation if item["task"] == "liver"] == ["a/3", "a/4"]  # its own
     assert sum(item["task"] == "heart" for item in drawn.validation) == 3
-    assert not subjects(drawn.training) & subjects(drawn.validation)
-    assert aggregate(folders, validation_fraction=0.3) == drawn
     assert "of one name in different splits" not in caplog.text
 
 
@@ -133,29 +112,30 @@ def test_subjects_of_one_name_in_different_splits_of_a_task_are_named(
     assert "task liver have 1 subjects of one name in different splits, such as 2" in caplog.text
 
 
-@pytest.mark.parametrize("labels", [{"one": "spleen"}, {"spleen": None}, {"spleen": [1, "two"]}, {"1": None, "2": {}}])
-def test_names_of_structures_without_a_value_are_refused(tmp_path: Path, labels: Any) -> None:
-    folder = liver(tmp_path / "a", labels=labels)
-    for reader in (aggregate, read_segmentation):
-        with pytest.raises(ValueError, match=rf"the `labels` of {folder} must give integers names, .*: correct its"):
-            reader(folder)
+@pytest.mark.parametrize(
+    ("folder", "arguments", "message"),
+    [
+        ({"labels": {"one": "spleen"}}, {}, "the `labels` of .*a must give integers names, .*: correct its"),
+        ({"labels": {"spleen": [1, "two"]}}, {}, "must give integers names"),
+        ({"labels": {"1": None, "2": {}}}, {}, "must give integers names"),
+        ({"task": None}, {}, r"a must have a `task`, got None for .*a/0\.nii\.gz: write it into its"),
+        ({"task": 3}, {}, "must have a `task`, got 3"),
+        ({"group": " "}, {}, "must have a `group`, got ' '"),
+        ({"training": 1}, {}, r"task 'liver' must have at least two training .* got 1 \(see .*a/0"),
+        ({"modality": {"0": "T1", "1": "FLAIR"}}, {}, r"must have 1 channel\(s\), got T1, FLAIR for .*a/0"),
+        ({}, {"task": ["x", "y"]}, "`task` must have one value for each of the 1 folders, got 2"),
+        ({}, {"group": {"a": "x", "c": "y"}}, "`group` must name folders among a, got c"),
+    ],
+)
+def test_what_cannot_be_aggregated_is_refused(tmp_path: Path, folder: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        aggregate(liver(tmp_path / "a", **folder), **arguments)
 
 
-@pytest.mark.parametrize("key", ["task", "group"])
-@pytest.mark.parametrize("value", [None, " ", 3])
-def test_a_folder_without_task_or_group_is_refused_with_a_remedy(tmp_path: Path, key: str, value: Any) -> None:
-    folder = liver(tmp_path / "a", **{key: value})
-    with pytest.raises(ValueError, match=rf"{folder} must have a `{key}`, .* {folder}/0\.nii\.gz: write it into its"):
-        aggregate(folder)
-
-
-def test_tasks_of_one_training_subject_or_two_groups_are_refused(tmp_path: Path) -> None:
-    lone = write_set(tmp_path / "c", 1, 2, task="heart", group="thorax", modality="MR")
-    with pytest.raises(ValueError, match=r"task 'heart' must have at least two training .* got 1 \(see .*c/0"):
-        aggregate([*two_sets(tmp_path), lone])
-    other = liver(tmp_path / "d", group="chest")
+def test_a_task_of_two_groups_is_refused(tmp_path: Path) -> None:
+    folders = [liver(tmp_path / "a"), liver(tmp_path / "d", group="chest")]
     with pytest.raises(ValueError, match=r"task 'liver' must have one group, got 'abdomen' .*a/0.* and 'chest' .*d/0"):
-        aggregate([tmp_path / "a", other])
+        aggregate(folders)
 
 
 def with_bad_files(folder: Path) -> Path:
@@ -178,28 +158,11 @@ def test_frames_and_unreadable_files_are_named_or_skipped(tmp_path: Path, caplog
         aggregate(folder, on_corrupt="skip")
 
 
-def test_several_channels_are_refused(tmp_path: Path) -> None:
+def test_different_channels_in_a_folder_are_refused(tmp_path: Path) -> None:
     sitk.WriteImage(volume(), str(tmp_path / "1.mha"))
     sitk.WriteImage(sitk.Compose([volume()] * 3), str(tmp_path / "2.mha"))
     with pytest.raises(ValueError, match=rf"{tmp_path} must hold .* got 1 in .*1\.mha and 3 in .*2\.mha"):
         aggregate(tmp_path, "liver", "abdomen", "CT")
-    folder = liver(tmp_path / "a", modality={"0": "T1", "1": "FLAIR"})
-    with pytest.raises(ValueError, match=r"every volume must have 1 channel\(s\), got T1, FLAIR for .*a/0"):
-        aggregate(folder)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"task": ["x"]}, "`task` must have one value for each of the 2 folders, got 1"),
-        ({"group": {"a": "x", "c": "y"}}, "`group` must name folders among a, b, got c"),
-        ({"validation_fraction": 1.0}, r"`validation_fraction` must be in \[0, 1\), got 1.0"),
-        ({"on_corrupt": "ignore"}, "`on_corrupt` must be"),
-    ],
-)
-def test_bad_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        aggregate(two_sets(tmp_path), **arguments)
 
 
 # --- segmentation
@@ -248,17 +211,23 @@ def test_chosen_structures_give_the_order_of_the_classes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("structures", "got"), [(["heart", "liver"], "heart, liver"), (["liver", "liver"], "liver, liver"), ([], "")]
+    ("labels", "arguments", "message"),
+    [
+        (LABELS, {"structures": ["heart", "liver"]}, r"must be different ones of spleen, liver, got heart, liver\.$"),
+        (LABELS, {"structures": ["liver", "liver"]}, r"must be different ones of spleen, liver, got liver, liver\.$"),
+        (LABELS, {"structures": []}, r"`structures` must be different ones of spleen, liver, got \.$"),
+        (None, {}, r"must have a dataset\.json that names the values of its label maps, such as"),
+        (["spleen"], {}, r"must have a dataset\.json that names the values of its label maps, such as"),
+        ({"0": "background", "x": []}, {}, r"must have a dataset\.json that names the values of its label maps"),
+        ({"spleen": None}, {}, "must give integers names"),
+        (LABELS, {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
+        (LABELS, {"fold": -1}, r"`fold` must be in \[0, 5\), got -1"),
+        (LABELS, {"fold": 0}, "`num_folds` must be at most the 3 subjects, got 5"),
+    ],
 )
-def test_unknown_and_repeated_structures_are_refused(tmp_path: Path, structures: list[str], got: str) -> None:
-    with pytest.raises(ValueError, match=rf"`structures` must be different ones of spleen, liver, got {got}\.$"):
-        read_segmentation(make_set(tmp_path), structures)
-
-
-@pytest.mark.parametrize("labels", [None, {}, ["spleen"], {"0": "background", "x": []}])
-def test_a_folder_that_names_no_structures_is_refused(tmp_path: Path, labels: Any) -> None:
-    with pytest.raises(ValueError, match=r"must have a dataset\.json that names the values of its label maps, such as"):
-        read_segmentation(make_set(tmp_path, labels=labels))
+def test_what_cannot_be_segmented_is_refused(tmp_path: Path, labels: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_segmentation(make_set(tmp_path, labels=labels), **arguments)
 
 
 def test_folders_may_give_one_structure_different_values(tmp_path: Path) -> None:
@@ -281,8 +250,7 @@ def test_volumes_without_label_map_are_left_out(tmp_path: Path, caplog: pytest.L
     datalist = read_segmentation(folder, validation_fraction=0)
     assert images(datalist.training) == ["a.nii.gz", "c.nii.gz"]
     assert datalist.test == []
-    for split in ("training", "test"):
-        assert f"2 of the volumes in `{split}` have no label map and are left out" in caplog.text
+    assert "4 volumes have no label map and are left out" in caplog.text
     message = "dataset.json must list volumes with the path of a label map .*got 2 without"
     with pytest.raises(ValueError, match=message):
         read_segmentation(make_set(tmp_path / "none", ["a.nii.gz", "b.nii.gz"]))
@@ -298,30 +266,6 @@ def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
     tested = make_set(tmp_path / "tested", test=[entry("t", "t")])
     write(tested / "dataset.json", {**read(tested / "dataset.json"), "training": []})
     assert [len(split) for split in read_segmentation(tested)[:3]] == [0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
-        ({"fold": -1}, r"`fold` must be in \[0, 5\), got -1"),
-        ({"fold": 0}, "`num_folds` must be at most the 3 subjects, got 5"),
-        ({"fold": 0, "num_folds": 1}, "`num_folds` must be at least 2 and"),
-        ({"validation_fraction": 1}, r"`validation_fraction` in \[0, 1\), got 5 and 1"),
-    ],
-)
-def test_splits_that_cannot_be_made_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_segmentation(make_set(tmp_path), **arguments)
-
-
-def test_missing_files_and_subjects_in_two_splits_are_refused(tmp_path: Path) -> None:
-    folder = make_set(tmp_path, [entry("a", "1"), entry("b", "2")], test=[entry("t", "1")])
-    with pytest.raises(ValueError, match="`training` and `test` must share no subject, got 1 in both: 1"):
-        read_segmentation(folder)
-    (folder / "labels" / "b.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"must list existing files, got 1 missing: .*labels/b\.nii\.gz"):
-        read_segmentation(folder)
 
 
 # --- modality
@@ -392,7 +336,8 @@ def test_folders_of_volumes_and_a_single_one_need_no_list(tmp_path: Path) -> Non
     for name in ("b.nrrd", "a.nii.gz", "notes.txt", "picture.png"):
         (tmp_path / name).touch()
     assert images(read_volumes(tmp_path)) == ["a.nii.gz", "b.nrrd"]
-    assert read_volumes(tmp_path / "a.nii.gz") == [{"image": str(tmp_path / "a.nii.gz"), "modality": "unknown"}]
+    (only,) = read_volumes(tmp_path / "a.nii.gz")
+    assert only == {"image": str(tmp_path / "a.nii.gz"), "subject": "a.nii.gz", "modality": "unknown"}
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "c.nii").touch()
     given = read_volumes([tmp_path, tmp_path / "more"], {"more": "CT"}, "MR")
@@ -413,3 +358,12 @@ def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
     assert own == {**common, "image": "2.nii", "subject": "s"}
     with pytest.raises(ValueError, match="need weights that say them"):
         segmentation_of_weights({})
+
+
+def test_items_of_a_server_take_structures_and_channels_of_the_weights() -> None:
+    settings = {"class_names": ["liver", "spleen"], "modality": "MR"}
+    given = [{"image": "/a.nii.gz", "label": "/b.nii.gz"}], []
+    datalist = read_segmentation(None, given=given, settings=settings)
+    assert datalist.training == datalist.complete(given[0])
+    assert (datalist.training[0]["subject"], datalist.validation) == ("a.nii.gz", [])
+    assert datalist.class_names == ["liver", "spleen"]

@@ -70,8 +70,3 @@ def test_warns_of_a_low_rank(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     run(Writer(), collapsed=True)
     assert "The features of epoch 4 fill 1.0 of 23 directions: try" in caplog.text
-
-
-def test_rejects_an_interval_of_0() -> None:
-    with pytest.raises(ValueError, match="`interval` must be at least 1, got 0"):
-        RepresentationMonitor(nn.Identity(), VQSSLLoss(), [], None, 0)

@@ -35,33 +35,12 @@ def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
     return net, torch.rand(8, 1, 32, 32)
 
 
-def test_regression_is_a_scalar_between_zero_and_four() -> None:
-    predictions, _ = random_pair()
-    other = predictions.roll(4, dims=0)
-    assert regression_loss(predictions, other).item() == pytest.approx(0, abs=1e-6)
-    assert regression_loss(predictions, -other).item() == pytest.approx(4)
-    assert 0 < regression_loss(*random_pair()) < 4
-
-
 def test_vqssl_terms_are_named_scalars() -> None:
     for decode, last in ((False, []), (True, ["reconstruction"])):
         net, views = net_and_views(decode)
         terms = VQSSLLoss().terms(net(views), views)
         assert list(terms) == ["continuous", "discrete", "commitment", *last]
         assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
-
-
-def test_regression_ignores_length_and_which_view_comes_first() -> None:
-    predictions, targets = random_pair()
-    loss = regression_loss(predictions, targets)
-    torch.testing.assert_close(regression_loss(3 * predictions, 0.1 * targets), loss)
-    torch.testing.assert_close(regression_loss(predictions.roll(4, 0), targets.roll(4, 0)), loss)
-
-
-def test_regression_compares_with_the_other_view_of_the_same_image() -> None:
-    directions = torch.eye(4)
-    assert regression_loss(directions[[0, 1, 2, 3]], directions[[2, 3, 0, 1]]).item() == pytest.approx(0)
-    assert regression_loss(directions[[0, 1, 2, 3]], directions[[0, 1, 2, 3]]).item() == pytest.approx(2)
 
 
 def test_vqssl_is_the_weighted_sum_of_the_terms() -> None:
@@ -96,19 +75,6 @@ def test_regression_is_that_of_a_loop_over_the_pairs() -> None:
     torch.testing.assert_close(regression_loss(predictions, targets), torch.stack(distances).mean())
 
 
-def test_half_precision_is_summed_in_float32() -> None:
-    predictions, targets = random_pair()
-    loss = regression_loss(predictions.bfloat16(), targets.bfloat16())
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, regression_loss(predictions, targets), atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize(("predictions", "targets"), [((3, 5), (3, 5)), ((4, 5), (4, 6)), ((4, 5), (2, 5))])
-def test_rejects_what_are_not_two_views(predictions: tuple[int, ...], targets: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"`predictions` and `targets` must have one shape \(2·B, D\), got"):
-        regression_loss(torch.rand(predictions), torch.rand(targets))
-
-
 def test_rejects_reconstruction_without_a_decoder() -> None:
     net, views = net_and_views()
     with pytest.raises(ValueError, match="the network has no decoder: set `decode`"):
@@ -136,14 +102,6 @@ def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:
 
 def only(name: str) -> HSSLLoss:
     return HSSLLoss(**{f"{term}_weight": float(term == name) for term in TERMS})
-
-
-@both_dims
-def test_terms_are_named_scalars(spatial_dims: int) -> None:
-    images, target = make_batch(spatial_dims)
-    terms = HSSLLoss().terms(make_net(spatial_dims)(images), target)
-    assert list(terms) == TERMS
-    assert all(term.shape == () and term.dtype == torch.float32 and term > 0 for term in terms.values())
 
 
 def test_the_dense_term_is_a_switch_of_network_and_loss() -> None:
@@ -175,20 +133,11 @@ def test_forward_is_the_weighted_sum_of_the_terms() -> None:
     output = make_net()(images)
     loss = HSSLLoss(0.5, 2, 3, 5, 7, temperature=0.2)
     terms = loss.terms(output, target)
+    assert list(terms) == TERMS
     expected = sum(weight * terms[name] for name, weight in zip(TERMS, (0.5, 2, 3, 5, 7), strict=True))
     torch.testing.assert_close(loss(output, target), expected)
     contrast = hierarchical_contrast(output.embeddings, TASK, GROUP, 0.2)
     assert all(torch.equal(terms[name], term) for name, term in contrast.items())
-
-
-@pytest.mark.parametrize("name", TERMS)
-def test_weight_zero_removes_a_term(name: str) -> None:
-    images, target = make_batch()
-    output = make_net()(images)
-    terms = HSSLLoss().terms(output, target)
-    without = HSSLLoss(**{f"{name}_weight": 0})(output, target)
-    torch.testing.assert_close(without, torch.stack([term for key, term in terms.items() if key != name]).sum())
-    torch.testing.assert_close(only(name)(output, target), terms[name])
 
 
 def test_classification_is_the_mean_of_both_entropies() -> None:
@@ -281,10 +230,7 @@ def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
     ("loss", "names"),
     [(HSSLLoss, [*TERMS, "dense"]), (VQSSLLoss, ["continuous", "discrete", "commitment", "reconstruction"])],
 )
-def test_rejects_negative_weights_and_a_loss_of_nothing(loss: Any, names: list[str]) -> None:
-    for name in names:
-        with pytest.raises(ValueError, match=f"`{name}_weight` must not be negative, got -1"):
-            loss(**{f"{name}_weight": -1})
+def test_rejects_a_loss_of_nothing(loss: Any, names: list[str]) -> None:
     with pytest.raises(ValueError, match="one of the loss weights must be positive, got 0 for all of them"):
         loss(**{f"{name}_weight": 0 for name in names})
 

@@ -83,16 +83,6 @@ def test_undefined_is_nan_without_a_warning(metric: Callable) -> None:
     np.testing.assert_array_equal(np.isnan(metric([0, 1], [0, 1], [[1, 1], [0, 0]])), [False, True])
 
 
-@every_metric
-def test_rejects_disagreeing_shapes_and_labels_that_are_none(metric: Callable) -> None:
-    with pytest.raises(ValueError, match=r"must have shapes \(N,\), \(N,\) and \(..., N\), got \(2,\), \(3,\)"):
-        metric([0, 1], [0, 1, 1])
-    with pytest.raises(ValueError, match=r"got \(2,\), \(2,\) and \(1, 3\)"):
-        metric([0, 1], [0, 1], np.ones((1, 3)))
-    with pytest.raises(ValueError, match=r"`label` must hold 1, 0 or NaN, got \[-1\.  1\.\]"):
-        metric([1, -1], [0, 1])
-
-
 # ---- ranking -----------------------------------------------------------------------------------------------------
 
 
@@ -188,13 +178,6 @@ def test_reliability_has_no_empty_bins() -> None:
     assert len(reliability([np.nan], [0.5]).num_items) == 0
 
 
-def test_rejects_probabilities_that_are_none() -> None:
-    with pytest.raises(ValueError, match=r"`probability` must be in \[0, 1\], got -3 to 0.5. Apply a sigmoid"):
-        expected_calibration_error([0, 1], [0.5, -3])
-    with pytest.raises(ValueError, match="`num_bins` must be at least 1, got 0"):
-        reliability([0, 1], [0, 1], 0)
-
-
 # ---- operating points --------------------------------------------------------------------------------------------
 
 
@@ -231,15 +214,12 @@ def test_youden_threshold_is_as_good_as_the_best_point_of_the_curve(seed: int) -
         ([0, 1, np.nan], [1, 2, 1.6], 1.5),
         ([1, 1, 0], [1, 2, 3], 1),  # a useless score calls all positive
         ([0, 1, 1], [2, 2, 2], 2),
+        ([1, np.nan], [0, 1], np.nan),  # needs both classes
+        ([np.nan, np.nan], [0, 1], np.nan),
     ],
 )
 def test_youden_threshold_of_few_items(label: list[float], score: list[float], threshold: float) -> None:
-    assert youden_threshold(label, score) == threshold
-
-
-@pytest.mark.parametrize("label", [[0, 0], [1, np.nan], [np.nan, np.nan]])
-def test_youden_threshold_needs_both_classes(label: list[float]) -> None:
-    assert np.isnan(youden_threshold(label, [0, 1]))
+    np.testing.assert_equal(youden_threshold(label, score), threshold)
 
 
 # ---- temperature -------------------------------------------------------------------------------------------------
@@ -268,12 +248,6 @@ def test_temperature_agrees_with_brute_force_and_scipy() -> None:
     assert temperature == pytest.approx(minimize_scalar(likelihood, bounds=(0.05, 20), method="bounded").x, rel=1e-4)
 
 
-def test_temperature_repairs_the_calibration_error() -> None:
-    logit, label = known_temperature(4, (20000,))
-    repaired = sigmoid(logit / fit_temperature(logit, label))
-    assert expected_calibration_error(label, repaired) < 0.02 < expected_calibration_error(label, sigmoid(logit))
-
-
 def test_temperature_without_an_optimum_is_an_end_of_its_range() -> None:
     assert fit_temperature([[-1, 1000]], [[0, 1]]) == pytest.approx(0.05)
     assert fit_temperature([[-1, 1000]], [[1, 0]]) == pytest.approx(20)
@@ -285,5 +259,3 @@ def test_temperature_without_an_optimum_is_an_end_of_its_range() -> None:
 def test_rejects_a_temperature_of_nothing(logit: list[list[float]], label: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="`logit` must be finite where `label` is known"):
         fit_temperature(logit, label)
-    with pytest.raises(ValueError, match=r"must have the same shape, got \(2, 3\) and \(6,\)"):
-        fit_temperature(np.zeros((2, 3)), np.zeros(6))

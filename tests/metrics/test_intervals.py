@@ -57,14 +57,6 @@ def test_bootstrap_interval_covers_the_truth() -> None:
     assert 86 <= covered <= 99
 
 
-def test_resamples_are_drawn_in_blocks() -> None:
-    rows = []
-    bootstrap(lambda w: rows.append(len(w)) or w.sum(1), ["a", "a", "b"], num_samples=250)
-    assert rows[0] == 1
-    assert sum(rows[1:]) == 250
-    assert max(rows) <= 100
-
-
 def test_undefined_resamples_are_left_out() -> None:
     assert bootstrap(partial(auroc, [0, 1, 1], [0, 1, 1]), np.arange(3), 100) == (1, 1, 1)
 
@@ -79,9 +71,7 @@ def test_a_mean_leaves_out_the_statistics_that_a_resample_leaves_undefined() -> 
     assert percentile_interval(resampled) == pytest.approx(expected, rel=1e-12)
 
 
-def test_bootstrap_rejects_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
-        bootstrap(lambda w: w.sum(1), [0, 1], num_samples=0)
+def test_bootstrap_rejects_what_is_undefined_on_all_items() -> None:
     with pytest.raises(ValueError, match="`statistic` must be defined on all items, got nan"):
         bootstrap(partial(auroc, [0, 0], [0, 1]), [0, 1])
 
@@ -130,14 +120,9 @@ def test_calibration_interval_covers_the_truth_and_holds_the_value(
     assert all(ours.value == percentile.value for ours, percentile in pairs)
 
 
-def test_calibration_interval_shows_a_large_error_and_draws_subjects() -> None:
-    lows = [both_intervals(drawn(seed, 200, 1, 0.2), np.arange(200).repeat(2), seed)[0].low for seed in range(100)]
+def test_calibration_interval_shows_a_large_error() -> None:
+    lows = [both_intervals(drawn(seed, 200, 1, 0.2), np.arange(200).repeat(2), seed)[0].low for seed in range(50)]
     assert np.mean(np.array(lows) > 0.05) > 0.9
-    ((label, probability),) = drawn(0, 100, 1, 0.2)
-    repeated = [(label.repeat(4), probability.repeat(4))]
-    items, subjects = (both_intervals(repeated, each)[0] for each in (np.arange(800), np.arange(200).repeat(4)))
-    assert subjects.low > 0
-    assert subjects.value - subjects.low > 1.5 * (items.value - items.low)
 
 
 # ---- Wilson ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,13 @@
+from __future__ import annotations
+
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from monai.data import DataLoader, Dataset
+from monai.networks.nets import resnet10
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -14,11 +19,13 @@ from torch import Tensor, nn
 from dissect_monai.metrics.probes import (
     CS,
     DEFAULT_C,
+    FeatureDataset,
     extract_features,
     grouped_cross_val_scores,
     intensity_histograms,
     knn_scores,
     linear_probe,
+    logistic_regression,
     pixel_pca,
 )
 
@@ -60,14 +67,6 @@ def test_features_are_the_global_averages_of_the_stages(spatial_dims: int) -> No
     with torch.no_grad():
         expected = stages(encoder.eval(), batches(spatial_dims)[0]["image"])[1].flatten(2).mean(2)
     np.testing.assert_allclose(features.last[:4], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_byte_images_are_scaled_to_one() -> None:
-    encoder = Encoder()
-    image = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
-    as_bytes = extract_features(encoder, [{"image": image}], "cpu", stages)
-    as_floats = extract_features(encoder, [{"image": image / 255}], "cpu", stages)
-    np.testing.assert_allclose(as_bytes.stages, as_floats.stages, rtol=1e-5, atol=1e-6)
 
 
 def test_extraction_is_frozen_and_restores_the_mode_of_each_module_even_after_an_error() -> None:
@@ -142,32 +141,29 @@ def test_linear_probe_agrees_with_sklearn_and_chooses_c_on_validation(num_featur
         return np.stack([m.fit(x[train], y[train, i]).predict_proba(x[rows])[:, 1] for i, m in enumerate(models)], 1)
 
     best = max(CS, key=lambda c: roc_auc_score(y[val], reference(c, val), average="macro"))
-    result = linear_probe(x[train], y[train], x[val], y[val], x[test])
-    assert result.c == best
-    np.testing.assert_allclose(result.scores, reference(best, test), atol=1e-3)
-
-
-def test_linear_probe_scores_an_item_alike_in_any_company() -> None:
-    x, y = problem()
-    all_scores, one = (linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[rows]) for rows in (slice(120, 150), [130]))
-    np.testing.assert_allclose(all_scores.scores[10], one.scores[0])
+    scores = linear_probe(x[train], y[train], x[val], y[val], x[test])
+    np.testing.assert_allclose(scores, reference(best, test), atol=1e-3)
+    # What validation cannot judge takes no part in the choice.
+    y[val, 0] = 0
+    best = max(CS, key=lambda c: roc_auc_score(y[val, 1:], reference(c, val)[:, 1:], average="macro"))
+    scores = linear_probe(x[train], y[train], x[val], y[val], x[test])
+    np.testing.assert_allclose(scores, reference(best, test), atol=1e-3)
 
 
 def test_linear_probe_drops_unknown_labels_finding_by_finding() -> None:
     x, y = problem()
     masked = y.copy()
     masked[20:80, 0] = np.nan
-    full = linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[120:], cs=[0.1])
-    part = linear_probe(x[:80], masked[:80], x[80:120], y[80:120], x[120:], cs=[0.1])
-    np.testing.assert_array_equal(full.scores[:, 1:], part.scores[:, 1:])
-    assert not np.allclose(full.scores[:, 0], part.scores[:, 0])
+    full, part = (logistic_regression(x[:80], labels[:80], x[120:], 0.1) for labels in (y, masked))
+    np.testing.assert_array_equal(full[:, 1:], part[:, 1:])
+    assert not np.allclose(full[:, 0], part[:, 0])
 
 
 def test_linear_probe_leaves_out_and_names_a_finding_of_one_class(caplog: pytest.LogCaptureFixture) -> None:
     x, y = problem()
     y[:80, 1] = 0
-    result = linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[120:])
-    assert np.isnan(result.scores).all(0).tolist() == [False, True, False]
+    scores = linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[120:])
+    assert np.isnan(scores).all(0).tolist() == [False, True, False]
     assert "for lack of a class in training: findings (1,)" in caplog.text
 
 
@@ -175,23 +171,15 @@ def test_linear_probe_falls_back_to_the_default_c_and_says_so(caplog: pytest.Log
     x, y = problem()
     y[80:120] = np.nan
     with caplog.at_level(logging.WARNING):
-        result = linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[120:])
-    assert result.c == DEFAULT_C
-    assert not np.isnan(result.scores).any()
+        scores = linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[120:])
+    np.testing.assert_array_equal(scores, logistic_regression(x[:80], y[:80], x[120:], DEFAULT_C))
     assert "No finding has both classes in training and validation: C is the default, 0.01" in caplog.text
-
-
-def test_findings_that_validation_cannot_judge_take_no_part_in_the_choice() -> None:
-    x, y = problem()
-    chosen = linear_probe(x[:80], y[:80, 1:], x[80:120], y[80:120, 1:], x[120:])
-    y[80:120, 0] = 0
-    assert linear_probe(x[:80], y[:80], x[80:120], y[80:120], x[120:]).c == chosen.c
 
 
 def test_cross_validation_scores_every_item_and_follows_its_seed() -> None:
     x, y = problem()
     subjects = np.arange(150) // 3
-    first, again, other = (grouped_cross_val_scores(x, y, subjects, seed=seed, cs=[0.01, 1]) for seed in (0, 0, 1))
+    first, again, other = (grouped_cross_val_scores(x, y, subjects, seed=seed) for seed in (0, 0, 1))
     assert first.shape == (150, 3)
     assert ((first > 0) & (first < 1)).all()
     np.testing.assert_array_equal(first, again)
@@ -204,41 +192,8 @@ def test_cross_validation_keeps_subjects_whole() -> None:
     subjects = np.arange(60).repeat(4)
     x = rng.normal(size=(60, 200)).repeat(4, axis=0)  # a fingerprint of the subject
     y = (rng.random((60, 1)) < 0.5).astype(float).repeat(4, axis=0)
-    assert roc_auc_score(y, grouped_cross_val_scores(x, y, np.arange(240), cs=[1.0])) > 0.95
-    assert roc_auc_score(y, grouped_cross_val_scores(x, y, subjects, cs=[1.0])) < 0.75
-
-
-@pytest.mark.parametrize(("k", "temperature"), [(0, 0.1), (5, 0.0)])
-def test_knn_rejects_what_is_not_positive(k: int, temperature: float) -> None:
-    with pytest.raises(ValueError, match=f"`k` and `temperature` must be positive, got {k} and {temperature}"):
-        knn_scores(*problem(), problem()[0], k, temperature)
-
-
-@pytest.mark.parametrize("cs", [[], [0.0, 1.0]])
-def test_rejects_bad_cs(cs: list[float]) -> None:
-    x, y = problem()
-    with pytest.raises(ValueError, match=r"`cs` must hold positive values, got \["):
-        linear_probe(x, y, x, y, x, cs)
-
-
-def test_rejects_disagreeing_shapes_and_bad_labels() -> None:
-    x, y = problem()
-    with pytest.raises(
-        ValueError, match=r"must have shapes \(N, D\) and \(N, C\), N > 0, got \(150, 12\) and \(150,\)"
-    ):
-        knn_scores(x, y[:, 0], x)
-    with pytest.raises(ValueError, match=r"Labels must be 1, 0 or NaN \(unknown\), got \[-1"):
-        linear_probe(x, y - 1, x, y, x)
-    with pytest.raises(ValueError, match=r"same findings in training and validation, got 3 and 2"):
-        linear_probe(x, y, x, y[:, :2], x)
-
-
-def test_cross_validation_rejects_bad_folds_and_subjects() -> None:
-    x, y = problem()
-    with pytest.raises(ValueError, match=r"`num_folds` must be in \[3, 2\], the number of subjects, got 3"):
-        grouped_cross_val_scores(x, y, np.arange(150) % 2, num_folds=3)
-    with pytest.raises(ValueError, match="`subjects` must name the subject of each of the 150 items, got 9"):
-        grouped_cross_val_scores(x, y, np.arange(9))
+    assert roc_auc_score(y, grouped_cross_val_scores(x, y, np.arange(240))) > 0.95
+    assert roc_auc_score(y, grouped_cross_val_scores(x, y, subjects)) < 0.75
 
 
 # ---- intensities -------------------------------------------------------------------------------------------------
@@ -258,3 +213,54 @@ def test_histograms_agree_with_numpy_and_sum_to_one(spatial_dims: int, channels:
 def test_intensities_out_of_range_count_at_the_ends() -> None:
     found = intensity_histograms(torch.tensor([[[-0.1, -3.0, 1.0, 7.0]]]), num_bins=4)
     assert found.tolist() == [[0.5, 0, 0, 0.5]]
+
+
+# ---- features as a data set -----------------------------------------------------------------------------------------
+
+
+def classifier() -> Any:
+    torch.manual_seed(0)
+    return resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.125, num_classes=3)
+
+
+def images_of(num_images: int = 10, dtype: torch.dtype = torch.float32) -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (num_images, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    images = pixels if dtype == torch.uint8 else pixels.to(dtype) / 255
+    labels = torch.tensor([[1.0, 0.0, np.nan], [0.0, 1.0, 1.0]]).repeat(num_images // 2, 1)
+    return Dataset([{"image": image, "label": label} for image, label in zip(images, labels, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_head_on_cached_features_is_the_whole_network_in_eval_mode(dtype: torch.dtype) -> None:
+    network = classifier()
+    network.bn1.running_mean.fill_(0.1)
+    network.train()
+    features = FeatureDataset(images_of(dtype=dtype), network, batch_size=4)
+    batch = next(iter(DataLoader(features, batch_size=len(features))))
+    assert batch["image"].shape == (10, network.fc.in_features)
+    assert all(module.training for module in network.modules())
+    network.eval()
+    images = torch.stack([item["image"] for item in images_of().data])
+    torch.testing.assert_close(network.fc(batch["image"]), network(images), atol=1e-6, rtol=0)
+    expected = torch.stack([item["label"] for item in images_of().data])
+    torch.testing.assert_close(batch["label"], expected, equal_nan=True)
+
+
+def test_features_are_computed_once_and_not_before_the_weights_are_loaded() -> None:
+    network, calls = classifier(), []
+    network.layer4.register_forward_hook(lambda *_: calls.append(1))
+    features = FeatureDataset(images_of(), network)
+    assert len(features) == 10
+    assert not calls
+    nn.init.constant_(network.conv1.weight, 0)
+    first, second = (DataLoader(features, batch_size=10) for _ in range(2))
+    assert torch.equal(next(iter(first))["image"], next(iter(second))["image"])
+    assert len(calls) == 1
+    assert next(iter(first))["image"].std(0).max() == 0  # of the weights as they are now
+
+
+def test_features_must_not_be_computed_in_workers() -> None:
+    loader = DataLoader(FeatureDataset(images_of(2), classifier()), num_workers=1)
+    with pytest.raises(ValueError, match="`num_workers` must be 0 for the features of a linear probe"):
+        next(iter(loader))

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -77,21 +75,6 @@ def test_feature_std_is_one_for_isotropic_features_and_ignores_length() -> None:
     features = torch.randn(4000, 16)
     assert feature_std(features).item() == pytest.approx(1, abs=0.01)
     torch.testing.assert_close(feature_std(features * torch.rand(4000, 1)), feature_std(features))
-
-
-@pytest.mark.parametrize("metric", [perplexity, code_usage])
-def test_rejects_bad_indices(metric: Callable) -> None:
-    with pytest.raises(ValueError, match="`indices` must be under `num_embeddings` = 4, got 4"):
-        metric(torch.tensor([0, 4]), 4)
-    with pytest.raises(ValueError, match="`indices` must not be empty"):
-        metric(torch.zeros(0, dtype=torch.long), 4)
-
-
-@pytest.mark.parametrize("metric", [effective_rank, feature_std])
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4)])
-def test_rejects_features_that_are_no_matrix(metric: Callable, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"`features` must have shape \(N, D\).*got .*Pool them first"):
-        metric(torch.zeros(shape))
 
 
 # ---- shortcuts ---------------------------------------------------------------------------------------------------

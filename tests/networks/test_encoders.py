@@ -35,14 +35,6 @@ def test_encoder_of_a_segresnet_drops_out_as_it_does() -> None:
     assert not torch.equal(encoder.eval().encode(images)[0], expected)
 
 
-def test_encoder_of_a_segresnet_has_its_keys_and_loads_into_another() -> None:
-    state = SegResNetEncoder(segresnet()).state_dict()
-    assert list(state) == [key for key in segresnet().state_dict() if key.startswith(("convInit.", "down_layers."))]
-    missing, unexpected = segresnet().load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert not any(key.startswith(("convInit", "down_layers")) for key in missing)
-
-
 @pytest.mark.parametrize("no_max_pool", [False, True])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_pooled_maps_are_the_output_of_a_stock_resnet(spatial_dims: int, no_max_pool: bool) -> None:

@@ -4,14 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedTrainer
 from monai.networks.nets import SegResNet
 
-from dissect_monai.losses.pretraining import HSSLLoss
-from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
-from dissect_monai.transforms.augment import BatchAugment, Corrupt
-from dissect_monai.transforms.views import HierarchyViews
+from dissect_monai.networks.hssl import HSSLNet
 
 both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 
@@ -35,7 +30,6 @@ def make_images(spatial_dims: int = 2, in_channels: int = 1) -> torch.Tensor:
 def test_embeds_classifies_and_reconstructs_every_view(spatial_dims: int, in_channels: int) -> None:
     images = make_images(spatial_dims, in_channels)
     output = make_net(spatial_dims, in_channels)(images)
-    assert output.features.shape == (8, 32, *[2] * spatial_dims)
     assert output.embedding.shape == (8, 32)
     assert [each.shape for each in output.embeddings] == [(8, 8)] * 3
     assert output.task_logits.shape == (8, 3)
@@ -69,38 +63,6 @@ def test_reconstruction_is_the_output_of_the_segresnet() -> None:
     torch.testing.assert_close(net(images).reconstruction, net.segresnet(images))
 
 
-def test_views_and_loss_serve_a_trainer() -> None:
-    data = [{"image": torch.rand(1, 8, 8), "task": "ab"[i % 2], "group": "c"} for i in range(4)]
-    net = HSSLNet(make_segresnet(), num_tasks=2, num_groups=1, hidden_dim=16, out_dim=8)
-    trainer = SupervisedTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        train_data_loader=DataLoader(Dataset(data), batch_size=4),
-        network=net,
-        optimizer=torch.optim.SGD(net.parameters(), 0.1),
-        loss_function=HSSLLoss(),
-        prepare_batch=HierarchyViews(BatchAugment(), ["a", "b"], ["c"], corrupt=Corrupt(mask_size=2)),
-        decollate=False,
-    )
-    trainer.run()
-    assert trainer.state.output["loss"].isfinite()
-    assert trainer.state.output["label"].task.tolist() == [0, 1, 0, 1]
-    assert isinstance(trainer.state.output["pred"], HSSLOutput)
-
-
 def test_rejects_a_segresnet_that_does_not_reconstruct() -> None:
     with pytest.raises(ValueError, match="as many output as input channels, got 2 and 1; set `out_channels`"):
         HSSLNet(make_segresnet(out_channels=2), 3, 2)
-    with pytest.raises(ValueError, match="must use its final convolution"):
-        HSSLNet(make_segresnet(use_conv_final=False), 3, 2)
-
-
-@pytest.mark.parametrize("numbers", [{"num_tasks": 0, "num_groups": 1}, {"num_tasks": 1, "num_groups": 0}])
-def test_rejects_no_task_and_no_group(numbers: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        HSSLNet(make_segresnet(), **numbers)
-
-
-def test_rejects_sizes_that_the_decoder_could_not_restore() -> None:
-    with pytest.raises(ValueError, match=r"the spatial sizes of `images` must be multiples of 4, got \(8, 10\)"):
-        make_net()(torch.rand(2, 1, 8, 10))

@@ -18,7 +18,7 @@ every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 def encoder(name: str = "resnet10") -> nn.Module:
     torch.manual_seed(0)
     if name == "segresnet":
-        return SegResNet(spatial_dims=3, in_channels=1, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+        return SegResNetEncoder(SegResNet(3, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1)))
     layers = {"resnet10": resnet10, "resnet18": resnet18}[name]
     return layers(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
 
@@ -55,24 +55,12 @@ def test_embeds_every_view(name: str, width: int, fusion: str) -> None:
         assert each.shape == (6, 12)
         assert each.isfinite().all()
     assert output.embedding.shape == (6, width)
-    assert len(output.quantized) == len(net.stages)
+    maps = feature_maps(net.encoder, images)
+    assert [scale.indices.shape[1:] for scale in output.quantized] == [maps[i - 1].shape[2:] for i in net.stages]
     assert output.reconstruction is not None
     assert output.reconstruction.shape == images.shape
     assert output.reconstruction.min() >= 0
     assert output.reconstruction.max() <= 1
-
-
-def test_quantises_the_chosen_stages() -> None:
-    net, images = small_net(stages=(1, 3)), views()
-    maps = feature_maps(net.encoder, images)
-    for stage, scale in zip(net.stages, net(images).quantized, strict=True):
-        assert scale.indices.shape == (6, *maps[stage - 1].shape[2:])
-
-
-def test_takes_several_channels() -> None:
-    layers = resnet10(spatial_dims=2, n_input_channels=3, conv1_t_stride=2, feed_forward=False)
-    net = VQSSLNet(layers, in_channels=3, num_embeddings=8, embedding_dim=8, hidden_dim=16, decode=True)
-    assert net(torch.rand(4, 3, 32, 32)).reconstruction.shape == (4, 3, 32, 32)
 
 
 @pytest.mark.parametrize(("spatial_dims", "size"), [(2, (17, 20)), (3, (9, 8, 11))])
@@ -83,25 +71,11 @@ def test_decoder_reaches_any_image_size(spatial_dims: int, size: tuple[int, ...]
     assert ((image >= 0) & (image <= 1)).all()
 
 
-@every_fusion
-@pytest.mark.parametrize("size", [(16, 16, 8), (8, 12, 24)])
-def test_every_parameter_of_an_encoder_of_a_segresnet_is_trained(fusion: str, size: tuple[int, ...]) -> None:
-    small = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12, "decode": True}
-    net = VQSSLNet(SegResNetEncoder(encoder("segresnet")), spatial_dims=3, stages=(2, 3), fusion=fusion, **small)
-    images = torch.rand(4, 1, *size)
-    output = net(images)
-    assert output.reconstruction is not None
-    assert output.reconstruction.shape == images.shape
-    total(output, images).backward()
-    forgotten = [name for name, each in net.named_parameters() if each.requires_grad and each.grad is None]
-    assert forgotten == []  # what DistributedDataParallel demands
-
-
 # ---- properties --------------------------------------------------------------------------------------------------
 
 
 def test_scale_weights_have_mean_one() -> None:
-    net = small_net(num_embeddings=[1, 8, 16])
+    net = small_net(num_embeddings=[2, 8, 16])
     assert torch.equal(net.scale_weights(), torch.ones(3))  # before any code is used
     net(views())
     assert net.scale_weights().mean().item() == pytest.approx(1)
@@ -144,18 +118,11 @@ def test_target_moves_by_the_momentum(momentum: float) -> None:
             assert torch.equal(new, old if momentum else followed)
 
 
-def test_fusions_without_parameters_do_what_they_say() -> None:
-    quantized, projected = torch.rand(2, 8, 3, 3), torch.rand(2, 8, 3, 3)
+def test_fusions_are_those_of_their_formulas() -> None:
+    quantized, projected = torch.rand(2, 8, 3, 4), torch.rand(2, 8, 3, 4)
     assert torch.equal(Fusion(8, "replace")(quantized, projected), quantized)
     assert torch.equal(Fusion(8, "add")(quantized, projected), quantized + projected)
-
-
-# ---- references --------------------------------------------------------------------------------------------------
-
-
-def test_attention_is_that_of_the_formula() -> None:
     fusion = Fusion(8, "attention", num_heads=1)
-    quantized, projected = torch.rand(2, 8, 3, 4), torch.rand(2, 8, 3, 4)
     query, value = (each.flatten(2).transpose(1, 2) for each in (quantized, projected))
     wq, wk, wv = fusion.mix.in_proj_weight.chunk(3)
     share = ((query @ wq.T) @ (value @ wk.T).transpose(1, 2) / 8**0.5).softmax(-1)
@@ -163,38 +130,18 @@ def test_attention_is_that_of_the_formula() -> None:
     torch.testing.assert_close(fusion(quantized, projected).flatten(2).transpose(1, 2), expected)
 
 
-def test_state_dict_makes_an_equal_network() -> None:
-    torch.manual_seed(0)
-    trained, fresh, images = small_net(), small_net(), views()
-    trained(images)
-    trained.update_target(0.5)
-    fresh.load_state_dict(trained.state_dict(), strict=True)
-    for ours, theirs in zip(trained.eval()(images)[:4], fresh.eval()(images)[:4], strict=True):
-        assert torch.equal(ours, theirs)
-
-
 # ---- training, evaluation and gradients --------------------------------------------------------------------------
 
 
 @every_fusion
-def test_trains_all_of_the_online_network_and_nothing_of_the_target(fusion: str) -> None:
-    net, images = small_net(fusion=fusion, decode=True), views()
+@pytest.mark.parametrize("name", ["resnet10", "segresnet"])
+def test_trains_all_of_the_online_network_and_nothing_of_the_target(name: str, fusion: str) -> None:
+    net, images = small_net(name, fusion=fusion, decode=True), views(name)
     total(net(images), images).backward()
-    missing = [name for name, each in net.named_parameters() if each.requires_grad and each.grad is None]
-    assert not missing
-    assert net.encoder.conv1.weight.grad.abs().sum() > 0
+    forgotten = [name for name, each in net.named_parameters() if each.requires_grad and each.grad is None]
+    assert forgotten == []  # what DistributedDataParallel demands
     frozen = [*net.target.parameters(), *(codebook.embedding.weight for codebook in net.codebooks)]
     assert all(each.grad is None and not each.requires_grad for each in frozen)
-
-
-def test_training_moves_the_codebooks_and_evaluation_does_not() -> None:
-    net, images = small_net(), views()
-    net(images)
-    seeded = codes(net)
-    net.eval()(images)
-    assert all(torch.equal(old, new) for old, new in zip(seeded, codes(net), strict=True))
-    net.train()(images)
-    assert not all(torch.equal(old, new) for old, new in zip(seeded, codes(net), strict=True))
 
 
 def test_the_target_never_moves_the_codebooks() -> None:
@@ -241,15 +188,3 @@ def test_rejects_stages_that_are_not_there(stages: tuple[int, ...]) -> None:
 def test_rejects_an_unknown_fusion() -> None:
     with pytest.raises(ValueError, match="`fusion` must be one of attention, add, concat, replace, got 'sum'"):
         small_net(fusion="sum")
-
-
-def test_rejects_a_width_that_the_heads_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="`embedding_dim` must be a multiple of the 8 attention heads, got 12"):
-        small_net(embedding_dim=12, fusion="attention")
-    assert small_net(embedding_dim=12, fusion="add")(views()).predictions.shape == (6, 12)
-
-
-@pytest.mark.parametrize("momentum", [-0.1, 1.1])
-def test_rejects_a_momentum_out_of_range(momentum: float) -> None:
-    with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\], got"):
-        small_net().update_target(momentum)

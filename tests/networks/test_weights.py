@@ -12,8 +12,7 @@ from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import Tensor, nn
 
 from dissect_monai.networks.encoders import SegResNetEncoder
-from dissect_monai.networks.optimizers import adamw
-from dissect_monai.networks.weights import has_decoder, load_weights, read_settings, save_weights, trained_part
+from dissect_monai.networks.weights import has_decoder, load_weights, read_settings, save_weights
 from dissect_monai.writing import save_atomically
 
 NAN = float("nan")
@@ -81,13 +80,6 @@ def test_weights_without_readable_settings_are_refused(tmp_path: Path, text: str
 # ---- any network -------------------------------------------------------------------------------------------------
 
 
-def test_loads_every_weight(tmp_path: Path) -> None:
-    saved, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
-    torch.save(saved.state_dict(), tmp_path / "model.pt")
-    assert load_weights(fresh, tmp_path / "model.pt") is fresh
-    assert torch.equal(fresh.weight, saved.weight)
-
-
 def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*model\.pt: train first"):
@@ -98,47 +90,10 @@ def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
         load_weights(nn.Linear(1, 1), path)
 
 
-@pytest.mark.parametrize(
-    ("state", "named"),
-    [
-        (
-            {"weight": torch.ones(3, 3), "scale": torch.ones(1)},
-            r"1 missing \(bias\); 1 unexpected \(scale\); 1 of another shape \(weight\)",
-        ),
-        (
-            {"weight": [[1.0, 2.0], [3.0, 4.0]], "bias": torch.ones(2), 7: "note"},
-            r"1 unexpected \(7\); 1 not a tensor \(weight\)",
-        ),
-    ],
-)
-def test_names_the_weights_that_do_not_fit(tmp_path: Path, state: dict[Any, Any], named: str) -> None:
-    torch.save(state, tmp_path / "model.pt")
-    network = nn.Linear(2, 2)
-    before = network.weight.clone()
-    with pytest.raises(ValueError, match=f"the Linear: {named}"):
-        load_weights(network, tmp_path / "model.pt")
-    assert torch.equal(network.weight, before)
-
-
 def test_names_no_more_than_five_weights(tmp_path: Path) -> None:
     torch.save(resnet18(spatial_dims=2, feed_forward=False).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"unexpected \(([\w.]+, ){4}[\w.]+\)\. Is it the same `encoder`"):
+    with pytest.raises(ValueError, match=r"unexpected \(([\w.]+, ){5}\.\.\.\)\. Is it the same `encoder`"):
         load_weights(resnet10(spatial_dims=2, n_input_channels=3, feed_forward=False), tmp_path / "model.pt")
-
-
-@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
-def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
-    saved = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
-    with torch.no_grad():
-        for layer in saved[1:]:
-            layer.weight[1, 0] = value
-    torch.save(saved.state_dict(), tmp_path / "model.pt")
-    encoder = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
-    before = encoder[0].weight.clone()
-    named = r"NaN or infinity in 6 of 14 tensors \(([1-5]\.weight(, )?){5}\): train again or take an older checkpoint"
-    with pytest.raises(ValueError, match=named):
-        load_weights(encoder, tmp_path / "model.pt")
-    assert torch.equal(encoder[0].weight, before)
 
 
 # ---- classifiers -------------------------------------------------------------------------------------------------
@@ -180,27 +135,6 @@ def test_findings_must_be_those_of_the_weights(tmp_path: Path) -> None:
     named = r"`label_names` must be those of .*model\.json, Nodule, Mass, Edema, got Mass, Nodule, Edema"
     with pytest.raises(ValueError, match=named):
         load_weights(classifier(), tmp_path / "model.pt", ["Mass", "Nodule", "Edema"])
-
-
-def test_a_linear_probe_trains_the_head_and_nothing_else() -> None:
-    network = classifier().train()
-    head = trained_part(network, "linear_probe")
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    optimizer = adamw(network, 0.1, 0.0)
-    head.train()  # as a trainer does with what it is given
-    network(torch.rand(4, 1, 32, 32)).square().sum().backward()
-    optimizer.step()
-    changed = {key for key, value in network.state_dict().items() if not torch.equal(before[key], value)}
-    assert changed == {"fc.weight", "fc.bias"}
-    assert not any(module.training for name, module in network.named_modules() if name != "fc")
-
-
-def test_other_modes_train_the_whole_network() -> None:
-    network = classifier().train()
-    assert trained_part(network, "finetune") is trained_part(network, "scratch") is network
-    assert all(parameter.requires_grad for parameter in network.parameters())
-    with pytest.raises(ValueError, match="`mode` must be one of linear_probe, finetune, scratch, got 'probe'"):
-        trained_part(network, "probe")
 
 
 # ---- SegResNets --------------------------------------------------------------------------------------------------
@@ -269,33 +203,29 @@ def test_a_part_of_an_encoder_is_refused(tmp_path: Path, part: str) -> None:
         load_weights(segresnet(), path)
 
 
-def test_all_but_the_last_layer_of_a_reconstruction_starts_a_segmentation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("outputs", "class_names", "whole"),
+    [
+        (CLASSES, ORGANS, True),
+        (CLASSES, ["spleen", "aorta"], False),
+        (CLASSES, ORGANS[::-1], False),
+        (CLASSES, None, False),
+        (1, None, False),  # a reconstruction
+    ],
+)
+def test_the_last_layer_comes_only_from_a_segmentation_of_the_same_structures(
+    tmp_path: Path, outputs: int, class_names: list[str] | None, whole: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network, path = segresnet(1, out_channels=CLASSES), saved(tmp_path, segresnet(0))
+    other, network = segresnet(0, out_channels=outputs), segresnet(1, out_channels=CLASSES)
+    path = saved(tmp_path, other, **({} if class_names is None else {"class_names": class_names}))
     with caplog.at_level(logging.INFO):
         assert load_weights(network, path, ORGANS, transfer=True) is network
     keys = set(network.state_dict())
-    assert taken_over(network, segresnet(0), segresnet(1, out_channels=CLASSES)) == keys - LAST
+    assert taken_over(network, other, segresnet(1, out_channels=CLASSES)) == (keys if whole else keys - LAST)
+    loaded, left = (len(keys), "none") if whole else (len(keys) - 2, "conv_final.2")
     assert caplog.records[-1].message == (
-        f"Loaded {len(keys) - 2} of {len(keys)} tensors of {path}; parts left as they were: conv_final.2."
+        f"Loaded {loaded} of {len(keys)} tensors of {path}; parts left as they were: {left}."
     )
-
-
-@pytest.mark.parametrize(
-    ("class_names", "whole"),
-    [(ORGANS, True), (["spleen", "aorta"], False), (ORGANS[::-1], False), (None, False), (["tumour"] * 2, False)],
-)
-def test_the_last_layer_comes_only_from_a_segmentation_of_the_same_structures(
-    tmp_path: Path, class_names: list[str] | None, whole: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    other, network = segresnet(0, out_channels=CLASSES), segresnet(1, out_channels=CLASSES)
-    settings = {} if class_names is None else {"class_names": class_names}
-    with caplog.at_level(logging.INFO):
-        load_weights(network, saved(tmp_path, other, **settings), ORGANS, transfer=True)
-    taken = taken_over(network, other, segresnet(1, out_channels=CLASSES))
-    assert set(network.state_dict()) - taken == (set() if whole else LAST)
-    assert caplog.records[-1].message.endswith(f"left as they were: {'none' if whole else 'conv_final.2'}.")
 
 
 def test_a_last_layer_that_is_not_taken_may_be_broken_or_missing(tmp_path: Path) -> None:
@@ -315,7 +245,7 @@ def test_a_last_layer_that_is_not_taken_may_be_broken_or_missing(tmp_path: Path)
         ({"other": torch.ones(1)}, r"1 unexpected \(other\)\. Is it a SegResNet of the same spatial_dims"),
         ({"convInit.conv.weight": torch.ones(2)}, r"1 of another shape \(convInit\.conv\.weight\)"),
         ({"convInit.conv.weight": torch.full((8, 1, 3, 3), NAN)}, "must be finite, got NaN or infinity in 1 of"),
-        ({"convInit.conv.weight": [1.0]}, r"1 not a tensor \(convInit\.conv\.weight\)"),
+        ({"convInit.conv.weight": [1.0]}, r"1 of another shape \(convInit\.conv\.weight\)"),
         ({7: torch.ones(1)}, r"1 unexpected \(7\)"),
     ],
 )
@@ -329,13 +259,6 @@ def test_weights_that_do_not_fit_a_segresnet_are_refused_and_change_nothing(
         load_weights(network, path, ORGANS if transfer else None, transfer)
     untouched = segresnet(1, out_channels=CLASSES).state_dict()
     assert all(torch.equal(value, untouched[key]) for key, value in network.state_dict().items())
-
-
-def test_a_last_layer_of_the_same_structures_must_fit(tmp_path: Path) -> None:
-    path = saved(tmp_path, segresnet(0, out_channels=5), class_names=ORGANS)
-    named = r"2 of another shape \(conv_final\.2\.conv\.weight, conv_final\.2\.conv\.bias\)"
-    with pytest.raises(ValueError, match=named):
-        load_weights(segresnet(1, out_channels=CLASSES), path, ORGANS, transfer=True)
 
 
 def test_weights_for_slices_cannot_start_a_segmentation_of_volumes(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dissect_monai.phantoms.anatomy import abdomen
 from dissect_monai.phantoms.scans import SCANS, VolumePhantom, scan_phantom
 
 TASKS = tuple(SCANS)
@@ -59,23 +58,10 @@ def test_phantom_has_its_types_and_its_longest_side(task: str, image_size: int) 
 
 @every_task
 def test_every_label_is_present_and_no_other(task: str) -> None:
-    for seed in range(4):
+    for seed in range(8):
         values, counts = np.unique(drawn(task, seed).label, return_counts=True)
         assert values.tolist() == list(range(len(SCANS[task].labels) + 1))
-        assert counts.min() >= 12
-
-
-def test_abdominal_ct_has_the_organs_of_btcv_in_its_order() -> None:
-    assert ABDOMEN == (
-        "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-        "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",
-    )  # fmt: skip
-
-
-def test_no_organ_of_the_abdomen_is_lost_in_many_subjects() -> None:
-    counts = np.array([np.bincount(drawn("abdomen_ct", seed).label.ravel(), minlength=14) for seed in range(40)])
-    assert counts.shape == (40, 14)
-    assert counts.min() >= 8
+        assert counts.min() >= 8
 
 
 @every_task
@@ -134,45 +120,6 @@ def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
         assert (right[:2] > left[:2] + 5).all()  # to the right and to the front
 
 
-def test_small_organs_lie_beside_their_neighbours() -> None:
-    for seed in range(8):
-        place = {name: centre(drawn("abdomen_ct", seed), "abdomen_ct", name) for name in ABDOMEN}
-        aorta, cava, veins, gullet = (
-            place[name] for name in ("aorta", "inferior_vena_cava", "portal_and_splenic_veins", "esophagus")
-        )
-        assert cava[0] > aorta[0] + 15
-        assert gullet[2] > max(place[name][2] for name in ABDOMEN if name != "esophagus")
-        assert place["stomach"][0] < gullet[0] < cava[0]
-        assert place["spleen"][0] < veins[0] < place["liver"][0]
-        assert veins[1] > cava[1]
-        for side, sign in (("right", 1), ("left", -1)):
-            gland, kidney = place[f"{side}_adrenal_gland"], place[f"{side}_kidney"]
-            assert sign * aorta[0] < sign * gland[0] < sign * kidney[0] - 15
-            assert gland[2] > kidney[2] + 15
-            assert gland[1] < veins[1]
-
-
-def test_the_small_organs_leave_the_others_nearly_whole() -> None:
-    """They are painted last: what the abdomen without them, as in MR, has under them is little of any organ."""
-    names = [
-        name for name in ABDOMEN if "adrenal" not in name and name not in ("esophagus", "portal_and_splenic_veins")
-    ]
-    for seed in range(8):
-        plain = scan_phantom(SCANS["abdomen_ct"]._replace(anatomy=abdomen), [0, seed], 48)
-        for name in names:
-            before = mask(plain, "abdomen_ct", name)
-            assert (before & mask(drawn("abdomen_ct", seed), "abdomen_ct", name)).sum() > 0.8 * before.sum()
-
-
-def test_the_wall_of_the_left_ventricle_is_closed_in_every_slice() -> None:
-    for seed in range(3):
-        label = drawn("heart_mr", seed).label
-        for axis in (0, 1):
-            for step in (-1, 1):
-                beside = np.roll(label, step, axis)[label == 3]
-                assert np.isin(beside, (2, 3)).mean() > 0.97
-
-
 @pytest.mark.parametrize("task", [task for task in TASKS if SCANS[task].modality == "CT"])
 def test_ct_is_in_hounsfield_units(task: str) -> None:
     for seed in range(3):
@@ -205,33 +152,11 @@ def test_mr_is_positive_and_in_units_of_its_own(task: str) -> None:
     assert max(brightness) > 1.5 * min(brightness)
 
 
-def test_mr_has_a_bias_field() -> None:
-    """The same tissue is brighter at one end of an organ than at the other, by more than noise explains."""
-    slopes = []
-    for seed in range(6):
-        phantom = drawn("abdomen_mr", seed)
-        voxels = np.argwhere(mask(phantom, "abdomen_mr", "liver"))
-        values = phantom.image[tuple(voxels.T)] / np.median(phantom.image[tuple(voxels.T)])
-        design = np.c_[voxels / phantom.image.shape, np.ones(len(voxels))]
-        slopes.append(np.linalg.norm(np.linalg.lstsq(design, values, rcond=None)[0][:3]))
-    assert np.mean(slopes) > 0.15
-
-
 @every_task
 def test_no_threshold_finds_an_organ(task: str) -> None:
     phantom = drawn(task, 0)
     for name in {*SCANS[task].labels} - {"cerebrum"}:  # which is most of what a head holds
         assert best_threshold_dice(phantom.image, mask(phantom, task, name)) < 0.6
-
-
-def test_scanners_differ_in_orientation_and_spacing() -> None:
-    affines = [drawn(task, 0).affine for task in TASKS]
-    assert len({nib.aff2axcodes(affine) for affine in affines}) == len(TASKS)
-    spacings = [nib.affines.voxel_sizes(affine) for affine in affines]
-    assert max(max(spacing) / min(spacing) for spacing in spacings) > 2
-    for affine, spacing in zip(affines, spacings, strict=True):
-        axes = affine[:3, :3] / spacing
-        np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-9)
 
 
 def test_tasks_can_be_told_apart_by_their_intensities_alone() -> None:

@@ -40,22 +40,10 @@ def test_a_tube_is_round_and_tapers() -> None:
     assert tube[12, 12, 0] == pytest.approx(0, abs=1e-3)  # 60 mm below, at the end of the round cap
 
 
-def test_a_bent_tube_is_the_union_of_its_parts() -> None:
-    path, radii = [(-40, 0, 0), (0, 20, 0), (0, 20, 40)], (5, 8, 12)
-    parts = [shapes().tube(path[i : i + 2], radii[i : i + 2], vary=0) for i in range(2)]
-    np.testing.assert_array_equal(shapes().tube(path, radii, vary=0), np.minimum(*parts))
-
-
 def test_a_column_is_the_same_at_every_height() -> None:
     column = shapes().column((10, 0), (30, 20), vary=0)
     np.testing.assert_allclose(column, np.broadcast_to(column[..., :1], column.shape), atol=0.2)
     assert column[12 + 7, 12, 0] < 0 < column[12 + 9, 12, 0]
-
-
-def test_layers_repeat_and_have_their_thickness() -> None:
-    layers = shapes(points=grid(60, 1.0)).layers(20, 6)
-    np.testing.assert_allclose(layers[..., :40], layers[..., 20:], atol=1e-4)
-    assert (layers < 0).mean() == pytest.approx(0.3, abs=0.04)
 
 
 def test_blend_holds_its_solids_and_minus_keeps_away_from_them() -> None:
@@ -94,23 +82,6 @@ def test_solids_and_poses_vary_with_the_seed_but_little() -> None:
     assert all(ball[12, 12, 12] for ball in balls)
     moved = [posed(grid(), np.random.default_rng(seed)) - grid() for seed in range(20)]
     assert 3 < np.mean([np.linalg.norm(shift, axis=0).mean() for shift in moved]) < 30
-
-
-def test_everything_stays_in_single_precision() -> None:
-    drawn = shapes()
-    solids = [
-        drawn.ellipsoid((0, 0, 0), (9, 9, 9)),
-        drawn.tube([(0, 0, 0), (9, 0, 0)], (3, 4)),
-        drawn.column((0, 0), (9, 9)),
-    ]
-    fields = [
-        drawn.ripples(40),
-        drawn.layers(20, 5, 0.5),
-        blend(5, *solids),
-        minus(*solids, gap=2),
-        posed(grid(), drawn.rng),
-    ]
-    assert {array.dtype for array in (*solids, *fields)} == {np.dtype(np.float32)}
 
 
 def test_rotation_is_orthonormal_and_turns_about_x_first() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +99,3 @@ def test_set_follows_its_seed_and_is_not_written_twice(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in sets[0].rglob("*")}
     write_xray_phantoms(str(sets[0]), 2, 2, 0, 16, 0)
     assert times == {path: path.stat().st_mtime_ns for path in sets[0].rglob("*")}
-
-
-def test_several_writers_at_once_leave_one_whole_set(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: write_xray_phantoms(tmp_path / "set", 6, 2, 2, image_size=16), range(4)))
-    assert set(folders) == {tmp_path / "set"} == set(tmp_path.iterdir())
-    assert len(list(folders[0].rglob("*.png"))) == 10
-
-
-def test_refuses_negative_counts_and_tiny_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"numbers of images must be at least 0, got .*-1"):
-        write_xray_phantoms(tmp_path / "set", -1)
-    with pytest.raises(ValueError, match="`image_size` must be at least 16, got 15"):
-        write_xray_phantoms(tmp_path / "set", image_size=15)
-    assert list(tmp_path.iterdir()) == []

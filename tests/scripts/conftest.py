@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import make_datalist
 import numpy as np
 import pytest
-from helpers import ROOT, write
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import render_results
 import run_experiments
+from helpers import write
 
 METRICS = ("dice", "hd95", "surface_dice")
 FIELDS = ["case", "subject", "structure", "values", *METRICS, "label_ml", "pred_ml", "outcome"]
@@ -122,6 +120,21 @@ def write_volumes(folder: Path, num_subjects: int) -> None:
 
 
 @pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Runs make_datalist.py, which must refuse what it is given, and write nothing; returns its message."""
+
+    def refused(match: str, *arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit, match=match) as caught:
+            make_datalist.main([str(argument) for argument in arguments])
+        assert str(caught.value).startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return str(caught.value)
+
+    return refused
+
+
+@pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stand:
     """A repository of its own, with data for the studies, and a README without results."""
     stand = Stand(tmp_path)
@@ -135,6 +148,7 @@ def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stand:
     monkeypatch.setattr(run_experiments, "call", stand)
     monkeypatch.setattr(run_experiments, "code_state", lambda: ("c0ffee00", False))
     monkeypatch.setattr(run_experiments, "TABLE", tmp_path / "results" / "results.csv")
+    run_experiments.TABLE.write_text(",".join(run_experiments.FIELDS) + "\n", encoding="utf-8")
     return stand
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -24,12 +23,10 @@ import numpy as np
 import pytest
 import SimpleITK
 from helpers import ROOT, command_line, committed_copy, read, run_config, write_series
+from package_bundle import package
 
 from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.phantoms.volumes import write_volume_phantoms
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from package_bundle import package
 
 pytestmark = pytest.mark.label
 SEGMENTATION, CLASSIFICATION = "seg_finetune_btcv", "cxr_classification"

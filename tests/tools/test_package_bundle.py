@@ -29,8 +29,6 @@ from monai.bundle import (
     verify_metadata,
     verify_net_in_out,
 )
-
-sys.path.insert(0, str(ROOT / "scripts"))
 from package_bundle import main, package
 
 NAMES = [path.name for path in BUNDLES]

@@ -55,36 +55,20 @@ def jacobians(views: Tensor) -> Tensor:
 @both_dims
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_have_the_given_size_and_range(shape: tuple[int, ...], channels: int) -> None:
-    size = tuple(length - 3 for length in shape)
-    augment = BatchAugment(len(shape), image_size=size)
-    views = augment(random_images(shape, channels=channels), generator())
-    assert views.shape == (4, channels, *size)
+    views = BatchAugment(len(shape), image_size=9)(random_images(shape, channels=channels), generator())
+    assert views.shape == (4, channels, *[9] * len(shape))
     assert views.dtype == torch.float32
     assert views.min() >= 0
     assert views.max() <= 1
     assert views.is_contiguous(memory_format=torch.channels_last if len(shape) == 2 else torch.channels_last_3d)
 
 
-def test_size_is_kept_by_default_and_one_number_serves_all_axes() -> None:
-    images = random_images((24, 18))
-    assert BatchAugment()(images).shape == images.shape
-    assert BatchAugment(image_size=8)(images).shape == (4, 2, 8, 8)
-
-
 @both_dims
-def test_everything_off_gives_the_images(shape: tuple[int, ...]) -> None:
+def test_everything_off_gives_the_images_at_their_size_or_another(shape: tuple[int, ...]) -> None:
     images = random_images(shape)
     torch.testing.assert_close(only(len(shape))(images), images / 255)
-
-
-@both_dims
-def test_everything_off_but_the_size_gives_the_resized_images(shape: tuple[int, ...]) -> None:
-    images = random_images(shape)
-    resized = F.interpolate(
-        images / 255, size=(9, 21, 7)[: len(shape)], mode="bilinear" if len(shape) == 2 else "trilinear"
-    )
-    views = only(len(shape), image_size=(9, 21, 7)[: len(shape)])(images)
-    torch.testing.assert_close(views, resized, atol=1e-5, rtol=0)
+    resized = F.interpolate(images / 255, size=[15] * len(shape), mode="bilinear" if len(shape) == 2 else "trilinear")
+    torch.testing.assert_close(only(len(shape), image_size=15)(images), resized, atol=1e-5, rtol=0)
 
 
 @both_dims
@@ -135,9 +119,7 @@ def test_outside_of_a_rotated_image_repeats_the_border() -> None:
 @pytest.mark.parametrize("rotation", [0.0, 25.0])
 def test_a_placement_says_where_each_voxel_of_a_view_comes_from(shape: tuple[int, ...], rotation: float) -> None:
     images = coordinates(shape, batch=5)
-    augment = only(
-        len(shape), image_size=(6, 5, 4)[: len(shape)], crop_scale=(0.5, 1), flip_prob=0.5, rotation=rotation
-    )
+    augment = only(len(shape), image_size=5, crop_scale=(0.5, 1), flip_prob=0.5, rotation=rotation)
     views, placement = augment.placed(images, generator())
     cells = 2 * coordinates(tuple(views.shape[2:]), batch=5).flatten(2).mT - 1
     expected = cells @ placement.matrix.mT + placement.center[:, None]
@@ -151,16 +133,9 @@ def test_a_placement_says_where_each_voxel_of_a_view_comes_from(shape: tuple[int
 
 
 @both_dims
-def test_one_flip_probability_is_for_the_first_axis_alone(shape: tuple[int, ...]) -> None:
+def test_flips_are_along_the_first_axis_alone(shape: tuple[int, ...]) -> None:
     images = random_images(shape)
     torch.testing.assert_close(only(len(shape), flip_prob=1)(images), images.flip(2) / 255, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_flip_follows_the_probability_of_its_axis(axis: int) -> None:
-    images = random_images((6, 5, 4))
-    views = only(3, flip_prob=[float(axis == other) for other in range(3)])(images)
-    torch.testing.assert_close(views, images.flip(2 + axis) / 255, atol=1e-5, rtol=0)
 
 
 def test_flip_takes_about_the_given_part_of_the_images() -> None:
@@ -286,23 +261,15 @@ def test_corrupt_masks_whole_blocks_in_all_channels_and_says_which(shape: tuple[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spatial_dims": 1}, r"`spatial_dims` must be 2 or 3, got 1"),
-        ({"image_size": 0}, r"`image_size` must be one positive number or one per axis \(2\), got 0"),
-        ({"image_size": (8, 8, 8)}, r"`image_size` must be one positive number or one per axis \(2\)"),
         ({"crop_scale": (0, 1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\], got \(0, 1\)"),
         ({"crop_scale": (0.5, 1.1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\]"),
         ({"crop_ratio": (2, 1)}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got \(2, 1\)"),
-        (
-            {"flip_prob": (0.5, 0.5, 0.5)},
-            r"`flip_prob` must be one number or one per axis \(2\), got \(0.5, 0.5, 0.5\)",
-        ),
+        ({"crop_ratio": "12"}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got '12'"),
+        ({"crop_ratio": 0.5}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got 0.5"),
         ({"flip_prob": 2}, r"`flip_prob` must be a number in \[0, 1\], got 2"),
         ({"rotation": -1}, r"`rotation` must be a number in \[0, 180\], got -1"),
         ({"gamma": (0, 1)}, r"`gamma` must be two increasing numbers"),
         ({"brightness": 2}, r"`brightness` must be a number in \[0, 1\]"),
-        ({"contrast": (-1, 1)}, r"`contrast` must be two increasing numbers"),
-        ({"blur_sigma": (0, 1)}, r"`blur_sigma` must be two increasing numbers"),
-        ({"blur_prob": 1.5}, r"`blur_prob` must be a number in \[0, 1\]"),
     ],
 )
 def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -29,21 +29,30 @@ def volume(*values: float, dtype: Any = np.uint8) -> np.ndarray:
     return np.array(values, dtype=dtype).reshape(1, 1, -1)
 
 
-def test_values_become_classes_by_name() -> None:
-    result = classes(volume(0, 6, 2, 40, 3, 6), {"spleen": [6], "kidneys": [2, 3], "heart": [40, 41]})
-    assert result.flatten().tolist() == [0, 1, 2, 0, 2, 1]  # the heart is not learnt
-    assert result.shape == (1, 1, 1, 6)
-    assert result.dtype == torch.uint8
-
-
-def test_names_and_not_values_decide() -> None:
-    first = classes(volume(0, 1, 2), {"spleen": [1], "kidneys": [2]})
-    second = classes(volume(0, 2, 1), {"kidneys": [1], "spleen": [2]})
-    assert first.flatten().tolist() == second.flatten().tolist() == [0, 1, 2]
-
-
-def test_a_structure_that_a_file_does_not_name_has_no_voxels() -> None:
-    assert classes(volume(0, 3, 1), {"kidneys": [1], "heart": [3]}).flatten().tolist() == [0, 0, 2]
+@pytest.mark.parametrize(
+    ("values", "labels", "names", "expected"),
+    [
+        # The heart is not learnt.
+        (
+            [0, 6, 2, 40, 3],
+            {"spleen": [6], "kidneys": [2, 3], "heart": [40, 41]},
+            ["spleen", "kidneys"],
+            [0, 1, 2, 0, 2],
+        ),
+        ([0, 1, 2], {"spleen": [1], "kidneys": [2]}, ["spleen", "kidneys"], [0, 1, 2]),
+        ([0, 2, 1], {"kidneys": [1], "spleen": [2]}, ["spleen", "kidneys"], [0, 1, 2]),
+        ([0, 3, 1], {"kidneys": [1], "heart": [3]}, ["spleen", "kidneys"], [0, 0, 2]),
+        # What is not learnt may share values, with what is and with what is not.
+        ([0, 2, 3], {"kidneys": [2, 3], "left": [2]}, ["kidneys"], [0, 1, 1]),
+        ([0, 2, 3], {"left": [2], "kidneys": [2, 3]}, ["left"], [0, 1, 0]),
+        ([0, 5, 1], {"heart": [4, 5], "vessels": [5], "spleen": [1]}, ["spleen"], [0, 0, 1]),
+        ([0, 1, 255], {f"s{index}": [index] for index in range(1, 256)}, [f"s{i}" for i in range(1, 256)], [0, 1, 255]),
+    ],
+)
+def test_values_become_classes_by_name(values: Any, labels: Any, names: list[str], expected: list[int]) -> None:
+    result = classes(volume(*values), labels, names)
+    assert result.flatten().tolist() == expected
+    assert (result.shape, result.dtype) == ((1, 1, 1, len(values)), torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int64, np.float32, np.float64, np.uint16])
@@ -65,17 +74,8 @@ def test_affine_and_path_stay() -> None:
 
 
 def test_more_structures_than_uint8_can_number_are_refused() -> None:
-    names = [f"s{index}" for index in range(1, 257)]
-    labels = {name: [index] for index, name in enumerate(names, 1)}
-    assert classes(volume(0, 1, 255), labels, names[:-1]).flatten().tolist() == [0, 1, 255]
     with pytest.raises(ValueError, match="must be at most 255, which uint8 can number, got 256"):
-        ValuesToClassesd("label", names)
-
-
-@pytest.mark.parametrize("labels", [{"kidneys": [2, 3], "left": [2]}, {"left": [2], "kidneys": [2, 3]}])
-def test_a_region_that_is_not_learnt_may_share_values(labels: dict[str, list[int]]) -> None:
-    assert classes(volume(0, 2, 3), labels, ["kidneys"]).flatten().tolist() == [0, 1, 1]
-    assert classes(volume(0, 2, 3), labels, ["left"]).flatten().tolist() == [0, 1, 0]
+        ValuesToClassesd("label", [f"s{index}" for index in range(256)])
 
 
 def test_a_label_map_of_several_channels_is_refused() -> None:
@@ -132,11 +132,6 @@ def test_label_maps_that_do_not_fit_their_names_are_refused(values: Any, labels:
         classes(volume(*values, dtype=np.float64), labels)
 
 
-def test_structures_that_are_not_learnt_may_share_a_value() -> None:
-    labels = {"heart": [4, 5], "vessels": [5], "spleen": [1]}
-    assert classes(volume(0, 5, 1), labels).flatten().tolist() == [0, 0, 1]
-
-
 def test_values_without_a_name_become_background_and_are_told() -> None:
     found, unknown = values_to_classes(np.array([-1, 0, 5, 2, 9, 70_000]), {"a": [5], "b": [1, 2]}, ["b", "a"], "here")
     assert (found.tolist(), found.dtype, unknown) == ([0, 0, 2, 1, 0, 0], np.uint8, [-1, 9, 70_000])
@@ -155,30 +150,20 @@ def test_only_the_largest_part_of_a_structure_stays() -> None:
     large, small, other = box((1, 1, 1), (5, 5, 5)), box((8, 8, 8), (10, 10, 10)), box((5, 5, 5), (6, 6, 6))
     label = large * 1 + small * 1 + other * 1  # the corner of `large` touches `other`
     islands = box((12, 1, 1), (13, 2, 2)) * 2 + box((15, 1, 1), (17, 2, 2)) * 2
-    cleaned = largest_components(label + islands, [[1]])
+    cleaned = largest_components(label + islands, [1])
     np.testing.assert_array_equal(cleaned, large * 1 + islands)
-    np.testing.assert_array_equal(largest_components(label + islands, [[1], [2]])[15:17, 1, 1], [2, 2])
+    np.testing.assert_array_equal(largest_components(label + islands, [1, 2])[15:17, 1, 1], [2, 2])
     assert label[8, 8, 8] == 1  # the given one stays
-
-
-def test_values_of_one_structure_are_connected_to_each_other() -> None:
-    label = box((1, 1, 1), (3, 3, 3)) * 2 + box((3, 1, 1), (5, 3, 3)) * 3 + box((8, 1, 1), (11, 3, 3)) * 2
-    cleaned = largest_components(label, [[2, 3], [7]])
-    np.testing.assert_array_equal(cleaned, label * (np.arange(22) < 6)[:, None, None])
 
 
 def test_nothing_to_clean_is_left_as_it_is() -> None:
     label = np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype(np.uint8)
+    assert integer_map("label", label) is label
     assert largest_components(label, []).dtype == np.uint8
     np.testing.assert_array_equal(largest_components(label, []), label)
-    assert not largest_components(np.zeros((3, 3, 3)), [[1]]).any()
+    assert not largest_components(np.zeros((3, 3, 3)), [1]).any()
     with pytest.raises(ValueError, match="`label_map` must hold integers"):
-        largest_components(label * 0.5, [[1]])
-
-
-def test_a_map_of_integers_is_not_copied() -> None:
-    label = np.zeros((2, 2, 2), dtype=np.int16)
-    assert integer_map("label", label) is label
+        largest_components(label * 0.5, [1])
 
 
 # ---- chosen structures -------------------------------------------------------------------------------------------

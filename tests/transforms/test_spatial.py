@@ -16,7 +16,6 @@ from monai.transforms import (
     Invertd,
     LoadImaged,
     Orientationd,
-    SaveImaged,
     Spacingd,
     SpatialPadd,
 )
@@ -142,28 +141,15 @@ def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
     assert dice(restored, label_map()[None], 1) >= dice(inverted, label_map()[None], 1) - 0.01
 
 
-def test_a_saved_prediction_lies_on_the_grid_of_its_file(tmp_path: Path) -> None:
-    affine = affine_of((1, 0, 2), (1, -1, -1))
-    nib.save(nib.Nifti1Image(label_map(), affine), tmp_path / "a.nii.gz")
-    item = LoadImaged("image", reader=ImageFileReader(), ensure_channel_first=True)({"image": tmp_path / "a.nii.gz"})
-    item = Orientationd("image", axcodes="RAS", labels=None)(item)
-    saver = SaveImaged("image", output_dir=tmp_path / "out", separate_folder=False, print_log=False)
-    saver(OriginalGridd("image")(item))
-    (path,) = (tmp_path / "out").iterdir()
-    saved = nib.load(path)
-    np.testing.assert_allclose(saved.affine, affine)
-    np.testing.assert_array_equal(np.asarray(saved.dataobj), label_map())
-
-
 # --- values
 
 
 def test_logits_are_interpolated_linearly_before_the_largest_wins() -> None:
-    logits = torch.randn(4, 9, 8, 7, generator=torch.Generator().manual_seed(0))
+    logits = MetaTensor(torch.randn(4, 9, 8, 7, generator=torch.Generator().manual_seed(0)))
     finer = np.diag([0.5, 0.5, 0.5, 1])
     finer[:3, 3] = -0.25
-    expected = F.interpolate(logits[None], scale_factor=2, mode="trilinear")[0].argmax(0)
-    restored = to_original_grid(logits, (18, 16, 14), finer, np.eye(4))
+    expected = F.interpolate(logits.as_tensor()[None], scale_factor=2, mode="trilinear")[0].argmax(0)
+    restored = to_original_grid(logits, (18, 16, 14), finer)
     assert restored.dtype == torch.uint8
     assert (restored[0] == expected).float().mean() > 0.999  # rounding, where two are equal
 
@@ -185,10 +171,10 @@ def test_what_lies_beyond_the_prediction_is_background() -> None:
 
 
 def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, affine = torch.randn(5, 10, 9, 8), affine_of((2, 1, 0), (1, -1, 1), (0.5, 0.4, 0.6))
-    source = affine_of(spacing=(1.0, 1.0, 1.0))
+    affine, source = affine_of((2, 1, 0), (1, -1, 1), (0.5, 0.4, 0.6)), affine_of(spacing=(1.0, 1.0, 1.0))
     source[:3, 3] = affine[:3, 3] - (0, 8, 0)
-    whole = to_original_grid(logits, (14, 16, 18), affine, source)
+    logits = MetaTensor(torch.randn(5, 10, 9, 8), affine=source)
+    whole = to_original_grid(logits, (14, 16, 18), affine)
     assert len(whole.unique()) == 5
     sizes = []
     sample = F.grid_sample
@@ -200,35 +186,29 @@ def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(spatial, "_MAX_VALUES", 5 * 2 * 16 * 18)
     monkeypatch.setattr(F, "grid_sample", counted)
-    torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine, source), whole)
+    torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine), whole)
     assert [values for values, _ in sizes] == [5 * 2 * 16 * 18] * 7
     assert max(used for _, used in sizes) < logits.numel() / 2  # of the logits, what the slab needs
     monkeypatch.setattr(spatial, "_MAX_VOXELS", 1)
-    torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine, source), whole)
+    torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine), whole)
 
 
 # --- refusals
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("pred_shape", "shape", "affines", "message"),
     [
-        ((torch.ones(3, 3, 3), (3, 3, 3), np.eye(4), np.eye(4)), r"must have shape \(C, X, Y, Z\).*got \(3, 3, 3\)"),
-        ((torch.ones(1, 3, 3, 3), (3, 3), np.eye(4), np.eye(4)), r"three positive sizes, got .* and \(3, 3\)"),
-        ((torch.ones(1, 3, 3, 3), (3, 3, 3), np.eye(4)), "`pred_affine` must be given if `pred` is no MetaTensor"),
-        ((torch.ones(1, 3, 3, 3), (3, 3, 3), np.zeros((4, 4)), np.eye(4)), "`affine` must be an affine"),
-        ((torch.ones(1, 3, 3, 3), (3, 3, 3), np.eye(4), np.eye(3)), "`pred_affine` must be an affine"),
+        ((3, 3, 3), (3, 3, 3), (np.eye(4), np.eye(4)), r"must have shape \(C, X, Y, Z\).*got \(3, 3, 3\)"),
+        ((1, 3, 3, 3), (3, 3), (np.eye(4), np.eye(4)), r"three positive sizes, got .* and \(3, 3\)"),
+        ((1, 3, 3, 3), (3, 3, 3), (np.zeros((4, 4)), np.eye(4)), "the affine must be a matrix"),
+        ((1, 3, 3, 3), (3, 3, 3), (np.eye(4), np.eye(3)), "the affine of `pred` must be a matrix"),
     ],
 )
-def test_bad_grids_are_refused(arguments: Any, message: str) -> None:
+def test_bad_grids_are_refused(pred_shape: Any, shape: Any, affines: Any, message: str) -> None:
+    affine, pred_affine = affines
     with pytest.raises(ValueError, match=message):
-        to_original_grid(*arguments)
-
-
-@pytest.mark.parametrize("pred", [torch.ones(1, 3, 3, 3), MetaTensor(torch.ones(1, 3, 3, 3))])
-def test_a_prediction_without_the_metadata_of_a_file_is_refused(pred: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"'pred' must be a MetaTensor with the `spatial_shape`.*keep `track_meta`"):
-        OriginalGridd("pred")({"pred": pred})
+        to_original_grid(MetaTensor(torch.ones(pred_shape), affine=torch.as_tensor(pred_affine)), shape, affine)
 
 
 # --- spacing
@@ -253,32 +233,20 @@ def test_volumes_larger_than_a_patch_get_the_common_spacing() -> None:
     torch.testing.assert_close(resampled.as_tensor(), expected.as_tensor(), rtol=0, atol=1e-4)
 
 
-def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides() -> None:
-    image = spaced(volume((9, 16, 8), (1, 1, 1)), [2, 2, 2], [16, 16, 16])
-    assert image.shape == (1, 9, 16, 8)  # as it was, for 16 voxels of 1 mm fill the side
-    np.testing.assert_allclose(image.pixdim, [1, 1, 1], rtol=1e-5)
-    image = spaced(volume((9, 16, 8), (1, 1, 1)), [2, 2, 4], [31, 31, 15])
-    assert image.shape == (1, 17, 31, 8)
-    np.testing.assert_allclose(image.pixdim, [0.5, 0.5, 1], rtol=1e-5)
-
-
-def test_one_side_as_long_as_the_patch_is_enough() -> None:
-    assert spaced(volume((41, 11, 5), (1, 1, 1)), [2, 2, 2], [16, 16, 16]).shape == (1, 21, 6, 3)
-
-
-def test_slices_stay_where_the_spacing_is_left_or_the_patch_is_one() -> None:
-    image = volume((10, 10, 5), (1, 1, 8))
-    kept = spaced(image, [2, 2, -1], [19, 19, 1])
-    assert kept.shape == (1, 19, 19, 5)
-    np.testing.assert_allclose(kept.pixdim, [0.5, 0.5, 8], rtol=1e-5)
-    np.testing.assert_allclose(spaced(image, [2, 2, 4], [19, 19, 1]).pixdim, [0.5, 0.5, 4], rtol=1e-5)
-
-
-def test_a_volume_without_extent_is_left_as_it_is() -> None:
-    assert spaced(volume((1, 1, 5), (1, 1, 8)), [2, 2, -1], [19, 19, 1]).shape == (1, 1, 1, 5)
-
-
-@pytest.mark.parametrize(("pixdim", "spatial_size"), [([1, 1], [8, 8, 8]), ([1, 1, 1], [8, 8]), ([1, 1, 1], [8, 8, 0])])
-def test_sizes_of_other_dimensions_are_refused(pixdim: list[float], spatial_size: list[int]) -> None:
-    with pytest.raises(ValueError, match="`pixdim` and `spatial_size` must hold three values"):
-        AdaptiveSpacingd("image", pixdim, spatial_size)
+@pytest.mark.parametrize(
+    ("shape", "spacing", "pixdim", "patch", "expected", "found"),
+    [
+        ((9, 16, 8), (1, 1, 1), [2, 2, 2], [16, 16, 16], (9, 16, 8), [1, 1, 1]),  # as it was: 16 voxels fill the side
+        ((9, 16, 8), (1, 1, 1), [2, 2, 4], [31, 31, 15], (17, 31, 8), [0.5, 0.5, 1]),
+        ((41, 11, 5), (1, 1, 1), [2, 2, 2], [16, 16, 16], (21, 6, 3), [2, 2, 2]),  # one side as long is enough
+        ((10, 10, 5), (1, 1, 8), [2, 2, -1], [19, 19, 1], (19, 19, 5), [0.5, 0.5, 8]),  # slices stay
+        ((10, 10, 5), (1, 1, 8), [2, 2, 4], [19, 19, 1], (19, 19, 9), [0.5, 0.5, 4]),
+        ((1, 1, 5), (1, 1, 8), [2, 2, -1], [19, 19, 1], (1, 1, 5), [2, 2, 8]),  # without extent
+    ],
+)
+def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides(
+    shape: Any, spacing: Any, pixdim: Any, patch: Any, expected: Any, found: Any
+) -> None:
+    image = spaced(volume(shape, spacing), pixdim, patch)
+    assert image.shape == (1, *expected)
+    np.testing.assert_allclose(image.pixdim, found, rtol=1e-5)

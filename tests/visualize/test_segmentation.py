@@ -42,10 +42,12 @@ def letters(axes: Any) -> dict[str, tuple[float, float]]:
     return {text.get_text(): text.get_position() for text in axes.texts if len(text.get_text()) == 1}
 
 
-def test_a_figure_is_1500_pixels_wide() -> None:
-    picture = figure_to_tensor(overlay())
+def test_a_figure_is_1500_pixels_wide_and_voxels_have_their_proportions() -> None:
+    figure = overlay()
+    picture = figure_to_tensor(figure)
     assert picture.shape[::2] == (3, 1500)
     assert (picture.min(), picture.max()) == (0, 1)
+    assert [axes.get_aspect() for axes in figure.axes] == [2, 5, 2.5]
 
 
 def test_planes_have_the_orientation_of_a_radiologist() -> None:
@@ -67,24 +69,23 @@ def test_the_patients_sides_are_written_where_they_are() -> None:
         assert bottom[1] < 0.1 < 0.9 < top[1]
 
 
-def test_voxels_have_their_proportions() -> None:
-    assert [axes.get_aspect() for axes in overlay().axes] == [2, 5, 2.5]
-
-
 def center(**changes: Any) -> list[int]:
     """Where the planes meet, told from images whose values are places along one axis."""
     places = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
     return [int(shown(overlay(**changes, image=places[axis]).axes[2 - axis])[0, 0]) for axis in range(3)]
 
 
-def test_planes_show_most_structures_or_the_middle_of_a_single_one() -> None:
+def test_planes_show_most_structures_or_most_of_a_single_one() -> None:
     label, pred = maps()
     x, y, z = center()
     for cut in (np.s_[:, :, z], np.s_[:, y], np.s_[x]):
         assert len(set(np.unique([label[cut], pred[cut]])) - {0}) >= 2
     assert set(np.unique([label[:, :, z], pred[:, :, z]])) == {0, 1, 2, 4}
     for name, of in (("right_kidney", label), ("spleen", pred)):  # the label lacks the spleen
-        assert of[tuple(center(labels={name: LABELS[name]}))] in LABELS[name]
+        mask = np.isin(of, LABELS[name])
+        areas = [mask.sum(tuple({0, 1, 2} - {axis})) for axis in range(3)]
+        found = center(labels={name: LABELS[name]})
+        assert [area[place] for area, place in zip(areas, found, strict=True)] == [area.max() for area in areas]
 
 
 def test_predictions_are_areas_and_labels_are_outlines_of_one_colour() -> None:
@@ -131,17 +132,3 @@ def test_there_may_be_more_structures_than_colours() -> None:
     label = np.arange(24 * 20 * 12).reshape(SHAPE) % 40
     labels = {f"organ {value}": [value] for value in range(1, 40)}
     assert len(legend(overlay(label=label, pred=label, labels=labels))) == 41
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image": np.zeros((3, 3, 3))}, r"must have one shape \(X, Y, Z\).*got \(3, 3, 3\), \(24, 20, 12\)"),
-        ({"spacing": (1, 1)}, r"`spacing` three positive numbers, got .* \[1, 1\]"),
-        ({"window": (5, 5)}, r"`window` must be increasing, got \(5, 5\)"),
-        ({"label": np.full(SHAPE, 0.5)}, "`label` must hold integers"),
-    ],
-)
-def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        overlay(**changes)

@@ -38,24 +38,17 @@ def test_codes_on_a_line_have_their_colours_in_its_order() -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_codes_stand_beside_their_images(spatial_dims: int) -> None:
-    images = torch.rand(2, 1, *[8] * spatial_dims)
-    indices = [torch.randint(16, (2, *[side] * spatial_dims)) for side in (4, 2)]
-    figure = code_figure(images, indices, [torch.randn(16, 4), torch.randn(16, 4)])
-    assert figure.shape == (3, 2 * 8, 3 * 8)
-    assert ((figure >= 0) & (figure <= 1)).all()
-
-
-@pytest.mark.usefixtures("small")
-def test_a_code_colours_the_place_that_it_describes() -> None:
+@pytest.mark.parametrize("depth", [(), (3,)])
+def test_codes_stand_beside_their_images_and_colour_the_places_that_they_describe(depth: tuple[int, ...]) -> None:
     codebook = torch.randn(4, 3)
-    indices = torch.zeros(1, 2, 2, dtype=torch.long)
+    indices = torch.zeros(2, 2, 2, *depth, dtype=torch.long)
     indices[0, 1, 0] = 3  # second along x, first along y
-    codes = code_figure(torch.zeros(1, 1, 4, 4), [indices], [codebook])[:, :, 4:]
-    colors = code_colors(codebook)
-    assert torch.equal(codes[:, 0, 3], colors[3])
-    assert torch.equal(codes[:, 3, 0], colors[0])
+    figure = code_figure(torch.zeros(2, 1, 4, 4, *depth), [indices, indices[:, :1, :1]], [codebook, codebook])
+    assert figure.shape == (3, 2 * 4, 3 * 4)
+    corners = figure[:, 0, 4 + 3], figure[:, 3, 4]
+    there, elsewhere = corners[::-1] if depth else corners  # volumes are seen from below
+    assert torch.equal(there, code_colors(codebook)[3])
+    assert torch.equal(elsewhere, code_colors(codebook)[0])
 
 
 @pytest.mark.usefixtures("small")
@@ -68,19 +61,12 @@ def test_views_stand_side_by_side_with_x_to_the_right_and_are_clipped() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_volume_is_shown_by_its_middle_slice() -> None:
-    volume = torch.zeros(1, 1, 4, 4, 5)
-    volume[..., 2] = 1
-    assert torch.equal(view_figure([volume]), torch.ones(3, 4, 4))
-
-
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_any_number_of_channels_can_be_shown(channels: int) -> None:
-    images = torch.rand(1, channels, 4, 4)
+def test_three_channels_are_colours_and_a_volume_is_shown_by_its_middle_slice(channels: int) -> None:
+    images = torch.rand(1, channels, 4, 4, 5)
     figure = view_figure([images])
-    assert torch.equal(figure[0], images[0, 0].T)
-    assert torch.equal(figure[1], images[0, 1 if channels >= 3 else 0].T)
+    assert torch.equal(figure, view_figure([images.flip(2, 3)[..., 2]]))
+    assert torch.equal(view_figure([images[..., 0]])[1], images[0, 1 if channels >= 3 else 0, ..., 0].T)
 
 
 def test_small_images_are_enlarged_smoothly_and_code_maps_by_their_cells() -> None:
