@@ -267,7 +267,7 @@ def check_training(
     needed: Sequence[str] = (),
     select: str | None = None,
 ) -> None:
-    """The same as `check_output` for a training, which must not overwrite the checkpoints of another run.
+    """Check what a training learns from, say in one line which images it uses, and make the folders that it writes to.
 
     Args:
         smoke: whether it runs on generated phantoms, and may write over an earlier run.

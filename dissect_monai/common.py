@@ -52,7 +52,7 @@ def world_size() -> int:
 
 
 def of_all_processes(value: Any) -> list[Any]:
-    """What each process calls this with, by rank; all of them must call it."""
+    """The values of all processes, by rank; all of them must call it."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)

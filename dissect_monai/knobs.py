@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -90,7 +90,7 @@ PATHS = Rule(
 )
 TEXTS = Rule("a text or a list of them", PATHS.holds)
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool) or str(value).lower() in ("true", "false"))
-NUMBER = Rule("a number", lambda value: _is_number(value) and isfinite(value))
+NUMBER = Rule("a number", _is_number)
 FRACTION = Rule("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 AXES = Rule(
     "a list of different axes among 0 (right to left), 1 (back to front) and 2 (feet to head), or []",

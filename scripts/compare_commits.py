@@ -129,6 +129,8 @@ def list_outputs(folder: Path) -> dict[str, Path]:
     """Files that the runs of a commit left, by name; the event files of a folder count as one."""
     outputs = folder / "outputs"
     files = [each for each in outputs.rglob("*") if each.is_file() and each.suffix not in (".log", ".done")]
+    if not files:
+        raise SystemExit(f"error: {outputs} must hold what the runs left, got no file. Remove it, and run them again.")
     paths = {each.parent / "events" if "tfevents" in each.name else each for each in files}
     return {path.relative_to(outputs).as_posix(): path for path in sorted(paths)}
 

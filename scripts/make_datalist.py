@@ -8,7 +8,7 @@ r"""Write the dataset.json of a data folder: every image checked, split by subje
 and of volumes (NIfTI, MHA, NRRD, folders of DICOM slices), images and label maps compared:
 
     python scripts/make_datalist.py btcv DIR
-    python scripts/make_datalist.py msd Task09_Spleen --group abdomen --output DIR
+    python scripts/make_datalist.py msd Task09_Spleen --output DIR
     python scripts/make_datalist.py volumes DIR --label_dir DIR --labels liver spleen --group abdomen --modality CT
     python scripts/make_datalist.py volumes DIR --group abdomen --modality CT
 
@@ -33,9 +33,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
 
-    def source(
-        read: Callable[..., Source], validation: float | None = None, test: float | None = None
-    ) -> Callable[..., Action]:
+    def source(read: Callable[..., Source], **fractions: float | str) -> Callable[..., Action]:
         about = cleandoc(str(read.__doc__))
         own = sources.add_parser(
             read.__name__, description=about, help=about.splitlines()[0], formatter_class=RawDescriptionHelpFormatter
@@ -49,23 +47,22 @@ def build_parser() -> ArgumentParser:
         option("--skip_corrupt", action="store_true", help="leave out what cannot be used instead of refusing the data")
         option("--seed", type=int, default=0, help="draws other splits")
         option("--name", default="", help="of the data set, and the task of volumes")
-        share = "share of the subjects (default: %(default)s)"
-        shown = share if validation is not None else "share of the subjects (default: 0.2 with label maps, else 0)"
-        option("--validation_fraction", type=float, default=validation, help=shown)
-        if test is not None:
-            option("--test_fraction", type=float, default=test, help=share)
+        for split, default in fractions.items():  # in words where it depends on what else is given
+            known = None if isinstance(default, str) else default
+            help_text = f"share of the subjects (default: {default})"
+            option(f"--{split}_fraction", type=float, default=known, help=help_text)
         return option
 
     pattern = (
         r"regular expression whose one group is the subject in a file name, or in the path of a volume, as in "
         r"'^(p\d+)_'; by default each image is a subject of its own"
     )
-    source(nih, 0.1)
-    option = source(chexpert, 0.1)
+    source(nih, validation=0.1)
+    option = source(chexpert, validation=0.1)
     option("--uncertain", choices=UNCERTAIN, default="ignore", help="what a label of -1 becomes (default: unknown)")
-    option = source(folders, 0.1, 0.2)
+    option = source(folders, validation=0.1, test=0.2)
     option("--subject_pattern", default="", help=pattern)
-    option = source(table, 0.1, 0.2)
+    option = source(table, validation="0.1 without --split", test="0.2 without --split")
     option("file", type=absolute, help="the table")
     option("--image", required=True, help="column with paths relative to the folder of the images")
     option("--image_dir", type=absolute, help="folder of the images; that of the table by default")
@@ -73,11 +70,12 @@ def build_parser() -> ArgumentParser:
     option("--subject", default="", help="column with the patient; by default each image is a subject of its own")
     option("--split", default="", help="column with train, valid or test, which takes the place of the fractions")
     option("--extra", nargs="+", default=[], help="columns to copy, such as view and age")
-    source(btcv, 0.2)
-    option = source(msd, 0.2, 0.0)
-    option("--group", required=True, help="region, such as abdomen, which several tasks share")
-    option = source(volumes, None, 0.0)
-    option("--group", required=True, help="region, such as abdomen, which several tasks share")
+    source(btcv, validation="the split of the literature, else 0.2")
+    option = source(msd, validation=0.2, test=0.0)
+    region = "region, such as abdomen, which several tasks share"
+    option("--group", default="", help=f"{region} (default: that of Task01 to Task10)")
+    option = source(volumes, validation="0.2 with label maps, else 0", test=0.0)
+    option("--group", required=True, help=region)
     option("--modality", required=True, help="DICOM code, such as CT or MR")
     option("--label_dir", type=absolute, help="holds the label maps")
     option("--labels", nargs="+", default=[], help="names of the values 1, 2, ..., or as in 1=liver 6=left_kidney")

@@ -153,11 +153,11 @@ def render(block: Block) -> str:
 def panels(figure: Figure, blocks: Sequence[Block]) -> dict[str, Lines]:
     """What a figure shows, by title: the lines of each data set and metric over several sizes."""
     return {
-        f"{title}, {block.dataset}": dict(curves(block, metric))
+        f"{title}, {block.dataset}": lines
         for block in blocks
         if len({*block.sizes.values()}) > 1
         for metric, title in block.columns.items()
-        if figure.metric.fullmatch(metric)
+        if figure.metric.fullmatch(metric) and (lines := dict(curves(block, metric)))
     }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from operator import methodcaller
@@ -20,6 +22,7 @@ from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, Volume
 
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
+logger = logging.getLogger(__name__)
 
 
 class Datalist(NamedTuple):
@@ -97,9 +100,9 @@ def read_datalist(
 
     dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...} or of image
     paths, relative to its folder; only `training` and "image" are required. A label is a list of 0, 1 or null
-    (unknown), or the path of a label map. `label_names` names the values, else they are called finding_0, finding_1,
-    ... `task`, `group`, `modality` and `labels` (the names of the values of label maps) of the whole set are copied to
-    its items.
+    (unknown), a mapping of names to such values, or the path of a label map. `label_names` names the values, else they
+    are called finding_0, finding_1, ... `task`, `group`, `modality` and `labels` (the names of the values of label
+    maps) of the whole set are copied to its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
     training item without subject, which counts as a subject of its own; hidden files are skipped.
@@ -123,8 +126,9 @@ def read_datalist(
 
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Absolute paths of the folder or folders; a `ValueError` if there is none, or one twice."""
-    folders = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in _listed(dataset_dir)]
+    """Absolute paths of the folders, for which their dataset.json may stand; a `ValueError` if there is one twice."""
+    paths = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in _listed(dataset_dir)]
+    folders = [path.parent if path.name == "dataset.json" else path for path in paths]
     if not folders or len(set(folders)) < len(folders):
         raise InputError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
@@ -226,7 +230,9 @@ def _read_json(path: Path, check: bool) -> Datalist:
     if not isinstance(names, list) or len({*map(str, names)}) < len(names):
         raise InputError(f"{path}: `label_names` must be a list of different names, got {names}.")
     if not names and with_findings:
-        names = [f"finding_{index}" for index in range(len(ensure_tuple(with_findings[0]["label"])))]
+        labels = [item["label"] for item in with_findings]
+        named = dict.fromkeys(name for label in labels if isinstance(label, dict) for name in label)
+        names = [*named] or [f"finding_{index}" for index in range(len(ensure_tuple(labels[0])))]
     for item in with_findings:
         item["label"] = _read_label(item["label"], names, f"{path}: the label of {item['image']}")
     training, validation, test = splits
@@ -273,6 +279,8 @@ def _refuse_missing(paths: list[str], datalist: Path) -> None:
 
 
 def _read_label(label: Any, names: list[str], where: str) -> list[float]:
+    if isinstance(label, dict) and set(label) <= set(names):
+        label = [label.get(name) for name in names]
     values = ensure_tuple(label)
     if len(values) != len(names):
         raise InputError(f"{where} must have {len(names)} values ({shorten(names, 3)}), got {len(values)}.")
@@ -298,15 +306,24 @@ def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], chec
     merged = Datalist(training, validation, test, label_names)
     if check:
         _refuse_leaks(merged)
+        _warn_of_repeated(merged)
     return merged
+
+
+def _warn_of_repeated(datalist: Datalist) -> None:
+    for split in SPLITS:
+        counts = Counter(item["image"] for item in getattr(datalist, split))
+        repeated = [image for image, count in counts.items() if count > 1]
+        if repeated:
+            logger.warning("`%s` lists %d images more than once: %s.", split, len(repeated), shorten(repeated, 3))
 
 
 def _refuse_leaks(datalist: Datalist) -> None:
     for key in ("subject", "image"):
         shared = in_several_splits([datalist], methodcaller("get", key))
         if shared:
-            names = sorted(shared)
-            example = shared[names[0]]
+            example = shared[min(shared)]
+            names = sorted(name for name, found in shared.items() if found.keys() == example.keys())
             raise InputError(
                 f"{' and '.join(f'`{split}`' for split in example)} must share no {key}, got {len(names)} in both: "
                 f"{shorten(names, 5)} (see {' and '.join(dict.fromkeys(example.values()))}). Move each to one split of "

@@ -85,13 +85,15 @@ class ImageFileReader(ImageReader):
         self.spatial_dims = spatial_dims
 
     def verify_suffix(self, filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> bool:
-        """Yes: MONAI asks this of readers that nobody has named."""
+        """Always true; MONAI asks it of readers that it chooses itself."""
         return True
 
     def read(self, data: Sequence[str | PathLike[str]] | str | PathLike[str], **kwargs: Any) -> Path:
         """The path of a file or series folder, which `get_data` decodes: `LoadImage` would hide an error of this."""
-        (path,) = ensure_tuple(data)
-        return Path(path)
+        paths = ensure_tuple(data)
+        if len(paths) != 1:
+            raise InputError(f"`data` must be one file, got {len(paths)}: use MONAI's own readers for several.")
+        return Path(paths[0])
 
     def get_data(self, img: Path) -> tuple[NDArray[Any], dict[str, Any]]:
         """The array and MONAI's metadata."""

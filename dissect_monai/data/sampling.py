@@ -61,7 +61,7 @@ class SeededIndex(int):
         return self
 
     def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
-        """What `pickle` makes it of in a worker process."""
+        """Arguments to unpickle it with, in a worker process."""
         return int(self), self.seed
 
 

@@ -84,8 +84,8 @@ def aggregate(
         _refuse_mixed_channels(folder, datalist, headers)
     merged = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
     _refuse_odd_tasks(merged)
-    names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
-    datalist = merged._replace(headers=headers, task_names=next(names), group_names=next(names))
+    task_names, group_names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
+    datalist = merged._replace(headers=headers, task_names=task_names, group_names=group_names)
     return datalist if test_seed is None else with_test_split(datalist, seed=test_seed)
 
 

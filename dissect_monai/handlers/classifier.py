@@ -151,6 +151,7 @@ class ClassifierEvaluation:
             "test subjects": len(set(subjects)),
             "validation images": len(validation.labels),
             "temperature": temperature,
+            **(_scaling_facts(validation, temperature) if self.temperature_scaling else {}),
             "weights' SHA-256": fingerprint(engine.network)[:12],
             "thresholds": "Youden's index on validation",
             "bootstrap resamples": self.num_samples,
@@ -235,6 +236,17 @@ def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
         order = np.argsort(-values, axis=None)[:count]
         places += [divmod(int(place), labels.shape[1]) for place in order if values.flat[place]]
     return sorted(places, key=lambda place: -excess[place])
+
+
+def _scaling_facts(validation: Outputs, temperature: float) -> dict[str, str]:
+    """What the temperature did to the mean calibration error on validation."""
+    errors = []
+    for each in (1.0, temperature):
+        pairs = zip(validation.labels.T, validation.probabilities(each).T, strict=True)
+        errors.append(float(np.nanmean([expected_calibration_error(*pair) for pair in pairs])))
+    if errors[1] > errors[0]:
+        logger.warning("The temperature raises the mean ECE on validation, from %.3f to %.3f.", *errors)
+    return {"mean ECE on validation": "{:.3f}, unscaled {:.3f}".format(*reversed(errors))}
 
 
 def finding_rows(

@@ -59,7 +59,7 @@ class Saver(ABC):
         return [str(item["image"]) for item in self.loader.dataset.data]
 
     def rows(self, unknown: Any = "") -> Iterator[tuple[str, Any, str]]:
-        """Path of every image, its result or `unknown`, and why it could not be read or nothing."""
+        """Path of every image, its result or `unknown`, and the error or an empty text."""
         for index, image in enumerate(self.images):
             yield image, self.results.get(index, unknown), self.loader.errors.get(index, "")
 

@@ -21,6 +21,7 @@ from dissect_monai.handlers.segmentation_report import (
     CaseScores,
     case_figure,
     load_volume,
+    representative_cases,
     summarize,
     summary_metrics,
     write_segmentation_report,
@@ -32,6 +33,7 @@ from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -87,22 +89,21 @@ class SegmentationEvaluation:
             item = self.items[image]
             maps = read_maps(item, pred, self.class_names, self.structures)
             self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
-            drawn = self.writer is not None and len(self.cases) <= NUM_OVERLAYS
-            if drawn or self.facts is not None:
-                # All classes in all pictures, so that each has one colour.
-                labels: dict[str, list[int]] = {name: [] for name in self.class_names}
-                labels |= scored_classes(item, self.class_names)
-                figure = case_figure(item, maps, labels, self.window)
-                if self.facts is not None:
-                    self.pictures[image] = figure_to_png(figure)
-                if self.writer is not None and drawn:
-                    name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
-                    self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
+            if self.facts is not None:
+                self.stored[image] = maps.compressed()
+            if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
+                name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
+                self.writer.add_image(name, figure_to_tensor(self._figure(item, maps)), engine.state.epoch)
+
+    def _figure(self, item: Item, maps: CaseMaps) -> Figure:
+        # All classes in all pictures, so that each has one colour.
+        labels: dict[str, list[int]] = {name: [] for name in self.class_names}
+        return case_figure(item, maps, labels | scored_classes(item, self.class_names), self.window)
 
     def _start(self, engine: Any) -> None:
         self.items: dict[str, Item] = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
         self.cases: dict[str, CaseScores] = {}
-        self.pictures: dict[str, bytes] = {}  # of all cases, for the report
+        self.stored: dict[str, bytes] = {}  # label maps of all cases, of which the report draws a few
         refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
         unknown = [name for name in named if name not in self.class_names]
@@ -120,8 +121,11 @@ class SegmentationEvaluation:
             return
         write_tables(self.output_dir, cases, summaries)
         if self.facts is not None:
+            shown = [case.case for case in representative_cases(cases).values() if case.case in self.stored]
+            maps = {image: CaseMaps.restored(self.stored[image]) for image in shown}
+            pictures = {image: figure_to_png(self._figure(self.items[image], maps[image])) for image in shown}
             path = Path(self.output_dir, "report.html")
-            write_segmentation_report(path, cases, summaries, self.pictures, self.class_names, self.facts, self.notes)
+            write_segmentation_report(path, cases, summaries, pictures, self.class_names, self.facts, self.notes)
 
 
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:

@@ -120,7 +120,7 @@ def knn_scores(train_x: Array, train_y: Array, test_x: Array, k: int = 20, tempe
     """Vote of the k nearest training items of known label for each finding, weighted by exp(cosine / temperature).
 
     Features are standardised with the training statistics and L2-normalised before. Arguments and result are those of
-    `linear_probe`, but that there is nothing to choose.
+    `linear_probe`, except the choice of C.
 
     Reference:
         Wu et al., Unsupervised feature learning via non-parametric instance discrimination, CVPR 2018, Sec. 3.4 and

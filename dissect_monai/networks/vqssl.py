@@ -52,13 +52,18 @@ class Fusion(nn.Module):
         num_heads: attention heads; D must be divisible by it.
 
     Raises:
-        ValueError: if `mode` is unknown.
+        ValueError: if `mode` is unknown or the heads do not divide D.
     """
 
     def __init__(self, embedding_dim: int, mode: str = "attention", num_heads: int = 8) -> None:
         super().__init__()
         if mode not in FUSIONS:
             raise InputError(f"`fusion` must be one of {', '.join(FUSIONS)}, got {mode!r}.")
+        if mode == "attention" and embedding_dim % num_heads:
+            raise InputError(
+                f"`embedding_dim` must be a multiple of the {num_heads} attention heads, got {embedding_dim}: "
+                "change it or use another `fusion`."
+            )
         self.mode = mode
         self.mix: nn.Module = nn.Identity()
         if mode == "attention":

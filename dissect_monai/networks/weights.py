@@ -140,7 +140,7 @@ def has_decoder(path: str | Path) -> bool:
 
 
 def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
-    """Refuse weights that "scratch" would not use, that are not there, or that "finetune" needs and has not.
+    """Refuse weights that "scratch" would not use, that are not there, or that "finetune" requires and does not get.
 
     Raises:
         FileNotFoundError: if the weights are not there.

@@ -74,7 +74,7 @@ def values_to_classes(
     """
     class_of = {0: 0}
     for name, values in labels.items():
-        if min(values) < 1:
+        if min(values, default=1) < 1:
             raise InputError(f"{where} must have structures with values over 0, got {min(values)} for {name}.")
         class_of |= dict.fromkeys(values, 0)
     for index, name in enumerate(class_names, start=1):

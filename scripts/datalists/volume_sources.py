@@ -12,26 +12,34 @@ from datalists.volume_pairs import find_volumes, pair_volumes
 from dissect_monai import BTCV_ORGANS
 from dissect_monai.data.splits import BTCV_VALIDATION
 
+BTCV_PARENTS = (".", "Training", "RawData/Training")
 BTCV_PARTS = (("img", "label"), ("imagesTr", "labelsTr"), ("images", "labels"))
+MSD_GROUPS = {
+    "Task01": "head", "Task02": "heart", "Task03": "abdomen", "Task04": "head", "Task05": "pelvis", "Task06": "chest",
+    "Task07": "abdomen", "Task08": "abdomen", "Task09": "abdomen", "Task10": "abdomen",
+}  # fmt: skip
 
 
-def btcv(folder: Path, validation_fraction: float) -> Source:
+def btcv(folder: Path, validation_fraction: float | None) -> Source:
     """BTCV's abdominal CT with 13 organs: a folder with img and label, imagesTr and labelsTr, or images and labels.
 
-    The validation split is that of the literature, 0035 to 0040, where the files have their original names (img0001,
-    ...); else it is drawn by subject. Test images are left out, as they have no label maps. The folders
-    averaged-training-images and -labels of the same download are hearts, and no part of this set.
+    They may also lie in its Training or RawData/Training. The validation split is that of the literature, 0035 to 0040,
+    where the files have their original names (img0001, ...) and no fraction is given; else it is drawn by subject. Test
+    images are left out, as they have no label maps. The folders averaged-training-images and -labels of the same
+    download are hearts, and no part of this set.
     """
-    pairs = [(folder / image, folder / label) for image, label in BTCV_PARTS]
+    parents = [folder / parent for parent in BTCV_PARENTS]
+    pairs = [(parent / image, parent / label) for parent in parents for image, label in BTCV_PARTS]
     found = [pair for pair in pairs if all(part.is_dir() for part in pair)]
     if len(found) != 1:
         raise FileNotFoundError(
             f"{folder} must hold one pair of the folders img and label, imagesTr and labelsTr, or images and labels, "
-            f"got {len(found)}. Name the folder that holds the pair, such as RawData/Training."
+            f"itself or in RawData/Training, got {len(found)}. Name the folder that holds the pair."
         )
     records, problems = pair_volumes(*found[0])
     chosen = {f"{number:04d}" for number in BTCV_VALIDATION}
-    standard = chosen < {record.subject for record in records if record.image.name.startswith("img")}
+    original = {record.subject for record in records if record.image.name.startswith("img")}
+    standard = validation_fraction is None and chosen < original
     if standard:
         records = [
             record._replace(split="validation" if record.subject in chosen else "training") for record in records
@@ -40,7 +48,7 @@ def btcv(folder: Path, validation_fraction: float) -> Source:
         folder,
         "BTCV abdominal CT" + (", validation on 0035 to 0040" if standard else ""),
         records,
-        {} if standard else {"validation": validation_fraction},
+        {} if standard else {"validation": 0.2 if validation_fraction is None else validation_fraction},
         problems=problems,
         name="btcv",
         modality="CT",
@@ -55,6 +63,9 @@ def msd(folder: Path, group: str, validation_fraction: float, test_fraction: flo
     The folder holds dataset.json, imagesTr and labelsTr. imagesTs has no label maps and is left out; `volumes` lists it
     for pretraining. dataset.json goes elsewhere with --output, or replaces that of the task with --overwrite.
     """
+    group = group or MSD_GROUPS.get(folder.name.partition("_")[0], "")
+    if not group:
+        raise ValueError(f"{folder.name} must have a group. Give its region, as in --group abdomen.")
     file = find_file(folder, "dataset.json")
     try:
         spec = json.loads(file.read_text(encoding="utf-8-sig"))

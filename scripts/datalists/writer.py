@@ -35,8 +35,11 @@ def make_datalist(
         ValueError: saying what must be put right; then nothing is written.
     """
     path = output_path(output or source.folder, overwrite)
-    leave_out(source.problems, len(source.records) + len(source.problems), skip_corrupt)
-    records = draw_splits(source.records, source.shares, seed)
+    # Before the images are opened, which takes long.
+    listed = Counter(record.image for record in source.records)
+    repeated = [f"{image} is listed {times} times" for image, times in listed.items() if times > 1]
+    leave_out([*source.problems, *repeated], len(listed) + len(source.problems), skip_corrupt)
+    records = [record for record in draw_splits(source.records, source.shares, seed) if listed[record.image] == 1]
     if source.group:
         # Headers come first, since they are quick: a label map is read only once all images and label maps agree.
         records = usable(records, check_grids, "Reading headers", skip_corrupt)
@@ -64,6 +67,7 @@ def make_datalist(
     else:
         header["label_names"] = source.label_names
     print_counts(source, splits)
+    warn_of_gaps(source, splits)
     write(header, splits, path)
 
 
@@ -162,6 +166,26 @@ def print_counts(source: Source, splits: Splits) -> None:
         print("(images: positive / negative / unknown)")
     if source.labels:
         print("(structures: subjects whose label map shows them)")
+
+
+def warn_of_gaps(source: Source, splits: Splits) -> None:
+    """Warn of splits without images, of findings that one cannot evaluate, and of structures that one does not show."""
+    for split, records in splits.items():
+        if source.label_names and not records:
+            print(f"warning: {split} has no images, but cxr_classify needs validation and test.", file=sys.stderr)
+        found = {
+            name: {record.label[index] for record in records if record.label}
+            for index, name in enumerate(source.label_names)
+        }
+        shown = {value for record in records for value in record.values}
+        lacking = {
+            "positives of ": [name for name, values in found.items() if 1 not in values],
+            "negatives of ": [name for name, values in found.items() if 0 not in values],
+            "": [name for value, name in source.labels.items() if value not in shown],
+        }
+        for kind, names in lacking.items():
+            if records and names:
+                print(f"warning: {split} has no {kind}{', '.join(names)}.", file=sys.stderr)
 
 
 def write(header: Mapping[str, Any], splits: Splits, output: Path) -> None:

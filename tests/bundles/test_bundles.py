@@ -235,6 +235,16 @@ def test_inference_names_what_it_cannot_read_and_does_the_rest(
     assert all(all(row[key] for key in row if key != "error") for row in rows if not row["error"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({bundle.name for bundle in BUNDLES} - {"pretrain_vq_ssl"}))  # whose tests do
+def test_an_epoch_of_the_first_command_runs_with_the_default_network_and_voxels(name: str, tmp_path: Path) -> None:
+    config = ROOT / "bundles" / name / "configs" / "train.json"
+    result = command_line(config, output_dir=tmp_path, max_epochs=1, val_interval=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Smoke run on generated phantoms" in result.stdout + result.stderr
+    assert (tmp_path / "models" / "model.pt").is_file()
+
+
 # ---- several processes -------------------------------------------------------------------------------------------
 
 SAVED = "$torch.save(@{}.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"

@@ -31,6 +31,7 @@ from helpers import (
 from monai.bundle import ConfigParser
 from monai.networks.nets import SegResNet
 
+from dissect_monai.data.datalists import SPLITS
 from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.networks.weights import load_weights
 
@@ -148,6 +149,12 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
 def test_knobs_change_the_run(folders: Folders, tmp_path: Path, knobs: dict[str, Any]) -> None:
     train(folders, tmp_path, **knobs)
     assert len(weights(tmp_path)) == len(SegResNet(3, blocks_down=(1, 1, 1), blocks_up=(1, 1)).state_dict())
+
+
+def test_pretrained_weights_start_the_network(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    train(folders, tmp_path, pretrained=trained / "models" / "model.pt", learning_rate=1e-12, weight_decay=0)
+    before, after = weights(trained), weights(tmp_path)
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
 
 def test_slices_of_volumes_train_and_embed_and_are_judged_in_two_dimensions(folders: Folders, tmp_path: Path) -> None:
@@ -313,6 +320,16 @@ def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folde
     assert found[0].keys() == found[1].keys()
     for name, array in found[0].items():
         assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
+
+
+def test_a_single_unlabelled_task_is_judged_by_its_reconstruction_alone(
+    trained: Path, folders: Folders, tmp_path: Path
+) -> None:
+    spec = read(Path(folders[0]) / "dataset.json")
+    bare = {split: [{"image": item["image"], "subject": item["subject"]} for item in spec[split]] for split in SPLITS}
+    evaluate([edited(folders[0], tmp_path, **bare)], tmp_path, pretrained=trained / "models" / "model.pt")
+    assert [row["task"] for row in table(tmp_path / "eval" / "reconstruction.csv")] == ["abdomen_ct"]
+    assert table(tmp_path / "eval" / "findings.csv") == []
 
 
 def test_a_set_without_test_split_is_judged_on_its_validation_split(

@@ -310,6 +310,12 @@ def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
     assert values_of(maps / "0_seg.nii.gz").shape == nib.load(image).shape[:3]
 
 
+def test_several_folders_are_one_data_set(blocks: Path, tmp_path: Path) -> None:
+    other = write_set(tmp_path / "other", 3)
+    train([str(blocks), str(other)], tmp_path / "out", **SMALL, validation_fraction=0, select="last")
+    assert settings(tmp_path / "out")["num_volumes"] == 9
+
+
 # ---- weights to start from ---------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -
     assert datalist.label_names == ["x", "y"]
     assert images(datalist.items()) == ["0.png", "1.png", "2.png", "3.png"]
     assert images(read_datalist(folder / "1.png").training) == ["1.png"]
+    np.testing.assert_equal(read_datalist(folder / "dataset.json"), datalist)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,7 @@ def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -
     [
         ([[0, 1], [None, 0]], ["finding_0", "finding_1"], [[0, 1], [NAN, 0]]),
         ([1, 0.0, None], ["finding_0"], [[1], [0], None]),
+        ([{"x": 1}, {"y": 0, "x": None}], ["x", "y"], [[1, NAN], [NAN, 0]]),
         ([None, None], [], [None, None]),
     ],
 )
@@ -158,6 +160,7 @@ def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -
         ({"training": [{"image": "0.png", "label": "no.nii"}]}, r"got 1 missing: .*no\.nii"),
         ({"training": [{"image": "0.png", "label": [1, 2]}]}, r"the label of .*0\.png must have values 1, 0 or null"),
         ({"training": [{"image": "0.png", "label": [[1]]}]}, "must have values 1, 0 or null"),
+        ({"label_names": ["x"], "training": [{"image": "0.png", "label": {"y": 1}}]}, "must have values 1, 0 or null"),
         (
             {"training": [{"image": "0.png", "label": [1, 0]}, {"image": "1.png", "label": [1]}]},
             r"the label of .*1\.png must have 2 values \(finding_0, finding_1\), got 1",
@@ -175,6 +178,11 @@ def test_malformed_lists_are_explained(tmp_path: Path, spec: Any, message: str) 
     (tmp_path / "dataset.json").write_text(json.dumps(spec))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_datalist(tmp_path)
+
+
+def test_an_image_that_is_listed_twice_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_datalist(write_set(tmp_path, training=["0.png", "1.png", "./0.png"]))
+    assert f"`training` lists 1 images more than once: {tmp_path / '0.png'}." in caplog.text
 
 
 def test_broken_json_is_located(tmp_path: Path) -> None:

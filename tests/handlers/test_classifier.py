@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from datetime import date
 from io import StringIO
@@ -172,6 +173,9 @@ def test_temperature_repairs_overconfidence_and_moves_no_rank(tmp_path: Path) ->
     assert scaled.metrics["temperature"] > 2
     assert scaled.metrics["ece"] < plain.metrics["ece"]
     assert [scaled.metrics[name] for name in ("auroc", "ap")] == [plain.metrics[name] for name in ("auroc", "ap")]
+    page = (tmp_path / "scaled" / "report.html").read_text(encoding="utf-8")
+    after, before = map(float, re.findall(r"(0\.\d{3}), unscaled (0\.\d{3})", page)[0])
+    assert after < before
 
 
 def test_without_a_class_in_validation_there_is_no_threshold(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def store(folder: Path, values: np.ndarray, affine: Any = None) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("axes", "signs"), product(permutations(range(3)), product((1, -1), repeat=3)))
+@pytest.mark.parametrize(("axes", "signs"), [*product(permutations(range(3)), product((1, -1), repeat=3))])
 def test_a_label_map_comes_back_on_the_same_grid(tmp_path: Path, axes: Any, signs: Any) -> None:
     values = np.random.default_rng(0).integers(0, 3, SHAPE)
     for rotation in ROTATIONS:

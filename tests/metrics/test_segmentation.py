@@ -8,6 +8,7 @@ import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
+from scipy.spatial.distance import cdist
 
 from dissect_monai.metrics.segmentation import StructureScore, mask_overlap, score_structures
 
@@ -80,6 +81,21 @@ def test_agrees_with_monai_at_the_border(end: tuple[int, ...], spacing: tuple[fl
 # ---- two masks, against their definition -------------------------------------------------------------------------
 
 
+@every_spacing
+@pytest.mark.parametrize("seed", range(3))
+def test_hd95_agrees_with_all_pairs_of_edge_voxels(seed: int, spacing: tuple[float, ...]) -> None:
+    def edge(mask: np.ndarray) -> np.ndarray:
+        """Places in mm of the voxels that are not surrounded by others."""
+        padded = np.pad(mask, 1)
+        around = [np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1] for axis in range(3) for step in (-1, 1)]
+        return np.argwhere(mask & ~np.all(around, axis=0)) * np.array(spacing)
+
+    label, pred = blobs(seed), blobs(seed + 10)
+    distances = cdist(edge(label), edge(pred))
+    expected = max(np.quantile(distances.min(axis), 0.95) for axis in (0, 1))
+    assert mask_overlap(label, pred, spacing).hd95 == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("axis", "shift"), [(0, 1.0), (1, 2.0), (2, 5.0)])
 def test_distances_and_tolerance_are_in_mm(axis: int, shift: float) -> None:
     label = box((4, 4, 4), (15, 13, 11))
@@ -87,6 +103,27 @@ def test_distances_and_tolerance_are_in_mm(axis: int, shift: float) -> None:
     pred = np.roll(label, 1, axis)
     assert mask_overlap(label, pred, ANISOTROPIC, shift * 1.01).surface_dice == 1
     assert mask_overlap(label, pred, ANISOTROPIC, shift * 0.99).surface_dice < 0.9
+
+
+def box_areas(size: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, float]:
+    """In mm², of a face across and an edge along each axis and of a corner; marching cubes bevels edges and corners."""
+    steps, lengths = np.array(spacing), (size - 1) * spacing
+    edges = lengths * np.sqrt((steps**2).sum() - steps**2) / 2
+    return lengths.prod() / lengths, edges, float(np.linalg.norm(steps.prod() / steps)) / 8
+
+
+@every_spacing
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_surface_dice_is_the_share_of_the_area_in_mm(axis: int, spacing: tuple[float, ...]) -> None:
+    size = np.array([9, 8, 6])
+    longer = size + (np.arange(3) == axis)
+    label, pred = (box((4, 4, 4), tuple(4 + each)) for each in (size, longer))
+    areas = [box_areas(each, spacing) for each in (size, longer)]
+    whole = sum(2 * faces.sum() + 4 * edges.sum() + 8 * corner for faces, edges, corner in areas)
+    faces, edges, corner = areas[1]
+    # The end of the label lies within `pred`; that of `pred`, with the edges around it, beyond the label.
+    wrong = 2 * faces[axis] + 2 * (edges.sum() - edges[axis]) + 4 * corner
+    assert mask_overlap(label, pred, spacing, tolerance=0.4).surface_dice == pytest.approx(1 - wrong / whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("start", range(3, 6))

@@ -188,3 +188,8 @@ def test_rejects_stages_that_are_not_there(stages: tuple[int, ...]) -> None:
 def test_rejects_an_unknown_fusion() -> None:
     with pytest.raises(ValueError, match="`fusion` must be one of attention, add, concat, replace, got 'sum'"):
         small_net(fusion="sum")
+
+
+def test_rejects_a_width_that_the_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="`embedding_dim` must be a multiple of the 8 attention heads, got 12"):
+        small_net(embedding_dim=12, fusion="attention")

@@ -96,6 +96,14 @@ def test_says_which_commit_has_a_file_alone(tmp_path: Path) -> None:
     assert report(tmp_path) == ["only in A: run/metrics.csv", "only in B: table.csv"]
 
 
+def test_refuses_commits_without_outputs(tmp_path: Path) -> None:
+    (leave_outputs(tmp_path / "a") / "0.done").touch()
+    (tmp_path / "b" / "outputs" / "run").mkdir(parents=True)
+    (tmp_path / "b" / "outputs" / "run" / "0.done").touch()
+    with pytest.raises(SystemExit, match=r"b/outputs must hold what the runs left, got no file. Remove it"):
+        report(tmp_path)
+
+
 @pytest.mark.parametrize("call", [call for calls in compare_commits.RUNS.values() for call in calls])
 def test_runs_configs_that_exist(call: str) -> None:
     configs, *_ = call.split()

@@ -183,7 +183,10 @@ def test_a_table_gives_labels_unknowns_splits_and_extras(tmp_path: Path) -> None
     assert "view" not in spec["training"][1]
 
 
-@pytest.mark.parametrize(("options", "expected"), [((), [14, 2, 4]), (("--validation_fraction", 0.3), [10, 6, 4])])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), [14, 2, 4]), (("--validation_fraction", 0.3), [10, 6, 4]), (("--test_fraction", 0), [18, 2, 0])],
+)
 def test_a_table_without_split_column_is_split_by_subject(
     tmp_path: Path, options: Sequence[object], expected: list[int]
 ) -> None:
@@ -236,6 +239,27 @@ def test_counts_are_printed_per_split_and_finding(tmp_path: Path, capsys: pytest
     assert cells["subjects"] == ["5", "2", "3"]
     assert cells["Edema"] == ["4 / 4 / 2", "2 / 2 / 0", "3 / 3 / 0"]
     assert cells["Lung Lesion"] == ["5 / 5 / 0", "2 / 2 / 0", "3 / 3 / 0"]
+
+
+def test_splits_without_images_positives_or_negatives_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edema = [1, 0] * 5 + ["", 0, 0, 0] + [1] * 6
+    run("table", table(tmp_path, Edema=edema), *TABLE_OPTIONS, "--split", "part")
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "warning: validation has no positives of Edema.",
+        "warning: test has no negatives of Edema.",
+    ]
+    run("table", tmp_path / "table.csv", *TABLE_OPTIONS, "--validation_fraction", 0, "--overwrite")
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "has no images" in line)
+    assert warning == "warning: validation has no images, but cxr_classify needs validation and test."
+
+
+def test_images_that_are_listed_twice_are_left_out_on_demand(tmp_path: Path, refused: Refused) -> None:
+    file = table(tmp_path, path=["images/0.png", "./images/0.png", *(f"images/{index}.png" for index in range(2, 20))])
+    refused(r"1 of 19 images cannot be used:\n  \S+/images/0.png is listed 2 times\n", "table", file, *TABLE_OPTIONS)
+    run("table", file, *TABLE_OPTIONS, "--skip_corrupt")
+    assert by_name(tmp_path).keys() == {f"{index}.png" for index in range(2, 20)}
 
 
 def test_corrupt_and_missing_images_are_left_out_on_demand_and_move_no_others(
@@ -297,6 +321,8 @@ def test_refuses_a_patient_in_two_official_lists(tmp_path: Path, refused: Refuse
         ({"patient": ["P0"] * 20}, [], "training and validation must hold images, got none"),
         ({"Edema": [0, 1, 2] + [0] * 17}, [], "line 4: Edema must be one of .+ or empty, got '2'"),
         ({"Edema": [0, 1, -1] + [0] * 17}, [], "line 4: Edema must be one of .+ or empty, got '-1'"),
+        ({}, ["--split", "part", "--validation_fraction", "0.3"], "--split must not come with --validation_frac"),
+        ({}, ["--split", "part", "--test_fraction", "0"], "--split must not come with .+ Give one or the other"),
         ({}, ["--subject", "who"], r"must have the columns \['who'\], got \['path'"),
         ({}, ["--extra", "label"], "--extra must not name image, label or subject"),
     ],
@@ -384,6 +410,14 @@ def test_help_says_what_a_source_takes(source: str, capsys: pytest.CaptureFixtur
         run(*source.split(), "--help")
     assert caught.value.code == 0
     assert ("--validation_fraction" if source else "make_datalist.py nih DIR\n") in capsys.readouterr().out
+
+
+def test_help_says_the_fractions_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("table", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "share of the subjects (default: 0.1 without --split)" in shown
+    assert "share of the subjects (default: 0.2 without --split)" in shown
 
 
 def test_the_command_line_ends_with_one_line_and_status_1(tmp_path: Path) -> None:

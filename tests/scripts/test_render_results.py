@@ -92,6 +92,13 @@ def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
         assert image.width == 2 * 4 * 150 + 150
 
 
+def test_a_metric_without_results_has_no_panel(stand: Any, trained: Study, tmp_path: Path) -> None:
+    columns = {**trained["columns"], "other/finetune/-/auroc": "AUROC, planned"}
+    stand.run({**trained, "columns": columns})
+    rendered(tmp_path)
+    assert [*panels("trained")] == ["AUROC, phantoms"]
+
+
 def test_other_studies_are_a_table_per_variant_and_those_without_rows_nothing(
     stand: Any, evaluated: Study, segmented: Study, tmp_path: Path
 ) -> None:

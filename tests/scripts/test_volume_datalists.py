@@ -84,7 +84,7 @@ def msd(folder: Path, count: int = 5, **changes: Any) -> tuple[object, ...]:
         "test": ["./imagesTs/spleen_100.nii.gz"],
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps({**spec, **changes}))
-    return "msd", folder, "--group", "abdomen"
+    return "msd", folder
 
 
 def folders(folder: Path, count: int = 5) -> Path:
@@ -119,10 +119,18 @@ def test_btcv_with_the_original_names_gets_the_split_of_the_literature(tmp_path:
     assert "drawn" not in spec["description"]
 
 
-@pytest.mark.parametrize("parts", [("imagesTr", "labelsTr"), ("images", "labels")])
-def test_btcv_is_found_in_every_usual_pair_of_folders(tmp_path: Path, parts: tuple[str, str]) -> None:
-    btcv(tmp_path, range(34, 42), parts)
-    write_image(tmp_path / "imagesTs" / "img0061.nii.gz")
+@pytest.mark.parametrize(
+    ("parent", "parts"),
+    [
+        ("Training", ("img", "label")),
+        ("RawData/Training", ("img", "label")),
+        (".", ("imagesTr", "labelsTr")),
+        (".", ("images", "labels")),
+    ],
+)
+def test_btcv_is_found_in_every_usual_place(tmp_path: Path, parent: str, parts: tuple[str, str]) -> None:
+    btcv(tmp_path / parent, range(34, 42), parts)
+    write_image(tmp_path / parent / "imagesTs" / "img0061.nii.gz")
     run("btcv", tmp_path, "--name", "mine")
     assert sizes(tmp_path) == [2, 6, 0]
     assert content(tmp_path)["task"] == "mine"
@@ -142,6 +150,11 @@ def test_btcv_with_other_names_or_a_part_of_it_is_split_by_subject(
     run("btcv", btcv(tmp_path, numbers, names=names))
     assert sizes(tmp_path) == [8, 2, 0]
     assert "drawn with seed 0, 0.2 of the subjects for validation" in content(tmp_path)["description"]
+
+
+def test_btcv_with_a_fraction_is_split_by_subject(tmp_path: Path) -> None:
+    run("btcv", btcv(tmp_path), "--validation_fraction", 0.5)
+    assert sizes(tmp_path) == [15, 15, 0]
 
 
 def test_btcv_refuses_other_folders_and_two_pairs(tmp_path: Path, refused: Refused) -> None:
@@ -166,6 +179,13 @@ def test_msd_becomes_a_data_list_of_its_own_names_and_values(tmp_path: Path) -> 
     item = next(item for item in spec["training"] + spec["validation"] if item["subject"] == "spleen_3")
     assert item["image"] == "Task09_Spleen/imagesTr/spleen_3.nii.gz"
     assert item["label"] == "Task09_Spleen/labelsTr/spleen_3.nii.gz"
+
+
+def test_msd_needs_a_group_for_other_tasks(tmp_path: Path, refused: Refused) -> None:
+    command = (*msd(tmp_path / "Task100_Trunk"), "--output", tmp_path)
+    refused("Task100_Trunk must have a group. Give its region, as in --group abdomen", *command)
+    run(*command, "--group", "trunk")
+    assert content(tmp_path)["group"] == "trunk"
 
 
 def test_msd_may_get_a_test_split_which_leaves_room_for_validation(tmp_path: Path) -> None:
@@ -426,7 +446,7 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
     for name in ("btcv", "msd", "own", "raw"):
         (tmp_path / name).mkdir()
     run("btcv", btcv(tmp_path / "btcv"))
-    run(*msd(tmp_path / "Task02_Heart")[:-1], "heart", "--output", tmp_path / "msd")
+    run(*msd(tmp_path / "Task02_Heart"), "--output", tmp_path / "msd")
     run(*volumes(folders(tmp_path / "own")))
     run("volumes", folders(tmp_path / "raw", 3) / "images", "--group", "head", "--modality", "MR", "--name", "raw")
     dirs = [tmp_path / "btcv", tmp_path / "msd", tmp_path / "own", tmp_path / "raw" / "images"]
@@ -443,10 +463,12 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
 
 def test_subjects_are_counted_per_split_and_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("btcv", btcv(tmp_path))
-    *lines, unit, wrote = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    *lines, unit, wrote = out.splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     assert cells["images"] == cells["subjects"] == ["24", "6", "0"]
     assert cells["spleen"] == ["23", "6", "0"]
     assert cells["gallbladder"] == ["1", "0", "0"]
     assert cells["left_adrenal_gland"] == ["24", "6", "0"]
     assert (unit, wrote) == ("(structures: subjects whose label map shows them)", f"wrote {tmp_path}/dataset.json")
+    assert "warning: validation has no right_kidney, left_kidney, gallbladder, " in err
