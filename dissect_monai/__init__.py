@@ -33,6 +33,7 @@ from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
 from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
 from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
+from dissect_monai.handlers.representation import RepresentationMonitor as RepresentationMonitor
 from dissect_monai.handlers.savers import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.savers import LabelMapSaver as LabelMapSaver
 from dissect_monai.handlers.savers import PredictionSaver as PredictionSaver

@@ -13,6 +13,7 @@ from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError
 from dissect_monai.handlers.savers import OVERLAYS
+from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
 from dissect_monai.networks.optimizers import MODES
 from dissect_monai.networks.weights import refuse_bad_mode
@@ -72,6 +73,10 @@ def _is_per_folder(value: Any) -> bool:
     return _is_text(value) or (isinstance(values, list) and all(each is None or _is_text(each) for each in values))
 
 
+def _is_codebook_size(value: Any) -> bool:
+    return _whole(2).holds(value) or _list_of(_whole(2)).holds(value)
+
+
 def _is_device(value: Any) -> bool:
     torch.empty(0, device=value)  # raises what is wrong with it
     return True
@@ -108,14 +113,16 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_whole(0), "deep_supervision freeze_epochs seed split_seed warmup_epochs", "num_workers num_worst patches_seed"),
     (_whole(1), "batch_size embedding_dim hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
     (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
-    (_whole(2), "num_embeddings", ""),
+    (Rule(f"{_whole(2).says}, or a list with one for each stage", _is_codebook_size), "num_embeddings", ""),
     (_whole(16), "image_size", ""),
     (Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0), "init_filters", ""),
     (Rule("0 (off) or a whole number of at least 3", lambda v: v == 0 or _whole(3).holds(v)), "num_folds", ""),
     (_optional(_whole(0)), "fold", ""),
-    (_number(0), "ce_weight classification_weight commitment_weight continuous_weight dense_weight", "tolerance"),
+    (_number(0), "ce_weight classification_weight commitment_weight continuous_weight cross_weight", "tolerance"),
     (_number(0), "discrete_weight group_weight image_weight reconstruction_weight task_weight weight_decay", ""),
-    (_number(0, 1), "mask_fraction momentum sampling_temperature", ""),
+    (_number(0), "dense_weight", ""),
+    (_number(0, 1), "mask_fraction sampling_temperature", ""),
+    (_optional(_number(0, 1)), "momentum", ""),
     (_number(0, over=True), "learning_rate temperature", ""),
     (_number(0, 1, over=True), "label_fraction layer_decay", ""),
     (FRACTION, "decay validation_fraction", "overlap"),
@@ -137,6 +144,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_one_of("add", "attention", "concat", "replace"), "fusion", ""),
     (_one_of("cosine", "euclidean"), "metric", ""),
     (_one_of(*MODES), "mode", ""),
+    (_one_of(*OBJECTIVES), "objective", ""),
     (_one_of("raise", "skip"), "", "on_corrupt"),
     (_one_of("csv", "npz"), "", "output_format"),
     (_one_of(*OVERLAYS), "", "overlays"),

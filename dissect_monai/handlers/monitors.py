@@ -104,14 +104,14 @@ class SSLMonitor(Monitor):
     """
 
     network: VQSSLNet
-    spread = "collapse/target_std"
+    spread = "collapse/target_std"  # of the projections where there are no targets
     spread_of = "targets' standard deviation"
     remedy = "Raise `momentum`, lower `learning_rate` or enlarge `batch_size`."
 
     def _indicators(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
         scalars = {
             "collapse/feature_std": feature_std(output.embedding),
-            "collapse/target_std": feature_std(output.targets),
+            "collapse/target_std": feature_std(output.predictions if output.targets is None else output.targets),
             "collapse/effective_rank": effective_rank(output.embedding),
         }
         for stage, indices, codebook in self._scales(output):
@@ -120,7 +120,7 @@ class SSLMonitor(Monitor):
         return scalars
 
     def _schedules(self, engine: Engine) -> dict[str, float]:
-        return {"schedule/target_momentum": engine.state.target_momentum}
+        return {} if self.network.target is None else {"schedule/target_momentum": engine.state.target_momentum}
 
     def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
         """Stage, indices and codebook of every scale."""

@@ -27,15 +27,22 @@ logger = logging.getLogger(__name__)
 class TargetMomentumHandler:
     """Moves the target network after every iteration, with a momentum that rises from `momentum` to 1.
 
-    The momentum of an iteration is left as `engine.state.target_momentum`.
+    The momentum of an iteration is left as `engine.state.target_momentum`. Without `momentum`, it starts at
+    max(0, min(0.996, 1 − 2·E/K)) for K iterations, so that the target turns over in a short run, too: of the weights
+    that it starts with, a share of exp(−E) is left.
 
     Reference:
         Grill et al., BYOL, NeurIPS 2020, Appendix J: τ = 1 − (1 − τ_base)·(cos(πk/K) + 1)/2.
     """
 
     network: VQSSLNet  # not its DDP or compiled wrapper
-    momentum: float  # τ at the first iteration, in [0, 1]
-    num_iterations: int  # over which τ follows a half cosine to 1
+    momentum: float | None  # τ at the first iteration, in [0, 1]
+    num_iterations: int  # K, over which τ follows a half cosine to 1
+    e_foldings: float = 8  # E
+
+    def __post_init__(self) -> None:
+        shortest = 1 - 2 * self.e_foldings / self.num_iterations
+        self.first = max(0.0, min(0.996, shortest)) if self.momentum is None else self.momentum
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -49,7 +56,7 @@ class TargetMomentumHandler:
     def momentum_at(self, iteration: int) -> float:
         """τ after `iteration` iterations."""
         progress = min(1.0, iteration / self.num_iterations)
-        return 1 - (1 - self.momentum) * (cos(pi * progress) + 1) / 2
+        return 1 - (1 - self.first) * (cos(pi * progress) + 1) / 2
 
 
 @dataclass(eq=False)

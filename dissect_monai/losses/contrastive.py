@@ -75,7 +75,7 @@ def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperatur
         Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, Eq. 2.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
-        rows = _Gather.apply(normalised(embeddings))
+        rows = gather_rows(normalised(embeddings))
         denominators = _LogDenominators.apply(rows, 1 / temperature)
         return [_contrast(rows, denominators, _gather(each), temperature) for each in labels]
 
@@ -170,6 +170,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad[ctx.own] * world_size()  # over which the gradients of the parameters will be averaged
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows (N, D) of all processes, (world_size·N, D), for a loss that all of them compute of the joined batch.
+
+    Its gradient becomes that of the joined batch when `DistributedDataParallel` averages the parameters' gradients.
+    """
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,34 +13,13 @@ from torch.nn import functional as F
 from dissect_monai.common import InputError
 from dissect_monai.losses.contrastive import hierarchical_contrast
 from dissect_monai.losses.dense import dense_contrast
+from dissect_monai.losses.joint_embedding import OBJECTIVES, nt_xent, regression_loss, vicreg
 from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.networks.vqssl import SSLOutput
 from dissect_monai.transforms.views import HierarchyTarget
 
 MIN_VARIANCE = 0.01  # of a view in [0, 1]: noise and the rim of a body stay under it, X-rays and organs over it
 logger = logging.getLogger(__name__)
-
-
-def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """BYOL's loss 2 − 2·cos, each view against the *other* view of its image, averaged over both directions.
-
-    Args:
-        predictions: online predictions of shape (2·B, D): the first view of every image, then the second.
-        targets: target projections of the same shape and order; they get no gradient.
-
-    Returns:
-        scalar in [0, 4].
-
-    Reference:
-        Grill et al., Bootstrap Your Own Latent, NeurIPS 2020, Eq. 2.
-
-    Example:
-        >>> views = torch.eye(2).repeat(2, 1)
-        >>> regression_loss(views, views)
-        tensor(0.)
-    """
-    other_view = targets.detach().roll(len(targets) // 2, dims=0)
-    return 2 - 2 * F.cosine_similarity(predictions.float(), other_view.float(), dim=1).mean()
 
 
 def unexplained_variance(reconstruction: Tensor, views: Tensor, where: Tensor | None = None) -> Tensor:
@@ -86,63 +66,93 @@ class _WeightedTerms(nn.Module):
 
 
 class VQSSLLoss(_WeightedTerms):
-    """Weighted sum of the continuous, discrete, commitment and reconstruction terms.
+    """Weighted sum of the continuous, discrete, cross, commitment and reconstruction terms.
 
-    Weight 0 on all but `continuous_weight` is plain BYOL, the control of every experiment.
+    One objective draws the two views of an image together, of the continuous as of the discrete embedding. With weight
+    0 on all but `continuous_weight` it is plain SimCLR, VICReg or BYOL, the control of every experiment.
 
     Args:
-        continuous_weight: predictions of the continuous embedding against the other view's continuous target.
-        discrete_weight: mean of three regressions across the views that touch the discrete embedding: discrete on
-            continuous, continuous on discrete and discrete on discrete.
-        commitment_weight: sum over scales of the quantisers' commitment, which pulls features to their codes.
+        continuous_weight: objective of the continuous embedding.
+        discrete_weight: objective of the discrete embedding; for `byol`, the mean of three regressions across views:
+            discrete on continuous, continuous on discrete and discrete on discrete.
+        commitment_weight: sum over scales of the commitment, which pulls features to their codes: squared distance,
+            summed over the channels of a code, as the gradient of a mean over them would be lost beside the others.
         reconstruction_weight: share of the view's variance that the decoded image leaves unexplained.
+        cross_weight: 2 − 2·cos of the discrete embedding and the continuous one of the other view; not for `byol`, in
+            whose discrete term it is.
+        objective: `nt_xent`, `vicreg` or `byol`, which alone needs the predictors and the momentum target of the
+            network, see `VQSSLNet(predict=...)`.
+        temperature: of `nt_xent`, positive.
 
     Raises:
-        ValueError: if all weights are 0.
+        ValueError: if all weights are 0, or `objective` is unknown.
 
     Reference:
-        Singh and Mishra, DiSSECT, arXiv 2509.18765. Departure: the discrete embedding has predictors of its own.
+        Singh and Mishra, DiSSECT, arXiv 2509.18765, whose objective is BYOL's. Departures: the other objectives; the
+        discrete embedding has predictors of its own.
     """
 
     def __init__(
         self,
         continuous_weight: float = 1.0,
         discrete_weight: float = 1.0,
-        commitment_weight: float = 1.0,
+        commitment_weight: float = 0.015625,
         reconstruction_weight: float = 0.0,
+        cross_weight: float = 0.0,
+        objective: str = "byol",
+        temperature: float = 0.2,
     ) -> None:
+        if objective not in OBJECTIVES:
+            raise InputError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
         super().__init__(
             continuous=continuous_weight,
             discrete=discrete_weight,
+            cross=cross_weight,
             commitment=commitment_weight,
             reconstruction=reconstruction_weight,
         )
+        if objective == "byol" and cross_weight:
+            raise InputError("`cross_weight` must be 0 for `byol`, whose discrete term has it.")
+        self.objective = objective
+        self.temperature = temperature
 
     def terms(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms by name, scalars.
+        """Unweighted terms by name, scalars; over several processes, all must call it.
 
         Args:
             output: what `VQSSLNet` returned for 2·B views.
             target: the views (2·B, C, *spatial) in [0, 1], which the decoder must reconstruct.
 
         Raises:
-            ValueError: if reconstruction has a weight but the network no decoder.
+            ValueError: if reconstruction has a weight but the network no decoder, or `byol` no target.
         """
-        discrete = (
-            regression_loss(output.discrete_predictions, output.targets),
-            regression_loss(output.predictions, output.discrete_targets),
-            regression_loss(output.discrete_predictions, output.discrete_targets),
-        )
-        terms = {
-            "continuous": regression_loss(output.predictions, output.targets),
-            "discrete": torch.stack(discrete).mean(),
-            "commitment": torch.stack([scale.commitment for scale in output.quantized]).sum(),
-        }
+        terms = self._regressions(output) if self.objective == "byol" else self._similarities(output)
+        terms["commitment"] = torch.stack([s.commitment * s.features.shape[1] for s in output.quantized]).sum()
         if output.reconstruction is not None:
             terms["reconstruction"] = unexplained_variance(output.reconstruction, target)
         elif self.weights["reconstruction"]:
             raise InputError("`reconstruction_weight` is positive but the network has no decoder: set `decode`.")
         return terms
+
+    def _similarities(self, output: SSLOutput) -> dict[str, Tensor]:
+        embeddings = {"continuous": output.predictions, "discrete": output.discrete_predictions}
+        objective = partial(nt_xent, temperature=self.temperature) if self.objective == "nt_xent" else vicreg
+        # Those of weight 0, too: DistributedDataParallel wants a gradient of every parameter.
+        terms = {name: objective(embedding) for name, embedding in embeddings.items()}
+        return {**terms, "cross": regression_loss(output.discrete_predictions, output.predictions)}
+
+    def _regressions(self, output: SSLOutput) -> dict[str, Tensor]:
+        if output.targets is None or output.discrete_targets is None:
+            raise InputError("`objective` is byol but the network has no target: set `predict`.")
+        discrete = (
+            regression_loss(output.discrete_predictions, output.targets),
+            regression_loss(output.predictions, output.discrete_targets),
+            regression_loss(output.discrete_predictions, output.discrete_targets),
+        )
+        return {
+            "continuous": regression_loss(output.predictions, output.targets),
+            "discrete": torch.stack(discrete).mean(),
+        }
 
 
 class HSSLLoss(_WeightedTerms):

@@ -23,10 +23,10 @@ FUSIONS = ("attention", "add", "concat", "replace")
 class SSLOutput(NamedTuple):
     """What the pretraining network returns for V = 2·B views; read it by name."""
 
-    predictions: Tensor  # (V, out_dim), online prediction of the continuous embedding
-    targets: Tensor  # (V, out_dim), target projection of the continuous embedding, no gradient
-    discrete_predictions: Tensor  # (V, out_dim), online prediction of the fused discrete embedding
-    discrete_targets: Tensor  # (V, out_dim), target projection of the fused discrete embedding, no gradient
+    predictions: Tensor  # (V, out_dim), of the continuous embedding: predictions, or projections without a target
+    targets: Tensor | None  # (V, out_dim), target projection of the continuous embedding, no gradient
+    discrete_predictions: Tensor  # (V, out_dim), the same two of the fused discrete embedding
+    discrete_targets: Tensor | None
     quantized: list[Quantized]  # one per chosen stage, fine to coarse
     embedding: Tensor  # (V, C), pooled features of the last stage of the online encoder
     reconstruction: Tensor | None  # (V, in_channels, *spatial) in [0, 1], None without a decoder
@@ -119,12 +119,12 @@ class Decoder(nn.Module):
 
 
 class VQSSLNet(nn.Module):
-    """Self-distillation with a multi-scale discrete bottleneck, in 2-D and 3-D.
+    """Self-supervision with a multi-scale discrete bottleneck, in 2-D and 3-D.
 
     The online encoder's chosen stages are projected to a common width and quantised by one EMA codebook each; the
     quantised maps are fused with the continuous ones, pooled, weighted by the entropy of their codebook's use and
-    concatenated to the discrete embedding. The continuous embedding is the pooled last stage. A momentum target
-    computes both for the other view, and predictors regress them (see `VQSSLLoss`).
+    concatenated to the discrete embedding. The continuous embedding is the pooled last stage. Both are projected for
+    `VQSSLLoss`; for BYOL, a momentum target computes both for the other view, and predictors regress them.
 
     Args:
         encoder: stock MONAI `ResNet` or a network with `encode`, such as `SegResNetEncoder`; see `feature_maps`.
@@ -139,6 +139,7 @@ class VQSSLNet(nn.Module):
         hidden_dim: width of the hidden layer of the heads.
         out_dim: width of the projections.
         decode: whether to build the decoder for the reconstruction term.
+        predict: whether to build the predictors and the momentum target, which BYOL alone needs.
 
     Raises:
         ValueError: if `stages` is empty, not increasing, or names a stage that the encoder does not have.
@@ -164,6 +165,7 @@ class VQSSLNet(nn.Module):
         hidden_dim: int = 4096,
         out_dim: int = 256,
         decode: bool = False,
+        predict: bool = True,
     ) -> None:
         super().__init__()
         channels = _stage_channels(encoder, spatial_dims, in_channels)
@@ -183,10 +185,12 @@ class VQSSLNet(nn.Module):
         self.fusions = nn.ModuleList(Fusion(embedding_dim, fusion) for _ in stages)
         widths = {"continuous": channels[-1], "discrete": embedding_dim * len(stages)}
         self.projectors = nn.ModuleDict({name: mlp(width, hidden_dim, out_dim) for name, width in widths.items()})
-        self.predictors = nn.ModuleDict({name: mlp(out_dim, hidden_dim, out_dim) for name in self.projectors})
+        self.predictors = nn.ModuleDict(
+            {name: mlp(out_dim, hidden_dim, out_dim) if predict else nn.Identity() for name in self.projectors}
+        )
         self.decoder = Decoder(spatial_dims, embedding_dim, in_channels, len(stages)) if decode else None
         self.encoder = encoder
-        self.target = nn.ModuleDict(deepcopy(self._online())).requires_grad_(False)
+        self.target = nn.ModuleDict(deepcopy(self._online())).requires_grad_(False) if predict else None
 
     @property
     def codebooks(self) -> list[EMACodebook]:
@@ -196,17 +200,19 @@ class VQSSLNet(nn.Module):
     def forward(self, images: Tensor) -> SSLOutput:
         """Embed V views, shape (V, in_channels, *spatial), float in [0, 1], with the online and the target network."""
         embedding, projections, quantized = self._project(self._online(), images, is_online=True)
-        with torch.no_grad():
-            _, targets, _ = self._project(self.target, images, is_online=False)
+        targets: dict[str, Tensor] = {}
+        if self.target is not None:
+            with torch.no_grad():
+                _, targets, _ = self._project(self.target, images, is_online=False)
         predictions = {name: self.predictors[name](projection) for name, projection in projections.items()}
         reconstruction = None
         if self.decoder is not None:
             reconstruction = self.decoder([scale.features for scale in quantized], images.shape[2:])
         return SSLOutput(
             predictions=predictions["continuous"],
-            targets=targets["continuous"],
+            targets=targets.get("continuous"),
             discrete_predictions=predictions["discrete"],
-            discrete_targets=targets["discrete"],
+            discrete_targets=targets.get("discrete"),
             quantized=quantized,
             embedding=embedding.detach(),
             reconstruction=reconstruction,
@@ -250,6 +256,8 @@ class VQSSLNet(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """Move the target: target ← momentum·target + (1 − momentum)·online, with `momentum` in [0, 1]."""
+        if self.target is None:
+            raise InputError("the network has no target to move: set `predict`.")
         online: list[Tensor] = [parameter for part in self._online().values() for parameter in part.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
 

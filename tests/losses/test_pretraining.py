@@ -75,13 +75,6 @@ def test_regression_is_that_of_a_loop_over_the_pairs() -> None:
     torch.testing.assert_close(regression_loss(predictions, targets), torch.stack(distances).mean())
 
 
-def test_targets_get_no_gradient() -> None:
-    predictions, targets = (each.requires_grad_() for each in random_pair())
-    regression_loss(predictions, targets).backward()
-    assert predictions.grad.abs().sum() > 0
-    assert targets.grad is None
-
-
 def test_rejects_reconstruction_without_a_decoder() -> None:
     net, views = net_and_views()
     with pytest.raises(ValueError, match="the network has no decoder: set `decode`"):
