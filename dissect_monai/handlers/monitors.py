@@ -106,7 +106,7 @@ class SSLMonitor(Monitor):
     network: VQSSLNet
     spread = "collapse/target_std"  # of the projections where there are no targets
     spread_of = "targets' standard deviation"
-    remedy = "Raise `momentum`, lower `learning_rate` or enlarge `batch_size`."
+    remedy = "Lower `learning_rate`, enlarge `batch_size` or, for byol, raise `momentum`."
 
     def _indicators(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
         scalars = {

@@ -17,7 +17,7 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         predictions: online predictions of shape (2·B, D): the first view of every image, then the second.
-        targets: target projections of the same shape and order.
+        targets: of the same shape and order; BYOL's have no gradient.
 
     Returns:
         scalar in [0, 4].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ def unexplained_variance(reconstruction: Tensor, views: Tensor, where: Tensor | 
     return (error / views.flatten(1).var(1, correction=0).clamp_min(MIN_VARIANCE)).mean()
 
 
-class _WeightedTerms(nn.Module):
+class _WeightedTerms(nn.Module, ABC):
     """Weighted sum of named terms; `weights` has a weight for each."""
 
     def __init__(self, **weights: float) -> None:
@@ -57,8 +58,9 @@ class _WeightedTerms(nn.Module):
             raise InputError("one of the loss weights must be positive, got 0 for all of them.")
         self.weights = weights
 
+    @abstractmethod
     def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Unweighted terms by name, scalars."""
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Weighted sum of the terms, a scalar."""
