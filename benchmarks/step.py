@@ -14,6 +14,9 @@ contiguous layout, and once more in channels_last like ours; a gate is held agai
 the floor: online encoder forward and backward and target encoder forward, on finished views. All else is what the step
 adds to it: projections, codebooks, heads, loss, augmentation, optimiser, EMA.
 
+"byol", "nt_xent" and "vicreg" are our step with each objective, the two latter without predictors and momentum target,
+and the peak memory that network, optimiser and one step add to a fresh process.
+
 "loader" adds the data: uint8 images from a cache, augmented on the device. "monai loader" is what it replaces: float
 images from a `CacheDataset`, MONAI's dict transforms of two views in 16 workers, and the step with MONAI's codebooks in
 channels_last. On CPU it runs with `--loader` only, without workers and without a gate.
@@ -28,7 +31,7 @@ from typing import Any
 
 import torch
 from augment import make_images, monai_transform
-from common import Timings, compare, conclude, make_parser
+from common import Timings, compare, conclude, make_parser, peak_memory
 from monai import transforms as mt
 from monai.data import CacheDataset, DataLoader, Dataset, set_track_meta
 from monai.networks import nets
@@ -36,6 +39,7 @@ from quantizer import make_module
 from torch import Tensor, nn
 
 from dissect_monai.data.datasets import cached_dataset
+from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.pretraining import VQSSLLoss
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.networks.optimizers import adamw
@@ -92,19 +96,26 @@ class Step:
     """A network with the codebooks of one library, and all that trains it; called with a batch of uint8 images."""
 
     def __init__(
-        self, library: str, memory_format: torch.memory_format, batch: Batch, args: argparse.Namespace
+        self,
+        library: str,
+        memory_format: torch.memory_format,
+        batch: Batch,
+        args: argparse.Namespace,
+        objective: str = "byol",
     ) -> None:
         torch.manual_seed(0)
         self.device = args.device
         self.augment = Views(BatchAugment(image_size=args.image_size))
         encoder = getattr(nets, args.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-        network: Any = VQSSLNet(encoder, metric="euclidean", fusion=args.fusion)
+        network: Any = VQSSLNet(
+            encoder, metric="euclidean", fusion=args.fusion, predict=objective == "byol"
+        )
         self.network = network.to(args.device, memory_format=memory_format)
         with torch.no_grad():
             self.network(self.augment(batch, args.device).images)  # seeds the codes from the data
         for i, codebook in enumerate(self.network.codebooks):
             self.network.quantizer.codebooks[i] = make_codebook(library, codebook.embedding.weight)
-        self.loss = VQSSLLoss()
+        self.loss = VQSSLLoss(objective=objective)
         self.optimizer = adamw(self.network, learning_rate=1e-3, weight_decay=0.05)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -119,7 +130,8 @@ class Step:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.network.update_target(0.996)
+        if self.network.target is not None:
+            self.network.update_target(0.996)
         return loss.detach()
 
     def encoder_only(self, views: Tensor) -> None:
@@ -171,7 +183,7 @@ def check_codebooks(inputs: Tensor, codes: Tensor) -> None:
 
 def measure_steps(args: argparse.Namespace) -> Timings:
     """Time whole steps and their floor side by side."""
-    batch = {"image": make_images(args.batch).to(args.device)}
+    batch = make_batch(args)
     steps = {"ours": Step("ours", torch.channels_last, batch, args)}
     for library in STEP_GATES:
         steps[library] = Step(library, torch.contiguous_format, batch, args)
@@ -180,6 +192,27 @@ def measure_steps(args: argparse.Namespace) -> Timings:
     variants = {name: partial(step, batch) for name, step in steps.items()}
     views = torch.rand(2 * args.batch, 1, args.image_size, args.image_size, device=args.device)
     return compare({**variants, "encoder": partial(steps["ours"].encoder_only, views)}, args.rounds, args.device)
+
+
+def measure_objectives(args: argparse.Namespace) -> tuple[Timings, dict[str, float]]:
+    """Times of our step with each objective side by side, and MiB that each adds to a fresh process."""
+    batch = make_batch(args)
+    steps = {name: Step("ours", torch.channels_last, batch, args, objective=name) for name in OBJECTIVES}
+    timings = compare({name: partial(step, batch) for name, step in steps.items()}, args.rounds, args.device)
+    build = partial(make_batch, args)
+    return timings, {
+        name: peak_memory(build, partial(step_once, args=args, objective=name), args.device) for name in OBJECTIVES
+    }
+
+
+def step_once(batch: Batch, args: argparse.Namespace, objective: str) -> None:
+    """A network that takes one step."""
+    Step("ours", torch.channels_last, batch, args, objective)(batch)
+
+
+def make_batch(args: argparse.Namespace) -> Batch:
+    """Decoded images, on the device."""
+    return {"image": make_images(args.batch).to(args.device)}
 
 
 def our_loader(images: Tensor, args: argparse.Namespace) -> DataLoader:
@@ -258,6 +291,15 @@ def report_steps(timings: Timings, args: argparse.Namespace) -> dict[str, bool]:
     return {**gates, f"share of our step outside the encoder <= {MAX_SHARE:.0%}": share <= MAX_SHARE}
 
 
+def report_objectives(timings: Timings, memory: dict[str, float]) -> dict[str, bool]:
+    """Print times, memory and ratios; none may be slower than `byol`."""
+    for name in OBJECTIVES:
+        ratio = timings.ratio(name, "byol")
+        print(f"{name:20s} {timings.median(name):8.0f} ms   / byol {ratio}   peak {memory[name]:.0f} MiB")
+    others = [name for name in OBJECTIVES if name != "byol"]
+    return {f"time, {name} <= byol": timings.ratio(name, "byol").median <= 1 for name in others}
+
+
 def report_loaders(timings: Timings, args: argparse.Namespace) -> dict[str, bool]:
     """Print images per second and ratios; the gates hold on CUDA."""
     for name in timings.rounds:
@@ -285,6 +327,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     gates = report_steps(measure_steps(args), args)
+    gates |= report_objectives(*measure_objectives(args))
     if args.loader or args.device == "cuda":
         gates |= report_loaders(measure_loaders(args), args)
     conclude(gates)

@@ -52,6 +52,7 @@ from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
 from dissect_monai.losses.pretraining import VQSSLLoss as VQSSLLoss
 from dissect_monai.metrics.probes import FeatureDataset as FeatureDataset
+from dissect_monai.networks.codes import load_codes as load_codes
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks.encoders import place_network as place_network
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet

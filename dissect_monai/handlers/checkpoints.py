@@ -16,6 +16,8 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from dissect_monai.common import InputError, __version__, rank
+from dissect_monai.networks.codes import save_codes
+from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
@@ -42,6 +44,7 @@ class TrainingCheckpoint:
     save_dict: Mapping[str, Any]  # objects with `state_dict`, by name; the engine's own state is added as `trainer`
     weights: nn.Module | None = None  # whose state dict other bundles load; None leaves that to `BestWeights`
     weights_path: str | Path | None = None  # such as models/model.pt; `settings` go beside it, as models/model.json
+    codes: VQSSLNet | None = None  # whose codebooks and decoder go to codes/ in the folder that holds models/
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the weights; a resumed run must have the same
     interval: int = 1  # epochs between checkpoints, of which the newest two stay; the last epoch is always saved
     resume_from: str | None = None
@@ -64,6 +67,8 @@ class TrainingCheckpoint:
         content = {**states, "settings": dict(self.settings), "version": __version__}
         save_atomically(content, Path(self.ckpt_dir, f"checkpoint_epoch={epoch}.pt"))
         if self.weights is not None and self.weights_path is not None:
+            if self.codes is not None:
+                save_codes(self.codes, Path(self.weights_path).parents[1] / "codes")
             save_weights(self.weights, self.weights_path, self.settings)
         for old in checkpoints_in(self.ckpt_dir)[:-NUM_KEPT]:
             old.unlink()

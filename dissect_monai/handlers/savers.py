@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.networks.utils import eval_mode
 from torch import Tensor, nn
 
 from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import VOLUME_SUFFIXES
-from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.weights import load_quantizer
+from dissect_monai.networks.codes import DiscreteCodes
 from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv, written_atomically
 
@@ -263,15 +261,14 @@ class EmbeddingSaver(Saver):
     """Writes one embedding per image to embeddings.csv or embeddings.npz.
 
     The CSV has a line per image: its path, why it could not be read (or nothing), then the embedding. The NPZ has, of
-    the N images that could be read, `image` (N,), `embedding` (N, C) and, with a checkpoint, `codes_stageS`
-    (N, *spatial) for each stage S; and `unreadable` and `error` of the others. The evaluator must have
-    `decollate=False`.
+    the N images that could be read, `image` (N,), `embedding` (N, D) and, with codes, for each stage S the code maps
+    `codes_stageS` (N, *spatial) and their histograms `histogram_stageS` (N, number of codes); and `unreadable` and
+    `error` of the others. The evaluator must have `decollate=False`.
 
     Args:
         output_dir: folder of the file.
         output_format: `csv` or `npz`.
-        checkpoint: a `checkpoint_epoch=N.pt` of the encoder's pretraining, whose codebooks give the codes; None writes
-            no codes.
+        codes: as `load_codes` gives them, of the encoder's pretraining; None writes no codes.
 
     Raises:
         ValueError: if codes are asked for in a CSV; at the end, if images could not be read.
@@ -283,24 +280,21 @@ class EmbeddingSaver(Saver):
         self,
         output_dir: str | Path,
         output_format: str = "csv",
-        checkpoint: str | Path | None = None,
+        codes: DiscreteCodes | None = None,
     ) -> None:
-        if checkpoint is not None and output_format != "npz":
+        if codes is not None and output_format != "npz":
             raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
         super().__init__(Path(output_dir, f"embeddings.{output_format}"))
-        self.codes = None if checkpoint is None else load_quantizer(checkpoint)
+        self.codes = codes
 
     def _collect(self, indices: list[int], engine: Any) -> list[dict[str, Any]]:
-        output, encoder = engine.state.output, engine.network
+        output = engine.state.output
         parts = {"embedding": output["pred"]}
         if self.codes is not None:
-            quantizer, stages = self.codes
-            with torch.inference_mode(), eval_mode(encoder):  # the evaluator has left that mode
-                maps = feature_maps(encoder, output["image"].as_subclass(Tensor))
-                quantized = quantizer.eval().to(maps[0].device)([maps[stage - 1] for stage in stages])
-            parts |= {
-                f"codes_stage{stage}": scale.indices.int() for stage, scale in zip(stages, quantized, strict=True)
-            }
+            images = output["image"].as_subclass(Tensor)
+            indices = self.codes.to(images.device).encode(images)
+            for stage, maps, counts in zip(self.codes.stages, indices, self.codes.histograms(indices), strict=True):
+                parts |= {f"codes_stage{stage}": maps.int(), f"histogram_stage{stage}": counts.int()}
         arrays = [part.detach().as_subclass(Tensor).cpu().numpy() for part in parts.values()]
         return [dict(zip(parts, each, strict=True)) for each in zip(*arrays, strict=True)]
 

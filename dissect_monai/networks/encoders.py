@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from monai.networks.nets import ResNet, SegResNet
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
 from dissect_monai.networks.optimizers import trained_part
+
+PROBE_SIDE = 64  # a multiple of every stage's stride
 
 
 def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
@@ -40,6 +44,14 @@ def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
             f"got {type(encoder).__name__} returning {type(maps).__name__}."
         )
     return list(maps)
+
+
+def stage_shapes(encoder: nn.Module, spatial_dims: int, in_channels: int) -> list[tuple[int, ...]]:
+    """Shape (C_i, *spatial_i) of every stage's map of an image with sides of `PROBE_SIDE`."""
+    # A copy, because its modules need not all be in one mode, nor on the CPU.
+    with torch.no_grad():
+        image = torch.zeros(1, in_channels, *[PROBE_SIDE] * spatial_dims)
+        return [tuple(each.shape[1:]) for each in feature_maps(deepcopy(encoder).cpu().eval(), image)]
 
 
 def pool(features: Tensor) -> Tensor:

@@ -122,6 +122,10 @@ class EMACodebook(nn.Module):
             projected=rows.view(*size, -1).movedim(-1, 1),
         )
 
+    def features_of(self, indices: Tensor) -> Tensor:
+        """The codes (B, embedding_dim, *spatial) that `indices` (B, *spatial) number: `features` of a lookup."""
+        return F.embedding(indices, self._normalised(self.embedding.weight.float())).movedim(-1, 1)
+
     def _rows(self, inputs: Tensor) -> Tensor:
         if inputs.ndim < 2 or inputs.shape[1] != self.embedding_dim:
             raise InputError(f"`inputs` must be (B, {self.embedding_dim}, *spatial), got {tuple(inputs.shape)}.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect_monai.common import InputError
-from dissect_monai.networks.encoders import feature_maps, pool
+from dissect_monai.networks.encoders import feature_maps, pool, stage_shapes
 from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer, Quantized
 
 FUSIONS = ("attention", "add", "concat", "replace")
@@ -168,7 +168,7 @@ class VQSSLNet(nn.Module):
         predict: bool = True,
     ) -> None:
         super().__init__()
-        channels = _stage_channels(encoder, spatial_dims, in_channels)
+        channels = [shape[0] for shape in stage_shapes(encoder, spatial_dims, in_channels)]
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 1 or stages[-1] > len(channels):
             raise InputError(
                 f"`stages` must be increasing numbers from 1 to {len(channels)} (the encoder's stages), got {stages}."
@@ -260,10 +260,3 @@ class VQSSLNet(nn.Module):
             raise InputError("the network has no target to move: set `predict`.")
         online: list[Tensor] = [parameter for part in self._online().values() for parameter in part.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
-
-
-def _stage_channels(encoder: nn.Module, spatial_dims: int, in_channels: int) -> list[int]:
-    # A copy, because its modules need not all be in one mode, nor on the CPU.
-    with torch.no_grad():
-        maps = feature_maps(deepcopy(encoder).cpu().eval(), torch.zeros(1, in_channels, *[64] * spatial_dims))
-    return [stage.shape[1] for stage in maps]

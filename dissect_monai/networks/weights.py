@@ -14,7 +14,6 @@ from monai.networks.nets import SegResNet
 from torch import nn
 
 from dissect_monai.common import InputError, shorten
-from dissect_monai.networks.quantizers import MultiScaleQuantizer
 from dissect_monai.writing import save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
@@ -204,25 +203,3 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
             f"({shorten(broken, 5)}): train again or take an older checkpoint."
         )
     network.load_state_dict(state | kept)
-
-
-def load_quantizer(path: str | Path) -> tuple[MultiScaleQuantizer, list[int]]:
-    """The quantiser of a `checkpoint_epoch=N.pt` of pretraining, and the stages of the encoder that it quantises.
-
-    Raises:
-        ValueError: if the checkpoint holds no quantiser.
-    """
-    remedy = "give `checkpoint` a checkpoint_epoch=N.pt of pretraining"
-    checkpoint = load_torch(path, remedy)
-    prefix, settings = "quantizer.", checkpoint.get("settings", {})
-    network = checkpoint.get("network", {})
-    state = {key.removeprefix(prefix): value for key, value in network.items() if key.startswith(prefix)}
-    channels = [value.shape[1] for key, value in state.items() if key.startswith("projections.") and value.ndim > 1]
-    codes = [value.shape for key, value in state.items() if key.endswith("embedding.weight")]
-    if not codes or "stages" not in settings:
-        raise InputError(f"{path} holds no quantiser: {remedy}.")
-    quantizer = MultiScaleQuantizer(
-        settings["spatial_dims"], channels, [shape[0] for shape in codes], codes[0][1], metric=settings["metric"]
-    )
-    quantizer.load_state_dict(state)
-    return quantizer, settings["stages"]

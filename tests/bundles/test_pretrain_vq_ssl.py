@@ -214,18 +214,18 @@ def test_evaluation_leaves_out_what_it_cannot_read(bundle: Recipe, dataset_dir: 
 
 
 def test_inference_writes_one_embedding_per_image_with_or_without_codes(bundle: Recipe, tmp_path: Path) -> None:
-    newest = str(bundle.finished / "checkpoints" / "checkpoint_epoch=2.pt")
     bundle.run("inference", tmp_path, output_format="csv")
     rows = table(tmp_path / "eval" / "embeddings.csv")
     embeddings = [[float(value) for name, value in row.items() if name not in ("image", "error")] for row in rows]
     assert np.shape(embeddings) == (56, WIDTH)
     found = []
     for batch_size in (16, 40):
-        knobs = {"output_format": "npz", "codes": True, "checkpoint": newest, "batch_size": batch_size}
-        bundle.run("inference", tmp_path, **knobs)
+        bundle.run("inference", tmp_path, output_format="npz", codes=True, batch_size=batch_size)
         with np.load(tmp_path / "eval" / "embeddings.npz") as file:
             np.testing.assert_allclose(file["embedding"], embeddings, rtol=1e-4, atol=1e-4)
             found.append(file["codes_stage2"])
+            histograms = [np.bincount(each.ravel(), minlength=16) for each in file["codes_stage2"]]
+            np.testing.assert_array_equal(file["histogram_stage2"], histograms)
     assert found[0].shape == (56, 4, 4)
     assert found[0].max() < 16
     assert (found[0] != found[1]).mean() < 0.01

@@ -206,7 +206,7 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EmbeddingSaver("no", checkpoint="x.pt"), "`output_format` must be npz for codes"),
+        (lambda: EmbeddingSaver("no", codes=SimpleNamespace()), "`output_format` must be npz for codes"),
         (lambda: LabelMapSaver(["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
     ],
 )

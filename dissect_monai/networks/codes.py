@@ -1,0 +1,163 @@
+"""The discrete codes of images, and the images of codes: what pretraining leaves beside the encoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from monai.networks import nets
+from torch import Tensor, nn
+
+from dissect_monai.common import InputError
+from dissect_monai.networks.encoders import PROBE_SIDE, SegResNetEncoder, feature_maps, stage_shapes
+from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer
+from dissect_monai.networks.vqssl import Decoder, VQSSLNet
+from dissect_monai.networks.weights import load_torch, load_weights, read_settings
+from dissect_monai.writing import save_atomically
+
+CODEBOOKS, DECODER = "codebooks.pt", "decoder.pt"
+REMEDY = "give the `output_dir` of a finished pretraining, which has models/ and codes/"
+
+
+class DiscreteCodes(nn.Module):
+    """Turns images into codes at several scales, and codes into images: pretraining without its heads and target.
+
+    Args:
+        encoder: as pretraining left it.
+        quantizer: of the chosen stages.
+        stages: of the encoder, counted from 1, fine to coarse.
+        decoder: None without a reconstruction term.
+
+    Example:
+        >>> codes = load_codes("OUT")
+        >>> indices = codes.encode(torch.rand(8, 1, 224, 224))
+        >>> [each.shape for each in indices]
+        [torch.Size([8, 28, 28]), torch.Size([8, 14, 14]), torch.Size([8, 7, 7])]
+        >>> codes.decode(indices).shape
+        torch.Size([8, 1, 224, 224])
+    """
+
+    def __init__(
+        self, encoder: nn.Module, quantizer: MultiScaleQuantizer, stages: Sequence[int], decoder: Decoder | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.stages = tuple(stages)
+        self.decoder = decoder
+        self._stride = 0  # of the finest scale, which only decoding needs
+        if decoder is not None:
+            spatial_dims = quantizer.projections[0].weight.ndim - 2
+            self._stride = PROBE_SIDE // stage_shapes(encoder, spatial_dims, decoder.head.out_channels)[stages[0] - 1][1]
+        self.eval()
+
+    @property
+    def num_embeddings(self) -> list[int]:
+        """Number of codes of each scale, fine to coarse."""
+        return [codebook.num_embeddings for codebook in self._codebooks]
+
+    @property
+    def _codebooks(self) -> list[EMACodebook]:
+        return cast("list[EMACodebook]", list(self.quantizer.codebooks))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The code of every position, at every scale.
+
+        Args:
+            images: shape (B, C, *spatial), float in [0, 1], with intensities scaled as pretraining scaled them: an
+                image's 0.5th to 99.5th percentile, or as `NormalizeModalityd` does it for volumes.
+
+        Returns:
+            one tensor (B, *spatial_i) for each stage, fine to coarse, int64 in [0, num_embeddings[i]).
+        """
+        maps = feature_maps(self.encoder, images)
+        return [scale.indices for scale in self.quantizer([maps[stage - 1] for stage in self.stages])]
+
+    def histograms(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """How often each code stands in each image: of `indices` as `encode` returns them, (B, num_embeddings[i])."""
+        flat = [each.flatten(1) for each in indices]
+        counts = [each.new_zeros(len(each), number) for each, number in zip(flat, self.num_embeddings, strict=True)]
+        pairs = zip(counts, flat, strict=True)
+        return [count.scatter_add_(1, each, torch.ones_like(each)) for count, each in pairs]
+
+    @torch.no_grad()
+    def decode(self, indices: Sequence[Tensor], image_size: Sequence[int] | None = None) -> Tensor:
+        """The image that the decoder makes of codes.
+
+        Args:
+            indices: as `encode` returns them.
+            image_size: spatial size of the images; None for the positions of the finest scale times its stride.
+
+        Returns:
+            shape (B, C, *image_size), float in [0, 1].
+
+        Raises:
+            ValueError: if pretraining had no reconstruction term, or the number of scales is another one.
+        """
+        if self.decoder is None:
+            raise InputError("these codes have no decoder: pretrain with a positive `reconstruction_weight`.")
+        if len(indices) != len(self.stages):
+            raise InputError(f"`indices` must have {len(self.stages)} tensors, one per stage, got {len(indices)}.")
+        maps = [codebook.features_of(each) for codebook, each in zip(self._codebooks, indices, strict=True)]
+        size = image_size or [side * self._stride for side in indices[0].shape[1:]]
+        return cast("Tensor", self.decoder(maps, size))
+
+
+def save_codes(network: VQSSLNet, directory: str | Path) -> None:
+    """Write projections and codebooks as codebooks.pt and the decoder as decoder.pt, plain state dicts."""
+    save_atomically(network.quantizer.state_dict(), Path(directory, CODEBOOKS))
+    if network.decoder is None:
+        Path(directory, DECODER).unlink(missing_ok=True)
+    else:
+        save_atomically(network.decoder.state_dict(), Path(directory, DECODER))
+
+
+def load_codes(directory: str | Path) -> DiscreteCodes:
+    """The codes of a pretraining, on the CPU.
+
+    Args:
+        directory: the `output_dir` of the run, or a bundle unpacked from its archive: models/model.pt and model.json,
+            codes/codebooks.pt, and codes/decoder.pt if there was a reconstruction term.
+
+    Raises:
+        FileNotFoundError: if one of the others is missing.
+        ValueError: if a file is damaged, or the encoder is none that the bundle pretrains.
+    """
+    weights, codes = Path(directory, "models", "model.pt"), Path(directory, "codes")
+    state = load_torch(codes / CODEBOOKS, REMEDY)
+    settings = read_settings(weights)
+    encoder = load_weights(_build_encoder(settings, weights), weights)
+    kernels = [value for name, value in state.items() if name.startswith("projections.") and value.ndim > 1]
+    codebooks = [value for name, value in state.items() if name.endswith("embedding.weight")]
+    spatial_dims, width = settings["spatial_dims"], len(kernels[0])
+    quantizer = MultiScaleQuantizer(
+        spatial_dims,
+        [kernel.shape[1] for kernel in kernels],
+        [len(codebook) for codebook in codebooks],
+        width,
+        metric=settings["metric"],
+    )
+    quantizer.load_state_dict(state)
+    network = None
+    if (codes / DECODER).is_file():
+        state = load_torch(codes / DECODER, REMEDY)
+        network = Decoder(spatial_dims, width, len(state["head.bias"]), len(kernels))
+        network.load_state_dict(state)
+    return DiscreteCodes(encoder, quantizer, settings["stages"], network)
+
+
+def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
+    name, spatial_dims = settings.get("encoder"), settings.get("spatial_dims")
+    if name == "SegResNet":
+        shape = {key: settings[key] for key in ("init_filters", "blocks_down")}
+        return SegResNetEncoder(nets.SegResNet(spatial_dims, in_channels=1, blocks_up=(), **shape))
+    if not re.fullmatch(r"resnet\d+", str(name)):
+        raise InputError(f"{weights} must be of a ResNet or SegResNet that was pretrained, got {name!r}: {REMEDY}.")
+    resnet = getattr(nets, str(name))
+    return cast(
+        "nn.Module", resnet(spatial_dims=spatial_dims, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+    )
