@@ -44,7 +44,7 @@ def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
 
     Args:
         bundle: its folder, in a git repository with the package beside `bundles`.
-        weights: folder with models/model.pt and models/model.json.
+        weights: folder with models/model.pt and models/model.json, and codes/*.pt if the bundle leaves codes.
         output_dir: folder for both; made if missing.
 
     Raises:
@@ -109,6 +109,8 @@ def contents(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
                 f"{name} is."
             )
         yield name, weights / name
+    for file in sorted(weights.glob("codes/*.pt")):
+        yield f"codes/{file.name}", file
 
 
 def git(root: Path, *arguments: str) -> list[str]:

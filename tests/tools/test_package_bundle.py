@@ -46,6 +46,8 @@ def bundle(repository: Path) -> Path:
     bundle = repository / "bundles" / "seg_finetune_btcv"
     write(bundle / "models" / "model.json", {"in_channels": 1})
     (bundle / "models" / "model.pt").write_bytes(b"weights")
+    (bundle / "codes").mkdir()
+    (bundle / "codes" / "codebooks.pt").write_bytes(b"codes")
     (bundle / "eval").mkdir()
     (bundle / "eval" / "metrics.csv").write_text("dice,1")
     return bundle
