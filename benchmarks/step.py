@@ -107,9 +107,7 @@ class Step:
         self.device = args.device
         self.augment = Views(BatchAugment(image_size=args.image_size))
         encoder = getattr(nets, args.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-        network: Any = VQSSLNet(
-            encoder, metric="euclidean", fusion=args.fusion, predict=objective == "byol"
-        )
+        network: Any = VQSSLNet(encoder, metric="euclidean", fusion=args.fusion, predict=objective == "byol")
         self.network = network.to(args.device, memory_format=memory_format)
         with torch.no_grad():
             self.network(self.augment(batch, args.device).images)  # seeds the codes from the data

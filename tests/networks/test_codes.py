@@ -82,5 +82,5 @@ def test_refuses_folders_without_codes_and_codes_of_other_scales(tmp_path: Path)
     with pytest.raises(ValueError, match="must be of a ResNet or SegResNet that was pretrained, got 'ViT'"):
         load_codes(tmp_path)
     (tmp_path / "codes" / "codebooks.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="codebooks.pt: give the `output_dir` of a finished pretraining"):
+    with pytest.raises(FileNotFoundError, match=r"codebooks\.pt: give the `output_dir` of a finished pretraining"):
         load_codes(tmp_path)

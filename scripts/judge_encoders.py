@@ -1,0 +1,206 @@
+"""Judge frozen encoders of one study on labelled X-rays: linear probes at fractions of the labels, over many draws.
+
+    python scripts/judge_encoders.py runs/STUDY --data DIR [--table results/STUDY.csv]
+
+runs/STUDY is what `run_experiments.py` has trained: RECIPE/seedN/models/model.pt. Beside the recipes stand three random
+encoders and the principal components of the pixels. Features are kept as float16 beside the weights.
+
+Paediatric films (cxr_kermany) are scored on their test split; C is chosen on validation. NIH films are cross-validated
+by subject: of five folds one is scored, the next chooses C, and a fraction of the subjects of the others trains. An
+AUROC is a mean over draws (of subjects, of folds) and seeds; its interval, and that of a difference, is a bootstrap of
+the scored subjects, the same for all recipes.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fire
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from dissect_monai import cached_dataset, load_weights, read_datalist, read_settings
+from dissect_monai.data.datalists import label_matrix
+from dissect_monai.metrics.classification import auroc
+from dissect_monai.metrics.intervals import Resampled, percentile_interval, resample
+from dissect_monai.metrics.probes import extract_features, linear_probe, pixel_pca
+
+ROOT = Path(__file__).resolve().parent.parent
+EVALUATE = ROOT / "bundles" / "pretrain_vq_ssl" / "configs" / "evaluate.json"
+RANDOM, PIXELS = "random", "pixels"
+FRACTIONS = (0.01, 0.05, 0.2, 1.0)
+NIH_FINDINGS = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion", "No finding")
+NUM_DRAWS, NUM_FOLDS, NUM_SOURCE_FILMS = 10, 5, 3000
+FIELDS = ("set", "question", "fraction", "features", "recipe", "less", "auroc", "low", "high", "seeds", "draws")
+
+Array = NDArray[np.floating[Any]]
+Items = list[dict[str, Any]]
+
+
+class Arm(NamedTuple):
+    """One encoder, or the baseline of pixels."""
+
+    name: str
+    seed: int
+    image_size: int
+    folder: Path  # keeps the features
+    weights: Path | None = None
+
+
+class Films(NamedTuple):
+    """One labelled set."""
+
+    name: str
+    splits: dict[str, Items]  # one, which is cross-validated, or training, validation and test
+    questions: dict[str, list[Array]]  # name → labels (N, C) of each split
+
+    @property
+    def scored(self) -> Items:
+        """The items that are scored."""
+        return list(self.splits.values())[-1]
+
+
+def films(data: Path) -> Iterator[Films]:
+    """The sets, and what is asked of each."""
+    datalist = read_datalist(str(data / "cxr_kermany")).labelled()
+    splits = {"training": datalist.training, "validation": datalist.validation, "test": datalist.test}
+    labels = [np.array([item["label"] for item in items], dtype=float) for items in splits.values()]
+    questions = {name: [each[:, [i]] for each in labels] for i, name in enumerate(("normal", "bacterial", "viral"))}
+    pneumonia = [np.where(each[:, [0]] == 1, np.nan, each[:, [2]]) for each in labels]
+    yield Films("cxr_kermany", splits, {"viral against bacterial": pneumonia, **questions})
+    for name in ("cxr_nih", "cxr_nih64"):
+        datalist = read_datalist(str(data / name)).labelled()
+        items = [*datalist.training, *datalist.validation, *datalist.test]
+        findings = [f for f in NIH_FINDINGS if label_matrix(items, datalist.label_names, [f]).sum() >= 30]
+        view = np.array([[float(item["view"] == "AP")] for item in items])
+        macro = label_matrix(items, datalist.label_names, findings)
+        yield Films(name, {"all": items}, {"findings": [macro], "AP or PA": [view]})
+    items = read_datalist(str(data / "cxr_adult"), check=False).training
+    items = [items[i] for i in np.random.default_rng(0).permutation(len(items))[:NUM_SOURCE_FILMS]]
+    sources = sorted({item["source"] for item in items})
+    source = np.array([[float(item["source"] == each) for each in sources] for item in items])
+    yield Films("cxr_adult", {"all": items}, {"source": [source]})
+
+
+def features_of(arm: Arm, of: Films) -> dict[str, list[Array]]:
+    """Features (N, D) of each split by kind, computed once."""
+    path = arm.folder / f"features_{of.name}.npz"
+    if not path.is_file():
+        parser = ConfigParser()
+        parser.read_config(EVALUATE)
+        parser["bundle_root"] = str(EVALUATE.parent.parent)
+        parser["pretrained"], parser["image_size"] = arm.weights, arm.image_size
+        torch.manual_seed(arm.seed)
+        network = load_weights(parser.get_parsed_content("network_def"), arm.weights)
+        transform = parser.get_parsed_content("preprocessing")
+        loaders = [DataLoader(cached_dataset(each, transform), batch_size=128) for each in of.splits.values()]
+        if arm.name == PIXELS:
+            kinds = {"pca": pixel_pca(*(torch.cat([batch["image"] for batch in loader]) for loader in loaders))}
+        else:
+            splits = [extract_features(network, loader, "cpu") for loader in loaders]
+            kinds = {"last": [each.last for each in splits], "stages": [each.stages for each in splits]}
+        arm.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"{kind}/{i}": x.astype(np.float16) for kind, xs in kinds.items() for i, x in enumerate(xs)}
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    features: dict[str, list[Array]] = {}
+    with np.load(path) as file:
+        for name in sorted(file.files):
+            features.setdefault(name.split("/")[0], []).append(file[name].astype(np.float32))
+    return features
+
+
+def scores(of: Films, x: list[Array], y: list[Array], fraction: float, draw: int) -> Array:
+    """Scores (N, C) of the scored items, by a probe that is trained with a fraction of the subjects."""
+    if len(x) == 3:
+        chosen = chosen_rows(of.splits["training"], fraction, draw)
+        return linear_probe(x[0][chosen], y[0][chosen], x[1], y[1], x[2])
+    subjects = np.array([item["subject"] for item in of.scored])
+    names, index = np.unique(subjects, return_inverse=True)
+    fold = (np.random.default_rng(draw).permutation(len(names)) % NUM_FOLDS)[index]
+    found = np.full(y[0].shape, np.nan)
+    for test in range(NUM_FOLDS):
+        is_test, is_val = fold == test, fold == (test + 1) % NUM_FOLDS
+        train = np.flatnonzero(~is_test & ~is_val)
+        train = train[chosen_rows([of.scored[i] for i in train], fraction, draw)]
+        found[is_test] = linear_probe(x[0][train], y[0][train], x[0][is_val], y[0][is_val], x[0][is_test])
+    return found
+
+
+def chosen_rows(items: Items, fraction: float, seed: int) -> list[int]:
+    """Rows of a fraction of the subjects."""
+    names = sorted({item["subject"] for item in items})
+    number = max(1, round(fraction * len(names)))
+    chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:number]}
+    return [row for row, item in enumerate(items) if item["subject"] in chosen]
+
+
+def area(labels: Array, draws: Sequence[Array], weights: Array) -> Array:
+    """Mean AUROC over draws and columns, for each resample; a column that a draw could not score counts for nothing."""
+    areas = [auroc(labels[:, c], each[:, c], weights) for each in draws for c in range(labels.shape[1])]
+    return np.nanmean(np.stack(areas), axis=0)
+
+
+def rows(arms: Mapping[str, list[Arm]], of: Films) -> Iterator[tuple[Any, ...]]:
+    """Lines of the table."""
+    subjects = [item["subject"] for item in of.scored]
+    features = {name: [features_of(arm, of) for arm in seeds] for name, seeds in arms.items()}
+    fractions = FRACTIONS if len(of.splits) == 3 else FRACTIONS[2:]
+    for question, fraction in product(of.questions, fractions):
+        labels = of.questions[question]
+        draws = 1 if len(of.splits) == 3 and fraction == 1 else NUM_DRAWS
+        for kind in ("last", "stages"):
+            found: dict[str, Resampled] = {}
+            for name, seeds in features.items():
+                xs = [each.get(kind) or each["pca"] for each in seeds]
+                scored = [scores(of, x, labels, fraction, draw) for x in xs for draw in range(draws)]
+                found[name] = resample(partial(area, labels[-1], scored), subjects)
+            place = of.name, question, fraction, kind
+            for name, each in found.items():
+                yield (*place, name, "", *percentile_interval(each), len(arms[name]), draws)
+            for one, other in permutations(found, 2):
+                if one not in (RANDOM, PIXELS):
+                    paired = Resampled(
+                        found[one].value - found[other].value, found[one].resamples - found[other].resamples
+                    )
+                    yield (*place, one, other, *percentile_interval(paired), len(arms[one]), draws)
+
+
+def main(runs: str, data: str, table: str | None = None) -> None:
+    """Write the table of a study, and show it as it grows.
+
+    Args:
+        runs: folder of the trained recipes.
+        data: folder of cxr_kermany, cxr_nih, cxr_nih64 and cxr_adult.
+        table: the CSV; RUNS/frozen_features.csv by default.
+    """
+    arms: dict[str, list[Arm]] = {}
+    for weights in sorted(Path(runs).glob("*/seed*/models/model.pt")):
+        folder = weights.parents[1]
+        seed = int(folder.name.removeprefix("seed"))
+        size = read_settings(weights)["image_size"]
+        arms.setdefault(folder.parent.name, []).append(Arm(folder.parent.name, seed, size, folder, weights))
+    if not arms:
+        raise SystemExit(f"error: there is no RECIPE/seedN/models/model.pt in {runs}: train the study first.")
+    size = next(iter(arms.values()))[0].image_size
+    arms[RANDOM] = [Arm(RANDOM, seed, size, Path(runs, RANDOM, f"seed{seed}")) for seed in range(3)]
+    arms[PIXELS] = [Arm(PIXELS, 0, size, Path(runs, PIXELS, "seed0"))]
+    with open(table or Path(runs, "frozen_features.csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        for of in films(Path(data)):
+            for row in rows(arms, of):
+                line = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row]
+                writer.writerow(line)
+                print(*line, sep=",", flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
