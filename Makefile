@@ -22,8 +22,11 @@ $(BIN)/.bench: $(BIN)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
-demo: $(BIN)/.runtime  ## pretrain on generated X-rays, then look
+demo: $(BIN)/.runtime  ## pretrain on generated X-rays, see what it gains, then look
 	$(RUN) $(BUNDLE)/configs/train.json
+	$(RUN) $(BUNDLE)/configs/evaluate.json --label_fraction 0.25
+	@echo
+	$(BIN)/python scripts/demo_table.py gain $(BUNDLE)
 	@echo
 	@echo "The encoder is in $(BUNDLE)/models/model.pt. Look at the curves, views and code maps:"
 	@echo "    $(BIN)/tensorboard --logdir $(BUNDLE)/eval"
@@ -39,7 +42,7 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 	$(RUN) bundles/seg_finetune_btcv/configs/evaluate.json --output_dir $(DEMO)/seg_finetune_btcv
 	$(RUN) bundles/seg_finetune_btcv/configs/inference.json --output_dir $(DEMO)/seg_finetune_btcv
 	@echo
-	$(BIN)/python scripts/demo_table.py $(DEMO)
+	$(BIN)/python scripts/demo_table.py chain $(DEMO)
 
 test: $(BIN)/.dev  ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal

@@ -1,6 +1,7 @@
-"""What `make demo-all` ends with: what each bundle of the chain has learnt, and where its pictures are.
+"""What `make demo` and `make demo-all` end with: what has been learnt, and where its pictures are.
 
-python scripts/demo_table.py runs/demo
+python scripts/demo_table.py gain bundles/pretrain_vq_ssl
+python scripts/demo_table.py chain runs/demo
 """
 
 from __future__ import annotations
@@ -63,13 +64,30 @@ def rows(folder: Path) -> Iterator[tuple[str, ...]]:
                 yield ("", "", title, "", f"{float(tested[name]):.3f}", "")
 
 
-def main(folder: str) -> None:
+def gain(folder: str) -> None:
+    """Print what frozen features tell before and after pretraining, of a folder with its training and evaluation."""
+    knn = [value for _, value in sorted(read_scalars(Path(folder, "eval"))["knn_auroc_stages"].items())]
+    with open(Path(folder, "eval", "findings.csv"), newline="", encoding="utf-8") as file:
+        probes = {tuple(row.values())[:5]: f"{float(row['auroc']):.3f}" for row in csv.DictReader(file)}
+    linear = [probes[source, "stages", "linear", "findings", "macro"] for source in ("random", "pretrained")]
+    show(
+        ("AUROC of frozen features, all stages", "random weights", "pretrained"),
+        ("k-NN, all labels (validation)", f"{knn[0]:.3f}", f"{knn[-1]:.3f}"),
+        ("linear probe, a quarter of the labels (test)", *linear),
+    )
+
+
+def chain(folder: str) -> None:
     """Print the table of a folder that `make demo-all` has filled."""
-    table = [("bundle", "weights of", "measure", "first", "last", "pictures"), *rows(Path(folder))]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
+    show(("bundle", "weights of", "measure", "first", "last", "pictures"), *rows(Path(folder)))
+
+
+def show(*lines: tuple[str, ...]) -> None:
+    """Print lines in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire({"gain": gain, "chain": chain})

@@ -1,6 +1,6 @@
 """Judge frozen encoders of one study on labelled X-rays: linear probes at fractions of the labels, over many draws.
 
-    python scripts/judge_encoders.py runs/STUDY --data DIR [--table results/STUDY.csv]
+    python scripts/judge_encoders.py runs/STUDY --data DIR [--table results/STUDY.csv] [--select true]
 
 runs/STUDY is what `run_experiments.py` has trained: RECIPE/seedN/models/model.pt. Beside the recipes stand three random
 encoders and the principal components of the pixels. Features are kept as float16 beside the weights.
@@ -9,6 +9,9 @@ Paediatric films (cxr_kermany) are scored on their test split; C is chosen on va
 by subject: of five folds one is scored, the next chooses C, and a fraction of the subjects of the others trains. An
 AUROC is a mean over draws (of subjects, of folds) and seeds; its interval, and that of a difference, is a bootstrap of
 the scored subjects, the same for all recipes.
+
+With --select true, to choose defaults by, no film of a test split is read: the training and validation films of all
+three sets are cross-validated, with all labels of the training folds.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ EVALUATE = ROOT / "bundles" / "pretrain_vq_ssl" / "configs" / "evaluate.json"
 RANDOM, PIXELS = "random", "pixels"
 FRACTIONS = (0.01, 0.05, 0.2, 1.0)
 NIH_FINDINGS = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion", "No finding")
+MIN_POSITIVES = 30  # of a finding that is scored
 NUM_DRAWS, NUM_FOLDS, NUM_SOURCE_FILMS = 10, 5, 3000
+PAEDIATRIC = "cxr_kermany"
+LABELLED = (PAEDIATRIC, "cxr_nih", "cxr_nih64")
 FIELDS = ("set", "question", "fraction", "features", "recipe", "less", "auroc", "low", "high", "seeds", "draws")
 
 Array = NDArray[np.floating[Any]]
@@ -68,31 +74,38 @@ class Films(NamedTuple):
         return list(self.splits.values())[-1]
 
 
-def films(data: Path) -> Iterator[Films]:
+def films(data: Path, select: bool) -> Iterator[Films]:
     """The sets, and what is asked of each."""
-    datalist = read_datalist(str(data / "cxr_kermany")).labelled()
-    splits = {"training": datalist.training, "validation": datalist.validation, "test": datalist.test}
-    labels = [np.array([item["label"] for item in items], dtype=float) for items in splits.values()]
-    questions = {name: [each[:, [i]] for each in labels] for i, name in enumerate(("normal", "bacterial", "viral"))}
-    pneumonia = [np.where(each[:, [0]] == 1, np.nan, each[:, [2]]) for each in labels]
-    yield Films("cxr_kermany", splits, {"viral against bacterial": pneumonia, **questions})
-    for name in ("cxr_nih", "cxr_nih64"):
+    for name in LABELLED:
         datalist = read_datalist(str(data / name)).labelled()
-        items = [*datalist.training, *datalist.validation, *datalist.test]
-        findings = [f for f in NIH_FINDINGS if label_matrix(items, datalist.label_names, [f]).sum() >= 30]
-        view = np.array([[float(item["view"] == "AP")] for item in items])
-        macro = label_matrix(items, datalist.label_names, findings)
-        yield Films(name, {"all": items}, {"findings": [macro], "AP or PA": [view]})
-    items = read_datalist(str(data / "cxr_adult"), check=False).training
-    items = [items[i] for i in np.random.default_rng(0).permutation(len(items))[:NUM_SOURCE_FILMS]]
-    sources = sorted({item["source"] for item in items})
-    source = np.array([[float(item["source"] == each) for each in sources] for item in items])
-    yield Films("cxr_adult", {"all": items}, {"source": [source]})
+        splits = {"training": datalist.training, "validation": datalist.validation, "test": datalist.test}
+        if select:
+            del splits["test"]
+        if select or name != PAEDIATRIC:
+            splits = {"all": [item for items in splits.values() for item in items]}
+        if name == PAEDIATRIC:
+            labels = [np.array([item["label"] for item in items], dtype=float) for items in splits.values()]
+            classes = ("normal", "bacterial", "viral")
+            questions = {each: [label[:, [column]] for label in labels] for column, each in enumerate(classes)}
+            viral = [np.where(label[:, [0]] == 1, np.nan, label[:, [2]]) for label in labels]
+            questions = {"viral against bacterial": viral, **questions}
+        else:
+            names = datalist.label_names
+            found = [f for f in NIH_FINDINGS if label_matrix(splits["all"], names, [f]).sum() >= MIN_POSITIVES]
+            view = np.array([[float(item["view"] == "AP")] for item in splits["all"]])
+            questions = {"findings": [label_matrix(splits["all"], names, found)], "AP or PA": [view]}
+        yield Films(name, splits, questions)
+    if not select:
+        items = read_datalist(str(data / "cxr_adult")).training
+        items = [items[row] for row in np.random.default_rng(0).permutation(len(items))[:NUM_SOURCE_FILMS]]
+        sources = sorted({item["source"] for item in items})
+        labels = [np.array([[float(item["source"] == each) for each in sources] for item in items])]
+        yield Films("cxr_adult", {"all": items}, {"source": labels})
 
 
 def features_of(arm: Arm, of: Films) -> dict[str, list[Array]]:
     """Features (N, D) of each split by kind, computed once."""
-    path = arm.folder / f"features_{of.name}.npz"
+    path = arm.folder / f"features_{of.name}_{sum(map(len, of.splits.values()))}.npz"
     if not path.is_file():
         parser = ConfigParser()
         parser.read_config(EVALUATE)
@@ -148,14 +161,14 @@ def area(labels: Array, draws: Sequence[Array], weights: Array) -> Array:
     return np.nanmean(np.stack(areas), axis=0)
 
 
-def rows(arms: Mapping[str, list[Arm]], of: Films) -> Iterator[tuple[Any, ...]]:
+def rows(arms: Mapping[str, list[Arm]], of: Films, select: bool) -> Iterator[tuple[Any, ...]]:
     """Lines of the table."""
     subjects = [item["subject"] for item in of.scored]
     features = {name: [features_of(arm, of) for arm in seeds] for name, seeds in arms.items()}
-    fractions = FRACTIONS if len(of.splits) == 3 else FRACTIONS[2:]
+    fractions = FRACTIONS[3:] if select else FRACTIONS if len(of.splits) == 3 else FRACTIONS[2:]
     for question, fraction in product(of.questions, fractions):
         labels = of.questions[question]
-        draws = 1 if len(of.splits) == 3 and fraction == 1 else NUM_DRAWS
+        draws = 1 if select or (len(of.splits) == 3 and fraction == 1) else NUM_DRAWS
         for kind in ("last", "stages"):
             found: dict[str, Resampled] = {}
             for name, seeds in features.items():
@@ -173,13 +186,14 @@ def rows(arms: Mapping[str, list[Arm]], of: Films) -> Iterator[tuple[Any, ...]]:
                     yield (*place, one, other, *percentile_interval(paired), len(arms[one]), draws)
 
 
-def main(runs: str, data: str, table: str | None = None) -> None:
+def main(runs: str, data: str, table: str | None = None, select: bool = False) -> None:
     """Write the table of a study, and show it as it grows.
 
     Args:
         runs: folder of the trained recipes.
         data: folder of cxr_kermany, cxr_nih, cxr_nih64 and cxr_adult.
         table: the CSV; RUNS/frozen_features.csv by default.
+        select: whether recipes are compared to choose one, without the test splits.
     """
     arms: dict[str, list[Arm]] = {}
     for weights in sorted(Path(runs).glob("*/seed*/models/model.pt")):
@@ -195,8 +209,8 @@ def main(runs: str, data: str, table: str | None = None) -> None:
     with open(table or Path(runs, "frozen_features.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(FIELDS)
-        for of in films(Path(data)):
-            for row in rows(arms, of):
+        for of in films(Path(data), select):
+            for row in rows(arms, of, select):
                 line = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row]
                 writer.writerow(line)
                 print(*line, sep=",", flush=True)

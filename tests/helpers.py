@@ -42,7 +42,7 @@ BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
 RECIPES = {bundle.name: [bundle / "configs" / "train.json"] for bundle in BUNDLES} | {
     f"{config.parts[-3]}_{config.stem}": [config.with_name("train.json"), config]
     for config in sorted(ROOT.glob("bundles/*/configs/*.json"))
-    if config.stem not in (*STANDARD_CONFIGS, "multi_gpu_train")
+    if config.stem not in (*STANDARD_CONFIGS, "multi_gpu_train", "paper")
 }
 TASKS = ("abdomen_ct", "head_ct", "head_mr")  # of two groups
 TINY = {  # knobs of the recipes, for a training of a second

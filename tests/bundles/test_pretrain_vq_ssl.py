@@ -20,13 +20,14 @@ from helpers import (
     metrics_of,
     read,
     refused,
+    run_config,
     table,
     tags_of,
     two_processes,
     weights,
     write,
 )
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("_in_root")
@@ -45,14 +46,26 @@ def bundle(recipe_of: Callable[[str], Recipe]) -> Recipe:
 def test_tensorboard_shows_terms_rates_codes_collapse_and_pictures(bundle: Recipe) -> None:
     tags = tags_of(bundle.finished)
     assert {"loss/continuous", "loss/discrete", "loss/commitment", "loss/reconstruction", "loss/total"} <= tags
-    assert {"schedule/learning_rate", "schedule/target_momentum", "knn_auroc"} <= tags
+    assert {"schedule/learning_rate", "gradient/discrete", "knn_auroc"} <= tags
     assert {"collapse/effective_rank", "collapse/feature_std", "views", "reconstruction"} <= tags
     assert {"codes/perplexity_stage2", "codes_of_stages_2_3_4"} <= tags
 
 
 def test_byol_is_the_same_config_with_the_discrete_weights_at_zero(bundle: Recipe, tmp_path: Path) -> None:
-    bundle.train(tmp_path, discrete_weight=0, commitment_weight=0, reconstruction_weight=0, continuous_weight=1)
+    none = {"discrete_weight": 0, "commitment_weight": 0, "reconstruction_weight": 0}
+    bundle.train(tmp_path, objective="byol", continuous_weight=1, **none)
+    assert "schedule/target_momentum" in tags_of(tmp_path)
     assert not any(key.startswith("decoder") for key in checkpoint(tmp_path, 1)["network"])
+
+
+def test_the_form_of_the_paper_is_an_override(bundle: Recipe, tmp_path: Path) -> None:
+    files = [str(CONFIGS / "train.json"), str(CONFIGS / "paper.json")]
+    config = ConfigParser()
+    config.read_config(files)
+    assert (config["objective"], config["fusion"], config["num_embeddings"]) == ("byol", "attention", 1024)
+    run_config(files, **{**bundle.knobs, "output_dir": tmp_path})
+    settings = read(tmp_path / "models" / "model.json")
+    assert (settings["objective"], settings["fusion"], settings["reconstruction_weight"]) == ("byol", "attention", 1)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +103,7 @@ def test_refuses_to_go_on_with_another_network_or_loss(bundle: Recipe, tmp_path:
     shutil.copytree(bundle.finished, tmp_path, dirs_exist_ok=True)
     for knobs, message in (
         ({"num_embeddings": 32}, r"of a run with num_embeddings 16 \(now 32\)"),
-        ({"reconstruction_weight": 0}, r"reconstruction_weight 1\.0 \(now 0\)"),
+        ({"reconstruction_weight": 0}, r"reconstruction_weight 0\.1 \(now 0\)"),
         ({"batch_size": 6}, r"iterations an epoch 3 \(now 4\), batch_size 8 \(now 6\)"),
     ):
         with refused(message):

@@ -1,0 +1,87 @@
+"""Frozen encoders of a study: the table of AUROCs and differences."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import judge_encoders
+import numpy as np
+import pytest
+import torch
+from helpers import write
+from monai.networks.nets import resnet10
+from PIL import Image
+
+from dissect_monai.networks.weights import save_weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small films whose brightness tells the first label."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in (*judge_encoders.LABELLED, "cxr_adult"):
+        splits: dict[str, Any] = {}
+        names = list(judge_encoders.NIH_FINDINGS[:-1])  # of which the last two are of no film
+        if name == judge_encoders.PAEDIATRIC:
+            names = ["normal", "bacterial", "viral"]
+        for split, count in (("training", 48), ("validation", 24), ("test", 24)):
+            items = splits[split] = []
+            for index in range(count):
+                positive = index % 3
+                pixels = np.clip(rng.normal(60 + 60 * positive, 20, (32, 32)), 0, 255)
+                pixels[:4, :4], pixels[-4:, -4:] = 0, 255  # so that scaling the intensities keeps the brightness
+                path = f"{split}{index}.png"
+                (folder / name).mkdir(exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / name / path)
+                label = [int(positive == column) for column in range(len(names))]
+                extra = {"view": ("AP", "PA")[index % 2], "source": ("a", "b")[index % 2]}
+                items.append({"image": path, "label": label, "subject": f"{split}{index // 2}", **extra})
+        write(folder / name / "dataset.json", {"label_names": names, **splits})
+    return folder
+
+
+@pytest.mark.parametrize("select", [False, True])
+def test_judges_recipes_and_baselines_with_paired_differences(
+    select: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_encoders, "NUM_DRAWS", 2)
+    monkeypatch.setattr(judge_encoders, "MIN_POSITIVES", 5)
+    monkeypatch.setattr(judge_encoders, "FRACTIONS", (0.25, 1.0, 1.0, 1.0))
+    torch.manual_seed(0)
+    for recipe in ("ours", "theirs"):
+        network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
+        settings = {"encoder": "resnet10", "image_size": 32, "spatial_dims": 2}
+        save_weights(network, tmp_path / recipe / "seed0" / "models" / "model.pt", settings)
+    judge_encoders.main(str(tmp_path), str(data), select=select)
+    with open(tmp_path / "frozen_features.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    sets = {row["set"] for row in rows}
+    assert sets == {*judge_encoders.LABELLED} | (set() if select else {"cxr_adult"})
+    assert {row["recipe"] for row in rows} == {"ours", "theirs", "random", "pixels"}
+    by_key = {tuple(row[key] for key in judge_encoders.FIELDS[:6]): row for row in rows}
+    key = ("cxr_kermany", "viral against bacterial", "1.0", "stages")
+    values = [
+        float(by_key[(*key, recipe, less)]["auroc"])
+        for recipe, less in (("ours", ""), ("random", ""), ("ours", "random"))
+    ]
+    assert values[0] > 0.9  # the brightness tells them apart
+    assert values[2] == pytest.approx(values[0] - values[1], abs=2e-4)
+    assert by_key[(*key, "random", "")]["seeds"] == "3"
+    items = (tmp_path / "ours" / "seed0").glob("features_cxr_kermany_*.npz")
+    assert [path.stem.split("_")[-1] for path in items] == ["72" if select else "96"]
+
+
+def test_a_fraction_is_drawn_by_subject() -> None:
+    items = [{"subject": str(index // 3)} for index in range(30)]
+    rows = judge_encoders.chosen_rows(items, 0.2, seed=1)
+    assert len(rows) == 6
+    assert len({items[row]["subject"] for row in rows}) == 2
+
+
+def test_refuses_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"error: there is no RECIPE/seedN/models/model\.pt in .*: train the study first"
+    ):
+        judge_encoders.main(str(tmp_path), str(tmp_path))
