@@ -175,7 +175,7 @@ def rows(arms: Mapping[str, list[Arm]], of: Films, select: bool) -> Iterator[tup
                 xs = [each.get(kind) or each["pca"] for each in seeds]
                 scored = [scores(of, x, labels, fraction, draw) for x in xs for draw in range(draws)]
                 found[name] = resample(partial(area, labels[-1], scored), subjects)
-            place = of.name, question, fraction, kind
+            place = of.name, question, f"{fraction:g}", kind
             for name, each in found.items():
                 yield (*place, name, "", *percentile_interval(each), len(arms[name]), draws)
             for one, other in permutations(found, 2):

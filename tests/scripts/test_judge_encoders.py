@@ -61,7 +61,7 @@ def test_judges_recipes_and_baselines_with_paired_differences(
     assert sets == {*judge_encoders.LABELLED} | (set() if select else {"cxr_adult"})
     assert {row["recipe"] for row in rows} == {"ours", "theirs", "random", "pixels"}
     by_key = {tuple(row[key] for key in judge_encoders.FIELDS[:6]): row for row in rows}
-    key = ("cxr_kermany", "viral against bacterial", "1.0", "stages")
+    key = ("cxr_kermany", "viral against bacterial", "1", "stages")
     values = [
         float(by_key[(*key, recipe, less)]["auroc"])
         for recipe, less in (("ours", ""), ("random", ""), ("ours", "random"))
