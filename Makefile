@@ -39,7 +39,8 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 	$(RUN) bundles/seg_finetune_btcv/configs/evaluate.json --output_dir $(DEMO)/seg_finetune_btcv
 	$(RUN) bundles/seg_finetune_btcv/configs/inference.json --output_dir $(DEMO)/seg_finetune_btcv
 	@echo
-	$(BIN)/python scripts/demo_table.py $(DEMO)
+	@echo "Look at cxr_classify/eval/report.html and seg_finetune_btcv/eval/report.html in $(DEMO), and at the curves and pictures:"
+	@echo "    $(BIN)/tensorboard --logdir $(DEMO)"
 
 test: $(BIN)/.dev  ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
@@ -63,7 +64,7 @@ package: $(BIN)/.runtime  ## archives of all bundles with the weights of make de
 	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)
 
 release: $(BIN)/.runtime  ## check that all is ready to be published, and print the commands; sends nothing
-	$(BIN)/python scripts/release.py --weights $(DEMO) --dry_run $(or $(DRY_RUN),False)
+	$(BIN)/python scripts/release.py --weights $(DEMO)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
