@@ -20,7 +20,7 @@ def leave_outputs(commit: Path) -> Path:
     """What a run leaves, of every kind that is read."""
     folder = commit / "outputs" / "run"
     (folder / "models").mkdir(parents=True)
-    torch.save({"weight": torch.tensor([1.0, NAN]), "epoch": 2}, folder / "models" / "model.pt")
+    torch.save({"weight": torch.tensor([0.0, NAN]), "epoch": 2}, folder / "models" / "model.pt")
     (folder / "models" / "model.json").write_text(json.dumps({"pretrained": str(folder)}), encoding="utf-8")
     (folder / "metrics.csv").write_text("subject,dice\na,0.5\nb,1e-3\n", encoding="utf-8")
     np.savez(folder / "scores.npz", names=np.array(["a", "b"]), scores=np.array([0.5, 0.25]))
@@ -59,8 +59,8 @@ def log(run: Path) -> None:
     [
         (lambda run: (run / "metrics.csv").write_text("subject,dice\na,0.75\nb,1e-3\n"), "metrics.csv: 1 of 3 values"),
         (lambda run: (run / "metrics.csv").write_text("subject,dice\n"), "metrics.csv: 2 of 3 values, such as /2"),
-        (lambda run: save(run, weight=torch.tensor([1.5, NAN]), epoch=2), "model.pt: 1 of 2 values, such as /weight"),
-        (lambda run: save(run, weight=torch.tensor([1.0, NAN]).double(), epoch=2), "model.pt: 1 of 2 values"),
+        (lambda run: save(run, weight=torch.tensor([-0.0, NAN]), epoch=2), "model.pt: 1 of 2 values, such as /weight"),
+        (lambda run: save(run, weight=torch.tensor([0.0, NAN]).double(), epoch=2), "model.pt: 1 of 2 values"),
         (lambda run: save(run, epoch=2), "model.pt: 1 of 2 values, such as /weight"),
         (lambda run: (run / "a.nii.gz").write_bytes(gzip.compress(b"other")), "gz: 1 of 1 values, such as the content"),
         (log, "events: 1 of 1 values, such as /loss"),
@@ -72,21 +72,6 @@ def test_says_what_differs(tmp_path: Path, change: Callable[[Path], object], exp
     (line,) = report(tmp_path)
     assert line.startswith("different: run/")
     assert expected in line
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        (torch.tensor(NAN), torch.tensor(NAN), True),
-        (torch.ones(2, 3).T, torch.ones(3, 2), True),
-        (torch.zeros(1), -torch.zeros(1), False),
-        (torch.zeros(1), torch.zeros(1, 1), False),
-        (torch.zeros(1), "0", False),
-    ],
-)
-def test_values_are_equal_bit_for_bit(first: object, second: object, expected: bool) -> None:
-    one, two = (dict(compare_commits.leaves(each)) for each in (first, second))
-    assert bool(compare_commits.difference(one, two)) != expected
 
 
 def test_says_which_commit_has_a_file_alone(tmp_path: Path) -> None:

@@ -340,20 +340,6 @@ def test_refuses_bad_options(tmp_path: Path, options: Sequence[object], match: s
     refused(match, "folders", classes(tmp_path), *options)
 
 
-@pytest.mark.parametrize(
-    ("command", "match"),
-    [
-        ("folders DIR --test_fractoin=1", "unrecognized arguments: --test_fractoin=1"),
-        ("chexpert DIR --uncertain two", "--uncertain: invalid choice: 'two'"),
-        ("volumes DIR --group abdomen", "the following arguments are required: --modality"),
-    ],
-)
-def test_misspelt_and_missing_arguments_are_named(command: str, match: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(*command.split())
-    assert match in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("source", ["", "nih", "chexpert", "folders", "table", "btcv", "msd", "volumes"])
 def test_help_says_what_a_source_takes(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

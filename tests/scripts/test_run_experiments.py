@@ -104,12 +104,6 @@ def test_a_failed_run_is_one_line_and_the_others_are_kept(stand: Any, evaluated:
     assert not list(tmp_path.glob("runs/*/*/seed1/done.json"))
 
 
-def test_the_error_of_a_log_is_found(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    assert run_experiments.call(["python", "-c", "raise ValueError('no\\nway')"], log, {}) == 1
-    assert run_experiments.last_error(log) == "ValueError: no"
-
-
 def test_a_recipe_may_train_with_configs_of_its_own(stand: Any, evaluated: Study) -> None:
     stand.run({**evaluated, "bundle": "cxr_classify", "configs": {"theirs": TWO_CONFIGS}})
     configs = "bundles/cxr_classify/configs"
@@ -186,14 +180,6 @@ def test_refuses_a_file_that_is_no_study(tmp_path: Path, text: str | None) -> No
         path.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match=r"error: \S+study.json is not a study file"):
         run_experiments.main(str(path), str(tmp_path))
-
-
-@pytest.mark.parametrize("script", [run_experiments, render_results], ids=lambda script: script.__name__)
-def test_every_script_explains_itself(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        fire.Fire(script.main, command=["--help"])
-    assert caught.value.code == 0
-    assert "SYNOPSIS" in "".join(capsys.readouterr())
 
 
 @every_study
