@@ -98,9 +98,9 @@ def block(bundle: str, dataset: str, rows: dict[tuple[str, str], Row], studies: 
 
 def sizes_of(study: Study) -> dict[str, float]:
     """By variant, the share of the labels that it trains with or, where the study says it, the number of subjects."""
-    shares = {name: knobs.get("label_fraction") for name, knobs in study.variants.items()}
-    if study.variants_change != "training" or None in shares.values():
+    if study.variants_change != "training":
         return {}
+    shares = {name: knobs["label_fraction"] for name, knobs in study.variants.items() if "label_fraction" in knobs}
     number = study.training_subjects
     return {name: max(1, round(share * number)) if number else share for name, share in shares.items()}
 
