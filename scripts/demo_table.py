@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
-from plot_curves import read_scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 class Step(NamedTuple):
@@ -51,11 +51,9 @@ def rows(folder: Path) -> Iterator[tuple[str, ...]]:
     """A line for every measure: bundle, weights, measure, first value, last value, where the pictures are."""
     for step in STEPS:
         own = folder / step.bundle
-        scalars = read_scalars(own / "eval")
         head = (step.bundle, step.weights_of)
         for tag, title in step.measures.items():
-            values = [value for _, value in sorted(scalars[tag].items())]
-            yield (*head, title, f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{own}/{step.pictures}")
+            yield (*head, title, *first_and_last(own, tag), f"{own}/{step.pictures}")
             head = ("", "")
         if step.tested:
             with open(own / "eval" / "metrics.csv", newline="", encoding="utf-8") as file:
@@ -64,15 +62,22 @@ def rows(folder: Path) -> Iterator[tuple[str, ...]]:
                 yield ("", "", title, "", f"{float(tested[name]):.3f}", "")
 
 
+def first_and_last(run: Path, tag: str) -> list[str]:
+    """First and last value of a scalar in the event files of a run."""
+    events = EventAccumulator(str(run / "eval"))
+    events.Reload()
+    values = [each.value for each in events.Scalars(tag)]
+    return [f"{value:.3f}" for value in (values[0], values[-1])]
+
+
 def gain(folder: str) -> None:
     """Print what frozen features tell before and after pretraining, of a folder with its training and evaluation."""
-    knn = [value for _, value in sorted(read_scalars(Path(folder, "eval"))["knn_auroc_stages"].items())]
     with open(Path(folder, "eval", "findings.csv"), newline="", encoding="utf-8") as file:
         probes = {tuple(row.values())[:5]: f"{float(row['auroc']):.3f}" for row in csv.DictReader(file)}
     linear = [probes[source, "stages", "linear", "findings", "macro"] for source in ("random", "pretrained")]
     show(
         ("AUROC of frozen features, all stages", "random weights", "pretrained"),
-        ("k-NN, all labels (validation)", f"{knn[0]:.3f}", f"{knn[-1]:.3f}"),
+        ("k-NN, all labels (validation)", *first_and_last(Path(folder), "knn_auroc_stages")),
         ("linear probe, a quarter of the labels (test)", *linear),
     )
 

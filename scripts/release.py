@@ -1,14 +1,13 @@
 """Check that all bundles are ready to be published, and print the commands that publish them; nothing is sent anywhere.
 
-    python scripts/release.py [--weights DIR] [--output_dir dist] [--dry_run true]
+    python scripts/release.py [--weights DIR] [--output_dir dist]
 
-It packages every bundle, checks versions, changelogs and model cards, names all that is missing, and needs no network.
-A dry run prints the commands whatever is missing.
+It packages every bundle, checks versions, changelogs and model cards, prints the commands, and names all that is
+missing. It needs no network.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,34 +20,29 @@ from dissect_monai import __version__
 CARD = "docs/README.md"
 CARD_SECTIONS = ("## Train", "## Limits")
 CARD_WARNING = "Not a medical device"
-METADATA = ("description", "intended_use", "data_source", "data_type", "references", "authors", "copyright")
 
 
-def main(weights: str | Path | None = None, output_dir: str | Path = "dist", dry_run: bool = False) -> None:
+def main(weights: str | Path | None = None, output_dir: str | Path = "dist") -> None:
     """Check all bundles, and print how to publish them.
 
     Args:
         weights: folder that has NAME/models/model.pt of each bundle, such as runs/demo after `make demo-all`; bundles/
             by default.
         output_dir: folder for the archives.
-        dry_run: print the commands even if something is missing, and end without an error.
     """
     problems = list(changelog_problems((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), __version__))
-    archives = {}
     for bundle in chosen_bundles("all"):
         problems += [f"{bundle.name}: {each}" for each in card_problems(bundle)]
         try:
-            archives[bundle] = package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir))
+            archive = package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir))
         except (ValueError, OSError) as error:
             problems.append(str(error))
+            continue
+        version = released_version(bundle)
+        print(f"# {bundle.name} {version}: {archive}, {archive.stat().st_size / 2**20:.1f} MiB")
+        print(*commands(bundle.name, version, archive), "", sep="\n")
     if problems:
-        report = "not ready to be published:\n" + "\n".join(f"- {each}" for each in problems)
-        if not dry_run:
-            raise SystemExit(f"error: {report}")
-        print(report, end="\n\n")
-    for bundle, archive in archives.items():
-        print(f"# {bundle.name} {released_version(bundle)}: {archive}, {archive.stat().st_size / 2**20:.1f} MiB")
-        print("\n".join(commands(bundle.name, released_version(bundle), archive)), end="\n\n")
+        raise SystemExit("error: not ready to be published:\n" + "\n".join(f"- {each}" for each in problems))
 
 
 def changelog_problems(changelog: str, version: str) -> Iterator[str]:
@@ -61,7 +55,7 @@ def changelog_problems(changelog: str, version: str) -> Iterator[str]:
 
 
 def card_problems(bundle: Path) -> Iterator[str]:
-    """What a reader of the model card would miss: sections, licences, and facts of the metadata."""
+    """What a reader of the model card would miss: sections and licences."""
     card = (bundle / CARD).read_text(encoding="utf-8")
     for section in CARD_SECTIONS:
         if f"\n{section}\n" not in card:
@@ -71,10 +65,6 @@ def card_problems(bundle: Path) -> Iterator[str]:
     for name in ("LICENSE", "docs/data_license.txt"):
         if not (bundle / name).is_file():
             yield f"{name} is missing"
-    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    for name in METADATA:
-        if not metadata.get(name):
-            yield f"configs/metadata.json must have `{name}`"
 
 
 def commands(name: str, version: str, archive: Path) -> list[str]:

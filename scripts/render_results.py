@@ -68,11 +68,7 @@ class Block(NamedTuple):
     variants: dict[str, str]  # name → title
     columns: dict[str, str]  # metric, without the variant → title
     sizes: dict[str, float]  # variant → its training subjects, or their share, if variants are trained with a part
-
-    @property
-    def recipes(self) -> list[str]:
-        """Recipes, baselines and differences, in the order of the file."""
-        return list(dict.fromkeys(recipe for recipe, _ in self.rows))
+    recipes: list[str]  # with baselines and differences, in the order of the file
 
 
 def read_blocks() -> list[Block]:
@@ -91,19 +87,22 @@ def read_blocks() -> list[Block]:
 
 
 def block(bundle: str, dataset: str, rows: dict[tuple[str, str], Row], studies: Sequence[Study]) -> Block:
-    """Rows as their studies show them; without studies, or without their `columns`, everything by its own name."""
-    split = [metric.split("/", 1) for _, metric in rows]
+    """Rows as their studies show them."""
     variants = {name: study.titles.get(name, name) for study in studies for name in study.variants}
     columns = {metric: title for study in studies for metric, title in study.columns.items()}
-    variants = variants or {name: name for name, _ in split}
-    columns = columns or {metric: metric for _, metric in split}
     shown = {f"{variant}/{metric}" for variant in variants for metric in columns}
     rows = {key: row for key, row in rows.items() if key[1] in shown}
-    trained = [study for study in studies if study.variants_change == "training"]
-    shares = [(name, knobs.get("label_fraction")) for study in trained for name, knobs in study.variants.items()]
-    sizes = {name: share for name, share in shares if share is not None}
-    sizes |= {name: number for study in trained for name, number in study.subjects.items()}
-    return Block(bundle, dataset, rows, variants, columns, sizes)
+    sizes = {name: size for study in studies for name, size in sizes_of(study).items()}
+    return Block(bundle, dataset, rows, variants, columns, sizes, list(dict.fromkeys(recipe for recipe, _ in rows)))
+
+
+def sizes_of(study: Study) -> dict[str, float]:
+    """By variant, the share of the labels that it trains with or, where the study says it, the number of subjects."""
+    if study.variants_change != "training":
+        return {}
+    shares = {name: knobs["label_fraction"] for name, knobs in study.variants.items() if "label_fraction" in knobs}
+    number = study.training_subjects
+    return {name: max(1, round(share * number)) if number else share for name, share in shares.items()}
 
 
 def cell(row: Row | None) -> str:

@@ -22,13 +22,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import fire
 from study_statistics import StudyError, summarise
-
-from dissect_monai import read_datalist
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "results.csv"
@@ -54,19 +51,11 @@ class Study(NamedTuple):
     variants_change: str  # "training": each variant is trained; "evaluation": one training, evaluated in each variant
     variants: dict[str, dict[str, Any]]  # name → knobs
     evaluation: dict[str, Any]  # knobs of evaluate.json that all runs share
-    titles: Mapping[str, str] = MappingProxyType({})  # variant → its title in the README
-    columns: Mapping[str, str] = MappingProxyType({})  # metric, without the variant → its title; all metrics if empty
-    configs: Mapping[str, list[str]] = MappingProxyType({})  # recipe → files instead of the bundle's train.json
+    titles: Mapping[str, str] = {}  # variant → its title in the README
+    columns: Mapping[str, str] = {}  # metric, without the variant → its title; no other is shown
+    configs: Mapping[str, list[str]] = {}  # recipe → files instead of the bundle's train.json
     compare: Sequence[Sequence[str]] = ()  # pairs [A, B] of recipes for A - B; if empty, the first with all others
-    training_subjects: int | None = None  # with labels in the data; the `label_fraction` of a variant draws of them
-
-    @property
-    def subjects(self) -> dict[str, int]:
-        """How many subjects each variant trains with, if the study says so, as `select_fraction` draws them."""
-        if self.training_subjects is None:
-            return {}
-        shares = {name: {**self.training, **knobs}.get("label_fraction", 1) for name, knobs in self.variants.items()}
-        return {name: max(1, round(share * self.training_subjects)) for name, share in shares.items()}
+    training_subjects: int | None = None  # with labels, of which the `label_fraction` of a variant draws; for a figure
 
 
 class Run(NamedTuple):
@@ -101,11 +90,13 @@ def read_study(path: str | Path) -> Study:
     except (OSError, TypeError, ValueError) as error:
         raise StudyError(f"{path} is not a study file: {error}. Its keys are {', '.join(Study._fields)}.") from error
     recipes, number, trains = study.recipes.keys(), study.training_subjects, study.variants_change == "training"
-    names = [*recipes, *study.variants]
     rules = [
         (trains or study.variants_change == "evaluation", "`variants_change` must be training or evaluation"),
         (len({*study.seeds}) == len(study.seeds) > 1, "`seeds` must hold two different numbers or more"),
-        (recipes and "/" not in "".join(names), "`recipes` and `variants` must hold names of folders, without a slash"),
+        (
+            recipes and "/" not in "".join([*recipes, *study.variants]),
+            "`recipes` and `variants` must hold names of folders, without a slash",
+        ),
         (study.variants or not trains, "`variants` must name what is trained, or change evaluation to train recipes"),
         (number is None or (trains and number > 0), "`training_subjects` must be positive, where variants are trained"),
         (all(each in recipes and files for each, files in study.configs.items()), "`configs` must give recipes files"),
@@ -120,11 +111,10 @@ def read_study(path: str | Path) -> Study:
 def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
     """The runs of a study, in chains: a training run, then the evaluations of what it trained."""
     own = Path("bundles", study.bundle, "configs")
-    # What each chain trains: its folder, its knobs, and the variants that it is evaluated in.
-    trained: list[tuple[str, dict[str, Any], list[str]]] = [("", {}, list(study.variants))]
     trains = study.variants_change == "training"
-    if trains:
-        trained = [(name, knobs, [name]) for name, knobs in study.variants.items()]
+    # What each chain trains: its folder, its knobs, and the variants that it is evaluated in.
+    each_variant = [(name, knobs, [name]) for name, knobs in study.variants.items()]
+    trained = each_variant if trains else [("", {}, list(study.variants))]
     chains = []
     for seed, recipe, (name, knobs, variants) in product(study.seeds, study.recipes, trained):
         configs = tuple(map(Path, study.configs.get(recipe, [own / "train.json"])))
@@ -134,15 +124,10 @@ def plan(study: Study, data: Path, runs: Path) -> list[list[Run]]:
         chain = [Run(configs, folder, {**study.training, **study.recipes[recipe], **knobs}, fields)]
         for variant in variants:
             evaluation = {**study.evaluation, **({} if trains else study.variants[variant])}
-            evaluated = evaluation_folder(runs, recipe, seed, variant)
+            evaluated = runs / recipe / f"seed{seed}" / variant / "evaluation"
             chain.append(Run((own / "evaluate.json",), evaluated, evaluation, fields))
         chains.append(chain)
     return chains
-
-
-def evaluation_folder(runs: Path, recipe: str, seed: int, variant: str) -> Path:
-    """Where a recipe, trained with a seed, is evaluated in a variant."""
-    return runs / recipe / f"seed{seed}" / variant / "evaluation"
 
 
 def filled_in(value: Any, fields: Mapping[str, str]) -> str:
@@ -167,21 +152,6 @@ def refuse_missing(run: Run) -> None:
             if str(text).startswith(("{data}", "{runs}")) and not Path(path).exists():
                 remedy = "give the right --data" if text.startswith("{data}") else "run the study that makes it first"
                 raise StudyError(f"`{knob}` of {run.folder} is {path}, which is not there: {remedy}.")
-
-
-def refuse_other_subjects(study: Study, training: Run) -> None:
-    """Refuse data of which the variants would draw other numbers of subjects than `training_subjects` makes of them."""
-    folder = filled_in(training.knobs.get("dataset_dir"), training.fields)
-    try:
-        items = read_datalist(folder, spatial_dims=3).training
-    except (OSError, ValueError) as error:
-        raise StudyError(str(error)) from error
-    found = len({item.get("subject", item["image"]) for item in items if item.get("label")})
-    if found != study.training_subjects:
-        raise StudyError(
-            f"`training_subjects` is {study.training_subjects}, but {folder} has {found} with labels to train on: "
-            "correct it and the names of the variants."
-        )
 
 
 def is_done(run: Run) -> bool:
@@ -233,11 +203,8 @@ def execute(run: Run, environment: Mapping[str, str]) -> None:
 def call(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
     """Run a Python command from the repository's root, its output in a log, and return its status."""
     with open(log, "w", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-        file.flush()
         arguments = [sys.executable, *command[1:]]
-        done = subprocess.run(arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-    return done.returncode
+        return subprocess.run(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False).returncode
 
 
 def last_error(log: Path) -> str:
@@ -249,25 +216,26 @@ def last_error(log: Path) -> str:
 
 def code_state() -> tuple[str, bool]:
     """The commit of the code, and whether a tracked file differs from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE))
+        commit, status = (
+            subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *CODE])
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise StudyError(f"each run records its commit, so this must be a git clone: {error}") from error
+    return commit, bool(status)
 
 
 def common_commit(runs: Iterable[Run]) -> str:
     """The commit of all runs, which must be one, with nothing changed."""
-    states: dict[str, list[Path]] = {}
+    states: dict[tuple[str, bool], Path] = {}  # commit and whether changed → a run of it
     for run in runs:
         done = json.loads((run.folder / "done.json").read_text(encoding="utf-8"))
-        states.setdefault(done["commit"][:7] + (" with changes" if done["dirty"] else ""), []).append(run.folder)
-    if len(states) == 1 and "with changes" not in next(iter(states)):
-        return next(iter(states))
-    found = "; ".join(f"{state}: {len(folders)} such as {folders[0]}" for state, folders in states.items())
+        states.setdefault((done["commit"][:7], done["dirty"]), run.folder)
+    (commit, dirty), *others = states
+    if not others and not dirty:
+        return commit
+    found = "; ".join(f"{state[0]}{' with changes' * state[1]} such as {folder}" for state, folder in states.items())
     raise StudyError(
         f"no row is written, for the runs are not all of one commit ({found}). Delete those to repeat from committed "
         "code and run again."
@@ -290,9 +258,7 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int) -> None:
     every = [run for chain in chains for run in chain]
     for run in every:
         refuse_missing(run)
-    if study.training_subjects is not None:
-        refuse_other_subjects(study, chains[0][0])
-    print(f"{sum(is_done(run) for run in every)} of {len(every)} runs are done", flush=True)
+    print(f"{sum(map(is_done, every))} of {len(every)} runs are done", flush=True)
     if code_state()[1]:
         print(f"warning: {', '.join(CODE)} have uncommitted changes: no row of what runs now will be written")
     execute_all(chains, jobs)
@@ -303,7 +269,8 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int) -> None:
     rows: list[dict[str, Any]] = []
     for variant in study.variants:
         folders = {
-            recipe: [evaluation_folder(runs, recipe, seed, variant) for seed in study.seeds] for recipe in study.recipes
+            recipe: [runs / recipe / f"seed{seed}" / variant / "evaluation" for seed in study.seeds]
+            for recipe in study.recipes
         }
         rows += summarise(variant, folders, study.compare, with_ap=study.variants_change == "training")
     shown = os.path.relpath(study_file, ROOT)

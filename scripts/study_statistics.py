@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dissect_monai.metrics.classification import auroc, average_precision, both_classes
+from dissect_monai.metrics.classification import auroc, average_precision, usable_findings
 
 Array = NDArray[np.floating[Any]]
 Measure = Callable[..., Array]  # labels, scores, weights → values, as in dissect_monai.metrics
@@ -19,6 +19,7 @@ Pairs = Sequence[Sequence[str]]  # names of two each that are compared
 Line = dict[str, str]  # of a CSV file
 NUM_SAMPLES = 1000  # bootstrap resamples
 METRICS = ("dice", "hd95", "surface_dice")
+SCORED = ("subject", "structure", "values", "label_ml")  # columns of cases.csv that all evaluations share
 
 
 class StudyError(Exception):
@@ -38,13 +39,6 @@ class Scores(NamedTuple):
 
     truth: dict[str, NDArray[Any]]  # "subjects", (N,), and "labels/<task>", (N, C), 1, 0 or NaN
     sources: dict[str, dict[Key, Array]]  # source → (N, C) each; the first source is the network, the others baselines
-
-    def scored_like(self, other: Scores) -> bool:
-        """Whether both are of the same subjects with the same labels, in one order."""
-        return self.truth.keys() == other.truth.keys() and all(
-            np.array_equal(each, other.truth[name], equal_nan=each.dtype.kind == "f")
-            for name, each in self.truth.items()
-        )
 
 
 def summarise(variant: str, folders: Folders, pairs: Pairs, with_ap: bool) -> Iterator[dict[str, Any]]:
@@ -75,11 +69,11 @@ def classifier_rows(
     for name, labels in truth.items():
         task = name.removeprefix("labels/")
         of_task = {recipe: {k: s for k, s in each.items() if k.task == task} for recipe, each in scores.items()}
-        columns = usable_columns(labels, [each for by_key in of_task.values() for each in by_key.values()])
+        of_runs = [each for by_key in of_task.values() for of_seeds in by_key.values() for each in of_seeds]
+        columns = sorted(set.intersection(*({*usable_findings(labels, each)} for each in of_runs)))
         if not columns:
             raise StudyError(f"no column of {task} in {variant} has positives, negatives and scores of every run.")
-        left_out = sorted(set(range(labels.shape[1])) - set(columns))
-        if left_out:
+        if left_out := sorted(set(range(labels.shape[1])) - set(columns)):
             print(f"{variant}: columns {left_out} of {task} are left out, for lack of a class or of a run's scores")
         for suffix, measure in measures.items():
             values = {
@@ -100,7 +94,7 @@ def collect(variant: str, folders: Folders) -> tuple[dict[str, NDArray[Any]], di
     network, *baselines = first[0].sources
     scores: dict[str, dict[Key, Array]] = {}
     for recipe, by_seed in evaluations.items():
-        if not all(each.scored_like(first[0]) for each in by_seed):
+        if not all(is_equal(each.truth, first[0].truth) for each in by_seed):
             raise StudyError(f"the runs of {variant} scored different images or labels, which can't be compared.")
         # Recipes may name their probe differently (finetune, scratch); the names of the first one are everybody's.
         own = next(iter(by_seed[0].sources))
@@ -136,10 +130,11 @@ def partner(key: Key, others: Iterable[Key]) -> Key | None:
     return None
 
 
-def usable_columns(labels: Array, scores: Iterable[Array]) -> list[int]:
-    """Columns with both classes and with scores from every run, so that all means are over the same findings."""
-    missing = np.any([(np.isnan(each) & ~np.isnan(labels)).any((0, 1)) for each in scores], axis=0)
-    return np.flatnonzero(both_classes(labels) & ~missing).tolist()
+def is_equal(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether both are of the same subjects with the same labels, in one order."""
+    return one.keys() == other.keys() and all(
+        np.array_equal(each, other[name], equal_nan=each.dtype.kind == "f") for name, each in one.items()
+    )
 
 
 def macro(measure: Measure, labels: Array, scores: Array, weights: Array) -> Array:
@@ -164,7 +159,11 @@ def segmentation_rows(variant: str, folders: Folders, pairs: Pairs) -> Iterator[
     """
     cases = {recipe: [read_cases(folder) for folder in of_seeds] for recipe, of_seeds in folders.items()}
     first = next(iter(cases.values()))
-    scored = [what_is_scored(lines) for by_seed in cases.values() for lines in by_seed]
+    scored = [  # wherever the data lie
+        [(Path(line["case"]).name, *(line[name] for name in SCORED)) for line in lines]
+        for by_seed in cases.values()
+        for lines in by_seed
+    ]
     if any(each != scored[0] for each in scored):
         raise StudyError(f"the runs of {variant} scored different subjects, structures or labels.")
     weights, seed_share = resample(np.array([*dict.fromkeys(line["subject"] for line in first[0])]), len(first))
@@ -187,14 +186,6 @@ def read_cases(folder: Path) -> list[Line]:
     """Read eval/cases.csv of an evaluation: a line for every case and structure."""
     with open(folder / "eval" / "cases.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def what_is_scored(lines: Iterable[Line]) -> list[tuple[str, ...]]:
-    """The structures and labels of an evaluation, wherever its data lie."""
-    return [
-        (Path(line["case"]).name, *(line[name] for name in ("subject", "structure", "values", "label_ml")))
-        for line in lines
-    ]
 
 
 def score_matrix(lines: Sequence[Line], metric: str) -> Array:
@@ -256,12 +247,9 @@ def rows_of(
 
 def comparisons(names: Sequence[str], pairs: Pairs) -> list[tuple[str, str, list[str]]]:
     """What is compared: one side, what the other is called, and of whom the better one it is."""
-    if pairs:
-        return [(ours, theirs, [theirs]) for ours, theirs in pairs]
-    first, *others = names
-    found = [(first, other, [other]) for other in others]
-    if {"random", "pixels"} <= set(others):
-        found.append((first, "best of random, pixels", ["random", "pixels"]))
+    found = [(ours, theirs, [theirs]) for ours, theirs in pairs or [(names[0], other) for other in names[1:]]]
+    if not pairs and {"random", "pixels"} <= set(names[1:]):
+        found.append((names[0], "best of random, pixels", ["random", "pixels"]))
     return found
 
 

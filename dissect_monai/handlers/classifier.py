@@ -26,7 +26,6 @@ from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import (
     auroc,
     average_precision,
-    calibration_noise,
     expected_calibration_error,
     fit_temperature,
     sensitivity,
@@ -36,7 +35,6 @@ from dissect_monai.metrics.classification import (
 )
 from dissect_monai.metrics.intervals import (
     Resampled,
-    calibration_interval,
     mean_resampled,
     percentile_interval,
     resample,
@@ -64,8 +62,8 @@ NOTES = (
     "no n and no positives of its own.",
     f"ECE is the calibration error of a finding in 15 bins, that of {MACRO} their mean. The ECE of all labels "
     "pooled, in the reliability figure, is another number: there, too high and too low probabilities cancel.",
-    "Intervals are percentiles of resamples of the subjects. That of ECE allows for what chance adds to it. Where "
-    "no resample differs, as at 0 and 1, Wilson's interval over subjects stands in, or none.",
+    "Intervals are percentiles of resamples of the subjects. ECE has none: chance raises it, the more so in resamples. "
+    "Where no resample differs, as at 0 and 1, Wilson's interval over subjects stands in, or none.",
 )
 SALIENCY = "Saliency shows what moved the output, not where a finding is or why it was made."
 NO_SALIENCY = "No saliency: nothing raised the output."
@@ -260,9 +258,9 @@ def finding_rows(
 ) -> list[FindingRow]:
     """A line for the mean over the `usable_findings`, then one for every finding, of which others have counts alone.
 
-    Intervals are 95 % percentiles of resamples of the subjects, those of ECE by `calibration_interval`. Where no
-    resample differs, as where all positives are found, AUROC, sensitivity and specificity have Wilson's interval over
-    the subjects that they count (AUROC: those of the rarer class), their means the means of such ends, others none.
+    Intervals are 95 % percentiles of resamples of the subjects; ECE has none. Where no resample differs, as where all
+    positives are found, AUROC, sensitivity and specificity have Wilson's interval over the subjects that they count
+    (AUROC: those of the rarer class), their means the means of such ends, others none.
 
     Args:
         label_names: names of the C findings.
@@ -327,12 +325,11 @@ def table_notes(rows: Sequence[FindingRow]) -> list[str]:
 def _resampled(
     label: Array, probability: Array, threshold: float, subjects: ArrayLike, num_samples: int, seed: int
 ) -> dict[str, Resampled]:
-    """The metrics of one finding that are defined, and the noise of the calibration error."""
+    """The metrics of one finding that are defined."""
     statistics: dict[str, Callable[[Array], Array]] = {
         "auroc": partial(auroc, label, probability),
         "ap": partial(average_precision, label, probability),
         "ece": partial(expected_calibration_error, label, probability),
-        "noise": partial(calibration_noise, label, probability),
     }
     if not isnan(threshold):
         statistics["sensitivity"] = partial(sensitivity, label, probability, threshold)
@@ -346,9 +343,8 @@ def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]]) -> Inter
     if not having:
         return UNKNOWN
     mean = mean_resampled([each[metric] for each in having])
-    if metric == "ece":
-        interval = calibration_interval(mean, mean_resampled([each["noise"] for each in having]))
-    else:
-        interval = percentile_interval(mean)
+    if metric == "ece":  # chance raises it, and resampling raises it again
+        return Interval(mean.value, NAN, NAN)
+    interval = percentile_interval(mean)
     differs = interval.high - interval.low > 1e-9  # rounding
     return interval if differs else Interval(interval.value, NAN, NAN)

@@ -43,7 +43,7 @@ class HSSLValidation:
       a mean over the views of a task, and `reconstruction_error`, the mean over tasks;
     - `shortcut_*`, see `shortcut_metrics`, of the bottleneck for the images as they are, with a few training images of
       each task as bank;
-    - `collapse_*` and `domain_shift` of the same features, see `collapse_metrics`.
+    - `collapse_*` of the same features, see `collapse_metrics`.
 
     What cannot be told from the data, with a single task above all, is left out. The pictures are
     `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
@@ -60,7 +60,7 @@ class HSSLValidation:
         self.bank = DataLoader(part_of_tasks(self.training), batch_size=engine.data_loader.batch_size)
         loaders = self.bank, engine.data_loader
         if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in loaders):
-            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
+            logger.info("The data have a single task: no shortcut to it can be measured.")
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)

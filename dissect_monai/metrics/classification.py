@@ -41,14 +41,7 @@ def auroc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -
 
 
 def average_precision(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> Array:
-    """Average precision: the precision at each threshold, weighted by the recall gained there.
-
-    Arguments and result are those of `auroc`.
-
-    Example:
-        >>> round(float(average_precision([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])), 4)
-        0.8333
-    """
+    """Average precision: the precision at each threshold, weighted by the recall gained there; otherwise as `auroc`."""
     positive, negative = (part[..., ::-1] for part in _weight_per_score(label, score, weight))
     found = positive.cumsum(-1)
     precision = np.nan_to_num(_ratio(found, found + negative.cumsum(-1)))
@@ -78,32 +71,20 @@ def expected_calibration_error(
 ) -> Array:
     """Expected calibration error of one finding: how far its probability is from its frequency, on average.
 
-    With equal-width bins b of the probability p, ECE = Σ_b |g_b| with the gaps g_b = Σ_{i∈b} w_i (y_i − p_i) / Σ_i w_i.
-    Chance adds to it, the more so the fewer the items, and resampling adds chance again: take `calibration_interval`.
+    With equal-width bins b of the probability p, ECE = Σ_b |Σ_{i∈b} w_i (y_i − p_i)| / Σ_i w_i.
+    Chance adds to it, the more so the fewer the items, and resampling adds chance again: a bootstrap interval lies too
+    high.
 
     Label, weight and result, which is in [0, 1], are those of `auroc`; a probability must be in [0, 1].
 
     Reference:
         Guo et al., On calibration of modern neural networks, ICML 2017, Eq. 3. Their bins are of the confidence in the
         likelier class; ours of the probability of the finding, which says more of a rare one.
-
-    Example:
-        >>> round(float(expected_calibration_error([0, 0, 0, 1], [0.1, 0.1, 0.9, 0.9])), 4)
-        0.25
     """
-    return np.abs(_gaps(label, probability, weight, num_bins)).sum(-1)
-
-
-def calibration_noise(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None = None) -> Array:
-    """How far a resample moves the gaps of `expected_calibration_error`, in its bins: Σ_b |g_b(w) − g_b(1)|.
-
-    The calibration error moves by no more than this.
-
-    Example:
-        >>> float(calibration_noise([0, 1], [0.5, 0.5], weight=[2, 0]))
-        0.5
-    """
-    return np.abs(_gaps(label, probability, weight) - _gaps(label, probability, None)).sum(-1)
+    label, probability, weight = _known(label, probability, weight)
+    gap = np.zeros((len(label), num_bins))
+    gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
+    return np.abs(_ratio(weight @ gap, weight.sum(-1, keepdims=True))).sum(-1)
 
 
 def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
@@ -121,34 +102,25 @@ def sensitivity(label: ArrayLike, score: ArrayLike, threshold: float, weight: Ar
     """Share of the positives whose score reaches the threshold, which is to be chosen on other items.
 
     Label, score, weight and result are those of `auroc`; a threshold of NaN has no result.
-
-    Example:
-        >>> float(sensitivity([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], threshold=0.5))
-        0.5
     """
-    return _share_called_positive(1, label, score, threshold, weight)
+    label, score, weight = _known(label, score, weight)
+    positive = weight * (label == 1)
+    return _ratio(positive @ np.where(np.isnan(threshold), np.nan, score >= threshold), positive.sum(-1))
 
 
 def specificity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:
     """Share of the negatives whose score stays below the threshold; otherwise as `sensitivity`."""
-    return 1 - _share_called_positive(0, label, score, threshold, weight)
+    return 1 - sensitivity(1 - np.asarray(label, dtype=float), score, threshold, weight)
 
 
 def youden_threshold(label: ArrayLike, score: ArrayLike) -> float:
     """Threshold of the largest sensitivity + specificity − 1, halfway between the scores that it parts.
 
     Of equal optima it is the lowest, which misses fewest. If no cut is better than chance, all are called positive.
-    Label and score are those of `auroc`; use validation items, not test items.
-
-    Returns:
-        The threshold, for scores that are equal or larger; NaN if a class is missing or a score is NaN.
+    Label and score are those of `auroc`, of validation items. It is NaN if a class is missing or a score is NaN.
 
     Reference:
         Youden, Index for rating diagnostic tests, Cancer 1950.
-
-    Example:
-        >>> youden_threshold([0, 0, 1, 1], [0.0, 0.25, 0.75, 1.0])
-        0.5
     """
     label, score, _ = _known(label, score)
     positives, negatives = label.sum(), (1 - label).sum()
@@ -172,8 +144,7 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
         label: the same shape, 1, 0 or NaN; unknown (NaN) labels are ignored.
 
     Returns:
-        T in [0.05, 20]: above 1 for an overconfident model. Labels that the sign of the logit gets all right, or worse
-        than chance, have no optimum and give an end of that range.
+        T in [0.05, 20], above 1 for an overconfident model; an end of that range where there is no optimum.
 
     Raises:
         ValueError: if no label is known, or a logit is not finite.
@@ -194,7 +165,7 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
 
 
 def _known(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> tuple[Array, Array, Array]:
-    """Label, score and weight of the K items of known label, (K,), (K,) and (..., K); of none if one lacks a score."""
+    """Label, score and weight of the K items of known label, (K,), (K,), (..., K); none if one of them has no score."""
     label, score = np.asarray(label, dtype=float), np.asarray(score, dtype=float)
     weight = np.ones(label.shape) if weight is None else np.asarray(weight, dtype=float)
     known = ~np.isnan(label)
@@ -213,23 +184,6 @@ def _weight_per_score(label: ArrayLike, score: ArrayLike, weight: ArrayLike | No
     starts = np.unique(score[order], return_index=True)[1]
     positive, negative = (weight[..., order] * share for share in (label[order], 1 - label[order]))
     return np.add.reduceat(positive, starts, axis=-1), np.add.reduceat(negative, starts, axis=-1)
-
-
-def _share_called_positive(
-    truth: int, label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None
-) -> Array:
-    label, score, weight = _known(label, score, weight)
-    called = np.where(np.isnan(threshold), np.nan, score >= threshold)
-    of_class = weight * (label == truth)
-    return _ratio(of_class @ called, of_class.sum(-1))
-
-
-def _gaps(label: ArrayLike, probability: ArrayLike, weight: ArrayLike | None, num_bins: int = 15) -> Array:
-    """Labels less probabilities of each bin, summed, as a share of all items: (..., num_bins)."""
-    label, probability, weight = _known(label, probability, weight)
-    gap = np.zeros((len(label), num_bins))
-    gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
-    return _ratio(weight @ gap, weight.sum(-1, keepdims=True))
 
 
 def _bin(probability: Array, num_bins: int) -> NDArray[np.intp]:

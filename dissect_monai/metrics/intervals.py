@@ -24,7 +24,7 @@ def bootstrap(
     """95 % percentile interval of a statistic, by drawing subjects, each with all of its items, with replacement.
 
     Resamples on which the statistic is undefined (NaN) are left out. For the AUROC of one finding, pass
-    `lambda weight: auroc(label, score, weight)`; for the mean over findings, see `mean_resampled`.
+    `partial(auroc, label, score)`; for the mean over findings, see `mean_resampled`.
 
     Args:
         statistic: maps weights of shape (R, N), how often each item was drawn, to R values.
@@ -76,36 +76,13 @@ def percentile_interval(resampled: Resampled) -> Interval:
     return Interval(resampled.value, float(low), float(high))
 
 
-def calibration_interval(error: Resampled, noise: Resampled) -> Interval:
-    """95 % interval of a calibration error, within [0, 1]; it always holds the value.
-
-    Chance moves the gaps of the bins, and as their absolute values are summed, it mostly adds: the value lies above the
-    true error, and the resamples lie above the value, so that their percentiles may hold neither.
-    The upper end is that of the basic bootstrap, 2 value − q(2.5 %) of the resamples, and at least the value. The lower
-    end is value − q(97.5 %) of the noise: no error moves by more, by the triangle inequality.
-
-    `error` is `expected_calibration_error` resampled, or the mean of several; `noise` is `calibration_noise` likewise.
-
-    Reference:
-        Davison & Hinkley, Bootstrap methods and their application, 1997, Sec. 5.2, for the basic bootstrap. The lower
-        end departs from it: with it, simulated intervals of calibrated probabilities and of means over findings often
-        held neither the true error nor the value.
-    """
-    low = error.value - np.nanpercentile(noise.resamples, 97.5)
-    high = 2 * error.value - np.nanpercentile(error.resamples, 2.5)
-    return Interval(error.value, max(0.0, float(low)), min(1.0, max(error.value, float(high))))
-
-
 def wilson_interval(share: ArrayLike, count: ArrayLike) -> tuple[Array, Array]:
     """Wilson's 95 % interval of a share among independent units, which has a width at 0 and 1, too.
 
-    Where the items of a subject are alike, as they are at 0 and 1, it is the subjects that are independent, so that
-    their number is to be counted and not that of the items.
-
     Args:
         share: observed shares in [0, 1], any shape.
-        count: number of units of each share, positive; for an area under the ROC curve, of the rarer class, because its
-            variance is at most area (1 − area) / count.
+        count: number of units of each share, positive: subjects, where the items of a subject are alike; for an area
+            under the ROC curve, those of the rarer class, because its variance is at most area (1 − area) / count.
 
     Reference:
         Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927. For the area: Birnbaum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from dissect_monai.common import Array, InputError
 from dissect_monai.metrics.classification import both_classes
@@ -44,16 +45,15 @@ def extract_features(
     device: torch.device | str,
     stages_fn: Callable[[nn.Module, Tensor], list[Tensor]] = feature_maps,
 ) -> Features:
-    """Pooled features of every image, the encoder in eval mode and without gradients; its modes stay as they were.
+    """Global averages of the feature maps of every image, in the order of the loader, without gradients.
+
+    The encoder runs in eval mode; the modes of its modules are restored.
 
     Args:
         encoder: network on `device`.
         loader: batches with an "image" of shape (B, C, *spatial): uint8, which is scaled to [0, 1], or float.
         device: where to run.
         stages_fn: maps encoder and images to one feature map (B, C, *spatial) per stage, the last stage last.
-
-    Returns:
-        Global averages in the order of the loader.
 
     Raises:
         ValueError: if the loader is empty.
@@ -76,14 +76,10 @@ def extract_features(
 
 
 def intensity_histograms(images: Tensor, num_bins: int = 32) -> Tensor:
-    """Histogram of the intensities of each image: what can be told of it without any network.
+    """Histogram of the intensities of each image, (B, C, *spatial) in [0, 1], which needs no network.
 
-    Args:
-        images: shape (B, C, *spatial) in [0, 1]; values outside count in the first or the last bin.
-        num_bins: number of bins of equal width.
-
-    Returns:
-        Shares of the bins, all channels together, shape (B, `num_bins`); each row sums to 1.
+    Returns the shares of bins of equal width, all channels together, shape (B, `num_bins`); each row sums to 1. Values
+    outside of [0, 1] count in the first or the last bin.
 
     Example:
         >>> intensity_histograms(torch.tensor([[[0.1, 0.2, 0.9, 1.0]]]), num_bins=2)
@@ -100,14 +96,8 @@ def pixel_pca(
 ) -> list[NDArray[np.float32]]:
     """Principal components of the pixels, the baseline that needs no network; fitted on the training images only.
 
-    Args:
-        train_images: shape (N, C, H, W), any real dtype.
-        other_images: further sets, to be projected on the same components.
-        num_components: cut to N − 1 and C·size².
-        size: height and width to which images are averaged first.
-
-    Returns:
-        Features of shape (N, `num_components`) of each set.
+    Each set of images is of shape (N, C, H, W), any real dtype, and is averaged to C·size² pixels first. Each gets
+    features of shape (N, `num_components`), which is cut to C·size² and to the training images less one.
     """
     sets = (train_images, *other_images)
     pixels = [F.adaptive_avg_pool2d(images.float(), size).flatten(1).numpy() for images in sets]
@@ -139,36 +129,27 @@ def linear_probe(train_x: Array, train_y: Array, val_x: Array, val_y: Array, tes
     finding. Findings with a single class in training are named in the log.
 
     Args:
-        train_x: shape (N, D); the scaler and the models are fitted on it alone.
-        train_y: shape (N, C), 1, 0 or NaN (unknown).
+        train_x: features (N, D); the scaler and the models are fitted on them alone.
+        train_y: labels (N, C), 1, 0 or NaN (unknown).
         val_x: validation features.
         val_y: validation labels.
-        test_x: shape (M, D).
+        test_x: features (M, D).
 
     Returns:
         Probabilities of shape (M, C), NaN for a finding that lacks a class in training.
     """
     c = _choose_c(train_x, train_y, val_x, val_y)
-    left_out = tuple(np.flatnonzero(~both_classes(train_y)).tolist())
-    if left_out:
+    if left_out := tuple(np.flatnonzero(~both_classes(train_y)).tolist()):
         logger.warning("Left out of the linear probe, for lack of a class in training: findings %s.", left_out)
     return logistic_regression(train_x, train_y, test_x, c)
 
 
 def grouped_cross_val_scores(x: Array, y: Array, subjects: Sequence[str], num_folds: int = 5, seed: int = 0) -> Array:
-    """Scores of the linear probe for every item, fitted on the other folds; folds are made of whole subjects.
+    """Probabilities (N, C) of the linear probe for every item, fitted on the other folds, which hold whole subjects.
 
-    For each fold C is chosen on the next one, and the probe is then fitted on all but the first.
-
-    Args:
-        x: features (N, D).
-        y: labels (N, C).
-        subjects: subject of each item.
-        num_folds: at least 3: one to score, one to choose C, the others to train; and at most the subjects.
-        seed: seed of the folds.
-
-    Returns:
-        Probabilities of shape (N, C); NaN where a finding lacks a class in the training folds.
+    For each fold C is chosen on the next one, and the probe is then fitted on all but the first. So there are at least
+    3 folds, and at most as many as subjects. Features (N, D) and labels (N, C) are those of `linear_probe`; NaN is the
+    score where a finding lacks a class in the training folds.
     """
     names, item_subject = np.unique(np.asarray(subjects), return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(names)) % num_folds)[item_subject]
@@ -233,33 +214,19 @@ def _choose_c(train_x: Array, train_y: Array, val_x: Array, val_y: Array) -> flo
     return max(CS, key=macro_auroc)
 
 
+@dataclass(eq=False)
 class FeatureDataset(Dataset[dict[str, Tensor]]):
     """Frozen features in place of images: what the head of a linear probe trains on.
 
-    The global averages of the last stage are computed once, in eval mode, from the images as the data set gives them.
-    That happens at the first access, so after pretrained weights are loaded and after a run has resumed.
-
-    Args:
-        dataset: items {"image", "label"} without augmentation; images uint8, which are scaled to [0, 1], or float.
-        network: a MONAI `ResNet` on `device`, whose head `fc` is left out.
-        device: where to compute; the features are kept in main memory.
-        batch_size: images at once.
-        num_workers: processes that read the images. The loader of the features themselves must have none.
+    The global averages of the last stage are computed once, in eval mode, at the first access: after pretrained weights
+    are loaded and after a run has resumed. A loader of them has no workers, each of which would compute them all.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        network: nn.Module,
-        device: torch.device | str = "cpu",
-        batch_size: int = 64,
-        num_workers: int = 0,
-    ) -> None:
-        self.dataset = dataset
-        self.network = network
-        self.device = device
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+    dataset: Dataset[Any]  # items {"image", "label"} without augmentation; images uint8, scaled to [0, 1], or float
+    network: nn.Module  # a MONAI `ResNet` on `device`, whose head `fc` is left out
+    device: torch.device | str = "cpu"  # where to compute; the features are kept in main memory
+    batch_size: int = 64
+    num_workers: int = 0  # processes that read the images
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -271,8 +238,6 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
 
     @cached_property
     def _cache(self) -> tuple[Tensor, Tensor]:
-        if get_worker_info() is not None:
-            raise InputError("`num_workers` must be 0 for the features of a linear probe: each would compute them all.")
         labels: list[Tensor] = []
 
         def batches() -> Iterator[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,6 @@ from torch import Tensor
 from dissect_monai.common import Array
 from dissect_monai.metrics.classification import both_classes, macro_auroc
 from dissect_monai.metrics.probes import DEFAULT_C, logistic_regression
-
-MIN_ITEMS = 3  # of a task whose shift is measured: centred, two items lie on a line, and any two lines are alike
 
 
 class DomainFeatures(NamedTuple):
@@ -92,13 +89,10 @@ def task_labels(
 
     They are 1, 0, or NaN for images of other tasks or, with `within_group`, of other groups.
     """
-
-    def label(task: str, group: str, name: str) -> float:
-        counts = task in group_of and (not within_group or group == group_of[name])
-        return float(task == name) if counts else np.nan
-
-    rows = [[label(*image, name) for name in group_of] for image in zip(task, group, strict=True)]
-    return np.array(rows, dtype=float).reshape(len(rows), len(group_of))
+    names, groups = (np.array([*each], dtype=str) for each in (group_of, group_of.values()))
+    is_task = np.array(task)[:, None] == names
+    counts = np.array(group)[:, None] == groups if within_group else True
+    return np.where(is_task.any(1, keepdims=True) & counts, is_task, np.nan)
 
 
 def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, float]:
@@ -109,49 +103,38 @@ def shortcut_metrics(bank: DomainFeatures, items: DomainFeatures) -> dict[str, f
     Returns:
         `shortcut_task` from the features, `shortcut_task_intensity` from the intensities, and `shortcut_within_group`
         from the features, for the tasks that share a group and among the items of it. Tasks count that both bank and
-        items hold; where there is nothing to tell them from, the metric is left out.
+        items hold; a metric without two tasks to tell apart is left out.
     """
     group_of = {task: group for task, group in zip(bank.task, bank.group, strict=True) if task in set(items.task)}
     metrics = {}
-    for name, (train_x, val_x), within_group in (
-        ("shortcut_task", (bank.features, items.features), False),
-        ("shortcut_task_intensity", (bank.intensities, items.intensities), False),
-        ("shortcut_within_group", (bank.features, items.features), True),
+    for name, train_x, val_x in (
+        ("shortcut_task", bank.features, items.features),
+        ("shortcut_task_intensity", bank.intensities, items.intensities),
+        ("shortcut_within_group", bank.features, items.features),
     ):
-        train_y, val_y = (task_labels(part.task, part.group, group_of, within_group) for part in (bank, items))
+        within = name == "shortcut_within_group"
+        train_y, val_y = (task_labels(part.task, part.group, group_of, within) for part in (bank, items))
         told = both_classes(train_y, val_y)
         if told.any():
-            metrics[name] = macro_auroc(
-                val_y[:, told], logistic_regression(train_x, train_y[:, told], val_x, DEFAULT_C)
-            )
+            scores = logistic_regression(train_x, train_y[:, told], val_x, DEFAULT_C)
+            metrics[name] = macro_auroc(val_y[:, told], scores)
     return metrics
 
 
 def collapse_metrics(items: DomainFeatures) -> dict[str, float]:
-    """MONAI's indicators of a collapse of the features and of the difference between tasks.
-
-    MONAI's `domain_shift` is a linear CKA that pairs the items of two tasks, which have nothing to do with each other,
-    after centring each task. So it says how alike the shapes of two clouds of features are, not whether they lie apart,
-    and it falls with the number of items: only values of the same items can be compared.
+    """MONAI's indicators of a collapse of the features; of fewer than two items there are none.
 
     Returns:
-        `collapse_effective_rank` in [0, 1], 1 if the features have collapsed to a line; from two tasks on
-        `collapse_centroid_similarity`, 1 if their means have one direction; and `domain_shift`, the mean over pairs of
-        tasks with at least 3 items, 1 for clouds of one shape. What cannot be computed is left out.
+        `collapse_effective_rank` in [0, 1], 1 if the features have collapsed to a line; and from two tasks on
+        `collapse_centroid_similarity`, 1 if their means have one direction.
     """
     if len(items.task) < 2:
         return {}
-    features = torch.from_numpy(np.asarray(items.features))
-    names, labels = np.unique(items.task, return_inverse=True)
-    collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank", "centroid_similarity"])
-    scores = collapse(features, labels=torch.from_numpy(labels))
+    labels = torch.from_numpy(np.unique(items.task, return_inverse=True)[1])
+    indicators = EmbeddingCollapseMetric(include_indicators=["effective_rank", "centroid_similarity"])
+    scores = indicators(torch.from_numpy(items.features), labels)
     metrics = {
         "collapse_effective_rank": scores["effective_rank_score"],
         "collapse_centroid_similarity": scores["centroid_similarity"],
     }
-    clouds = [cloud for cloud in (features[labels == task] for task in range(len(names))) if len(cloud) >= MIN_ITEMS]
-    shift = EmbeddingCollapseMetric(include_indicators=["domain_shift"])
-    shifts = [shift(one, target_embeddings=other)["domain_shift"] for one, other in combinations(clouds, 2)]
-    if shifts:
-        metrics["domain_shift"] = torch.stack(shifts).mean()
     return {name: float(value) for name, value in metrics.items() if value is not None}

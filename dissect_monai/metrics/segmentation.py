@@ -67,9 +67,6 @@ def score_structures(
         spacing: mm between voxels along the three axes.
         tolerance: of the surface Dice in mm.
 
-    Returns:
-        A score for each structure, in the order of `labels`.
-
     Raises:
         ValueError: if a label map is not 3-D or has fractions.
     """
@@ -90,20 +87,14 @@ def score_structures(
 def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float = 2.0) -> Overlap:
     """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z), neither of them empty.
 
-    They equal MONAI's, in half of the time or less. Beyond the border of the array there is background, so that a
-    structure cut off there has a surface there.
+    They equal MONAI's, in half of the time or less; spacing and tolerance are those of `score_structures`. Beyond the
+    border of the array there is background, so that a structure cut off there has a surface there.
 
     - HD95: the distance in mm from each voxel at the edge of a mask (with a 6-neighbour outside) to the nearest such
       voxel of the other mask, centre to centre; the larger of both 95 % percentiles.
     - Surface Dice: the share of both surfaces, as marching cubes draws them, that lies within `tolerance` of the other,
       by area in mm². Counting voxels instead, as MONAI does by default, would give the large faces between thick slices
       the weight of the small ones.
-
-    Args:
-        label: one mask.
-        pred: the other.
-        spacing: mm between voxels along the three axes.
-        tolerance: of the surface Dice in mm.
 
     Reference:
         Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for

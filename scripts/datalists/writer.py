@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from datalists.source import SPLITS, Record, Source
@@ -67,7 +66,6 @@ def make_datalist(
     else:
         header["label_names"] = source.label_names
     print_counts(source, splits)
-    warn_of_gaps(source, splits)
     write(header, splits, path)
 
 
@@ -132,17 +130,8 @@ def usable(
 
 def check_xray(record: Record) -> Record:
     """The record, if its image can be read."""
-    path = record.image
-    if path.suffix.lower() == ".png" and path.exists():
-        try:
-            with Image.open(path) as picture:
-                picture.verify()  # its checksums find any damage in a small part of the time of decoding
-        except Exception as error:  # pillow raises anything
-            raise ValueError(f"{path} must be an intact image, got: {error}") from error
-        if picture.format == "PNG":
-            return record
     reader = ImageFileReader(spatial_dims=2)
-    reader.get_data(reader.read(path))
+    reader.get_data(reader.read(record.image))
     return record
 
 
@@ -166,26 +155,6 @@ def print_counts(source: Source, splits: Splits) -> None:
         print("(images: positive / negative / unknown)")
     if source.labels:
         print("(structures: subjects whose label map shows them)")
-
-
-def warn_of_gaps(source: Source, splits: Splits) -> None:
-    """Warn of splits without images, of findings that one cannot evaluate, and of structures that one does not show."""
-    for split, records in splits.items():
-        if source.label_names and not records:
-            print(f"warning: {split} has no images, but cxr_classify needs validation and test.", file=sys.stderr)
-        found = {
-            name: {record.label[index] for record in records if record.label}
-            for index, name in enumerate(source.label_names)
-        }
-        shown = {value for record in records for value in record.values}
-        lacking = {
-            "positives of ": [name for name, values in found.items() if 1 not in values],
-            "negatives of ": [name for name, values in found.items() if 0 not in values],
-            "": [name for value, name in source.labels.items() if value not in shown],
-        }
-        for kind, names in lacking.items():
-            if records and names:
-                print(f"warning: {split} has no {kind}{', '.join(names)}.", file=sys.stderr)
 
 
 def write(header: Mapping[str, Any], splits: Splits, output: Path) -> None:

@@ -27,7 +27,7 @@ METRICS = {
     *(f"{name}_{level}" for name in ("retrieval", "accuracy") for level in ("task", "group")),
     *("retrieval_image", "reconstruction_error", *(f"reconstruction_error_{task}" for task in ("a", "b_b", "c"))),
     *("shortcut_task", "shortcut_task_intensity", "shortcut_within_group"),
-    *("collapse_effective_rank", "collapse_centroid_similarity", "domain_shift"),
+    *("collapse_effective_rank", "collapse_centroid_similarity"),
 }
 
 
@@ -117,18 +117,17 @@ def test_with_a_single_task_there_is_no_shortcut_and_the_log_says_so_once(caplog
         validation = Validation(["a"])
         validation()
         validation.evaluator.run(2)
-    left_out = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
-    left_out |= {"collapse_centroid_similarity", "domain_shift"}
+    left_out = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group", "collapse_centroid_similarity"}
     left_out |= {"reconstruction_error_b_b", "reconstruction_error_c"}
     assert set(validation.evaluator.state.metrics) == METRICS - left_out
     assert [record.message for record in caplog.records if record.name.startswith("dissect_monai")] == [
-        "The data have a single task: no shortcut to it and no domain shift can be measured."
+        "The data have a single task: no shortcut to it can be measured."
     ]
 
 
 def test_few_images_make_no_metric_nan() -> None:
     metrics = Validation(per_task=1)()
-    assert set(metrics) == METRICS - {"domain_shift"}
+    assert set(metrics) == METRICS
     single = Validation(["a"], per_task=1)()
     assert {"retrieval_image", "accuracy_task", "reconstruction_error_a"} <= set(single)
     assert "retrieval_task" not in single

@@ -45,14 +45,6 @@ def test_codebook_metrics_of_even_usage_and_of_one_code(shape: tuple[int, ...]) 
     assert code_usage(torch.full(shape, 3), 8) == 1 / 8
 
 
-def test_effective_rank_counts_directions_of_equal_weight() -> None:
-    torch.manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(200, 3))[0]
-    directions = torch.linalg.qr(directions - directions.mean(0))[0]
-    torch.testing.assert_close(effective_rank(torch.nn.functional.pad(directions, (0, 5))).item(), 3.0)
-    assert 1 < effective_rank(directions * torch.tensor([1.0, 0.1, 0.1])) < 3
-
-
 def test_effective_rank_agrees_with_its_definition_and_ignores_scale_offset_and_rotation() -> None:
     torch.manual_seed(0)
     features = torch.randn(30, 6).double()
@@ -90,17 +82,13 @@ def test_labels_of_tasks_leave_out_other_tasks_and_other_groups() -> None:
     assert task_labels(task, group, {}).shape == (4, 0)
 
 
-def test_features_that_tell_the_tasks_perfectly_score_one() -> None:
+def test_features_that_tell_the_tasks_perfectly_score_one_and_within_a_group_only_its_own_count() -> None:
     found = shortcut_metrics(make_set(TASKS), make_set(TASKS, seed=1))
     assert set(found) == SHORTCUTS
     assert found["shortcut_task"] == found["shortcut_within_group"] == 1
     assert found["shortcut_task_intensity"] < 1
-
-
-def test_within_a_group_only_its_own_tasks_are_told_apart() -> None:
     found = shortcut_metrics(make_set(TASKS, told="a"), make_set(TASKS, seed=1, told="a"))
-    assert found["shortcut_task"] > 0.7
-    assert found["shortcut_within_group"] < 0.7
+    assert found["shortcut_task"] > 0.7 > found["shortcut_within_group"]
 
 
 def test_a_shortcut_agrees_with_a_logistic_regression_per_task() -> None:
@@ -133,35 +121,16 @@ def test_what_cannot_be_told_is_left_out_without_a_warning(
 # ---- collapse ----------------------------------------------------------------------------------------------------
 
 
-def test_collapse_agrees_with_monai() -> None:
+def test_collapse_agrees_with_monai_and_is_seen() -> None:
     items = make_set(TASKS)
     features = torch.from_numpy(items.features)
     expected = compute_embedding_collapse(features, labels=torch.arange(3).repeat_interleave(4))
     found = collapse_metrics(items)
     assert found["collapse_effective_rank"] == pytest.approx(float(expected["effective_rank_score"]))
     assert found["collapse_centroid_similarity"] == pytest.approx(float(expected["centroid_similarity"]))
-    pairs = [(features[:4], features[4:8]), (features[:4], features[8:]), (features[4:8], features[8:])]
-    shifts = [float(compute_embedding_collapse(one, target_embeddings=other)["domain_shift"]) for one, other in pairs]
-    assert found["domain_shift"] == pytest.approx(np.mean(shifts))
-
-
-def test_a_collapse_is_seen() -> None:
-    items = make_set(TASKS)
     line = np.outer(np.linspace(1, 2, len(TASKS)), np.ones(5))
-    found = collapse_metrics(items._replace(features=line))
-    assert found["collapse_centroid_similarity"] == pytest.approx(1)
-    assert found["collapse_effective_rank"] > 0.7 > collapse_metrics(items)["collapse_effective_rank"]
-
-
-@pytest.mark.parametrize("task", [["a"] * 4, ["a"] * 4 + ["b"], ["a"] * 4 + ["b"] * 2])
-def test_a_shift_needs_two_tasks_of_three_images(task: list[str]) -> None:
-    found = collapse_metrics(make_set(task))
-    assert "domain_shift" not in found
-    assert ("collapse_centroid_similarity" in found) == ("b" in task)
-    assert np.isfinite(list(found.values())).all()
-
-
-def test_a_task_of_one_image_shows_no_collapse_and_does_not_spoil_the_shift_of_others() -> None:
+    collapsed = collapse_metrics(items._replace(features=line))
+    assert collapsed["collapse_centroid_similarity"] == pytest.approx(1)
+    assert collapsed["collapse_effective_rank"] > 0.7 > found["collapse_effective_rank"]
     assert collapse_metrics(make_set(["a"])) == {}
-    found = collapse_metrics(make_set([*TASKS[:8], "c"]))
-    assert found["domain_shift"] == pytest.approx(collapse_metrics(make_set(TASKS[:8]))["domain_shift"], abs=0.3)
+    assert collapse_metrics(make_set(["a"] * 4)).keys() == {"collapse_effective_rank"}

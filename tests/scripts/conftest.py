@@ -109,16 +109,6 @@ def knobs_of(command: list[str]) -> dict[str, str]:
     return dict(each.removeprefix("--").split("=", 1) for each in command if each.startswith("--"))
 
 
-def write_volumes(folder: Path, num_subjects: int) -> None:
-    """A data list of labelled volumes for training, two of each subject, and one without label."""
-    names = [f"{subject}_{index}.nii.gz" for subject in range(num_subjects) for index in range(2)]
-    items = [{"image": name, "label": name, "subject": name.split("_")[0]} for name in names]
-    unlabelled = {"image": "unlabelled.nii.gz", "subject": "unlabelled"}
-    write(folder / "dataset.json", {"training": [*items, unlabelled]})
-    for item in (*items, unlabelled):
-        (folder / item["image"]).touch()
-
-
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
     """Runs make_datalist.py, which must refuse what it is given, and write nothing; returns its message."""
@@ -138,8 +128,8 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stand:
     """A repository of its own, with data for the studies, and a README without results."""
     stand = Stand(tmp_path)
-    (tmp_path / "data" / "images").mkdir(parents=True)
-    write_volumes(tmp_path / "data" / "ct", 4)
+    for name in ("images", "ct"):
+        (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text(
         "above\n<!-- results: begin (scripts/render_results.py) -->\n<!-- results: end -->\nbelow\n", encoding="utf-8"

@@ -73,15 +73,6 @@ def test_several_numbers_of_subjects_are_a_table_per_metric_and_a_figure(
     assert [(size, std) for size, _, std in lines["HSSL"]] == [*zip([1, 4], stds, strict=True)]
 
 
-def test_a_single_number_of_subjects_is_one_table_without_figure(stand: Any, segmented: Study, tmp_path: Path) -> None:
-    stand.run({**segmented, "variants": {"2 subjects (50 %)": {"label_fraction": 0.5}}})
-    text = rendered(tmp_path)
-    assert "**2 subjects (50 %)**\n\n| | Dice | HD95 (mm) | surface Dice, 2 mm | missed |\n" in text
-    assert ".png" not in text
-    assert not (tmp_path / "docs").exists()
-    render_results.main(check=True)
-
-
 def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
     stand: Any, segmented: Study, tmp_path: Path
 ) -> None:
@@ -92,37 +83,23 @@ def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
         assert image.width == 2 * 4 * 150 + 150
 
 
-def test_a_metric_without_results_has_no_panel(stand: Any, trained: Study, tmp_path: Path) -> None:
-    columns = {**trained["columns"], "other/finetune/-/auroc": "AUROC, planned"}
-    stand.run({**trained, "columns": columns})
-    rendered(tmp_path)
-    assert [*panels("trained")] == ["AUROC, phantoms"]
-
-
-def test_other_studies_are_a_table_per_variant_and_those_without_rows_nothing(
-    stand: Any, evaluated: Study, segmented: Study, tmp_path: Path
-) -> None:
-    stand.run(evaluated)
-    write(tmp_path / "scripts" / "experiments" / "planned.json", segmented)
-    text = rendered(tmp_path)
-    assert "**labels_10**\n\n| | findings/linear/last/auroc |\n" in text
-    assert "| pixels |" in text
-    assert "subject**" not in text
-    assert not (tmp_path / "docs").exists()
-
-
 def test_tasks_stand_side_by_side_under_their_titles_if_they_have_results(
-    stand: Any, evaluated: Study, tmp_path: Path
+    stand: Any, evaluated: Study, segmented: Study, tmp_path: Path
 ) -> None:
     tasks = {"structures": "0.8", "domains": "0.9"}
     columns = {f"{task}/linear/last/auroc": f"{task}, last" for task in (*tasks, "views")}
     study = {**evaluated, "columns": columns, "titles": {"labels_100": "all labels"}}
     write(tmp_path / "scripts" / "experiments" / "study.json", study)
+    write(tmp_path / "scripts" / "experiments" / "planned.json", segmented)
     shared = {"bundle": study["bundle"], "dataset": study["dataset"], "std": "0.01"}
     for recipe, (task, mean) in product(("five sets", "one set"), tasks.items()):
         append({**shared, "recipe": recipe, "metric": f"labels_100/{task}/linear/last/auroc", "mean": mean})
     table = "**all labels**\n\n| | structures, last | domains, last |\n|---|---|---|\n"
-    assert f"{table}| five sets | 0.800 ± 0.010 | 0.900 ± 0.010 |\n" in rendered(tmp_path)
+    text = rendered(tmp_path)
+    assert f"{table}| five sets | 0.800 ± 0.010 | 0.900 ± 0.010 |\n" in text
+    assert "subject**" not in text
+    assert ".png" not in text
+    assert not (tmp_path / "docs").exists()
 
 
 def test_the_latest_row_wins_and_check_fails_on_a_stale_page(stand: Any, trained: Study, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 
 from dissect_monai.handlers.segmentation_report import CaseScores, summarize, write_tables
 from dissect_monai.metrics.classification import auroc, average_precision
-from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import StructureScore
 
 Study = dict[str, Any]
@@ -73,14 +72,6 @@ def test_differences_agree_with_a_naive_bootstrap_of_subjects_and_seeds(
     assert row["mean"] == f"{np.mean(by_seed(np.ones(60))):.4f}"
 
 
-def test_seeds_that_disagree_widen_the_interval() -> None:
-    _, seed_share = study_statistics.resample(np.arange(10), 3)
-    agree, disagree = (np.tile(each, (1 + len(seed_share), 1)) for each in ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]))
-    narrow, wide = (study_statistics.difference(each, np.zeros_like(each), seed_share) for each in (agree, disagree))
-    assert narrow == pytest.approx((0.5, 0.5, 0.5))
-    assert wide == pytest.approx((0.5, 0.4, 0.6))
-
-
 def test_the_better_baseline_is_a_row_of_its_own(stand: Any, evaluated: Study) -> None:
     rows = {row["recipe"]: row for row in stand.run(evaluated) if row["metric"].startswith("labels_10/")}
     better = max(("random", "pixels"), key=lambda name: float(rows[name]["mean"]))
@@ -88,28 +79,15 @@ def test_the_better_baseline_is_a_row_of_its_own(stand: Any, evaluated: Study) -
     assert (best["mean"], best["std"]) == (rows[f"ours - {better}"]["mean"], rows[f"ours - {better}"]["std"])
 
 
-def test_findings_without_scores_from_every_run_are_left_out() -> None:
-    labels = np.array([[0, 1, 0, 0], [1, 1, 1, 1], [np.nan, 0, 0, 1]])
-    labels[1:, 3] = 0
-    scores = np.zeros((2, 3, 4))
-    scores[1, 0, 2] = np.nan
-    scores[0, 2, 0] = np.nan  # of an unknown label
-    assert study_statistics.usable_columns(labels, [scores]) == [0, 1]
-
-
 def test_findings_known_in_one_data_set_each_count_alike() -> None:
     rng = np.random.default_rng(0)
     data_set = np.arange(90) % 3
     labels = np.where(data_set[:, None] == [0, 1, 2, 2], rng.integers(0, 2, (90, 4)), np.nan)
     labels[data_set == 2, 2] = np.arange(30) == 0  # one positive, which is missing in many a resample
-    labels[:, 3] *= 0
     scores = rng.normal(0, 1, (2, 90, 4)) + np.nan_to_num(labels)
     weights = study_statistics.resample(np.arange(90) // 3, 2)[0][:150]
-    columns = study_statistics.usable_columns(labels, [scores])
-    found = study_statistics.macro(auroc, labels[:, columns], scores[..., columns], weights)
-
+    found = study_statistics.macro(auroc, labels[:, :3], scores[..., :3], weights)
     expected = [[macro_auroc(labels[:, :3], each, weight) for each in scores[..., :3]] for weight in weights]
-    assert columns == [0, 1, 2]
     assert found == pytest.approx(np.array(expected))
 
 
@@ -205,37 +183,6 @@ def test_differences_of_structures_agree_with_a_naive_bootstrap_of_subjects_and_
         assert (row["mean"], row["std"]) == (f"{np.mean(by_seed([1] * 4)):.4f}", f"{low:.4f}..{high:.4f}")
 
 
-def test_with_one_seed_a_difference_is_the_paired_bootstrap_without_what_is_undefined() -> None:
-    rng = np.random.default_rng(1)
-    one, two = rng.uniform(0, 9, (2, 12))
-    one[[2, 5]], two[[5, 7]] = nan, nan
-    subjects = np.array([f"s{index}" for index in range(12)])
-    weights, seed_share = study_statistics.resample(subjects, 1)
-    sides = [study_statistics.subject_means(each[None], weights) for each in (one, two)]
-
-    def statistic(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        known = ~np.isnan(values)
-        return lambda weight: weight[:, known] @ values[known] / weight[:, known].sum(1)
-
-    expected = bootstrap(lambda weight: statistic(one)(weight) - statistic(two)(weight), subjects)
-    assert study_statistics.difference(*sides, seed_share) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("compare", "expected"),
-    [
-        ([["HSSL", "scratch"], ["HSSL", "VQ-SSL"]], ["HSSL - scratch", "HSSL - VQ-SSL"]),
-        ([], ["scratch - HSSL", "scratch - VQ-SSL"]),
-    ],
-)
-def test_the_pairs_that_a_study_names_are_compared_else_the_first_with_all_others(
-    stand: Any, segmented: Study, compare: Any, expected: list[str]
-) -> None:
-    rows = by_key(stand.run({**segmented, "compare": compare}))
-    found = [(recipe, metric.split("/")[1]) for recipe, metric in rows if " - " in recipe and metric.startswith("4")]
-    assert found == [(pair, metric) for pair in expected for metric in METRICS]
-
-
 def test_what_is_undefined_in_a_seed_is_no_row_and_is_named(
     stand: Any, segmented: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,10 +196,7 @@ def test_what_is_undefined_in_a_seed_is_no_row_and_is_named(
     stand.change = change
     rows = by_key(stand.run(segmented))
     assert not {("scratch", "1 subject/hd95"), ("HSSL - scratch", "1 subject/hd95")} & set(rows)
-    assert {("scratch", "1 subject/dice"), ("HSSL - scratch", "1 subject/dice"), ("HSSL", "1 subject/hd95")} <= set(
-        rows
-    )
-    assert ("scratch", "4 subjects/hd95") in rows
+    assert {("HSSL - scratch", "1 subject/dice"), ("HSSL", "1 subject/hd95"), ("scratch", "4 subjects/hd95")} <= {*rows}
     assert "1 subject: scratch has no row of hd95, which is undefined in a seed or more" in capsys.readouterr().out
 
 
@@ -260,13 +204,11 @@ def test_what_is_undefined_in_a_seed_is_no_row_and_is_named(
     "change",
     [
         lambda lines: lines[:-1],
-        lambda lines: [line for line in lines if line["subject"] != "D"],
         lambda lines: [{**line, "subject": line["subject"].replace("D", "E")} for line in lines],
-        lambda lines: [{**line, "structure": line["structure"].replace("left", "right")} for line in lines],
         lambda lines: [{**line, "label_ml": "1.0000"} for line in lines],
         lambda lines: lines[::-1],
     ],
-    ids=["a structure less", "a subject less", "another subject", "another structure", "other labels", "other order"],
+    ids=["a structure less", "another subject", "other labels", "other order"],
 )
 def test_refuses_runs_that_scored_something_else(
     stand: Any, segmented: Study, change: Callable[[list[Line]], list[Line]]
@@ -275,13 +217,6 @@ def test_refuses_runs_that_scored_something_else(
     with pytest.raises(SystemExit, match="the runs of 1 subject scored different subjects, structures or labels"):
         by_key(stand.run(segmented))
     assert len(run_experiments.TABLE.read_text().splitlines()) == 1
-
-
-def test_data_that_lies_elsewhere_is_the_same(stand: Any, segmented: Study) -> None:
-    stand.change = lambda recipe, seed, variant, lines: [
-        {**line, "case": line["case"].replace("/data", f"/{recipe}")} for line in lines
-    ]
-    assert ("HSSL - scratch", "1 subject/dice") in by_key(stand.run(segmented))
 
 
 def test_reads_what_an_evaluation_writes(stand: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from datalists import volume_pairs
 from datalists.source import Record
 from helpers import read, volume, write_series
 
-from dissect_monai import ImageFileReader, aggregate, read_datalist
+from dissect_monai import aggregate, read_datalist
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 SHAPE = (4, 5, 3)
@@ -121,12 +121,7 @@ def test_btcv_with_the_original_names_gets_the_split_of_the_literature(tmp_path:
 
 @pytest.mark.parametrize(
     ("parent", "parts"),
-    [
-        ("Training", ("img", "label")),
-        ("RawData/Training", ("img", "label")),
-        (".", ("imagesTr", "labelsTr")),
-        (".", ("images", "labels")),
-    ],
+    [("Training", ("img", "label")), ("RawData/Training", ("imagesTr", "labelsTr")), (".", ("images", "labels"))],
 )
 def test_btcv_is_found_in_every_usual_place(tmp_path: Path, parent: str, parts: tuple[str, str]) -> None:
     btcv(tmp_path / parent, range(34, 42), parts)
@@ -150,11 +145,6 @@ def test_btcv_with_other_names_or_a_part_of_it_is_split_by_subject(
     run("btcv", btcv(tmp_path, numbers, names=names))
     assert sizes(tmp_path) == [8, 2, 0]
     assert "drawn with seed 0, 0.2 of the subjects for validation" in content(tmp_path)["description"]
-
-
-def test_btcv_with_a_fraction_is_split_by_subject(tmp_path: Path) -> None:
-    run("btcv", btcv(tmp_path), "--validation_fraction", 0.5)
-    assert sizes(tmp_path) == [15, 15, 0]
 
 
 def test_btcv_refuses_other_folders_and_two_pairs(tmp_path: Path, refused: Refused) -> None:
@@ -181,17 +171,12 @@ def test_msd_becomes_a_data_list_of_its_own_names_and_values(tmp_path: Path) -> 
     assert item["label"] == "Task09_Spleen/labelsTr/spleen_3.nii.gz"
 
 
-def test_msd_needs_a_group_for_other_tasks(tmp_path: Path, refused: Refused) -> None:
-    command = (*msd(tmp_path / "Task100_Trunk"), "--output", tmp_path)
+def test_msd_needs_a_group_for_other_tasks_and_may_get_a_test_split(tmp_path: Path, refused: Refused) -> None:
+    command = (*msd(tmp_path / "Task100_Trunk", 10, modality={"0": "MRI"}), "--output", tmp_path)
     refused("Task100_Trunk must have a group. Give its region, as in --group abdomen", *command)
-    run(*command, "--group", "trunk")
-    assert content(tmp_path)["group"] == "trunk"
-
-
-def test_msd_may_get_a_test_split_which_leaves_room_for_validation(tmp_path: Path) -> None:
-    run(*msd(tmp_path / "Task09_Spleen", 10, modality={"0": "MRI"}), "--output", tmp_path, "--test_fraction", 0.3)
+    run(*command, "--group", "trunk", "--test_fraction", 0.3)
     assert sizes(tmp_path) == [5, 2, 3]
-    assert content(tmp_path)["modality"] == {"0": "MR"}
+    assert (content(tmp_path)["group"], content(tmp_path)["modality"]) == ("trunk", {"0": "MR"})
 
 
 def test_msd_replaces_its_own_list_only_on_demand_and_can_be_run_again(tmp_path: Path, refused: Refused) -> None:
@@ -217,10 +202,8 @@ def test_msd_refuses_a_part_of_a_task_unless_it_is_meant(tmp_path: Path, refused
     ("changes", "match"),
     [
         ({"labels": {"1": "a", "2": "a"}}, "must give whole numbers different names"),
-        ({"labels": {"a": 1, "b": 1}}, "must give whole numbers different names"),
         ({"labels": {}}, "must give whole numbers different names"),
         ({"labels": {"both": [1, 2]}}, "must be that of a Decathlon task"),
-        ({"modality": "CT"}, "must be that of a Decathlon task"),
         ({"modality": {"0": "T2", "1": "ADC"}}, r"must have one channel, got 2 \(T2, ADC\). Write each channel to a"),
     ],
 )
@@ -336,10 +319,6 @@ PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda image, label: write_label(label, [1, 3, 5]),
         r"\S+labels/case_1.nii.gz has values without a name: 3, 5$",
     ),
-    "negative value": (
-        lambda image, label: save(label, np.full(SHAPE, -1, np.int16)),
-        r"\S+labels/case_1.nii.gz has values without a name: -1$",
-    ),
     "fractions": (
         lambda image, label: save(label, np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE)),
         r"\S+labels/case_1.nii.gz has values without a name: 0\.0\d+, ",
@@ -382,17 +361,6 @@ def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_pa
     assert lines[-2] == "  and 3 more"
 
 
-def test_no_label_map_is_read_where_headers_differ(tmp_path: Path, refused: Refused) -> None:
-    truncate(folders(tmp_path) / "labels" / "case_1.nii.gz")
-    write_label(tmp_path / "labels" / "case_2.nii.gz", shape=(4, 5, 2))
-    assert "case_1" not in refused("1 of 5 images cannot be used", *volumes(tmp_path))
-
-
-def test_whole_numbers_stored_as_floats_are_label_values(tmp_path: Path) -> None:
-    save(folders(tmp_path) / "labels" / "case_1.nii.gz", np.full(SHAPE, 2, np.float32))
-    run(*volumes(tmp_path))
-
-
 def moved(shift: float) -> np.ndarray:
     affine = AFFINE.copy()
     affine[0, 3] += shift
@@ -418,22 +386,8 @@ def test_grids_agree_within_a_tenth_of_a_voxel(shape: tuple[int, ...], affine: n
     assert volume_pairs.agree(volume_pairs.Grid(shape, AFFINE), volume_pairs.Grid(shape, affine)) == expected
 
 
-@pytest.mark.parametrize("name", ["a.nii.gz", "a.mha", "a.nrrd", "series"])
-def test_a_grid_is_the_same_in_every_format_and_that_of_the_reader(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name == "series":
-        write_series(path, volume())
-    else:
-        sitk.WriteImage(volume(), str(path))
-    grid = volume_pairs.read_grid(path)
-    reader = ImageFileReader(spatial_dims=3)
-    array, meta = reader.get_data(reader.read(path))
-    assert grid.shape == array.shape == (6, 5, 4)
-    np.testing.assert_allclose(grid.affine, meta["affine"], atol=1e-4)
-
-
 def test_the_values_of_a_label_map_are_those_that_numpy_finds(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(0, 9, SHAPE, dtype=np.uint8)
+    values = np.random.default_rng(0).integers(0, 9, SHAPE).astype(np.float32)  # whole numbers may be stored as floats
     path = save(tmp_path / "a.nii.gz", values)
     found = volume_pairs.check_values(Record(path, label_map=path), range(256)).values
     assert found == tuple(value for value in np.unique(values).tolist() if value)
@@ -463,12 +417,10 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
 
 def test_subjects_are_counted_per_split_and_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("btcv", btcv(tmp_path))
-    out, err = capsys.readouterr()
-    *lines, unit, wrote = out.splitlines()
+    *lines, unit, wrote = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     assert cells["images"] == cells["subjects"] == ["24", "6", "0"]
     assert cells["spleen"] == ["23", "6", "0"]
     assert cells["gallbladder"] == ["1", "0", "0"]
     assert cells["left_adrenal_gland"] == ["24", "6", "0"]
     assert (unit, wrote) == ("(structures: subjects whose label map shows them)", f"wrote {tmp_path}/dataset.json")
-    assert "warning: validation has no right_kidney, left_kidney, gallbladder, " in err
