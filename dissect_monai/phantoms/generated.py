@@ -20,7 +20,7 @@ def write_once(
 ) -> Path:
     """Write a data set, unless the folder holds it already, and return the folder.
 
-    A set is known by the `spec` in its dataset.json. Several processes may call this: the set appears whole, by renaming.
+    A set is known by the `spec` in its dataset.json. Several processes may call this: it appears whole, by renaming.
 
     Args:
         output_dir: folder to create.

@@ -180,11 +180,6 @@ def test_malformed_lists_are_explained(tmp_path: Path, spec: Any, message: str) 
         read_datalist(tmp_path)
 
 
-def test_an_image_that_is_listed_twice_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    read_datalist(write_set(tmp_path, training=["0.png", "1.png", "./0.png"]))
-    assert f"`training` lists 1 images more than once: {tmp_path / '0.png'}." in caplog.text
-
-
 def test_broken_json_is_located(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{\n "training": [,]}')
     with pytest.raises(ValueError, match=r"dataset\.json must be JSON .* line 2 column 15"):

@@ -68,21 +68,14 @@ def test_patches_come_with_names_for_loaders_and_views(tmp_path: Path) -> None:
     assert (batch["task"], batch["group"]) == (["a"] * 5, ["g"] * 5)
 
 
-def test_volumes_without_a_label_map_are_unknown(tmp_path: Path) -> None:
-    data = write_volumes(tmp_path, 3)
-    del data[0]["label"]
+def test_structures_of_volumes_without_label_map_or_names_are_unknown(tmp_path: Path) -> None:
+    data = write_volumes(tmp_path, 4)
+    del data[0]["label"], data[3]["labels"]
     data[1]["label"] = [1.0, 0.0]  # findings of the whole volume
     dataset = patch_dataset(data, patch_transform())
-    assert ["structures" in item for item in dataset.data] == [False] * 8 + [True] * 4
+    assert ["structures" in item for item in dataset.data] == [False] * 8 + [True] * 4 + [False] * 4
     assert dataset.data[4]["label"] == [1.0, 0.0]
     assert dataset.data[8]["label"] == data[2]["label"]
-
-
-def test_label_maps_without_names_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    item = write_volume(tmp_path, 0)
-    del item["labels"]
-    assert "structures" not in patch_dataset([item], patch_transform()).data[0]
-    assert f"1 label maps have structures without names ({item['label']}): write `labels`" in caplog.text
 
 
 # --- what counts as shown
