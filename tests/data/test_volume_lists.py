@@ -221,7 +221,7 @@ def test_folders_may_give_one_structure_different_values(tmp_path: Path) -> None
     assert subjects(datalist.training) == {"first/1", "first/2", "second/1", "second/images/c.nii.gz"}
     assert [item["task"] for item in datalist.training] == ["first"] * 2 + ["second"] * 2
     third = make_set(tmp_path / "third", labels={"1": "spleen"})
-    message = r"same structures, got spleen, liver for .*first.* and spleen for .*third.*: what one set has not contoured"
+    message = r"same structures, got spleen, liver for .*first.* and spleen for .*third.*: what one set has not"
     with pytest.raises(ValueError, match=message):
         read_segmentation([first, third])
 

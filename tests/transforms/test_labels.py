@@ -32,15 +32,7 @@ def volume(*values: float, dtype: Any = np.uint8) -> np.ndarray:
 @pytest.mark.parametrize(
     ("values", "labels", "names", "expected"),
     [
-        # The heart is not learnt.
-        (
-            [0, 6, 2, 40, 3],
-            {"spleen": [6], "kidneys": [2, 3], "heart": [40, 41]},
-            ["spleen", "kidneys"],
-            [0, 1, 2, 0, 2],
-        ),
-        ([0, 1, 2], {"spleen": [1], "kidneys": [2]}, ["spleen", "kidneys"], [0, 1, 2]),
-        ([0, 2, 1], {"kidneys": [1], "spleen": [2]}, ["spleen", "kidneys"], [0, 1, 2]),
+        ([0, 6, 2, 40, 3], {"spleen": [6], "kidneys": [2, 3], "heart": [40]}, ["spleen", "kidneys"], [0, 1, 2, 0, 2]),
         ([0, 3, 1], {"kidneys": [1], "heart": [3]}, ["spleen", "kidneys"], [0, 0, 2]),
         # What is not learnt may share values, with what is and with what is not.
         ([0, 2, 3], {"kidneys": [2, 3], "left": [2]}, ["kidneys"], [0, 1, 1]),
@@ -73,12 +65,9 @@ def test_affine_and_path_stay() -> None:
     assert label.dtype == torch.float32  # the given one stays
 
 
-def test_more_structures_than_uint8_can_number_are_refused() -> None:
+def test_several_channels_and_more_structures_than_uint8_can_number_are_refused() -> None:
     with pytest.raises(ValueError, match="must be at most 255, which uint8 can number, got 256"):
         ValuesToClassesd("label", [f"s{index}" for index in range(256)])
-
-
-def test_a_label_map_of_several_channels_is_refused() -> None:
     label_map = torch.zeros(2, 3, 3, 3)
     with pytest.raises(ValueError, match=r"`label map label` must have shape \(X, Y, Z\), got \(2, 3, 3, 3\)"):
         ValuesToClassesd("label", ["spleen"])({"label": label_map, "labels": {"spleen": [1]}})
@@ -100,7 +89,9 @@ def test_a_label_map_may_cover_a_part_of_its_image(start: float, spacing: float)
 @pytest.mark.parametrize(("start", "spacing"), [(4, 1), (-100, 1), (500, 3)])
 def test_a_label_map_beside_its_image_is_refused(start: float, spacing: float) -> None:
     item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
-    message = r"label map label must lie where its image lies, got x, y, z of .* for the image: correct the affine"
+    message = (
+        r"label map label must lie where its image lies, got x, y, z in mm from .* for the image: correct the affine"
+    )
     with pytest.raises(ValueError, match=message):
         ValuesToClassesd("label", ["spleen"], image_key="image")(item)
     assert ValuesToClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
@@ -109,20 +100,12 @@ def test_a_label_map_beside_its_image_is_refused(start: float, spacing: float) -
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
     [
-        (
-            [0, 1, 9, 8],
-            {"spleen": [1]},
-            r"label map /data/a\.nii\.gz must hold values that .* names \(0, 1\), got 8, 9",
-        ),
+        ([0, 1, 9, 8], {"spleen": [1]}, r"label map /data/a\.nii\.gz must hold values .* names \(0, 1\), got 8, 9"),
         ([0, -1], {"spleen": [1]}, r"/data/a\.nii\.gz must hold values .*got -1"),
         ([0, 0.5], {"spleen": [1]}, r"`label map /data/a\.nii\.gz` must hold integers, got fractions"),
         ([0, np.nan], {"spleen": [1]}, "must hold integers"),
         ([0, 1], None, r"a\.nii\.gz must come with the names of its values \(`labels`\), got None"),
-        (
-            [0, 1],
-            {"spleen": [1], "kidneys": [2, 1]},
-            "must give each value one class, got 1 in kidneys and another one",
-        ),
+        ([0, 1], {"spleen": [1], "kidneys": [2, 1]}, "give each value one class, got 1 in kidneys and another one"),
         ([0, 1], {"spleen": [0, 1]}, "must have structures with values over 0, got 0 for spleen"),
         ([0, 1, -1], {"spleen": [1], "void": [-1]}, r"values over 0, got -1 for void"),
     ],

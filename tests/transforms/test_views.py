@@ -38,6 +38,7 @@ def test_views_come_one_after_the_other_and_differ() -> None:
     assert views.images.shape == (8, 1, 16, 12)
     assert views.target is views.images
     assert not torch.allclose(views.images[:4], views.images[4:], atol=1e-2)
+    assert type(Views(BatchAugment())({"image": MetaTensor(images)}, "cpu").images) is Tensor
     unchanged = Views(IDENTITY, num_views=3)({"image": images}, "cpu").images
     torch.testing.assert_close(unchanged, images.repeat(3, 1, 1, 1))
 
@@ -65,16 +66,6 @@ def test_epochs_repeat_from_seed_rank_and_epoch() -> None:
     assert torch.equal(reference, second_batch(1, 2, 3))
     for other in [(0, 2, 3), (1, 0, 3), (1, 2, 0), (3, 2, 1)]:
         assert not torch.allclose(reference, second_batch(*other), atol=1e-2)
-
-
-def test_draws_leave_the_global_generator_alone() -> None:
-    state = torch.random.get_rng_state()
-    make_views()(make_batch(), "cpu")
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_views_of_meta_tensors_are_plain() -> None:
-    assert type(Views(BatchAugment())({"image": MetaTensor(torch.rand(4, 1, 8, 8))}, "cpu").images) is Tensor
 
 
 @pytest.mark.gpu
@@ -133,9 +124,10 @@ def test_without_a_mask_they_are_those_of_views() -> None:
     assert images is target.views
 
 
-def test_masks_repeat_with_their_epoch() -> None:
-    views = make_views()
+def test_masks_repeat_with_their_epoch_and_leave_the_global_generator_alone() -> None:
+    views, state = make_views(), torch.random.get_rng_state()
     first, other = views(make_batch(), "cpu"), views(make_batch(), "cpu")
+    assert torch.equal(state, torch.random.get_rng_state())
     assert not torch.equal(first.target.masked, other.target.masked)
     views.set_epoch(0)
     again = views(make_batch(), "cpu")
