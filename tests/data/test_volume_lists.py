@@ -127,24 +127,15 @@ def test_a_task_of_two_groups_is_refused(tmp_path: Path) -> None:
         aggregate(folders)
 
 
-def with_bad_files(folder: Path) -> Path:
-    liver(folder, 5)
+def test_frames_and_unreadable_files_are_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = liver(tmp_path / "a", 5)
     write_volume(folder / "1.nii.gz", (4, 5, 6, 3))
     (folder / "3.nii.gz").write_bytes(b"nothing")
-    return folder
-
-
-def test_frames_and_unreadable_files_are_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = with_bad_files(tmp_path / "a")
     named = r"1\.nii\.gz must be one 3-D .* \(4, 5, 6, 3\).*\n .*3\.nii\.gz must be an intact"
     with pytest.raises(ValueError, match=rf"got 2 of 5 that cannot:\n .*{named}"):
         aggregate(folder)
     assert subjects(aggregate(folder, on_corrupt="skip").training) == {"0", "2", "4"}
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    for name in ("0", "2", "4"):
-        (folder / f"{name}.nii.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match="got 5 of 5 that cannot"):
-        aggregate(folder, on_corrupt="skip")
 
 
 # --- segmentation
@@ -167,25 +158,9 @@ def make_set(folder: Path, training: Sequence[Any] = (), labels: Any = LABELS, *
     return folder
 
 
-@pytest.mark.parametrize(
-    ("labels", "names", "values"),
-    [
-        (
-            {"10": "aorta", "0": "background", "6": "liver", "1": "spleen"},
-            ["spleen", "liver", "aorta"],
-            {"aorta": [10], "liver": [6], "spleen": [1]},
-        ),
-        ({"kidneys": [7, 2], "background": 0, "spleen": 5}, ["kidneys", "spleen"], {"kidneys": [7, 2], "spleen": [5]}),
-    ],
-)
-def test_classes_are_in_the_order_of_their_values(tmp_path: Path, labels: Any, names: list[str], values: Any) -> None:
-    datalist = read_segmentation(make_set(tmp_path, labels=labels))
-    assert datalist.class_names == names
-    assert datalist.training[0]["labels"] == values
-
-
-def test_chosen_structures_give_the_order_of_the_classes(tmp_path: Path) -> None:
-    folder = make_set(tmp_path, labels={"1": "spleen", "2": "liver", "3": "aorta"})
+def test_classes_are_in_the_order_of_their_values_or_as_they_are_chosen(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, labels={"10": "aorta", "0": "background", "6": "liver", "1": "spleen"})
+    assert read_segmentation(folder).class_names == ["spleen", "liver", "aorta"]
     assert read_segmentation(folder, structures=["aorta", "spleen"]).class_names == ["aorta", "spleen"]
     one = read_segmentation(folder, structures="liver")
     assert one.class_names == ["liver"]
@@ -199,12 +174,9 @@ def test_chosen_structures_give_the_order_of_the_classes(tmp_path: Path) -> None
         (LABELS, {"structures": ["liver", "liver"]}, r"must be different ones of spleen, liver, got liver, liver\.$"),
         (LABELS, {"structures": []}, r"`structures` must be different ones of spleen, liver, got \.$"),
         (None, {}, r"must have a dataset\.json that names the values of its label maps, such as"),
-        (["spleen"], {}, r"must have a dataset\.json that names the values of its label maps, such as"),
         ({"0": "background", "x": []}, {}, r"must have a dataset\.json that names the values of its label maps"),
-        ({"spleen": None}, {}, "must give integers names"),
         (LABELS, {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
         (LABELS, {"fold": -1}, r"`fold` must be in \[0, 5\), got -1"),
-        (LABELS, {"fold": 0}, "`num_folds` must be at most the 3 subjects, got 5"),
     ],
 )
 def test_what_cannot_be_segmented_is_refused(tmp_path: Path, labels: Any, arguments: Any, message: str) -> None:
@@ -240,14 +212,11 @@ def test_volumes_without_label_map_are_left_out(tmp_path: Path, caplog: pytest.L
 
 def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "own", validation=[entry("v")], test=[entry("t")])
-    kept = read_segmentation(folder, validation_fraction=0.9)
-    assert [len(split) for split in kept[:3]] == [3, 1, 1]
+    assert [len(split) for split in read_segmentation(folder, validation_fraction=0.9)[:3]] == [3, 1, 1]
     assert len(read_segmentation(folder, fold=1, num_folds=2).validation) == 2
     assert len(read_segmentation(make_set(tmp_path / "none")).validation) == 1
-    assert read_segmentation(make_set(tmp_path / "none"), validation_fraction=0).validation == []
-    tested = make_set(tmp_path / "tested", test=[entry("t", "t")])
-    write(tested / "dataset.json", {**read(tested / "dataset.json"), "training": []})
-    assert [len(split) for split in read_segmentation(tested)[:3]] == [0, 0, 1]
+    write(folder / "dataset.json", {**read(folder / "dataset.json"), "training": [], "validation": []})
+    assert [len(split) for split in read_segmentation(folder)[:3]] == [0, 0, 1]
 
 
 # --- modality
@@ -256,14 +225,12 @@ def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "given", "default", "modality"),
     [
-        ("CT", None, None, "CT"),
         ({"0": "CT"}, None, None, "CT"),
         ({"0": "T1", "1": "FLAIR"}, None, None, ["T1", "FLAIR"]),
         ([" CT ", None], None, None, ["CT", "unknown"]),
         ("CT", ["T1", "T2", "PD"], "MR", ["T1", "T2", "PD"]),
         ("MR", None, "CT", "MR"),
         ("MR", "PT", "CT", "PT"),
-        (None, "CT", None, "CT"),
         (None, None, "CT", "CT"),
         (None, None, None, "unknown"),
         ("", None, None, "unknown"),
@@ -307,9 +274,8 @@ def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> 
 def test_volumes_without_labels_may_be_missing(tmp_path: Path) -> None:
     training = [{"image": "here.nii.gz"}, {"image": "gone.nii.gz", "modality": "MR"}]
     write(tmp_path / "dataset.json", {"training": training, "test": ["also_gone.nii.gz"], "modality": {"0": "CT"}})
-    items = read_volumes(tmp_path)
-    assert images(items) == ["here.nii.gz", "gone.nii.gz", "also_gone.nii.gz"]
-    assert [item["modality"] for item in items] == ["CT", "MR", "CT"]
+    found = [(Path(item["image"]).name, item["modality"]) for item in read_volumes(tmp_path)]
+    assert found == [("here.nii.gz", "CT"), ("gone.nii.gz", "MR"), ("also_gone.nii.gz", "CT")]
     with pytest.raises(ValueError, match=r"every volume must have 2 channel\(s\), got CT for .*here"):
         read_volumes(tmp_path, in_channels=2)
 
@@ -324,8 +290,6 @@ def test_folders_of_volumes_and_a_single_one_need_no_list(tmp_path: Path) -> Non
     (tmp_path / "more" / "c.nii").touch()
     given = read_volumes([tmp_path, tmp_path / "more"], {"more": "CT"}, "MR")
     assert [item["modality"] for item in given] == ["MR", "MR", "MR", "CT"]
-    with pytest.raises(FileNotFoundError, match="must be an existing folder"):
-        read_volumes(tmp_path / "none")
 
 
 # --- volumes that a caller lists

@@ -89,9 +89,7 @@ def test_a_label_map_may_cover_a_part_of_its_image(start: float, spacing: float)
 @pytest.mark.parametrize(("start", "spacing"), [(4, 1), (-100, 1), (500, 3)])
 def test_a_label_map_beside_its_image_is_refused(start: float, spacing: float) -> None:
     item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
-    message = (
-        r"label map label must lie where its image lies, got x, y, z in mm from .* for the image: correct the affine"
-    )
+    message = r"label map label must lie where its image lies, got x, y, z in mm from .* for the image: correct"
     with pytest.raises(ValueError, match=message):
         ValuesToClassesd("label", ["spleen"], image_key="image")(item)
     assert ValuesToClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
