@@ -151,7 +151,7 @@ def patches(start: int = 0, num_workers: int = 0, batch_size: int = 4) -> torch.
     """Those of two epochs, or of the second alone."""
     dataset = noise()
     sampler = DomainSampler(dataset.data, num_samples=12)
-    loader = DataLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers)
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers)
     found = []
     for epoch in range(start, 2):
         sampler.set_epoch(epoch)
