@@ -97,7 +97,7 @@ AXES = Rule(
     lambda value: isinstance(value, (list, tuple)) and {*value} <= {0, 1, 2} and len({*value}) == len(value),
 )
 PER_FOLDER = Rule(
-    "a text, a list with one for each folder, or a mapping of folders to texts, such as \"{'NAME': 'abdomen'}\"",
+    "a text, a list with one for each channel, or a mapping of folders to texts, such as \"{'NAME': 'abdomen'}\"",
     _is_per_folder,
 )
 STAGES = Rule(  # how many there are, the network knows

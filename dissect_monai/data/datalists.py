@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from operator import methodcaller
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +18,10 @@ from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, Volume
 
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
-logger = logging.getLogger(__name__)
 
 
 class Datalist(NamedTuple):
-    """The items of a data set in three splits, and what they have in common; read it by name.
+    """The items of a data set in three splits, and what they have in common.
 
     Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a
     label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts; and
@@ -58,15 +53,7 @@ class Datalist(NamedTuple):
         return self.with_items(labelled)
 
     def with_findings(self, findings: str | Sequence[str] | None = None, allow_missing: bool = False) -> Datalist:
-        """The labelled items, their labels reduced to some findings in a given order.
-
-        Args:
-            findings: names of the labels, or "No finding"; None keeps all.
-            allow_missing: whether findings that the data list lacks are unknown instead of refused.
-
-        Raises:
-            ValueError: if the data list lacks a finding, or all of them.
-        """
+        """The labelled items, their labels reduced to some findings, or all, as `label_matrix` does it."""
         own = [*self.label_names]
         names = own if findings is None else [findings] if isinstance(findings, str) else [*findings]
         if not own:
@@ -114,8 +101,7 @@ def read_datalist(
         dataset_dir: the folder or folders.
         spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item and
             leaves out PNG, JPEG, TIFF and BMP.
-        check: False allows missing files and subjects in several splits, for predictions, which report each image that
-            cannot be read.
+        check: False allows missing files and subjects in several splits, for predictions.
 
     Raises:
         FileNotFoundError: if a folder or (with `check`) a listed file does not exist, or a folder holds no images.
@@ -222,7 +208,7 @@ def _read_json(path: Path, check: bool) -> Datalist:
     if isinstance(spec.get("labels"), dict):  # else they are no names
         shared["labels"] = spec["labels"]
     splits = [_read_items(spec.get(split, []), f"{path}: `{split}`", path.parent, shared) for split in SPLITS]
-    items = list(itertools.chain(*splits))
+    items = [item for split in splits for item in split]
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
     with_findings = [item for item in items if not isinstance(item.get("label", ""), str)]
@@ -261,16 +247,10 @@ def _read_items(given: Any, where: str, folder: Path, shared: Item) -> list[Item
 
 
 def _refuse_missing(paths: list[str], datalist: Path) -> None:
-    @cache
-    def listing(folder: str) -> set[str]:
-        try:
-            return set(os.listdir(folder))
-        except OSError:
-            return set()
-
     # One listing per folder is much faster than 100,000 look-ups of files, above all on a network drive.
-    unlisted = [path for path in paths if os.path.basename(path) not in listing(os.path.dirname(path))]
-    missing = [path for path in unlisted if not os.path.exists(path)]
+    folders = {os.path.dirname(path) for path in paths}
+    found = {os.path.join(folder, name) for folder in filter(os.path.isdir, folders) for name in os.listdir(folder)}
+    missing = [path for path in paths if path not in found and not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(
             f"{datalist} must list existing files, got {len(missing)} missing: {shorten(missing, 3)}. "
@@ -306,39 +286,22 @@ def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], chec
     merged = Datalist(training, validation, test, label_names)
     if check:
         _refuse_leaks(merged)
-        _warn_of_repeated(merged)
     return merged
 
 
-def _warn_of_repeated(datalist: Datalist) -> None:
-    for split in SPLITS:
-        counts = Counter(item["image"] for item in getattr(datalist, split))
-        repeated = [image for image, count in counts.items() if count > 1]
-        if repeated:
-            logger.warning("`%s` lists %d images more than once: %s.", split, len(repeated), shorten(repeated, 3))
-
-
 def _refuse_leaks(datalist: Datalist) -> None:
-    for key in ("subject", "image"):
-        shared = in_several_splits([datalist], methodcaller("get", key))
+    for key, splits in product(("subject", "image"), combinations(SPLITS, 2)):
+        first, second = (
+            {item[key]: item["image"] for item in getattr(datalist, split) if key in item} for split in splits
+        )
+        shared = sorted(first.keys() & second.keys())
         if shared:
-            example = shared[min(shared)]
-            names = sorted(name for name, found in shared.items() if found.keys() == example.keys())
+            images = dict.fromkeys([first[shared[0]], second[shared[0]]])
             raise InputError(
-                f"{' and '.join(f'`{split}`' for split in example)} must share no {key}, got {len(names)} in both: "
-                f"{shorten(names, 5)} (see {' and '.join(dict.fromkeys(example.values()))}). Move each to one split of "
-                "dataset.json, else the evaluation is on training data."
+                f"`{splits[0]}` and `{splits[1]}` must share no {key}, got {len(shared)} in both: {shorten(shared, 5)} "
+                f"(see {' and '.join(images)}). Move each to one split of dataset.json, else the evaluation is on "
+                "training data."
             )
-
-
-def in_several_splits(datalists: Sequence[Datalist], name: Callable[[Item], Any]) -> dict[Any, dict[str, str]]:
-    """The names that items of several splits have, each with an image of every such split; None is no name."""
-    places: dict[Any, dict[str, str]] = {}
-    for datalist in datalists:
-        for split in SPLITS:
-            for item in getattr(datalist, split):
-                places.setdefault(name(item), {})[split] = item["image"]
-    return {each: found for each, found in places.items() if each is not None and len(found) > 1}
 
 
 def _values(item: Item) -> list[float]:

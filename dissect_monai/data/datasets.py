@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dissect_monai.common import InputError, Item, rank, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
-from dissect_monai.data.splits import select_fraction, shared_out
+from dissect_monai.data.splits import select_fraction
 
 logger = logging.getLogger(__name__)
 # What PyTorch must know to load an image's metadata with `weights_only`.
@@ -46,23 +46,22 @@ def cached_dataset(
 ) -> Dataset | SeededDataset:
     """A data set that decodes and preprocesses every image once, now, and so finds all unreadable files.
 
-    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached. Files in
-    `cache_dir` are found again by item and by the settings of the transforms; empty it when images change in place.
+    Only the MONAI transforms before the first random one (or the first that is no MONAI transform) are cached.
 
     Args:
         data: items of a data list.
         transform: MONAI transforms, usually a `Compose`.
-        cache_dir: folder for the cache, kept between runs; None keeps it in memory.
+        cache_dir: folder for the cache, kept between runs; None keeps it in memory. Its files are found again by item
+            and by the settings of the transforms; empty it when images change in place.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that fill the cache; at least one.
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
-        complete: adds what items lack that a caller lists itself, such as MONAI Label, see `Datalist.complete`.
+        complete: adds what items lack that a caller lists itself, see `Datalist.complete`.
         shard: whether each process takes a part of the items, at least one if there is any.
 
     Returns:
-        `monai.data.CacheDataset`, or `monai.data.PersistentDataset` with `cache_dir`, within a `SeededDataset` if
-        `seeded`; `.data` lists the items that could be read. Contents in memory are not copied: do not change them in
-        place.
+        A data set whose `.data` lists the items that could be read. Contents in memory are not copied: do not change
+        them in place.
 
     Raises:
         ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), naming up to five.
@@ -71,7 +70,7 @@ def cached_dataset(
     deterministic = steps.transforms[:num_deterministic]
     data = data if complete is None else complete(data)
     if shard:
-        data = shared_out(data, rank(), world_size())
+        data = data[rank() :: world_size()] or data[:1]
     dataset: Dataset
     if not data:
         return Dataset(data, steps)  # the validation split of unlabelled images, say
@@ -104,14 +103,7 @@ class _StoredDataset(PersistentDataset):
 def labelled_part(
     dataset: Dataset, fraction: float = 1.0, seed: int = 0, label_names: Sequence[str] | None = None
 ) -> Subset[Any]:
-    """The labelled images of a data set, or of a fraction of their subjects (see `select_fraction`), not read again.
-
-    Args:
-        dataset: with a data list `data`, such as `cached_dataset` gives it.
-        fraction: share of the labelled subjects in (0, 1].
-        seed: draws other subjects.
-        label_names: names for the warning about findings that lose their last positive.
-    """
+    """The labelled images of a data set, or of a fraction of their subjects (see `select_fraction`), not read again."""
     drawn = {id(item) for item in select_fraction(labelled(dataset.data), fraction, seed, label_names)}
     return Subset(dataset, [index for index, item in enumerate(dataset.data) if id(item) in drawn])
 
@@ -125,10 +117,9 @@ def items_of(dataset: Any) -> list[Item]:
 
 
 class ReadableLoader:
-    """Batches of the images that can be read, while the network runs; `errors` names the others.
+    """Batches of the images that can be read, while the network runs.
 
-    A batch has an "index" beside the keys of its items, and may be smaller than `batch_size`. There is no length, since
-    it is not known beforehand.
+    A batch has an "index" beside the keys of its items, and may be smaller than `batch_size`; so there is no length.
 
     Args:
         dataset: items of a data list with preprocessing transforms.
@@ -162,19 +153,6 @@ class ReadableLoader:
             )
 
 
-def attempt(dataset: Dataset, index: int) -> tuple[Any, str | None]:
-    """One item and None, or None and why its file cannot be read; a missing package is no fault of the file."""
-    try:
-        return dataset[index], None
-    except RuntimeError as error:  # in which MONAI wraps anything that a transform raises, and so any decoder
-        cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, ImportError):
-            raise cause from None
-        return None, f"{cause}" or type(cause).__name__
-
-
 def flattened(transform: Callable[..., Any]) -> tuple[Compose, int]:
     """All transforms in one `Compose`, and how many come before the first that is random or not MONAI's."""
     steps = (transform if isinstance(transform, Compose) else Compose(transform)).flatten()
@@ -188,9 +166,10 @@ def read_all(
     dataset: Dataset, on_corrupt: str = "raise", num_workers: int = 0, progress: bool = False, keep: bool = True
 ) -> tuple[list[Any], list[Item]]:
     """Contents (none if not `keep`) and items that could be read, in their order; see `cached_dataset`."""
+    tried = _Attempts(dataset)
 
     def load(index: int) -> tuple[Any, str | None]:
-        content, error = attempt(dataset, index)
+        _, content, error = tried[index]
         return (content if keep else None), error
 
     torch_threads = torch.get_num_threads()
@@ -227,7 +206,13 @@ class _Attempts(torch_data.Dataset[Attempt]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Attempt:
-        return index, *attempt(self.dataset, index)
+        try:
+            return index, self.dataset[index], None
+        except RuntimeError as error:  # in which MONAI wraps anything that a transform raises, and so any decoder
+            cause: BaseException = error
+            while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            return index, None, f"{cause}" or type(cause).__name__
 
 
 def _collate_readable(attempts: list[Attempt]) -> tuple[dict[str, Any] | None, dict[int, str]]:

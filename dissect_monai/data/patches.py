@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 from dissect_monai.common import Item
 from dissect_monai.data.datasets import flattened, read_all
 
-logger = logging.getLogger(__name__)
 LABEL_MAP = "label_map"  # key of the path of a label map, which `transform` makes the map
 # Part of the voxels of a patch, or of those of the structure itself, from which on a structure counts as shown.
 _PART_OF_PATCH = 1e-3
@@ -41,7 +39,7 @@ def patch_dataset(
         data: items of a data list, as `aggregate` gives them.
         transform: MONAI transforms whose random ones come last and cut "image" and "label_map" into patches, such as
             `RandCropByPosNegLabeld` with `num_samples`.
-        on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
+        on_corrupt: as in `cached_dataset`.
         num_workers: threads that read; at least one.
         seed: draws other patches.
 
@@ -50,17 +48,10 @@ def patch_dataset(
         each patch, with `structures` if there is a label map.
 
     Raises:
-        ValueError: if items cannot be read (and `on_corrupt` is "raise", or all of them), with up to five named.
+        ValueError: as `cached_dataset`.
     """
     volumes = _Volumes(data, transform, seed)
     contents, items = read_all(volumes, on_corrupt, num_workers) if data else ([], [])
-    maps = [item for item in items if isinstance(item.get("label"), str)]
-    unnamed = [item["label"] for item in maps if not isinstance(item.get("labels"), Mapping)]
-    if unnamed:
-        logger.warning(
-            "%d label maps have structures without names (%s): write `labels`, such as {\"1\": \"spleen\"}, into "
-            "dataset.json.", len(unnamed), unnamed[0],
-        )  # fmt: skip
     patches = [(item, patch) for item, of_volume in zip(items, contents, strict=True) for patch in of_volume]
     data = [{**item, **{key: patch[key] for key in patch if key != "image"}} for item, patch in patches]
     return _PatchDataset(data, [patch["image"] for _, patch in patches])
@@ -94,15 +85,14 @@ class _Volumes(Dataset):
         steps = deepcopy(self.steps).set_random_state(int(seeds[0]))
         drawn = steps(volume, start=self.num_deterministic)
         drawn = drawn if isinstance(drawn, list) else [drawn]
-        # Copies, so that patches do not keep their volume in memory.
-        images = [torch.as_tensor(patch["image"]).as_subclass(Tensor) for patch in drawn]
-        patches: list[dict[str, Any]] = [
-            {"image": image.clone(memory_format=torch.contiguous_format)} for image in images
-        ]
-        if LABEL_MAP in item and isinstance(item.get("labels"), Mapping):
-            sizes = _voxels(volume[LABEL_MAP], item["labels"])
-            for patch, source in zip(patches, drawn, strict=True):
-                patch["structures"] = _shown(source[LABEL_MAP], sizes, item["labels"])
+        has_names = LABEL_MAP in item and isinstance(item.get("labels"), Mapping)
+        sizes = _voxels(volume[LABEL_MAP], item["labels"]) if has_names else {}
+        patches = []
+        for source in drawn:
+            # A copy, so that a patch does not keep its volume in memory.
+            image = torch.as_tensor(source["image"]).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
+            shown = {"structures": _shown(source[LABEL_MAP], sizes, item["labels"])} if has_names else {}
+            patches.append({"image": image, **shown})
         return patches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,10 +37,6 @@ def image_format(path: str | PathLike[str]) -> str | None:
     """Format by file name: "picture" (pillow), "dicom", "itk" (MHA, MHD, NRRD), "nifti", or None for anything else.
 
     A file without suffix, or with a number for one as in a DICOM UID, is opened to see whether it is DICOM.
-
-    Example:
-        >>> image_format("lung.nii.gz"), image_format("IM0001.DCM"), image_format("report.pdf")
-        ('nifti', 'dicom', None)
     """
     name = Path(path).name.lower()
     kinds = {"picture": PICTURE_SUFFIXES, "dicom": DICOM_SUFFIXES, "itk": ITK_SUFFIXES, "nifti": NIFTI_SUFFIXES}
@@ -48,7 +45,10 @@ def image_format(path: str | PathLike[str]) -> str | None:
             return kind
     suffix = Path(name).suffix[1:]
     # A DICOMDIR is an index in DICOM's own format: it holds no pixels.
-    return "dicom" if (not suffix or suffix.isdigit()) and name != "dicomdir" and _has_dicom_magic(path) else None
+    if (suffix and not suffix.isdigit()) or name == "dicomdir" or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return "dicom" if file.read(132)[128:] == b"DICM" else None
 
 
 @contextmanager
@@ -57,7 +57,8 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
-        reason = decoding_reason(error).replace(f" '{fspath(path)}'", "")  # it is named already
+        reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
+        reason = reason.splitlines()[0].rstrip(".:").replace(f" '{fspath(path)}'", "")  # it is named already
         raise InputError(
             f"{fspath(path)} must be an intact image of the format that its name says, got: {reason}. "
             "Replace it or remove it from the data list."
@@ -90,10 +91,8 @@ class ImageFileReader(ImageReader):
 
     def read(self, data: Sequence[str | PathLike[str]] | str | PathLike[str], **kwargs: Any) -> Path:
         """The path of a file or series folder, which `get_data` decodes: `LoadImage` would hide an error of this."""
-        paths = ensure_tuple(data)
-        if len(paths) != 1:
-            raise InputError(f"`data` must be one file, got {len(paths)}: use MONAI's own readers for several.")
-        return Path(paths[0])
+        (path,) = ensure_tuple(data)
+        return Path(path)
 
     def get_data(self, img: Path) -> tuple[NDArray[Any], dict[str, Any]]:
         """The array and MONAI's metadata."""
@@ -123,25 +122,6 @@ class ImageFileReader(ImageReader):
             reader = NibabelReader(squeeze_non_spatial_dims=True)
             return reader.get_data(reader.read(path))
         return _read_dicom(fspath(path)) if kind == "dicom" else _from_itk(sitk.ReadImage(fspath(path)))
-
-
-def decoding_reason(error: BaseException) -> str:
-    """Why a decoder failed, in one line.
-
-    Example:
-        >>> decoding_reason(RuntimeError("GDCM.cxx:468: ITK ERROR: GDCMImageIO(0x55d5): Cannot read the file."))
-        'Cannot read the file'
-    """
-    reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
-    return reason.splitlines()[0].rstrip(".:")
-
-
-def _has_dicom_magic(path: str | PathLike[str]) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def _read_picture(path: Path) -> NDArray[Any]:
@@ -222,7 +202,6 @@ class VolumeHeader(NamedTuple):
 
     shape: tuple[int, int, int]  # voxels from left to right, posterior to anterior, inferior to superior
     spacing: tuple[float, float, float]  # mm, in the same order
-    channels: int  # values of a voxel
 
 
 class Grid(NamedTuple):
@@ -230,15 +209,15 @@ class Grid(NamedTuple):
 
     shape: tuple[int, ...]
     affine: NDArray[Any]  # (4, 4), to mm in RAS
-    channels: int = 1
+    channels: int = 1  # values of a voxel
 
 
 def read_header(path: str | PathLike[str]) -> VolumeHeader:
     """Read the header of a volume, see `read_grid`."""
-    shape, affine, channels = read_grid(path)
-    order, spacing = np.argsort(nibabel.io_orientation(affine)[:, 0]), voxel_sizes(affine)
-    x, y, z = ((int(shape[axis]), float(spacing[axis])) for axis in order)
-    return VolumeHeader((x[0], y[0], z[0]), (x[1], y[1], z[1]), channels)
+    shape, affine, _ = read_grid(path)
+    x, y, z = np.argsort(nibabel.io_orientation(affine)[:, 0])
+    spacing = voxel_sizes(affine).tolist()
+    return VolumeHeader((shape[x], shape[y], shape[z]), (spacing[x], spacing[y], spacing[z]))
 
 
 def read_grid(path: str | PathLike[str]) -> Grid:
@@ -262,7 +241,7 @@ def read_grid(path: str | PathLike[str]) -> Grid:
     affine = grid.affine
     if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
-    return grid._replace(shape=tuple(grid.shape[:3]))
+    return grid._replace(shape=tuple(map(int, grid.shape[:3])))
 
 
 def _nifti_grid(path: Path) -> Grid:

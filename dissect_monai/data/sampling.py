@@ -40,37 +40,21 @@ class ImageSampler(torch_data.DistributedSampler[Any]):
     """
 
     def __init__(self, dataset: Sized, batch_size: int, seed: int = 0, shard: bool = False) -> None:
-        images, own_seed = range(len(dataset)), seed
+        images, replicas, own_rank = range(len(dataset)), world_size(), rank()
         if shard:
-            images, own_seed = range(min(of_all_processes(len(dataset)))), seed + 100003 * rank()
-        replicas = 1 if shard else world_size()
+            images, replicas, own_rank = range(min(of_all_processes(len(dataset)))), 1, 0
+            seed += 100003 * rank()
         refuse_small(images, batch_size, replicas)
-        own_rank = 0 if shard else rank()
-        super().__init__(images, replicas, own_rank, shuffle=True, seed=own_seed, drop_last=True)  # type: ignore[arg-type]
+        super().__init__(images, replicas, own_rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
 
 
-class SeededIndex(int):
-    """The index of an item with the seed of its random transforms, which `SeededDataset` reads."""
-
-    seed: int
-
-    def __new__(cls, index: int, seed: int) -> SeededIndex:
-        """An index with a seed in [0, 2**32)."""
-        self = super().__new__(cls, index)
-        self.seed = seed
-        return self
-
-    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
-        """Arguments to unpickle it with, in a worker process."""
-        return int(self), self.seed
-
-
-class DomainSampler(torch_data.Sampler[SeededIndex]):
+class DomainSampler(torch_data.Sampler["tuple[int, int]"]):
     """Draws tasks with probability ∝ n^temperature, n being the number of items of a task, and items of that task.
 
     Items of a task come in random order, and none again until all have come. `items_per_draw` of them follow each
-    other, so that batches whose size is a multiple of it hold positives of the task-level contrast. The sequence
-    depends on seed and epoch alone, and each process takes the draws at its own positions in it.
+    other, so that batches whose size is a multiple of it hold positives of the task-level contrast. Each comes with the
+    seed of its random transforms, for a `SeededDataset`. The sequence depends on seed and epoch alone, and each process
+    takes the draws at its own positions in it.
 
     Args:
         data: items of a data list, in the order of the data set; each with a "task".
@@ -82,12 +66,6 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
 
     Raises:
         ValueError: if there is no draw for each process.
-
-    Example:
-        >>> data = [{"task": "large"}] * 100 + [{"task": "small"}] * 4
-        >>> sampler = DomainSampler(data, temperature=0.5, num_samples=1200)
-        >>> len(sampler), round(sum(index >= 100 for index in sampler) / 1200, 1)
-        (1200, 0.2)
     """
 
     def __init__(
@@ -120,7 +98,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
         """Samples of this process in an epoch."""
         return self.num_draws * self.items_per_draw
 
-    def __iter__(self) -> Iterator[SeededIndex]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         total = self.num_draws * self.num_replicas
         queues: list[list[int]] = [[] for _ in self.items]
@@ -128,7 +106,7 @@ class DomainSampler(torch_data.Sampler[SeededIndex]):
             drawn = _take(self.items_per_draw, queues[task], self.items[task], rng)
             seeds = rng.integers(2**32, size=self.items_per_draw)
             if position % self.num_replicas == self.rank:
-                yield from map(SeededIndex, drawn, seeds.tolist())
+                yield from zip(drawn, seeds.tolist(), strict=True)
 
 
 def _take(count: int, queue: list[int], items: NDArray[Any], rng: np.random.Generator) -> list[int]:
@@ -143,12 +121,7 @@ def _take(count: int, queue: list[int], items: NDArray[Any], rng: np.random.Gene
 
 
 def part_of_tasks(dataset: Any, num_items: int = 32) -> torch_data.Subset[Any]:
-    """At most `num_items` of each task, evenly spaced in the data list: enough to fit a probe, and soon read.
-
-    Args:
-        dataset: with a data list `data`, each of its items with a "task".
-        num_items: at least 1.
-    """
+    """At most `num_items` of each task, evenly spaced in the data list: enough to fit a probe, and soon read."""
     chosen: list[int] = []
     for items in _by_task(dataset.data):
         chosen += items[np.linspace(0, len(items) - 1, min(num_items, len(items))).round().astype(int)].tolist()
@@ -164,11 +137,8 @@ def _by_task(data: Sequence[Item]) -> list[NDArray[Any]]:
 class SeededDataset(torch_data.Dataset[Any]):
     """Seeds the random transforms of a data set for every item, so that what they draw follows from the index.
 
-    With the indices of `DomainSampler` the draws are a function of seed, epoch and position, whatever the number of
-    processes and workers; with plain ones, as of a validation loader, they are the same in every epoch.
-
-    Args:
-        dataset: with MONAI transforms, such as `cached_dataset` gives it.
+    With what `DomainSampler` draws they are a function of seed, epoch and position, whatever the number of processes
+    and workers; with plain indices, as of a validation loader, they are the same in every epoch.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -178,6 +148,7 @@ class SeededDataset(torch_data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        self.dataset.transform.set_random_state(index.seed if isinstance(index, SeededIndex) else index)
-        return self.dataset[int(index)]
+    def __getitem__(self, drawn: int | tuple[int, int]) -> Any:
+        index, seed = drawn if isinstance(drawn, tuple) else (drawn, drawn)
+        self.dataset.transform.set_random_state(seed)
+        return self.dataset[index]

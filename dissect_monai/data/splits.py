@@ -13,9 +13,8 @@ import numpy as np
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import Datalist, in_several_splits, labelled
+from dissect_monai.data.datalists import Datalist, labelled
 
-BTCV_VALIDATION = range(35, 41)  # of the literature; the other 24 of the 30 are 1 to 10 and 21 to 34
 Subject = TypeVar("Subject", bound=Hashable)
 logger = logging.getLogger(__name__)
 
@@ -39,17 +38,9 @@ def select_fraction(
 ) -> list[Item]:
     """Draw a fraction of the subjects, at least one; all items of a drawn subject stay, in their order.
 
-    For one seed, a smaller fraction is a subset of every larger one. The number of subjects is logged, and so are
-    findings that lose their last positive, as no classifier can learn them.
-
-    Args:
-        items: items of a data list; one without "subject" is a subject of its own.
-        fraction: share of the subjects in (0, 1].
-        seed: draws other subjects.
-        label_names: names for the warning; finding_0, finding_1, ... if missing.
-
-    Raises:
-        ValueError: if `fraction` is outside (0, 1].
+    For one seed, a smaller fraction is a subset of every larger one. An item without "subject" is a subject of its own.
+    The number of subjects is logged, and so are findings that lose their last positive, as no classifier can learn
+    them; they are called by `label_names`, or else finding_0, finding_1, ...
     """
     subjects = [item.get("subject", index) for index, item in enumerate(items)]
     drawn = draw_subjects(subjects, fraction, seed)
@@ -66,13 +57,7 @@ def select_fraction(
 
 
 def with_fraction(datalist: Datalist, fraction: float = 1.0, seed: int = 0) -> Datalist:
-    """A data list with a fraction of its training subjects, see `select_fraction`.
-
-    Args:
-        datalist: as it was read.
-        fraction: share of the subjects in (0, 1].
-        seed: draws other subjects.
-    """
+    """A data list with a fraction in (0, 1] of its training subjects, see `select_fraction`."""
     return datalist._replace(training=select_fraction(datalist.training, fraction, seed, datalist.label_names))
 
 
@@ -100,34 +85,17 @@ def hold_out(datalists: Sequence[Datalist], fraction: float, seed: int) -> list[
         chosen = draw_subjects(sorted(of_task), fraction, seed)  # sorted, so that the order of files does not count
         if len(of_task) - len(chosen) > 1:
             drawn |= {(task, subject) for subject in chosen}
-
-    def split(datalist: Datalist) -> Datalist:
-        training, validation = _parted(datalist.training, drawn, "task", "subject")
-        return datalist._replace(training=training, validation=validation)
-
-    return [datalist if datalist.validation else split(datalist) for datalist in datalists]
-
-
-def warn_of_shared_subjects(datalists: Sequence[Datalist]) -> None:
-    """Warn where folders of one task have a subject of one name in different splits: it may be the same person."""
-    shared = in_several_splits(datalists, itemgetter("task", "subject"))
-    if shared:
-        (task, subject), found = next(iter(shared.items()))
-        logger.warning(
-            "Folders of task %s have %d subjects of one name in different splits, such as %s (%s): if they are the "
-            "same people, move each to one split of dataset.json.",
-            task, len(shared), subject, " and ".join(f"{split}: {image}" for split, image in found.items()),
-        )  # fmt: skip
+    parts = [_parted(datalist.training, drawn, "task", "subject") for datalist in datalists]
+    return [
+        datalist if datalist.validation else datalist._replace(training=training, validation=validation)
+        for datalist, (training, validation) in zip(datalists, parts, strict=True)
+    ]
 
 
 def with_test_split(datalist: Datalist, seed: int = 0) -> Datalist:
     """For tasks without test split: score the validation split, and choose on a fifth of the training subjects instead.
 
     Nothing is then chosen on what is scored, as pretraining chooses nothing on the validation split.
-
-    Args:
-        datalist: as `aggregate` gives it.
-        seed: draws other subjects.
     """
     for task in datalist.task_names:
         parts = [_parted(split, [task], "task") for split in datalist[:3]]
@@ -156,21 +124,11 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
         if len(subjects) < num_folds:
             raise InputError(f"`num_folds` must be at most the {len(subjects)} subjects, got {num_folds}.")
         chosen = {*shuffled(subjects, seed)[fold::num_folds]}
-    elif chosen := _btcv_validation(items):
-        logger.info("The subjects are those of BTCV: 0035 to 0040 are for validation, as in the literature.")
     else:
         chosen = draw_subjects(subjects, min(fraction, 1 - 1 / len(subjects)), seed)  # one is left to train on
         logger.info("%d of %d training subjects are held out for validation.", len(chosen), len(subjects))
     training, validation = _parted(items, chosen, "subject")
     return datalist._replace(training=training, validation=validation)
-
-
-def _btcv_validation(items: Sequence[Item]) -> set[str]:
-    """The subjects of img0035 to img0040, if the files have the names of BTCV's 30 training cases."""
-    subjects = {Path(item["image"]).name.split(".")[0]: item["subject"] for item in items}
-    if subjects.keys() != {f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))}:
-        return set()
-    return {subjects[f"img{number:04d}"] for number in BTCV_VALIDATION}
 
 
 def datalist_digest(items: Sequence[Item]) -> str:
@@ -256,8 +214,3 @@ def refuse_untrainable(training: Sequence[Item], validation: Sequence[Item] | No
             "`select` best chooses the weights on a validation split, and there is none: list some subjects there, "
             "set `validation_fraction` or `fold`, or take the last weights with `select` last."
         )
-
-
-def shared_out(items: list[Item], rank: int, world_size: int) -> list[Item]:
-    """The part of the items that one process has: at least one, if there is any."""
-    return items[rank::world_size] or items[:1]

@@ -15,17 +15,11 @@ from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
-from dissect_monai.data.splits import (
-    hold_out,
-    refuse_other_channels,
-    split_training,
-    warn_of_shared_subjects,
-    with_test_split,
-)
+from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, with_test_split
 
 logger = logging.getLogger(__name__)
-# A value for all folders, one for each folder, or one by the name of a folder.
-PerFolder = str | Sequence[str | None] | Mapping[str, str] | None
+PerFolder = str | Sequence[str] | Mapping[str, str] | None  # a value for all folders, or one by the name of a folder
+_OF_WEIGHTS = ("class_names", "modality", "in_channels")  # what their settings say of a segmentation
 
 
 def aggregate(
@@ -47,8 +41,7 @@ def aggregate(
 
     Args:
         dataset_dirs: the folder or folders.
-        task: one for all folders, a list with one for each (null leaves that of dataset.json), or a mapping from names
-            of folders.
+        task: one for all folders, or a mapping from names of folders.
         group: the same of the group, such as the region.
         modality: the same of the modality.
         validation_fraction: share in [0, 1) of the subjects of a task, at least one, that becomes its validation split
@@ -59,29 +52,19 @@ def aggregate(
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
-        ValueError: if a folder has no task or group, mixes channels, or names values of label maps that are no
-            integers; a task has two groups or fewer than two training subjects; splits share a subject; or volumes
-            cannot be used.
+        ValueError: if a folder has no task or group, or names values of label maps that are no integers; a task has two
+            groups or fewer than two training subjects; splits share a subject; or volumes cannot be used.
     """
-    folders = data_folders(dataset_dirs)
-    given = [_per_folder(*each, folders) for each in (("task", task), ("group", group), ("modality", modality))]
-    datalists = [
-        _read(folder, own_modality, {"task": own_task, "group": own_group})
-        for folder, own_task, own_group, own_modality in zip(folders, *given, strict=True)
-    ]
+    folders, datalists = _read(dataset_dirs, {"task": task, "group": group, "modality": modality})
     for folder, datalist in zip(folders, datalists, strict=True):
         _refuse_without_domain(datalist, folder)
         refuse_other_channels(datalist.items(), 1)
-    datalists = hold_out(datalists, validation_fraction, seed)
-    warn_of_shared_subjects(datalists)
-    merged = merge_datalists(datalists, folders)
+    merged = merge_datalists(hold_out(datalists, validation_fraction, seed), folders)
     _warn_of_unknown(merged.items())
     every_image = [{"image": image} for image in sorted({item["image"] for item in merged.items()})]
     files = Dataset(every_image, lambda item: read_header(item["image"]))
     found, readable = read_all(files, on_corrupt, num_workers=8)  # headers, of which MONAI makes plain tuples
     headers = {item["image"]: VolumeHeader(*header) for item, header in zip(readable, found, strict=True)}
-    for folder, datalist in zip(folders, datalists, strict=True):
-        _refuse_mixed_channels(folder, datalist, headers)
     merged = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
     _refuse_odd_tasks(merged)
     task_names, group_names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
@@ -106,18 +89,14 @@ def read_segmentation(
     The classes are the structures that `labels` of dataset.json names, in the order of their values; several folders
     must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
 
-    A set without validation split gets one by whole subject: 0035 to 0040 where the subjects are those of BTCV
-    (img0001, ...), as in the literature, or else a part of the training subjects. A volume without subject is one of
-    its own.
-
     Args:
         dataset_dir: the folder or folders.
         structures: names of those to learn, in the order of the classes; None takes all.
         modality: of the volumes ("CT" scales by a window), or one for each channel; None takes that of dataset.json.
         fold: puts training and validation subjects together and takes this of their folds, from 0, for validation.
         num_folds: number of folds, at least 2.
-        validation_fraction: share of the training subjects, in [0, 1), at least one; 0 takes none, and so does a single
-            subject.
+        validation_fraction: share in [0, 1) of the training subjects, at least one, that becomes the validation split
+            of a set that has none; 0 takes none, and so does a single subject.
         split_seed: draws other folds or validation subjects.
         default_modality: of volumes whose modality neither `modality` nor dataset.json says.
         given: items for training and for validation that a caller lists itself, such as MONAI Label, in place of
@@ -130,13 +109,18 @@ def read_segmentation(
             folder; splits share a subject; or no volume has a label map.
     """
     if given is not None or dataset_dir is None:
-        datalist = segmentation_of_weights(settings or {})
+        settings = settings or {}
+        if not settings.get("class_names"):
+            raise InputError(
+                "volumes that are listed without the names of their structures need weights that say them: put "
+                "model.pt and model.json of a training into the bundle's `models`."
+            )
+        datalist = Datalist([], [], [], **{key: settings[key] for key in _OF_WEIGHTS if key in settings})
         training, validation = map(datalist.complete, given or ([], []))
         return datalist._replace(training=training, validation=validation)
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
-    folders = data_folders(dataset_dir)
-    datalists = [_read(folder, modality, {}, default_modality) for folder in folders]
+    folders, datalists = _read(dataset_dir, {"modality": modality}, default_modality)
     for datalist, folder in zip(datalists, folders, strict=True):
         for item in datalist.items():
             item.setdefault("task", folder.name)
@@ -149,25 +133,10 @@ def read_segmentation(
     _warn_of_unknown(datalist.training)
     return datalist._replace(
         label_names=(),
-        class_names=_class_names(datalists, folders, structures),
+        class_names=_class_names(merged.items(), structures),
         modality=common if all(item["modality"] == common for item in trained_on) else None,
         in_channels=in_channels,
     )
-
-
-def segmentation_of_weights(settings: Mapping[str, Any]) -> Datalist:
-    """The structures and channels in the settings of weights, for a caller that lists the volumes itself."""
-    if not settings.get("class_names"):
-        raise InputError(
-            "volumes that are listed without the names of their structures need weights that say them: put model.pt "
-            "and model.json of a training into the bundle's `models`."
-        )
-    return Datalist(
-        [], [], [],
-        class_names=settings["class_names"],
-        modality=settings.get("modality"),
-        in_channels=settings.get("in_channels", 1),
-    )  # fmt: skip
 
 
 def read_volumes(
@@ -180,8 +149,7 @@ def read_volumes(
 
     Args:
         dataset_dir: the folder or folders, or a single volume.
-        modality: of every folder, see `aggregate`; with several channels, one for each channel. None takes that of
-            dataset.json.
+        modality: see `aggregate`; with several channels, one for each channel. None takes that of dataset.json.
         default_modality: of volumes whose modality neither says.
         in_channels: channels that the network takes.
 
@@ -189,9 +157,7 @@ def read_volumes(
         FileNotFoundError: if a folder does not exist or holds no volumes.
         ValueError: if a dataset.json is malformed, or a volume has other channels.
     """
-    folders = data_folders(dataset_dir)
-    given = _per_folder("modality", modality, folders) if in_channels == 1 else [modality] * len(folders)
-    datalists = [_read(*each, {}, default_modality, check=False) for each in zip(folders, given, strict=True)]
+    folders, datalists = _read(dataset_dir, {"modality": modality}, default_modality, check=False)
     items = merge_datalists(datalists, folders, check=False).items()
     refuse_other_channels(items, in_channels)
     _warn_of_unknown(items)
@@ -199,17 +165,28 @@ def read_volumes(
 
 
 def _read(
-    folder: Path, modality: Any, given: Mapping[str, str | None], default_modality: Any = None, check: bool = True
-) -> Datalist:
-    """The data list of a folder of volumes; its items have a subject, a modality, and what else is given for them."""
-    datalist = read_folder(folder, spatial_dims=3, check=check)
-    for item in datalist.items():
-        item |= {key: value for key, value in given.items() if value is not None}
-        item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
-        item["modality"] = _modality(modality, item.get("modality"), default_modality)
-        if check and isinstance(item.get("labels"), Mapping):
-            item["labels"] = _named_values(item["labels"], folder)
-    return datalist
+    dataset_dirs: str | Path | Sequence[str | Path],
+    given: Mapping[str, PerFolder],
+    default_modality: str | Sequence[str] | None = None,
+    check: bool = True,
+) -> tuple[list[Path], list[Datalist]]:
+    """The folders and their data lists; each item has a subject, a modality, and what else is given for it."""
+    folders = data_folders(dataset_dirs)
+    names = [folder.name for folder in folders]
+    for key, value in given.items():
+        unknown = [str(name) for name in value if name not in names] if isinstance(value, Mapping) else []
+        if unknown:
+            raise InputError(f"`{key}` must name folders among {', '.join(names)}, got {', '.join(unknown)}.")
+    datalists = [read_folder(folder, spatial_dims=3, check=check) for folder in folders]
+    for folder, datalist in zip(folders, datalists, strict=True):
+        own = {key: value.get(folder.name) if isinstance(value, Mapping) else value for key, value in given.items()}
+        for item in datalist.items():
+            modality = _modality(own["modality"], item.get("modality"), default_modality)
+            item |= {key: value for key, value in own.items() if value is not None} | {"modality": modality}
+            item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
+            if check and isinstance(item.get("labels"), Mapping):
+                item["labels"] = _named_values(item["labels"], folder)
+    return folders, datalists
 
 
 def _modality(*choices: Any) -> str | list[str]:
@@ -218,21 +195,6 @@ def _modality(*choices: Any) -> str | list[str]:
     values = chosen.values() if isinstance(chosen, Mapping) else ensure_tuple(chosen)
     names = [str(value or "").strip() or "unknown" for value in values]
     return names[0] if len(names) == 1 else names
-
-
-def _per_folder(key: str, value: PerFolder, folders: Sequence[Path]) -> list[str | None]:
-    """What was given for every folder; None where nothing was."""
-    if value is None or isinstance(value, str):
-        return [value] * len(folders)
-    if isinstance(value, Mapping):
-        names = [folder.name for folder in folders]
-        unknown = [str(name) for name in value if name not in names]
-        if unknown:
-            raise InputError(f"`{key}` must name folders among {', '.join(names)}, got {', '.join(unknown)}.")
-        return [value.get(name) for name in names]
-    if len(value) != len(folders):
-        raise InputError(f"`{key}` must have one value for each of the {len(folders)} folders, got {len(value)}.")
-    return list(value)
 
 
 def _warn_of_unknown(items: Sequence[Item]) -> None:
@@ -270,17 +232,6 @@ def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:
                 )
 
 
-def _refuse_mixed_channels(folder: Path, datalist: Datalist, headers: Mapping[str, VolumeHeader]) -> None:
-    images = [item["image"] for item in datalist.items() if item["image"] in headers]
-    examples = {headers[image].channels: image for image in images}
-    if len(examples) > 1:
-        raise InputError(
-            f"{folder} must hold volumes of one number of channels, got "
-            + " and ".join(f"{channels} in {image}" for channels, image in sorted(examples.items()))
-            + ": make a data folder of each kind."
-        )
-
-
 def _refuse_odd_tasks(datalist: Datalist) -> None:
     """Refuse tasks of two groups, or with a single training subject."""
     firsts: dict[str, Item] = {}
@@ -300,34 +251,28 @@ def _refuse_odd_tasks(datalist: Datalist) -> None:
             )
 
 
-def _class_names(datalists: Sequence[Datalist], folders: Sequence[Path], structures: Sequence[str] | None) -> list[str]:
-    """The chosen structures, or all in the order of their values; all folders must name the same."""
-    found = [_structures(*each) for each in zip(datalists, folders, strict=True)]
-    for names, folder in zip(found, folders, strict=True):
-        if {*names} != {*found[0]}:
-            raise InputError(
-                f"all folders must name the same structures, got {shorten(found[0])} in {folders[0]} and "
-                f"{shorten(names)} in {folder}: what one set has not contoured would count as background."
-            )
-    chosen = found[0] if structures is None else [*ensure_tuple(structures)]
-    if not chosen or not {*chosen} <= {*found[0]} or len({*chosen}) < len(chosen):
-        raise InputError(
-            f"`structures` must be different ones of {', '.join(found[0])}, got {', '.join(map(str, chosen))}."
-        )
-    return chosen
-
-
-def _structures(datalist: Datalist, folder: Path) -> list[str]:
-    names: dict[str, None] = {}
-    for item in datalist.items():
+def _class_names(items: Sequence[Item], structures: Sequence[str] | None) -> list[str]:
+    """The chosen structures, or all in the order of their values; all volumes must name the same."""
+    first = items[0]
+    for item in items:
         labels = item.get("labels")
         if not isinstance(labels, Mapping) or not labels:
             raise InputError(
-                f"{folder} must have a dataset.json that names the values of its label maps, such as "
+                f"{item['image']} must have a dataset.json that names the values of its label maps, such as "
                 f'"labels": {{"1": "spleen"}}, got {labels!r}: write them there.'
             )
-        names |= dict.fromkeys(sorted(labels, key=lambda name: min(labels[name])))
-    return list(names)
+        if {*labels} != {*first["labels"]}:
+            raise InputError(
+                f"all volumes must name the same structures, got {shorten([*first['labels']])} for {first['image']} "
+                f"and {shorten([*labels])} for {item['image']}: what one set has not contoured would count as "
+                "background."
+            )
+    names = sorted(first["labels"], key=lambda name: min(first["labels"][name]))
+    chosen = names if structures is None else [*ensure_tuple(structures)]
+    if not chosen or not {*chosen} <= {*names} or len({*chosen}) < len(chosen):
+        got = ", ".join(map(str, chosen))
+        raise InputError(f"`structures` must be different ones of {', '.join(names)}, got {got}.")
+    return chosen
 
 
 def _with_label_maps(datalist: Datalist) -> Datalist:

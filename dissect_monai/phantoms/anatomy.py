@@ -1,4 +1,4 @@
-"""Schematic anatomy of abdomen, head and heart: structures in the order in which they are painted.
+"""Schematic anatomy of abdomen and head: structures in the order in which they are painted.
 
 Coordinates are in mm and grow to the patient's right, front and head; so the liver, on the right, has positive x.
 """
@@ -10,16 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dissect_monai.phantoms.shapes import Shapes, Structure, blend, minus, rotation
+from dissect_monai.phantoms.shapes import Shapes, Structure, blend, minus
 
 Array = NDArray[np.float32]
 SIDES = ((1, "right"), (-1, "left"))
-# Columns: from the left ventricle to the right one, across both, and from the base of the heart to its apex.
-HEART_AXES = rotation((-125, 10, 50))
 
 
 def abdomen(shapes: Shapes) -> Iterator[Structure]:
-    """The trunk from the bases of the lungs to the lower poles of the kidneys."""
+    """The trunk from the bases of the lungs to the lower poles of the kidneys, with all organs that BTCV labels."""
     cavity = blend(40, *(shapes.column((42 * side, 2), (92, 86), vary=0.4) for side, _ in SIDES))
     domes = blend(25, *(shapes.ellipsoid((68 * side, 0, -15 + 6 * side), (76, 88, 92), vary=0.6) for side, _ in SIDES))
     yield from _trunk_wall(shapes, cavity)
@@ -32,22 +30,7 @@ def abdomen(shapes: Shapes) -> Iterator[Structure]:
     yield from _spine(shapes)
     yield from _digestive_organs(shapes, np.maximum(cavity, domes) + 3)
     yield from _vessels_and_kidneys(shapes)
-
-
-def abdomen_in_detail(shapes: Shapes) -> Iterator[Structure]:
-    """The same trunk and, on top of it, small organs that BTCV labels; so the other organs stay as they are without."""
-    yield from abdomen(shapes)
-    for side, name in SIDES:
-        # An upside-down V, twice as large as in life, so that a grid of the default size does not lose it; in a bed of
-        # fat, as the right one touches the liver.
-        limbs = [(22 * side, -52, 2), (29 * side, -44, 34), (42 * side, -49, 2)]
-        gland = shapes.tube(limbs, (6, 7, 6), vary=0.5)
-        yield Structure("fat", gland - 4)
-        yield Structure("pancreas", gland, f"{name}_adrenal_gland")
-    gullet = [(-5, -14, 150), (-8, -13, 90), (-17, -8, 70), (-30, -5, 58)]
-    yield Structure("bowel", shapes.tube(gullet, (10, 10, 9, 9)), "esophagus")
-    veins = [(-86, -27, 38), (-58, -26, 27), (-24, -8, 18), (3, 3, 9), (24, 1, 12), (42, 3, 20)]
-    yield Structure("blood", shapes.tube(veins, (6, 7, 7, 9, 9, 8)), "portal_and_splenic_veins")
+    yield from _small_organs(shapes)
 
 
 def _trunk_wall(shapes: Shapes, cavity: Array) -> Iterator[Structure]:
@@ -119,12 +102,31 @@ def _vessels_and_kidneys(shapes: Shapes) -> Iterator[Structure]:
         yield Structure("medulla", kidney + 8, f"{name}_kidney")
 
 
+def _small_organs(shapes: Shapes) -> Iterator[Structure]:
+    for side, name in SIDES:
+        # An upside-down V, twice as large as in life, so that a grid of the default size does not lose it; in a bed of
+        # fat, as the right one touches the liver.
+        limbs = [(22 * side, -52, 2), (29 * side, -44, 34), (42 * side, -49, 2)]
+        gland = shapes.tube(limbs, (6, 7, 6), vary=0.5)
+        yield Structure("fat", gland - 4)
+        yield Structure("pancreas", gland, f"{name}_adrenal_gland")
+    gullet = [(-5, -14, 150), (-8, -13, 90), (-17, -8, 70), (-30, -5, 58)]
+    yield Structure("bowel", shapes.tube(gullet, (10, 10, 9, 9)), "esophagus")
+    veins = [(-86, -27, 38), (-58, -26, 27), (-24, -8, 18), (3, 3, 9), (24, 1, 12), (42, 3, 20)]
+    yield Structure("blood", shapes.tube(veins, (6, 7, 7, 9, 9, 8)), "portal_and_splenic_veins")
+
+
 def head(shapes: Shapes) -> Iterator[Structure]:
     """The head and the upper neck; the origin is between the lateral ventricles."""
     _, y, z = shapes.points
     cranium = shapes.ellipsoid((0, 0, 0), (74, 93, 82), vary=0.4)
     base = -48 + 10 * np.tanh((y - 26) / 7) + 12 * np.tanh((y + 12) / 8) - z  # three steps, the lowest at the back
-    yield from _face(shapes, cranium)
+    neck = np.maximum(shapes.column((0, -20), (54, 56)), z + 45)
+    skin = blend(25, cranium - 7, shapes.ellipsoid((0, 48, -72), (58, 50, 60)), neck)
+    yield Structure("skin", skin)
+    yield Structure("fat", skin + 2)
+    yield Structure("muscle", skin + 5)
+    yield Structure("gas", shapes.tube([(0, 86, -62), (0, 30, -62), (0, 14, -100), (0, 12, -160)], (7, 10, 9, 9)))
     yield Structure("bone", np.maximum(cranium, base - 6))
     yield Structure("fluid", np.maximum(cranium + 7, base))
     yield from _brain(shapes, np.maximum(cranium + 9, base + 2))
@@ -132,24 +134,6 @@ def head(shapes: Shapes) -> Iterator[Structure]:
         orbit = shapes.tube([(32 * side, 66, -46), (16 * side, 36, -44)], (16, 5), vary=0.4)
         yield Structure("fat", minus(orbit, np.maximum(cranium, base - 6)))
         yield Structure("fluid", shapes.ellipsoid((32 * side, 70, -46), (12, 12, 12), vary=0.4), f"{name}_eye")
-
-
-def _face(shapes: Shapes, cranium: Array) -> Iterator[Structure]:
-    z = shapes.points[2]
-    neck = np.maximum(shapes.column((0, -20), (54, 56)), z + 45)
-    skin = blend(25, cranium - 7, shapes.ellipsoid((0, 48, -72), (58, 50, 60)), neck)
-    yield Structure("skin", skin)
-    yield Structure("fat", skin + 2)
-    yield Structure("muscle", skin + 5)
-    yield Structure("bone", shapes.ellipsoid((0, 66, -64), (34, 24, 24)))
-    jaw = [(48, 6, -62), (44, 20, -100), (26, 66, -114), (-26, 66, -114), (-44, 20, -100), (-48, 6, -62)]
-    yield Structure("bone", shapes.tube(jaw, (6, 8, 7, 7, 8, 6)))
-    for side, _ in SIDES:
-        yield Structure("gas", shapes.ellipsoid((22 * side, 64, -64), (11, 14, 15)))
-    yield Structure("gas", shapes.tube([(0, 86, -62), (0, 30, -62), (0, 14, -100), (0, 12, -160)], (7, 10, 9, 9)))
-    spine = np.maximum(blend(4, shapes.column((0, -24), (12, 11)), shapes.column((0, -42), (17, 14))), z + 78)
-    yield Structure("bone", spine)
-    yield Structure("fluid", np.maximum(shapes.column((0, -42), (11, 9), vary=0.5), z + 60))
 
 
 def _brain(shapes: Shapes, inner: Array) -> Iterator[Structure]:
@@ -160,10 +144,6 @@ def _brain(shapes: Shapes, inner: Array) -> Iterator[Structure]:
     cerebrum = minus(np.maximum(inner + 8 * np.maximum(0.45 - folds, 0), floor - z), fissure)
     yield Structure("grey_matter", cerebrum, "cerebrum")
     yield Structure("white_matter", cerebrum + 6 + 3 * folds, "cerebrum")
-    for side, _ in SIDES:
-        thalamus = shapes.ellipsoid((11 * side, -10, 2), (8, 14, 9))
-        lentiform = shapes.ellipsoid((25 * side, 8, 2), (7, 17, 10), tilt=(0, 0, 15 * side))
-        yield Structure("grey_matter", np.minimum(thalamus, lentiform), "cerebrum")
     cerebellum = np.maximum(shapes.ellipsoid((0, -55, -44), (52, 42, 34)), np.maximum(inner, z + 2 - floor))
     yield Structure("grey_matter", cerebellum, "cerebellum")
     yield Structure("white_matter", cerebellum + 9 + 4 * folds, "cerebellum")
@@ -177,49 +157,3 @@ def _brain(shapes: Shapes, inner: Array) -> Iterator[Structure]:
         horns = shapes.tube([(side * across, *rest) for across, *rest in path], size * np.array((6, 6, 6, 7, 4, 2)))
         yield Structure("fluid", horns, "ventricles")
     yield Structure("fluid", shapes.ellipsoid((0, -4, 0), (2.5 * size, 12, 9)), "ventricles")
-
-
-def heart(shapes: Shapes) -> Iterator[Structure]:
-    """The heart within the chest; the origin is in the left ventricle."""
-    yield from _chest(shapes)
-    across = np.tensordot(HEART_AXES.T.astype(np.float32), shapes.points, 1)
-    yield from _chambers(Shapes(across, shapes.rng))
-
-
-def _chest(shapes: Shapes) -> Iterator[Structure]:
-    cavity = blend(40, *(shapes.column((30 + 52 * side, -34), (92, 88), vary=0.4) for side, _ in SIDES))
-    fat = np.float32(shapes.rng.uniform(6, 22))
-    yield Structure("skin", cavity - 14 - fat)
-    yield Structure("fat", cavity - 12 - fat)
-    yield Structure("muscle", cavity - 12)
-    yield Structure("lung", cavity)
-    yield Structure("bone", np.maximum(np.abs(cavity - 6) - 4, shapes.layers(30, 8, slope=0.7)))
-    yield Structure("bone", shapes.column((30, 56), (18, 7)))
-    yield Structure("fat", shapes.column((30, -10), (26, 70)))
-    yield Structure("bone", shapes.column((30, -104), (20, 17)))
-    yield Structure("blood", shapes.column((2, -88), (12, 12)))
-    liver = shapes.ellipsoid((80, -20, -120), (90, 90, 78))
-    yield Structure("liver", np.maximum(liver, cavity + 3))
-    stomach = shapes.ellipsoid((-30, -20, -115), (58, 62, 56))
-    yield Structure("content", minus(np.maximum(stomach, cavity + 3), liver))
-
-
-def _chambers(shapes: Shapes) -> Iterator[Structure]:
-    """The heart in its own axes."""
-    depth = shapes.points[2]
-    wall = np.float32(shapes.rng.uniform(8, 13))
-    base = np.float32(shapes.rng.uniform(-38, -30)) - depth  # negative on the ventricles' side
-    left = shapes.ellipsoid((0, 0, 0), (34, 34, 56))
-    right = shapes.ellipsoid((30, 0, -8), (38, 44, 50))
-    atria = blend(3, shapes.ellipsoid((4, -4, -62), (30, 32, 26)), shapes.ellipsoid((48, 0, -58), (28, 30, 26)))
-    yield Structure("fat", blend(8, left, right, atria) - np.float32(shapes.rng.uniform(2, 8)))
-    yield Structure("myocardium", atria)
-    yield Structure("blood", atria + 3)
-    yield Structure("myocardium", np.maximum(right, base))
-    yield Structure("blood", minus(np.maximum(right + 4, base), left), "right_ventricle")
-    yield Structure("myocardium", np.maximum(left, base), "myocardium")
-    cavity = np.maximum(left + wall, base)
-    yield Structure("blood", cavity, "left_ventricle")
-    for place in ((12, 10), (-8, -14)):
-        papillary = shapes.tube([(*place, -8), (*place, 24)], (3.5, 5))
-        yield Structure("myocardium", np.maximum(papillary, cavity), "left_ventricle")

@@ -20,14 +20,13 @@ def write_once(
 ) -> Path:
     """Write a data set, unless the folder holds it already, and return the folder.
 
-    A set is known by the `spec` in its dataset.json. Processes that call this at once do no harm: the set appears
-    whole, by renaming.
+    A set is known by the `spec` in its dataset.json. Several processes may call this: it appears whole, by renaming.
 
     Args:
         output_dir: folder to create.
         spec: what the set depends on, such as counts and seed; of types that JSON keeps.
         head: what dataset.json says before the items.
-        write_files: writes the files into the folder that it is given, and returns the items of the splits.
+        write_files: writes the files into a folder, and returns the items of the splits.
 
     Raises:
         ValueError: if `output_dir` holds anything else.
@@ -53,10 +52,11 @@ def _holds(folder: Path, spec: Mapping[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     datalist = folder / "dataset.json"
-    found = json.loads(datalist.read_text()).get("spec", "other files") if datalist.is_file() else "other files"
+    found = json.loads(datalist.read_text()).get("spec") if datalist.is_file() else None
     if found != spec:
         raise InputError(
-            f"`output_dir` must be new, empty or hold the set {spec}, got {folder} holding {found}. "
+            f"`output_dir` must be new, empty or hold the set {spec}, got {folder} holding "
+            f"{found or 'other files'}. "
             "Choose another folder or remove this one."
         )
     return True

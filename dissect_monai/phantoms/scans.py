@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dissect_monai.common import BTCV_ORGANS
-from dissect_monai.phantoms.anatomy import HEART_AXES, abdomen, abdomen_in_detail, head, heart
+from dissect_monai.phantoms.anatomy import abdomen, head
 from dissect_monai.phantoms.shapes import Shapes, Structure, posed, ripples
 
 Array = NDArray[np.float32]
@@ -32,10 +32,6 @@ T1_CONTRAST = {
     "gas": (0.02, 0), "fat": (1, 0.08), "skin": (0.5, 0.06), "muscle": (0.42, 0.04), "bone": (0.1, 0.03),
     "nerve": (0.68, 0.03), "fluid": (0.16, 0.03), "grey_matter": (0.52, 0.03), "white_matter": (0.74, 0.03),
 }  # fmt: skip
-CINE_CONTRAST = {
-    "lung": (0.07, 0.02), "fat": (0.85, 0.08), "skin": (0.5, 0.06), "muscle": (0.25, 0.03), "bone": (0.25, 0.06),
-    "blood": (0.9, 0.08), "myocardium": (0.3, 0.04), "liver": (0.4, 0.06), "content": (0.6, 0.2),
-}  # fmt: skip
 
 
 class VolumePhantom(NamedTuple):
@@ -55,40 +51,31 @@ class Scan(NamedTuple):
     labels: tuple[str, ...]  # from 1 on
     anatomy: Callable[[Shapes], Iterator[Structure]]
     contrast: Mapping[str, tuple[float, float]]
-    axes: NDArray[np.float64]  # (3, 3), columns are the directions of the array's axes
+    axes: str  # ends of the array's axes, as nibabel calls them
     field_of_view: tuple[float, float, float]
     slice_ratio: float  # thickness of a slice over the spacing within it
     centre: tuple[float, float, float]  # of the field of view, in patient coordinates
     noise: float  # typical standard deviation, in the units of `contrast`
 
 
-def _axes(codes: str) -> NDArray[np.float64]:
-    """Directions of axes that are called as nibabel calls them, such as LPS."""
-    return np.array([[(code == end) - (code == start) for code in codes] for start, end in ("LR", "PA", "IS")], float)
-
-
 _HEAD_PARTS = ("cerebrum", "cerebellum", "brainstem", "ventricles", "right_eye", "left_eye")
 SCANS = {
     "abdomen_ct": Scan(
-        "abdominal CT after contrast, axial", "abdomen", "CT", BTCV_ORGANS, abdomen_in_detail, CT_CONTRAST,
-        _axes("LPS"), (350, 264, 250), 1.1, (0, -5, -8), 15,
+        "abdominal CT after contrast, axial", "abdomen", "CT", BTCV_ORGANS, abdomen, CT_CONTRAST,
+        "LPS", (350, 264, 250), 1.1, (0, -5, -8), 15,
     ),
     "abdomen_mr": Scan(
         "abdominal T2 MR with fat suppression, coronal", "abdomen", "MR",
         ("liver", "right_kidney", "left_kidney", "spleen"), abdomen, T2_CONTRAST,
-        _axes("LSA"), (330, 270, 235), 1.5, (0, -8, -10), 0.04,
+        "LSA", (330, 270, 235), 1.5, (0, -8, -10), 0.04,
     ),
     "head_ct": Scan(
         "head CT, axial", "head", "CT", _HEAD_PARTS, head, CT_CONTRAST,
-        _axes("RAS"), (190, 235, 190), 1.25, (0, 8, -22), 6,
+        "RAS", (190, 235, 190), 1.25, (0, 8, -22), 6,
     ),
     "head_mr": Scan(
         "head T1 MR, sagittal", "head", "MR", _HEAD_PARTS, head, T1_CONTRAST,
-        _axes("PSR"), (225, 225, 180), 1, (0, 10, -24), 0.025,
-    ),
-    "heart_mr": Scan(
-        "cardiac cine MR, short axis, one frame", "heart", "MR", ("right_ventricle", "myocardium", "left_ventricle"),
-        heart, CINE_CONTRAST, HEART_AXES, (220, 220, 120), 2.5, (8, 8, -2), 0.04,
+        "PSR", (225, 225, 180), 1, (0, 10, -24), 0.025,
     ),
 }  # fmt: skip
 
@@ -98,12 +85,7 @@ def scan_phantom(scan: Scan, seed: Sequence[int], image_size: int) -> VolumePhan
 
     The subject varies in the size, place, pose and shape of every structure and in its intensities, the scan in grid,
     noise, bias field and unit. Spacing, field of view, orientation and noise are the task's: they betray it as a
-    scanner does. Organs overlap in intensity, so that place and shape are needed to tell them apart.
-
-    Args:
-        scan: what and how.
-        seed: of the subject and of its scan; on another `image_size` it gives the same subject.
-        image_size: voxels along the longest side of the field of view, 16 or more.
+    scanner does. `image_size`, the voxels along the longest side of the field of view, leaves the subject as it is.
     """
     # The body draws from a stream of its own, so that it is the same on every grid.
     body_rng, rng = np.random.default_rng(seed).spawn(2)
@@ -129,7 +111,8 @@ def _grid(scan: Scan, image_size: int, rng: np.random.Generator) -> tuple[Array,
     """Patient coordinates of the voxels, (3, X, Y, Z), and the affine, whose origin is the scanner's."""
     spacing = max(scan.field_of_view) / image_size * np.array([1, 1, scan.slice_ratio])
     shape = np.maximum(np.round(scan.field_of_view / spacing * (1, 1, rng.uniform(0.94, 1.06))), 1).astype(int)
-    matrix = scan.axes * spacing * rng.uniform(0.95, 1.05)
+    directions = [[(code == end) - (code == start) for code in scan.axes] for start, end in ("LR", "PA", "IS")]
+    matrix = np.array(directions, float) * spacing * rng.uniform(0.95, 1.05)
     centre = scan.centre + rng.normal(0, 4, 3)
     corner = centre - matrix @ (shape - 1) / 2
     voxels = np.indices(shape.tolist(), dtype=np.float32)

@@ -25,14 +25,10 @@ class Shapes:
     """Solids at the points of an image, each varied in place, size and tilt, so that no two bodies agree.
 
     They are functions of the point alone: another grid samples the same body.
-
-    Args:
-        points: patient coordinates in mm, right, anterior and superior, shape (3, X, Y, Z).
-        rng: draws the variation.
     """
 
     def __init__(self, points: Array, rng: np.random.Generator) -> None:
-        self.points = points
+        self.points = points  # (3, X, Y, Z), in mm: right, anterior, superior
         self.rng = rng
 
     def ellipsoid(self, centre: ArrayLike, radii: ArrayLike, *, tilt: ArrayLike = (0, 0, 0), vary: float = 1) -> Array:

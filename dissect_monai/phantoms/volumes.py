@@ -15,7 +15,7 @@ from dissect_monai.phantoms.generated import SPLITS, Splits, write_once
 from dissect_monai.phantoms.scans import SCANS, scan_phantom
 
 VOLUME_TASKS = tuple(SCANS)
-_VERSION = 2  # raise it when the drawing changes, so that a folder written before is not taken for the same set
+_VERSION = 3  # raise it when the drawing changes, so that a folder written before is not taken for the same set
 
 
 def write_volume_phantoms(
@@ -30,11 +30,10 @@ def write_volume_phantoms(
     """Write a data set of volume phantoms for each task: NIfTI images, label maps and a Decathlon-style dataset.json.
 
     dataset.json holds `name`, `description`, `task`, `group`, `modality` and `labels` (value to name) beside the splits
-    of {"image", "label", "subject"}, one volume a subject. A set that its folder holds already is not written again.
-    Several processes may call this at once.
+    of {"image", "label", "subject"}, one volume a subject.
 
     Args:
-        output_dir: folder to create; each task has a folder of its name in it.
+        output_dir: folder to create; each task has a folder of its name in it, see `write_once`.
         num_training: number of training subjects of each task.
         num_validation: number of validation subjects of each task.
         num_test: number of test subjects of each task.
@@ -44,18 +43,14 @@ def write_volume_phantoms(
 
     Returns:
         The folders of the tasks, in their order.
-
-    Raises:
-        ValueError: if the folder of a task holds anything else.
     """
     counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     folders = []
     for task in tasks:
         scan = SCANS[task]
         labels = {str(value): name for value, name in enumerate(("background", *scan.labels))}
-        description = f"generated phantoms: {scan.description}"
-        head: dict[str, Any] = {"name": task, "description": description, "task": task, "group": scan.group}
-        head |= {"modality": {"0": scan.modality}, "labels": labels}
+        head: dict[str, Any] = {"name": task, "description": f"generated phantoms: {scan.description}", "task": task}
+        head |= {"group": scan.group, "modality": {"0": scan.modality}, "labels": labels}
         spec = {"version": _VERSION, "task": task, **counts, "image_size": image_size, "seed": seed}
         folders.append(write_once(Path(output_dir) / task, spec, head, partial(_write_files, spec=spec)))
     return folders

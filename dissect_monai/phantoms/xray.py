@@ -23,10 +23,9 @@ _IMAGES_PER_SUBJECT = (1, 2, 1, 3)
 
 
 class Phantom(NamedTuple):
-    """One generated chest X-ray and what is known of it."""
+    """One generated chest X-ray and its view."""
 
     image: NDArray[np.float32]  # (1, H, W) in [0, 1], bright where dense
-    label: NDArray[np.float32]  # (4,), 1 where the finding of XRAY_FINDINGS is present, else 0
     view: str  # one of XRAY_VIEWS
 
 
@@ -59,12 +58,10 @@ def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayL
     """
     subject_rng, rng = np.random.default_rng([0, subject_seed]), np.random.default_rng([1, seed])
     anatomy = dict(zip(_ANATOMY, subject_rng.uniform(*np.transpose([*_ANATOMY.values()])), strict=True))
-    present = np.asarray(label, dtype=np.float32)
-    findings = {name for name, value in zip(XRAY_FINDINGS, present, strict=True) if value}
     view = XRAY_VIEWS[rng.integers(2)]
-    image = _expose(_attenuation(anatomy, view, findings, image_size, rng), rng)
+    image = _expose(_attenuation(anatomy, view, np.asarray(label), image_size, rng), rng)
     _stamp_marker(image, view, rng)
-    return Phantom(image.astype(np.float32)[None], present, view)
+    return Phantom(image.astype(np.float32)[None], view)
 
 
 def write_xray_phantoms(
@@ -78,22 +75,15 @@ def write_xray_phantoms(
     """Write a data set of X-ray phantoms: 8-bit PNG images and a Decathlon-style dataset.json.
 
     Each item is {"image", "label", "subject", "view"}, with one to three images a subject and no subject in two splits;
-    within a split of two or more subjects every finding has a positive and a negative. A set that the folder holds
-    already is not written again. Several processes may call this at once.
+    within a split of two or more subjects every finding has a positive and a negative.
 
     Args:
-        output_dir: folder to create.
+        output_dir: folder to create and to return; see `write_once`.
         num_training: number of training images.
         num_validation: number of validation images.
         num_test: number of test images.
         image_size: height and width in pixels, 16 or more.
         seed: seed of the set.
-
-    Returns:
-        `output_dir` as a path; the data list is its dataset.json.
-
-    Raises:
-        ValueError: if `output_dir` holds anything else.
     """
     counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
@@ -118,7 +108,7 @@ def _write_files(folder: Path, spec: dict[str, int]) -> Splits:
             phantom = xray_phantom(image_seed, spec["image_size"], subject_seed=subject_seed, label=labels[subject])
             name = f"images/{split}_{index:05d}.png"
             Image.fromarray((phantom.image[0] * 255).round().astype(np.uint8)).save(folder / name)
-            item = {"image": name, "label": phantom.label.astype(int).tolist()}
+            item = {"image": name, "label": labels[subject].astype(int).tolist()}
             splits[split].append(item | {"subject": f"{num_subjects + subject:05d}", "view": phantom.view})
         num_subjects += len(labels)
     return splits
@@ -131,7 +121,7 @@ def _balanced_labels(num_subjects: int, rng: np.random.Generator) -> NDArray[np.
     return ranks < num_positive
 
 
-def _attenuation(anatomy: _Anatomy, view: str, findings: set[str], image_size: int, rng: np.random.Generator) -> Array:
+def _attenuation(anatomy: _Anatomy, view: str, label: Array, image_size: int, rng: np.random.Generator) -> Array:
     """Attenuation along each ray, (H, W): tissue, less the air in the lungs, plus bone."""
     # Findings draw from a stream of their own, so that the rest of the image is the same without them.
     (finding_rng,) = rng.spawn(1)
@@ -145,11 +135,14 @@ def _attenuation(anatomy: _Anatomy, view: str, findings: set[str], image_size: i
     opacity = 0.08 * _smooth_noise(0.15, image_size, rng) + (0.05 + 0.12 * hila) * _smooth_noise(0.03, image_size, rng)
     opacity += 0.25 * hila
     visible = (lungs[0] + lungs[1]) * (1 - centre)
-    for name, draw in _DRAWN.items():
-        if name in findings:
+    drawn = (_nodules, _reticulation, _cysts, _consolidation)  # in the order of XRAY_FINDINGS
+    for draw, present in zip(drawn, label, strict=True):
+        if present:
             opacity += draw(visible, x, y, finding_rng)
     air = visible * np.clip(1 - opacity, 0, 1)
-    return anatomy["thickness"] * _body(anatomy, x, y) * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y))
+    half_width = 0.93 * anatomy["width"] - 0.62 * _inside(y + 0.86, 0.14)  # shoulders, and the neck above them
+    body = _inside(np.abs(x) - half_width, 0.05)
+    return anatomy["thickness"] * body * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y))
 
 
 def _pose(image_size: int, magnification: float, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -174,27 +167,17 @@ def _smooth_noise(scale: float, image_size: int, rng: np.random.Generator) -> Ar
     return (noise - noise.mean()) / noise.std()
 
 
-def _body(anatomy: _Anatomy, x: Array, y: Array) -> Array:
-    half_width = 0.93 * anatomy["width"] - 0.62 * _inside(y + 0.86, 0.14)  # shoulders, and the neck above them
-    return _inside(np.abs(x) - half_width, 0.05)
-
-
 def _dome(anatomy: _Anatomy, side: int) -> float:
     return anatomy["dome"] + (anatomy["right_dome"] if side > 0 else -anatomy["left_dome"])
-
-
-def _diaphragm(anatomy: _Anatomy, side: int, base: float, x: Array) -> Array:
-    """The y of the dome at each x; it falls away towards the costophrenic angle."""
-    dome = _dome(anatomy, side) + base
-    return dome + 1.3 * (side * x / anatomy["width"] - 0.36) ** 2
 
 
 def _lung(anatomy: _Anatomy, side: int, base: float, x: Array, y: Array) -> Array:
     lateral = (side * x / anatomy["width"] - 0.42) / (0.36 - anatomy["apex"] * 0.5 * _inside(y + 0.45, 0.4))
     vertical = y / (0.82 * anatomy["height"])
-    return _inside(np.abs(lateral) ** 2.5 + np.abs(vertical) ** 2.5 - 1, 0.15) * _inside(
-        y - _diaphragm(anatomy, side, base, x), 0.03
-    )
+    # The dome of the diaphragm falls away towards the costophrenic angle.
+    bottom = _dome(anatomy, side) + base + 1.3 * (side * x / anatomy["width"] - 0.36) ** 2
+    outline = _inside(np.abs(lateral) ** 2.5 + np.abs(vertical) ** 2.5 - 1, 0.15)
+    return outline * _inside(y - bottom, 0.03)
 
 
 def _heart(anatomy: _Anatomy, scale: float, base: float, x: Array, y: Array) -> Array:
@@ -271,9 +254,6 @@ def _place(visible: Array, x: Array, y: Array, rng: np.random.Generator) -> tupl
     """A point where a lung is seen."""
     pixel = rng.choice(np.flatnonzero(visible > 0.5 * visible.max()))
     return x.flat[pixel], y.flat[pixel]
-
-
-_DRAWN = {"nodules": _nodules, "reticulation": _reticulation, "cysts": _cysts, "consolidation": _consolidation}
 
 
 def _expose(attenuation: Array, rng: np.random.Generator) -> Array:

@@ -58,11 +58,6 @@ class BatchAugment(nn.Module):
 
     Raises:
         ValueError: if an argument is outside its range, or images have the wrong shape or dtype.
-
-    Example:
-        >>> augment = BatchAugment(image_size=224)
-        >>> augment(torch.zeros(8, 1, 256, 256, dtype=torch.uint8)).shape
-        torch.Size([8, 1, 224, 224])
     """
 
     def __init__(
@@ -108,8 +103,8 @@ class BatchAugment(nn.Module):
     def placed(self, images: Tensor, generator: torch.Generator | None = None) -> Augmented:
         """The same, and where each view lies in its image."""
         if images.ndim != self.spatial_dims + 2:
-            axes = "(B, C, X, Y)" if self.spatial_dims == 2 else "(B, C, X, Y, Z)"
-            raise InputError(f"`images` must have shape {axes}, got {tuple(images.shape)}.")
+            axes = ", ".join("BCXYZ"[: self.spatial_dims + 2])
+            raise InputError(f"`images` must have shape ({axes}), got {tuple(images.shape)}.")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise InputError(f"`images` must be uint8 in [0, 255] or floating in [0, 1], got {images.dtype}.")
         draw = _Draw(len(images), images.device, generator)
@@ -170,9 +165,6 @@ class Corrupt(nn.Module):
     Args:
         mask_fraction: expected part of the blocks that are set to 0.
         mask_size: side of a block in pixels.
-
-    Raises:
-        ValueError: if an argument is outside its range.
     """
 
     def __init__(self, mask_fraction: float = 0.3, mask_size: int = 16) -> None:

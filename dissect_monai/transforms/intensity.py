@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from dissect_monai.common import InputError
 
-# Part of the range from the darkest voxel to the `upper` percentile up to which a voxel is air, noise included.
-_AIR = 0.05
+_AIR = 0.05  # part of the range from the darkest voxel to the upper percentile, noise included
 _MAX_SAMPLE = 2**20  # voxels from which percentiles are estimated
 _PERCENTILES = (0.5, 99.5)  # that become 0 and `b_max`
 _MAX_INDICES = 4096  # of a volume: enough centres for more patches than are ever drawn of it
@@ -86,14 +85,8 @@ class NormalizeModalityd(MapTransform):
 class ForegroundIndicesd(MapTransform):
     """Remembers where a volume is not air, so that patches are drawn there: for MONAI's `RandCropByPosNegLabeld`.
 
-    MONAI's `FgBgToIndicesd` keeps eight bytes for every voxel, eight times a volume in uint8. Here at most 4096 voxels,
-    evenly spread over the volume, are kept.
-
-    Args:
-        keys: keys of the images, of shape (C, *spatial), in which air is 0, as `NormalizeModalityd` leaves it.
-
-    Raises:
-        ValueError: if a volume has no voxel above 0.
+    MONAI's `FgBgToIndicesd` keeps eight bytes for every voxel, eight times a volume in uint8. Here at most 4096 voxels
+    over 0, evenly spread over the volume (C, *spatial), are kept; a volume without one is a `ValueError`.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -122,10 +122,6 @@ def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
     """A label map (X, Y, Z) with only the largest connected part of the structures with some values.
 
     The other parts become background. Faces connect, edges do not. Of parts of equal size, the first is kept.
-
-    Example:
-        >>> largest_components([[[3, 3, 0, 3, 2]]], [3])
-        array([[[3, 3, 0, 0, 2]]])
     """
     cleaned = integer_map("label_map", label_map).copy()
     found = ndimage.find_objects(cleaned)
@@ -139,12 +135,12 @@ def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
 
 
 class LargestComponentsd(MapTransform):
-    """Keeps the largest connected part of some structures of a label map.
+    """Keeps the largest connected part of some structures of a label map (1, X, Y, Z) of classes.
 
     It suits structures that are one piece. Of two kidneys under one value, it removes one.
 
     Args:
-        keys: keys of the label maps, of shape (1, X, Y, Z), integers.
+        keys: keys of the label maps.
         class_names: structures of the classes 1, 2, ...
         structures: names of those to clean, see `chosen_structures`.
     """
@@ -163,11 +159,7 @@ class LargestComponentsd(MapTransform):
 
 
 def chosen_structures(names: str | Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """Structures as a knob names them: "none", "all", or some of them.
-
-    Raises:
-        ValueError: if one is unknown.
-    """
+    """Structures as a knob names them: "none", "all", or some of them; a `ValueError` if one is unknown."""
     if names in ("none", "all"):
         return list(class_names) if names == "all" else []
     chosen = list(ensure_tuple(names))

@@ -29,9 +29,6 @@ class OriginalGridd(MapTransform):
 
     Shape and affine of the file are those that `LoadImaged` left in the metadata, which a prediction has from its
     image. For `postprocessing`, before `SaveImaged`; nothing is inverted step by step.
-
-    Args:
-        keys: keys of the predictions, `MetaTensor`s.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -55,20 +52,14 @@ def to_original_grid(pred: MetaTensor, shape: Sequence[int], affine: Tensor | Ar
     whatever their size and the number of classes.
 
     Args:
-        pred: logits of shape (C, X, Y, Z), C > 1, the first of the background, any float dtype; or a label map of
-            shape (1, X, Y, Z). On any device.
+        pred: logits (C, X, Y, Z), C > 1, the first of the background, any float dtype; or a label map (1, X, Y, Z).
         shape: voxels of the grid along its three axes.
         affine: affine (4, 4) of the grid, from voxels to mm in RAS.
 
     Returns:
-        Label map of shape (1, *shape) with that affine, on the device of `pred`: uint8 of indices of classes, or the
-        dtype of the label map. Its other metadata are those of `pred`.
+        Label map (1, *shape) on the device of `pred`, with its metadata but for the affine: uint8 of indices of
+        classes, or the dtype of the label map.
     """
-    if pred.ndim != 4 or pred.numel() == 0 or len(shape) != 3 or min(shape) < 1:
-        raise InputError(
-            "`pred` must have shape (C, X, Y, Z), of one item, and `shape` three positive sizes, "
-            f"got {tuple(pred.shape)} and {tuple(shape)}."
-        )
     to_pred = np.linalg.solve(_affine("affine of `pred`", pred.affine), _affine("affine", affine))
     meta = {key: value for key, value in pred.meta.items() if key != MetaKeys.AFFINE}
     values = pred.detach().as_subclass(Tensor)
@@ -90,18 +81,16 @@ def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
     boxes = [_box(each) for each in (image, label)]
     low, high = np.max([box[0] for box in boxes], 0), np.min([box[1] for box in boxes], 0)
     if (low >= high).any():
-        texts = [
-            ", ".join(f"{start:g} to {stop:g}" for start, stop in zip(*np.round(box), strict=True)) for box in boxes
-        ]
+        texts = ["from {} to {}".format(*np.round(box).astype(int).tolist()) for box in boxes]
         raise InputError(
-            f"{where} must lie where its image lies, got x, y, z of {texts[1]} mm for the label map and {texts[0]} mm "
+            f"{where} must lie where its image lies, got x, y, z in mm {texts[1]} for the label map and {texts[0]} "
             "for the image: correct the affine of one of them, or name the right file."
         )
 
 
 def _box(volume: MetaTensor) -> tuple[Array, Array]:
     """Lowest and highest x, y and z in mm of the corners of a grid."""
-    corners = np.array(list(product(*((-0.5, size - 0.5) for size in volume.shape[1:]))))
+    corners = list(product(*((-0.5, size - 0.5) for size in volume.shape[1:])))
     places = apply_affine(_affine("affine", volume.affine), corners)
     return places.min(0), places.max(0)
 
@@ -150,9 +139,8 @@ def _positions(shape: Sequence[int], to_pred: Array, device: torch.device) -> li
 class AdaptiveSpacingd(MapTransform):
     """Resamples to a common spacing, but to a finer one where a whole volume is smaller than a patch.
 
-    MONAI's `Spacingd` would leave a crop of the hippocampus as a few voxels in a patch of padding, from which there is
-    nothing to learn. Here the spacing of such a volume shrinks, by one factor for all axes, until it reaches two
-    opposite sides of the patch.
+    MONAI's `Spacingd` would leave a crop of the hippocampus as a few voxels in a patch of padding. Here the spacing of
+    such a volume shrinks, by one factor for all axes, until it reaches two opposite sides of the patch.
 
     Args:
         keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.

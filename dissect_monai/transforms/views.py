@@ -13,20 +13,15 @@ from torch import Tensor
 from dissect_monai.common import InputError, rank
 from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, Placement
 
+Device = str | torch.device | None
+
 
 def prepare_images(
-    batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+    batchdata: Mapping[str, Any], device: Device = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`prepare_batch` of images that are cached as uint8: move them first, scale them to [0, 1] there.
 
-    Args:
-        batchdata: with an "image" of any shape, uint8, or float, which is left as it is; and possibly a "label".
-        device: where to.
-        non_blocking: whether the copy may overlap.
-        kwargs: for `Tensor.to`.
-
-    Returns:
-        the images as float32, and the label, or None.
+    An "image" of floats is left as it is; `kwargs` go to `Tensor.to`. The "label" comes with it, or None.
     """
     image = torch.as_tensor(batchdata["image"]).to(device, non_blocking=non_blocking, **kwargs)
     label = batchdata.get("label")
@@ -52,13 +47,7 @@ class Views(PrepareBatch):
         target_key: key of the target in the batch, such as "label"; None takes the views themselves.
     """
 
-    def __init__(
-        self,
-        augment: BatchAugment,
-        seed: int = 0,
-        num_views: int = 2,
-        target_key: str | None = None,
-    ) -> None:
+    def __init__(self, augment: BatchAugment, seed: int = 0, num_views: int = 2, target_key: str | None = None) -> None:
         self.augment = augment
         self.seed = seed
         self.num_views = num_views
@@ -71,11 +60,7 @@ class Views(PrepareBatch):
         self._generator: torch.Generator | None = None
 
     def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
+        self, batchdata: Mapping[str, Any], device: Device = None, non_blocking: bool = False, **kwargs: Any
     ) -> ViewBatch:
         """Views of the "image" of `batchdata`, shape (B, C, *spatial); `kwargs` go to `Tensor.to`."""
         views = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs).images
@@ -104,13 +89,6 @@ class MaskedImages(PrepareBatch):
     """Masks the images of an evaluator, the same voxels in every run: its `prepare_batch`.
 
     The masks are drawn on the CPU, so that they depend neither on the device nor on the size of the batches.
-
-    Args:
-        corrupt: masks the images.
-        seed: draws other masks.
-
-    Raises:
-        ValueError: if `corrupt` masks nothing.
     """
 
     def __init__(self, corrupt: Corrupt, seed: int = 0) -> None:
@@ -120,11 +98,7 @@ class MaskedImages(PrepareBatch):
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
+        self, batchdata: Mapping[str, Any], device: Device = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, MaskedTarget]:
         """The masked images and what they were; "image" as for `prepare_images`, (B, C, *spatial)."""
         views, _ = prepare_images(batchdata, "cpu")
@@ -170,11 +144,7 @@ class HierarchyViews(Views):
         }
 
     def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
+        self, batchdata: Mapping[str, Any], device: Device = None, non_blocking: bool = False, **kwargs: Any
     ) -> ViewBatch:
         """Views of the "image" of `batchdata`, shape (B, C, *spatial), and its B `task` and `group` as numbers."""
         views, placement = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs)

@@ -134,7 +134,7 @@ def test_findings_of_whole_volumes_give_an_auroc(tmp_path: Path) -> None:
 def test_without_data_it_draws_phantoms_of_volumes(tmp_path: Path) -> None:
     run_config([TRAIN, VOLUMES], output_dir=tmp_path, max_epochs=1, iterations_per_epoch=1, batch_size=2)
     assert (tmp_path / "phantoms" / "head_ct" / "dataset.json").is_file()
-    assert settings(tmp_path)["num_images"] == 60
+    assert settings(tmp_path)["num_images"] == 48
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------

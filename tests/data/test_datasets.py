@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import images, write_images
+from helpers import as_process, images, write_images
 from monai.transforms import (
     Compose,
     EnsureTyped,
-    Lambdad,
     LoadImaged,
     RandGaussianNoised,
     Resized,
@@ -42,6 +41,18 @@ def preprocessing(size: int = 8) -> Compose:
 def make_items(folder: Path, count: int = 6) -> list[dict[str, Any]]:
     names = write_images(folder, count)
     return [{"image": str(folder / name), "label": [1.0, NAN], "subject": name} for name in names]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_processes_share_all_items_and_none_has_nothing(tmp_path: Path, world_size: int) -> None:
+    data, found = make_items(tmp_path, 5), []
+    for rank in range(world_size):
+        with as_process(rank, world_size):
+            found.append(images(cached_dataset(data, preprocessing(), shard=True).data))
+            assert cached_dataset([], preprocessing(), shard=True).data == []
+    assert all(found)
+    assert {name for share in found for name in share} == {*images(data)}
+    assert sum(map(len, found)) == max(5, world_size)
 
 
 def test_items_are_completed_before_they_are_read(tmp_path: Path) -> None:
@@ -148,14 +159,6 @@ def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)got 7 of 7.*0\.png does not exist.*4\.png.*\.\.\.") as caught:
         cached_dataset(data, preprocessing(), on_corrupt="skip")
     assert "5.png" not in str(caught.value)
-
-
-def test_a_missing_package_is_not_a_corrupt_file(tmp_path: Path) -> None:
-    def load(path: str) -> None:
-        raise ImportError("not installed")
-
-    with pytest.raises(ImportError, match="not installed"):
-        cached_dataset(make_items(tmp_path), Lambdad("image", load), on_corrupt="skip")
 
 
 def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

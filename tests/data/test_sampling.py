@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +12,7 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from monai.transforms import Compose, EnsureTyped, RandScaleIntensityd, RandSpatialCropd
 from torch.utils.data import DistributedSampler
 
-from dissect_monai.data.sampling import DomainSampler, ImageSampler, SeededDataset, SeededIndex, part_of_tasks
+from dissect_monai.data.sampling import DomainSampler, ImageSampler, SeededDataset, part_of_tasks
 
 COUNTS = {"large": 60, "medium": 15, "small": 4}
 DATA = [{"task": task} for task, count in COUNTS.items() for _ in range(count)]
@@ -23,17 +22,17 @@ def task_of(index: int) -> str:
     return DATA[index]["task"]
 
 
-def drawn(**arguments: Any) -> list[int]:
-    epoch = arguments.pop("epoch", 0)
+def pairs(epoch: int = 0, **arguments: Any) -> list[tuple[int, int]]:
+    """Indices with their seeds."""
     sampler = DomainSampler(DATA, **arguments)
     sampler.set_epoch(epoch)
-    indices = list(sampler)
-    assert len(indices) == len(sampler)
-    return indices
+    found = list(sampler)
+    assert len(found) == len(sampler)
+    return found
 
 
-def seeds(indices: list[Any]) -> list[int]:
-    return [index.seed for index in indices]
+def drawn(**arguments: Any) -> list[int]:
+    return [index for index, _ in pairs(**arguments)]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.5, 1])
@@ -61,44 +60,35 @@ def test_draws_are_different_items_of_one_task(items_per_draw: int) -> None:
         assert len({task_of(index) for index in draw}) == 1
         assert len(set(draw)) == items_per_draw
     # A task with fewer items than a draw repeats them.
-    assert Counter(DomainSampler(DATA[-2:], num_samples=4, items_per_draw=4)) == {0: 2, 1: 2}
+    few = DomainSampler(DATA[-2:], num_samples=4, items_per_draw=4)
+    assert Counter(index for index, _ in few) == {0: 2, 1: 2}
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_processes_share_the_draws_of_one(num_replicas: int) -> None:
-    alone = drawn(num_samples=60, temperature=1)
     shared = []
     for rank in range(num_replicas):
         with as_process(rank, num_replicas):
-            shared.append(drawn(num_samples=60, temperature=1))
-    assert {len(indices) for indices in shared} == {60 // num_replicas}
-    pairs = [[indices[start : start + 2] for start in range(0, len(indices), 2)] for indices in shared]
-    assert [index for step in zip(*pairs, strict=True) for pair in step for index in pair] == alone
-    assert sorted(seed for indices in shared for seed in seeds(indices)) == sorted(seeds(alone))
-
-
-def test_samples_that_cannot_be_shared_out_are_dropped() -> None:
-    with as_process(2, 3):
-        assert len(DomainSampler(DATA)) == 26  # a third of 79
+            shared.append(pairs(num_samples=60, temperature=1))
+            assert len(DomainSampler(DATA)) == 2 * (79 // (2 * num_replicas))  # the rest is dropped
+    assert {len(part) for part in shared} == {60 // num_replicas}
+    draws = [[part[start : start + 2] for start in range(0, len(part), 2)] for part in shared]
+    assert [pair for step in zip(*draws, strict=True) for draw in step for pair in draw] == pairs(
+        num_samples=60, temperature=1
+    )
 
 
 def test_draws_depend_on_seed_and_epoch_alone() -> None:
-    first = drawn(seed=1, epoch=3)
-    assert (drawn(seed=1, epoch=3), seeds(drawn(seed=1, epoch=3))) == (first, seeds(first))
-    assert drawn(seed=1, epoch=4) != first
-    assert drawn(seed=2, epoch=3) != first
+    first = pairs(seed=1, epoch=3)
+    assert pairs(seed=1, epoch=3) == first
+    assert drawn(seed=1, epoch=4) != drawn(seed=1, epoch=3) != drawn(seed=2, epoch=3)
     sampler = DomainSampler(DATA, seed=1)
     for epoch in (1, 2, 3):
         sampler.set_epoch(epoch)
-        indices = list(sampler)
-    assert indices == first  # whatever was drawn before
-    both = [*seeds(drawn(num_samples=500)), *seeds(drawn(num_samples=500, epoch=1))]
-    assert len(set(both)) == 1000
-
-
-def test_a_seeded_index_is_an_integer_that_survives_pickling() -> None:
-    index = pickle.loads(pickle.dumps(SeededIndex(2, 12345)))
-    assert (index, index.seed, "abc"[index]) == (2, 12345, "c")
+        found = list(sampler)
+    assert found == first  # whatever was drawn before
+    both = [*pairs(num_samples=500), *pairs(num_samples=500, epoch=1)]
+    assert len({seed for _, seed in both}) == 1000
 
 
 @pytest.mark.parametrize(
@@ -157,42 +147,35 @@ def noise(count: int = 6) -> SeededDataset:
     return SeededDataset(CacheDataset(data, transform, progress=False))
 
 
-def batches(epochs: int = 2, start: int = 0, num_workers: int = 0, batch_size: int = 4) -> list[torch.Tensor]:
+def patches(start: int = 0, num_workers: int = 0, batch_size: int = 4) -> torch.Tensor:
+    """Those of two epochs, or of the second alone."""
     dataset = noise()
     sampler = DomainSampler(dataset.data, num_samples=12)
-    loader = DataLoader(
-        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
-    )
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers)
     found = []
-    for epoch in range(start, epochs):
+    for epoch in range(start, 2):
         sampler.set_epoch(epoch)
         found += [batch["image"] for batch in loader]
-    return found
+    return torch.cat(found)
 
 
 def test_random_transforms_follow_from_the_index() -> None:
     dataset = noise()
     torch.testing.assert_close(dataset[2]["image"], dataset[2]["image"], rtol=0, atol=0)
-    index = SeededIndex(2, 77)
-    torch.testing.assert_close(dataset[index]["image"], noise()[index]["image"], rtol=0, atol=0)
-    assert not torch.equal(dataset[index]["image"], dataset[SeededIndex(2, 78)]["image"])
+    torch.testing.assert_close(dataset[2, 77]["image"], noise()[2, 77]["image"], rtol=0, atol=0)
+    assert not torch.equal(dataset[2, 77]["image"], dataset[2, 78]["image"])
     assert len(dataset) == len(dataset.data) == 6
 
 
 def test_volumes_that_come_twice_are_cropped_twice() -> None:
-    patches = torch.cat(batches(epochs=2))
-    assert len(patches) == 24
-    assert len(patches.flatten(1).unique(dim=0)) == 24
+    assert len(patches().flatten(1).unique(dim=0)) == 24
 
 
-def test_a_resumed_run_draws_the_same_patches() -> None:
-    torch.testing.assert_close(torch.cat(batches()[3:]), torch.cat(batches(start=1)), rtol=0, atol=0)
-
-
-def test_draws_do_not_depend_on_batches_or_worker_processes() -> None:
-    expected = torch.cat(batches())
-    torch.testing.assert_close(torch.cat(batches(batch_size=6)), expected, rtol=0, atol=0)
-    torch.testing.assert_close(torch.cat(batches(num_workers=2)), expected, rtol=0, atol=0)
+def test_draws_depend_on_neither_batches_worker_processes_nor_earlier_epochs() -> None:
+    expected = patches()
+    assert torch.equal(patches(start=1), expected[12:])
+    assert torch.equal(patches(batch_size=6), expected)
+    assert torch.equal(patches(num_workers=2), expected)
 
 
 def test_a_part_of_every_task_is_evenly_spaced() -> None:

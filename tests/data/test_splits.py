@@ -12,11 +12,9 @@ from dissect_monai.data.datalists import Datalist
 from dissect_monai.data.splits import (
     datalist_digest,
     hold_out,
-    refuse_other_channels,
     refuse_untrainable,
     scored_subjects,
     select_fraction,
-    shared_out,
     split_training,
     subject_digest,
     with_test_split,
@@ -109,10 +107,8 @@ def test_without_test_split_validation_is_scored_and_training_chooses(caplog: py
     assert "whole" not in caplog.text
 
 
-def split_of(
-    datalist: Datalist, fraction: float = 0.2, seed: int = 0, fold: int | None = None, num_folds: int = 5
-) -> Any:
-    return split_training(datalist, fold, num_folds, fraction, seed)
+def split_of(datalist: Datalist, fraction: float = 0.2, seed: int = 0, fold: int | None = None) -> Datalist:
+    return split_training(datalist, fold, 5, fraction, seed)
 
 
 def test_a_share_of_the_subjects_is_for_validation_whatever_their_order(caplog: pytest.LogCaptureFixture) -> None:
@@ -131,11 +127,8 @@ def test_a_share_of_the_subjects_is_for_validation_whatever_their_order(caplog: 
 def test_at_least_one_subject_is_for_validation_and_one_for_training(fraction: float, count: int) -> None:
     split = split_of(datalist_of(6), fraction)
     assert (len(subjects(split.training)), len(subjects(split.validation))) == (3 - count, count)
-
-
-def test_a_validation_split_and_a_single_subject_stay_as_they_are() -> None:
-    for datalist in (datalist_of(8, 2), datalist_of(2)):
-        assert split_of(datalist, 0.9) == datalist
+    for datalist in (datalist_of(8, 2), datalist_of(2)):  # has one, or has a single subject
+        assert split_of(datalist, fraction) == datalist
 
 
 def test_folds_part_the_subjects() -> None:
@@ -154,30 +147,6 @@ def test_folds_part_the_subjects() -> None:
         split_of(datalist_of(6), fold=0)
 
 
-def btcv(names: list[str]) -> Datalist:
-    return Datalist([{"image": f"{name}.nii.gz", "subject": name} for name in names], [], [])
-
-
-BTCV = [f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))]
-
-
-def test_btcv_is_split_as_in_the_literature(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        split = split_of(btcv(BTCV[::-1]), seed=7)
-    assert sorted(images(split.validation)) == [f"img{number:04d}.nii.gz" for number in range(35, 41)]
-    assert len(split.training) == 24
-    assert "those of BTCV: 0035 to 0040 are for validation" in caplog.text
-    assert not split_of(btcv(BTCV), 0).validation
-    fold = split_of(btcv(BTCV), fold=0).validation
-    assert len(fold) == 6
-    assert images(fold) != images(split.validation)  # drawn, not those of the literature
-
-
-@pytest.mark.parametrize("names", [BTCV[:-1], [*BTCV[:-1], "img0041"], [*BTCV[:-1], "other"]])
-def test_a_part_of_btcv_is_split_as_any_other_set(names: list[str]) -> None:
-    assert len(split_of(btcv(names), 0.1).validation) == 3
-
-
 # --- what is trained on and scored
 
 
@@ -191,25 +160,15 @@ def test_a_digest_follows_the_volumes_and_not_their_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "split", "expected"),
-    [
-        ((4, 3, 5), "auto", "test"),
-        ((4, 3, 5), "test", "test"),
-        ((4, 3, 5), "validation", "validation"),
-        ((4, 3, 0), "auto", "validation"),
-    ],
+    ("num_test", "split", "expected", "subjects"),
+    [(5, "auto", "test", 3), (5, "test", "test", 3), (5, "validation", "validation", 2), (0, "auto", "validation", 2)],
 )
-def test_the_wanted_split_is_scored(
-    counts: tuple[int, int, int], split: str, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    datalist = datalist_of(*counts)
-    with caplog.at_level(logging.INFO):
-        scored = scored_subjects(datalist, split, {"select": "best", "validation_data": "of another set"})
-    number = {"test": 5, "validation": 3}[expected]
+def test_the_wanted_split_is_scored(num_test: int, split: str, expected: str, subjects: int) -> None:
+    datalist = datalist_of(4, 3, num_test)
+    scored = scored_subjects(datalist, split, {"select": "best", "validation_data": "of another set"})
     assert scored.items == getattr(datalist, expected)
-    assert scored.facts == {"split": expected, "subjects": (number + 1) // 2, "volumes": number}
+    assert scored.facts == {"split": expected, "subjects": subjects, "volumes": len(scored.items)}
     assert scored.notes == []
-    assert f"Scoring {(number + 1) // 2} subjects ({expected})." in caplog.text
 
 
 def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights() -> None:
@@ -235,27 +194,16 @@ def test_weights_chosen_on_the_scored_subjects_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("split", "message"),
+    ("datalist", "split", "settings", "message"),
     [
-        ("test", "`test` must hold volumes with label maps to be scored, got none"),
-        ("auto", "`validation` must hold volumes .*got none: list some in dataset.json, hold some out"),
+        (datalist_of(4), "test", {}, "`test` must hold volumes with label maps to be scored, got none"),
+        (datalist_of(4), "auto", {}, "`validation` must hold volumes .*got none: list some in dataset.json, hold some"),
+        (datalist_of(test=2), "test", {"in_channels": 2}, r"every volume must have 2 channel\(s\), got CT for c0"),
     ],
 )
-def test_nothing_to_score_is_refused(split: str, message: str) -> None:
+def test_what_cannot_be_scored_is_refused(datalist: Datalist, split: str, settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        scored_subjects(datalist_of(4), split, {})
-
-
-def test_volumes_of_other_channels_are_refused() -> None:
-    items: list[Item] = [{"image": "a", "modality": "T1"}, {"image": "b", "modality": ["T1", "T2"]}]
-    refuse_other_channels(items[:1], 1)
-    refuse_other_channels(items[1:], 2)
-    with pytest.raises(
-        ValueError, match=r"every volume must have 1 channel\(s\), got T1, T2 for b: correct `modality`"
-    ):
-        refuse_other_channels(items, 1)
-    with pytest.raises(ValueError, match=r"must have 2 channel\(s\), got CT for c0"):
-        scored_subjects(datalist_of(test=2), "test", {"in_channels": 2})
+        scored_subjects(datalist, split, settings)
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
@@ -265,13 +213,3 @@ def test_what_cannot_be_trained_is_refused() -> None:
         refuse_untrainable(*datalist_of(4)[:2], "best")
     with pytest.raises(ValueError, match="`training` must list volumes with label maps, got none"):
         refuse_untrainable([], datalist_of(0, 2).validation, "last")
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_processes_share_all_items_and_none_has_nothing(world_size: int) -> None:
-    items = [{"image": str(index)} for index in range(5)]
-    shares = [shared_out(items, rank, world_size) for rank in range(world_size)]
-    assert all(shares)
-    assert {item["image"] for share in shares for item in share} == set("01234")
-    assert sum(map(len, shares)) == max(5, world_size)
-    assert shared_out([], 0, world_size) == []

@@ -8,11 +8,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
-from helpers import images, read, volume, write
+from helpers import images, read, write
 
 from dissect_monai.common import Item
-from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, segmentation_of_weights
+from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
 
@@ -59,7 +58,7 @@ def test_items_know_their_domain(tmp_path: Path) -> None:
     last = datalist.training[-1]
     assert [last[key] for key in ("subject", "task", "modality")] == ["b/1", "brain", "MR"]
     assert {item["task"] for item in datalist.validation} == {"liver"}
-    assert datalist.headers == {item["image"]: ((4, 5, 6), (2, 1, 1), 1) for item in datalist.items()}
+    assert datalist.headers == {item["image"]: ((4, 5, 6), (2, 1, 1)) for item in datalist.items()}
     assert subjects(aggregate(str(folders[1])).training) == {"0", "1"}  # one folder keeps its subjects
 
 
@@ -67,7 +66,7 @@ def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Pa
     for name in "ab":
         for index in range(2):
             write_volume(tmp_path / name / "sub" / f"{index}.nii.gz")
-    datalist = aggregate([tmp_path / "a", tmp_path / "b"], ["x", "y"], "body", modality="CT")
+    datalist = aggregate([tmp_path / "a", tmp_path / "b"], {"a": "x", "b": "y"}, "body", modality="CT")
     assert [item["task"] for item in datalist.training] == ["x", "x", "y", "y"]
     assert datalist.group_names == ["body"]
     assert subjects(datalist.training) == {f"{name}/sub/{index}.nii.gz" for name in "ab" for index in range(2)}
@@ -75,7 +74,7 @@ def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Pa
 
 def test_what_is_given_goes_before_what_the_folder_says(tmp_path: Path) -> None:
     folders = two_sets(tmp_path)
-    datalist = aggregate(folders, task=[None, "skull"], group={"a": "trunk"}, modality={"b": "PET"})
+    datalist = aggregate(folders, task={"b": "skull"}, group={"a": "trunk"}, modality={"b": "PET"})
     assert datalist.task_names == ["liver", "skull"]
     assert datalist.group_names == ["head", "trunk"]
     assert {item["task"]: item["modality"] for item in datalist.training} == {"liver": "CT", "skull": "PET"}
@@ -94,22 +93,12 @@ def test_items_know_what_the_structures_are_called(tmp_path: Path, labels: Any, 
     assert [item.get("labels") for item in aggregate(liver(tmp_path, labels=labels)).training] == [expected] * 3
 
 
-def test_a_validation_split_is_drawn_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_validation_split_is_drawn_if_asked_for(tmp_path: Path) -> None:
     folders = [liver(tmp_path / "a", 3, 2), write_set(tmp_path / "c", 10, task="heart", group="thorax", modality="MR")]
     assert {item["task"] for item in aggregate(folders).validation} == {"liver"}
     drawn = aggregate(folders, validation_fraction=0.3)
     assert [item["subject"] for item in drawn.validation if item["task"] == "liver"] == ["a/3", "a/4"]  # its own
     assert sum(item["task"] == "heart" for item in drawn.validation) == 3
-    assert "of one name in different splits" not in caplog.text
-
-
-def test_subjects_of_one_name_in_different_splits_of_a_task_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    datalist = aggregate([liver(tmp_path / "a"), liver(tmp_path / "b", 2, 1)])
-    assert datalist.task_names == ["liver"]
-    assert subjects(datalist.training) == {"a/0", "a/1", "a/2", "b/0", "b/1"}
-    assert "task liver have 1 subjects of one name in different splits, such as 2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -123,7 +112,7 @@ def test_subjects_of_one_name_in_different_splits_of_a_task_are_named(
         ({"group": " "}, {}, "must have a `group`, got ' '"),
         ({"training": 1}, {}, r"task 'liver' must have at least two training .* got 1 \(see .*a/0"),
         ({"modality": {"0": "T1", "1": "FLAIR"}}, {}, r"must have 1 channel\(s\), got T1, FLAIR for .*a/0"),
-        ({}, {"task": ["x", "y"]}, "`task` must have one value for each of the 1 folders, got 2"),
+        ({}, {"task": ["x", "y"]}, r"must have a `task`, got \['x', 'y'\] for .* or give `task`, such as \{'a': "),
         ({}, {"group": {"a": "x", "c": "y"}}, "`group` must name folders among a, got c"),
     ],
 )
@@ -138,31 +127,15 @@ def test_a_task_of_two_groups_is_refused(tmp_path: Path) -> None:
         aggregate(folders)
 
 
-def with_bad_files(folder: Path) -> Path:
-    liver(folder, 5)
+def test_frames_and_unreadable_files_are_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = liver(tmp_path / "a", 5)
     write_volume(folder / "1.nii.gz", (4, 5, 6, 3))
     (folder / "3.nii.gz").write_bytes(b"nothing")
-    return folder
-
-
-def test_frames_and_unreadable_files_are_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = with_bad_files(tmp_path / "a")
     named = r"1\.nii\.gz must be one 3-D .* \(4, 5, 6, 3\).*\n .*3\.nii\.gz must be an intact"
     with pytest.raises(ValueError, match=rf"got 2 of 5 that cannot:\n .*{named}"):
         aggregate(folder)
     assert subjects(aggregate(folder, on_corrupt="skip").training) == {"0", "2", "4"}
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    for name in ("0", "2", "4"):
-        (folder / f"{name}.nii.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match="got 5 of 5 that cannot"):
-        aggregate(folder, on_corrupt="skip")
-
-
-def test_different_channels_in_a_folder_are_refused(tmp_path: Path) -> None:
-    sitk.WriteImage(volume(), str(tmp_path / "1.mha"))
-    sitk.WriteImage(sitk.Compose([volume()] * 3), str(tmp_path / "2.mha"))
-    with pytest.raises(ValueError, match=rf"{tmp_path} must hold .* got 1 in .*1\.mha and 3 in .*2\.mha"):
-        aggregate(tmp_path, "liver", "abdomen", "CT")
 
 
 # --- segmentation
@@ -185,25 +158,9 @@ def make_set(folder: Path, training: Sequence[Any] = (), labels: Any = LABELS, *
     return folder
 
 
-@pytest.mark.parametrize(
-    ("labels", "names", "values"),
-    [
-        (
-            {"10": "aorta", "0": "background", "6": "liver", "1": "spleen"},
-            ["spleen", "liver", "aorta"],
-            {"aorta": [10], "liver": [6], "spleen": [1]},
-        ),
-        ({"kidneys": [7, 2], "background": 0, "spleen": 5}, ["kidneys", "spleen"], {"kidneys": [7, 2], "spleen": [5]}),
-    ],
-)
-def test_classes_are_in_the_order_of_their_values(tmp_path: Path, labels: Any, names: list[str], values: Any) -> None:
-    datalist = read_segmentation(make_set(tmp_path, labels=labels))
-    assert datalist.class_names == names
-    assert datalist.training[0]["labels"] == values
-
-
-def test_chosen_structures_give_the_order_of_the_classes(tmp_path: Path) -> None:
-    folder = make_set(tmp_path, labels={"1": "spleen", "2": "liver", "3": "aorta"})
+def test_classes_are_in_the_order_of_their_values_or_as_they_are_chosen(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, labels={"10": "aorta", "0": "background", "6": "liver", "1": "spleen"})
+    assert read_segmentation(folder).class_names == ["spleen", "liver", "aorta"]
     assert read_segmentation(folder, structures=["aorta", "spleen"]).class_names == ["aorta", "spleen"]
     one = read_segmentation(folder, structures="liver")
     assert one.class_names == ["liver"]
@@ -217,12 +174,9 @@ def test_chosen_structures_give_the_order_of_the_classes(tmp_path: Path) -> None
         (LABELS, {"structures": ["liver", "liver"]}, r"must be different ones of spleen, liver, got liver, liver\.$"),
         (LABELS, {"structures": []}, r"`structures` must be different ones of spleen, liver, got \.$"),
         (None, {}, r"must have a dataset\.json that names the values of its label maps, such as"),
-        (["spleen"], {}, r"must have a dataset\.json that names the values of its label maps, such as"),
         ({"0": "background", "x": []}, {}, r"must have a dataset\.json that names the values of its label maps"),
-        ({"spleen": None}, {}, "must give integers names"),
         (LABELS, {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
         (LABELS, {"fold": -1}, r"`fold` must be in \[0, 5\), got -1"),
-        (LABELS, {"fold": 0}, "`num_folds` must be at most the 3 subjects, got 5"),
     ],
 )
 def test_what_cannot_be_segmented_is_refused(tmp_path: Path, labels: Any, arguments: Any, message: str) -> None:
@@ -239,7 +193,7 @@ def test_folders_may_give_one_structure_different_values(tmp_path: Path) -> None
     assert subjects(datalist.training) == {"first/1", "first/2", "second/1", "second/images/c.nii.gz"}
     assert [item["task"] for item in datalist.training] == ["first"] * 2 + ["second"] * 2
     third = make_set(tmp_path / "third", labels={"1": "spleen"})
-    message = r"same structures, got spleen, liver in .*first and spleen in .*third: what one set has not contoured"
+    message = r"same structures, got spleen, liver for .*first.* and spleen for .*third.*: what one set has not"
     with pytest.raises(ValueError, match=message):
         read_segmentation([first, third])
 
@@ -258,14 +212,11 @@ def test_volumes_without_label_map_are_left_out(tmp_path: Path, caplog: pytest.L
 
 def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "own", validation=[entry("v")], test=[entry("t")])
-    kept = read_segmentation(folder, validation_fraction=0.9)
-    assert [len(split) for split in kept[:3]] == [3, 1, 1]
+    assert [len(split) for split in read_segmentation(folder, validation_fraction=0.9)[:3]] == [3, 1, 1]
     assert len(read_segmentation(folder, fold=1, num_folds=2).validation) == 2
     assert len(read_segmentation(make_set(tmp_path / "none")).validation) == 1
-    assert read_segmentation(make_set(tmp_path / "none"), validation_fraction=0).validation == []
-    tested = make_set(tmp_path / "tested", test=[entry("t", "t")])
-    write(tested / "dataset.json", {**read(tested / "dataset.json"), "training": []})
-    assert [len(split) for split in read_segmentation(tested)[:3]] == [0, 0, 1]
+    write(folder / "dataset.json", {**read(folder / "dataset.json"), "training": [], "validation": []})
+    assert [len(split) for split in read_segmentation(folder)[:3]] == [0, 0, 1]
 
 
 # --- modality
@@ -274,14 +225,12 @@ def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "given", "default", "modality"),
     [
-        ("CT", None, None, "CT"),
         ({"0": "CT"}, None, None, "CT"),
         ({"0": "T1", "1": "FLAIR"}, None, None, ["T1", "FLAIR"]),
         ([" CT ", None], None, None, ["CT", "unknown"]),
         ("CT", ["T1", "T2", "PD"], "MR", ["T1", "T2", "PD"]),
         ("MR", None, "CT", "MR"),
         ("MR", "PT", "CT", "PT"),
-        (None, "CT", None, "CT"),
         (None, None, "CT", "CT"),
         (None, None, None, "unknown"),
         ("", None, None, "unknown"),
@@ -325,9 +274,8 @@ def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> 
 def test_volumes_without_labels_may_be_missing(tmp_path: Path) -> None:
     training = [{"image": "here.nii.gz"}, {"image": "gone.nii.gz", "modality": "MR"}]
     write(tmp_path / "dataset.json", {"training": training, "test": ["also_gone.nii.gz"], "modality": {"0": "CT"}})
-    items = read_volumes(tmp_path)
-    assert images(items) == ["here.nii.gz", "gone.nii.gz", "also_gone.nii.gz"]
-    assert [item["modality"] for item in items] == ["CT", "MR", "CT"]
+    found = [(Path(item["image"]).name, item["modality"]) for item in read_volumes(tmp_path)]
+    assert found == [("here.nii.gz", "CT"), ("gone.nii.gz", "MR"), ("also_gone.nii.gz", "CT")]
     with pytest.raises(ValueError, match=r"every volume must have 2 channel\(s\), got CT for .*here"):
         read_volumes(tmp_path, in_channels=2)
 
@@ -342,28 +290,19 @@ def test_folders_of_volumes_and_a_single_one_need_no_list(tmp_path: Path) -> Non
     (tmp_path / "more" / "c.nii").touch()
     given = read_volumes([tmp_path, tmp_path / "more"], {"more": "CT"}, "MR")
     assert [item["modality"] for item in given] == ["MR", "MR", "MR", "CT"]
-    with pytest.raises(FileNotFoundError, match="must be an existing folder"):
-        read_volumes(tmp_path / "none")
 
 
 # --- volumes that a caller lists
 
 
-def test_what_a_caller_leaves_out_follows_from_the_weights() -> None:
-    datalist = segmentation_of_weights({"class_names": ["liver", "spleen"], "modality": "MR"})
-    assert (datalist.items(), datalist.class_names, datalist.in_channels) == ([], ["liver", "spleen"], 1)
-    bare, own = datalist.complete([{"image": "a/1.nii", "label": "b/1.nii"}, {"image": "2.nii", "subject": "s"}])
-    common = {"task": "given", "modality": "MR", "labels": {"liver": [1], "spleen": [2]}}
-    assert bare == {**common, "image": "a/1.nii", "label": "b/1.nii", "subject": "1.nii"}
-    assert own == {**common, "image": "2.nii", "subject": "s"}
-    with pytest.raises(ValueError, match="need weights that say them"):
-        segmentation_of_weights({})
-
-
-def test_items_of_a_server_take_structures_and_channels_of_the_weights() -> None:
-    settings = {"class_names": ["liver", "spleen"], "modality": "MR"}
-    given = [{"image": "/a.nii.gz", "label": "/b.nii.gz"}], []
+def test_items_of_a_server_take_what_they_leave_out_from_the_weights() -> None:
+    settings = {"class_names": ["liver", "spleen"], "modality": "MR", "pixdim": [1, 1, 1]}
+    given: Any = ([{"image": "a/1.nii", "label": "b/1.nii"}], [{"image": "2.nii", "subject": "s"}])
     datalist = read_segmentation(None, given=given, settings=settings)
-    assert datalist.training == datalist.complete(given[0])
-    assert (datalist.training[0]["subject"], datalist.validation) == ("a.nii.gz", [])
-    assert datalist.class_names == ["liver", "spleen"]
+    common = {"task": "given", "modality": "MR", "labels": {"liver": [1], "spleen": [2]}}
+    assert datalist.training == [{**common, "image": "a/1.nii", "label": "b/1.nii", "subject": "1.nii"}]
+    assert datalist.validation == [{**common, "image": "2.nii", "subject": "s"}]
+    assert (datalist.class_names, datalist.in_channels) == (["liver", "spleen"], 1)
+    assert read_segmentation(None, settings=settings).items() == []
+    with pytest.raises(ValueError, match="need weights that say them"):
+        read_segmentation(None, given=given)

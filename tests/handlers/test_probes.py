@@ -387,7 +387,7 @@ def test_nothing_to_ask_is_logged_and_nothing_is_probed(tmp_path: Path, caplog: 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    tasks = ("abdomen_ct", "abdomen_mr", "heart_mr")
+    tasks = ("abdomen_ct", "abdomen_mr", "head_mr")
     return write_volume_phantoms(tmp_path_factory.mktemp("phantoms"), 3, 2, 2, image_size=24, tasks=tasks)
 
 
@@ -411,7 +411,7 @@ def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_pat
     for question in ("structures", "domains", "domains_in_group"):
         assert 0 <= metrics[f"pretrained_last_linear_auroc_{question}_macro"] <= 1
     columns = {row["finding"] for row in table(tmp_path / "findings.csv")}
-    assert {"abdomen_ct/liver", "abdomen_mr/liver", "heart_mr/myocardium"} & columns
+    assert {"abdomen_ct/liver", "abdomen_mr/liver", "head_mr/cerebrum"} & columns
 
 
 def test_an_empty_split_or_one_task_without_labels_is_refused(phantoms: list[Path]) -> None:

@@ -20,18 +20,12 @@ def write_set(folder: Path, text: str = "new", spec: dict[str, Any] = SPEC) -> P
     return write_once(folder, spec, {"name": "set"}, write)
 
 
-def test_writes_the_set_into_a_new_or_empty_folder(tmp_path: Path) -> None:
+def test_writes_the_set_into_a_new_or_empty_folder_and_once(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "deep" / "set", tmp_path / "empty"):
-        assert write_set(folder) == folder
+        assert write_set(folder) == write_set(folder, "other") == folder
         assert (folder / "image.txt").read_text() == "new"
         assert read(folder / "dataset.json") == {"name": "set", "spec": SPEC, "training": [{"image": "image.txt"}]}
-
-
-def test_a_set_that_is_there_is_kept(tmp_path: Path) -> None:
-    write_set(tmp_path / "set", "old")
-    write_set(tmp_path / "set", "new")
-    assert (tmp_path / "set" / "image.txt").read_text() == "old"
 
 
 def test_a_set_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from dissect_monai.phantoms.scans import SCANS, VolumePhantom, scan_phantom
 
 TASKS = tuple(SCANS)
-ABDOMEN = SCANS["abdomen_ct"].labels
 every_task = pytest.mark.parametrize("task", TASKS)
 
 
@@ -53,7 +52,6 @@ def test_phantom_has_its_types_and_its_longest_side(task: str, image_size: int) 
     assert phantom.image.shape == phantom.label.shape
     assert max(phantom.image.shape) == image_size
     assert min(phantom.image.shape) >= 5
-    assert phantom.affine.shape == (4, 4)
 
 
 @every_task
@@ -82,20 +80,14 @@ def test_the_subject_is_the_same_on_another_grid() -> None:
 
 
 def test_organs_have_human_sizes() -> None:
-    phantoms = [drawn("abdomen_ct", seed) for seed in range(4)]
-    volumes = {name: np.mean([volume(phantom, "abdomen_ct", name) for phantom in phantoms]) for name in ABDOMEN}
-    assert 900 < volumes["liver"] < 2500
-    assert 80 < volumes["right_kidney"] < 300
-    assert 80 < volumes["left_kidney"] < 300
-    assert 70 < volumes["spleen"] < 350
-    assert 15 < volumes["gallbladder"] < 80
-    assert 10 < volumes["esophagus"] < 40
-    assert 60 < volumes["aorta"] < 140
-    assert 60 < volumes["inferior_vena_cava"] < 160
-    assert 15 < volumes["portal_and_splenic_veins"] < 50
-    assert 40 < volumes["pancreas"] < 120
-    assert 5 < volumes["right_adrenal_gland"] < 20
-    assert 5 < volumes["left_adrenal_gland"] < 20
+    expected = {
+        "liver": (900, 2500), "right_kidney": (80, 300), "left_kidney": (80, 300), "spleen": (70, 350),
+        "gallbladder": (15, 80), "esophagus": (10, 40), "aorta": (60, 140), "inferior_vena_cava": (60, 160),
+        "portal_and_splenic_veins": (15, 50), "pancreas": (40, 120), "right_adrenal_gland": (5, 20),
+        "left_adrenal_gland": (5, 20),
+    }  # fmt: skip
+    for name, (low, high) in expected.items():
+        assert low < np.mean([volume(drawn("abdomen_ct", seed), "abdomen_ct", name) for seed in range(4)]) < high
 
 
 def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
@@ -115,9 +107,6 @@ def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
             assert right[0] > cerebrum[0] + 15 > cerebrum[0] - 15 > left[0]
             assert min(right[1], left[1]) > cerebrum[1] + 30 > stem[1] > cerebellum[1]
             assert cerebrum[2] > cerebellum[2] + 20
-        phantom = drawn("heart_mr", seed)
-        right, left = (centre(phantom, "heart_mr", f"{side}_ventricle") for side in ("right", "left"))
-        assert (right[:2] > left[:2] + 5).all()  # to the right and to the front
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if SCANS[task].modality == "CT"])
@@ -135,10 +124,8 @@ def test_tissues_of_the_abdomen_have_their_hounsfield_units() -> None:
     def typical(name: str) -> float:
         return float(np.median(np.concatenate([p.image[mask(p, "abdomen_ct", name)] for p in phantoms])))
 
-    assert all(
-        40 < typical(name) < 130
-        for name in ("liver", "spleen", "right_kidney", "left_kidney", "aorta", "inferior_vena_cava")
-    )
+    for name in ("liver", "spleen", "right_kidney", "left_kidney", "aorta", "inferior_vena_cava"):
+        assert 40 < typical(name) < 130
     assert 0 < typical("gallbladder") < 40
     between = np.concatenate([p.image[(p.label == 0) & (p.image > -250) & (p.image < -50)] for p in phantoms])
     assert np.median(between) == pytest.approx(-100, abs=15)  # fat
@@ -157,13 +144,3 @@ def test_no_threshold_finds_an_organ(task: str) -> None:
     phantom = drawn(task, 0)
     for name in {*SCANS[task].labels} - {"cerebrum"}:  # which is most of what a head holds
         assert best_threshold_dice(phantom.image, mask(phantom, task, name)) < 0.6
-
-
-def test_tasks_can_be_told_apart_by_their_intensities_alone() -> None:
-    """After each volume is scaled to its own range: what a shortcut probe has to find."""
-    images = [[volume_phantom(task, seed, 24).image for seed in range(8)] for task in TASKS]
-    features = np.array([np.quantile(image, np.linspace(0.02, 0.98, 25)) for of_task in images for image in of_task])
-    features = (features - features[:, :1]) / (features[:, -1:] - features[:, :1])
-    distance = np.linalg.norm(features[:, None] - features, axis=-1) + np.diag([np.inf] * len(features))
-    tasks = np.repeat(np.arange(len(TASKS)), 8)
-    assert (tasks[distance.argmin(1)] == tasks).mean() > 0.8  # chance is 0.2

@@ -23,11 +23,10 @@ def test_a_ball_has_its_exact_distance() -> None:
 
 
 def test_a_tilted_ellipsoid_has_its_surface_and_volume() -> None:
-    local = np.einsum("ij,j...->i...", rotation((20, -30, 40)).T, grid(48, 2.5)) / np.reshape(
-        (20, 30, 45), (3, 1, 1, 1)
-    )
-    solid = shapes(points=grid(48, 2.5)).ellipsoid((0, 0, 0), (20, 30, 45), tilt=(20, -30, 40), vary=0)
-    inside = np.linalg.norm(local, axis=0) < 1
+    points = grid(48, 2.5)
+    local = np.einsum("ij,j...->i...", rotation((20, -30, 40)).T, points)
+    solid = shapes(points=points).ellipsoid((0, 0, 0), (20, 30, 45), tilt=(20, -30, 40), vary=0)
+    inside = np.linalg.norm(local / np.reshape((20, 30, 45), (3, 1, 1, 1)), axis=0) < 1
     assert ((solid < 0) != inside).mean() < 1e-4
     assert (solid < 0).sum() * 2.5**3 == pytest.approx(4 / 3 * np.pi * 20 * 30 * 45, rel=0.02)
 
@@ -50,9 +49,8 @@ def test_blend_holds_its_solids_and_minus_keeps_away_from_them() -> None:
     first, second = (shapes().ellipsoid((x, 0, 0), (25, 25, 25), vary=0) for x in (-20, 20))
     union = blend(10, first, second)
     assert (union <= np.minimum(first, second)).all()
-    np.testing.assert_array_equal(
-        union[np.abs(first - second) > 10], np.minimum(first, second)[np.abs(first - second) > 10]
-    )
+    apart = np.abs(first - second) > 10
+    np.testing.assert_array_equal(union[apart], np.minimum(first, second)[apart])
     rest = minus(first, second, gap=6)
     np.testing.assert_array_equal(rest < 0, (first < 0) & (second > 6))
 
@@ -67,12 +65,11 @@ def test_ripples_have_zero_mean_unit_variance_and_their_wavelength() -> None:
 
 
 def test_a_solid_is_the_same_on_every_grid() -> None:
-    coarse, fine = grid(24, 5.0), grid(48, 2.5)
-    draw = [
+    coarse, fine = (
         shapes(7, points).ellipsoid((0, 0, 0), (30, 20, 40)) + shapes(7, points).ripples(50)
-        for points in (coarse, fine)
-    ]
-    np.testing.assert_allclose(draw[0], draw[1][::2, ::2, ::2], atol=1e-3)
+        for points in (grid(24, 5.0), grid(48, 2.5))
+    )
+    np.testing.assert_allclose(coarse, fine[::2, ::2, ::2], atol=1e-3)
 
 
 def test_solids_and_poses_vary_with_the_seed_but_little() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +11,8 @@ from torch import Tensor
 
 from dissect_monai.transforms.augment import BatchAugment, Corrupt, _gaussian_blur
 
-OFF: dict[str, Any] = {
-    "crop_scale": None,
-    "flip_prob": 0,
-    "rotation": 0,
-    "gamma": None,
-    "brightness": 0,
-    "contrast": None,
-    "blur_prob": 0,
-}
+OFF: dict[str, Any] = dict.fromkeys(("crop_scale", "gamma", "contrast"))
+OFF |= dict.fromkeys(("flip_prob", "rotation", "brightness", "blur_prob"), 0)
 both_dims = pytest.mark.parametrize("shape", [(24, 18), (16, 12, 10)], ids=["2d", "3d"])
 
 
@@ -58,8 +50,7 @@ def test_views_have_the_given_size_and_range(shape: tuple[int, ...], channels: i
     views = BatchAugment(len(shape), image_size=9)(random_images(shape, channels=channels), generator())
     assert views.shape == (4, channels, *[9] * len(shape))
     assert views.dtype == torch.float32
-    assert views.min() >= 0
-    assert views.max() <= 1
+    assert 0 <= views.min() < views.max() <= 1
     assert views.is_contiguous(memory_format=torch.channels_last if len(shape) == 2 else torch.channels_last_3d)
 
 
@@ -79,12 +70,9 @@ def test_crop_lies_in_the_image_and_has_the_drawn_area(shape: tuple[int, ...]) -
     side = matrix.diagonal(dim1=1, dim2=2) * torch.tensor(shape)
     area = side.prod(1)
     torch.testing.assert_close(matrix * torch.tensor(shape), torch.diag_embed(side), atol=1e-4, rtol=0)
-    assert area.min() > 0.3 - 1e-4
-    assert area.max() < 0.6 + 1e-4
-    assert area.std() > 0.01
+    assert 0.3 - 1e-4 < area.min() < area.max() < 0.6 + 1e-4
     ratio = side[:, 1:] / side[:, :1]
-    assert ratio.min() > 0.5 - 1e-4
-    assert ratio.max() < 2 + 1e-4
+    assert 0.5 - 1e-4 < ratio.min() < ratio.max() < 2 + 1e-4
     center = views.flatten(2).mean(2)
     assert ((center - side / 2) > -0.02).all()
     assert ((center + side / 2) < 1.02).all()
@@ -108,11 +96,8 @@ def test_rotation_turns_voxels_about_the_centre(shape: tuple[int, ...]) -> None:
     assert matrix.diagonal(dim1=1, dim2=2).min() > largest - 0.1
     assert matrix[:, 0, 1].abs().max() < 0.4
     assert matrix[:, 0, 1].std() > 0.05
-
-
-def test_outside_of_a_rotated_image_repeats_the_border() -> None:
-    views = only(rotation=45)(torch.full((8, 1, 16, 16), 0.7))
-    torch.testing.assert_close(views, torch.full((8, 1, 16, 16), 0.7))
+    even = torch.full((8, 1, *shape), 0.7)  # what comes in from outside repeats the border
+    torch.testing.assert_close(only(len(shape), rotation=45)(even), even)
 
 
 @both_dims
@@ -133,15 +118,11 @@ def test_a_placement_says_where_each_voxel_of_a_view_comes_from(shape: tuple[int
 
 
 @both_dims
-def test_flips_are_along_the_first_axis_alone(shape: tuple[int, ...]) -> None:
+def test_flips_are_along_the_first_axis_alone_of_about_the_given_part(shape: tuple[int, ...]) -> None:
     images = random_images(shape)
     torch.testing.assert_close(only(len(shape), flip_prob=1)(images), images.flip(2) / 255, atol=1e-5, rtol=0)
-
-
-def test_flip_takes_about_the_given_part_of_the_images() -> None:
-    images = coordinates((4, 4), batch=1000)
-    flipped = jacobians(only(flip_prob=0.25)(images, generator()))[:, 0, 0] < 0
-    assert 0.2 < flipped.float().mean() < 0.3
+    some = only(flip_prob=0.25)(coordinates((4, 4), batch=1000), generator())
+    assert 0.2 < (jacobians(some)[:, 0, 0] < 0).float().mean() < 0.3
 
 
 @both_dims
@@ -157,8 +138,7 @@ def test_every_blur_has_a_sigma_of_its_own() -> None:
     impulses = F.pad(torch.ones(32, 1, 1, 1), [10] * 4)
     blurred = only(blur_prob=1, blur_sigma=(0.6, 1.5))(impulses, generator())
     sigma = (blurred.sum((1, 2)) @ torch.arange(-10.0, 11) ** 2).sqrt()
-    assert sigma.min() > 0.55
-    assert sigma.max() < 1.5
+    assert 0.55 < sigma.min() < sigma.max() < 1.5
     assert sigma.std() > 0.1
 
 
@@ -172,22 +152,13 @@ def test_blur_leaves_the_images_that_are_not_drawn_exactly() -> None:
 
 
 @both_dims
-@pytest.mark.parametrize(
-    ("switches", "formula"),
-    [
-        ({"gamma": (0.7, 0.7)}, lambda x, mean: x**0.7),
-        ({"gamma": (2, 2)}, lambda x, mean: x**2),
-        ({"contrast": (0.5, 0.5)}, lambda x, mean: mean + 0.5 * (x - mean)),
-        ({"contrast": (1.4, 1.4)}, lambda x, mean: (mean + 1.4 * (x - mean)).clamp(0, 1)),
-    ],
-    ids=["gamma 0.7", "gamma 2", "contrast 0.5", "contrast 1.4"],
-)
-def test_intensity_equals_its_formula(
-    shape: tuple[int, ...], switches: dict[str, Any], formula: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+@pytest.mark.parametrize("factor", [0.5, 1.4])
+def test_intensity_equals_its_formula(shape: tuple[int, ...], factor: float) -> None:
     images = random_images(shape) / 255
+    torch.testing.assert_close(only(len(shape), gamma=(factor, factor))(images), images**factor)
     mean = images.flatten(1).mean(1).view(-1, *[1] * (images.ndim - 1))
-    torch.testing.assert_close(only(len(shape), **switches)(images), formula(images, mean))
+    stretched = (mean + factor * (images - mean)).clamp(0, 1)
+    torch.testing.assert_close(only(len(shape), contrast=(factor, factor))(images), stretched)
 
 
 def test_brightness_shifts_every_image_by_its_own_amount() -> None:
@@ -198,51 +169,35 @@ def test_brightness_shifts_every_image_by_its_own_amount() -> None:
     assert 0.28 < shift.max() <= 0.3
 
 
-@both_dims
-def test_uint8_and_float_images_give_the_same_views(shape: tuple[int, ...]) -> None:
-    images = random_images(shape)
-    augment = BatchAugment(len(shape))
-    torch.testing.assert_close(augment(images, generator()), augment(images / 255, generator()))
-
-
 def test_input_is_left_as_it_was_and_clipped() -> None:
-    images = torch.rand(4, 1, 8, 8) * 3 - 1
-    before = images.clone()
-    assert BatchAugment(crop_scale=None, flip_prob=0, rotation=0)(images).isfinite().all()
+    images = (torch.rand(4, 1, 8, 8) * 3 - 1).requires_grad_()
+    before = images.detach().clone()
+    views = BatchAugment(crop_scale=None, flip_prob=0, rotation=0)(images)
+    assert views.isfinite().all()
+    assert not views.requires_grad
     assert torch.equal(images, before)
     assert torch.equal(only()(images), images.clamp(0, 1))
 
 
 @both_dims
-def test_same_generator_gives_the_same_views_and_another_gives_others(shape: tuple[int, ...]) -> None:
+def test_views_follow_from_the_generator_for_bytes_and_floats_alike(shape: tuple[int, ...]) -> None:
     images = random_images(shape)
     augment = BatchAugment(len(shape))
     first = augment(images, generator(1))
     assert torch.equal(first, augment(images, generator(1)))
     assert not torch.allclose(first, augment(images, generator(2)), atol=1e-2)
+    torch.testing.assert_close(first, augment(images / 255, generator(1)))
 
 
 @pytest.mark.parametrize(
-    "switches",
-    [
-        {"crop_scale": (0.5, 1)},
-        {"rotation": 10},
-        {"gamma": (0.5, 2)},
-        {"brightness": 0.1},
-        {"contrast": (0.5, 1.5)},
-        {"blur_prob": 1},
-    ],
-    ids=lambda switches: next(iter(switches)),
+    ("switch", "value"),
+    [("crop_scale", (0.5, 1)), ("rotation", 10), ("gamma", (0.5, 2)), ("contrast", (0.5, 1.5)), ("blur_prob", 1)],
 )
-def test_every_image_has_a_draw_of_its_own(switches: dict[str, Any]) -> None:
+def test_every_image_has_a_draw_of_its_own(switch: str, value: Any) -> None:
     images = random_images((16, 16), batch=1).expand(3, -1, -1, -1)
-    views = only(**switches)(images, generator())
+    views = only(**{switch: value})(images, generator())
     assert not torch.allclose(views[0], views[1], atol=1e-3)
     assert not torch.allclose(views[0], views[2], atol=1e-3)
-
-
-def test_augmentation_carries_no_gradient() -> None:
-    assert not BatchAugment()(torch.rand(2, 1, 8, 8, requires_grad=True)).requires_grad
 
 
 @both_dims
@@ -261,8 +216,7 @@ def test_corrupt_masks_whole_blocks_in_all_channels_and_says_which(shape: tuple[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"crop_scale": (0, 1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\], got \(0, 1\)"),
-        ({"crop_scale": (0.5, 1.1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\]"),
+        ({"crop_scale": (0.5, 1.1)}, r"`crop_scale` must be two increasing numbers in \(0, 1\], got \(0.5, 1.1\)"),
         ({"crop_ratio": (2, 1)}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got \(2, 1\)"),
         ({"crop_ratio": "12"}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got '12'"),
         ({"crop_ratio": 0.5}, r"`crop_ratio` must be two increasing numbers in \(0, inf\], got 0.5"),
@@ -277,15 +231,21 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         BatchAugment(**arguments)
 
 
-def test_rejects_bad_images() -> None:
-    with pytest.raises(ValueError, match=r"`images` must have shape \(B, C, X, Y\), got \(1, 8, 8\)"):
-        BatchAugment()(torch.rand(1, 8, 8))
-    with pytest.raises(ValueError, match=r"`images` must have shape \(B, C, X, Y, Z\), got \(1, 1, 8, 8\)"):
-        BatchAugment(3)(torch.rand(1, 1, 8, 8))
-    with pytest.raises(
-        ValueError, match=r"`images` must be uint8 in \[0, 255\] or floating in \[0, 1\], got torch.int16"
-    ):
-        BatchAugment()(torch.zeros(1, 1, 8, 8, dtype=torch.int16))
+@pytest.mark.parametrize(
+    ("spatial_dims", "images", "message"),
+    [
+        (2, torch.zeros(1, 8, 8), r"shape \(B, C, X, Y\), got \(1, 8, 8\)"),
+        (3, torch.zeros(1, 1, 8, 8), r"shape \(B, C, X, Y, Z\), got \(1, 1, 8, 8\)"),
+        (
+            2,
+            torch.zeros(1, 1, 8, 8, dtype=torch.int16),
+            r"uint8 in .* or floating in .*, got torch.int16",
+        ),
+    ],
+)
+def test_rejects_bad_images(spatial_dims: int, images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"`images` must .*{message}"):
+        BatchAugment(spatial_dims)(images)
 
 
 def test_rejects_bad_corruption() -> None:

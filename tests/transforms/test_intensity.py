@@ -50,18 +50,15 @@ def test_other_modalities_are_scaled_by_their_own_percentiles(modality: str | No
 
 
 @pytest.mark.parametrize(("air", "noise", "scale"), [(0, 8, 1), (-7, 5, 1), (0, 0, 1e-3), (0, 3, 50)])
-def test_amount_and_noise_of_air_and_unit_do_not_count(air: float, noise: float, scale: float) -> None:
+def test_amount_and_noise_of_air_unit_and_outliers_do_not_count(air: float, noise: float, scale: float) -> None:
     plain, other = normalized(body()), normalized(body(air, noise, scale))
     torch.testing.assert_close(other, plain, rtol=0, atol=1e-3)
     assert (other[:, 0] == 0).all()
     without_air = normalized(body()[:, 3:13, 3:13, 3:13])
     torch.testing.assert_close(without_air, plain[:, 3:13, 3:13, 3:13], rtol=0, atol=0.06)
-
-
-def test_a_few_outliers_do_not_darken_the_rest() -> None:
-    image = body()
-    image[0, 5, 5, 5:8] = 10_000
-    assert float((normalized(image) - normalized(body())).abs().median()) < 0.01
+    outliers = body()
+    outliers[0, 5, 5, 5:8] = 10_000
+    assert float((normalized(outliers) - plain).abs().median()) < 0.01
 
 
 def test_a_volume_mostly_of_air_keeps_its_contrast() -> None:
@@ -114,22 +111,17 @@ def test_channels_keep_metadata_and_fractions_of_whatever_type_they_come() -> No
     torch.testing.assert_close(result[1:].as_tensor(), expected.as_tensor())
 
 
-@pytest.mark.parametrize("modality", [["CT"], "CT", ["CT", "MR", "PET"]])
+@pytest.mark.parametrize("modality", ["CT", ["CT", "MR", "PET"]])
 def test_another_number_of_channels_than_modalities_is_refused(modality: Any) -> None:
-    both = torch.cat([body(), body()])
-    names = modality if isinstance(modality, str) else ", ".join(modality)
-    message = rf"a channel for each of the modalities {names}, got 2: correct `modality` in dataset\.json"
+    message = r"a channel for each of the modalities CT.*, got 2: correct `modality` in dataset\.json"
     with pytest.raises(ValueError, match=message):
-        normalized(both, modality)
+        normalized(torch.cat([body(), body()]), modality)
 
 
 def test_items_that_say_no_modality_have_the_one_that_is_given() -> None:
     hounsfield = torch.tensor([[-1000.0, -125.0, -25.0, 75.0, 275.0, 3000.0]])
-    expected = normalized(hounsfield, "CT")
-    image = NormalizeModalityd("image", modality="CT")({"image": hounsfield})["image"]
-    torch.testing.assert_close(image, expected)
     both = NormalizeModalityd("image", modality=["CT", "CT"])({"image": torch.cat([hounsfield] * 2)})["image"]
-    torch.testing.assert_close(both, torch.cat([expected] * 2))
+    torch.testing.assert_close(both, torch.cat([normalized(hounsfield, "CT")] * 2))
     own = NormalizeModalityd("image", modality="CT")({"image": body(), "modality": "MR"})["image"]
     torch.testing.assert_close(own, normalized(body(), "MR"))
 
