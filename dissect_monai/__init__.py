@@ -32,7 +32,6 @@ from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
 from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
-from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
 from dissect_monai.handlers.representation import RepresentationMonitor as RepresentationMonitor
 from dissect_monai.handlers.savers import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.savers import LabelMapSaver as LabelMapSaver
@@ -74,7 +73,6 @@ from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
-from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images
 from dissect_monai.visualize.domains import report_domains as report_domains

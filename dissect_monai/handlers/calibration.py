@@ -43,17 +43,12 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
     """
     if path is None:
         return Calibration()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no calibration at {path.absolute()}: evaluate first, or check the path.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         given = {name: nan if value is None else float(value) for name, value in content["thresholds"].items()}
         calibration, weights = Calibration(float(content["temperature"]), given), content["weights"]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise InputError(
-            f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
-        ) from error
+        raise InputError(f"{path} must be the calibration.json of an evaluation, got {error!r}.") from error
     same = list(given) == list(label_names)
     if not same or weights != fingerprint(network):
         what = "weights" if same else f"findings ({', '.join(given)})"

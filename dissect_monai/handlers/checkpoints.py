@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -20,7 +19,6 @@ from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = re.compile(r"checkpoint_epoch=\d+\.pt")
 ANEW = "or start anew with another `output_dir`"
 NUM_KEPT = 2  # checkpoints of a run
 
@@ -109,8 +107,7 @@ class TrainingCheckpoint:
 
 def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, which need not exist, in the order in which they were written."""
-    found = [path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    return sorted(Path(ckpt_dir).glob("checkpoint_epoch=[0-9]*.pt"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def newest_checkpoint(ckpt_dir: str | Path) -> str:
@@ -131,10 +128,9 @@ def newest_checkpoint(ckpt_dir: str | Path) -> str:
 class BestWeights:
     """Keeps the weights of the best validation, and ends the run when validation has not improved for long.
 
-    Unlike MONAI's `CheckpointSaver` and `EarlyStopHandler` it writes atomically, stops all processes of a distributed
-    run together although one of them validates, and goes on where it was: `best_metric`, `best_epoch` and `num_worse`
-    are part of the trainer's state. As long as the metric is NaN, since validation cannot judge any finding, the latest
-    weights are the best.
+    It writes atomically, stops all processes of a distributed run together although one of them validates, and goes on
+    where it was: `best_metric`, `best_epoch` and `num_worse` are part of the trainer's state. As long as the metric is
+    NaN, since validation cannot judge any finding, the latest weights are the best.
 
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.

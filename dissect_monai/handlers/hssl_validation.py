@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +16,16 @@ from torch.utils.tensorboard import SummaryWriter
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.sampling import part_of_tasks
 from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
-from dissect_monai.handlers.reconstruction import view_errors
+from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
 from dissect_monai.networks.encoders import feature_maps
 from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
-from dissect_monai.visualize.classifier import embedding_map, figure_to_tensor
 from dissect_monai.visualize.training import show_mask, slice_figure
 from dissect_monai.writing import metric_name
 
 NUM_BINS = 32  # of the intensity histograms
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -47,7 +44,7 @@ class HSSLValidation:
 
     What cannot be told from the data, with a single task above all, is left out. The pictures are
     `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
-    and reconstructed; and `embedding_map`, of the features.
+    and reconstructed.
 
     The loader does not shuffle, and the items of both data sets have a "task" and a "group".
     """
@@ -58,9 +55,6 @@ class HSSLValidation:
     def attach(self, engine: Any) -> None:
         """Collect during a validation and judge at its end; attach before what writes the metrics."""
         self.bank = DataLoader(part_of_tasks(self.training), batch_size=engine.data_loader.batch_size)
-        loaders = self.bank, engine.data_loader
-        if any(len({item["task"] for item in items_of(loader.dataset)}) < 2 for loader in loaders):
-            logger.info("The data have a single task: no shortcut to it and no domain shift can be measured.")
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
@@ -71,11 +65,8 @@ class HSSLValidation:
         bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         if self.writer is not None:
-            epoch = engine.state.epoch
             for task, rows in self.pictures.items():
-                self.writer.add_image(f"reconstruction/{task}", torch.cat(rows, dim=1), epoch)
-            figure = embedding_map(items.features, items.task, items.group)
-            self.writer.add_image("embedding_map", figure_to_tensor(figure), epoch)
+                self.writer.add_image(f"reconstruction/{task}", torch.cat(rows, dim=1), engine.state.epoch)
             self.writer.flush()
 
     def _start(self, engine: Any) -> None:
@@ -88,8 +79,10 @@ class HSSLValidation:
     @torch.no_grad()
     def _collect(self, engine: Engine) -> None:
         target, output = engine.state.output["label"], engine.state.output["pred"]
-        where = target.masked if target.masked is not None and target.masked.any() else None
-        errors = view_errors(output.reconstruction, target.views, where)
+        masked = target.masked is not None and target.masked.any()
+        regions = target.masked.split(1) if masked else [None] * len(target.views)
+        pairs = zip(output.reconstruction.split(1), target.views.split(1), regions, strict=True)
+        errors = torch.stack([unexplained_variance(*each) for each in pairs])
         labels = target.task.repeat(2), target.group.repeat(2)
         self.seen.append((*output.embeddings, output.task_logits, output.group_logits, errors, *labels))
         if self.writer is not None:

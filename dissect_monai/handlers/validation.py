@@ -1,4 +1,4 @@
-"""Validation of an encoder or a classifier as it trains, by metrics and figures."""
+"""Validation of an encoder or a classifier as it trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ignite.handlers import EpochOutputStore
 from monai.data import DataLoader, Dataset
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
@@ -29,7 +28,6 @@ from dissect_monai.metrics.classification import (
 )
 from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.visualize.classifier import figure_to_tensor, reliability_plot, roc_plot
 from dissect_monai.writing import metric_name
 
 logger = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ def _on_cpu(values: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class ClassificationMetrics:
-    """Leaves the validation metrics of a multi-label classifier with the evaluator, and draws its curves.
+    """Leaves the validation metrics of a multi-label classifier with the evaluator.
 
     Metrics are the means `auroc`, `ap` and `ece` over the findings that have both classes, and `auroc_<finding>`,
     `ap_<finding>`, `ece_<finding>`, with _ for blanks. Findings that lack a class are left out and named in the log,
@@ -72,8 +70,6 @@ class ClassificationMetrics:
     """
 
     label_names: Sequence[str]  # of the C findings
-    writer: SummaryWriter | None = None  # for the ROC and reliability figures; None draws none
-    interval: int = 1  # epochs of the trainer between figures
     collector: OutputCollector = field(default_factory=OutputCollector, init=False)
     named_left_out: bool = field(default=False, init=False)
 
@@ -95,11 +91,6 @@ class ClassificationMetrics:
             values = {i: float(function(outputs.labels[:, i], probabilities[:, i])) for i in usable}
             engine.state.metrics[metric] = float(np.mean(list(values.values()))) if values else nan
             engine.state.metrics |= {metric_name(metric, self.label_names[i]): value for i, value in values.items()}
-        if self.writer is not None and engine.state.epoch % self.interval == 0:
-            for name, plot in (("roc", roc_plot), ("reliability", reliability_plot)):
-                figure = plot(outputs.labels, probabilities, self.label_names)
-                self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
-            self.writer.flush()
 
 
 @dataclass(eq=False)
