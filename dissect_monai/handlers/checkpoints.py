@@ -27,10 +27,9 @@ NUM_KEPT = 2  # checkpoints of a run
 class TrainingCheckpoint:
     """Saves all that a run needs to go on as checkpoint_epoch=N.pt, and its weights; resumes from it.
 
-    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact, where
-    MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`. Attach it before
-    handlers that look at the network when the run starts, such as a `ValidationHandler`, and after those that change
-    what is saved at the end of epochs.
+    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact. Random
+    state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the run
+    starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
 
     Raises:
         ValueError: when the run starts, if the checkpoint is of another run or another version of this package.
@@ -84,9 +83,8 @@ class TrainingCheckpoint:
     def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:
         version = checkpoint.get("version", "0.1.0")  # which did not write it down
         if version != __version__:
-            raise InputError(
-                f"{path} is of dissect_monai {version}, this is {__version__}: resume with that version, {ANEW}."
-            )
+            which = f"of dissect_monai {version}, this is {__version__}"
+            raise InputError(f"{path} is {which}: resume with that version, {ANEW}.")
         # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
         length = int(checkpoint["trainer"]["epoch_length"])
         was = {"iterations an epoch": length, **checkpoint.get("settings", {})}
@@ -98,11 +96,9 @@ class TrainingCheckpoint:
                 f"{path} is of a run with {other}: resume with the same settings, images and number of processes, "
                 f"{ANEW}."
             )
-        epoch = checkpoint["trainer"]["iteration"] // length
-        if epoch > engine.state.max_epochs:
-            raise InputError(
-                f"{path} has done {epoch} epochs, more than `max_epochs` {engine.state.max_epochs}: raise it."
-            )
+        epoch, last = checkpoint["trainer"]["iteration"] // length, engine.state.max_epochs
+        if epoch > last:
+            raise InputError(f"{path} has done {epoch} epochs, more than `max_epochs` {last}: raise it.")
 
 
 def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:
@@ -111,11 +107,7 @@ def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(ckpt_dir: str | Path) -> str:
-    """Path of the checkpoint written last in `ckpt_dir`.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Path of the checkpoint written last in `ckpt_dir`; a `FileNotFoundError` if there is none."""
     found = checkpoints_in(ckpt_dir)
     if not found:
         raise FileNotFoundError(

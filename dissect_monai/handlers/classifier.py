@@ -49,11 +49,10 @@ from dissect_monai.visualize.page import LIMITS, Case, write_report
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 logger = logging.getLogger(__name__)
-UNKNOWN = Interval(nan, nan, nan)
 HEADINGS = ("Finding", "AUROC", "AP", "Sensitivity", "Specificity", "ECE", "Threshold", "n", "Positives")
-WITHOUT_CLASS = "for lack of positives or negatives in the test split"
 NOTES = (
-    f"n counts the images whose label is known. {MACRO} is the mean over the findings that have the metric.",
+    f"n counts the images whose label is known. Findings without positives or negatives in the test split have no "
+    f"metrics and are not drawn; {MACRO} is the mean over those that have the metric.",
     "ECE is the calibration error in 15 bins. Intervals are percentiles of resamples of the subjects; that of ECE "
     "allows for what chance adds to it. Where no resample differs, as at 0 and 1, Wilson's interval over subjects "
     "stands in, or none.",
@@ -124,7 +123,7 @@ class ClassifierEvaluation:
         rows = finding_rows(self.label_names, test.labels, probabilities, thresholds, *draws)
         missing = [row.finding for row in rows[1:] if isnan(row.auroc.value)]
         if missing:
-            logger.warning("Left out, %s: %s.", WITHOUT_CLASS, ", ".join(missing))
+            logger.warning("Left out, for lack of positives or negatives in the test split: %s.", ", ".join(missing))
         write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
         write_calibration(folder / "calibration.json", fitted, engine.network)
@@ -148,7 +147,7 @@ class ClassifierEvaluation:
         figures = {CAPTION: figure_to_png(curves_figure(test.labels, probabilities, self.label_names))}
         cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
         path, title, limits = folder / "report.html", "Evaluation of the classifier", (*LIMITS, SALIENCY)
-        write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", table_notes(rows), limits)
+        write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", NOTES, limits)
 
     def _validate(self, engine: Any) -> Outputs:
         """The network's outputs on validation, run as the test split is."""
@@ -228,15 +227,8 @@ def finding_rows(
     Intervals are 95 % percentiles of resamples of the subjects, those of ECE by `calibration_interval`. Where no
     resample differs, as where all positives are found, AUROC, sensitivity and specificity have Wilson's interval over
     the subjects that they count (AUROC: those of the rarer class), their means the means of such ends, others none.
-
-    Args:
-        label_names: names of the C findings.
-        labels: shape (N, C), 1, 0 or NaN (unknown).
-        probabilities: shape (N, C), in [0, 1].
-        thresholds: C thresholds; NaN leaves a finding without sensitivity and specificity.
-        subjects: subject of each of the N items.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
+    A threshold of NaN leaves a finding without sensitivity and specificity. Labels, 1, 0 or NaN (unknown), and
+    probabilities are (N, C).
     """
     found = {
         index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], subjects, num_samples, seed)
@@ -282,13 +274,6 @@ def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
     write_csv(path, columns(FindingRow), lines)
 
 
-def table_notes(rows: Sequence[FindingRow]) -> list[str]:
-    """How to read the table, for the report."""
-    missing = [f"{row.finding} ({row.positives} positives of {row.n})" for row in rows[1:] if isnan(row.auroc.value)]
-    left_out = f"Without metrics, and so left out of the mean and the figures, {WITHOUT_CLASS}: {', '.join(missing)}."
-    return [left_out, *NOTES] if missing else list(NOTES)
-
-
 def _resampled(
     label: Array, probability: Array, threshold: float, subjects: ArrayLike, num_samples: int, seed: int
 ) -> dict[str, Resampled]:
@@ -309,7 +294,7 @@ def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]]) -> Inter
     """A metric's mean over the findings that have it; without ends where no resample differs."""
     having = [each for each in findings if metric in each]
     if not having:
-        return UNKNOWN
+        return Interval(nan, nan, nan)
     mean = mean_resampled([each[metric] for each in having])
     if metric == "ece":
         interval = calibration_interval(mean, mean_resampled([each["noise"] for each in having]))

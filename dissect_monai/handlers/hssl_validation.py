@@ -11,18 +11,15 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.sampling import part_of_tasks
-from dissect_monai.handlers.monitors import NUM_PICTURES, level_metrics
+from dissect_monai.handlers.monitors import level_metrics
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features, intensity_histograms
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics, shortcut_metrics
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.networks.hssl import HSSLOutput
-from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
-from dissect_monai.visualize.training import show_mask, slice_figure
+from dissect_monai.transforms.views import HierarchyViews
 from dissect_monai.writing import metric_name
 
 NUM_BINS = 32  # of the intensity histograms
@@ -42,15 +39,11 @@ class HSSLValidation:
       each task as bank;
     - `collapse_*` and `domain_shift` of the same features, see `collapse_metrics`.
 
-    What cannot be told from the data, with a single task above all, is left out. The pictures are
-    `reconstruction/<task>`, a row per image: the first view as it is, as the network sees it, the masked voxels blue,
-    and reconstructed.
-
-    The loader does not shuffle, and the items of both data sets have a "task" and a "group".
+    What cannot be told from the data, with a single task above all, is left out. The loader does not shuffle, and the
+    items of both data sets have a "task" and a "group".
     """
 
     training: Dataset
-    writer: SummaryWriter | None = None  # None draws nothing
 
     def attach(self, engine: Any) -> None:
         """Collect during a validation and judge at its end; attach before what writes the metrics."""
@@ -61,20 +54,15 @@ class HSSLValidation:
 
     @torch.no_grad()
     def __call__(self, engine: Any) -> None:
-        """Leave the metrics in the engine's state, and draw."""
+        """Leave the metrics in the engine's state."""
         bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
-        if self.writer is not None:
-            for task, rows in self.pictures.items():
-                self.writer.add_image(f"reconstruction/{task}", torch.cat(rows, dim=1), engine.state.epoch)
-            self.writer.flush()
 
     def _start(self, engine: Any) -> None:
         self.views: HierarchyViews = engine.prepare_batch
         self.views.set_epoch(0)  # all validations have the same views
         # Of each batch: embeddings of three levels, logits of task and group, errors, task and group, all (2·B, ...)
         self.seen: list[tuple[Tensor, ...]] = []
-        self.pictures: dict[str, list[Tensor]] = {}  # rows of each task
 
     @torch.no_grad()
     def _collect(self, engine: Engine) -> None:
@@ -85,19 +73,6 @@ class HSSLValidation:
         errors = torch.stack([unexplained_variance(*each) for each in pairs])
         labels = target.task.repeat(2), target.group.repeat(2)
         self.seen.append((*output.embeddings, output.task_logits, output.group_logits, errors, *labels))
-        if self.writer is not None:
-            self._draw(engine.state.output["image"], target, output)
-
-    def _draw(self, seen: Tensor, target: HierarchyTarget, output: HSSLOutput) -> None:
-        """Keep the pictures of the first images of each task, not the images."""
-        names = list(self.views.numbers["task"])
-        for index, task in enumerate(target.task.tolist()):
-            rows = self.pictures.setdefault(names[task], [])
-            if len(rows) < NUM_PICTURES:
-                one = slice(index, index + 1)
-                masked = None if target.masked is None else target.masked[one]
-                columns = [target.views[one], show_mask(seen[one], masked), output.reconstruction[one].clamp(0, 1)]
-                rows.append(slice_figure(columns))
 
     def _scored(self) -> dict[str, float]:
         """Metrics of the views."""

@@ -140,7 +140,7 @@ class HSSLMonitor(Monitor):
     """The `Monitor` of an `HSSLNet`: retrieval and accuracy at every level, too.
 
     All processes must attach it, as the contrasts are those of the joined batch. The picture `views` has a row per
-    item: the first view as it is and as the network sees it, the masked voxels blue, then the second view.
+    item: the first view as it is, as the network sees it, the masked voxels blue, and reconstructed; then the second.
     """
 
     spread = "collapse/feature_std"
@@ -159,11 +159,12 @@ class HSSLMonitor(Monitor):
         }
 
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
-        seen, target = engine.state.output["image"], engine.state.output["label"]
+        target = engine.state.output["label"]
         num_items = len(target.task)
         shown = [slice(start, start + min(NUM_PICTURES, num_items)) for start in (0, num_items)]
-        inputs = show_mask(seen, target.masked)
-        columns = [images[view] for view in shown for images in (target.views, inputs)]
+        inputs = show_mask(engine.state.output["image"], target.masked)
+        pictures = target.views, inputs, engine.state.output["pred"].reconstruction
+        columns = [images[view] for view in shown for images in pictures]
         writer.add_image("views", slice_figure(columns), engine.state.epoch)
 
 

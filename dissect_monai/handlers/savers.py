@@ -35,10 +35,9 @@ _SUFFIX = re.compile(f"({'|'.join(map(re.escape, VOLUME_SUFFIXES))})$", re.IGNOR
 class Saver(ABC):
     """Collects a result of every image of a `ReadableLoader` after every batch, and writes `path` at the end of a run.
 
-    When all is written, images that could not be read end the run with an error.
+    Raises:
+        ValueError: when all is written, if images could not be read.
     """
-
-    what: str  # is written, for the log
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -80,7 +79,7 @@ class Saver(ABC):
     def _finish(self, engine: Engine) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
-        engine.logger.info("Wrote the %s of %d images to %s.", self.what, len(self.results), self.path)
+        engine.logger.info("Wrote the results of %d images to %s.", len(self.results), self.path)
         self.loader.refuse_unreadable(self.path)
 
 
@@ -100,11 +99,8 @@ class PredictionSaver(Saver):
             neither called nor not. None calls nothing.
 
     Raises:
-        ValueError: during the run, if there are more or fewer probabilities than names; at its end, if images could
-            not be read.
+        ValueError: during the run, if there are more or fewer probabilities than names.
     """
-
-    what = "predictions"
 
     def __init__(
         self,
@@ -176,12 +172,7 @@ class LabelMapSaver(Saver):
     Args:
         class_names: structures of the values 1, 2, ...
         output_dir: folder to write to.
-
-    Raises:
-        ValueError: at the end of the run, if volumes could not be read.
     """
-
-    what = "label maps"
 
     def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
         super().__init__(Path(output_dir, "label_maps.csv"))
@@ -251,10 +242,8 @@ class EmbeddingSaver(Saver):
             no codes.
 
     Raises:
-        ValueError: if codes are asked for in a CSV; at the end, if images could not be read.
+        ValueError: if codes are asked for in a CSV.
     """
-
-    what = "embeddings"
 
     def __init__(
         self, output_dir: str | Path, output_format: str = "csv", checkpoint: str | Path | None = None
@@ -281,11 +270,9 @@ class EmbeddingSaver(Saver):
         images, errors = self.images, self.loader.errors
         first: dict[str, Any] = next(iter(self.results.values()), {})
         if self.path.suffix == ".npz":
-            arrays: dict[str, Any] = {"error": list(errors.values())}
-            arrays |= {name: np.stack([each[name] for each in self.results.values()]) for name in first}
-            arrays |= {"image": [images[index] for index in self.results]}
-            arrays |= {"unreadable": [images[index] for index in errors]}
-            np.savez_compressed(self.path, **arrays)
+            arrays: dict[str, Any] = {name: np.stack([each[name] for each in self.results.values()]) for name in first}
+            arrays |= {"image": [images[index] for index in self.results], "error": list(errors.values())}
+            np.savez_compressed(self.path, **arrays, unreadable=[images[index] for index in errors])
             return
         results = self.rows(unknown={"embedding": []})
         rows = [[image, error, *(f"{value:.6g}" for value in each["embedding"])] for image, each, error in results]

@@ -128,9 +128,9 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
     """Read the label file of an item as classes, and bring a prediction to its grid.
 
     Args:
-        item: "image", "label": paths; "labels": {name: values}, as `aggregate` leaves them.
+        item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background.
         pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid.
-        class_names: structures of the classes 1, 2, ...; what the item names beside them is background.
+        class_names: structures of the classes 1, 2, ...
         largest_only: structures of which only the largest connected part of the prediction counts.
 
     Raises:

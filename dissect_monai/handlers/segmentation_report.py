@@ -198,17 +198,7 @@ def write_segmentation_report(
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write a page with a line for every structure, and the `representative_cases` over their images.
-
-    Args:
-        path: file to write; its folder is made.
-        cases: the scores of all cases.
-        summaries: what `summarize` makes of them.
-        pictures: the PNG of each representative case, by the path of its image.
-        class_names: structures in the order of their colours.
-        facts: headline facts by name, such as where the weights come from.
-        notes: sentences below the table, on how to read it.
-    """
+    """Write a page with a line for every structure, and the `representative_cases`, of whose images `pictures` are."""
     names = ["Mean of structures"]
     for each in summaries[1:]:
         names.append(colored(_words(each.structure), organ_color(class_names.index(each.structure) + 1)))
@@ -221,10 +211,8 @@ def write_segmentation_report(
         for rank, case in representative_cases(cases).items()
     ]
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
-    heading = "Cases by their mean Dice"
-    write_report(
-        path, "Evaluation of the segmentation", facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS
-    )
+    title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
+    write_report(path, title, facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS)
 
 
 def _mean_dice(case: CaseScores) -> float:
