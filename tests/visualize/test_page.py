@@ -86,9 +86,7 @@ def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
 def test_no_text_becomes_an_element_an_attribute_or_part_of_the_template(tmp_path: Path) -> None:
     texts = {"title": ATTACK, "facts": {ATTACK: ATTACK}, "headings": [ATTACK], "cases_heading": ATTACK}
     rows, cases = [(ATTACK,), (colored(ATTACK, ATTACK),)], [Case({ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})]
-    page = write(
-        tmp_path, **texts, rows=rows, cases=cases, figures={ATTACK: png(0)}, notes=[ATTACK], limits=[ATTACK]
-    )
+    page = write(tmp_path, **texts, rows=rows, cases=cases, figures={ATTACK: png(0)}, notes=[ATTACK], limits=[ATTACK])
     assert "script" not in page.tags
     assert not page.values("onerror")
     tags = ("h1", "h2", "dt", "dd", "th", "td", "figcaption", "li", "p", "div")
