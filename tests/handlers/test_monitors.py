@@ -182,9 +182,11 @@ def test_draws_views_reconstructions_and_codes_at_the_end_of_every_epoch(
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_draws_both_views_and_what_is_seen_of_them_at_the_end_of_every_epoch(spatial_dims: int) -> None:
+def test_draws_both_views_as_they_are_seen_and_reconstructed_at_the_end_of_every_epoch(
+    spatial_dims: int,
+) -> None:
     HSSLRun(writer := Writer(), spatial_dims)()
-    shape = torch.Size((3, 3 * (SLICE_SIDE + SLICE_GAP), 4 * (SLICE_SIDE + SLICE_GAP)))
+    shape = torch.Size((3, 3 * (SLICE_SIDE + SLICE_GAP), 6 * (SLICE_SIDE + SLICE_GAP)))
     assert writer.images == {"views": {1: shape, 2: shape}}
 
 
@@ -213,15 +215,12 @@ def test_stops_before_a_lost_epoch_is_saved(run: Any, interval: int, iteration: 
         lost()
 
 
-@pytest.mark.parametrize(
-    ("run", "spread"),
-    [(SSLRun, "targets' standard deviation"), (HSSLRun, "pooled bottleneck's standard deviation")],
-)
+@pytest.mark.parametrize(("run", "spread"), [(SSLRun, "collapse/target_std"), (HSSLRun, "collapse/feature_std")])
 def test_stops_when_the_features_stay_collapsed(run: Any, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitors, "PATIENCE", 3)
     lost = run()
     lost.collapse()
-    message = rf"epoch 2, iteration 3: the {spread} is 0\.0000 .* at 3 looks in a row\. .*[Ll]ower `learning_rate`"
+    message = rf"epoch 2, iteration 3: {spread} is 0\.0000 .* at 3 looks in a row\. .*[Ll]ower `learning_rate`"
     with pytest.raises(ValueError, match=message):
         lost()
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Writer, evaluated
+from helpers import evaluated
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import resnet10
@@ -72,14 +72,6 @@ def test_without_any_judged_finding_the_means_are_nan() -> None:
     metrics = validated(logits, torch.zeros_like(labels), ClassificationMetrics(NAMES)).state.metrics
     assert set(metrics) == {"auroc", "ap", "ece"}
     assert all(np.isnan(value) for value in metrics.values())
-
-
-def test_draws_curves_at_the_interval() -> None:
-    handler = ClassificationMetrics(NAMES, writer := Writer(), interval=2)  # type: ignore[arg-type]
-    evaluator = validated(*drawn(), handler)
-    for epoch in (2, 3, 4):
-        evaluator.run(epoch)
-    assert {name: list(images) for name, images in writer.images.items()} == {"roc": [2, 4], "reliability": [2, 4]}
 
 
 # ---- k-NN of an encoder ------------------------------------------------------------------------------------------
