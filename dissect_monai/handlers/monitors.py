@@ -21,7 +21,7 @@ from dissect_monai.metrics.representation import code_usage, effective_rank, fea
 from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.networks.vqssl import SSLOutput, VQSSLNet
 from dissect_monai.transforms.views import HierarchyTarget
-from dissect_monai.visualize.training import code_figure, show_mask, slice_figure, view_figure
+from dissect_monai.visualize.training import code_figure, show_mask, view_figure
 
 NUM_PICTURES = 4
 PATIENCE = 5  # looks in a row at which the features must be collapsed before the run stops
@@ -165,7 +165,7 @@ class HSSLMonitor(Monitor):
         inputs = show_mask(engine.state.output["image"], target.masked)
         pictures = target.views, inputs, engine.state.output["pred"].reconstruction
         columns = [images[view] for view in shown for images in pictures]
-        writer.add_image("views", slice_figure(columns), engine.state.epoch)
+        writer.add_image("views", view_figure(columns, slices=True), engine.state.epoch)
 
 
 def level_metrics(

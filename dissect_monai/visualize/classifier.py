@@ -68,8 +68,8 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
     """How much each place of the images speaks for a finding, by MONAI's Grad-CAM.
 
     Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
-    network stays as it is. The maps are those of the last stage that has at least 4 places along every axis: stage 4
-    from about 100 pixels on, stage 2 at 48. Where its map is empty, that of the next coarser stage is taken.
+    maps are those of the last stage that has at least 4 places along every axis: stage 4 from about 100 pixels on,
+    stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The network stays as it is.
 
     Args:
         network: a ResNet that returns logits (B, C).

@@ -1,4 +1,4 @@
-"""A one-page report of an evaluation: one HTML file that needs nothing else, for a browser or paper."""
+"""A one-page report of an evaluation: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def write_report(
         facts: headline facts by name, such as data and weights.
         headings: names of the columns of the table.
         rows: lines of the table.
-        figures: PNGs by caption, shown two in a row.
-        cases: items to look at.
-        cases_heading: heading of the cases.
+        figures: PNGs by caption.
+        cases: items to look at, below `cases_heading`.
+        cases_heading: such as "Worst cases".
         notes: sentences below the table, on how to read it.
         limits: sentences of the footer.
     """

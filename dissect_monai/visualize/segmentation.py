@@ -42,19 +42,15 @@ def segmentation_overlay(
 
     The orientation is radiological: the patient's right on the left of axial and coronal planes, the front on the left
     of sagittal ones. Each plane is the one that cuts most structures, with 15 mm of the image around them; all planes
-    have one scale.
+    have one scale. The figure is 1500 pixels wide.
 
     Args:
-        image: shape (X, Y, Z) in RAS, as MONAI's `Orientation` makes it; any real dtype.
+        image: shape (X, Y, Z) in RAS, any real dtype.
         label: label map of the same shape.
         pred: the same of the prediction.
         class_names: structures of the values 1, 2, ... of both maps, in the order of their colours.
         spacing: mm between voxels along the three axes.
-        window: values of the image that are black and white, such as (-160, 240) for the abdomen in CT; by default the
-            0.5 and 99.5 % percentiles of what is shown.
-
-    Returns:
-        A figure 1500 pixels wide.
+        window: values of the image that are black and white; the 0.5 and 99.5 % percentiles of what is shown if None.
     """
     from matplotlib.figure import Figure
 
@@ -129,21 +125,17 @@ def _annotate(axes: Axes, letters: str, shape: tuple[int, ...]) -> None:
     axes.set(xticks=[], yticks=[], xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), facecolor="black")
     axes.spines[:].set_visible(False)
     style: dict[str, Any] = {"color": "white", "fontsize": 9, "fontweight": "bold", "transform": axes.transAxes}
-    halo = [withStroke(linewidth=2.5, foreground="black")]  # to be read on bone
-    places = [(0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center")]
-    places += [(0.5, 0.985, "center", "top"), (0.5, 0.015, "center", "bottom")]
-    for letter, (x, y, horizontal, vertical) in zip(letters, places, strict=True):
-        axes.text(x, y, letter, ha=horizontal, va=vertical, path_effects=halo, **style)
+    style["path_effects"] = [withStroke(linewidth=2.5, foreground="black")]  # to be read on bone
+    for letter, x, y in zip(letters, (0.025, 0.975, 0.5, 0.5), (0.5, 0.5, 0.975, 0.025), strict=True):
+        axes.text(x, y, letter, ha="center", va="center", **style)
 
 
 def _legend(figure: Figure, class_names: Sequence[str], maps: Sequence[LabelMap]) -> None:
     """What colours, areas and outlines mean; a structure that only one of the label maps has is called so."""
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(facecolor=GREY, alpha=FILL, label="Prediction"),
-        Patch(facecolor="none", edgecolor=GREY, label="Label"),
-    ]
+    filled, outlined = {"facecolor": GREY, "alpha": FILL}, {"facecolor": "none", "edgecolor": GREY}
+    handles = [Patch(label="Prediction", **filled), Patch(label="Label", **outlined)]
     in_label, in_pred = (set(np.unique(each).tolist()) for each in maps)
     for value, name in enumerate(class_names, 1):
         if value in in_label | in_pred:

@@ -21,7 +21,7 @@ from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
 from dissect_monai.transforms.views import HierarchyViews
-from dissect_monai.visualize.training import SLICE_GAP, SLICE_SIDE
+from dissect_monai.visualize.training import TILE_SIDE
 
 TASKS, GROUPS = ["a", "b", "c"], ["x", "y"]
 LEVELS = [f"{name}_{level}" for name in ("retrieval", "accuracy") for level in ("task", "group")] + ["retrieval_image"]
@@ -176,7 +176,7 @@ def test_draws_views_reconstructions_and_codes_at_the_end_of_every_epoch(
 ) -> None:
     SSLRun(writer := Writer(), decode, corrupted)()
     names = {"views": 2, "codes_of_stages_2_4": 3} | ({"reconstruction": columns} if decode else {})
-    shapes = {name: torch.Size((3, 3 * 128, count * 128)) for name, count in names.items()}
+    shapes = {name: torch.Size((3, 3 * TILE_SIDE, count * TILE_SIDE)) for name, count in names.items()}
     assert writer.images == {name: {1: shape, 2: shape} for name, shape in shapes.items()}
     assert ("loss/reconstruction" in writer.scalars) == decode
 
@@ -186,7 +186,7 @@ def test_draws_both_views_as_they_are_seen_and_reconstructed_at_the_end_of_every
     spatial_dims: int,
 ) -> None:
     HSSLRun(writer := Writer(), spatial_dims)()
-    shape = torch.Size((3, 3 * (SLICE_SIDE + SLICE_GAP), 6 * (SLICE_SIDE + SLICE_GAP)))
+    shape = torch.Size((3, 3 * TILE_SIDE, 6 * TILE_SIDE))
     assert writer.images == {"views": {1: shape, 2: shape}}
 
 
