@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
@@ -19,7 +18,7 @@ class Calibration(NamedTuple):
     """What an evaluation has fitted on validation."""
 
     temperature: float = 1.0  # the logits are divided by it
-    thresholds: Mapping[str, float] = MappingProxyType({})  # finding → probability to call it; NaN: unknown
+    thresholds: Mapping[str, float] = {}  # finding → probability to call it; NaN: unknown
 
 
 def write_calibration(path: str | Path, calibration: Calibration, network: nn.Module) -> None:

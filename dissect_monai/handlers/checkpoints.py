@@ -126,9 +126,6 @@ class BestWeights:
 
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.
-
-    Raises:
-        ValueError: during the run, if the evaluator has no such metric.
     """
 
     evaluator: Engine  # it may validate in one process alone

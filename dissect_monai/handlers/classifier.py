@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from math import isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +179,8 @@ class ClassifierEvaluation:
     def _worst_cases(self, engine: Any, labels: Array, probabilities: Array, thresholds: Sequence[float]) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""
         dataset = engine.data_loader.dataset
-        excess = np.where(labels == 1, -1, 1) * (_logit(probabilities) - _logit(thresholds))
+        reached, needed = (logit(np.clip(each, 1e-12, 1 - 1e-12)) for each in (probabilities, thresholds))
+        excess = np.where(labels == 1, -1, 1) * (reached - needed)
         cases = []
         for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
@@ -197,10 +198,6 @@ class ClassifierEvaluation:
             }
             cases.append(Case(pictures, facts))
         return cases
-
-
-def _logit(probability: ArrayLike) -> Array:
-    return np.asarray(logit(np.clip(probability, 1e-12, 1 - 1e-12)))
 
 
 def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
@@ -255,14 +252,11 @@ def finding_rows(
 
 def finding_metrics(rows: Sequence[FindingRow]) -> dict[str, float]:
     """`auroc`, `auroc_low`, `auroc_high`, `auroc_<finding>`, ... of the lines that have metrics."""
-    return metrics_by_name(
-        {
-            metric if row.finding == MACRO else metric_name(metric, row.finding): getattr(row, metric)
-            for row in rows
-            if not isnan(row.auroc.value)
-            for metric in METRICS
-        }
-    )
+    found = {}
+    for row, metric in product((row for row in rows if not isnan(row.auroc.value)), METRICS):
+        name = metric if row.finding == MACRO else metric_name(metric, row.finding)
+        found[name] = getattr(row, metric)
+    return metrics_by_name(found)
 
 
 def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:

@@ -121,16 +121,12 @@ class SSLMonitor(Monitor):
         return list(zip(self.network.stages, [scale.indices for scale in output.quantized], books, strict=True))
 
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
-        epoch, output = engine.state.epoch, engine.state.output["pred"]
-        seen, clean = engine.state.output["image"], engine.state.output["label"]
+        epoch, output, seen = engine.state.epoch, engine.state.output["pred"], engine.state.output["image"]
         first = slice(0, min(NUM_PICTURES, len(seen) // 2))
         second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
         writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
         if output.reconstruction is not None:
-            columns = [clean[first], output.reconstruction[first]]
-            if not torch.equal(seen, clean):  # else the input is the target
-                columns.insert(0, seen[first])
-            writer.add_image("reconstruction", view_figure(columns), epoch)
+            writer.add_image("reconstruction", view_figure([seen[first], output.reconstruction[first]]), epoch)
         _, indices, books = zip(*self._scales(output), strict=True)
         figure = code_figure(seen[first], [scale[first] for scale in indices], books)
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)

@@ -100,9 +100,6 @@ class ProbeHandler:
 
     Raises:
         ValueError: if a finding is unknown, the shortcut has not two values, or there are more folds than subjects.
-
-    Reference:
-        Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
     """
 
     encoders: Mapping[str, nn.Module | None]  # by name; the first is compared with all others; None is left out
@@ -207,10 +204,13 @@ class ProbeHandler:
         groups = {MACRO: names} if len(names) > 1 else {}
         for finding, group in (groups | {name: [name] for name in names}).items():
             truth = self._truth(result.question)[:, [result.question.columns.index(name) for name in group]]
-            means = [mean_resampled([each[name] for name in group]) for each in (result.auroc, result.ap)]
+            area, precision = (
+                percentile_interval(mean_resampled([each[name] for name in group]))
+                for each in (result.auroc, result.ap)
+            )
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
             place = result.source, result.features, result.probe, result.question.name
-            yield Row(*place, finding, *map(percentile_interval, means), n, positives)
+            yield Row(*place, finding, area, precision, n, positives)
 
     def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.networks))
@@ -281,9 +281,8 @@ def check_probe_data(datalist: Datalist, dataset_dirs: str | Path | Sequence[str
     empty = [split for split in SPLITS if not getattr(datalist, split)]
     if empty:
         raise InputError(
-            "volumes are needed in training, validation and test, to fit the probes, to choose their penalty and to "
-            f"score them; {', '.join(empty)} has none in {folders}. Add the list `{empty[-1]}` of other subjects to "
-            "the dataset.json of one of them."
+            f"volumes are needed in training, validation and test; {', '.join(empty)} has none in {folders}. Add the "
+            f"list `{empty[-1]}` of other subjects to the dataset.json of one of them."
         )
     mapped = all(
         any(isinstance(item.get("label"), str) and item.get("labels") for item in items)
@@ -338,9 +337,5 @@ def _scorable(question: Question) -> Question:
             "Left out of %s, for lack of patches with it or without it in training or in test: %s.",
             question.name, ", ".join(left_out),
         )  # fmt: skip
-    return Question(
-        question.name,
-        [question.columns[index] for index in kept],
-        [labels[:, kept] for labels in question.labels],
-        question.keys and [question.keys[index] for index in kept],
-    )
+    names, keys = [question.columns[index] for index in kept], question.keys and [question.keys[i] for i in kept]
+    return question._replace(columns=names, labels=[labels[:, kept] for labels in question.labels], keys=keys)

@@ -35,8 +35,7 @@ HEADINGS = ("Structure", "Subjects", "Dice", "HD95 (mm)", "Surface Dice", "Misse
 SEGMENTATION_LIMITS = (
     *LIMITS,
     "Missed: cases whose label has the structure and whose prediction does not; they count as Dice 0 and have no HD95. "
-    "False positives: the reverse; they have no score, for the structure may never have been contoured. "
-    "A dash: not defined, as where no label has the structure (absent).",
+    "False positives: the reverse; they have no score, for the structure may never have been contoured.",
     "Three planes do not show a whole volume: open the weakest cases in a viewer.",
 )
 

@@ -49,15 +49,13 @@ class OutputCollector(EpochOutputStore):
     """Collects the logits and labels of the epoch that an evaluator (`decollate=False`) is in."""
 
     def __init__(self) -> None:
-        super().__init__(lambda output: (_on_cpu(output["pred"]), _on_cpu(output["label"])))
+        super().__init__(
+            lambda output: [output[key].detach().as_subclass(Tensor).double().cpu() for key in ("pred", "label")]
+        )
 
     def outputs(self) -> Outputs:
         """All of the epoch so far."""
         return Outputs(*(torch.cat(part).numpy() for part in zip(*self.data, strict=True)))
-
-
-def _on_cpu(values: Tensor) -> Tensor:
-    return values.detach().as_subclass(Tensor).double().cpu()
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dissect_monai.transforms.intensity import sample_voxels
-from dissect_monai.transforms.labels import Box, LabelMap, Mask
+from dissect_monai.transforms.labels import LabelMap, Mask
 from dissect_monai.visualize.classifier import GREY, INK
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def organ_color(value: int) -> str:
     return ORGAN_COLORS[(value - 1) % len(ORGAN_COLORS)]
 
 
-def _center(maps: Sequence[LabelMap], num_structures: int, box: Box) -> list[int]:
+def _center(maps: Sequence[LabelMap], num_structures: int, box: tuple[slice, ...]) -> list[int]:
     """Along each axis the slice that cuts most structures, and of several the one that cuts them best."""
     label, pred = (each[box] for each in maps)
     scores = [np.zeros(size) for size in label.shape]
@@ -134,8 +134,7 @@ def _legend(figure: Figure, class_names: Sequence[str], maps: Sequence[LabelMap]
     """What colours, areas and outlines mean; a structure that only one of the label maps has is called so."""
     from matplotlib.patches import Patch
 
-    filled, outlined = {"facecolor": GREY, "alpha": FILL}, {"facecolor": "none", "edgecolor": GREY}
-    handles = [Patch(label="Prediction", **filled), Patch(label="Label", **outlined)]
+    handles = [Patch(color=GREY, alpha=FILL, label="Prediction"), Patch(fc="none", ec=GREY, label="Label")]
     in_label, in_pred = (set(np.unique(each).tolist()) for each in maps)
     for value, name in enumerate(class_names, 1):
         if value in in_label | in_pred:
