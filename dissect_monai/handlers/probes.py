@@ -204,10 +204,8 @@ class ProbeHandler:
         groups = {MACRO: names} if len(names) > 1 else {}
         for finding, group in (groups | {name: [name] for name in names}).items():
             truth = self._truth(result.question)[:, [result.question.columns.index(name) for name in group]]
-            area, precision = (
-                percentile_interval(mean_resampled([each[name] for name in group]))
-                for each in (result.auroc, result.ap)
-            )
+            means = [mean_resampled([each[name] for name in group]) for each in (result.auroc, result.ap)]
+            area, precision = map(percentile_interval, means)
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
             place = result.source, result.features, result.probe, result.question.name
             yield Row(*place, finding, area, precision, n, positives)
