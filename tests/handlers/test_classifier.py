@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import date
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -298,15 +298,6 @@ def test_a_mean_of_certain_proportions_claims_no_certainty_either() -> None:
     assert mass.ap.value == mass.auroc.value == 1
     assert isnan(mass.ap.low)  # where nothing stands in
     assert mass.auroc.low < 0.9
-
-
-def test_without_a_threshold_the_other_metrics_stay() -> None:
-    macro, mass = rows(threshold=nan)[:2]
-    for row in (macro, mass):
-        assert isnan(row.sensitivity.value)
-        assert isnan(row.specificity.low)
-        assert row.auroc.value > 0
-    assert isnan(finding_metrics([mass])["sensitivity_Mass"])
 
 
 def test_the_file_leaves_blank_what_is_unknown(tmp_path: Path) -> None:

@@ -68,12 +68,8 @@ def encoder(seed: int = 0, spatial_dims: int = 2) -> nn.Module:
     return resnet10(spatial_dims=spatial_dims, **small)
 
 
-def probe_images(
-    folder: Path, encoders: dict[str, nn.Module] | None = None, test: list[dict[str, Any]] | None = None, **kwargs: Any
-) -> Probed:
+def probe_images(folder: Path, encoders: dict[str, nn.Module] | None = None, **kwargs: Any) -> Probed:
     _, loaders = make_datalist()
-    if test is not None:
-        loaders["test"].dataset.data = test
     encoders = encoders or {"pretrained": encoder(0), "random": encoder(1)}
     handler = ProbeHandler(encoders, loaders, NAMES, folder, num_samples=40, **kwargs)
     return Probed(folder, handler)
@@ -128,14 +124,10 @@ def test_values_are_those_of_sklearn_and_scores_are_kept_for_later_comparisons(p
     row = pick(probed.findings, source="pixels", probe="knn", finding="No finding")
     assert (int(row["n"]), int(row["positives"])) == (clear + ill, clear)
     assert clear + ill < len(labels) == len(probed.arrays["subjects"])
-
-
-def test_the_shortcut_is_asked_of_the_same_features(probed: Probed) -> None:
     row = pick(probed.findings, source="pretrained", features="stages", probe="linear", finding="view=AP")
-    assert float(row["auroc"]) > 0.9
     label, score = (probed.arrays[name] for name in ("labels/shortcut", "scores/pretrained/stages/linear/shortcut"))
     assert float(row["auroc"]) == pytest.approx(roc_auc_score(label[:, 0], score[:, 0]), abs=1e-4)
-    assert int(row["n"]) == IMAGES["test"]
+    assert float(row["auroc"]) > 0.9
 
 
 def test_compares_the_first_encoder_with_every_baseline(probed: Probed) -> None:
@@ -167,15 +159,6 @@ def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) ->
     row = pick(probed.findings, source="pixels", finding="Opacity")
     assert int(row["n"]) == sum(IMAGES.values())
     assert "Rare" in probed.of("finding")  # the training images have it
-
-
-def test_one_positive_has_an_interval_although_resamples_lack_it(tmp_path: Path) -> None:
-    test = make_datalist()[0].test
-    for index, item in enumerate(test):
-        item["label"][0] = float(index == 3)
-    row = pick(probe_images(tmp_path, test=test, findings=["Opacity"]).findings, source="pixels", probe="knn")
-    assert int(row["positives"]) == 1
-    assert 0 <= float(row["auroc_low"]) <= float(row["auroc_high"]) <= 1
 
 
 def test_volumes_are_judged_without_pixels(tmp_path: Path) -> None:
