@@ -275,20 +275,6 @@ def test_a_proportion_at_0_or_1_claims_no_certainty() -> None:
         assert interval.high - interval.low > 0.18
 
 
-def test_intervals_cover_what_is_found_by_subject_although_often_all_are_found() -> None:
-    subjects = [f"s{index // 4}" for index in range(80)]
-    covered = covered_by_percentiles = 0
-    for seed in range(100):  # each subject is found, with all of its four images, with odds of 0.9
-        scores = (np.random.default_rng(seed).random(20) < 0.9).astype(float).repeat(4)[:, None]
-        labels = (np.arange(80) < 40).astype(float)[:, None]
-        interval = finding_rows(["Mass"], labels, scores, [0.5], subjects, 100)[1].sensitivity
-        covers = interval.low <= 0.9 <= interval.high
-        covered += covers
-        covered_by_percentiles += covers and interval.value < 1
-    assert covered >= 90
-    assert covered_by_percentiles < 80
-
-
 def test_a_mean_of_certain_proportions_claims_no_certainty_either() -> None:
     macro, mass, hernia = rows(threshold=0)[:3]
     assert macro.sensitivity.value == mass.sensitivity.value == hernia.sensitivity.value == 1

@@ -170,15 +170,6 @@ def test_draws_views_reconstructions_and_codes_at_the_end_of_every_epoch(decode:
     assert ("loss/reconstruction" in writer.scalars) == decode
 
 
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_draws_both_views_as_they_are_seen_and_reconstructed_at_the_end_of_every_epoch(
-    spatial_dims: int,
-) -> None:
-    HSSLRun(writer := Writer(), spatial_dims)()
-    shape = torch.Size((3, 3 * TILE_SIDE, 6 * TILE_SIDE))
-    assert writer.images == {"views": {1: shape, 2: shape}}
-
-
 @every_run
 def test_looking_at_an_interval_changes_nothing_in_the_run(run: Any) -> None:
     states = []

@@ -169,13 +169,6 @@ def test_all_three_are_drawn_in_ras(tmp_path: Path, drawn: list[Any], axes: str,
     assert (class_names, spacing, window) == (CLASSES, pytest.approx(SPACING), (0, 100))
 
 
-def test_an_image_on_another_grid_is_brought_to_that_of_its_label(tmp_path: Path, drawn: list[Any]) -> None:
-    item = write(tmp_path)
-    nib.save(nib.Nifti1Image(NUMBERS[2:, :, :6], AFFINE @ nib.affines.from_matvec(np.eye(3), [2, 0, 0])), item["image"])
-    case_figure(item, maps_of(label_map()), CLASSES)
-    np.testing.assert_allclose(drawn[0][0][2:, :, :6], NUMBERS[2:, :, :6], atol=1e-2)
-
-
 @pytest.mark.parametrize(
     ("modality", "windowed"), [("CT", True), (None, True), (["ct", "MR"], True), ("MR", False), (["MR"], False)]
 )
