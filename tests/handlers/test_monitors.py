@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Writer
-from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedTrainer
+from ignite.engine import Engine
 from monai.networks.nets import SegResNet, resnet10
 from torch import Tensor
 
@@ -40,84 +38,65 @@ SCALARS = {
 }
 
 
-class SSLRun:
-    """A run of two epochs of two iterations over one batch of three images."""
+class Run:
+    """A run of two epochs of two iterations over batches of three images; it does not learn."""
 
-    def __init__(self, writer: Writer | None = None, decode: bool = True, **kwargs: int) -> None:
-        torch.manual_seed(0)
-        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
-        self.net = VQSSLNet(
-            encoder, stages=(2, 4), num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode
-        )
-        self.loss = VQSSLLoss(reconstruction_weight=1 if decode else 0)
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.5)
-        self.monitor = SSLMonitor(self.net, self.loss, optimizer, writer, **{"interval": 1, **kwargs})
+    def __init__(self, net: Any, loss: Any, monitor: Any, writer: Writer | None, interval: int) -> None:
+        self.net, self.loss = net, loss
+        self.monitor = monitor(net, loss, torch.optim.SGD(net.parameters(), lr=0.5), writer, interval)
         self.engine = Engine(self.step)
         self.engine.logger.setLevel(logging.CRITICAL)
-        TargetMomentumHandler(self.net, 0.9, num_iterations=4).attach(self.engine)
-        self.monitor.attach(self.engine)
 
-    def step(self, engine: Engine, batch: int) -> dict[str, object]:
-        views = torch.rand(6, 1, 32, 32)
-        pred = self.net(views)
-        return {"image": views, "label": views, "pred": pred, "loss": self.loss(pred, views)}
+    def step(self, engine: Engine, batch: int) -> dict[str, Any]:
+        image, target = self.batch()
+        pred = self.net(image)
+        return {"image": image, "label": target, "pred": pred, "loss": self.loss(pred, target)}
 
     def __call__(self) -> None:
+        self.monitor.attach(self.engine)
         self.engine.run(range(2), max_epochs=2)
+
+
+class SSLRun(Run):
+    def __init__(self, writer: Writer | None = None, decode: bool = True, interval: int = 1) -> None:
+        torch.manual_seed(0)
+        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
+        small = {"num_embeddings": 8, "embedding_dim": 8, "hidden_dim": 16, "out_dim": 8}
+        net, loss = VQSSLNet(encoder, stages=(2, 4), decode=decode, **small), VQSSLLoss(reconstruction_weight=decode)
+        super().__init__(net, loss, SSLMonitor, writer, interval)
+        TargetMomentumHandler(net, 0.9, num_iterations=4).attach(self.engine)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        views = torch.rand(6, 1, 32, 32)
+        return views, views
 
     def spoil(self) -> None:
         self.net.predictors["continuous"][-1].bias.data.fill_(torch.nan)
 
     def collapse(self) -> None:
         """Let every target be the same."""
-        last = self.net.target.heads["continuous"][-1]
-        self.net.projectors["continuous"][-1].weight.data.zero_()
-        last.weight.data.zero_()
+        for last in (self.net.projectors["continuous"][-1], self.net.target.heads["continuous"][-1]):
+            last.weight.data.zero_()
 
 
-class HSSLRun:
-    """A run of two epochs of two iterations over batches of three images."""
-
-    def __init__(self, writer: Writer | None = None, spatial_dims: int = 2, **kwargs: int) -> None:
+class HSSLRun(Run):
+    def __init__(self, writer: Writer | None = None, interval: int = 1) -> None:
         torch.manual_seed(0)
-        segresnet = SegResNet(
-            spatial_dims, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1)
-        )
-        self.net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
-        loss = HSSLLoss()
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
-        self.monitor = HSSLMonitor(self.net, loss, optimizer, writer, **{"interval": 1, **kwargs})
-        data = [
-            {"image": torch.rand(1, *[8] * spatial_dims), "task": "abc"[i % 3], "group": "xyy"[i % 3]} for i in range(6)
-        ]
-        augment = BatchAugment(spatial_dims=spatial_dims)
-        self.engine = SupervisedTrainer(
-            device=torch.device("cpu"),
-            max_epochs=2,
-            train_data_loader=DataLoader(Dataset(data), batch_size=3),
-            network=self.net,
-            optimizer=optimizer,
-            loss_function=loss,
-            prepare_batch=HierarchyViews(augment, TASKS, GROUPS, corrupt=Corrupt(mask_size=4)),
-            decollate=False,
-            train_handlers=[self.monitor],
-        )
-        self.engine.logger.setLevel(logging.CRITICAL)
+        segresnet = SegResNet(2, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+        net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
+        super().__init__(net, HSSLLoss(), HSSLMonitor, writer, interval)
+        self.views = HierarchyViews(BatchAugment(spatial_dims=2), TASKS, GROUPS, corrupt=Corrupt(mask_size=4))
 
-    def __call__(self) -> None:
-        self.engine.run()
+    def batch(self) -> Any:
+        return self.views({"image": torch.rand(3, 1, 8, 8), "task": [*"abc"], "group": [*"xyy"]}, "cpu")
 
     def spoil(self) -> None:
         self.net.projectors["task"][-1].bias.data.fill_(torch.nan)
 
     def collapse(self) -> None:
-        """Let all features be the same, and nothing be learnt."""
-
-        def zero() -> None:
-            for parameter in self.net.segresnet.parameters():
-                parameter.data.zero_()
-
-        self.engine.add_event_handler(Events.ITERATION_STARTED, zero)
+        """Let all features be the same."""
+        for parameter in self.net.segresnet.parameters():
+            parameter.data.zero_()
 
 
 RUNS: dict[str, Any] = {"ssl": SSLRun, "hssl": HSSLRun}
@@ -176,7 +155,7 @@ def test_looking_at_an_interval_changes_nothing_in_the_run(run: Any) -> None:
     for interval in (1, 3):
         looked = run(writer := Writer(), interval=interval)
         looked()
-        states.append(looked.net.state_dict())
+        states.append({**looked.net.state_dict(), "loss": looked.engine.state.output["loss"]})
     assert list(writer.scalars["loss/total"]) == [3]
     ours, theirs = states
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
