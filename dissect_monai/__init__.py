@@ -27,7 +27,6 @@ from dissect_monai.handlers.calibration import read_calibration as read_calibrat
 from dissect_monai.handlers.checkpoints import BestWeights as BestWeights
 from dissect_monai.handlers.checkpoints import TrainingCheckpoint as TrainingCheckpoint
 from dissect_monai.handlers.classifier import ClassifierEvaluation as ClassifierEvaluation
-from dissect_monai.handlers.hssl_validation import HSSLValidation as HSSLValidation
 from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
@@ -44,6 +43,7 @@ from dissect_monai.handlers.training import ProgressHandler as ProgressHandler
 from dissect_monai.handlers.training import TargetMomentumHandler as TargetMomentumHandler
 from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
+from dissect_monai.handlers.validation import HSSLValidation as HSSLValidation
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer

@@ -11,7 +11,7 @@ from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.networks.nets import SegResNet
 
-from dissect_monai.handlers.hssl_validation import HSSLValidation
+from dissect_monai.handlers.validation import HSSLValidation
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics

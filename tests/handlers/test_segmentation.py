@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import Writer, table
+from helpers import evaluated as run
 from monai.data import DataLoader, Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
 from torch import Tensor, nn
@@ -37,10 +36,8 @@ def write(folder: Path, name: str, label: np.ndarray, flipped: bool = False) -> 
     """An image whose values are the classes of `CLASSES`, and its label map, in another orientation if `flipped`."""
     affine = np.diag([*SPACING, 1.0])
     if flipped:
-        label, affine = (
-            label.transpose(2, 0, 1)[:, ::-1],
-            np.eye(4)[[1, 2, 0, 3]] * [SPACING[2], -SPACING[0], SPACING[1], 1],
-        )
+        label = label.transpose(2, 0, 1)[:, ::-1]
+        affine = np.eye(4)[[1, 2, 0, 3]] * [SPACING[2], -SPACING[0], SPACING[1], 1]
     classes = np.zeros(label.shape, dtype=np.float32)
     for index, each in enumerate(CLASSES, 1):
         classes[np.isin(label, LABELS[each])] = index
@@ -72,26 +69,16 @@ def evaluated(
     **arguments: Any,
 ) -> dict[str, float]:
     """Metrics of an evaluator that resamples, pads and slides a window, as a bundle's does."""
-    steps = Compose(
-        [
-            LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
-            Orientationd("image", axcodes="RAS", labels=None),
-            Spacingd("image", pixdim, mode="nearest"),
-            SpatialPadd("image", (24, 24, 24)),
-            SelectItemsd("image"),
-        ]
-    )
-    logging.getLogger("ignite").setLevel(logging.ERROR)
-    evaluator = SupervisedEvaluator(
-        device="cpu",
-        val_data_loader=DataLoader(Dataset(items, steps), batch_size=1),
-        network=network or Oracle(),
-        inferer=SlidingWindowInferer((16, 16, 16), overlap=0.5),
-        val_handlers=[handler],
-        **arguments,
-    )
-    evaluator.run()
-    return evaluator.state.metrics
+    steps = [
+        LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
+        Orientationd("image", axcodes="RAS", labels=None),
+        Spacingd("image", pixdim, mode="nearest"),
+        SpatialPadd("image", (24, 24, 24)),
+        SelectItemsd("image"),
+    ]
+    loader = DataLoader(Dataset(items, Compose(steps)), batch_size=1)
+    inferer = SlidingWindowInferer((16, 16, 16), overlap=0.5)
+    return run(network or Oracle(), loader, handler, inferer=inferer, **arguments).state.metrics
 
 
 # --- the evaluator
