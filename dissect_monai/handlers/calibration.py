@@ -37,8 +37,7 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         network: the network of the predictions, its weights loaded.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no calibration, or one of other findings or weights.
+        ValueError: if the file is no calibration, or one of other findings or weights.
     """
     if path is None:
         return Calibration()

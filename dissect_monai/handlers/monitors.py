@@ -184,9 +184,8 @@ def level_metrics(
     num_items = len(labels[0])
     image = torch.arange(num_items, device=embeddings[0].device).repeat(2)
     metrics = {"retrieval_image": retrieval_accuracy(embeddings[0], image)}
-    for level, embedding, label in zip(LEVELS[1:], embeddings[1:], labels, strict=True):
+    for level, embedding, logit, label in zip(LEVELS[1:], embeddings[1:], logits, labels, strict=True):
         if num_items > 1:
             metrics[f"retrieval_{level}"] = retrieval_accuracy(embedding[:num_items], label)
-    for level, logit, label in zip(LEVELS[1:], logits, labels, strict=True):
         metrics[f"accuracy_{level}"] = (logit[:num_items].argmax(1) == label).float().mean()
     return metrics

@@ -118,9 +118,8 @@ class PredictionSaver(Saver):
         output = engine.state.output
         probabilities = output["pred"].as_subclass(Tensor).detach().cpu()
         if probabilities.shape[1] != len(self.label_names):
-            raise InputError(
-                f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
-            )
+            got = f"{probabilities.shape[1]} outputs, got {len(self.label_names)}"
+            raise InputError(f"`label_names` must name the network's {got}.")
         if self.overlays != "none":
             self._draw(engine.network, indices, output["image"].as_subclass(Tensor), probabilities)
         return probabilities.tolist()

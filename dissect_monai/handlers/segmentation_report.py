@@ -86,10 +86,7 @@ def summarize(cases: Sequence[CaseScores], num_samples: int = 1000, seed: int = 
 
 
 def summary_metrics(summaries: Sequence[StructureSummary]) -> dict[str, float]:
-    """`dice_mean`, `hd95_mean`, `surface_dice_mean` with `_low` and `_high`, and `dice_<structure>`, where defined.
-
-    Beside them `missed` and `false_positives`, over all structures.
-    """
+    """`dice_mean` and the like with `_low` and `_high`, `dice_<structure>`, where defined; `missed` and the like."""
     mean, *structures = summaries
     found = metrics_by_name({metric_name(metric, MEAN): getattr(mean, metric) for metric in METRICS})
     found |= {metric_name("dice", each.structure): each.dice.value for each in structures}

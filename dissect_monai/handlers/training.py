@@ -41,8 +41,8 @@ class TargetMomentumHandler:
     e_foldings: float = 8  # E
 
     def __post_init__(self) -> None:
-        shortest = 1 - 2 * self.e_foldings / self.num_iterations
-        self.first = max(0.0, min(0.996, shortest)) if self.momentum is None else self.momentum
+        shortest = max(0.0, min(0.996, 1 - 2 * self.e_foldings / self.num_iterations))
+        self.first = shortest if self.momentum is None else self.momentum
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -101,10 +101,9 @@ class ProgressHandler:
         if self.bar is None:
             return
         self.bar.update()
-        output = engine.state.output
-        if engine.state.iteration % self.interval == 0 and isinstance(output, Mapping) and "loss" in output:
-            loss = float(output["loss"].detach())
-            self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
+        state = engine.state
+        if state.iteration % self.interval == 0 and isinstance(state.output, Mapping) and "loss" in state.output:
+            self.bar.set_postfix_str(f"epoch {state.epoch}/{state.max_epochs}, loss {state.output['loss'].item():.3f}")
 
     def _open(self, engine: Engine) -> None:
         if self.bar is None and rank() == 0:
