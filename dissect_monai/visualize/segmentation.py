@@ -23,7 +23,6 @@ ORGAN_COLORS = (
     "#FF4D5E", "#A77BFF", "#00F0E0", "#C48A5A", "#FF2FD0", "#B9C7FF", "#9AA83A", "#FFC9A8",
 )  # fmt: skip
 FILL = 0.38  # opacity of the prediction: the anatomy below stays readable
-WIDTH = 10.0  # inches
 _MARGIN = 15.0  # mm of image around all structures
 _LEGEND_COLUMNS = 5
 # Axis that is cut, of an array in RAS, and the patient's sides on the left, right, top and bottom.
@@ -64,8 +63,8 @@ def segmentation_overlay(
     )
     low, high = np.percentile(sample_voxels(image[box]), (0.5, 99.5)) if window is None else window
     x, y, z = (size * step for size, step in zip(image[box].shape, spacing, strict=True))
-    height = WIDTH * max(y, z) / (x + x + y) + 0.6 + 0.2 * (2 + len(class_names)) / _LEGEND_COLUMNS
-    figure = Figure(figsize=(WIDTH, min(12.0, height)), dpi=150)
+    height = 10 * max(y, z) / (x + x + y) + 0.6 + 0.2 * (2 + len(class_names)) / _LEGEND_COLUMNS
+    figure = Figure(figsize=(10, min(12.0, height)), dpi=150)
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
     panels = figure.subplots(1, 3, width_ratios=[x, x, y], subplot_kw={"anchor": "N"})
     for (title, (axis, letters)), axes in zip(_PLANES.items(), panels, strict=True):
