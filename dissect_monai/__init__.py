@@ -27,12 +27,10 @@ from dissect_monai.handlers.calibration import read_calibration as read_calibrat
 from dissect_monai.handlers.checkpoints import BestWeights as BestWeights
 from dissect_monai.handlers.checkpoints import TrainingCheckpoint as TrainingCheckpoint
 from dissect_monai.handlers.classifier import ClassifierEvaluation as ClassifierEvaluation
-from dissect_monai.handlers.hssl_validation import HSSLValidation as HSSLValidation
 from dissect_monai.handlers.monitors import HSSLMonitor as HSSLMonitor
 from dissect_monai.handlers.monitors import SSLMonitor as SSLMonitor
 from dissect_monai.handlers.probes import ProbeHandler as ProbeHandler
 from dissect_monai.handlers.probes import VolumeProbeHandler as VolumeProbeHandler
-from dissect_monai.handlers.reconstruction import ReconstructionHandler as ReconstructionHandler
 from dissect_monai.handlers.representation import RepresentationMonitor as RepresentationMonitor
 from dissect_monai.handlers.savers import EmbeddingSaver as EmbeddingSaver
 from dissect_monai.handlers.savers import LabelMapSaver as LabelMapSaver
@@ -45,6 +43,7 @@ from dissect_monai.handlers.training import ProgressHandler as ProgressHandler
 from dissect_monai.handlers.training import TargetMomentumHandler as TargetMomentumHandler
 from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
+from dissect_monai.handlers.validation import HSSLValidation as HSSLValidation
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
@@ -75,7 +74,6 @@ from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
-from dissect_monai.transforms.views import MaskedImages as MaskedImages
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images
 from dissect_monai.visualize.domains import report_domains as report_domains

@@ -33,7 +33,6 @@ from dissect_monai.data.splits import datalist_digest, refuse_untrainable, subje
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
-from dissect_monai.networks.weights import has_decoder
 
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.
@@ -316,13 +315,13 @@ def check_output(
         datalist: what an evaluation scores, which must leave something to measure.
         needed: splits of images that must have labels.
         findings: those that it scores; None for all.
-        pretrained: weights of a network for volumes, whose reconstructions are measured if it has a decoder.
+        pretrained: weights of a network for volumes; None for images.
 
     Raises:
         InputError: if the output folder cannot be written, or there is nothing to measure.
     """
     if datalist is not None and pretrained is not None:
-        check_probe_data(datalist, data_dir, has_decoder(pretrained))
+        check_probe_data(datalist, data_dir)
     elif datalist is not None:
         refuse_unlabelled(datalist, findings, needed)
     _make_folders(smoke, data_dir, output_dir, ("eval",))

@@ -19,7 +19,6 @@ from run_experiments import Study, read_study
 from study_statistics import StudyError
 
 from dissect_monai.visualize.classifier import COLORS
-from dissect_monai.visualize.classifier import MARKERS as SYMBOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (scripts/render_results.py) -->\n", "<!-- results: end -->"
@@ -179,7 +178,7 @@ def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         ticks = sorted({size for points in lines.values() for size, _, _ in points})
         step = (ticks[-1] / ticks[0]) ** 0.012  # the axis is logarithmic
-        for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle(SYMBOLS), lines, strict=False)):
+        for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
             sizes, means, stds = zip(*lines[recipe], strict=True)
             moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
             ax.errorbar(

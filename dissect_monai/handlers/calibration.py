@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
@@ -19,7 +18,7 @@ class Calibration(NamedTuple):
     """What an evaluation has fitted on validation."""
 
     temperature: float = 1.0  # the logits are divided by it
-    thresholds: Mapping[str, float] = MappingProxyType({})  # finding → probability to call it; NaN: unknown
+    thresholds: Mapping[str, float] = {}  # finding → probability to call it; NaN: unknown
 
 
 def write_calibration(path: str | Path, calibration: Calibration, network: nn.Module) -> None:
@@ -38,22 +37,16 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         network: the network of the predictions, its weights loaded.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no calibration, or one of other findings or weights.
+        ValueError: if the file is no calibration, or one of other findings or weights.
     """
     if path is None:
         return Calibration()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no calibration at {path.absolute()}: evaluate first, or check the path.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         given = {name: nan if value is None else float(value) for name, value in content["thresholds"].items()}
         calibration, weights = Calibration(float(content["temperature"]), given), content["weights"]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise InputError(
-            f"{path} must be the calibration.json of an evaluation, got {error!r}: evaluate anew."
-        ) from error
+        raise InputError(f"{path} must be the calibration.json of an evaluation, got {error!r}.") from error
     same = list(given) == list(label_names)
     if not same or weights != fingerprint(network):
         what = "weights" if same else f"findings ({', '.join(given)})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -22,7 +21,6 @@ from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = re.compile(r"checkpoint_epoch=\d+\.pt")
 ANEW = "or start anew with another `output_dir`"
 NUM_KEPT = 2  # checkpoints of a run
 
@@ -31,10 +29,9 @@ NUM_KEPT = 2  # checkpoints of a run
 class TrainingCheckpoint:
     """Saves all that a run needs to go on as checkpoint_epoch=N.pt, and its weights; resumes from it.
 
-    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact, where
-    MONAI's `CheckpointSaver` writes in place. Random state needs no saving: see `EpochSeedHandler`. Attach it before
-    handlers that look at the network when the run starts, such as a `ValidationHandler`, and after those that change
-    what is saved at the end of epochs.
+    All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact. Random
+    state needs no saving: see `EpochSeedHandler`. Attach it before handlers that look at the network when the run
+    starts, such as a `ValidationHandler`, and after those that change what is saved at the end of epochs.
 
     Raises:
         ValueError: when the run starts, if the checkpoint is of another run or another version of this package.
@@ -91,9 +88,8 @@ class TrainingCheckpoint:
     def _refuse_another_run(self, engine: Engine, checkpoint: Mapping[str, Any], path: str) -> None:
         version = checkpoint.get("version", "0.1.0")  # which did not write it down
         if version != __version__:
-            raise InputError(
-                f"{path} is of dissect_monai {version}, this is {__version__}: resume with that version, {ANEW}."
-            )
+            which = f"of dissect_monai {version}, this is {__version__}"
+            raise InputError(f"{path} is {which}: resume with that version, {ANEW}.")
         # Ignite would go on with the old length: epochs that end within the data, or go through it twice.
         length = int(checkpoint["trainer"]["epoch_length"])
         was = {"iterations an epoch": length, **checkpoint.get("settings", {})}
@@ -105,25 +101,18 @@ class TrainingCheckpoint:
                 f"{path} is of a run with {other}: resume with the same settings, images and number of processes, "
                 f"{ANEW}."
             )
-        epoch = checkpoint["trainer"]["iteration"] // length
-        if epoch > engine.state.max_epochs:
-            raise InputError(
-                f"{path} has done {epoch} epochs, more than `max_epochs` {engine.state.max_epochs}: raise it."
-            )
+        epoch, last = checkpoint["trainer"]["iteration"] // length, engine.state.max_epochs
+        if epoch > last:
+            raise InputError(f"{path} has done {epoch} epochs, more than `max_epochs` {last}: raise it.")
 
 
 def checkpoints_in(ckpt_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, which need not exist, in the order in which they were written."""
-    found = [path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    return sorted(Path(ckpt_dir).glob("checkpoint_epoch=[0-9]*.pt"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def newest_checkpoint(ckpt_dir: str | Path) -> str:
-    """Path of the checkpoint written last in `ckpt_dir`.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Path of the checkpoint written last in `ckpt_dir`; a `FileNotFoundError` if there is none."""
     found = checkpoints_in(ckpt_dir)
     if not found:
         raise FileNotFoundError(
@@ -136,16 +125,12 @@ def newest_checkpoint(ckpt_dir: str | Path) -> str:
 class BestWeights:
     """Keeps the weights of the best validation, and ends the run when validation has not improved for long.
 
-    Unlike MONAI's `CheckpointSaver` and `EarlyStopHandler` it writes atomically, stops all processes of a distributed
-    run together although one of them validates, and goes on where it was: `best_metric`, `best_epoch` and `num_worse`
-    are part of the trainer's state. As long as the metric is NaN, since validation cannot judge any finding, the latest
-    weights are the best.
+    It writes atomically, stops all processes of a distributed run together although one of them validates, and goes on
+    where it was: `best_metric`, `best_epoch` and `num_worse` are part of the trainer's state. As long as the metric is
+    NaN, since validation cannot judge any finding, the latest weights are the best.
 
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.
-
-    Raises:
-        ValueError: during the run, if the evaluator has no such metric.
     """
 
     evaluator: Engine  # it may validate in one process alone

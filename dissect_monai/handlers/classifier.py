@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
-from math import isnan
+from itertools import chain, product
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,40 +42,26 @@ from dissect_monai.metrics.intervals import (
     wilson_interval,
 )
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import (
-    NUM_BINS,
-    figure_to_png,
-    overlay_png,
-    reliability_plot,
-    roc_plot,
-    saliency_maps,
-)
+from dissect_monai.visualize.classifier import curves_figure, figure_to_png, overlay_png, saliency_maps
 from dissect_monai.visualize.page import LIMITS, Case, write_report
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 logger = logging.getLogger(__name__)
-NAN = float("nan")
-UNKNOWN = Interval(NAN, NAN, NAN)
 HEADINGS = ("Finding", "AUROC", "AP", "Sensitivity", "Specificity", "ECE", "Threshold", "n", "Positives")
-WITHOUT_CLASS = "for lack of positives or negatives in the test split"
 NOTES = (
-    f"n counts the images whose label is known. {MACRO} is the mean over the findings that have the metric; it has "
-    "no n and no positives of its own.",
-    f"ECE is the calibration error of a finding in 15 bins, that of {MACRO} their mean. The ECE of all labels "
-    "pooled, in the reliability figure, is another number: there, too high and too low probabilities cancel.",
-    "Intervals are percentiles of resamples of the subjects. ECE has none: chance raises it, the more so in resamples. "
-    "Where no resample differs, as at 0 and 1, Wilson's interval over subjects stands in, or none.",
+    f"n counts the images whose label is known. Findings without positives or negatives in the test split have no "
+    f"metrics and are not drawn; {MACRO} is the mean over those that have the metric.",
+    "ECE is the calibration error in 15 bins. Intervals are percentiles of resamples of the subjects. ECE has none: chance "
+    "raises it, the more so in resamples. Where no resample differs, as at 0 and 1, Wilson's interval over subjects stands "
+    "in, or none.",
 )
 SALIENCY = "Saliency shows what moved the output, not where a finding is or why it was made."
 NO_SALIENCY = "No saliency: nothing raised the output."
-CAPTIONS = {
-    roc_plot: "ROC curves on the test split: as the threshold falls, the share of positives that are found against the "
-    "share of negatives that are called positive. The dotted diagonal is guessing; the legend names the best first.",
-    reliability_plot: "Reliability on the test split: how often a finding is there among the labels that were given "
-    f"about the same probability, in {NUM_BINS} bins; on the dotted diagonal, probabilities are frequencies. Black: "
-    "the labels of all findings pooled, with 95 % Wilson intervals that take labels for independent. Below: how many "
-    "labels were given which probability.",
-}
+CAPTION = (
+    "Left, ROC on the test split: as the threshold falls, the share of positives that are found against the share of "
+    "negatives that are called positive; the dotted diagonal is guessing. Right, reliability: how often a finding is "
+    "there among the labels that were given about the same probability; on the diagonal, probabilities are frequencies."
+)
 
 
 class FindingRow(NamedTuple):
@@ -134,7 +121,7 @@ class ClassifierEvaluation:
         rows = finding_rows(self.label_names, test.labels, probabilities, thresholds, *draws)
         missing = [row.finding for row in rows[1:] if isnan(row.auroc.value)]
         if missing:
-            logger.warning("Left out, %s: %s.", WITHOUT_CLASS, ", ".join(missing))
+            logger.warning("Left out, for lack of positives or negatives in the test split: %s.", ", ".join(missing))
         write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
         write_calibration(folder / "calibration.json", fitted, engine.network)
@@ -149,20 +136,16 @@ class ClassifierEvaluation:
             "test subjects": len(set(subjects)),
             "validation images": len(validation.labels),
             "temperature": temperature,
-            **(_scaling_facts(validation, temperature) if self.temperature_scaling else {}),
             "weights' SHA-256": fingerprint(engine.network)[:12],
             "thresholds": "Youden's index on validation",
             "bootstrap resamples": self.num_samples,
             "date": date.today().isoformat(),
             "software": f"dissect_monai {__version__}",
         }
-        figures = {
-            caption: figure_to_png(plot(test.labels, probabilities, self.label_names))
-            for plot, caption in CAPTIONS.items()
-        }
+        figures = {CAPTION: figure_to_png(curves_figure(test.labels, probabilities, self.label_names))}
         cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
         path, title, limits = folder / "report.html", "Evaluation of the classifier", (*LIMITS, SALIENCY)
-        write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", table_notes(rows), limits)
+        write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", NOTES, limits)
 
     def _validate(self, engine: Any) -> Outputs:
         """The network's outputs on validation, run as the test split is."""
@@ -182,10 +165,10 @@ class ClassifierEvaluation:
         self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
     ) -> None:
         names = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
-        lines = [
-            [item["image"], subject, *(text for pair in zip(*row, strict=True) for text in _texts(*pair))]
-            for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True)
-        ]
+        lines = []
+        for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True):
+            cells = ((f"{value:.6f}", "" if isnan(label) else int(label)) for value, label in zip(*row, strict=True))
+            lines.append([item["image"], subject, *chain.from_iterable(cells)])
         write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *names], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
         scores = Path(self.output_dir, "scores.npz")
@@ -194,36 +177,25 @@ class ClassifierEvaluation:
     def _worst_cases(self, engine: Any, labels: Array, probabilities: Array, thresholds: Sequence[float]) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""
         dataset = engine.data_loader.dataset
-        excess = np.where(labels == 1, -1, 1) * (_logit(probabilities) - _logit(thresholds))
+        reached, needed = (logit(np.clip(each, 1e-12, 1 - 1e-12)) for each in (probabilities, thresholds))
+        excess = np.where(labels == 1, -1, 1) * (reached - needed)
         cases = []
         for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
             image = image.as_subclass(Tensor)
             saliency = saliency_maps(engine.network, image[None], column)[0]
-            cases.append(
-                Case(
-                    {
-                        "Image": overlay_png(image, torch.zeros_like(image)),
-                        "Overlay": overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
-                    },
-                    {
-                        "name": Path(dataset.data[row]["image"]).name,
-                        "finding": self.label_names[column],
-                        "truth": labels[row, column],
-                        "probability": probabilities[row, column],
-                    },
-                )
-            )
+            pictures: dict[str, bytes | str] = {
+                "Image": overlay_png(image, torch.zeros_like(image)),
+                "Overlay": overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
+            }
+            facts = {
+                "name": Path(dataset.data[row]["image"]).name,
+                "finding": self.label_names[column],
+                "truth": labels[row, column],
+                "probability": probabilities[row, column],
+            }
+            cases.append(Case(pictures, facts))
         return cases
-
-
-def _logit(probability: ArrayLike) -> Array:
-    return np.asarray(logit(np.clip(probability, 1e-12, 1 - 1e-12)))
-
-
-def _texts(probability: float, label: float) -> tuple[str, str]:
-    """Both as the table of predictions has them; an unknown label is blank."""
-    return f"{probability:.6f}", "" if np.isnan(label) else f"{label:.0f}"
 
 
 def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
@@ -234,17 +206,6 @@ def _largest(excess: Array, labels: Array, count: int) -> list[tuple[int, int]]:
         order = np.argsort(-values, axis=None)[:count]
         places += [divmod(int(place), labels.shape[1]) for place in order if values.flat[place]]
     return sorted(places, key=lambda place: -excess[place])
-
-
-def _scaling_facts(validation: Outputs, temperature: float) -> dict[str, str]:
-    """What the temperature did to the mean calibration error on validation."""
-    errors = []
-    for each in (1.0, temperature):
-        pairs = zip(validation.labels.T, validation.probabilities(each).T, strict=True)
-        errors.append(float(np.nanmean([expected_calibration_error(*pair) for pair in pairs])))
-    if errors[1] > errors[0]:
-        logger.warning("The temperature raises the mean ECE on validation, from %.3f to %.3f.", *errors)
-    return {"mean ECE on validation": "{:.3f}, unscaled {:.3f}".format(*reversed(errors))}
 
 
 def finding_rows(
@@ -258,18 +219,10 @@ def finding_rows(
 ) -> list[FindingRow]:
     """A line for the mean over the `usable_findings`, then one for every finding, of which others have counts alone.
 
-    Intervals are 95 % percentiles of resamples of the subjects; ECE has none. Where no resample differs, as where all
-    positives are found, AUROC, sensitivity and specificity have Wilson's interval over the subjects that they count
-    (AUROC: those of the rarer class), their means the means of such ends, others none.
-
-    Args:
-        label_names: names of the C findings.
-        labels: shape (N, C), 1, 0 or NaN (unknown).
-        probabilities: shape (N, C), in [0, 1].
-        thresholds: C thresholds; NaN leaves a finding without sensitivity and specificity.
-        subjects: subject of each of the N items.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
+    Intervals are 95 % percentiles of resamples of the subjects; ECE has none. Where no resample differs, as where all positives are found, AUROC, sensitivity and specificity have Wilson's interval over
+    the subjects that they count (AUROC: those of the rarer class), their means the means of such ends, others none.
+    A threshold of NaN leaves a finding without sensitivity and specificity. Labels, 1, 0 or NaN (unknown), and
+    probabilities are (N, C).
     """
     found = {
         index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], subjects, num_samples, seed)
@@ -291,19 +244,16 @@ def finding_rows(
         if isnan(mean.low) and not isnan(mean.value):  # as if all erred on the same side together, which is careful
             known = [getattr(row, metric) for row in rows if not isnan(getattr(row, metric).value)]
             means[metric] = Interval(mean.value, *np.mean([interval[1:] for interval in known], axis=0).tolist())
-    return [FindingRow(MACRO, threshold=NAN, n=None, positives=None, **means), *rows]
+    return [FindingRow(MACRO, threshold=nan, n=None, positives=None, **means), *rows]
 
 
 def finding_metrics(rows: Sequence[FindingRow]) -> dict[str, float]:
     """`auroc`, `auroc_low`, `auroc_high`, `auroc_<finding>`, ... of the lines that have metrics."""
-    return metrics_by_name(
-        {
-            metric if row.finding == MACRO else metric_name(metric, row.finding): getattr(row, metric)
-            for row in rows
-            if not isnan(row.auroc.value)
-            for metric in METRICS
-        }
-    )
+    found = {}
+    for row, metric in product((row for row in rows if not isnan(row.auroc.value)), METRICS):
+        name = metric if row.finding == MACRO else metric_name(metric, row.finding)
+        found[name] = getattr(row, metric)
+    return metrics_by_name(found)
 
 
 def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
@@ -313,13 +263,6 @@ def write_findings(path: Path, rows: Sequence[FindingRow]) -> None:
         threshold = "" if isnan(row.threshold) else f"{row.threshold:.6g}"
         lines.append([row.finding, *(getattr(row, metric) for metric in METRICS), threshold, row.n, row.positives])
     write_csv(path, columns(FindingRow), lines)
-
-
-def table_notes(rows: Sequence[FindingRow]) -> list[str]:
-    """How to read the table, for the report."""
-    missing = [f"{row.finding} ({row.positives} positives of {row.n})" for row in rows[1:] if isnan(row.auroc.value)]
-    left_out = f"Without metrics, and so left out of the mean and the figures, {WITHOUT_CLASS}: {', '.join(missing)}."
-    return [left_out, *NOTES] if missing else list(NOTES)
 
 
 def _resampled(
@@ -341,10 +284,10 @@ def _interval(metric: str, findings: Sequence[Mapping[str, Resampled]]) -> Inter
     """A metric's mean over the findings that have it; without ends where no resample differs."""
     having = [each for each in findings if metric in each]
     if not having:
-        return UNKNOWN
+        return Interval(nan, nan, nan)
     mean = mean_resampled([each[metric] for each in having])
     if metric == "ece":  # chance raises it, and resampling raises it again
-        return Interval(mean.value, NAN, NAN)
+        return Interval(mean.value, nan, nan)
     interval = percentile_interval(mean)
     differs = interval.high - interval.low > 1e-9  # rounding
-    return interval if differs else Interval(interval.value, NAN, NAN)
+    return interval if differs else Interval(interval.value, nan, nan)

@@ -21,7 +21,7 @@ from dissect_monai.metrics.representation import code_usage, effective_rank, fea
 from dissect_monai.networks.hssl import HSSLOutput
 from dissect_monai.networks.vqssl import SSLOutput, VQSSLNet
 from dissect_monai.transforms.views import HierarchyTarget
-from dissect_monai.visualize.training import code_figure, show_mask, slice_figure, view_figure
+from dissect_monai.visualize.training import code_figure, show_mask, view_figure
 
 NUM_PICTURES = 4
 PATIENCE = 5  # looks in a row at which the features must be collapsed before the run stops
@@ -43,7 +43,6 @@ class Monitor(ABC):
     collapsed: int = field(default=0, init=False)  # looks in a row
 
     spread: ClassVar[str]  # scalar on the scale of `feature_std` by which a collapse is judged
-    spread_of: ClassVar[str]  # what it is called
     collapsed_std: ClassVar[float] = 0.01  # below which it is one, where isotropic features have 1
     remedy: ClassVar[str]  # against a collapse
 
@@ -62,17 +61,15 @@ class Monitor(ABC):
         scalars |= self._indicators(output, target)
         self._refuse_collapse(engine, scalars)
         if self.writer is not None:
-            schedules = {"schedule/learning_rate": self.optimizer.param_groups[0]["lr"], **self._schedules(engine)}
+            schedules = {"schedule/learning_rate": self.optimizer.param_groups[0]["lr"]}
+            if hasattr(engine.state, "target_momentum"):
+                schedules["schedule/target_momentum"] = engine.state.target_momentum
             for name, value in {**scalars, **schedules}.items():
                 self.writer.add_scalar(name, float(value), engine.state.iteration)
 
     @abstractmethod
     def _indicators(self, output: Any, target: Any) -> dict[str, Tensor]:
         """Scalars beside the terms of the loss, among them `spread` and "collapse/effective_rank"."""
-
-    def _schedules(self, engine: Engine) -> dict[str, float]:
-        """What is in force beside the learning rate."""
-        return {}
 
     @abstractmethod
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
@@ -83,8 +80,8 @@ class Monitor(ABC):
         self.collapsed = self.collapsed + 1 if spread < self.collapsed_std else 0
         if self.collapsed >= PATIENCE:
             raise InputError(
-                f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: the "
-                f"{self.spread_of} is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
+                f"the features have collapsed in epoch {engine.state.epoch}, iteration {engine.state.iteration}: "
+                f"{self.spread} is {spread:.4f} (isotropic: 1), the effective rank of the embedding "
                 f"{float(scalars['collapse/effective_rank']):.1f}, at {PATIENCE} looks in a row. {self.remedy}"
             )
 
@@ -105,7 +102,6 @@ class SSLMonitor(Monitor):
 
     network: VQSSLNet
     spread = "collapse/target_std"  # of the projections where there are no targets
-    spread_of = "targets' standard deviation"
     remedy = "Lower `learning_rate`, enlarge `batch_size` or, for byol, raise `momentum`."
 
     def _indicators(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
@@ -119,26 +115,18 @@ class SSLMonitor(Monitor):
             scalars[f"codes/usage_stage{stage}"] = code_usage(indices, len(codebook))
         return scalars
 
-    def _schedules(self, engine: Engine) -> dict[str, float]:
-        return {} if self.network.target is None else {"schedule/target_momentum": engine.state.target_momentum}
-
     def _scales(self, output: SSLOutput) -> list[tuple[int, Tensor, Tensor]]:
         """Stage, indices and codebook of every scale."""
         books = [codebook.embedding.weight for codebook in self.network.codebooks]
-        indices = [scale.indices for scale in output.quantized]
-        return list(zip(self.network.stages, indices, books, strict=True))
+        return list(zip(self.network.stages, [scale.indices for scale in output.quantized], books, strict=True))
 
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
-        epoch, output = engine.state.epoch, engine.state.output["pred"]
-        seen, clean = engine.state.output["image"], engine.state.output["label"]
+        epoch, output, seen = engine.state.epoch, engine.state.output["pred"], engine.state.output["image"]
         first = slice(0, min(NUM_PICTURES, len(seen) // 2))
         second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
         writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
         if output.reconstruction is not None:
-            columns = [clean[first], output.reconstruction[first]]
-            if not torch.equal(seen, clean):  # else the input is the target
-                columns.insert(0, seen[first])
-            writer.add_image("reconstruction", view_figure(columns), epoch)
+            writer.add_image("reconstruction", view_figure([seen[first], output.reconstruction[first]]), epoch)
         _, indices, books = zip(*self._scales(output), strict=True)
         figure = code_figure(seen[first], [scale[first] for scale in indices], books)
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
@@ -147,13 +135,11 @@ class SSLMonitor(Monitor):
 class HSSLMonitor(Monitor):
     """The `Monitor` of an `HSSLNet`: retrieval and accuracy at every level, too.
 
-    Over several processes all must attach it, as the contrasts are those of the joined batch; all else is of the
-    writing process alone. The picture `views` has a row per item: the first view as it is and as the network sees it,
-    the masked voxels blue, then the second view.
+    All processes must attach it, as the contrasts are those of the joined batch. The picture `views` has a row per
+    item: the first view as it is, as the network sees it, the masked voxels blue, and reconstructed; then the second.
     """
 
     spread = "collapse/feature_std"
-    spread_of = "pooled bottleneck's standard deviation"
     # The pooled features of a SegResNet share most of their direction, which `feature_std` does not subtract: it is
     # about 0.07 at the start, and runs that end at 0.2 and more first pass through 0.013.
     collapsed_std = 0.001
@@ -169,12 +155,13 @@ class HSSLMonitor(Monitor):
         }
 
     def _draw(self, engine: Engine, writer: SummaryWriter) -> None:
-        seen, target = engine.state.output["image"], engine.state.output["label"]
+        target = engine.state.output["label"]
         num_items = len(target.task)
         shown = [slice(start, start + min(NUM_PICTURES, num_items)) for start in (0, num_items)]
-        inputs = show_mask(seen, target.masked)
-        columns = [images[view] for view in shown for images in (target.views, inputs)]
-        writer.add_image("views", slice_figure(columns), engine.state.epoch)
+        inputs = show_mask(engine.state.output["image"], target.masked)
+        pictures = target.views, inputs, engine.state.output["pred"].reconstruction
+        columns = [images[view] for view in shown for images in pictures]
+        writer.add_image("views", view_figure(columns, slices=True), engine.state.epoch)
 
 
 def level_metrics(
@@ -183,7 +170,7 @@ def level_metrics(
     """Retrieval at every level, and accuracy of the classifiers of task and group.
 
     An image must find its other view. For task and group the first views alone are compared, where the other view would
-    be too easy an answer, and the first views alone are classified.
+    be too easy an answer, and classified.
 
     Args:
         embeddings: of the image, task and group level, each (2·B, D): all first views, then all second ones.
@@ -197,9 +184,8 @@ def level_metrics(
     num_items = len(labels[0])
     image = torch.arange(num_items, device=embeddings[0].device).repeat(2)
     metrics = {"retrieval_image": retrieval_accuracy(embeddings[0], image)}
-    for level, embedding, label in zip(LEVELS[1:], embeddings[1:], labels, strict=True):
+    for level, embedding, logit, label in zip(LEVELS[1:], embeddings[1:], logits, labels, strict=True):
         if num_items > 1:
             metrics[f"retrieval_{level}"] = retrieval_accuracy(embedding[:num_items], label)
-    for level, logit, label in zip(LEVELS[1:], logits, labels, strict=True):
         metrics[f"accuracy_{level}"] = (logit[:num_items].argmax(1) == label).float().mean()
     return metrics

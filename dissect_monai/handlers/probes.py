@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,10 +85,11 @@ class Row(NamedTuple):
 
 
 @dataclass(eq=False)
-class FrozenProbes:
-    """Asks questions of frozen encoders and of a baseline by linear probe and k-NN, with 95 % intervals by subject.
+class ProbeHandler:
+    """Asks how well findings can be read off frozen encoders and a baseline, with 95 % intervals by subject.
 
-    C of the linear probe is chosen on validation; the test split is scored once. With `num_folds` the probe is
+    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels, for images
+    alone. C of the linear probe is chosen on validation; the test split is scored once. With `num_folds` the probe is
     cross-validated over all labelled items instead, folds grouped by subject, for small test splits.
 
     It writes findings.csv, differences.csv (macro AUROC of the first encoder less that of all others, paired bootstrap)
@@ -97,26 +99,26 @@ class FrozenProbes:
     left out and named in the log.
 
     Raises:
-        ValueError: if there are more folds than subjects.
-
-    Reference:
-        Frozen encoder in eval mode, standardised features, logistic regression; see README, "Evaluation".
+        ValueError: if a finding is unknown, the shortcut has not two values, or there are more folds than subjects.
     """
 
     encoders: Mapping[str, nn.Module | None]  # by name; the first is compared with all others; None is left out
     loaders: Mapping[str, DataLoader[Any]]  # of training, validation and test, whose data sets have a data list
-    questions: Sequence[Question]  # with labels of the items of the three splits
+    label_names: Sequence[str]  # of the values of a label
     output_dir: str | Path
-    baseline: Callable[[Sequence[DataLoader[Any]]], Iterator[Features]] | None = None  # features without an encoder
+    findings: str | Sequence[str] | None = None  # of `label_names`, or "No finding" (all labels 0); None is all of them
+    shortcut: str | None = None  # key of an attribute with two values, such as `view`; None asks for none
+    pixels: bool = True  # whether to judge the baseline
     num_folds: int = 0  # 0 for the given splits
     num_samples: int = 1000  # bootstrap resamples
     seed: int = 0  # of folds and resamples
 
     def __post_init__(self) -> None:
         self.networks = {name: encoder for name, encoder in self.encoders.items() if encoder is not None}
-        scored = SPLITS if self.num_folds else SPLITS[2:]
-        items = [item for split in scored for item in items_of(self.loaders[split].dataset)]
-        self.subjects = [str(item.get("subject", item["image"])) for item in items]
+        splits = [items_of(self.loaders[split].dataset) for split in SPLITS]
+        self.questions = self._questions(splits)
+        scored = chain.from_iterable(splits if self.num_folds else splits[2:])
+        self.subjects = [str(item.get("subject", item["image"])) for item in scored]
         count = len(set(self.subjects))
         if self.num_folds > count:
             raise InputError(f"`num_folds` must be at most the {count} subjects, got {self.num_folds}.")
@@ -150,14 +152,24 @@ class FrozenProbes:
                 if row is group[0]:  # the mean, or the only column
                     logger.info("%-10s %-9s %-6s %-12s AUROC %.3f (%.3f–%.3f)", *row[:3], column, *row.auroc)
 
+    def _questions(self, splits: Sequence[list[Item]]) -> list[Question]:
+        names = list(ensure_tuple(self.findings) if self.findings else self.label_names)
+        asked = [Question("findings", names, [label_matrix(items, self.label_names, names) for items in splits])]
+        return asked if self.shortcut is None else [*asked, _shortcut(splits, self.shortcut)]
+
+    def _baseline(self, loaders: Sequence[DataLoader[Any]]) -> Iterator[Features]:
+        images = [torch.cat([torch.as_tensor(batch["image"]).float() for batch in loader]) for loader in loaders]
+        if images[0].ndim == 4:
+            yield "pixels", "pca", list(pixel_pca(*images))
+
     def _features(self, device: torch.device) -> Iterator[Features]:
         loaders = [self.loaders[split] for split in SPLITS]
         for source, encoder in self.networks.items():
             splits = [extract_features(encoder, loader, device, feature_maps) for loader in loaders]
             yield source, "last", [split.last for split in splits]
             yield source, "stages", [split.stages for split in splits]
-        if self.baseline is not None:
-            yield from self.baseline(loaders)
+        if self.pixels:
+            yield from self._baseline(loaders)
 
     def _scores(self, question: Question, x: list[Array]) -> dict[str, Array]:
         """Scores of all columns by probe, NaN where there was nothing to learn from."""
@@ -192,7 +204,8 @@ class FrozenProbes:
         groups = {MACRO: names} if len(names) > 1 else {}
         for finding, group in (groups | {name: [name] for name in names}).items():
             truth = self._truth(result.question)[:, [result.question.columns.index(name) for name in group]]
-            area, precision = (_mean_interval([each[name] for name in group]) for each in (result.auroc, result.ap))
+            means = [mean_resampled([each[name] for name in group]) for each in (result.auroc, result.ap)]
+            area, precision = map(percentile_interval, means)
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
             place = result.source, result.features, result.probe, result.question.name
             yield Row(*place, finding, area, precision, n, positives)
@@ -209,47 +222,8 @@ class FrozenProbes:
                 yield ours.question.name, ours.features, ours.probe, theirs.source, percentile_interval(paired)
 
 
-def _mean_interval(parts: Sequence[Resampled]) -> Interval:
-    return percentile_interval(mean_resampled(parts))
-
-
-class ProbeHandler(FrozenProbes):
-    """`FrozenProbes` of labelled images or volumes: how well the findings can be read off the features.
-
-    The questions are `findings` and `shortcut`; the baseline is the principal components of the pixels. All other
-    arguments are those of `FrozenProbes`.
-
-    Args:
-        label_names: names of the values of a label.
-        findings: findings to score, of `label_names` or "No finding" (all labels 0); None is all of them.
-        shortcut: key of an attribute with two values, such as `view`, asked of the same features; None for none.
-        pixels: whether to judge the baseline; of volumes there is none.
-
-    Raises:
-        ValueError: if a finding is unknown or the shortcut has not two values.
-    """
-
-    def __init__(
-        self,
-        encoders: Mapping[str, nn.Module | None],
-        loaders: Mapping[str, DataLoader[Any]],
-        label_names: Sequence[str],
-        output_dir: str | Path,
-        findings: str | Sequence[str] | None = None,
-        shortcut: str | None = None,
-        pixels: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        splits = [items_of(loaders[split].dataset) for split in SPLITS]
-        names = list(ensure_tuple(findings) if findings else label_names)
-        questions = [Question("findings", names, [label_matrix(items, label_names, names) for items in splits])]
-        if shortcut is not None:
-            questions.append(_shortcut(splits, shortcut))
-        super().__init__(encoders, loaders, questions, output_dir, _pixel_components if pixels else None, **kwargs)
-
-
-class VolumeProbeHandler(FrozenProbes):
-    """`FrozenProbes` of patches of volumes: do features tell structures apart, and do they tell data sets apart?
+class VolumeProbeHandler(ProbeHandler):
+    """The `ProbeHandler` of patches of volumes: do features tell structures apart, and do they tell data sets apart?
 
     The questions, of which those that the data cannot answer are left out:
 
@@ -260,47 +234,29 @@ class VolumeProbeHandler(FrozenProbes):
     - `domains_in_group`: the same for tasks that share a group, among its patches: which scanner, where the region is
       no help.
 
-    The baseline is histograms of the intensities. All other arguments are those of `FrozenProbes`.
+    The baseline is histograms of the intensities. The loaders are of data sets as `patch_dataset` gives them.
 
-    Args:
-        loaders: loaders of the three splits, of data sets as `patch_dataset` gives them.
-        label_names: names of the values of a label.
-        intensity: whether to judge the baseline.
+    Raises:
+        ValueError: if there is nothing to ask.
     """
 
-    def __init__(
-        self,
-        encoders: Mapping[str, nn.Module | None],
-        loaders: Mapping[str, DataLoader[Any]],
-        output_dir: str | Path,
-        label_names: Sequence[str] = (),
-        intensity: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        splits = [items_of(loaders[split].dataset) for split in SPLITS]
-        asked = [_structures(splits), *_domains(splits)]
-        if label_names:
-            labels = [label_matrix(items, label_names, label_names) for items in splits]
-            asked.insert(1, Question("findings", list(label_names), labels))
+    def _questions(self, splits: Sequence[list[Item]]) -> list[Question]:
+        findings = super()._questions(splits) if self.label_names else []
+        asked = [_structures(splits), *findings, *_domains(splits)]
         questions = [question for question in map(_scorable, asked) if question.columns]
         if not questions:
-            logger.warning("No probe: %s.", _NOTHING_TO_ASK)
-        super().__init__(encoders, loaders, questions, output_dir, _histograms if intensity else None, **kwargs)
+            raise InputError(f"{_NOTHING_TO_ASK}.")
+        return questions
+
+    def _baseline(self, loaders: Sequence[DataLoader[Any]]) -> Iterator[Features]:
+        splits = [[intensity_histograms(prepare_images(batch, "cpu")[0]) for batch in loader] for loader in loaders]
+        yield "intensity", "histogram", [torch.cat(histograms).numpy() for histograms in splits]
 
 
 def refuse_unlabelled(
     datalist: Datalist, findings: str | Sequence[str] | None = None, splits: Sequence[str] = SPLITS
 ) -> None:
-    """Refuse data without labels, or whose labels leave nothing to learn or to score.
-
-    Args:
-        datalist: the labelled items of the three splits.
-        findings: the findings to learn and to score; None is all of them.
-        splits: the splits that are needed.
-
-    Raises:
-        ValueError: naming the splits without labelled items, or those without both classes of any finding.
-    """
+    """Refuse images without labels in one of `splits`, or whose `findings` leave nothing to learn or to score."""
     empty = [split for split in splits if not getattr(datalist, split)]
     if empty:
         raise InputError(
@@ -317,50 +273,21 @@ def refuse_unlabelled(
         )
 
 
-def check_probe_data(
-    datalist: Datalist, dataset_dirs: str | Path | Sequence[str | Path], reconstructs: bool = False
-) -> None:
-    """Refuse volumes that cannot be evaluated, before they are read: an empty split, or nothing to measure.
-
-    Args:
-        datalist: as `aggregate` gives it.
-        dataset_dirs: the folders that it was given.
-        reconstructs: whether there is a reconstruction to measure, so that there need be nothing to ask.
-
-    Raises:
-        ValueError: naming the folders.
-    """
+def check_probe_data(datalist: Datalist, dataset_dirs: str | Path | Sequence[str | Path]) -> None:
+    """Refuse volumes that cannot be evaluated, before they are read: an empty split, or nothing to ask."""
     folders = ", ".join(map(str, data_folders(dataset_dirs)))
     empty = [split for split in SPLITS if not getattr(datalist, split)]
     if empty:
         raise InputError(
-            "volumes are needed in training, validation and test, to fit the probes, to choose their penalty and to "
-            f"score them; {', '.join(empty)} has none in {folders}. Add the list `{empty[-1]}` of other subjects to "
-            "the dataset.json of one of them."
+            f"volumes are needed in training, validation and test; {', '.join(empty)} has none in {folders}. Add the "
+            f"list `{empty[-1]}` of other subjects to the dataset.json of one of them."
         )
     mapped = all(
-        any(isinstance(item.get("label"), str) and item.get("labels") for item in getattr(datalist, split))
-        for split in ("training", "test")
+        any(isinstance(item.get("label"), str) and item.get("labels") for item in items)
+        for items in (datalist.training, datalist.test)
     )
-    if not reconstructs and not mapped and not datalist.label_names and len(datalist.task_names) < 2:
+    if not mapped and not datalist.label_names and len(datalist.task_names) < 2:
         raise InputError(f"{_NOTHING_TO_ASK}; got neither in {folders}.")
-
-
-# ---- baselines ---------------------------------------------------------------------------------------------------
-
-
-def _pixel_components(loaders: Sequence[DataLoader[Any]]) -> Iterator[Features]:
-    images = [torch.cat([torch.as_tensor(batch["image"]).float() for batch in loader]) for loader in loaders]
-    if images[0].ndim == 4:
-        yield "pixels", "pca", list(pixel_pca(*images))
-
-
-def _histograms(loaders: Sequence[DataLoader[Any]]) -> Iterator[Features]:
-    splits = [[intensity_histograms(prepare_images(batch, "cpu")[0]).numpy() for batch in loader] for loader in loaders]
-    yield "intensity", "histogram", [np.concatenate(histograms) for histograms in splits]
-
-
-# ---- questions ---------------------------------------------------------------------------------------------------
 
 
 def _shortcut(splits: Sequence[list[Item]], key: str) -> Question:
@@ -373,11 +300,8 @@ def _shortcut(splits: Sequence[list[Item]], key: str) -> Question:
 
 
 def _structures(splits: Sequence[list[Item]]) -> Question:
-    names: dict[str, dict[str, None]] = {}
-    for items in splits:
-        for item in items:
-            names.setdefault(item["task"], {}).update(dict.fromkeys(item.get("structures", {})))
-    pairs = [(task, name) for task in sorted(names) for name in names[task]]
+    found = ((item["task"], name) for item in chain.from_iterable(splits) for name in item.get("structures", {}))
+    pairs = sorted(dict.fromkeys(found), key=itemgetter(0))
 
     def label(item: Item, task: str, name: str) -> float:
         return item.get("structures", {}).get(name, np.nan) if item["task"] == task else np.nan
@@ -411,9 +335,5 @@ def _scorable(question: Question) -> Question:
             "Left out of %s, for lack of patches with it or without it in training or in test: %s.",
             question.name, ", ".join(left_out),
         )  # fmt: skip
-    return Question(
-        question.name,
-        [question.columns[index] for index in kept],
-        [labels[:, kept] for labels in question.labels],
-        question.keys and [question.keys[index] for index in kept],
-    )
+    names, keys = [question.columns[index] for index in kept], question.keys and [question.keys[i] for i in kept]
+    return question._replace(columns=names, labels=[labels[:, kept] for labels in question.labels], keys=keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isnan, nan
@@ -26,15 +27,15 @@ from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
+_SUFFIX = re.compile(f"({'|'.join(map(re.escape, VOLUME_SUFFIXES))})$", re.IGNORECASE)
 
 
 class Saver(ABC):
     """Collects a result of every image of a `ReadableLoader` after every batch, and writes `path` at the end of a run.
 
-    When all is written, images that could not be read end the run with an error.
+    Raises:
+        ValueError: when all is written, if images could not be read.
     """
-
-    what: str  # is written, for the log
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -76,34 +77,28 @@ class Saver(ABC):
     def _finish(self, engine: Engine) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
-        engine.logger.info("Wrote the %s of %d images to %s.", self.what, len(self.results), self.path)
+        engine.logger.info("Wrote the results of %d images to %s.", len(self.results), self.path)
         self.loader.refuse_unreadable(self.path)
 
 
 class PredictionSaver(Saver):
     """Writes probabilities.csv: for every image its path, the probability of each finding, and why it cannot be read.
 
-    With thresholds there is a column "<finding> called" for each finding: 1 if it reaches its threshold, else 0.
-    Overlays of an earlier run are deleted when a run starts.
-
-    The evaluator's output must hold probabilities (a sigmoid is the last of its postprocessing) and have
-    `decollate=False`.
+    With thresholds there is a column "<finding> called" for each finding: 1 if it reaches its threshold, else 0. The
+    evaluator's output must hold probabilities (a sigmoid is the last of its postprocessing) and have `decollate=False`.
 
     Args:
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
         overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
             furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
-            images. Where nothing speaks for the finding the name ends in "_nothing".
-        thresholds: probability from which on a finding is called, by name, as `read_calibration` gives them; with NaN
-            it is neither called nor not.
+            images.
+        thresholds: probability from which on each finding is called, as `read_calibration` gives them; with NaN it is
+            neither called nor not. None calls nothing.
 
     Raises:
-        ValueError: during the run, if there are more or fewer probabilities than names; at its end, if images could
-            not be read.
+        ValueError: during the run, if there are more or fewer probabilities than names.
     """
-
-    what = "predictions"
 
     def __init__(
         self,
@@ -117,18 +112,12 @@ class PredictionSaver(Saver):
         self.overlays = overlays
         self.thresholds = dict(thresholds or {})
 
-    def _start(self, engine: Any) -> None:
-        super()._start(engine)
-        for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
-            path.unlink()
-
     def _collect(self, indices: list[int], engine: Any) -> list[list[float]]:
         output = engine.state.output
         probabilities = output["pred"].as_subclass(Tensor).detach().cpu()
         if probabilities.shape[1] != len(self.label_names):
-            raise InputError(
-                f"`label_names` must name the network's {probabilities.shape[1]} outputs, got {len(self.label_names)}."
-            )
+            got = f"{probabilities.shape[1]} outputs, got {len(self.label_names)}"
+            raise InputError(f"`label_names` must name the network's {got}.")
         if self.overlays != "none":
             self._draw(engine.network, indices, output["image"].as_subclass(Tensor), probabilities)
         return probabilities.tolist()
@@ -145,32 +134,27 @@ class PredictionSaver(Saver):
             maps = saliency_maps(network, images[rows], finding)
             for row, saliency in zip(rows, maps, strict=True):
                 stem = Path(self.images[indices[row]]).name.split(".")[0]
-                nothing = "" if saliency.any() else "_nothing"
-                name = f"{indices[row]:05d}_{stem}_{self.label_names[finding]}{nothing}".replace(" ", "_")
-                (folder / f"{name.replace('/', '_')}.png").write_bytes(overlay_png(images[row], saliency))
+                name = f"{indices[row]:05d}_{stem}_{self.label_names[finding]}".replace(" ", "_").replace("/", "_")
+                (folder / f"{name}.png").write_bytes(overlay_png(images[row], saliency))
 
     def _score(self, probabilities: Tensor) -> Tensor:
         """By how much each finding is the one to look at; −inf for what is none, or has no threshold."""
         score = probabilities.double().logit()
         if self.thresholds:
-            thresholds = [self.thresholds.get(name, nan) for name in self.label_names]
-            score = (score - torch.tensor(thresholds, dtype=score.dtype).logit()).nan_to_num(-inf, inf, -inf)
+            thresholds = torch.tensor([*self.thresholds.values()], dtype=score.dtype)
+            score = (score - thresholds.logit()).nan_to_num(-inf, inf, -inf)
         score[:, [name.lower() == NO_FINDING.lower() for name in self.label_names]] = -inf
         return score
 
     def _write(self) -> None:
-        called = [name for name in self.label_names if name in self.thresholds]
         lines = []
         for image, result, error in self.rows(unknown=[nan] * len(self.label_names)):
-            probabilities = dict(zip(self.label_names, result, strict=True))
             texts = ["" if isnan(value) else f"{value:.6f}" for value in result]
-            calls = [_called(probabilities[name], self.thresholds[name]) for name in called]
+            pairs = zip(result, self.thresholds.values(), strict=True) if self.thresholds else ()
+            calls = ["" if isnan(value + threshold) else int(value >= threshold) for value, threshold in pairs]
             lines.append([image, *texts, *calls, error])
-        write_csv(self.path, ["image", *self.label_names, *(f"{name} called" for name in called), "error"], lines)
-
-
-def _called(probability: float, threshold: float) -> str:
-    return "" if isnan(probability) or isnan(threshold) else f"{int(probability >= threshold)}"
+        called = [f"{name} called" for name in self.thresholds]
+        write_csv(self.path, ["image", *self.label_names, *called, "error"], lines)
 
 
 class LabelMapSaver(Saver):
@@ -183,18 +167,11 @@ class LabelMapSaver(Saver):
     The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
-        class_names: structures of the values 1, 2, ..., at most 255.
+        class_names: structures of the values 1, 2, ...
         output_dir: folder to write to.
-
-    Raises:
-        ValueError: if there are more structures; at the end of the run, if volumes could not be read.
     """
 
-    what = "label maps"
-
     def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
-        if len(class_names) > 255:
-            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
 
@@ -210,14 +187,9 @@ class LabelMapSaver(Saver):
         save_label_map(label_map, path)
         voxel_ml = float(np.prod(label_map.pixdim.numpy())) / 1000
         counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(self.class_names) + 1)[1:]
-        content = {
-            "image": self.images[index],
-            "label_map": path.name,
-            "labels": dict(enumerate(["background", *self.class_names])),
-            "volumes_ml": {
-                name: round(int(count) * voxel_ml, 3) for name, count in zip(self.class_names, counts, strict=True)
-            },
-        }
+        volumes = {name: round(int(count) * voxel_ml, 3) for name, count in zip(self.class_names, counts, strict=True)}
+        labels = dict(enumerate(["background", *self.class_names]))
+        content = {"image": self.images[index], "label_map": path.name, "labels": labels, "volumes_ml": volumes}
         with written_atomically(path.with_name(path.name.removesuffix(".nii.gz") + ".json")) as file:
             file.write((json.dumps(content, indent=4) + "\n").encode(errors="replace"))
         return path
@@ -246,15 +218,10 @@ def relative_names(images: Sequence[str]) -> list[str]:
     """
     folder = os.path.commonpath([os.path.dirname(image) for image in images]) if images else ""
     relative = [os.path.relpath(image, folder) for image in images]
-    short = [_without_suffix(name) for name in relative]
+    short = [_SUFFIX.sub("", name) for name in relative]
     names = [name if short.count(brief) > 1 else brief for name, brief in zip(relative, short, strict=True)]
     # a.mha, a.nrrd and a.mha.nii would give a.mha twice.
     return names if len({*names}) == len({*relative}) else relative
-
-
-def _without_suffix(name: str) -> str:
-    suffix = max((each for each in VOLUME_SUFFIXES if name.lower().endswith(each)), key=len, default="")
-    return name[: len(name) - len(suffix)]
 
 
 class EmbeddingSaver(Saver):
@@ -271,17 +238,10 @@ class EmbeddingSaver(Saver):
         codes: as `load_codes` gives them, of the encoder's pretraining; None writes no codes.
 
     Raises:
-        ValueError: if codes are asked for in a CSV; at the end, if images could not be read.
+        ValueError: if codes are asked for in a CSV.
     """
 
-    what = "embeddings"
-
-    def __init__(
-        self,
-        output_dir: str | Path,
-        output_format: str = "csv",
-        codes: DiscreteCodes | None = None,
-    ) -> None:
+    def __init__(self, output_dir: str | Path, output_format: str = "csv", codes: DiscreteCodes | None = None) -> None:
         if codes is not None and output_format != "npz":
             raise InputError("`output_format` must be npz for codes, which are maps, got csv.")
         super().__init__(Path(output_dir, f"embeddings.{output_format}"))
@@ -292,8 +252,8 @@ class EmbeddingSaver(Saver):
         parts = {"embedding": output["pred"]}
         if self.codes is not None:
             images = output["image"].as_subclass(Tensor)
-            indices = self.codes.to(images.device).encode(images)
-            for stage, maps, counts in zip(self.codes.stages, indices, self.codes.histograms(indices), strict=True):
+            codes = self.codes.to(images.device).encode(images)
+            for stage, maps, counts in zip(self.codes.stages, codes, self.codes.histograms(codes), strict=True):
                 parts |= {f"codes_stage{stage}": maps.int(), f"histogram_stage{stage}": counts.int()}
         arrays = [part.detach().as_subclass(Tensor).cpu().numpy() for part in parts.values()]
         return [dict(zip(parts, each, strict=True)) for each in zip(*arrays, strict=True)]
@@ -302,11 +262,9 @@ class EmbeddingSaver(Saver):
         images, errors = self.images, self.loader.errors
         first: dict[str, Any] = next(iter(self.results.values()), {})
         if self.path.suffix == ".npz":
-            arrays: dict[str, Any] = {"error": list(errors.values())}
-            arrays |= {name: np.stack([each[name] for each in self.results.values()]) for name in first}
-            arrays |= {"image": [images[index] for index in self.results]}
-            arrays |= {"unreadable": [images[index] for index in errors]}
-            np.savez_compressed(self.path, **arrays)
+            arrays: dict[str, Any] = {name: np.stack([each[name] for each in self.results.values()]) for name in first}
+            arrays |= {"image": [images[index] for index in self.results], "error": list(errors.values())}
+            np.savez_compressed(self.path, **arrays, unreadable=[images[index] for index in errors])
             return
         results = self.rows(unknown={"embedding": []})
         rows = [[image, error, *(f"{value:.6g}" for value in each["embedding"])] for image, each, error in results]

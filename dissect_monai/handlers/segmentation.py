@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import pickle
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.utils import ImageMetaKey
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import InputError, Item
+from dissect_monai.common import InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
@@ -32,10 +34,6 @@ from dissect_monai.transforms.labels import chosen_structures, integer_map, larg
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
-
 logger = logging.getLogger(__name__)
 NUM_OVERLAYS = 2
 
@@ -51,12 +49,11 @@ class SegmentationEvaluation:
     distributed run score a part of the cases each, and all of them have the metrics of all cases.
 
     Raises:
-        ValueError: during the run, as `refuse_unmapped` and `read_maps` say, or if a prediction is of no item of the
-            evaluator's data set.
+        ValueError: during the run, as `read_maps` says, or if a prediction is of no item of the evaluator's data set.
     """
 
     class_names: Sequence[str]  # structures of the classes 1, 2, ...
-    output_dir: str | Path | None = None  # for cases.csv, subjects.csv, summary.csv, report.html; None writes nothing
+    output_dir: str | Path | None = None  # for cases.csv, summary.csv and report.html; None writes nothing
     tolerance: float = 2.0  # of the surface Dice in mm
     largest_only: str | Sequence[str] = ()  # whose largest connected part alone counts, see `chosen_structures`
     num_samples: int = 1000  # bootstrap resamples
@@ -90,28 +87,26 @@ class SegmentationEvaluation:
             maps = read_maps(item, pred, self.class_names, self.structures)
             self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
             if self.facts is not None:
-                self.stored[image] = maps.compressed()
+                self.stored[image] = zlib.compress(pickle.dumps(maps), level=1)
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
                 name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
-                self.writer.add_image(name, figure_to_tensor(self._figure(item, maps)), engine.state.epoch)
-
-    def _figure(self, item: Item, maps: CaseMaps) -> Figure:
-        # All classes in all pictures, so that each has one colour.
-        labels: dict[str, list[int]] = {name: [] for name in self.class_names}
-        return case_figure(item, maps, labels | scored_classes(item, self.class_names), self.window)
+                figure = case_figure(item, maps, self.class_names, self.window)
+                self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
         self.items: dict[str, Item] = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
         self.cases: dict[str, CaseScores] = {}
         self.stored: dict[str, bytes] = {}  # label maps of all cases, of which the report draws a few
-        refuse_unmapped(list(self.items.values()))
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
         unknown = [name for name in named if name not in self.class_names]
         if unknown:
             logger.warning("Not scored, since the network has no class for them: %s.", ", ".join(unknown))
 
     def _finish(self, engine: Engine) -> None:
-        cases = _of_all_processes(self.cases)
+        gathered = of_all_processes(self.cases)
+        scored = {image: case for each in gathered for image, case in each.items()}
+        # In the same order in all processes.
+        cases = [scored[image] for image in (sorted(scored) if len(gathered) > 1 else scored)]
         summaries = summarize(cases, self.num_samples, self.seed)
         unlabelled = [each.structure for each in summaries[1:] if not each.n]
         if unlabelled:
@@ -121,9 +116,10 @@ class SegmentationEvaluation:
             return
         write_tables(self.output_dir, cases, summaries)
         if self.facts is not None:
-            shown = [case.case for case in representative_cases(cases).values() if case.case in self.stored]
-            maps = {image: CaseMaps.restored(self.stored[image]) for image in shown}
-            pictures = {image: figure_to_png(self._figure(self.items[image], maps[image])) for image in shown}
+            pictures = {}
+            for image in (case.case for case in representative_cases(cases).values()):
+                maps = pickle.loads(zlib.decompress(self.stored[image]))
+                pictures[image] = figure_to_png(case_figure(self.items[image], maps, self.class_names, self.window))
             path = Path(self.output_dir, "report.html")
             write_segmentation_report(path, cases, summaries, pictures, self.class_names, self.facts, self.notes)
 
@@ -132,9 +128,9 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
     """Read the label file of an item as classes, and bring a prediction to its grid.
 
     Args:
-        item: "image", "label": paths; "labels": {name: values}, as `aggregate` leaves them.
+        item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background.
         pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid.
-        class_names: structures of the classes 1, 2, ...; what the item names beside them is background.
+        class_names: structures of the classes 1, 2, ...
         largest_only: structures of which only the largest connected part of the prediction counts.
 
     Raises:
@@ -176,30 +172,3 @@ def score_case(item: Item, maps: CaseMaps, class_names: Sequence[str], tolerance
 def scored_classes(item: Item, class_names: Sequence[str]) -> dict[str, list[int]]:
     """The class of each structure that an item names, {name: [class]}."""
     return {name: [list(class_names).index(name) + 1] for name in item["labels"] if name in class_names}
-
-
-def _of_all_processes(cases: dict[str, CaseScores]) -> list[CaseScores]:
-    """The cases of every process, each once, in the same order in all of them."""
-    if not dist.is_initialized():
-        return list(cases.values())
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, cases)
-    merged = {image: case for each in gathered for image, case in each.items()}
-    return [merged[image] for image in sorted(merged)]
-
-
-def refuse_unmapped(items: Sequence[Item]) -> None:
-    """Refuse items that no segmentation can be scored on.
-
-    Raises:
-        ValueError: if there is none, or one lacks the path of a label map or names of its values.
-    """
-    for item in items:
-        if not isinstance(item.get("label"), str) or not isinstance(item.get("labels"), Mapping) or not item["labels"]:
-            raise InputError(
-                "every volume must have a label map (`label`) and names of its values (`labels`) to be scored, got "
-                f"`label` {item.get('label')!r} and `labels` {item.get('labels')!r} for {item['image']}: write them "
-                'into its dataset.json, such as {"1": "spleen"}.'
-            )
-    if not items:
-        raise InputError("segmentations must be scored on at least one volume with a label map, got none.")

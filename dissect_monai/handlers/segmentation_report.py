@@ -1,10 +1,10 @@
-"""What an evaluation of a segmentation leaves: tables of cases, subjects and structures, and a page with pictures."""
+"""What an evaluation of a segmentation leaves: tables of cases and structures, and a page with pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from io import BytesIO
+from itertools import chain
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
 from dissect_monai.transforms.intensity import is_ct
 from dissect_monai.transforms.labels import LabelMap
 from dissect_monai.visualize.page import LIMITS, Case, colored, write_report
-from dissect_monai.visualize.segmentation import ORGAN_COLORS, segmentation_overlay
+from dissect_monai.visualize.segmentation import organ_color, segmentation_overlay
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 if TYPE_CHECKING:
@@ -35,12 +35,9 @@ HEADINGS = ("Structure", "Subjects", "Dice", "HD95 (mm)", "Surface Dice", "Misse
 SEGMENTATION_LIMITS = (
     *LIMITS,
     "Missed: cases whose label has the structure and whose prediction does not; they count as Dice 0 and have no HD95. "
-    "False positives: the reverse; they have no score, for the structure may never have been contoured. "
-    "A dash: not defined, as where no label has the structure (absent).",
+    "False positives: the reverse; they have no score, for the structure may never have been contoured.",
     "Three planes do not show a whole volume: open the weakest cases in a viewer.",
 )
-NO_PICTURE = "No picture: another process has predicted this case."
-_NUM_NAMED = 3  # of the weakest and strongest structures
 
 
 # --- tables
@@ -52,17 +49,6 @@ class CaseScores(NamedTuple):
     case: str  # path of the image
     subject: str
     structures: list[StructureScore]
-
-
-class SubjectScores(NamedTuple):
-    """Means over the structures of a subject, those left out that have no score."""
-
-    subject: str
-    dice: float
-    hd95: float  # mm
-    surface_dice: float
-    missed: int  # structures of its cases
-    false_positives: int  # likewise
 
 
 class StructureSummary(NamedTuple):
@@ -80,48 +66,27 @@ class StructureSummary(NamedTuple):
     false_positives: int  # cases
 
 
-def subject_scores(cases: Sequence[CaseScores]) -> list[SubjectScores]:
-    """The mean over structures of every subject, in their order; of a structure of several cases, their mean."""
-    by_subject: dict[str, list[CaseScores]] = {}
-    for case in cases:
-        by_subject.setdefault(case.subject, []).append(case)
-    means = zip(*(_matrix(cases, metric)[:, 0].tolist() for metric in METRICS), strict=True)
-    return [
-        SubjectScores._make([subject, *row, *_counts(own)])
-        for (subject, own), row in zip(by_subject.items(), means, strict=True)
-    ]
-
-
 def summarize(cases: Sequence[CaseScores], num_samples: int = 1000, seed: int = 0) -> list[StructureSummary]:
     """A line for the mean over structures, then one for every structure.
 
     Of a structure, the score of a subject is the mean of its cases, and the line holds mean and standard deviation
     (with n − 1) over the subjects that have one. The first line does the same with the mean over the structures of
     each subject, so that every subject counts alike, and not every structure. Intervals are from resampling subjects;
-    one subject has none. A structure that no label has, has counts alone, and is left out of the mean.
-
-    Args:
-        cases: the scores of all cases, at least one; the structures may differ between them.
-        num_samples: bootstrap resamples.
-        seed: seed of the resamples.
+    one subject has none. A structure that no label has, has counts alone, and is left out of the mean. There must be
+    one case; the structures may differ between cases.
     """
-    matrices = {metric: _matrix(cases, metric) for metric in METRICS}
+    matrices = [_matrix(cases, metric) for metric in METRICS]
     summaries = []
     for index, name in enumerate([MEAN, *_names(cases)]):
-        scores = {metric: matrix[:, index] for metric, matrix in matrices.items()}
-        fields: dict[str, Any] = {metric: _interval(values, num_samples, seed) for metric, values in scores.items()}
-        fields |= {f"{metric}_std": _std(values) for metric, values in scores.items()}
-        missed, false_positives = _counts(cases, name if index else None)
-        num_subjects = int((~np.isnan(scores["dice"])).sum())
-        summaries.append(StructureSummary(name, num_subjects, missed=missed, false_positives=false_positives, **fields))
+        scores = [_over_subjects(matrix[:, index], num_samples, seed) for matrix in matrices]
+        num_subjects = int((~np.isnan(matrices[0][:, index])).sum())
+        counts = _counts(cases, name if index else None)
+        summaries.append(StructureSummary._make([name, num_subjects, *chain.from_iterable(scores), *counts]))
     return summaries
 
 
 def summary_metrics(summaries: Sequence[StructureSummary]) -> dict[str, float]:
-    """`dice_mean`, `hd95_mean`, `surface_dice_mean` with `_low` and `_high`, and `dice_<structure>`, where defined.
-
-    Beside them `missed` and `false_positives`, over all structures.
-    """
+    """`dice_mean` and the like with `_low` and `_high`, `dice_<structure>`, where defined; `missed` and the like."""
     mean, *structures = summaries
     found = metrics_by_name({metric_name(metric, MEAN): getattr(mean, metric) for metric in METRICS})
     found |= {metric_name("dice", each.structure): each.dice.value for each in structures}
@@ -130,10 +95,9 @@ def summary_metrics(summaries: Sequence[StructureSummary]) -> dict[str, float]:
 
 
 def write_tables(output_dir: str | Path, cases: Sequence[CaseScores], summaries: Sequence[StructureSummary]) -> None:
-    """Write cases.csv, subjects.csv and summary.csv, of `summaries` as `summarize` gives them."""
+    """Write cases.csv and summary.csv, of `summaries` as `summarize` gives them."""
     lines = [[case.case, case.subject, *score] for case in cases for score in case.structures]
     write_csv(Path(output_dir, "cases.csv"), ["case", "subject", *StructureScore._fields], lines)
-    write_csv(Path(output_dir, "subjects.csv"), SubjectScores._fields, subject_scores(cases))
     write_csv(Path(output_dir, "summary.csv"), columns(StructureSummary), summaries)
 
 
@@ -157,17 +121,13 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(known)) if known else NAN
 
 
-def _std(values: Array) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if len(known) > 1 else NAN
-
-
-def _interval(values: Array, num_samples: int, seed: int) -> Interval:
-    """Mean of the known values of subjects, and its interval."""
+def _over_subjects(values: Array, num_samples: int, seed: int) -> tuple[Interval, float]:
+    """Mean of the known values of subjects with its interval, and their standard deviation."""
     known = values[~np.isnan(values)]
     if len(known) < 2:
-        return Interval(_mean(values.tolist()), NAN, NAN)
-    return bootstrap(lambda weight: weight @ known / weight.sum(1), np.arange(len(known)), num_samples, seed)
+        return Interval(_mean(known.tolist()), NAN, NAN), NAN
+    interval = bootstrap(lambda weight: weight @ known / weight.sum(1), np.arange(len(known)), num_samples, seed)
+    return interval, float(known.std(ddof=1))
 
 
 def _counts(cases: Sequence[CaseScores], structure: str | None = None) -> list[int]:
@@ -187,18 +147,6 @@ class CaseMaps(NamedTuple):
     affine: Array  # (4, 4), from voxels to mm in RAS
     spacing: Sequence[float]  # mm
 
-    def compressed(self) -> bytes:
-        """In a hundredth of the size or so."""
-        file = BytesIO()
-        np.savez_compressed(file, *self)
-        return file.getvalue()
-
-    @classmethod
-    def restored(cls, content: bytes) -> CaseMaps:
-        """What `compressed` gave."""
-        with np.load(BytesIO(content)) as arrays:
-            return cls(*arrays.values())
-
 
 def load_volume(path: str, dtype: torch.dtype | None = None) -> MetaTensor:
     """A volume as its file has it, of shape (C, X, Y, Z), in its own dtype or another."""
@@ -207,18 +155,12 @@ def load_volume(path: str, dtype: torch.dtype | None = None) -> MetaTensor:
 
 
 def case_figure(
-    item: Item, maps: CaseMaps, labels: Mapping[str, Sequence[int]], window: Sequence[float] | None = None
+    item: Item, maps: CaseMaps, class_names: Sequence[str], window: tuple[float, float] | None = None
 ) -> Figure:
     """Draw a prediction and its label over the image of a case, see `segmentation_overlay`.
 
     All three are brought to RAS without interpolation. Only an image on another grid than its label is resampled to it;
-    of several channels, the first is drawn.
-
-    Args:
-        item: "image": its path; "modality", if it is known: of the image, or a list with that of each channel.
-        maps: label and prediction.
-        labels: class of each structure, {name: [class]}; its place among them is its colour. One without is not drawn.
-        window: values that are black and white in HU, for CT or an unknown modality.
+    of several channels, the first is drawn. The window, in HU, is for CT or an unknown modality.
     """
     image, grid = load_volume(item["image"], torch.float32), maps.label.shape
     if image.shape[1:] != grid or not np.allclose(image.affine.numpy(), maps.affine, atol=1e-3):
@@ -228,22 +170,16 @@ def case_figure(
     spacing = voxel_sizes(maps.affine @ inv_ornt_aff(turn, grid)).tolist()
     known = item.get("modality")
     is_hu = not known or is_ct(known if isinstance(known, str) else known[0])
-    limits = (window[0], window[1]) if window is not None and is_hu else None
-    return segmentation_overlay(volume, label, pred, labels, spacing, limits)
+    return segmentation_overlay(volume, label, pred, class_names, spacing, window if is_hu else None)
 
 
 def representative_cases(cases: Sequence[CaseScores]) -> dict[str, CaseScores]:
-    """The "best", "median" and "worst" case by the mean Dice; of two, no median; of one, the "only case".
-
-    Of an even number of cases, the median is the lower of the two in the middle; of equal ones, the first is better.
-    Cases without any Dice are left out.
-    """
+    """The "best", "median" and "worst" case by the mean Dice; of two, no median. Cases without any are left out."""
     scored = [case for case in cases if not isnan(_mean_dice(case))]
     ordered = sorted(scored, key=_mean_dice, reverse=True)
-    if len(ordered) < 2:
-        return dict(zip(["only case"], ordered, strict=False))
-    median = {"median": ordered[len(ordered) // 2]} if len(ordered) > 2 else {}
-    return {"best": ordered[0], **median, "worst": ordered[-1]}
+    if len(ordered) < 3:
+        return dict(zip(("best", "worst"), ordered, strict=False))
+    return {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
 
 
 # --- the page
@@ -258,56 +194,35 @@ def write_segmentation_report(
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write a page with a line for every structure, and the `representative_cases` over their images.
-
-    Args:
-        path: file to write; its folder is made.
-        cases: the scores of all cases.
-        summaries: what `summarize` makes of them.
-        pictures: the PNG of a case by the path of its image.
-        class_names: structures in the order of their colours.
-        facts: headline facts by name, such as where the weights come from.
-        notes: sentences below the table, on how to read it.
-    """
+    """Write a page with a line for every structure, and the `representative_cases`, of whose images `pictures` are."""
     names = ["Mean of structures"]
     for each in summaries[1:]:
-        color = ORGAN_COLORS[class_names.index(each.structure) % len(ORGAN_COLORS)]
-        names.append(colored(_words(each.structure), color))
+        names.append(colored(_words(each.structure), organ_color(class_names.index(each.structure) + 1)))
     rows = [
         (name, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
         for name, each in zip(names, summaries, strict=True)
     ]
     shown = [
-        Case({"Overlay": pictures.get(case.case, NO_PICTURE)}, _facts(rank, case))
+        Case({"Overlay": pictures[case.case]}, {"rank": rank, **_facts(case)})
         for rank, case in representative_cases(cases).items()
     ]
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
-    heading = "Cases by their mean Dice"
-    write_report(
-        path, "Evaluation of the segmentation", facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS
-    )
+    title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
+    write_report(path, title, facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS)
 
 
 def _mean_dice(case: CaseScores) -> float:
-    return subject_scores([case])[0].dice
+    return _mean([score.dice for score in case.structures])
 
 
-def _facts(rank: str, case: CaseScores) -> dict[str, str]:
+def _facts(case: CaseScores) -> dict[str, str]:
     ordered = sorted((score for score in case.structures if not isnan(score.dice)), key=lambda score: -score.dice)
-    count = min(_NUM_NAMED, len(ordered) // 2)  # so that no structure is among both
     return {
-        "rank": rank,
         "subject": Path(case.subject).name,
         "image": Path(case.case).name,
         "mean Dice": f"{_mean_dice(case):.3f}",
-        "strongest": _listed(ordered[: max(count, 1)]),
-        "weakest": _listed(ordered[::-1][:count]),
+        "Dice": ", ".join(f"{_words(each.structure)} {each.dice:.3f}" for each in ordered),
     }
-
-
-def _listed(scores: Sequence[StructureScore]) -> str:
-    values = ("missed" if each.outcome == "missed" else f"{each.dice:.3f}" for each in scores)
-    return ", ".join(f"{_words(each.structure)} {value}" for each, value in zip(scores, values, strict=True)) or "–"
 
 
 def _words(structure: str) -> str:

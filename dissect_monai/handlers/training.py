@@ -41,8 +41,8 @@ class TargetMomentumHandler:
     e_foldings: float = 8  # E
 
     def __post_init__(self) -> None:
-        shortest = 1 - 2 * self.e_foldings / self.num_iterations
-        self.first = max(0.0, min(0.996, shortest)) if self.momentum is None else self.momentum
+        shortest = max(0.0, min(0.996, 1 - 2 * self.e_foldings / self.num_iterations))
+        self.first = shortest if self.momentum is None else self.momentum
 
     def attach(self, engine: Engine) -> None:
         """Run after every iteration."""
@@ -50,13 +50,9 @@ class TargetMomentumHandler:
 
     def __call__(self, engine: Engine) -> None:
         """Update the target."""
-        engine.state.target_momentum = self.momentum_at(engine.state.iteration)
+        progress = min(1.0, engine.state.iteration / self.num_iterations)
+        engine.state.target_momentum = 1 - (1 - self.first) * (cos(pi * progress) + 1) / 2
         self.network.update_target(engine.state.target_momentum)
-
-    def momentum_at(self, iteration: int) -> float:
-        """τ after `iteration` iterations."""
-        progress = min(1.0, iteration / self.num_iterations)
-        return 1 - (1 - self.first) * (cos(pi * progress) + 1) / 2
 
 
 @dataclass(eq=False)
@@ -105,10 +101,9 @@ class ProgressHandler:
         if self.bar is None:
             return
         self.bar.update()
-        output = engine.state.output
-        if engine.state.iteration % self.interval == 0 and isinstance(output, Mapping) and "loss" in output:
-            loss = float(output["loss"].detach())
-            self.bar.set_postfix_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.3f}")
+        state = engine.state
+        if state.iteration % self.interval == 0 and isinstance(state.output, Mapping) and "loss" in state.output:
+            self.bar.set_postfix_str(f"epoch {state.epoch}/{state.max_epochs}, loss {state.output['loss'].item():.3f}")
 
     def _open(self, engine: Engine) -> None:
         if self.bar is None and rank() == 0:
@@ -152,47 +147,40 @@ def refuse_nonfinite(engine: Engine, losses: Mapping[str, Tensor]) -> None:
         )
 
 
+@dataclass(eq=False)
 class UnseenClasses:
-    """Says after the first epoch which structures no patch has shown, such as when few labels are left.
+    """Says after the first epoch which structures no patch has shown, such as when few labels are left."""
 
-    Args:
-        class_names: structures of the classes 1, 2, ... of the batches' "label".
-    """
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self.unseen = dict(enumerate(class_names, start=1))
+    class_names: Sequence[str]  # structures of the classes 1, 2, ... of the batches' "label"
 
     def attach(self, engine: Engine) -> None:
         """Look at the first epoch of `engine`."""
+        self.seen: set[int] = set()
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), self._report)
 
     def __call__(self, engine: Engine) -> None:
-        """Cross out the classes of one batch."""
-        if engine.state.epoch == 1 and self.unseen:
-            for value in torch.as_tensor(engine.state.batch["label"]).unique().int().tolist():
-                self.unseen.pop(value, None)
+        """Note the classes of one batch."""
+        if engine.state.epoch == 1:
+            self.seen |= {*torch.as_tensor(engine.state.batch["label"]).unique().int().tolist()}
 
     def _report(self) -> None:
-        if self.unseen and rank() == 0:
-            names = ", ".join(self.unseen.values())
+        unseen = [name for value, name in enumerate(self.class_names, start=1) if value not in self.seen]
+        if unseen and rank() == 0:
+            names = ", ".join(unseen)
             logger.warning("No patch of the first epoch shows %s: with these labels it cannot be learnt.", names)
 
 
+@dataclass(eq=False)
 class FrozenEncoder:
     """Keeps the encoder of a `SegResNet` as it is for the first epochs, so that a new head does not spoil it.
 
     Its gradients are dropped before the optimiser sees them, which works in any number of processes: optimisers of
     PyTorch leave parameters without gradient alone, weight decay included.
-
-    Args:
-        network: the network.
-        num_epochs: how many epochs.
     """
 
-    def __init__(self, network: SegResNet, num_epochs: int) -> None:
-        self.parameters = [each for name, each in network.named_parameters() if name.startswith(SEGRESNET_ENCODER)]
-        self.num_epochs = num_epochs
+    network: SegResNet
+    num_epochs: int
 
     def attach(self, engine: Engine) -> None:
         """Run after every backward pass."""
@@ -201,5 +189,6 @@ class FrozenEncoder:
     def __call__(self, engine: Engine) -> None:
         """Drop the gradients of the encoder, if it is early."""
         if engine.state.epoch <= self.num_epochs:
-            for parameter in self.parameters:
-                parameter.grad = None
+            for name, parameter in self.network.named_parameters():
+                if name.startswith(SEGRESNET_ENCODER):
+                    parameter.grad = None

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dissect_monai.common import Array, InputError
 
 TEMPERATURES = (0.05, 20.0)  # `fit_temperature` stays within; separable labels would drive it to 0
-
-
-class Reliability(NamedTuple):
-    """Probability against frequency, in the B bins that hold an item."""
-
-    confidence: Array  # (B,), mean probability
-    frequency: Array  # (B,), share of positives
-    num_items: NDArray[np.intp]  # (B,), items in the bin
 
 
 def auroc(label: ArrayLike, score: ArrayLike, weight: ArrayLike | None = None) -> Array:
@@ -85,17 +75,6 @@ def expected_calibration_error(
     gap = np.zeros((len(label), num_bins))
     gap[np.arange(len(label)), _bin(probability, num_bins)] = label - probability
     return np.abs(_ratio(weight @ gap, weight.sum(-1, keepdims=True))).sum(-1)
-
-
-def reliability(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> Reliability:
-    """Points of a reliability diagram, which lie on the diagonal if the probabilities are frequencies."""
-    label, probability, _ = _known(label, probability)
-    index = _bin(probability, num_bins)
-    num_items = np.bincount(index, minlength=num_bins)
-    filled = num_items > 0
-    confidence, frequency = (np.bincount(index, part, num_bins)[filled] for part in (probability, label))
-    num_items = num_items[filled]
-    return Reliability(confidence / num_items, frequency / num_items, num_items)
 
 
 def sensitivity(label: ArrayLike, score: ArrayLike, threshold: float, weight: ArrayLike | None = None) -> Array:

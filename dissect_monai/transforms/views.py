@@ -10,7 +10,7 @@ import torch
 from monai.engines.utils import PrepareBatch
 from torch import Tensor
 
-from dissect_monai.common import InputError, rank
+from dissect_monai.common import rank
 from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, Placement
 
 Device = str | torch.device | None
@@ -76,35 +76,6 @@ class Views(PrepareBatch):
         views = [self.augment.placed(images, self._generator) for _ in range(self.num_views)]
         matrix, center = (torch.cat(parts) for parts in zip(*(view.placement for view in views), strict=True))
         return Augmented(torch.cat([view.images for view in views]), Placement(matrix, center))
-
-
-class MaskedTarget(NamedTuple):
-    """What a reconstruction is compared with."""
-
-    views: Tensor  # (B, C, *spatial) in [0, 1], before corruption
-    masked: Tensor  # (B, 1, *spatial), True where the network sees nothing
-
-
-class MaskedImages(PrepareBatch):
-    """Masks the images of an evaluator, the same voxels in every run: its `prepare_batch`.
-
-    The masks are drawn on the CPU, so that they depend neither on the device nor on the size of the batches.
-    """
-
-    def __init__(self, corrupt: Corrupt, seed: int = 0) -> None:
-        if not corrupt.mask_fraction:
-            raise InputError("`mask_fraction` must be over 0, else there is nothing to reconstruct, got 0.")
-        self.corrupt = corrupt
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(
-        self, batchdata: Mapping[str, Any], device: Device = None, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, MaskedTarget]:
-        """The masked images and what they were; "image" as for `prepare_images`, (B, C, *spatial)."""
-        views, _ = prepare_images(batchdata, "cpu")
-        images, masked = self.corrupt(views, self.generator)
-        images, views, masked = (each.to(device, non_blocking=non_blocking) for each in (images, views, masked))
-        return images.to(**kwargs), MaskedTarget(views, masked)
 
 
 class HierarchyTarget(NamedTuple):

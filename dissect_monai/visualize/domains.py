@@ -40,24 +40,14 @@ def report_domains(datalist: Datalist, path: str | Path) -> list[DomainRow]:
     """Log a table of the tasks and write it as CSV, in the first process; warn where the values of a CT are not in HU.
 
     Intensities are those of up to 4 training volumes of a task; one that cannot be read is logged, and left to the data
-    set to refuse or to skip.
-
-    Args:
-        datalist: as `aggregate` gives it.
-        path: file to write, such as domains.csv; its folder is created.
-
-    Returns:
-        The table, one row a task; none in other processes.
+    set to refuse or to skip. The data list is one that `aggregate` gives.
     """
     if rank():
         return []
     rows = [_row(name, datalist) for name in datalist.task_names]
     logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
-    for row in rows:
-        if is_ct(row.modality) and row.minimum >= 0:
-            logger.warning(
-                "The CT of task %s has no value below 0, so it hardly is in HU, as its window expects.", row.task
-            )
+    for task in (row.task for row in rows if is_ct(row.modality) and row.minimum >= 0):
+        logger.warning("The CT of task %s has no value below 0, so it hardly is in HU, as its window expects.", task)
     write_csv(path, DomainRow._fields, rows, nan="nan")
     return rows
 

@@ -1,4 +1,4 @@
-"""A one-page report of an evaluation: one HTML file that needs nothing else, for a browser or paper."""
+"""A one-page report of an evaluation: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dissect_monai.common import Interval
+from dissect_monai.writing import written_atomically
 
 LIMITS = (
     "For research; not a medical device, and not for diagnosis.",
@@ -50,10 +51,10 @@ def write_report(
         title: heading of the page.
         facts: headline facts by name, such as data and weights.
         headings: names of the columns of the table.
-        rows: lines of the table.
-        figures: PNGs by caption, shown two in a row.
+        rows: its lines.
+        figures: PNGs by caption.
         cases: items to look at.
-        cases_heading: heading of the cases.
+        cases_heading: such as "Worst cases".
         notes: sentences below the table, on how to read it.
         limits: sentences of the footer.
     """
@@ -63,10 +64,8 @@ def write_report(
         title=title, facts=facts, headings=headings, rows=rows, figures=figures, cases=cases,
         cases_heading=cases_heading, notes=notes, limits=limits, show=_shown, picture=_picture,
     )  # fmt: skip
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # File names need not be valid text.
-    path.write_text(page, encoding="utf-8", errors="replace")
+    with written_atomically(path) as file:
+        file.write(page.encode(errors="replace"))  # file names need not be valid text
 
 
 def colored(text: str, color: str) -> Markup:

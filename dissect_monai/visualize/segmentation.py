@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dissect_monai.transforms.intensity import sample_voxels
-from dissect_monai.transforms.labels import Box, LabelMap, Mask, box_around
+from dissect_monai.transforms.labels import LabelMap, Mask
 from dissect_monai.visualize.classifier import GREY, INK
 
 if TYPE_CHECKING:
@@ -23,12 +23,8 @@ ORGAN_COLORS = (
     "#FF4D5E", "#A77BFF", "#00F0E0", "#C48A5A", "#FF2FD0", "#B9C7FF", "#9AA83A", "#FFC9A8",
 )  # fmt: skip
 FILL = 0.38  # opacity of the prediction: the anatomy below stays readable
-WIDTH = 10.0  # inches
 _MARGIN = 15.0  # mm of image around all structures
 _LEGEND_COLUMNS = 5
-_BARS = (200, 100, 50, 20, 10, 5, 2, 1)  # mm
-
-
 # Axis that is cut, of an array in RAS, and the patient's sides on the left, right, top and bottom.
 _PLANES = {"Axial": (2, "RLAP"), "Coronal": (1, "RLSI"), "Sagittal": (0, "APSI")}
 
@@ -37,7 +33,7 @@ def segmentation_overlay(
     image: NDArray[Any],
     label: LabelMap,
     pred: LabelMap,
-    labels: Mapping[str, Sequence[int]],
+    class_names: Sequence[str],
     spacing: Sequence[float],
     window: tuple[float, float] | None = None,
 ) -> Figure:
@@ -45,54 +41,59 @@ def segmentation_overlay(
 
     The orientation is radiological: the patient's right on the left of axial and coronal planes, the front on the left
     of sagittal ones. Each plane is the one that cuts most structures, with 15 mm of the image around them; all planes
-    have one scale.
+    have one scale. The figure is 1500 pixels wide.
 
     Args:
-        image: shape (X, Y, Z) in RAS, as MONAI's `Orientation` makes it; any real dtype.
+        image: shape (X, Y, Z) in RAS, any real dtype.
         label: label map of the same shape.
-        pred: the same of the prediction, with the same values.
-        labels: values of each named structure; its place among them is its colour.
+        pred: the same of the prediction.
+        class_names: structures of the values 1, 2, ... of both maps, in the order of their colours.
         spacing: mm between voxels along the three axes.
-        window: values of the image that are black and white, such as (-160, 240) for the abdomen in CT; by default the
-            0.5 and 99.5 % percentiles of what is shown.
-
-    Returns:
-        A figure 1500 pixels wide.
+        window: values of the image that are black and white; the 0.5 and 99.5 % percentiles of what is shown if None.
     """
+    from matplotlib.figure import Figure
+
     maps = label, pred
-    found = [ndimage.find_objects(each) for each in maps]
-    tight = box_around(found, [value for values in labels.values() for value in values])
-    if not tight[0].stop:  # no structure: the whole volume
-        tight = slice(0, label.shape[0]), slice(0, label.shape[1]), slice(0, label.shape[2])
-    center = _center(maps, list(labels.values()), tight)
+    found = ndimage.find_objects(((label > 0) | (pred > 0)).astype(np.uint8))
+    tight = found[0] if found else tuple(slice(0, size) for size in label.shape)
+    center = _center(maps, len(class_names), tight)
+    margins = [round(_MARGIN / step) for step in spacing]
     box = tuple(
-        slice(max(0, part.start - margin), part.stop + margin)
-        for part, margin in zip(tight, (round(_MARGIN / step) for step in spacing), strict=True)
+        slice(max(0, part.start - margin), part.stop + margin) for part, margin in zip(tight, margins, strict=True)
     )
     low, high = np.percentile(sample_voxels(image[box]), (0.5, 99.5)) if window is None else window
-    extent = [size * step for size, step in zip(image[box].shape, spacing, strict=True)]
-    figure, panels = _figure(extent, len(labels))
+    x, y, z = (size * step for size, step in zip(image[box].shape, spacing, strict=True))
+    height = 10 * max(y, z) / (x + x + y) + 0.6 + 0.2 * (2 + len(class_names)) / _LEGEND_COLUMNS
+    figure = Figure(figsize=(10, min(12.0, height)), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
+    panels = figure.subplots(1, 3, width_ratios=[x, x, y], subplot_kw={"anchor": "N"})
     for (title, (axis, letters)), axes in zip(_PLANES.items(), panels, strict=True):
         picture, *cuts = (_as_seen(each, axis, center, box) for each in (image, *maps))
         across, up = (step for other, step in enumerate(spacing) if other != axis)
         norm: dict[str, Any] = {"vmin": float(low), "vmax": max(float(high), float(low) + 1e-6)}
         axes.imshow(picture, "gray", origin="lower", aspect=up / across, interpolation="bilinear", **norm)
-        for index, values in enumerate(labels.values()):
-            _draw(axes, ORGAN_COLORS[index % len(ORGAN_COLORS)], *(np.isin(each, values) for each in cuts))
+        for value in range(1, len(class_names) + 1):
+            _draw(axes, organ_color(value), *(each == value for each in cuts))
         axes.set_title(title, loc="left", fontsize=10, color=INK)
-        _annotate(axes, letters, picture.shape, across)
-    _legend(figure, labels, found)
+        _annotate(axes, letters, picture.shape)
+    _legend(figure, class_names, maps)
     return figure
 
 
-def _center(maps: Sequence[LabelMap], groups: Sequence[Sequence[int]], box: Box) -> list[int]:
+def organ_color(value: int) -> str:
+    """Colour of the class 1, 2, ... in pictures and tables."""
+    return ORGAN_COLORS[(value - 1) % len(ORGAN_COLORS)]
+
+
+def _center(maps: Sequence[LabelMap], num_structures: int, box: tuple[slice, ...]) -> list[int]:
     """Along each axis the slice that cuts most structures, and of several the one that cuts them best."""
-    scores = [np.zeros(part.stop - part.start) for part in box]
-    for values in groups:
-        mask = np.isin(maps[0][box], values) | np.isin(maps[1][box], values)
+    label, pred = (each[box] for each in maps)
+    scores = [np.zeros(size) for size in label.shape]
+    for value in range(1, num_structures + 1):
+        mask = (label == value) | (pred == value)
         for axis, score in enumerate(scores):
             area = mask.sum(tuple(other for other in range(3) if other != axis))
-            score += (area > 0) + area / max(area.max(), 1) / (len(groups) + 1)
+            score += (area > 0) + area / max(area.max(), 1) / (num_structures + 1)
     best = [int(score.argmax()) if score.any() else len(score) // 2 for score in scores]
     return [part.start + place for part, place in zip(box, best, strict=True)]
 
@@ -103,18 +104,6 @@ def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Sequen
     return volume.take(center[axis], axis)[within].T[:, ::-1]
 
 
-def _figure(extent: Sequence[float], num_structures: int) -> tuple[Figure, list[Axes]]:
-    """Three panels as wide as their planes, for a volume of `extent` mm, above a legend."""
-    from matplotlib.figure import Figure
-
-    widths = [extent[0], extent[0], extent[1]]
-    height = WIDTH * max(extent[1], extent[2]) / sum(widths)
-    around = 0.6 + 0.2 * (2 + num_structures) / _LEGEND_COLUMNS
-    figure = Figure(figsize=(WIDTH, min(12.0, height + around)), dpi=150)
-    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
-    return figure, figure.subplots(1, 3, squeeze=False, width_ratios=widths, subplot_kw={"anchor": "N"})[0].tolist()
-
-
 def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
     from matplotlib.colors import to_rgb
 
@@ -123,44 +112,32 @@ def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
         fill[pred] = (*to_rgb(color), FILL)
         axes.imshow(fill, origin="lower", aspect=axes.get_aspect(), interpolation="nearest")
     if label.any():
-        # With a border, for outlines to close where a structure is cut off; along the edges of voxels.
-        enlarged = np.pad(label, 1).repeat(4, 0).repeat(4, 1)
-        rows, columns = (np.arange(4 * size + 8) / 4 - 1.375 for size in label.shape)
-        axes.contour(columns, rows, enlarged, levels=[0.5], colors=[color], linewidths=1.3)
+        # With a border, for outlines to close where a structure is cut off.
+        rows, columns = (np.arange(-1, size + 1) for size in label.shape)
+        axes.contour(columns, rows, np.pad(label, 1), levels=[0.5], colors=[color], linewidths=1.3)
 
 
-def _annotate(axes: Axes, letters: str, shape: tuple[int, ...], across: float) -> None:
-    """The patient's sides and a scale."""
+def _annotate(axes: Axes, letters: str, shape: tuple[int, ...]) -> None:
+    """The patient's sides."""
     from matplotlib.patheffects import withStroke
 
     axes.set(xticks=[], yticks=[], xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), facecolor="black")
     axes.spines[:].set_visible(False)
     style: dict[str, Any] = {"color": "white", "fontsize": 9, "fontweight": "bold", "transform": axes.transAxes}
-    halo = [withStroke(linewidth=2.5, foreground="black")]  # to be read on bone
-    places = [(0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center")]
-    places += [(0.5, 0.985, "center", "top"), (0.5, 0.015, "center", "bottom")]
-    for letter, (x, y, horizontal, vertical) in zip(letters, places, strict=True):
-        axes.text(x, y, letter, ha=horizontal, va=vertical, path_effects=halo, **style)
-    length = next((bar for bar in _BARS if bar <= 0.3 * shape[1] * across), 1)
-    ends = [0.03, 0.03 + length / across / shape[1]]
-    axes.plot(ends, [0.03, 0.03], color="white", linewidth=2, transform=axes.transAxes, path_effects=halo)
-    small = {**style, "fontsize": 8, "fontweight": "normal"}
-    axes.text(ends[0], 0.045, f"{length} mm", ha="left", va="bottom", path_effects=halo, **small)
+    style["path_effects"] = [withStroke(linewidth=2.5, foreground="black")]  # to be read on bone
+    for letter, x, y in zip(letters, (0.025, 0.975, 0.5, 0.5), (0.5, 0.5, 0.975, 0.025), strict=True):
+        axes.text(x, y, letter, ha="center", va="center", **style)
 
 
-def _legend(figure: Figure, labels: Mapping[str, Sequence[int]], found: Sequence[Sequence[Box | None]]) -> None:
+def _legend(figure: Figure, class_names: Sequence[str], maps: Sequence[LabelMap]) -> None:
     """What colours, areas and outlines mean; a structure that only one of the label maps has is called so."""
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(facecolor=GREY, alpha=FILL, label="Prediction"),
-        Patch(facecolor="none", edgecolor=GREY, label="Label"),
-    ]
-    for index, (name, values) in enumerate(labels.items()):
-        label, pred = (box_around([each], values)[0].stop > 0 for each in found)
-        if label or pred:
-            only = " (missed)" if not pred else " (not in the label)" if not label else ""
-            color = ORGAN_COLORS[index % len(ORGAN_COLORS)]
-            handles.append(Patch(facecolor=color, label=f"{name.replace('_', ' ')}{only}"))
+    handles = [Patch(color=GREY, alpha=FILL, label="Prediction"), Patch(fc="none", ec=GREY, label="Label")]
+    in_label, in_pred = (set(np.unique(each).tolist()) for each in maps)
+    for value, name in enumerate(class_names, 1):
+        if value in in_label | in_pred:
+            only = " (missed)" if value not in in_pred else " (not in the label)" if value not in in_label else ""
+            handles.append(Patch(facecolor=organ_color(value), label=f"{name.replace('_', ' ')}{only}"))
     place: dict[str, Any] = {"loc": "outside lower left", "ncols": _LEGEND_COLUMNS, "frameon": False, "fontsize": 9}
     figure.legend(handles=handles, handlelength=1.4, columnspacing=1.6, **place)

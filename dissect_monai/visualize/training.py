@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE_SIDE = 128  # pixels of a picture's longer side, at least, to be read in TensorBoard
-SLICE_SIDE, SLICE_GAP = 192, 4  # likewise of a slice, for anatomy to be recognised, and pixels between two
+TILE_SIDE = 192  # pixels of a picture's longer side, at least, for anatomy to be recognised in TensorBoard
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
 
@@ -33,26 +32,20 @@ def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[T
         indices: per scale, codes of shape (B, *spatial_i).
         codebooks: per scale, codes of shape (num_embeddings, embedding_dim).
     """
-    pictures = _enlarged(_pictures(images), TILE_SIDE)
-    columns = [pictures]
+    columns = [pictures := _enlarged(_pictures(images))]
     for codes, codebook in zip(indices, codebooks, strict=True):
         colored = code_colors(codebook.cpu())[codes.cpu()].movedim(-1, 1)
         columns.append(F.interpolate(_pictures(colored), size=pictures.shape[2:], mode="nearest"))
     return _tile(columns)
 
 
-def view_figure(columns: Sequence[Tensor]) -> Tensor:
+def view_figure(columns: Sequence[Tensor], slices: bool = False) -> Tensor:
     """A picture (3, rows, columns) in [0, 1] of batches (B, C, *spatial) in [0, 1] side by side, one row an image.
 
-    Small images are enlarged. Three channels are colours, else the first is shown; of volumes the middle slice.
+    Small images are enlarged. Three channels are colours, else the first is shown; of volumes the middle slice. With
+    `slices`, 2-D images are axial slices, which a radiologist sees from below.
     """
-    return _tile([_enlarged(_pictures(images), TILE_SIDE) for images in columns])
-
-
-def slice_figure(columns: Sequence[Tensor]) -> Tensor:
-    """`view_figure` of volumes or their axial slices, as a radiologist sees them: larger, with white between them."""
-    pictures = [_enlarged(_pictures(images, slices=True), SLICE_SIDE) for images in columns]
-    return _tile([F.pad(picture, (0, SLICE_GAP, 0, SLICE_GAP), value=1) for picture in pictures])
+    return _tile([_enlarged(_pictures(images, slices)) for images in columns])
 
 
 def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:
@@ -77,9 +70,9 @@ def _pictures(images: Tensor, slices: bool = False) -> Tensor:
     return images[:, :channels].expand(-1, 3, -1, -1).transpose(2, 3)
 
 
-def _enlarged(pictures: Tensor, min_side: int) -> Tensor:
+def _enlarged(pictures: Tensor) -> Tensor:
     height, width = pictures.shape[2:]
-    factor = max(1.0, min_side / max(height, width))
+    factor = max(1.0, TILE_SIDE / max(height, width))
     size = [round(factor * height), round(factor * width)]
     return F.interpolate(pictures, size=size, mode="bilinear", align_corners=False)
 

@@ -103,7 +103,7 @@ def test_tensorboard_shows_terms_retrieval_accuracy_shortcuts_and_pictures(train
     shortcuts = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
     indicators = {"collapse_effective_rank", "collapse_centroid_similarity", "collapse/feature_std"}
     assert terms | judged | {f"batch/{name}" for name in levels} | shortcuts | indicators <= set(tags["scalars"])
-    assert {"views", "embedding_map", *(f"reconstruction/{task}" for task in TASKS)} == set(tags["images"])
+    assert tags["images"] == ["views"]
 
 
 def test_two_processes_compute_what_one_does_with_the_joined_batch(folders: Folders, tmp_path: Path) -> None:
@@ -265,34 +265,25 @@ def test_refuses_to_resume_another_run(trained: Path, folders: Folders, tmp_path
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_judges_structures_shortcuts_and_reconstruction(
-    trained: Path, folders: Folders, tmp_path: Path
-) -> None:
+def test_evaluation_judges_structures_and_shortcuts(trained: Path, folders: Folders, tmp_path: Path) -> None:
     evaluate(folders, tmp_path, pretrained=trained / "models" / "model.pt")
     written = {path.name for path in (tmp_path / "eval").iterdir()}
-    assert {"findings.csv", "differences.csv", "metrics.csv", "reconstruction.csv", "scores.npz"} <= written
+    assert {"findings.csv", "differences.csv", "metrics.csv", "scores.npz"} <= written
     rows = table(tmp_path / "eval" / "findings.csv")
     assert {row["question"] for row in rows} == {"structures", "domains", "domains_in_group"}
     assert {row["source"] for row in rows} == {"pretrained", "random", "intensity"}
     assert {row["probe"] for row in rows} == {"linear", "knn"}
-    errors = table(tmp_path / "eval" / "reconstruction.csv")
-    assert [row["task"] for row in errors] == list(TASKS)
-    assert all(0 < float(row["masked_error_low"]) <= float(row["masked_error"]) for row in errors)
     metrics = dict(line.split(",") for line in (tmp_path / "eval" / "metrics.csv").read_text().splitlines())
     assert any(name.startswith("pretrained_last_linear_auroc_structures_") for name in metrics)
     assert 0 <= float(metrics["pretrained_last_linear_auroc_domains_macro"]) <= 1
-    assert float(metrics["reconstruction_error_head_ct"]) == pytest.approx(float(errors[1]["masked_error"]), abs=1e-3)
 
 
-def test_evaluation_of_an_encoder_alone_leaves_out_the_reconstruction(
-    trained: Path, folders: Folders, tmp_path: Path
-) -> None:
+def test_an_encoder_alone_is_evaluated_and_embeds(trained: Path, folders: Folders, tmp_path: Path) -> None:
     shutil.copytree(trained / "models", tmp_path / "models")
     state = {key: value for key, value in weights(trained).items() if key.startswith(("convInit", "down_layers"))}
     torch.save(state, tmp_path / "models" / "model.pt")
     evaluate(folders, tmp_path, baselines=False)
     assert (tmp_path / "eval" / "findings.csv").is_file()
-    assert not (tmp_path / "eval" / "reconstruction.csv").exists()
     assert len(embed(folders, tmp_path)) == 24
 
 
@@ -322,14 +313,11 @@ def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folde
         assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
 
 
-def test_a_single_unlabelled_task_is_judged_by_its_reconstruction_alone(
-    trained: Path, folders: Folders, tmp_path: Path
-) -> None:
+def test_a_single_unlabelled_task_has_nothing_to_ask(trained: Path, folders: Folders, tmp_path: Path) -> None:
     spec = read(Path(folders[0]) / "dataset.json")
     bare = {split: [{"image": item["image"], "subject": item["subject"]} for item in spec[split]] for split in SPLITS}
-    evaluate([edited(folders[0], tmp_path, **bare)], tmp_path, pretrained=trained / "models" / "model.pt")
-    assert [row["task"] for row in table(tmp_path / "eval" / "reconstruction.csv")] == ["abdomen_ct"]
-    assert table(tmp_path / "eval" / "findings.csv") == []
+    with refused("there is nothing to ask of the features: give label maps"):
+        evaluate([edited(folders[0], tmp_path, **bare)], tmp_path, pretrained=trained / "models" / "model.pt")
 
 
 def test_a_set_without_test_split_is_judged_on_its_validation_split(
@@ -388,4 +376,3 @@ def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
     assert len({row["task"] for row in domains}) >= 4
     assert len({row["group"] for row in domains}) >= 2
     assert command_line(CONFIGS / "evaluate.json", output_dir=tmp_path, num_samples=50).returncode == 0
-    assert len(table(tmp_path / "eval" / "reconstruction.csv")) == len(domains)

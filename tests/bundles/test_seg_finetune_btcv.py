@@ -421,15 +421,16 @@ def judged(trained: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(judged: Path) -> None:
     assert [path.name for path in judged.iterdir()] == ["eval"]
-    written = {"cases.csv", "subjects.csv", "summary.csv", "metrics.csv", "report.html"}
+    written = {"cases.csv", "summary.csv", "metrics.csv", "report.html"}
     assert {path.name for path in (judged / "eval").iterdir()} == written
     cases = table(judged / "eval" / "cases.csv")
     assert [row["structure"] for row in cases] == [*BTCV_ORGANS, *BTCV_ORGANS]
-    subjects = table(judged / "eval" / "subjects.csv")
-    assert [row["subject"] for row in subjects] == ["abdomen_ct_test_000", "abdomen_ct_test_001"]
+    subjects = ["abdomen_ct_test_000", "abdomen_ct_test_001"]
+    assert [row["subject"] for row in cases] == [name for name in subjects for _ in BTCV_ORGANS]
     summary = table(judged / "eval" / "summary.csv")
     assert [row["structure"] for row in summary] == ["mean", *BTCV_ORGANS]
-    mean = np.mean([float(row["dice"]) for row in subjects])
+    by_subject = [[float(row["dice"]) for row in cases if row["dice"] and row["subject"] == name] for name in subjects]
+    mean = np.mean([np.mean(each) for each in by_subject])
     assert metrics_of(judged)["dice_mean"] == pytest.approx(mean, abs=1e-4)
     assert float(summary[0]["dice"]) == pytest.approx(mean, abs=1e-4)
     report = (judged / "eval" / "report.html").read_text(encoding="utf-8")

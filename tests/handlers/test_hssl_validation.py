@@ -1,25 +1,23 @@
 from __future__ import annotations
 
-import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import Writer
+from helpers import evaluated
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet
 
-from dissect_monai.handlers.hssl_validation import HSSLValidation
+from dissect_monai.handlers.validation import HSSLValidation
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics
 from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
-from dissect_monai.visualize.training import SLICE_GAP, SLICE_SIDE
 
 TASKS, GROUPS = ["a", "b b", "c"], ["x", "y"]
 GROUP_OF = {"a": "x", "b b": "y", "c": "y"}
@@ -47,54 +45,30 @@ class Validation:
     """An evaluator of an untrained network over images of the tasks."""
 
     def __init__(
-        self,
-        tasks: list[str] = TASKS,
-        spatial_dims: int = 2,
-        per_task: int = 3,
-        writer: Writer | None = None,
-        corrupt: Corrupt | None = None,
+        self, tasks: list[str] = TASKS, spatial_dims: int = 2, per_task: int = 3, corrupt: Corrupt | None = None
     ) -> None:
         torch.manual_seed(0)
-        segresnet = SegResNet(
-            spatial_dims, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1)
-        )
-        self.net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
+        small = {"init_filters": 8, "in_channels": 1, "out_channels": 1, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}
+        self.net = HSSLNet(SegResNet(spatial_dims, **small), len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         # Nothing that mixes up the order of the brightness.
         augment = BatchAugment(spatial_dims=spatial_dims, brightness=0, contrast=None, gamma=None)
         self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
-        self.training = Dataset(make_items(tasks, 4, spatial_dims, seed=1))
         self.validation = DataLoader(Dataset(make_items(tasks, per_task, spatial_dims)), batch_size=4)
-        self.handler = HSSLValidation(self.training, writer)
-        self.evaluator = SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=self.validation,
-            network=self.net,
-            prepare_batch=self.views,
-            decollate=False,
-        )
-        self.evaluator.logger.setLevel(logging.CRITICAL)
-        self.targets: list[HierarchyTarget] = []
-        self.outputs: list[HSSLOutput] = []
+        self.handler = HSSLValidation(Dataset(make_items(tasks, 4, spatial_dims, seed=1)))
+        self.seen: list[tuple[HierarchyTarget, HSSLOutput]] = []
 
-    def answer(self, **changed: Any) -> None:
-        """Let the network answer otherwise: each value is a function of the target."""
+    def __call__(self, **changed: Any) -> dict[str, float]:
+        """Run; let the network answer otherwise: each value is a function of the target."""
 
         def change(engine: Any) -> None:
             state = engine.state.output
             new = {name: function(state["label"]) for name, function in changed.items()}
             state["pred"] = state["pred"]._replace(**new)
+            self.seen.append((state["label"], state["pred"]))
 
-        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, change)
-
-    def __call__(self, epoch: int = 1) -> dict[str, float]:
-        def keep(engine: Any) -> None:
-            self.targets.append(engine.state.output["label"])
-            self.outputs.append(engine.state.output["pred"])
-
-        self.handler.attach(self.evaluator)
-        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
-        self.evaluator.run(epoch)
-        return self.evaluator.state.metrics
+        changer = SimpleNamespace(attach=lambda engine: engine.add_event_handler(Events.ITERATION_COMPLETED, change))
+        run = evaluated(self.net, self.validation, changer, self.handler, prepare_batch=self.views)
+        return run.state.metrics
 
 
 # ---- names and ranges --------------------------------------------------------------------------------------------
@@ -109,20 +83,13 @@ def test_leaves_every_metric_in_its_range_and_the_network_as_it_is(spatial_dims:
     assert np.isfinite(list(metrics.values())).all()
     assert all(0 <= value <= 1 for name, value in metrics.items() if not name.startswith("reconstruction_error"))
     assert all(torch.equal(before[name], value) for name, value in validation.net.state_dict().items())
-    assert not validation.handler.pictures  # without a writer
 
 
-def test_with_a_single_task_there_is_no_shortcut_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="dissect_monai"):
-        validation = Validation(["a"])
-        validation()
-        validation.evaluator.run(2)
-    left_out = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group", "collapse_centroid_similarity"}
+def test_with_a_single_task_there_is_no_shortcut() -> None:
+    left_out = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
+    left_out |= {"collapse_centroid_similarity"}
     left_out |= {"reconstruction_error_b_b", "reconstruction_error_c"}
-    assert set(validation.evaluator.state.metrics) == METRICS - left_out
-    assert [record.message for record in caplog.records if record.name.startswith("dissect_monai")] == [
-        "The data have a single task: no shortcut to it can be measured."
-    ]
+    assert set(Validation(["a"])()) == METRICS - left_out
 
 
 def test_few_images_make_no_metric_nan() -> None:
@@ -138,8 +105,7 @@ def test_few_images_make_no_metric_nan() -> None:
 
 
 def test_perfect_answers_are_perfect() -> None:
-    validation = Validation()
-    validation.answer(
+    metrics = Validation()(
         reconstruction=lambda target: target.views,
         task_logits=lambda target: torch.eye(3)[target.task].repeat(2, 1),
         group_logits=lambda target: -torch.eye(2)[target.group].repeat(2, 1),
@@ -147,7 +113,6 @@ def test_perfect_answers_are_perfect() -> None:
             torch.eye(4)[labels].repeat(2, 1) + 0.01 for labels in (target.task, target.task, target.group)
         ),
     )
-    metrics = validation()
     assert all(value == 0 for name, value in metrics.items() if name.startswith("reconstruction_error"))
     assert metrics["accuracy_task"] == 1
     assert metrics["accuracy_group"] == 0
@@ -155,13 +120,13 @@ def test_perfect_answers_are_perfect() -> None:
 
 
 def test_views_are_retrieved_among_all_batches() -> None:
-    validation = Validation()
-    validation.answer(embeddings=lambda target: (torch.eye(4)[: len(target.task)].repeat(2, 1),) * 3)
+    metrics = Validation()(embeddings=lambda target: (torch.eye(4)[: len(target.task)].repeat(2, 1),) * 3)
     # Equal embeddings in three batches: the other view of an image is nearest only by chance.
-    assert validation()["retrieval_image"] < 1
-    validation = Validation()
-    validation.answer(embeddings=lambda target: (target.views[:4].flatten(1)[: len(target.task)].repeat(2, 1),) * 3)
-    assert validation()["retrieval_image"] == 1
+    assert metrics["retrieval_image"] < 1
+    metrics = Validation()(
+        embeddings=lambda target: (target.views[:4].flatten(1)[: len(target.task)].repeat(2, 1),) * 3
+    )
+    assert metrics["retrieval_image"] == 1
 
 
 @pytest.mark.parametrize("mask_fraction", [0.5, 0])
@@ -169,7 +134,7 @@ def test_reconstruction_is_judged_by_task_on_masked_voxels_or_on_all_if_there_ar
     validation = Validation(corrupt=Corrupt(mask_fraction, mask_size=2))
     metrics = validation()
     errors: dict[int, list[float]] = {0: [], 1: [], 2: []}
-    for target, output in zip(validation.targets, validation.outputs, strict=True):
+    for target, output in validation.seen:
         for index, task in enumerate(target.task.repeat(2).tolist()):
             view = slice(index, index + 1)
             masked = target.masked[view] if mask_fraction else None
@@ -197,19 +162,4 @@ def test_every_validation_has_the_same_views_and_starts_anew() -> None:
     validation = Validation()
     first = dict(validation())
     validation.views.set_epoch(9)
-    validation.evaluator.run(2)
-    half = len(validation.targets) // 2
-    for ours, theirs in zip(validation.targets[:half], validation.targets[half:], strict=True):
-        assert torch.equal(ours.views, theirs.views)
-        assert torch.equal(ours.masked, theirs.masked)
-    assert validation.evaluator.state.metrics == first
-
-
-@pytest.mark.parametrize(("spatial_dims", "per_task"), [(2, 3), (3, 6)])
-def test_draws_a_few_images_of_every_task_at_the_trainers_epoch(spatial_dims: int, per_task: int) -> None:
-    Validation(spatial_dims=spatial_dims, per_task=per_task, writer=(writer := Writer()))(epoch=7)
-    assert set(writer.images) == {"embedding_map", *(f"reconstruction/{task}" for task in TASKS)}
-    side = SLICE_SIDE + SLICE_GAP
-    for task in TASKS:
-        assert writer.images[f"reconstruction/{task}"] == {7: (3, min(per_task, 4) * side, 3 * side)}
-    assert writer.images["embedding_map"][7][::2] == (3, 1500)
+    assert validation() == first

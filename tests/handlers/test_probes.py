@@ -7,22 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Decoded, evaluated, patch_transform, pick, table
+from helpers import Decoded, evaluated, pick, table
 from monai.data import DataLoader
-from monai.networks.nets import SegResNet, resnet10
+from monai.networks.nets import resnet10
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
 from dissect_monai.data.datalists import SPLITS, Datalist, label_matrix
-from dissect_monai.data.patches import patch_dataset
-from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.handlers.probes import ProbeHandler, VolumeProbeHandler, check_probe_data, refuse_unlabelled
-from dissect_monai.handlers.reconstruction import ReconstructionHandler
 from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
-from dissect_monai.phantoms.volumes import write_volume_phantoms
-from dissect_monai.transforms.augment import Corrupt
-from dissect_monai.transforms.views import MaskedImages
 
 NAN = float("nan")
 NAMES = ["Opacity", "Nodule", "Rare"]
@@ -34,8 +28,8 @@ GROUPS = {"btcv": "abdomen", "chaos": "abdomen", "brats": "head"}
 class Probed:
     """One evaluation, looked at by several tests."""
 
-    def __init__(self, folder: Path, handler: Any, network: nn.Module) -> None:
-        self.metrics = evaluated(network, handler.loaders["test"], handler).state.metrics
+    def __init__(self, folder: Path, handler: Any) -> None:
+        self.metrics = evaluated(nn.Identity(), handler.loaders["test"], handler).state.metrics
         self.findings, self.differences = (table(folder / f"{name}.csv") for name in ("findings", "differences"))
         with np.load(folder / "scores.npz") as arrays:
             self.arrays = dict(arrays)
@@ -52,9 +46,7 @@ def make_datalist() -> tuple[Datalist, dict[str, DataLoader]]:
     rng = np.random.default_rng(0)
     splits, loaders = {}, {}
     for split, size in IMAGES.items():
-        labels = np.stack([rng.random(size) < 0.5, rng.random(size) < 0.4, rng.random(size) < 0.2], axis=1).astype(
-            float
-        )
+        labels = np.stack([rng.random(size) < share for share in (0.5, 0.4, 0.2)], axis=1).astype(float)
         if split == "test":
             labels[:, 2] = 0
         views = rng.integers(0, 2, size)
@@ -76,15 +68,11 @@ def encoder(seed: int = 0, spatial_dims: int = 2) -> nn.Module:
     return resnet10(spatial_dims=spatial_dims, **small)
 
 
-def probe_images(
-    folder: Path, encoders: dict[str, nn.Module] | None = None, test: list[dict[str, Any]] | None = None, **kwargs: Any
-) -> Probed:
+def probe_images(folder: Path, encoders: dict[str, nn.Module] | None = None, **kwargs: Any) -> Probed:
     _, loaders = make_datalist()
-    if test is not None:
-        loaders["test"].dataset.data = test
     encoders = encoders or {"pretrained": encoder(0), "random": encoder(1)}
     handler = ProbeHandler(encoders, loaders, NAMES, folder, num_samples=40, **kwargs)
-    return Probed(folder, handler, nn.Identity())
+    return Probed(folder, handler)
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +104,8 @@ def test_findings_have_a_value_an_interval_around_it_and_a_metric(probed: Probed
 
 
 def test_a_finding_without_positives_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    probe_images(tmp_path)
-    assert [record.message for record in caplog.records if "Left out, for lack of" in record.message] == [
-        "Left out, for lack of positives or negatives: Rare."
-    ]
     probed = probe_images(tmp_path, findings=["Rare"])
+    assert "Left out, for lack of positives or negatives: Rare." in caplog.messages
     assert probed.findings == probed.differences == []
 
 
@@ -139,14 +124,10 @@ def test_values_are_those_of_sklearn_and_scores_are_kept_for_later_comparisons(p
     row = pick(probed.findings, source="pixels", probe="knn", finding="No finding")
     assert (int(row["n"]), int(row["positives"])) == (clear + ill, clear)
     assert clear + ill < len(labels) == len(probed.arrays["subjects"])
-
-
-def test_the_shortcut_is_asked_of_the_same_features(probed: Probed) -> None:
     row = pick(probed.findings, source="pretrained", features="stages", probe="linear", finding="view=AP")
-    assert float(row["auroc"]) > 0.9
     label, score = (probed.arrays[name] for name in ("labels/shortcut", "scores/pretrained/stages/linear/shortcut"))
     assert float(row["auroc"]) == pytest.approx(roc_auc_score(label[:, 0], score[:, 0]), abs=1e-4)
-    assert int(row["n"]) == IMAGES["test"]
+    assert float(row["auroc"]) > 0.9
 
 
 def test_compares_the_first_encoder_with_every_baseline(probed: Probed) -> None:
@@ -180,26 +161,14 @@ def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) ->
     assert "Rare" in probed.of("finding")  # the training images have it
 
 
-def test_one_positive_has_an_interval_although_resamples_lack_it(tmp_path: Path) -> None:
-    test = make_datalist()[0].test
-    for index, item in enumerate(test):
-        item["label"][0] = float(index == 3)
-    row = pick(probe_images(tmp_path, test=test, findings=["Opacity"]).findings, source="pixels", probe="knn")
-    assert int(row["positives"]) == 1
-    assert 0 <= float(row["auroc_low"]) <= float(row["auroc_high"]) <= 1
-
-
-def test_volumes_are_judged_without_pixels_and_the_encoder_stays_as_it_is(tmp_path: Path) -> None:
+def test_volumes_are_judged_without_pixels(tmp_path: Path) -> None:
     datalist, _ = make_datalist()
     volumes = {split: Decoded(getattr(datalist, split), torch.rand(IMAGES[split], 1, 16, 16, 16)) for split in SPLITS}
     loaders = {split: DataLoader(volumes[split], batch_size=8) for split in SPLITS}
-    network = encoder(spatial_dims=3).train()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    probed = Probed(tmp_path, ProbeHandler({"only": network}, loaders, NAMES, tmp_path, num_samples=2), nn.Identity())
+    handler = ProbeHandler({"only": encoder(spatial_dims=3)}, loaders, NAMES, tmp_path, num_samples=2)
+    probed = Probed(tmp_path, handler)
     assert probed.of("source") == {"only"}
     assert probed.differences == []
-    assert all(module.training for module in network.modules())
-    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -207,7 +176,6 @@ def test_volumes_are_judged_without_pixels_and_the_encoder_stays_as_it_is(tmp_pa
     [
         ({"findings": ["Mass", "Nodule"]}, "the labels must include Mass, got Opacity, Nodule, Rare"),
         ({"shortcut": "subject"}, "`shortcut` must name a key of the items with two values, got 'subject' with"),
-        ({"shortcut": "age"}, "`shortcut` must name a key of the items with two values, got 'age' with"),
         ({"num_folds": 48}, "`num_folds` must be at most the 47 subjects, got 48"),
     ],
 )
@@ -262,7 +230,8 @@ def hand_made(groups: dict[str, str] = GROUPS) -> dict[str, DataLoader]:
 
 def probe_volumes(folder: Path, loaders: dict[str, DataLoader], **kwargs: Any) -> Probed:
     encoders = {"pretrained": Means(), **kwargs.pop("others", {})}
-    return Probed(folder, VolumeProbeHandler(encoders, loaders, folder, num_samples=10, **kwargs), nn.Identity())
+    names = kwargs.pop("label_names", [])
+    return Probed(folder, VolumeProbeHandler(encoders, loaders, names, folder, num_samples=10, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -274,11 +243,9 @@ def test_every_question_has_its_columns(volumes: Probed) -> None:
     columns: dict[str, set[str]] = {}
     for row in volumes.findings:
         columns.setdefault(row["question"], set()).add(row["finding"])
+    structures = {f"{task}/{name}" for task in ("btcv", "chaos") for name in ("liver", "gallbladder")}
     assert [*columns.items()] == [
-        (
-            "structures",
-            {"macro", *(f"{task}/{name}" for task in ("btcv", "chaos") for name in ("liver", "gallbladder"))},
-        ),
+        ("structures", {"macro", *structures}),
         ("domains", {"macro", "btcv", "chaos", "brats"}),
         ("domains_in_group", {"macro", "btcv", "chaos"}),
     ]
@@ -300,14 +267,6 @@ def test_domains_are_asked_of_all_patches_and_within_a_group_of_its_patches(volu
     np.testing.assert_array_equal(volumes.arrays["labels/domains"], np.eye(3)[task])
     within = np.array([[NAN, NAN], [1, 0], [0, 1]])[task]
     np.testing.assert_array_equal(volumes.arrays["labels/domains_in_group"], within)
-
-
-def test_separable_features_are_told_apart(volumes: Probed) -> None:
-    for name in ("last_linear", "last_knn", "stages_linear", "stages_knn"):
-        aurocs = {key.removeprefix(f"pretrained_{name}_auroc_"): value for key, value in volumes.metrics.items()}
-        for column in ("domains_macro", "domains_in_group_macro", "structures_btcv/liver", "structures_chaos/liver"):
-            assert aurocs[column] == pytest.approx(1)
-        assert aurocs["structures_btcv/gallbladder"] < 0.9
 
 
 def test_every_row_has_a_metric_of_its_own_and_macro_is_the_mean_of_its_question(volumes: Probed) -> None:
@@ -333,7 +292,7 @@ def test_knowing_the_task_does_not_help_with_its_structures(tmp_path: Path) -> N
     for loader in loaders.values():
         for item in loader.dataset.data:  # a liver in all of one set and in none of the other
             item["structures"]["liver"] = float(item["task"] == "btcv")
-    handler = VolumeProbeHandler({"only": Means()}, loaders, tmp_path)
+    handler = VolumeProbeHandler({"only": Means()}, loaders, [], tmp_path)
     (structures,) = (question for question in handler.questions if question.name == "structures")
     assert structures.columns == ["btcv/gallbladder", "chaos/gallbladder"]
 
@@ -354,7 +313,7 @@ def test_the_log_names_columns_without_both_classes_and_has_a_line_for_every_mac
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="dissect_monai"):
-        assert probe_volumes(tmp_path, hand_made(), intensity=False).of("source") == {"pretrained"}
+        assert probe_volumes(tmp_path, hand_made(), pixels=False).of("source") == {"pretrained"}
     assert [record.message for record in caplog.records if "Left out" in record.message] == [
         "Left out of structures, for lack of patches with it or without it in training or in test: btcv/uterus, "
         "chaos/uterus."
@@ -376,53 +335,19 @@ def test_labels_of_whole_volumes_are_findings(tmp_path: Path) -> None:
     assert probed.metrics["intensity_histogram_knn_auroc_Fracture"] == pytest.approx(float(row["auroc"]), abs=1e-4)
 
 
-def test_nothing_to_ask_is_logged_and_nothing_is_probed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    handler = VolumeProbeHandler({"only": Means()}, hand_made({"brats": "head"}), tmp_path)
-    assert "No probe: there is nothing to ask of the features" in caplog.text
-    assert not handler.questions
+def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is nothing to ask of the features"):
+        VolumeProbeHandler({"only": Means()}, hand_made({"brats": "head"}), [], tmp_path)
 
 
-# ---- volumes -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    tasks = ("abdomen_ct", "abdomen_mr", "head_mr")
-    return write_volume_phantoms(tmp_path_factory.mktemp("phantoms"), 3, 2, 2, image_size=24, tasks=tasks)
-
-
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_phantoms_are_evaluated_from_their_folders(phantoms: list[Path], tmp_path: Path, spatial_dims: int) -> None:
-    datalist = aggregate(phantoms)
-    check_probe_data(datalist, phantoms)
-    transform = patch_transform(spatial_dims, pixdim=12, size=8, num_samples=6)
-    patches = {split: patch_dataset(getattr(datalist, split), transform) for split in SPLITS}
-    assert [len(patches[split]) for split in SPLITS] == [54, 36, 36]
-    loaders = {split: DataLoader(patches[split], batch_size=8) for split in SPLITS}
-    torch.manual_seed(0)
-    network = SegResNet(spatial_dims, init_filters=8, out_channels=1, blocks_down=(1, 1), blocks_up=(1,)).eval()
-    handlers = [
-        VolumeProbeHandler({"pretrained": network}, loaders, tmp_path, num_samples=10),
-        ReconstructionHandler(tmp_path, num_samples=10),
-    ]
-    masking = MaskedImages(Corrupt(0.5, mask_size=2))
-    metrics = evaluated(network, loaders["test"], *handlers, prepare_batch=masking).state.metrics
-    assert all(metrics[f"reconstruction_error_{folder.name}"] > 0 for folder in phantoms)
-    for question in ("structures", "domains", "domains_in_group"):
-        assert 0 <= metrics[f"pretrained_last_linear_auroc_{question}_macro"] <= 1
-    columns = {row["finding"] for row in table(tmp_path / "findings.csv")}
-    assert {"abdomen_ct/liver", "abdomen_mr/liver", "head_mr/cerebrum"} & columns
-
-
-def test_an_empty_split_or_one_task_without_labels_is_refused(phantoms: list[Path]) -> None:
-    datalist = aggregate(phantoms[0])
-    with pytest.raises(ValueError, match=f"are needed in .*; test has none in {phantoms[0]}.*Add the list `test`"):
-        check_probe_data(datalist._replace(test=[]), phantoms[0], reconstructs=True)
-    check_probe_data(datalist, phantoms[0])
-    for item in datalist.test:
-        del item["labels"]
-    message = f"nothing to ask of the features: give label maps .* got neither in {phantoms[0]}"
-    with pytest.raises(ValueError, match=message):
-        check_probe_data(datalist, phantoms[0])
-    check_probe_data(datalist._replace(label_names=["Fracture"]), phantoms[0])
-    check_probe_data(datalist._replace(task_names=["a", "b"]), phantoms[0])
+def test_an_empty_split_or_one_task_without_labels_is_refused() -> None:
+    mapped = [{"image": "a.nii", "label": "b.nii", "labels": {"liver": [1]}}]
+    datalist = Datalist(mapped, mapped, mapped, task_names=["one"])
+    check_probe_data(datalist, "/data")
+    with pytest.raises(ValueError, match=r"are needed in .*; test has none in /data.*Add the list `test`"):
+        check_probe_data(datalist._replace(test=[]), "/data")
+    bare = datalist._replace(test=[{"image": "a.nii"}])
+    with pytest.raises(ValueError, match=r"nothing to ask of the features: give label maps .* got neither in /data"):
+        check_probe_data(bare, "/data")
+    check_probe_data(bare._replace(label_names=["Fracture"]), "/data")
+    check_probe_data(bare._replace(task_names=["a", "b"]), "/data")

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -15,14 +12,12 @@ import pytest
 import SimpleITK
 import torch
 from helpers import evaluated, read, table, write_series
-from ignite.engine import Engine
 from monai.data import Dataset, MetaTensor
 from monai.networks.nets import resnet10
 from monai.transforms import (
     Activationsd,
     Compose,
     DeleteItemsd,
-    Lambdad,
     LoadImaged,
     Orientationd,
     ScaleIntensityd,
@@ -139,7 +134,7 @@ def test_embeddings_are_written_and_corrupt_files_named(tmp_path: Path, output_f
     dataset, network = folder_of(tmp_path), classifier()
     loader = ReadableLoader(dataset, batch_size=2)
     with pytest.raises(ValueError, match=rf"2 of 5 images could not be read: .*embeddings\.{output_format} names them"):
-        infer(loader, EmbeddingSaver(tmp_path, output_format), network, Lambdad("pred", lambda pred: pred))
+        infer(loader, EmbeddingSaver(tmp_path, output_format), network, Activationsd(keys="pred"))
     embeddings, images = expected(dataset, [0, 2, 3], network), [item["image"] for item in dataset.data]
     if output_format == "csv":
         rows = table(tmp_path / "embeddings.csv")
@@ -166,32 +161,25 @@ def test_a_folder_of_nothing_but_corrupt_files_is_written_down_too(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("overlays", "number"), [("none", 0), ("top", 3), ("all", 6)])
-def test_draws_the_overlays_that_are_wanted_and_deletes_earlier_ones(
-    tmp_path: Path, overlays: str, number: int
-) -> None:
-    own, old = tmp_path / "overlays" / "notes.png", tmp_path / "overlays" / "00009_gone_Opacity.png"
-    own.parent.mkdir()
-    for path in (old, own):
-        path.write_bytes(b"")
-    loader, network = ReadableLoader(folder_of(tmp_path), batch_size=2), classifier()
+def test_draws_the_overlays_that_are_wanted(tmp_path: Path, overlays: str, number: int) -> None:
+    loader = ReadableLoader(folder_of(tmp_path), batch_size=2)
     with pytest.raises(ValueError, match="2 of 5"):
-        predict(loader, PredictionSaver(NAMES, tmp_path, overlays), network)
-    pictures = sorted((tmp_path / "overlays").glob("0*.png"))
+        predict(loader, PredictionSaver(NAMES, tmp_path, overlays))
+    pictures = sorted((tmp_path / "overlays").glob("*.png"))
     assert len(pictures) == number
-    assert old not in pictures
-    assert own.exists()
     for path in pictures:
         assert Image.open(path).size == (24, 32)  # as wide and high as the file
     if overlays == "all":
         assert pictures[1].name == "00000_image_0_Pleural_Thickening.png"
 
 
-def test_the_name_of_an_overlay_says_that_nothing_speaks_for_the_finding(tmp_path: Path) -> None:
-    loader, network = ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), classifier()
-    network.get_parameter("fc.weight").data[1] = 0
-    predict(loader, PredictionSaver(NAMES, tmp_path, "all"), network)
-    names = sorted(path.name for path in (tmp_path / "overlays").glob("*.png"))
-    assert names == ["00000_image_0_Opacity.png", "00000_image_0_Pleural_Thickening_nothing.png"]
+def test_a_second_run_knows_its_own_results_alone(tmp_path: Path) -> None:
+    loader, saver = ReadableLoader(folder_of(tmp_path, corrupt=())), PredictionSaver(NAMES, tmp_path)
+    predict(loader, saver)
+    (tmp_path / "image 1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 5"):
+        predict(loader, saver)
+    assert [row["Opacity"] == "" for row in table(saver.path)] == [False, True, False, False, False]
 
 
 def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tmp_path: Path) -> None:
@@ -203,16 +191,9 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
         assert saver._score(probabilities).argmax(1).tolist() == top
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: EmbeddingSaver("no", codes=SimpleNamespace()), "`output_format` must be npz for codes"),
-        (lambda: LabelMapSaver(["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
-    ],
-)
-def test_rejects_bad_arguments(make: Callable[[], Saver], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_codes_are_no_csv(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`output_format` must be npz for codes"):
+        EmbeddingSaver(tmp_path, codes=SimpleNamespace())
 
 
 def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -> None:
@@ -260,29 +241,13 @@ def test_a_label_map_comes_back_on_the_same_grid(tmp_path: Path, axes: Any, sign
         np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(itk).T, values)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
-def test_every_value_of_uint8_can_be_stored(tmp_path: Path, dtype: Any) -> None:
+def test_every_value_of_uint8_can_be_stored(tmp_path: Path) -> None:
     values = np.arange(256).reshape(8, 8, 4)
-    path = store(tmp_path, values.astype(dtype))
-    image = nib.load(path)
+    image = nib.load(store(tmp_path, values))
     assert image.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asarray(image.dataobj), values)
     assert image.header.get_xyzt_units()[0] == "mm"
     assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (1, 1)
-    assert [each.name for each in path.parent.iterdir()] == ["a.nii.gz"]
-
-
-def test_a_failure_leaves_the_former_label_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = store(tmp_path, blocks())
-
-    def fail(file: gzip.GzipFile, data: bytes) -> None:
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(gzip.GzipFile, "write", fail)
-    with pytest.raises(OSError, match="the disk is full"):
-        store(tmp_path, blocks() * 0)
-    np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), blocks())
-    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -291,10 +256,8 @@ def test_a_failure_leaves_the_former_label_map(tmp_path: Path, monkeypatch: pyte
         ([], []),
         (["/data/scan.NII.GZ"], ["scan"]),
         (["/data/a/scan.nii.gz", "/data/b/scan.nrrd", "/data/top.nii"], ["a/scan", "b/scan", "top"]),
-        (["/data/p1/series", "/data/p2/scan.mha"], ["p1/series", "p2/scan"]),
         (["/data", "/data/more/scan.mha"], ["data", "data/more/scan"]),
         (["/data/scan.nii.gz", "/data/scan.nrrd"], ["scan.nii.gz", "scan.nrrd"]),
-        (["/data/scan", "/data/scan.mha", "/data/b.mha"], ["scan", "scan.mha", "b"]),
         (["/data/1.2.840.113", "/data/1.2.840.114"], ["1.2.840.113", "1.2.840.114"]),
         (["/data/a.mha", "/data/a.nrrd", "/data/a.mha.nii"], ["a.mha", "a.nrrd", "a.mha.nii"]),
     ],
@@ -324,13 +287,8 @@ def write_volume(path: Path, label: np.ndarray | None = None, affine: np.ndarray
 
 def segment(paths: list[str], output_dir: Path) -> None:
     """Run an evaluator as the bundle's inference does."""
-    steps = Compose(
-        [
-            LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
-            Orientationd("image", axcodes="RAS", labels=None),
-            SelectItemsd("image"),
-        ]
-    )
+    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
+    steps = Compose([load, Orientationd("image", axcodes="RAS", labels=None), SelectItemsd("image")])
     loader = ReadableLoader(Dataset([{"image": path} for path in paths], steps))
     infer(loader, LabelMapSaver(CLASSES, output_dir), Oracle(), OriginalGridd("pred"), decollate=True)
 
@@ -371,38 +329,3 @@ def test_label_maps_lie_as_their_images_do_with_names_beside_them(tmp_path: Path
     assert [row["image"] for row in rows] == paths
     assert [row["label_map"] for row in rows] == [str(tmp_path / "out" / f"{stem}_seg.nii.gz") for stem in stems]
     assert not any(row["error"] for row in rows)
-
-
-def test_a_volume_that_cannot_be_read_is_named_when_all_others_are_done(tmp_path: Path) -> None:
-    paths = [write_volume(tmp_path / "data" / f"{name}.nii.gz") for name in "abc"]
-    Path(paths[1]).write_bytes(b"no image")
-    paths.append(str(tmp_path / "data" / "gone.nii.gz"))
-    message = r"2 of 4 images could not be read: .*label_maps\.csv names them and says why\. All others are done"
-    with pytest.raises(ValueError, match=message):
-        segment(paths, tmp_path / "out")
-    written = {f"{stem}_seg.{suffix}" for stem in "ac" for suffix in ("nii.gz", "json")}
-    assert files(tmp_path / "out") == {*written, "label_maps.csv"}
-    rows = table(tmp_path / "out" / "label_maps.csv")
-    assert [row["image"] for row in rows] == paths
-    assert [bool(row["label_map"]) for row in rows] == [not row["error"] for row in rows] == [1, 0, 1, 0]
-    assert "b.nii.gz" in rows[1]["error"]
-
-
-def test_a_second_run_lists_only_its_own_label_maps(tmp_path: Path) -> None:
-    label_map = MetaTensor(torch.as_tensor(blocks()[None]), affine=torch.as_tensor(affine_of()))
-    data = [{"image": f"/data/{name}.nii"} for name in "ab"]
-    loader: Any = SimpleNamespace(dataset=SimpleNamespace(data=data), errors={}, refuse_unreadable=lambda path: None)
-    saver = LabelMapSaver(CLASSES, tmp_path)
-
-    def step(engine: Engine, index: int) -> list[dict[str, Any]]:
-        engine.state.batch = [{"index": torch.tensor(index)}]
-        return [{"pred": label_map}]
-
-    for indices in ([0, 1], [1]):
-        engine: Any = Engine(step)
-        engine.data_loader = loader
-        saver.attach(engine)
-        engine.run(indices, max_epochs=1)
-        listed = [bool(row["label_map"]) for row in table(tmp_path / "label_maps.csv")]
-        assert listed == [index in indices for index in (0, 1)]
-    assert json.loads((tmp_path / "a_seg.json").read_text())["image"] == "/data/a.nii"

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -11,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import Writer, table
+from helpers import evaluated as run
 from monai.data import DataLoader, Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
 from torch import Tensor, nn
 
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers import segmentation as module
-from dissect_monai.handlers.segmentation import SegmentationEvaluation, read_maps, refuse_unmapped, score_case
-from dissect_monai.handlers.segmentation_report import NO_PICTURE, CaseScores
+from dissect_monai.handlers.segmentation import SegmentationEvaluation, read_maps, score_case
 
 LABELS = {"liver": [6], "kidneys": [2, 3], "spleen": [1]}
 CLASSES = ["spleen", "liver", "kidneys"]
@@ -39,10 +36,8 @@ def write(folder: Path, name: str, label: np.ndarray, flipped: bool = False) -> 
     """An image whose values are the classes of `CLASSES`, and its label map, in another orientation if `flipped`."""
     affine = np.diag([*SPACING, 1.0])
     if flipped:
-        label, affine = (
-            label.transpose(2, 0, 1)[:, ::-1],
-            np.eye(4)[[1, 2, 0, 3]] * [SPACING[2], -SPACING[0], SPACING[1], 1],
-        )
+        label = label.transpose(2, 0, 1)[:, ::-1]
+        affine = np.eye(4)[[1, 2, 0, 3]] * [SPACING[2], -SPACING[0], SPACING[1], 1]
     classes = np.zeros(label.shape, dtype=np.float32)
     for index, each in enumerate(CLASSES, 1):
         classes[np.isin(label, LABELS[each])] = index
@@ -74,26 +69,16 @@ def evaluated(
     **arguments: Any,
 ) -> dict[str, float]:
     """Metrics of an evaluator that resamples, pads and slides a window, as a bundle's does."""
-    steps = Compose(
-        [
-            LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
-            Orientationd("image", axcodes="RAS", labels=None),
-            Spacingd("image", pixdim, mode="nearest"),
-            SpatialPadd("image", (24, 24, 24)),
-            SelectItemsd("image"),
-        ]
-    )
-    logging.getLogger("ignite").setLevel(logging.ERROR)
-    evaluator = SupervisedEvaluator(
-        device="cpu",
-        val_data_loader=DataLoader(Dataset(items, steps), batch_size=1),
-        network=network or Oracle(),
-        inferer=SlidingWindowInferer((16, 16, 16), overlap=0.5),
-        val_handlers=[handler],
-        **arguments,
-    )
-    evaluator.run()
-    return evaluator.state.metrics
+    steps = [
+        LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
+        Orientationd("image", axcodes="RAS", labels=None),
+        Spacingd("image", pixdim, mode="nearest"),
+        SpatialPadd("image", (24, 24, 24)),
+        SelectItemsd("image"),
+    ]
+    loader = DataLoader(Dataset(items, Compose(steps)), batch_size=1)
+    inferer = SlidingWindowInferer((16, 16, 16), overlap=0.5)
+    return run(network or Oracle(), loader, handler, inferer=inferer, **arguments).state.metrics
 
 
 # --- the evaluator
@@ -141,7 +126,7 @@ def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     handler = SegmentationEvaluation(CLASSES, tmp_path, num_samples=20)
     evaluated(items, handler, Oracle(lost=(2,)))
     assert evaluated(items[1:], handler)["dice_mean"] == 1
-    assert {row["subject"] for row in table(tmp_path / "subjects.csv")} == {"b"}
+    assert {row["subject"] for row in table(tmp_path / "cases.csv")} == {"b"}
 
 
 def test_structures_that_cannot_be_scored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -164,67 +149,31 @@ def test_a_prediction_of_unknown_origin_is_refused(tmp_path: Path) -> None:
 # --- pictures and report
 
 
-def test_the_first_cases_become_overlays_in_tensorboard(tmp_path: Path) -> None:
-    items = [write(tmp_path, name, label_map(), name == "b.c") for name in ("a", "b.c", "d")]
-    writer: Any = Writer()
-    evaluated(items, SegmentationEvaluation(CLASSES, num_samples=20, writer=writer))
-    assert list(writer.images) == ["overlays/1_a_image", "overlays/2_b"]
-    for shapes in writer.images.values():
-        assert list(shapes) == [1]
-        assert shapes[1][::2] == (3, 1500)
-
-
-def test_overlays_show_the_prediction_in_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_show_the_prediction_on_the_grid_of_the_file_in_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "case_figure", lambda *arguments: drawn.append(arguments))
     monkeypatch.setattr(module, "figure_to_tensor", lambda figure: torch.zeros(3, 1, 1))
+    monkeypatch.setattr(module, "figure_to_png", lambda figure: b"")
     item = write(tmp_path, "a", label_map(), flipped=True)
     writer: Any = Writer()
-    handler = SegmentationEvaluation(CLASSES, num_samples=20, writer=writer, window=(-100.0, 300.0))
-    evaluated([item], handler, Oracle(lost=(1,)))
-    ((given, maps, labels, window),) = drawn
-    assert given["image"] == item["image"]
-    label = np.asarray(nib.load(item["image"]).dataobj)
-    np.testing.assert_array_equal(maps.label, label)  # on the grid of the file
-    np.testing.assert_array_equal(maps.pred, np.where(label == 1, 0, label))
-    assert (labels, window) == ({"spleen": [1], "liver": [2], "kidneys": [3]}, (-100.0, 300.0))
-    assert list(labels) == CLASSES
-
-
-@pytest.mark.parametrize("facts", [None, {}, {"weights": "models/model.pt"}])
-def test_a_report_is_written_only_with_facts(tmp_path: Path, facts: dict[str, str] | None) -> None:
-    items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
-    notes = ["The weights were chosen on these very subjects."]
-    handler = SegmentationEvaluation(CLASSES, tmp_path / "eval", num_samples=20, facts=facts, notes=notes)
-    evaluated(items, handler)
-    written = {path.name for path in (tmp_path / "eval").iterdir()}
-    tables = {"cases.csv", "subjects.csv", "summary.csv"}
-    assert written == (tables if facts is None else {*tables, "report.html"})
-    if facts is not None:
-        page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
-        assert all(text in page for text in (*facts.values(), *notes))
-        assert page.count("data:image/png") == 2
-        assert NO_PICTURE not in page
-
-
-# --- several processes
-
-
-def as_first_of_two(monkeypatch: pytest.MonkeyPatch, other: dict[str, CaseScores]) -> None:
-    """The other process has scored these cases."""
-
-    def all_gather_object(gathered: list[Any], own: Any) -> None:
-        gathered[:] = [own, other]
-
-    distributed = SimpleNamespace(
-        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=all_gather_object
+    handler = SegmentationEvaluation(
+        CLASSES, tmp_path, num_samples=20, writer=writer, window=(-100.0, 300.0), facts={"weights": "model.pt"}
     )
-    monkeypatch.setattr(module, "dist", distributed)
+    evaluated([item, item], handler, Oracle(lost=(1,)))
+    assert list(writer.images) == ["overlays/1_a_image"]
+    assert (tmp_path / "report.html").exists()
+    label = np.asarray(nib.load(item["image"]).dataobj)
+    assert len(drawn) == 3  # twice in TensorBoard, and in the report from what was stored
+    for given, maps, class_names, window in drawn:
+        assert given["image"] == item["image"]
+        np.testing.assert_array_equal(maps.label, label)
+        np.testing.assert_array_equal(maps.pred, np.where(label == 1, 0, label))
+        assert (class_names, window) == (CLASSES, (-100.0, 300.0))
 
 
-def test_processes_have_the_metrics_of_all_cases_and_pictures_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_have_the_metrics_of_all_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without = np.where(label_map() == 1, 0, label_map())
     maps = {"a": label_map(), "b": without, "c": label_map(), "d": np.roll(label_map(), 1, 0)}
     items = [write(tmp_path, name, label) for name, label in maps.items()]
@@ -232,14 +181,12 @@ def test_processes_have_the_metrics_of_all_cases_and_pictures_of_their_own(
     whole = evaluated(items, SegmentationEvaluation(CLASSES, tmp_path / "whole", num_samples=50), network)
     other = SegmentationEvaluation(CLASSES, num_samples=50)
     evaluated([items[3], items[0]], other, network)
-    as_first_of_two(monkeypatch, other.cases)
     # Both have scored `a`, as where items do not divide by processes.
-    shared = SegmentationEvaluation(CLASSES, tmp_path / "shared", num_samples=50, facts={})
+    monkeypatch.setattr(module, "of_all_processes", lambda own: [own, other.cases])
+    shared = SegmentationEvaluation(CLASSES, tmp_path / "shared", num_samples=50)
     assert evaluated(items[:3], shared, network) == whole
-    for name in ("cases.csv", "subjects.csv", "summary.csv"):
+    for name in ("cases.csv", "summary.csv"):
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    page = (tmp_path / "shared" / "report.html").read_text(encoding="utf-8")
-    assert (page.count("data:image/png"), page.count(NO_PICTURE)) == (2, 1)
 
 
 # --- one case
@@ -266,31 +213,17 @@ def test_only_the_largest_parts_of_the_named_structures_count(tmp_path: Path) ->
     assert [value == 1 for value in scores(item, spilled, CLASSES)] == [True, False, True]
 
 
-def test_maps_are_classes_on_the_grid_of_the_file(tmp_path: Path) -> None:
-    item = write(tmp_path, "a", label_map(), flipped=True)
-    image = LoadImaged("image", reader=ImageFileReader(), ensure_channel_first=True)(item)["image"]
-    pred = Orientationd("image", axcodes="RAS", labels=None)({"image": image})["image"]
-    maps = read_maps(item, pred, CLASSES)
-    np.testing.assert_array_equal(maps.label, np.asarray(nib.load(item["image"]).dataobj))
-    np.testing.assert_array_equal(maps.pred, maps.label)
-    np.testing.assert_array_equal(maps.affine, nib.load(item["label"]).affine)
-
-
 # --- refusals
 
 
 @pytest.mark.parametrize(
     ("class_names", "pred", "message"),
     [
-        (
-            ["heart"],
-            torch.zeros(2, *SHAPE),
-            r"must share a structure with the `labels` of .*got \['heart'\] and \['liv",
-        ),
+        (["heart"], torch.zeros(2, *SHAPE), r"must share a structure with the `labels` of .*\['heart'\] and \['liv"),
         (
             ["liver"],
             torch.zeros(4, *SHAPE),
-            r"`class_names` must name the 3 classes of the prediction, got \['liver'\]",
+            r"must name the 3 classes of the prediction, got \['liver'\]",
         ),
         (CLASSES, torch.zeros(3, *SHAPE), "must name the 2 classes of the prediction, got .*'kidneys'"),
         (["liver"], torch.full((1, *SHAPE), 2), r"must name the 2 classes of the prediction, got \['liver'\]"),
@@ -312,13 +245,3 @@ def test_a_label_file_beside_the_prediction_or_with_fractions_is_named(tmp_path:
     nib.save(nib.Nifti1Image(label_map() * 0.5, np.eye(4)), item["label"])
     with pytest.raises(ValueError, match=r"`label map .*a_label.nii.gz` must hold integers"):
         evaluated([item], SegmentationEvaluation(CLASSES, num_samples=20))
-
-
-@pytest.mark.parametrize("missing", [{"label": [1.0, 0.0]}, {"label": None}, {"labels": ["liver"]}, {"labels": {}}])
-def test_items_without_names_or_label_map_are_refused(missing: dict[str, Any]) -> None:
-    item = {"image": "a.nii", "label": "b.nii", "labels": LABELS}
-    refuse_unmapped([item])
-    with pytest.raises(ValueError, match=r"every volume must have a label map .* for a.nii: write them"):
-        refuse_unmapped([item, {**item, **missing}])
-    with pytest.raises(ValueError, match="at least one volume with a label map, got none"):
-        refuse_unmapped([])

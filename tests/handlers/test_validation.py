@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Writer, evaluated
+from helpers import evaluated
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import resnet10
@@ -74,14 +74,6 @@ def test_without_any_judged_finding_the_means_are_nan() -> None:
     assert all(np.isnan(value) for value in metrics.values())
 
 
-def test_draws_curves_at_the_interval() -> None:
-    handler = ClassificationMetrics(NAMES, writer := Writer(), interval=2)  # type: ignore[arg-type]
-    evaluator = validated(*drawn(), handler)
-    for epoch in (2, 3, 4):
-        evaluator.run(epoch)
-    assert {name: list(images) for name, images in writer.images.items()} == {"roc": [2, 4], "reliability": [2, 4]}
-
-
 # ---- k-NN of an encoder ------------------------------------------------------------------------------------------
 
 
@@ -115,14 +107,3 @@ def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
         expected = [roc_auc_score(labels[known[:, i], i], scores[known[:, i], i]) for i in range(2)]
         assert metrics[name] == pytest.approx(np.mean(expected))
     assert set(metrics) == {"knn_auroc", "knn_auroc_stages", "embedding_collapse"}
-
-
-def test_knn_says_when_the_embedding_has_collapsed() -> None:
-    class Constant(nn.Module):
-        def encode(self, images: torch.Tensor) -> tuple[None, list[torch.Tensor]]:
-            return None, [images, images[:, :, :1, :1] * 0 + torch.arange(4.0).view(1, 4, 1, 1)]
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return images
-
-    assert 1 >= neighbours(Constant())["embedding_collapse"] > neighbours(encoder())["embedding_collapse"] >= 0

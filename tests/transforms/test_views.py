@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from dissect_monai.transforms.augment import BatchAugment, Corrupt
-from dissect_monai.transforms.views import HierarchyViews, MaskedImages, Views, prepare_images
+from dissect_monai.transforms.views import HierarchyViews, Views, prepare_images
 
 TASKS, GROUPS = ["spleen", "pancreas", "heart"], ["abdomen", "thorax"]
 IDENTITY = BatchAugment(
@@ -125,36 +125,3 @@ def test_masks_repeat_with_their_epoch_and_leave_the_global_generator_alone() ->
     again = views(make_batch(), "cpu")
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.target.masked, again.target.masked)
-
-
-# ---- masked images -----------------------------------------------------------------------------------------------
-
-
-def test_masked_images_are_targets_with_holes() -> None:
-    batch = {"image": torch.randint(1, 256, (12, 1, 8, 8, 8), dtype=torch.uint8)}
-    images, target = MaskedImages(Corrupt(0.4, mask_size=2))(batch)
-    torch.testing.assert_close(target.views, batch["image"].float() / 255)
-    assert target.masked.shape == (12, 1, 8, 8, 8)
-    assert target.masked.float().mean() == pytest.approx(0.4, abs=0.05)
-    assert not images[target.masked].any()
-    assert torch.equal(images[~target.masked], target.views[~target.masked])
-
-
-@both_dims
-def test_masks_of_images_depend_on_neither_batches_nor_other_draws(shape: tuple[int, ...]) -> None:
-    images = torch.rand(12, 1, *shape)
-
-    def masks(batch_size: int, seed: int = 0) -> torch.Tensor:
-        masking = MaskedImages(Corrupt(0.4, mask_size=1), seed)
-        return torch.cat([masking({"image": batch})[1].masked for batch in images.split(batch_size)])
-
-    expected = masks(12)
-    torch.rand(3)
-    assert torch.equal(masks(1), expected)
-    assert torch.equal(masks(5), expected)
-    assert not torch.equal(masks(5, seed=1), expected)
-
-
-def test_nothing_to_mask_is_refused() -> None:
-    with pytest.raises(ValueError, match="`mask_fraction` must be over 0"):
-        MaskedImages(Corrupt(0))

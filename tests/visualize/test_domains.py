@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from helpers import table
 
 from dissect_monai.data.datalists import Datalist
 from dissect_monai.data.volume_lists import aggregate
@@ -60,13 +60,12 @@ def test_intensities_are_those_of_a_bounded_sample(tmp_path: Path, datalist: Dat
 def test_the_table_is_written_and_logged(tmp_path: Path, datalist: Datalist, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     report_domains(datalist, tmp_path / "new" / "domains.csv")
-    with open(tmp_path / "new" / "domains.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "new" / "domains.csv")
     assert [row["task"] for row in rows] == ["kidneys", "liver"]
     assert float(rows[1]["minimum"]) == -50
-    title, *table = caplog.messages[0].splitlines()
+    title, *lines = caplog.messages[0].splitlines()
     assert title == "Aggregated 14 volumes:"
-    starts = [[found.start() for found in re.finditer(r"(?:^|(?<=  ))\S", line)] for line in table]
+    starts = [[found.start() for found in re.finditer(r"(?:^|(?<=  ))\S", line)] for line in lines]
     assert [len(places) for places in starts] == [12] * 3
     assert starts[0] == starts[1] == starts[2]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from helpers import Page
 from PIL import Image
 
@@ -44,7 +43,7 @@ def write(path: Path, **changes: Any) -> Page:
 def test_the_page_has_its_parts_in_order(tmp_path: Path) -> None:
     page = write(tmp_path, notes=["n counts labels.", "a < b"])
     assert page.of("h1") == page.of("title") == ["Chest X-rays: test split"]
-    assert page.of("h2") == ["Results", "Figures", "Worst cases"]
+    assert page.of("h2") == ["Results", "Worst cases"]
     assert page.of("figcaption") == ["ROC"]
     assert page.of("p")[0] == "For research; not a medical device, and not for diagnosis."
     assert page.of("li") == ["n counts labels.", "a < b"]
@@ -53,26 +52,13 @@ def test_the_page_has_its_parts_in_order(tmp_path: Path) -> None:
     assert page.of("dd") == ["phantoms", "1,500", "0.795", "a/b.png", "1", "0.031"]
     bare = write(tmp_path, figures={}, cases=())
     assert bare.of("h2") == ["Results"]
-    assert "ul" not in bare.tags
 
 
 def test_the_table_shows_values_with_their_intervals_and_what_is_unknown_as_a_dash(tmp_path: Path) -> None:
     page = write(tmp_path, facts={})
     assert page.of("th") == HEADINGS
-    assert page.of("td") == [
-        "Effusion",
-        "1,428",
-        "0.795",
-        "1.000",
-        "12.3",
-        "1",
-        "Hernia",
-        "–",
-        "–",
-        "0.500",
-        "0.2",
-        "–",
-    ]
+    effusion, hernia = ["Effusion", "1,428", "0.795", "1.000", "12.3", "1"], ["Hernia", "–", "–", "0.500", "0.2", "–"]
+    assert page.of("td") == effusion + hernia
     assert page.of("small") == ["0.756–0.838", "no interval", "3.2–20.0"]
 
 
@@ -97,18 +83,9 @@ def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 def test_no_text_becomes_an_element_an_attribute_or_part_of_the_template(tmp_path: Path) -> None:
-    page = write(
-        tmp_path,
-        title=ATTACK,
-        facts={ATTACK: ATTACK},
-        headings=[ATTACK],
-        rows=[(ATTACK,), (colored(ATTACK, ATTACK),)],
-        figures={ATTACK: png(0)},
-        cases=[Case({ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})],
-        cases_heading=ATTACK,
-        notes=[ATTACK],
-        limits=[ATTACK],
-    )
+    texts = {"title": ATTACK, "facts": {ATTACK: ATTACK}, "headings": [ATTACK], "cases_heading": ATTACK}
+    rows, cases = [(ATTACK,), (colored(ATTACK, ATTACK),)], [Case({ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})]
+    page = write(tmp_path, **texts, rows=rows, cases=cases, figures={ATTACK: png(0)}, notes=[ATTACK], limits=[ATTACK])
     assert "script" not in page.tags
     assert not page.values("onerror")
     tags = ("h1", "h2", "dt", "dd", "th", "td", "figcaption", "li", "p", "div")
@@ -121,8 +98,6 @@ def test_file_names_that_are_no_text_are_written(tmp_path: Path) -> None:
     assert "caf? é.png" in page.of("dd")
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(np.int64(12345), "12,345"), (np.float32(0.25), "0.250"), (float("inf"), "inf"), (True, "1")]
-)
-def test_numbers_of_any_type_are_shown(tmp_path: Path, value: Any, text: str) -> None:
-    assert write(tmp_path, facts={"fact": value}, cases=()).of("dd") == [text]
+def test_numbers_of_any_type_are_shown(tmp_path: Path) -> None:
+    facts = {"a": np.int64(12345), "b": np.float32(0.25), "c": float("inf"), "d": True}
+    assert write(tmp_path, facts=facts, cases=()).of("dd") == ["12,345", "0.250", "inf", "1"]

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from dissect_monai.visualize.classifier import figure_to_tensor
 from dissect_monai.visualize.segmentation import FILL, ORGAN_COLORS, segmentation_overlay
 
-LABELS = {"liver": [1], "right_kidney": [2], "spleen": [3, 4], "heart": [9]}
+CLASSES = ["liver", "right_kidney", "heart", "spleen"]
 SHAPE, SPACING = (24, 20, 12), (1.0, 2.0, 5.0)
 
 
@@ -25,7 +25,7 @@ def overlay(**changes: Any) -> Any:
     label, pred = maps()
     image = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     return segmentation_overlay(
-        **{"image": image, "label": label, "pred": pred, "labels": LABELS, "spacing": SPACING, **changes}
+        **{"image": image, "label": label, "pred": pred, "class_names": CLASSES, "spacing": SPACING, **changes}
     )
 
 
@@ -81,10 +81,9 @@ def test_planes_show_most_structures_or_most_of_a_single_one() -> None:
     for cut in (np.s_[:, :, z], np.s_[:, y], np.s_[x]):
         assert len(set(np.unique([label[cut], pred[cut]])) - {0}) >= 2
     assert set(np.unique([label[:, :, z], pred[:, :, z]])) == {0, 1, 2, 4}
-    for name, of in (("right_kidney", label), ("spleen", pred)):  # the label lacks the spleen
-        mask = np.isin(of, LABELS[name])
-        areas = [mask.sum(tuple({0, 1, 2} - {axis})) for axis in range(3)]
-        found = center(labels={name: LABELS[name]})
+    for value, of in ((2, label), (4, pred)):  # the label lacks the spleen
+        areas = [(of == value).sum(tuple({0, 1, 2} - {axis})) for axis in range(3)]
+        found = center(label=label * (label == value), pred=pred * (pred == value))
         assert [area[place] for area, place in zip(areas, found, strict=True)] == [area.max() for area in areas]
 
 
@@ -104,8 +103,11 @@ def test_predictions_are_areas_and_labels_are_outlines_of_one_colour() -> None:
 
 
 def test_the_legend_names_what_is_missed_or_not_in_the_label() -> None:
+    figure = overlay()
     names = ["Prediction", "Label", "liver", "right kidney (missed)", "spleen (not in the label)"]
-    assert legend(overlay()) == names
+    assert legend(figure) == names
+    colors = [patch.get_facecolor()[:3] for patch in figure.legends[0].get_patches()[2:]]
+    assert colors == [pytest.approx(to_rgb(ORGAN_COLORS[index])) for index in (0, 1, 3)]  # whatever else is there
 
 
 def test_structures_fill_the_picture() -> None:
@@ -130,5 +132,5 @@ def test_the_window_is_what_is_black_and_white() -> None:
 
 def test_there_may_be_more_structures_than_colours() -> None:
     label = np.arange(24 * 20 * 12).reshape(SHAPE) % 40
-    labels = {f"organ {value}": [value] for value in range(1, 40)}
-    assert len(legend(overlay(label=label, pred=label, labels=labels))) == 41
+    names = [f"organ {value}" for value in range(1, 40)]
+    assert len(legend(overlay(label=label, pred=label, class_names=names))) == 41

@@ -6,13 +6,10 @@ import torch
 from dissect_monai.visualize import training
 from dissect_monai.visualize.training import (
     MASK_COLOR,
-    SLICE_GAP,
-    SLICE_SIDE,
     TILE_SIDE,
     code_colors,
     code_figure,
     show_mask,
-    slice_figure,
     view_figure,
 )
 
@@ -86,15 +83,11 @@ def test_images_that_are_large_enough_stay_as_they_are(side: int) -> None:
 
 
 @pytest.mark.parametrize("volume", [False, True])
-def test_slices_are_seen_from_below_and_parted_by_white(volume: bool) -> None:
+def test_slices_are_seen_from_below(volume: bool) -> None:
     images = torch.rand(2, 1, 200, 210)
-    figure = slice_figure([images[..., None] if volume else images] * 3)
-    assert figure.shape == (3, 2 * (210 + SLICE_GAP), 3 * (200 + SLICE_GAP))
+    figure = view_figure([images[..., None] if volume else images] * 3, slices=True)
+    assert figure.shape == (3, 2 * 210, 3 * 200)
     assert torch.equal(figure[0, :210, :200], images[0, 0].flip(0, 1).T)
-    assert (figure[:, 210 : 210 + SLICE_GAP] == 1).all()
-    assert (figure[:, :, 200 : 200 + SLICE_GAP] == 1).all()
-    enlarged = slice_figure([images[..., :8, :8]])
-    assert enlarged.shape == (3, 2 * (SLICE_SIDE + SLICE_GAP), SLICE_SIDE + SLICE_GAP)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
