@@ -51,9 +51,9 @@ HEADINGS = ("Finding", "AUROC", "AP", "Sensitivity", "Specificity", "ECE", "Thre
 NOTES = (
     f"n counts the images whose label is known. Findings without positives or negatives in the test split have no "
     f"metrics and are not drawn; {MACRO} is the mean over those that have the metric.",
-    "ECE is the calibration error in 15 bins. Intervals are percentiles of resamples of the subjects. ECE has none: chance "
-    "raises it, the more so in resamples. Where no resample differs, as at 0 and 1, Wilson's interval over subjects stands "
-    "in, or none.",
+    "ECE is the calibration error in 15 bins. Intervals are percentiles of resamples of the subjects. ECE has none: "
+    "chance raises it, the more so in resamples. Where no resample differs, as at 0 and 1, Wilson's interval over "
+    "subjects stands in, or none.",
 )
 SALIENCY = "Saliency shows what moved the output, not where a finding is or why it was made."
 NO_SALIENCY = "No saliency: nothing raised the output."
@@ -219,10 +219,10 @@ def finding_rows(
 ) -> list[FindingRow]:
     """A line for the mean over the `usable_findings`, then one for every finding, of which others have counts alone.
 
-    Intervals are 95 % percentiles of resamples of the subjects; ECE has none. Where no resample differs, as where all positives are found, AUROC, sensitivity and specificity have Wilson's interval over
-    the subjects that they count (AUROC: those of the rarer class), their means the means of such ends, others none.
-    A threshold of NaN leaves a finding without sensitivity and specificity. Labels, 1, 0 or NaN (unknown), and
-    probabilities are (N, C).
+    Intervals are 95 % percentiles of resamples of the subjects; ECE has none. Where no resample differs, as where all
+    positives are found, AUROC, sensitivity and specificity have Wilson's interval over the subjects that they count
+    (AUROC: those of the rarer class), their means the means of such ends, others none. A threshold of NaN leaves a
+    finding without sensitivity and specificity. Labels, 1, 0 or NaN (unknown), and probabilities are (N, C).
     """
     found = {
         index: _resampled(labels[:, index], probabilities[:, index], thresholds[index], subjects, num_samples, seed)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
