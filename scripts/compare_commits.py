@@ -78,7 +78,7 @@ RUNS = {
     "volumes_seg": [
         f"{SEG}/train {LABELLED} {EPOCHS} {PRETRAINED.format('volumes_hssl')} --iterations_per_epoch 8 "
         "--freeze_epochs 1 --deep_supervision 1 --fold 0 --label_fraction 0.5",
-        f"{SEG}/evaluate {LABELLED} --test_flip_axes [0] --largest_only all",
+        f"{SEG}/evaluate {LABELLED} --largest_only all",
         f"{SEG}/inference {LABELLED}",
     ],
 }

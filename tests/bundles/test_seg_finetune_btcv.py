@@ -194,13 +194,6 @@ def test_refuses_to_go_on_with_other_settings_or_subjects(trained: Path, organs:
     assert same(weights(tmp_path), weights(trained))
 
 
-def test_training_ends_when_validation_has_not_improved_for_long(organs: Path, tmp_path: Path) -> None:
-    train(organs, tmp_path, **FROZEN, max_epochs=9, patience=2)
-    assert len(events_of(tmp_path).Scalars("dice_mean")) == 3
-    assert (tmp_path / "checkpoints" / "checkpoint_epoch=3.pt").is_file()
-    assert not (tmp_path / "checkpoints" / "checkpoint_epoch=4.pt").exists()
-
-
 def run_state(dataset_dir: Path, output_dir: Path, **knobs: Any) -> Weights:
     train(dataset_dir, output_dir, **{**SMALL, "select": "last", "validation_fraction": 0, **knobs})
     return weights(output_dir)
@@ -310,12 +303,6 @@ def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
     assert values_of(maps / "0_seg.nii.gz").shape == nib.load(image).shape[:3]
 
 
-def test_several_folders_are_one_data_set(blocks: Path, tmp_path: Path) -> None:
-    other = write_set(tmp_path / "other", 3)
-    train([str(blocks), str(other)], tmp_path / "out", **SMALL, validation_fraction=0, select="last")
-    assert settings(tmp_path / "out")["num_volumes"] == 9
-
-
 # ---- weights to start from ---------------------------------------------------------------------------------------
 
 
@@ -371,17 +358,6 @@ def test_weights_of_an_encoder_alone_start_the_encoder(vq_ssl: Path, organs: Pat
     before, after = weights(vq_ssl), weights(tmp_path)
     assert part(after, SEGRESNET_ENCODER).keys() == before.keys()
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-
-
-def test_weights_of_the_same_classes_start_all_layers(trained: Path, organs: Path, tmp_path: Path) -> None:
-    finetune(organs, tmp_path / "all", model(trained), **FROZEN)
-    before, after = weights(trained), weights(tmp_path / "all")
-    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-    finetune(organs, tmp_path / "some", model(trained), **FROZEN, structures=list(BTCV_ORGANS)[::-1])
-    other = weights(tmp_path / "some")
-    assert {key for key in before if not torch.allclose(before[key], other[key], atol=1e-6)} == {
-        f"{LAST_LAYER}conv.{kind}" for kind in ("weight", "bias")
-    }
 
 
 def test_the_encoder_is_frozen_for_the_first_epochs(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
@@ -484,31 +460,6 @@ def test_the_largest_part_alone_is_kept_of_the_structures_that_are_named(on_bloc
         parts("refused", largest_only=["liver"])
 
 
-def test_flips_at_the_test_make_the_result_follow_a_mirrored_volume(on_blocks: Path, tmp_path: Path) -> None:
-    image = box_volume(1)[0][2:18, 1:17].copy()
-    image[[0, -1]] = image[:, [0, -1]] = image[..., [0, -1]] = 0  # all is foreground, and one window holds it
-    for name, array in (("a", image), ("b", image[::-1])):
-        nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([3.0, 3, 3, 1])), tmp_path / f"{name}.nii.gz")
-    differences = {}
-    for axes in ((), (0,)):
-        knobs = {"pretrained": model(on_blocks), "test_flip_axes": list(axes)}
-        inputs = tmp_path / "images"
-        inputs.mkdir(exist_ok=True)
-        for name in ("a", "b"):
-            shutil.copy(tmp_path / f"{name}.nii.gz", inputs)
-        maps = segment(inputs, tmp_path / f"out{len(axes)}", **knobs)
-        first, second = (values_of(maps / f"{name}_seg.nii.gz") for name in ("a", "b"))
-        differences[axes] = float((first != second[::-1]).mean())
-    assert differences[0,] < 1e-3 < differences[()]
-
-
-def test_a_split_is_scored_by_name(trained: Path, organs: Path, tmp_path: Path) -> None:
-    for split, subjects in (("test", "test"), ("auto", "test"), ("validation", "validation")):
-        cases = evaluate(organs, tmp_path, pretrained=model(trained), split=split, report=False)
-        assert {row["subject"] for row in cases} == {f"abdomen_ct_{subjects}_00{index}" for index in (0, 1)}
-    assert not (tmp_path / "eval" / "report.html").exists()
-
-
 def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
     trained: Path, on_blocks: Path, blocks: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -524,20 +475,6 @@ def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
         evaluate(untested, tmp_path / "none", pretrained=model(trained), split="test")
 
 
-def test_a_label_map_on_another_grid_scores_alike(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
-    turned = edited(blocks, tmp_path)
-    for path in (turned / "labels").iterdir():
-        label = nib.load(path)
-        nib.save(label.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])).slicer[1:, :-1], path)
-    first, second = (
-        evaluate(folder, tmp_path / name, pretrained=model(on_blocks), report=False)
-        for folder, name in ((blocks, "a"), (turned, "b"))
-    )
-    assert [row["dice"] for row in first] == pytest.approx([row["dice"] for row in second])
-    # What was cut off the label maps is not scored.
-    assert all(float(a["pred_ml"]) >= float(b["pred_ml"]) for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize("kind", ["turned", "floats"])
 def test_a_run_trains_alike_on_label_maps_stored_otherwise(
     blocks: Path, plain: Weights, tmp_path: Path, kind: str
@@ -549,24 +486,6 @@ def test_a_run_trains_alike_on_label_maps_stored_otherwise(
         floats = nib.Nifti1Image(np.asarray(label.dataobj).astype(np.float32), label.affine)
         nib.save({"turned": turned, "floats": floats}[kind], path)
     assert same(run_state(folder, tmp_path / "out"), plain)
-
-
-def test_sets_of_other_formats_train_and_score_alike(blocks: Path, on_blocks: Path, tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
-
-    folder = tmp_path / "formats"
-    items = []
-    for item in read(blocks / "dataset.json")["training"]:
-        names = {"image": item["image"].replace(".nii.gz", ".mha"), "label": item["label"].replace(".nii.gz", ".nrrd")}
-        for key, name in names.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            sitk.WriteImage(sitk.ReadImage(blocks / item[key]), folder / name)
-        items.append({**item, **names})
-    write(folder / "dataset.json", {**read(blocks / "dataset.json"), "training": items})
-    expected, found = (run_state(each, tmp_path / each.name) for each in (blocks, folder))
-    assert all(torch.allclose(expected[key], found[key], atol=1e-3) for key in expected)
-    first, second = (evaluate(each, tmp_path / "out", pretrained=model(on_blocks)) for each in (blocks, folder))
-    assert [float(row["dice"]) for row in first] == pytest.approx([float(row["dice"]) for row in second], abs=5e-3)
 
 
 # ---- label maps --------------------------------------------------------------------------------------------------
@@ -642,20 +561,6 @@ def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path,
         seen = sitk.ReadImage(maps / f"{name}_seg.nii.gz")
         np.testing.assert_allclose(seen.GetDirection(), image.GetDirection(), atol=1e-4)
         np.testing.assert_allclose(seen.GetOrigin(), image.GetOrigin(), atol=1e-3)
-
-
-def test_a_label_map_does_not_depend_on_how_the_file_is_stored(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
-    image = nib.load(blocks / "images" / "0.nii.gz")
-    nib.save(image, tmp_path / "a.nii.gz")
-    nib.save(image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), tmp_path / "b.nii.gz")
-    maps = segment(tmp_path, tmp_path / "out", pretrained=model(on_blocks))
-    first, second = (nib.load(maps / f"{name}_seg.nii.gz") for name in "ab")
-    assert first.shape != second.shape
-    ras = [nib.as_closest_canonical(each) for each in (first, second)]
-    np.testing.assert_allclose(ras[0].affine, ras[1].affine, atol=1e-4)
-    labels = [np.asarray(each.dataobj) for each in ras]
-    assert len(np.unique(labels[0])) == 3
-    assert (labels[0] != labels[1]).mean() < 2e-3
 
 
 def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
@@ -758,14 +663,6 @@ def test_without_a_list_for_validation_the_last_weights_are_kept(
 def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Path, tmp_path: Path) -> None:
     with refused("give studies a final label in MONAI Label"):
         served(organs, trained, tmp_path, **{"train#dataset#data": [], "validate#dataset#data": []})
-
-
-def test_lists_of_a_server_need_weights_that_name_the_structures(organs: Path, trained: Path, tmp_path: Path) -> None:
-    changed = tmp_path / "changed"
-    shutil.copytree(trained, changed)
-    write(changed / "models" / "model.json", {**settings(trained), "class_names": []})
-    with refused("names of their structures need weights that say them"):
-        served(organs, changed, tmp_path / "bundle")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
