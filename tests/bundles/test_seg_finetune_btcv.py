@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -180,14 +179,11 @@ def test_the_weights_are_those_of_the_best_validation_or_the_last_epoch(trained:
 def test_refuses_to_go_on_with_other_settings_or_subjects(trained: Path, organs: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for knobs, message in (
-        ({"ce_weight": 0.3}, r"ce_weight 1\.0 \(now 0\.3\)"),
-        ({"structures": ["liver"]}, r"class_names \['spleen', .*\(now \['liver'\]\)"),
-        ({"fold": 0, "num_folds": 3}, r"fold None \(now 0\).*num_folds 5 \(now 3\)"),
-        ({"fold": 0, "num_folds": 3}, r"data \w+ \(now \w+\)"),
-        ({"label_fraction": 0.5}, r"label_fraction 1\.0 \(now 0\.5\).*num_volumes 4 \(now 2\)"),
-        ({"select": "last"}, r"select best \(now last\)"),
-        ({"flip_axes": [0]}, r"flip_axes \[\] \(now \[0\]\)"),
-        ({"freeze_epochs": 1}, r"freeze_epochs 0 \(now 1\)"),
+        (
+            {"structures": ["liver"], "ce_weight": 0.3},
+            r"ce_weight 1\.0 \(now 0\.3\), class_names \['spleen', .*\['liver'\]",
+        ),
+        ({"fold": 0, "num_folds": 3}, r"fold None \(now 0\), num_folds 5 \(now 3\).*, data \w+ \(now \w+\)"),
     ):
         with refused(rf"of a run with .*{message}"):
             train(organs, tmp_path, max_epochs=2, resume=True, **knobs)
@@ -212,9 +208,8 @@ def test_images_kept_on_the_device_do_not_change_the_weights(blocks: Path, plain
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"flip_axes": [0, 1, 2]},
-        {"amp": "true", "device": "cpu"},  # as the command line gives them
-        {"ce_weight": 0},
+        {"train#patches#transforms#4#_disabled_": False},  # mirrors
+        {"amp": "true", "device": "cpu", "ce_weight": 0},  # as the command line gives them
     ],
     ids=str,
 )
@@ -227,16 +222,13 @@ def test_knobs_change_the_weights(blocks: Path, plain: Weights, tmp_path: Path, 
 
 def test_deep_supervision_leaves_the_weights_of_a_plain_network(blocks: Path, tmp_path: Path) -> None:
     levels = {"blocks_down": [1, 1, 1, 1], "blocks_up": [1, 1, 1]}
-    state = run_state(blocks, tmp_path / "deep", deep_supervision=2, schedule_epochs=2, **levels)
+    knobs = {**levels, "deep_supervision": 2, "schedule_epochs": 2}
+    state = run_state(blocks, tmp_path / "straight", **knobs, max_epochs=2)
     network = SegResNet(3, init_filters=8, out_channels=3, blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1))
     network.load_state_dict(state)
+    run_state(blocks, tmp_path / "deep", **knobs)
     assert len(part(checkpoint(tmp_path / "deep", 1)["network"], "heads.")) == 4  # weight and bias of two
-    assert not same(state, run_state(blocks, tmp_path / "without", schedule_epochs=2, **levels))
-    more = {**levels, "deep_supervision": 2, "schedule_epochs": 2, "max_epochs": 2}
-    resumed = run_state(blocks, tmp_path / "deep", **more, resume=True)
-    assert same(resumed, run_state(blocks, tmp_path / "straight", **more))
-    with refused("`num_heads` must be at least 1 and fewer than the 2 levels, got 2"):
-        run_state(blocks, tmp_path / "few", deep_supervision=2)
+    assert same(run_state(blocks, tmp_path / "deep", **knobs, max_epochs=2, resume=True), state)
 
 
 # ---- which subjects ----------------------------------------------------------------------------------------------
@@ -325,9 +317,7 @@ def vq_ssl(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     knobs = {**TINY, "hidden_dim": 32, "num_embeddings": 16, "embedding_dim": 16, "output_dir": str(output_dir)}
     for name in ("blocks_up", "val_interval"):
         del knobs[name]
-    from monai.bundle import run
-
-    run(config_file=[str(PRETRAIN / f"{name}.json") for name in ("train", "volumes")], dataset_dir=str(organs), **knobs)
+    run_config([PRETRAIN / f"{name}.json" for name in ("train", "volumes")], dataset_dir=organs, **knobs)
     return output_dir
 
 
@@ -353,34 +343,17 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
     assert len(evaluate(organs, tmp_path)) == 26
 
 
-def test_weights_of_an_encoder_alone_start_the_encoder(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
-    finetune(organs, tmp_path, model(vq_ssl), **FROZEN)
-    before, after = weights(vq_ssl), weights(tmp_path)
-    assert part(after, SEGRESNET_ENCODER).keys() == before.keys()
-    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-
-
 def test_the_encoder_is_frozen_for_the_first_epochs(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
-    knobs = {"freeze_epochs": 1, "max_epochs": 2, "weight_decay": 0.1, "select": "last"}
-    finetune(organs, tmp_path, model(vq_ssl), **knobs)
+    finetune(organs, tmp_path, model(vq_ssl), freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
     assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl))
     assert not same(part(first, "up_layers."), part(second, "up_layers."))
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
-    fresh = tmp_path / "fresh"
-    finetune(organs, fresh, model(vq_ssl), **FROZEN, select="last")
-    assert not same(part(weights(fresh), "up_layers."), part(first, "up_layers."))
 
 
 def test_weights_that_do_not_fit_are_refused_before_training(hssl: Path, organs: Path, tmp_path: Path) -> None:
-    shutil.copy(model(hssl), tmp_path / "model.pt")
-    for pretrained, knobs, message in (
-        (tmp_path / "model.pt", {}, r"there is no model\.json beside .*model\.pt to say how it was trained"),
-        (model(hssl), {"init_filters": 16}, r"of another shape \(convInit\.conv\.weight.*init_filters"),
-        (model(hssl), {"blocks_down": [1, 1, 1]}, r"unexpected \(down_layers"),
-    ):
-        with refused(message):
-            finetune(organs, tmp_path / "out", pretrained, **knobs)
+    with refused(r"of another shape \(convInit\.conv\.weight.*init_filters"):
+        finetune(organs, tmp_path / "out", model(hssl), init_filters=16)
     assert not (tmp_path / "out").exists()
 
 
@@ -428,7 +401,7 @@ def scores_by_hand(dataset_dir: Path, maps: Path, class_names: list[str]) -> dic
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"largest_only": "all"}, {"test_flip_axes": [0, 1], "overlap": 0.25, "largest_only": ["dim"]}],
+    [{"largest_only": "all"}, {"overlap": 0.25, "largest_only": ["dim"]}],
     ids=str,
 )
 def test_scores_are_those_of_the_label_maps_that_inference_writes(
@@ -454,14 +427,13 @@ def test_the_largest_part_alone_is_kept_of_the_structures_that_are_named(on_bloc
 
     dim, bright = parts("kept")
     assert min(dim, bright) > 1
-    assert parts("cleaned", largest_only="all") == [1, 1]
     assert parts("some", largest_only=["bright"]) == [dim, 1]
     with refused("structures must be none, all, or among dim, bright, got liver"):
         parts("refused", largest_only=["liver"])
 
 
 def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
-    trained: Path, on_blocks: Path, blocks: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     untested = edited(organs, tmp_path, test=None)
     cases = evaluate(untested, tmp_path / "best", pretrained=model(trained))
@@ -469,23 +441,23 @@ def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
     note = "The weights were chosen on these very subjects, so that the scores are optimistic"
     assert note in capsys.readouterr().out
     assert note in (tmp_path / "best" / "eval" / "report.html").read_text(encoding="utf-8")
-    evaluate(blocks, tmp_path / "last", pretrained=model(on_blocks))
-    assert "optimistic" not in (tmp_path / "last" / "eval" / "report.html").read_text(encoding="utf-8")
     with refused("`test` must hold volumes with label maps to be scored, got none"):
         evaluate(untested, tmp_path / "none", pretrained=model(trained), split="test")
 
 
-@pytest.mark.parametrize("kind", ["turned", "floats"])
-def test_a_run_trains_alike_on_label_maps_stored_otherwise(
-    blocks: Path, plain: Weights, tmp_path: Path, kind: str
+def test_a_run_trains_and_scores_alike_on_label_maps_stored_otherwise(
+    on_blocks: Path, blocks: Path, plain: Weights, tmp_path: Path
 ) -> None:
     folder = edited(blocks, tmp_path)
     for path in (folder / "labels").iterdir():
         label = nib.load(path)
-        turned = label.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
         floats = nib.Nifti1Image(np.asarray(label.dataobj).astype(np.float32), label.affine)
-        nib.save({"turned": turned, "floats": floats}[kind], path)
+        nib.save(floats.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])), path)
     assert same(run_state(folder, tmp_path / "out"), plain)
+    first, second = (
+        evaluate(each, tmp_path / each.name, pretrained=model(on_blocks), report=False) for each in (blocks, folder)
+    )
+    assert [row["dice"] for row in first] == [row["dice"] for row in second]
 
 
 # ---- label maps --------------------------------------------------------------------------------------------------
@@ -497,24 +469,16 @@ def test_inference_writes_a_label_map_and_its_names_for_every_volume(
     maps = segment(organs, tmp_path, pretrained=model(trained))
     rows = table(maps / "label_maps.csv")
     assert len(rows) == 8
-    assert {path.name for path in maps.iterdir()} == {"label_maps.csv"} | {
-        f"{Path(row['image']).name.removesuffix('.nii.gz')}_seg{suffix}"
-        for row in rows
-        for suffix in (".nii.gz", ".json")
-    }
+    stems = [Path(row["image"]).name.removesuffix(".nii.gz") for row in rows]
+    written = {f"{stem}_seg{suffix}" for stem in stems for suffix in (".nii.gz", ".json")}
+    assert {path.name for path in maps.iterdir()} == {"label_maps.csv", *written}
     for row in rows:
         image, label_map = nib.load(row["image"]), nib.load(row["label_map"])
         assert row["error"] == ""
         assert label_map.shape == image.shape
-        assert label_map.get_data_dtype() == np.uint8
         np.testing.assert_allclose(label_map.affine, image.affine, atol=1e-4)
         said = read(Path(row["label_map"].replace(".nii.gz", ".json")))
-        assert said["image"] == row["image"]
         assert list(said["labels"].values()) == ["background", *BTCV_ORGANS]
-        counts = np.bincount(values_of(row["label_map"]).ravel(), minlength=14)[1:]
-        voxel_ml = abs(np.linalg.det(image.affine)) / 1000
-        assert list(said["volumes_ml"].values()) == pytest.approx((counts * voxel_ml).tolist(), abs=1e-2)
-    assert len({*np.unique([values_of(row["label_map"]).max() for row in rows])}) >= 1
 
 
 def lps_affine(image: Any) -> np.ndarray:
@@ -589,23 +553,13 @@ def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
 def test_two_processes_do_what_one_does_with_the_joined_batch_and_share_its_validation(
     blocks: Path, tmp_path: Path
 ) -> None:
-    saving = "$torch.save(@network_def.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
-    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
     # Three volumes to validate: an odd number. The cross-entropy alone is a mean over the samples of a batch.
     knobs = {**TINY, **SMALL, "validation_fraction": 0.5, "max_epochs": 2, "batch_size": 1, "dice_ce#lambda_dice": 0}
+    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json"
     result = two_processes(*configs, cwd=tmp_path, **knobs, dataset_dir=blocks, output_dir=tmp_path / "two")
     assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert same(first, second)
-    assert len(list(tmp_path.glob("two/eval/events*"))) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "two"}  # other ranks write nothing
-    written = {"checkpoints", "eval", "models", "rank0.pth", "rank1.pth"}
-    assert {path.name for path in (tmp_path / "two").iterdir()} == written
-    assert settings(tmp_path / "two")["world_size"] == 2
-
     train(blocks, tmp_path / "one", **{**knobs, "batch_size": 2})
     one, two = (checkpoint(tmp_path / name, 2)["network"] for name in ("one", "two"))
-    assert same(two, first)
     # Adam divides small gradients by their size, and so makes much of the rounding of a few.
     differing = torch.cat([(one[key] - two[key]).abs().ravel() for key in one])
     assert (differing > 1e-3).float().mean() < 0.01
@@ -651,11 +605,8 @@ def test_lists_of_a_server_train_the_served_weights_on(organs: Path, trained: Pa
     assert not same(weights(tmp_path), weights(trained))
 
 
-@pytest.mark.parametrize("nothing", [[], "$@datalist.validation"])
-def test_without_a_list_for_validation_the_last_weights_are_kept(
-    organs: Path, trained: Path, tmp_path: Path, nothing: Any
-) -> None:
-    served(organs, trained, tmp_path, **{"validate#dataset#data": nothing})
+def test_without_a_list_for_validation_the_last_weights_are_kept(organs: Path, trained: Path, tmp_path: Path) -> None:
+    served(organs, trained, tmp_path, **{"validate#dataset#data": []})
     assert settings(tmp_path)["select"] == "last"
     assert not same(weights(tmp_path), weights(trained))
 
@@ -670,30 +621,22 @@ def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Pat
 
 def test_unknown_values_in_a_label_map_are_refused(blocks: Path, tmp_path: Path) -> None:
     folder = edited(blocks, tmp_path, labels={"1": "dim"})
-    knobs = {**TINY, **SMALL, "dataset_dir": folder, "output_dir": tmp_path / "out", "validation_fraction": 0}
-    result = command_line(CONFIGS / "train.json", **knobs, select="last")
-    assert result.returncode == 1
-    message = result.stderr[result.stderr.rindex("error: ") :]
-    assert "got 6 of 6 that cannot" in message
-    assert re.search(r"label map .*0\.nii\.gz must hold values that `labels` .* names \(0, 1\), got 2", message)
-    assert "Traceback" not in result.stderr
+    with refused(r"got 6 of 6 that cannot(.|\n)*0\.nii\.gz must hold values that `labels` .* names \(0, 1\), got 2"):
+        run_state(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "models" / "model.pt").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": None}, r'must have a dataset.json that names the values of its label maps, such as "labels"'),
+def test_refuses_bad_sets_before_training(blocks: Path, tmp_path: Path) -> None:
+    one = [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz"}]
+    for index, (changes, message) in enumerate(
         (
-            {"training": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz"}]},
-            "`select` best chooses the weights on a validation split, and there is none",
-        ),
-        ({"modality": {"0": "T2", "1": "ADC"}}, "must have a channel for each of the modal"),
-    ],
-)
-def test_refuses_bad_sets_before_training(blocks: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with refused(message):
-        train(edited(blocks, tmp_path, **changes), tmp_path / "out", **SMALL)
+            ({"labels": None}, r'must have a dataset.json that names the values of its label maps, such as "labels"'),
+            ({"training": one}, "`select` best chooses the weights on a validation split, and there is none"),
+            ({"modality": {"0": "T2", "1": "ADC"}}, "must have a channel for each of the modal"),
+        )
+    ):
+        with refused(message):
+            train(edited(blocks, tmp_path / str(index), **changes), tmp_path / "out", **SMALL)
     assert not (tmp_path / "out" / "models" / "model.pt").exists()
 
 
@@ -718,22 +661,19 @@ def test_volumes_of_other_channels_than_the_weights_are_named(on_blocks: Path, t
         segment(folder / "images", tmp_path / "out", pretrained=model(on_blocks))
     rows = table(tmp_path / "out" / "eval" / "label_maps" / "label_maps.csv")
     assert all("a channel for each of the modalities CT, got 2" in row["error"] for row in rows)
-    message = r"every volume must have 1 channel\(s\), got T2, ADC for .*nii\.gz"
-    with refused(message):
-        evaluate(folder, tmp_path / "out", pretrained=model(on_blocks))
-    with refused(message):
-        segment(folder, tmp_path / "out", pretrained=model(on_blocks))
+    for config in (evaluate, segment):
+        with refused(r"every volume must have 1 channel\(s\), got T2, ADC for .*nii\.gz"):
+            config(folder, tmp_path / "out", pretrained=model(on_blocks))
 
 
 @pytest.mark.parametrize(
     ("config", "knob", "message"),
     [
-        ("train", {"structure": ["liver"]}, "--structure .*--structures"),
         ("train", {"structures": ["liver", "heart"]}, "`structures` must be different ones of spleen, .*, heart"),
         ("train", {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
         ("train", {"on_device": "maybe"}, "`--on_device` must be true or false"),
+        ("train", {"deep_supervision": 2}, "`num_heads` must be at least 1 and fewer than the 2 levels, got 2"),
         ("evaluate", {"largest_only": ["heart"]}, "structures must be none, all, or among"),
-        ("evaluate", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
         ("inference", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
         ("inference", {"dataset_dir": "nowhere"}, "nowhere"),
     ],
