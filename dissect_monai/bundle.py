@@ -45,9 +45,6 @@ TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "track
 def begin(seed: int | None = None) -> None:
     """First step of a run: errors in one line, MLflow's handlers completed, every knob checked, torch seeded.
 
-    Args:
-        seed: of torch; None leaves it.
-
     Raises:
         InputError: naming a misspelt override and the nearest id, or a knob with a bad value.
     """
@@ -85,8 +82,8 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
 def running_workflow() -> ConfigWorkflow | None:
     """The workflow whose config this code is called from, if any.
 
-    MONAI hands a workflow neither to the expressions of its config nor to anybody else. This is the one place that
-    looks for it among the callers: for the config's folder, its knobs, and the lists that MONAI Label puts into it.
+    MONAI hands it to nobody. This is the one place that looks for it among the callers: for the config's folder, its
+    knobs, and the lists that MONAI Label puts into it.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -102,9 +99,6 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
 
     An argument that a component's class takes may be added even if the config does not show it. A knob that is
     {"_disabled_": true} has been taken away by one of the files.
-
-    Raises:
-        InputError: naming the override and the nearest id.
     """
     parser = ConfigParser()
     parser.read_config(ensure_tuple(config_file))
@@ -194,9 +188,6 @@ def run_settings(
 
 def bundle_root(name: str) -> str:
     """Folder of the bundle that runs: that of its config file, the current one, or `bundles/<name>` below it.
-
-    Args:
-        name: name of the bundle's folder.
 
     Raises:
         FileNotFoundError: if none of the three holds configs/metadata.json.
@@ -296,7 +287,8 @@ def check_output(
     """Check what an evaluation scores, say in one line which images it uses, and make the folder that it writes to.
 
     Args:
-        smoke, data_dir: see `check_training`.
+        smoke: whether it runs on generated phantoms.
+        data_dir: folder or folders of the images.
         output_dir: where the run is to write, in `eval`.
         datalist: what an evaluation scores, which must leave something to measure.
         needed: splits of images that must have labels.

@@ -53,12 +53,11 @@ def _optional(rule: Rule) -> Rule:
 
 
 def _list_of(rule: Rule, length: int | None = None) -> Rule:
-    return Rule(
-        f"a list{'' if length is None else f' of {length}'}, each value {rule.says}",
-        lambda value: (
-            isinstance(value, (list, tuple)) and 0 < len(value) == (length or len(value)) and all(map(rule.holds, value))
-        ),
-    )
+    def holds(value: Any) -> bool:
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and (length is None or len(value) == length)
+        return is_list and all(map(rule.holds, value))
+
+    return Rule(f"a list{'' if length is None else f' of {length}'}, each value {rule.says}", holds)
 
 
 def _is_per_folder(value: Any) -> bool:
