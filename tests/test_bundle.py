@@ -30,7 +30,6 @@ from dissect_monai.bundle import (
     destroy_group,
     given_items,
     process_device,
-    with_dashes,
 )
 from dissect_monai.common import InputError
 from dissect_monai.knobs import check_knobs
@@ -256,12 +255,6 @@ def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: P
     assert "Traceback" not in result.stderr
 
 
-def test_a_misspelt_knob_of_the_command_line_ends_with_one_line(tiny_bundle: Path) -> None:
-    result = run_in_a_process(tiny_bundle, "1", batch_sise=3)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "error: there is no --batch_sise to override; did you mean --batch_size?"
-
-
 def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
     result = run_in_a_process(tiny_bundle, "bundle.refuse_small(None, 4)")  # a TypeError inside this package
     assert result.returncode == 1
@@ -275,10 +268,6 @@ def test_only_refusals_and_the_file_system_are_bad_input() -> None:
     assert bad_input(wrapped) is wrapped.__cause__
     assert isinstance(bad_input(FileNotFoundError("model.pt")), FileNotFoundError)
     assert bad_input(ValueError("of numpy")) is None
-
-
-def test_knobs_have_dashes_in_what_the_command_line_says() -> None:
-    assert with_dashes("`seed` must be 1, `--amp` and `data` too") == "`--seed` must be 1, `--amp` and `data` too"
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------

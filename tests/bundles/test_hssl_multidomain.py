@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
 import torch
 from helpers import (
     ROOT,
@@ -25,10 +24,8 @@ from helpers import (
     table,
     tiny_knobs,
     two_processes,
-    volume,
     weights,
     write,
-    write_series,
 )
 from monai.bundle import ConfigParser
 from monai.networks.nets import SegResNet
@@ -155,7 +152,7 @@ def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: F
     # Slices no larger than a patch, so that each is one window.
     train(folders, tmp_path, spatial_dims=2, pixdim=[30, 30, 12], patch_size=[16, 16, 8])
     assert weights(tmp_path)["convInit.conv.weight"].ndim == 4
-    evaluate(folders, tmp_path)
+    evaluate(folders, tmp_path, baselines=False)
     assert {row["question"] for row in table(tmp_path / "eval" / "findings.csv")} >= {"structures", "domains"}
     row = embed(folders, tmp_path)[0]
     parser = ConfigParser()
@@ -171,20 +168,6 @@ def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: F
 
 
 # ---- data of all kinds, good and bad -----------------------------------------------------------------------------
-
-
-def test_folders_of_many_formats_get_task_group_and_modality_by_knobs(tmp_path: Path) -> None:
-    for index in range(4):
-        (tmp_path / "a" / f"nested{index % 2}").mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(volume(), tmp_path / "a" / f"nested{index % 2}" / f"{index}.{('mha', 'nrrd')[index % 2]}")
-        (tmp_path / "b" / f"series{index}").mkdir(parents=True)
-        write_series(tmp_path / "b" / f"series{index}", volume())
-    knobs = {"task": ["one", "two"], "group": "body", "modality": {"a": "MR", "b": "CT"}, "a_min": -2000, "a_max": 3000}
-    train([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", **knobs)
-    rows = table(tmp_path / "out" / "eval" / "domains.csv")
-    assert [[row[key] for key in ("task", "group", "modality")] for row in rows] == [
-        ["one", "body", "MR"], ["two", "body", "CT"],
-    ]  # fmt: skip
 
 
 def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
@@ -303,7 +286,7 @@ def test_inference_writes_one_embedding_per_volume(trained: Path, folders: Folde
 @pytest.mark.slow
 def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
     coarse = {"pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
-    result = command_line(CONFIGS / "train.json", output_dir=tmp_path, **coarse)
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path, **coarse, max_epochs=8)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     events = events_of(tmp_path)
@@ -315,7 +298,5 @@ def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
     assert last["reconstruction_error"] < 0.7 * first["reconstruction_error"]
     assert last["retrieval_task"] > first["retrieval_task"]
     domains = table(tmp_path / "eval" / "domains.csv")
-    assert len({row["task"] for row in domains}) >= 4
-    assert len({row["group"] for row in domains}) >= 2
     assert command_line(CONFIGS / "evaluate.json", output_dir=tmp_path, num_samples=50).returncode == 0
     assert len(table(tmp_path / "eval" / "reconstruction.csv")) == len(domains)
