@@ -16,7 +16,7 @@ from monai.fl.utils.exchange_object import ExchangeObject
 
 BUNDLE = ROOT / "bundles" / "seg_finetune_btcv"
 KNOBS = {
-    **tiny_knobs("seg_finetune_btcv"), "iterations_per_epoch": 20, "batch_size": 8, "max_epochs": 2,
+    **tiny_knobs("seg_finetune_btcv"), "iterations_per_epoch": 10, "batch_size": 8, "max_epochs": 2,
     "schedule_epochs": 2, "select": "last",
 }  # fmt: skip
 
