@@ -193,10 +193,7 @@ TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
     ("knobs", "message"),
     [
         ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
-        (
-            {"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4},
-            "multiples of 2 .* 12, 8",
-        ),
+        ({"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4}, "multiples of 2 .* 12, 8"),
         ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than .*, got \[1, 1, 1\]"),
         ({"batch_size": 7, "sampling_temperature": 0.5}, "`batch_size` must be even, .*, got 7"),
         ({**TRAINED, "schedule_epochs": 1, "warmup_epochs": 0}, "`schedule_epochs` must be at least"),
