@@ -46,7 +46,7 @@ from dissect_monai.handlers.validation import ClassificationMetrics as Classific
 from dissect_monai.handlers.validation import HSSLValidation as HSSLValidation
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
-from dissect_monai.inferers import FlippingWindowInferer as FlippingWindowInferer
+from dissect_monai.inferers import WindowInferer as WindowInferer
 from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
 from dissect_monai.losses.pretraining import VQSSLLoss as VQSSLLoss

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -25,7 +24,7 @@ from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 
-from dissect_monai.common import InputError, Item, MissingPackageError, of_all_processes, world_size
+from dissect_monai.common import InputError, Item, of_all_processes, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.sampling import refuse_small
@@ -37,8 +36,6 @@ from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
-# What an override may add to a component although its config does not show it.
-COMPONENT_KEYS = ("_disabled_", "_desc_", "_requires_", "_mode_")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -46,9 +43,6 @@ COMPONENT_KEYS = ("_disabled_", "_desc_", "_requires_", "_mode_")
 
 def begin(seed: int | None = None) -> None:
     """First step of a run: errors in one line, MLflow's handlers completed, every knob checked, torch seeded.
-
-    Args:
-        seed: of torch; None leaves it.
 
     Raises:
         InputError: naming a misspelt override and the nearest id, or a knob with a bad value.
@@ -87,8 +81,8 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
 def running_workflow() -> ConfigWorkflow | None:
     """The workflow whose config this code is called from, if any.
 
-    MONAI hands a workflow neither to the expressions of its config nor to anybody else. This is the one place that
-    looks for it among the callers: for the config's folder, its knobs, and the lists that MONAI Label puts into it.
+    MONAI hands it to nobody. This is the one place that looks for it among the callers: for the config's folder, its
+    knobs, and the lists that MONAI Label puts into it.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -104,22 +98,18 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
 
     An argument that a component's class takes may be added even if the config does not show it. A knob that is
     {"_disabled_": true} has been taken away by one of the files.
-
-    Raises:
-        InputError: naming the override and the nearest id.
     """
     parser = ConfigParser()
     parser.read_config(ensure_tuple(config_file))
-    known = [identifier for identifier in _ids(parser.config) if not identifier.startswith("_")]
+    known = [each for each in _ids(parser.config) if not each.startswith("_")]
     for identifier, value in overrides.items():
         name = str(identifier).replace("#", "::")
-        if name.startswith("_meta_"):
-            continue
         if name in parser and is_disabled(parser[name]):
             files = " and ".join(Path(file).name for file in ensure_tuple(config_file))
             raise InputError(f"--{identifier} has no meaning with {files}: leave it out.")
-        if name not in parser and not _is_argument(parser, name):
-            near = get_close_matches(name, [*known, *_arguments(parser, name)], n=1, cutoff=0)
+        arguments = [] if name in parser else _arguments(parser, name.rpartition("::")[0])
+        if name not in parser and name not in arguments:
+            near = get_close_matches(name, [*known, *arguments], n=1, cutoff=0)
             raise InputError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
         parser[name] = value
 
@@ -129,29 +119,18 @@ def _ids(config: Any, prefix: str = "") -> list[str]:
     return [each for key, value in entries for each in (f"{prefix}{key}", *_ids(value, f"{prefix}{key}::"))]
 
 
-def _is_argument(parser: ConfigParser, name: str) -> bool:
-    parent, _, key = name.rpartition("::")
-    arguments = _arguments(parser, name)
-    if key in COMPONENT_KEYS or f"{parent}::{key}" in arguments:
-        return bool(arguments)
-    # Where anything is taken (MONAI's resnet18), a near miss of what the config gives is a typing error.
-    given = [str(each) for each in parser.get(parent) or ()] if arguments else []
-    return f"{parent}::**" in arguments and not get_close_matches(key, given, cutoff=0.8)
-
-
-def _arguments(parser: ConfigParser, name: str) -> list[str]:
-    """Ids of what the component that an id is below could be given, with ** for anything."""
-    parent = name.rpartition("::")[0]
-    component = parser.get(parent) if parent and parent in parser else None
-    if not isinstance(component, Mapping) or "_target_" not in component:
+def _arguments(parser: ConfigParser, component: str) -> list[str]:
+    """Ids of what a component could be given."""
+    config = parser.get(component) if component in parser else None
+    if not isinstance(config, Mapping) or "_target_" not in config:
         return []
-    target = component["_target_"]
+    target = config["_target_"]
     if str(target).startswith("@"):
         target = parser.get_parsed_content(target[1:])
     # Without its arguments, which may refer to data and networks that nobody wants to build for this.
     callable_only = ConfigParser({"component": {"_target_": target, "_mode_": "callable"}})
-    parameters = inspect.signature(callable_only.get_parsed_content("component")).parameters.values()
-    return [f"{parent}::{'**' if each.kind is each.VAR_KEYWORD else each.name}" for each in parameters]
+    names = inspect.signature(callable_only.get_parsed_content("component")).parameters
+    return [f"{component}::{name}" for name in ("_disabled_", *names)]
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -201,16 +180,13 @@ def run_settings(
         facts["validation_data"] = datalist_digest(validation)
         facts["trained_on"] = sorted({*pretraining.get("trained_on", ()), *map(subject_digest, items)})
     workflow = running_workflow()
-    config = {} if workflow is None else workflow.parser.config
-    names = [name for name, knob in config.items() if name in SETTINGS and not is_disabled(knob)]
-    return {**{name: workflow.parser.get_parsed_content(name) for name in names if workflow}, **facts}
+    parser = ConfigParser() if workflow is None else workflow.parser
+    names = [name for name, knob in parser.config.items() if name in SETTINGS and not is_disabled(knob)]
+    return {**{name: parser.get_parsed_content(name) for name in names}, **facts}
 
 
 def bundle_root(name: str) -> str:
     """Folder of the bundle that runs: that of its config file, the current one, or `bundles/<name>` below it.
-
-    Args:
-        name: name of the bundle's folder.
 
     Raises:
         FileNotFoundError: if none of the three holds configs/metadata.json.
@@ -263,7 +239,7 @@ def check_training(
     resume_from: str | None,
     datalist: Datalist | None = None,
     batch_size: int | None = None,
-    needed: Sequence[str] = (),
+    labelled: bool = False,
     select: str | None = None,
 ) -> None:
     """Check what a training learns from, say in one line which images it uses, and make the folders that it writes to.
@@ -275,26 +251,27 @@ def check_training(
         resume_from: checkpoint from which it goes on, or None.
         datalist: what it trains on, to be checked with the arguments that follow.
         batch_size: images of a batch, of which every process must have one.
-        needed: splits that must have labels.
+        labelled: whether training and validation must have labels.
         select: "best" if the weights of a segmentation are chosen by validation, else "last".
 
     Raises:
         InputError: if the output folder cannot be written, or holds the checkpoints of another run, or the data leave
             nothing to learn.
     """
-    if datalist is not None and select is not None:
-        refuse_untrainable(datalist.training, datalist.validation, select)
-    if datalist is not None and needed:
-        refuse_unlabelled(datalist, splits=needed)
-    if datalist is not None and batch_size is not None:
-        refuse_small(datalist.training, batch_size, world_size())
+    if datalist is not None:
+        if select is not None:
+            refuse_untrainable(datalist.training, datalist.validation, select)
+        if labelled:
+            refuse_unlabelled(datalist, splits=("training", "validation"))
+        if batch_size is not None:
+            refuse_small(datalist.training, batch_size, world_size())
     ckpt_dir = Path(output_dir, "checkpoints")
     if resume_from is None and not smoke and data_dir is not None and checkpoints_in(ckpt_dir):
         raise InputError(
             f"{ckpt_dir} holds the checkpoints of another run: go on with it (`resume` true), or give another "
             "`output_dir`."
         )
-    _make_folders(smoke, data_dir, output_dir, ("checkpoints", "eval", "models"))
+    _make_folders(smoke, data_dir, output_dir, "checkpoints", "eval", "models")
 
 
 def check_output(
@@ -306,11 +283,11 @@ def check_output(
     findings: str | Sequence[str] | None = None,
     pretrained: str | Path | None = None,
 ) -> None:
-    """Say in one line which images a run uses, and make the folder that it writes to.
+    """Check what an evaluation scores, say in one line which images it uses, and make the folder that it writes to.
 
     Args:
         smoke: whether it runs on generated phantoms.
-        data_dir: folder or folders of the images; None if the caller of the run lists them.
+        data_dir: folder or folders of the images.
         output_dir: where the run is to write, in `eval`.
         datalist: what an evaluation scores, which must leave something to measure.
         needed: splits of images that must have labels.
@@ -324,22 +301,21 @@ def check_output(
         check_probe_data(datalist, data_dir)
     elif datalist is not None:
         refuse_unlabelled(datalist, findings, needed)
-    _make_folders(smoke, data_dir, output_dir, ("eval",))
+    _make_folders(smoke, data_dir, output_dir, "eval")
 
 
-def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, folders: Sequence[str]) -> None:
+def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folders: str) -> None:
     named = ", ".join(map(str, ensure_tuple(data_dir)))
     if smoke:
         logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", named)
     else:
         logger.info("Using the images %s.", "that the caller lists" if data_dir is None else f"in {named}")
-    for folder in (Path(output_dir, name) for name in folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
+    try:
+        for folder in folders:
+            Path(output_dir, folder).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=Path(output_dir, folder)).close()
+    except OSError as error:
+        raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -363,10 +339,8 @@ def destroy_group(network: DistributedDataParallel) -> None:
     """Wait until all processes of the run are done, and end what connects them, in each of them.
 
     Gloo's threads may still hold tensors of the last collective, and abort a process whose interpreter ends before they
-    have let go. They are joined with the last reference to the group, which `network` has and gives up here.
-
-    Args:
-        network: the wrapped network, which cannot be trained any more.
+    have let go. They are joined with the last reference to the group, which `network` gives up here: it cannot be
+    trained any more.
     """
     device = next(network.parameters()).device
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
@@ -378,54 +352,29 @@ def destroy_group(network: DistributedDataParallel) -> None:
 # ---- `--tracking mlflow` -------------------------------------------------------------------------------------------
 
 OF_DECOLLATED = "$monai.handlers.from_engine(['loss'], first=True)"  # how MONAI's handler reads the loss
-LONGEST_PARAMETER = 500  # characters; stores of MLflow take no value of any length
-loss_of = itemgetter("loss")
 
 
 def _complete_tracking(parser: ConfigParser) -> None:
     """Let the handlers that MONAI adds for `--tracking mlflow` see the loss, the settings and the config of the run.
 
     As they come, they read the loss of decollated outputs alone, look for the config that was run below an
-    `output_dir` that must be an expression, and write into the run of a process that was killed. Here every start is
-    a run of its own. What a file of settings says stays.
+    `output_dir` that must be an expression, and write into the run of a process that was killed.
     """
-    lists = [parser.get(name) for name in ("train::handlers", "validate::handlers", "handlers")]
-    found = [
-        (handlers, index)
-        for handlers in lists
-        if isinstance(handlers, list)
-        for index, handler in enumerate(handlers)
-        if isinstance(handler, Mapping) and str(handler.get("_target_")).endswith("MLFlowHandler")
-    ]
-    if not found:
+    if "save_execute_config" not in parser:
         return
     if find_spec("mlflow") is None:
-        raise MissingPackageError(
+        raise InputError(
             "`--tracking mlflow` needs MLflow: pip install mlflow (in the repository: pip install -e '.[mlflow]'), "
             "or leave it out."
         )
-    for handlers, index in found:
-        handlers[index] = _completed(handlers[index], "settings" in parser)
+    handlers = parser.get("train::handlers")
+    if handlers and handlers[-1].get("output_transform") == OF_DECOLLATED:
+        own = {"output_transform": "$lambda output: output['loss']", "experiment_param": "@settings"}
+        handlers[-1] = {**handlers[-1], **own}  # a copy, since MONAI's is shared by all runs of a process
     if "run_name" in parser and parser["run_name"] is None:
         parser["run_name"] = time.strftime("run_%Y%m%d_%H%M%S")
     # MONAI wrote "<output_dir> + '/<file>'", an expression without its "$".
-    path = parser.get("save_execute_config")
+    path = parser["save_execute_config"]
     if isinstance(path, str) and path.endswith(".json'"):
         parser["save_execute_config"] = "$str(@output_dir) + " + path.rpartition(" + ")[2]
     parser.parse(reset=True)
-
-
-def _completed(handler: Mapping[str, Any], has_settings: bool) -> dict[str, Any]:
-    """A handler with what it lacks; a copy, since MONAI's is shared by all runs of a process."""
-    completed = dict(handler)
-    if handler.get("output_transform") == OF_DECOLLATED:
-        completed["output_transform"] = "$dissect_monai.bundle.loss_of"
-        if has_settings:
-            completed.setdefault("experiment_param", "$dissect_monai.bundle.parameters(@settings)")
-    return completed
-
-
-def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of a run as parameters of MLflow: texts, without the long ones."""
-    texts = {name: str(value) for name, value in settings.items()}
-    return {name: text for name, text in texts.items() if len(text) <= LONGEST_PARAMETER}

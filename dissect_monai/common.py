@@ -24,10 +24,6 @@ class InputError(ValueError):
     """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
 
 
-class MissingPackageError(InputError, ImportError):
-    """An optional package that this input needs is not installed."""
-
-
 class Interval(NamedTuple):
     """A statistic and its 95 % interval."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ class AutocastInferer(SimpleInferer):
     """Runs the network in bfloat16 where that is safe.
 
     MONAI's trainer has AMP for CUDA only, with a gradient scaler that bfloat16 does not need.
-
-    Args:
-        amp: whether to autocast; off, it is `SimpleInferer`.
     """
 
     def __init__(self, amp: bool = True) -> None:
@@ -31,8 +27,8 @@ class AutocastInferer(SimpleInferer):
             return super().__call__(inputs, network, *args, **kwargs)
 
 
-class FlippingWindowInferer(SlidingWindowInferer):
-    """Segments volumes window by window under autocast, if wanted as the mean over flipped copies of the volume.
+class WindowInferer(SlidingWindowInferer):
+    """Segments volumes window by window under autocast.
 
     Windows overlap, and near their borders they count less (by a Gaussian). Volumes of more than `MAX_VOXELS` are put
     together on the CPU, so that a GPU holds no more than their windows. A module is put into `channels_last_3d`,
@@ -41,19 +37,11 @@ class FlippingWindowInferer(SlidingWindowInferer):
     Args:
         roi_size: voxels of a window.
         overlap: part in [0, 1) of a window that it shares with the next; 0.8 takes 5 to 16 times as many as 0.5.
-        flip_axes: different axes among 0, 1, 2; of n axes, the mean is over the logits of 2^n copies.
         amp: whether to autocast to bfloat16.
     """
 
-    def __init__(
-        self,
-        roi_size: Sequence[int],
-        overlap: float = 0.5,
-        flip_axes: Sequence[int] = (),
-        amp: bool = False,
-    ) -> None:
+    def __init__(self, roi_size: Sequence[int], overlap: float = 0.5, amp: bool = False) -> None:
         super().__init__(roi_size, 4, overlap, mode="gaussian", cpu_thresh=MAX_VOXELS)
-        self.flips = list(chain.from_iterable(combinations(flip_axes, size) for size in range(len(flip_axes) + 1)))
         self.amp = amp
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,11 +49,5 @@ class FlippingWindowInferer(SlidingWindowInferer):
         if isinstance(network, torch.nn.Module):
             # MONAI Label passes a network of its own, whose layout would round differently and so break ties.
             network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        total: Any = None
-        for flip in self.flips:
-            axes = [axis + 2 for axis in flip]
-            with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                logits: Any = super().__call__(inputs.flip(axes) if axes else inputs, network, *args, **kwargs)
-            # The result keeps the metadata of the volume as it is.
-            total = logits if total is None else total.add_(logits.as_subclass(torch.Tensor).flip(axes))
-        return total.div_(len(self.flips)) if len(self.flips) > 1 else total
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return super().__call__(inputs, network, *args, **kwargs)

@@ -21,8 +21,7 @@ _ENDS = ("", "_low", "_high")  # of the columns and metrics of an interval
 def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to beside `path`; at the end it is flushed to disk and renamed to `path`, or deleted on an error.
 
-    Args:
-        path: the file that a killed process leaves as it was; its folder is made if need be.
+    So a killed process leaves `path` as it was. Its folder is made if need be.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

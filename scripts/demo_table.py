@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 
 class Step(NamedTuple):

@@ -109,8 +109,8 @@ def contents(bundle: Path, weights: Path) -> Iterator[tuple[str, Path]]:
                 f"{name} is."
             )
         yield name, weights / name
-    for file in sorted(weights.glob("codes/*.pt")):
-        yield f"codes/{file.name}", file
+    for codes in sorted(weights.glob("codes/*.pt")):
+        yield f"codes/{codes.name}", codes
 
 
 def git(root: Path, *arguments: str) -> list[str]:

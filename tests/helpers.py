@@ -30,6 +30,7 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser, run
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -420,44 +421,13 @@ def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
     return folder
 
 
-VOLUME_READER = {"_target_": "dissect_monai.ImageFileReader", "spatial_dims": 3}
-_BOTH = {"keys": ["image", "label_map"], "allow_missing_keys": True}
-PATCHES = [
-    {"_target_": "LoadImaged", **_BOTH, "ensure_channel_first": True, "reader": VOLUME_READER},
-    {"_target_": "Orientationd", **_BOTH, "axcodes": "RAS", "labels": None},
-    {"_target_": "dissect_monai.NormalizeModalityd", "keys": "image", "b_max": 255},
-    {"_target_": "dissect_monai.AdaptiveSpacingd", "keys": "image", "pixdim": "@pixdim", "spatial_size": "@crop_size"},
-    {
-        "_target_": "ResampleToMatchd", "keys": "label_map", "key_dst": "image", "mode": "nearest",
-        "padding_mode": "zeros", "allow_missing_keys": True,
-    },
-    {"_target_": "CropForegroundd", **_BOTH, "source_key": "image", "allow_smaller": True},
-    {"_target_": "SpatialPadd", **_BOTH, "spatial_size": "@crop_size"},
-    {"_target_": "EnsureTyped", **_BOTH, "dtype": "$torch.uint8", "track_meta": False},
-    {"_target_": "dissect_monai.ForegroundIndicesd", "keys": "image"},
-    {
-        "_target_": "SelectItemsd", "keys": ["image", "label_map", "image_fg_indices", "image_bg_indices"],
-        "allow_missing_keys": True,
-    },
-    {
-        "_target_": "RandCropByPosNegLabeld", **_BOTH, "label_key": "image", "spatial_size": "@crop_size", "neg": 0,
-        "num_samples": "@num_samples", "fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices",
-    },
-    {"_target_": "SqueezeDimd", "_disabled_": "$@spatial_dims == 3", **_BOTH, "dim": -1},
-]  # fmt: skip
-
-
 def patch_transform(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, num_samples: int = 4) -> Any:
     """The whole chain, as the evaluation of a bundle has it."""
-    config = {
-        "imports": ["$import torch", "$import dissect_monai"],
-        "spatial_dims": spatial_dims,
-        "pixdim": [pixdim] * 3,
-        "num_samples": num_samples,
-        "crop_size": [size, size, size if spatial_dims == 3 else 1],
-        "preprocessing": {"_target_": "Compose", "transforms": PATCHES},
-    }
-    return ConfigParser(config).get_parsed_content("preprocessing")
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "bundles" / "hssl_multidomain" / "configs" / "evaluate.json"))
+    shape = {"spatial_dims": spatial_dims, "pixdim": [pixdim] * 3, "patch_size": [size] * 3}
+    parser.update({**shape, "a_min": -125, "a_max": 275, "patches_per_volume": num_samples})
+    return Compose([parser.get_parsed_content(name) for name in ("preprocessing", "patches")])
 
 
 class Page(HTMLParser):

@@ -13,16 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import ROOT, TINY_BUNDLE, Recipe, command_line, refused, run_bundle, run_config, write
-from monai.bundle import ConfigParser, ConfigWorkflow, run
+from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dissect_monai.bundle import (
-    LONGEST_PARAMETER,
     OF_DECOLLATED,
     TRACKING_OPTIONS,
-    _completed,
     bad_input,
     begin,
     bundle_root,
@@ -31,9 +29,7 @@ from dissect_monai.bundle import (
     checkpoint_to_resume,
     destroy_group,
     given_items,
-    parameters,
     process_device,
-    with_dashes,
 )
 from dissect_monai.common import InputError
 from dissect_monai.knobs import check_knobs
@@ -74,7 +70,7 @@ def test_overrides_that_name_something_pass(tiny_bundle: Path, overrides: dict[s
         ("metric_name#reductoin", "metric_name#reduction"),
         ("loss#alpha", "loss"),  # an argument of another loss
         ("train#handlers#0#iteration_lg", "train#handlers#0#iteration_log"),
-        ("network#widen_facto", "network#widen_factor"),  # resnet10 takes any keyword
+        ("network#widen_facto", "network#widen_factor"),
     ],
 )
 def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, meant: str) -> None:
@@ -103,13 +99,6 @@ def test_overrides_name_what_a_second_config_adds_and_not_what_it_takes_away(tin
     assert Path("ran").exists()
 
 
-def test_callers_of_the_python_api_may_add_ids(tiny_bundle: Path) -> None:
-    workflow = ConfigWorkflow(str(tiny_bundle / "configs" / "train.json"), extra=1)
-    workflow.initialize()
-    workflow.run()
-    assert Path("ran").exists()
-
-
 def test_arguments_of_another_program_are_not_those_of_a_bundle(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,18 +117,18 @@ def test_without_a_workflow_no_list_is_given_and_nothing_is_checked() -> None:
 # ---- knobs -------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "stages": [4, [], [0], [2, 2], ["4"], "all"],
+    "stages": [4, [], [0], ["4"], "all"],
     "learning_rate": ["abc", 0, -1, True, None],
     "num_workers": ["x", -1, 1.5],
     "label_fraction": ["ten", 0, 1.1],
     "dataset_dir": [2024, "", " ", [], ["a", 3]],
     "output_dir": [None, 7, ""],
-    "embedding_dim": ["x", 0],
     "reconstruction_weight": ["false", False, -0.1],
     "spatial_dims": [4, "2"],
     "encoder": ["resnet19", 18, None],
     "device": ["gpu", "cuda:99", 1.5],
     "num_folds": [1, -2, "five"],
+    "num_embeddings": [1, [1, 2], [], "many"],
     "amp": ["yes", 1, None],
     "momentum": [1.1, "high"],
     "fusion": ["sum", ["add"], {"a": 1}],
@@ -152,24 +141,10 @@ BAD = {
     "a_min": ["low", None, float("nan")],
     "init_filters": [4, 12, 8.0],
     "blocks_down": [[], [0, 1], 4],
-    "mask_size": [0, 1.5],
     "resume": ["maybe", 3],
     "sampling_temperature": [2, -0.5],
-    "temperature": [0],
-    "task_weight": [-1],
     "structures": [6, []],
     "fold": [-1, "first"],
-    "flip_axes": [[3], 0],
-    "test_flip_axes": [[0, 0]],
-    "select": ["first"],
-    "split": ["training"],
-    "overlap": [1, -0.5],
-    "tolerance": [-1],
-    "patience": [0],
-    "deep_supervision": ["yes"],
-    "freeze_epochs": [-1],
-    "ce_weight": ["heavy"],
-    "split_seed": [-1],
     "largest_only": [3],
 }
 GOOD = {
@@ -211,27 +186,21 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
     assert [parser.get_parsed_content(name) for name in ("amp", "compile", "shard", "on")] == [False, True, True, True]
 
 
+TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
-        (
-            {"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4},
-            r"multiples of 8, .*, got \[16, 12, 8\]",
-        ),
-        ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than the 3 of .*, got \[1, 1, 1\]"),
+        ({"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4}, "multiples of 2 .* 12, 8"),
+        ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than .*, got \[1, 1, 1\]"),
         ({"batch_size": 7, "sampling_temperature": 0.5}, "`batch_size` must be even, .*, got 7"),
-        (
-            {"train": {"trainer": {"max_epochs": 3}}, "schedule_epochs": 2, "warmup_epochs": 0},
-            "`schedule_epochs` must be at least",
-        ),
-        (
-            {"train": {"trainer": {"max_epochs": 2}}, "val_interval": 3, "select": "best"},
-            "`val_interval` must be at most `max_epochs` where `select` is best",
-        ),
+        ({**TRAINED, "schedule_epochs": 1, "warmup_epochs": 0}, "`schedule_epochs` must be at least"),
+        ({**TRAINED, "val_interval": 3, "select": "best"}, "`val_interval` must be at most `max_epochs`"),
         (
             {"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3},
-            "`mask_size` must be smaller than the sides of `patch_size`",
+            "`mask_size` must be smaller than",
         ),
         ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
         ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
@@ -254,17 +223,6 @@ def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], mes
 )
 def test_knobs_are_compared_where_all_are_used(knobs: dict[str, Any]) -> None:
     check_knobs(ConfigParser(knobs))
-
-
-def test_weights_without_a_file_are_refused_before_anything_is_built(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there are no weights at"):
-        check_knobs(ConfigParser({"mode": "finetune", "pretrained": str(tmp_path / "model.pt")}))
-
-
-def test_the_running_bundle_is_held_to_the_rules(tiny_bundle: Path) -> None:
-    with refused("`--learning_rate` must be a number over 0, got 'fast'"):
-        run_bundle(tiny_bundle, learning_rate="fast")
-    assert not Path("ran").exists()
 
 
 def test_settings_are_the_knobs_on_which_weights_depend(tiny_bundle: Path) -> None:
@@ -294,12 +252,6 @@ def test_what_the_package_refuses_ends_with_one_line_and_a_status(tiny_bundle: P
     assert "Traceback" not in result.stderr
 
 
-def test_a_misspelt_knob_of_the_command_line_ends_with_one_line(tiny_bundle: Path) -> None:
-    result = run_in_a_process(tiny_bundle, "1", batch_sise=3)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "error: there is no --batch_sise to override; did you mean --batch_size?"
-
-
 def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
     result = run_in_a_process(tiny_bundle, "bundle.refuse_small(None, 4)")  # a TypeError inside this package
     assert result.returncode == 1
@@ -313,10 +265,6 @@ def test_only_refusals_and_the_file_system_are_bad_input() -> None:
     assert bad_input(wrapped) is wrapped.__cause__
     assert isinstance(bad_input(FileNotFoundError("model.pt")), FileNotFoundError)
     assert bad_input(ValueError("of numpy")) is None
-
-
-def test_knobs_have_dashes_in_what_the_command_line_says() -> None:
-    assert with_dashes("`seed` must be 1, `--amp` and `data` too") == "`--seed` must be 1, `--amp` and `data` too"
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
@@ -427,14 +375,6 @@ def test_without_mlflow_one_line_says_what_to_install(
         recipe_of("pretrain_vq_ssl").train(tmp_path, tracking="mlflow")
 
 
-def test_what_a_file_of_settings_says_stays() -> None:
-    own = {"_target_": "monai.handlers.MLFlowHandler", "output_transform": "$mine", "iteration_log": True}
-    assert _completed(own, has_settings=True) == own
-    of_monai = {"_target_": "MLFlowHandler", "output_transform": OF_DECOLLATED, "experiment_param": "@mine"}
-    assert _completed(of_monai, has_settings=True)["experiment_param"] == "@mine"
+def test_the_loss_is_read_otherwise_where_monai_reads_it_as_it_did() -> None:
     assert DEFAULT_MLFLOW_SETTINGS["configs"]["trainer"]["output_transform"] == OF_DECOLLATED
     assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
-
-
-def test_long_settings_are_no_parameters() -> None:
-    assert parameters({"pixdim": [1, 2], "long": "x" * (LONGEST_PARAMETER + 1)}) == {"pixdim": "[1, 2]"}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -107,17 +106,11 @@ def test_tensorboard_shows_terms_retrieval_accuracy_shortcuts_and_pictures(train
 
 
 def test_two_processes_compute_what_one_does_with_the_joined_batch(folders: Folders, tmp_path: Path) -> None:
-    saving = "$torch.save(@ssl_network.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
-    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
     # Apart from what is drawn of each view, which is each process's own.
     knobs = {**TINY, **NO_DRAWS, "iterations_per_epoch": 3, "dataset_dir": folders, "batch_size": 2}
+    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json"
     result = two_processes(*configs, cwd=tmp_path, **knobs, output_dir=tmp_path / "two")
     assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert len(list(tmp_path.glob("two/eval/events*"))) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "two"}  # other ranks write nothing
-
     train(folders, tmp_path / "one", **{**knobs, "batch_size": 4})
     one, two = events_of(tmp_path / "one"), events_of(tmp_path / "two")
     # These are of the joined batch on every rank; with the last one, two updates have been equal.
@@ -139,10 +132,8 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"dense_weight": 1.0},
-        {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0},
-        {"mask_fraction": 0},
-        {"amp": "true", "device": "cpu"},  # as the command line gives them
+        {"dense_weight": 1.0, "mask_fraction": 0},
+        {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0, "amp": "true"},
     ],
     ids=str,
 )
@@ -157,20 +148,12 @@ def test_pretrained_weights_start_the_network(trained: Path, folders: Folders, t
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
 
-def test_slices_of_volumes_train_and_embed_and_are_judged_in_two_dimensions(folders: Folders, tmp_path: Path) -> None:
-    train(folders, tmp_path, spatial_dims=2)
-    assert weights(tmp_path)["convInit.conv.weight"].ndim == 4
-    evaluate(folders, tmp_path)
-    assert {row["question"] for row in table(tmp_path / "eval" / "findings.csv")} >= {"structures", "domains"}
-    rows = embed(folders, tmp_path)
-    assert len(rows) == 24
-    assert all(len(values(row)) == 32 for row in rows)
-
-
-def test_a_two_dimensional_embedding_is_the_mean_over_axial_slices(folders: Folders, tmp_path: Path) -> None:
+def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: Folders, tmp_path: Path) -> None:
     # Slices no larger than a patch, so that each is one window.
-    shape = {"spatial_dims": 2, "pixdim": [30, 30, 12], "patch_size": [16, 16, 8]}
-    train(folders, tmp_path, **shape)
+    train(folders, tmp_path, spatial_dims=2, pixdim=[30, 30, 12], patch_size=[16, 16, 8])
+    assert weights(tmp_path)["convInit.conv.weight"].ndim == 4
+    evaluate(folders, tmp_path, baselines=False)
+    assert {row["question"] for row in table(tmp_path / "eval" / "findings.csv")} >= {"structures", "domains"}
     row = embed(folders, tmp_path)[0]
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "inference.json"))
@@ -187,42 +170,6 @@ def test_a_two_dimensional_embedding_is_the_mean_over_axial_slices(folders: Fold
 # ---- data of all kinds, good and bad -----------------------------------------------------------------------------
 
 
-def test_folders_of_many_formats_get_task_group_and_modality_by_knobs(tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
-    from helpers import volume, write_series
-
-    rng = np.random.default_rng(0)
-    for index in range(4):
-        image = sitk.GetImageFromArray(rng.normal(100, 30, (12, 14, 16)).astype(np.float32))
-        image.SetSpacing((8, 8, 8))
-        path = tmp_path / "a" / f"nested{index % 2}" / f"{index}.{('mha', 'nrrd')[index % 2]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(image, path)
-        (tmp_path / "b" / f"series{index}").mkdir(parents=True)
-        write_series(tmp_path / "b" / f"series{index}", volume())
-    domains = {"task": {"a": "one", "b": "two"}, "group": "body", "modality": {"a": "MR", "b": "CT"}}
-    train([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", **domains, a_min=-2000, a_max=3000)
-    rows = table(tmp_path / "out" / "eval" / "domains.csv")
-    assert [(row["task"], row["group"], row["modality"]) for row in rows] == [
-        ("one", "body", "MR"),
-        ("two", "body", "CT"),
-    ]
-
-
-def test_a_volume_of_four_dimensions_is_fatal_by_default_and_skipped_by_a_knob(
-    folders: Folders, tmp_path: Path
-) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(folders[0], folder)
-    path = sorted((folder / "images").glob("*training*"))[1]
-    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 3), np.int16), np.eye(4)), path)
-    with refused(re.escape(path.name)):
-        train([str(folder), *folders[1:]], tmp_path / "fatal")
-    assert not (tmp_path / "fatal" / "models" / "model.pt").exists()
-    train([str(folder), *folders[1:]], tmp_path / "skipped", on_corrupt="skip")
-    assert (tmp_path / "skipped" / "models" / "model.pt").is_file()
-
-
 def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
     """A copy of a set whose dataset.json says something else; None removes a key."""
     copy = tmp_path / Path(folder).name
@@ -232,29 +179,20 @@ def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
     return str(copy)
 
 
-@pytest.mark.parametrize(
-    ("knob", "message"),
-    [
-        ({"patch_size": [18, 16, 16]}, "18"),
+def test_refuses_bad_knobs_before_training(folders: Folders, tmp_path: Path) -> None:
+    for knob, message in (
         ({"mask_size": 16}, "`--mask_size` must be smaller than the sides of `--patch_size`"),
         ({"group": {"elsewhere": "liver"}}, "`group` must name folders among abdomen_ct, .*, got elsewhere"),
-        ({"modality": ["CT", "MR"]}, r"every volume must have 1 channel\(s\), got CT, MR for"),
         ({"train#sampler#items_per_drow": 2}, "train#sampler#items_per_draw"),
-    ],
-    ids=str,
-)
-def test_refuses_bad_knobs_before_training(
-    folders: Folders, tmp_path: Path, knob: dict[str, Any], message: str
-) -> None:
-    with refused(message):
-        train(folders, tmp_path / "out", **knob)
+    ):
+        with refused(message):
+            train(folders, tmp_path / "out", **knob)
     assert not (tmp_path / "out" / "models").exists()
 
 
 def test_refuses_to_resume_another_run(trained: Path, folders: Folders, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "out")
     for chosen, knobs, message in (
-        (folders, {"task_weight": 2.0}, r"task_weight 1\.0 \(now 2\.0\)"),
         (folders, {"amp": True, "modality": {"head_ct": "MR"}}, r"amp False \(now True\), data \w+ \(now \w+\)"),
         (folders[:2], {}, r"of a run with .*tasks .*head_mr.*\(now .*abdomen_ct.*head_ct"),
     ):
@@ -307,7 +245,7 @@ def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folde
     for seed in (0, 1):
         evaluate(folders, tmp_path / str(seed), pretrained=trained / "models" / "model.pt", seed=seed, baselines=False)
         with np.load(tmp_path / str(seed) / "eval" / "scores.npz") as file:
-            found.append({name: file[name] for name in file.files if not name.startswith("scores/random")})
+            found.append(dict(file))
     assert found[0].keys() == found[1].keys()
     for name, array in found[0].items():
         assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
@@ -320,19 +258,6 @@ def test_a_single_unlabelled_task_has_nothing_to_ask(trained: Path, folders: Fol
         evaluate([edited(folders[0], tmp_path, **bare)], tmp_path, pretrained=trained / "models" / "model.pt")
 
 
-def test_a_set_without_test_split_is_judged_on_its_validation_split(
-    trained: Path, folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = read(Path(folders[0]) / "dataset.json")
-    moved = {"training": spec["training"], "validation": spec["validation"], "test": None}
-    changed = [edited(folders[0], tmp_path, **moved), *folders[1:]]
-    evaluate(changed, tmp_path / "out", pretrained=trained / "models" / "model.pt", baselines=False)
-    assert "Task abdomen_ct has no test split: its validation split is scored" in capsys.readouterr().out
-    with np.load(tmp_path / "out" / "eval" / "scores.npz") as file:
-        tested = {subject for subject in file["subjects"].tolist() if "abdomen_ct" in subject}
-    assert tested == {f"abdomen_ct/abdomen_ct_validation_00{index}" for index in (0, 1)}
-
-
 # ---- embeddings and exports --------------------------------------------------------------------------------------
 
 
@@ -341,18 +266,6 @@ def test_inference_writes_one_embedding_per_volume(trained: Path, folders: Folde
     assert len(rows) == 24
     assert all(np.isfinite(values(row)).all() and len(values(row)) == 32 for row in rows)
     assert len({tuple(values(row)) for row in rows}) == 24
-
-
-def test_an_embedding_does_not_depend_on_how_the_file_is_stored(
-    trained: Path, folders: Folders, tmp_path: Path
-) -> None:
-    image = nib.load(sorted((Path(folders[0]) / "images").iterdir())[0])
-    nib.save(image, tmp_path / "a.nii.gz")
-    turned = image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
-    nib.save(turned, tmp_path / "b.nii.gz")
-    knobs = {"pretrained": trained / "models" / "model.pt", "modality": "CT"}
-    first, second = (values(row) for row in embed(tmp_path, tmp_path / "out", **knobs))
-    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
 
 
 # ---- the smoke run -----------------------------------------------------------------------------------------------
@@ -375,4 +288,5 @@ def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
     domains = table(tmp_path / "eval" / "domains.csv")
     assert len({row["task"] for row in domains}) >= 4
     assert len({row["group"] for row in domains}) >= 2
-    assert command_line(CONFIGS / "evaluate.json", output_dir=tmp_path, num_samples=50).returncode == 0
+    few = {"num_samples": 20, "baselines": False}
+    assert command_line(CONFIGS / "evaluate.json", output_dir=tmp_path, **few).returncode == 0

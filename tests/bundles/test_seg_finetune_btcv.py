@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from helpers import (
+    DIRECTION,
     ROOT,
     Recipe,
     checkpoint,
@@ -29,10 +30,10 @@ from helpers import (
     two_processes,
     weights,
     write,
+    write_series,
 )
 from monai.bundle import ConfigParser
 from monai.networks.nets import SegResNet
-from scipy import ndimage
 
 from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.data.volume_lists import read_segmentation
@@ -104,12 +105,12 @@ def values_of(path: str | Path) -> np.ndarray:
     return np.asarray(nib.load(path).dataobj)
 
 
-def box_volume(seed: int, values: tuple[int, int] = (1, 2), channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def box_volume(seed: int, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """A CT of a body with two blocks of different HU, and its label map."""
     rng = np.random.default_rng(seed)
     image, label = np.full((20, 18, 16), -1000.0), np.zeros((20, 18, 16), np.uint8)
     image[2:-2, 2:-2, 1:-1] = 0
-    for value, x, density in zip(values, (4, 11), (100, 200), strict=True):
+    for value, x, density in ((1, 4, 100), (2, 11, 200)):
         low, high = rng.integers(3, 6), rng.integers(10, 14)
         image[x : x + 5, low:high, 4:12], label[x : x + 5, low:high, 4:12] = density, value
     image += rng.normal(0, 10, image.shape)
@@ -117,14 +118,14 @@ def box_volume(seed: int, values: tuple[int, int] = (1, 2), channels: int = 1) -
     return np.stack(volumes, -1).astype(np.int16).squeeze(), label
 
 
-def write_set(folder: Path, count: int = 4, values: tuple[int, int] = (1, 2), channels: int = 1, **spec: Any) -> Path:
+def write_set(folder: Path, count: int = 4, channels: int = 1, **spec: Any) -> Path:
     """A data set of `box_volume`s, 3 mm between voxels; `spec` is what dataset.json says beside the items."""
     affine = np.diag([-3.0, 3.0, 3.0, 1.0])
     affine[:3, 3] = 30, -25, 400
     items = []
     for index in range(count):
         item = {"image": f"images/{index}.nii.gz", "label": f"labels/{index}.nii.gz", "subject": f"s{index}"}
-        for array, name in zip(box_volume(index, values, channels), (item["image"], item["label"]), strict=True):
+        for array, name in zip(box_volume(index, channels), (item["image"], item["label"]), strict=True):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(array, affine), folder / name)
         items.append(item)
@@ -180,25 +181,15 @@ def test_the_weights_are_those_of_the_best_validation_or_the_last_epoch(trained:
 def test_refuses_to_go_on_with_other_settings_or_subjects(trained: Path, organs: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for knobs, message in (
-        ({"ce_weight": 0.3}, r"ce_weight 1\.0 \(now 0\.3\)"),
-        ({"structures": ["liver"]}, r"class_names \['spleen', .*\(now \['liver'\]\)"),
-        ({"fold": 0, "num_folds": 3}, r"fold None \(now 0\).*num_folds 5 \(now 3\)"),
-        ({"fold": 0, "num_folds": 3}, r"data \w+ \(now \w+\)"),
-        ({"label_fraction": 0.5}, r"label_fraction 1\.0 \(now 0\.5\).*num_volumes 4 \(now 2\)"),
-        ({"select": "last"}, r"select best \(now last\)"),
-        ({"flip_axes": [0]}, r"flip_axes \[\] \(now \[0\]\)"),
-        ({"freeze_epochs": 1}, r"freeze_epochs 0 \(now 1\)"),
+        (
+            {"structures": ["liver"], "ce_weight": 0.3},
+            r"ce_weight 1\.0 \(now 0\.3\), class_names \['spleen', .*\['liver'\]",
+        ),
+        ({"fold": 0, "num_folds": 3}, r"fold None \(now 0\), num_folds 5 \(now 3\).*, data \w+ \(now \w+\)"),
     ):
         with refused(rf"of a run with .*{message}"):
             train(organs, tmp_path, max_epochs=2, resume=True, **knobs)
     assert same(weights(tmp_path), weights(trained))
-
-
-def test_training_ends_when_validation_has_not_improved_for_long(organs: Path, tmp_path: Path) -> None:
-    train(organs, tmp_path, **FROZEN, max_epochs=9, patience=2)
-    assert len(events_of(tmp_path).Scalars("dice_mean")) == 3
-    assert (tmp_path / "checkpoints" / "checkpoint_epoch=3.pt").is_file()
-    assert not (tmp_path / "checkpoints" / "checkpoint_epoch=4.pt").exists()
 
 
 def run_state(dataset_dir: Path, output_dir: Path, **knobs: Any) -> Weights:
@@ -219,9 +210,8 @@ def test_images_kept_on_the_device_do_not_change_the_weights(blocks: Path, plain
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"flip_axes": [0, 1, 2]},
-        {"amp": "true", "device": "cpu"},  # as the command line gives them
-        {"ce_weight": 0},
+        {"train#patches#transforms#4#_disabled_": False},  # mirrors
+        {"amp": "true", "device": "cpu", "ce_weight": 0},  # as the command line gives them
     ],
     ids=str,
 )
@@ -234,16 +224,13 @@ def test_knobs_change_the_weights(blocks: Path, plain: Weights, tmp_path: Path, 
 
 def test_deep_supervision_leaves_the_weights_of_a_plain_network(blocks: Path, tmp_path: Path) -> None:
     levels = {"blocks_down": [1, 1, 1, 1], "blocks_up": [1, 1, 1]}
-    state = run_state(blocks, tmp_path / "deep", deep_supervision=2, schedule_epochs=2, **levels)
+    knobs = {**levels, "deep_supervision": 2, "schedule_epochs": 2}
+    state = run_state(blocks, tmp_path / "straight", **knobs, max_epochs=2)
     network = SegResNet(3, init_filters=8, out_channels=3, blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1))
     network.load_state_dict(state)
+    run_state(blocks, tmp_path / "deep", **knobs)
     assert len(part(checkpoint(tmp_path / "deep", 1)["network"], "heads.")) == 4  # weight and bias of two
-    assert not same(state, run_state(blocks, tmp_path / "without", schedule_epochs=2, **levels))
-    more = {**levels, "deep_supervision": 2, "schedule_epochs": 2, "max_epochs": 2}
-    resumed = run_state(blocks, tmp_path / "deep", **more, resume=True)
-    assert same(resumed, run_state(blocks, tmp_path / "straight", **more))
-    with refused("`num_heads` must be at least 1 and fewer than the 2 levels, got 2"):
-        run_state(blocks, tmp_path / "few", deep_supervision=2)
+    assert same(run_state(blocks, tmp_path / "deep", **knobs, max_epochs=2, resume=True), state)
 
 
 # ---- which subjects ----------------------------------------------------------------------------------------------
@@ -277,17 +264,6 @@ def scored(cases: list[dict[str, str]]) -> set[tuple[str, str]]:
     return {(row["structure"], row["values"]) for row in cases}
 
 
-def test_labels_may_be_those_of_nnunet_with_regions_and_gaps(tmp_path: Path) -> None:
-    labels = {"background": 0, "everything": [2, 7], "nothing": 9}
-    folder = write_set(tmp_path / "set", values=(2, 7), labels=labels, channel_names={"0": "CT"})
-    train(folder, tmp_path / "out", **SMALL)
-    assert settings(tmp_path / "out")["class_names"] == ["everything", "nothing"]
-    rows = evaluate(folder, tmp_path / "out")
-    assert scored(rows) == {("everything", "2 7"), ("nothing", "9")}
-    label = values_of(read_segmentation(folder).validation[0]["label"])
-    assert float(rows[0]["label_ml"]) == pytest.approx((label > 0).sum() * 0.027, abs=1e-3)
-
-
 def test_structures_choose_and_order_the_classes(organs: Path, tmp_path: Path) -> None:
     train(organs, tmp_path, structures=["liver", "spleen"], label_fraction=0.5)
     assert settings(tmp_path)["class_names"] == ["liver", "spleen"]
@@ -308,12 +284,6 @@ def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
     image = folder / "images" / "0.nii.gz"
     maps = segment(image, tmp_path / "out")
     assert values_of(maps / "0_seg.nii.gz").shape == nib.load(image).shape[:3]
-
-
-def test_several_folders_are_one_data_set(blocks: Path, tmp_path: Path) -> None:
-    other = write_set(tmp_path / "other", 3)
-    train([str(blocks), str(other)], tmp_path / "out", **SMALL, validation_fraction=0, select="last")
-    assert settings(tmp_path / "out")["num_volumes"] == 9
 
 
 # ---- weights to start from ---------------------------------------------------------------------------------------
@@ -338,9 +308,7 @@ def vq_ssl(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     knobs = {**TINY, "hidden_dim": 32, "num_embeddings": 16, "embedding_dim": 16, "output_dir": str(output_dir)}
     for name in ("blocks_up", "val_interval"):
         del knobs[name]
-    from monai.bundle import run
-
-    run(config_file=[str(PRETRAIN / f"{name}.json") for name in ("train", "volumes")], dataset_dir=str(organs), **knobs)
+    run_config([PRETRAIN / f"{name}.json" for name in ("train", "volumes")], dataset_dir=organs, **knobs)
     return output_dir
 
 
@@ -366,45 +334,17 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
     assert len(evaluate(organs, tmp_path)) == 26
 
 
-def test_weights_of_an_encoder_alone_start_the_encoder(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
-    finetune(organs, tmp_path, model(vq_ssl), **FROZEN)
-    before, after = weights(vq_ssl), weights(tmp_path)
-    assert part(after, SEGRESNET_ENCODER).keys() == before.keys()
-    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-
-
-def test_weights_of_the_same_classes_start_all_layers(trained: Path, organs: Path, tmp_path: Path) -> None:
-    finetune(organs, tmp_path / "all", model(trained), **FROZEN)
-    before, after = weights(trained), weights(tmp_path / "all")
-    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-    finetune(organs, tmp_path / "some", model(trained), **FROZEN, structures=list(BTCV_ORGANS)[::-1])
-    other = weights(tmp_path / "some")
-    assert {key for key in before if not torch.allclose(before[key], other[key], atol=1e-6)} == {
-        f"{LAST_LAYER}conv.{kind}" for kind in ("weight", "bias")
-    }
-
-
 def test_the_encoder_is_frozen_for_the_first_epochs(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
-    knobs = {"freeze_epochs": 1, "max_epochs": 2, "weight_decay": 0.1, "select": "last"}
-    finetune(organs, tmp_path, model(vq_ssl), **knobs)
+    finetune(organs, tmp_path, model(vq_ssl), freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
     assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl))
     assert not same(part(first, "up_layers."), part(second, "up_layers."))
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
-    fresh = tmp_path / "fresh"
-    finetune(organs, fresh, model(vq_ssl), **FROZEN, select="last")
-    assert not same(part(weights(fresh), "up_layers."), part(first, "up_layers."))
 
 
 def test_weights_that_do_not_fit_are_refused_before_training(hssl: Path, organs: Path, tmp_path: Path) -> None:
-    shutil.copy(model(hssl), tmp_path / "model.pt")
-    for pretrained, knobs, message in (
-        (tmp_path / "model.pt", {}, r"there is no model\.json beside .*model\.pt to say how it was trained"),
-        (model(hssl), {"init_filters": 16}, r"of another shape \(convInit\.conv\.weight.*init_filters"),
-        (model(hssl), {"blocks_down": [1, 1, 1]}, r"unexpected \(down_layers"),
-    ):
-        with refused(message):
-            finetune(organs, tmp_path / "out", pretrained, **knobs)
+    with refused(r"of another shape \(convInit\.conv\.weight.*init_filters"):
+        finetune(organs, tmp_path / "out", model(hssl), init_filters=16)
     assert not (tmp_path / "out").exists()
 
 
@@ -453,7 +393,7 @@ def scores_by_hand(dataset_dir: Path, maps: Path, class_names: list[str]) -> dic
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"largest_only": "all"}, {"test_flip_axes": [0, 1], "overlap": 0.25, "largest_only": ["dim"]}],
+    [{"largest_only": "all"}, {"overlap": 0.25, "largest_only": ["dim"]}],
     ids=str,
 )
 def test_scores_are_those_of_the_label_maps_that_inference_writes(
@@ -468,50 +408,8 @@ def test_scores_are_those_of_the_label_maps_that_inference_writes(
     assert max(float(row["dice"]) for row in cases) > 0.2  # else it says little
 
 
-def test_the_largest_part_alone_is_kept_of_the_structures_that_are_named(on_blocks: Path, tmp_path: Path) -> None:
-    body = box_volume(0)[0]
-    image = np.concatenate([body, body[:, :14]], axis=1)  # two bodies, of which one is smaller
-    nib.save(nib.Nifti1Image(image, np.diag([3.0, 3, 3, 1])), tmp_path / "a.nii.gz")
-
-    def parts(name: str, **knobs: Any) -> list[int]:
-        maps = segment(tmp_path / "a.nii.gz", tmp_path / name, pretrained=model(on_blocks), **knobs)
-        return [ndimage.label(values_of(maps / "a_seg.nii.gz") == value)[1] for value in (1, 2)]
-
-    dim, bright = parts("kept")
-    assert min(dim, bright) > 1
-    assert parts("cleaned", largest_only="all") == [1, 1]
-    assert parts("some", largest_only=["bright"]) == [dim, 1]
-    with refused("structures must be none, all, or among dim, bright, got liver"):
-        parts("refused", largest_only=["liver"])
-
-
-def test_flips_at_the_test_make_the_result_follow_a_mirrored_volume(on_blocks: Path, tmp_path: Path) -> None:
-    image = box_volume(1)[0][2:18, 1:17].copy()
-    image[[0, -1]] = image[:, [0, -1]] = image[..., [0, -1]] = 0  # all is foreground, and one window holds it
-    for name, array in (("a", image), ("b", image[::-1])):
-        nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([3.0, 3, 3, 1])), tmp_path / f"{name}.nii.gz")
-    differences = {}
-    for axes in ((), (0,)):
-        knobs = {"pretrained": model(on_blocks), "test_flip_axes": list(axes)}
-        inputs = tmp_path / "images"
-        inputs.mkdir(exist_ok=True)
-        for name in ("a", "b"):
-            shutil.copy(tmp_path / f"{name}.nii.gz", inputs)
-        maps = segment(inputs, tmp_path / f"out{len(axes)}", **knobs)
-        first, second = (values_of(maps / f"{name}_seg.nii.gz") for name in ("a", "b"))
-        differences[axes] = float((first != second[::-1]).mean())
-    assert differences[0,] < 1e-3 < differences[()]
-
-
-def test_a_split_is_scored_by_name(trained: Path, organs: Path, tmp_path: Path) -> None:
-    for split, subjects in (("test", "test"), ("auto", "test"), ("validation", "validation")):
-        cases = evaluate(organs, tmp_path, pretrained=model(trained), split=split, report=False)
-        assert {row["subject"] for row in cases} == {f"abdomen_ct_{subjects}_00{index}" for index in (0, 1)}
-    assert not (tmp_path / "eval" / "report.html").exists()
-
-
 def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
-    trained: Path, on_blocks: Path, blocks: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     untested = edited(organs, tmp_path, test=None)
     cases = evaluate(untested, tmp_path / "best", pretrained=model(trained))
@@ -519,55 +417,23 @@ def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
     note = "The weights were chosen on these very subjects, so that the scores are optimistic"
     assert note in capsys.readouterr().out
     assert note in (tmp_path / "best" / "eval" / "report.html").read_text(encoding="utf-8")
-    evaluate(blocks, tmp_path / "last", pretrained=model(on_blocks))
-    assert "optimistic" not in (tmp_path / "last" / "eval" / "report.html").read_text(encoding="utf-8")
     with refused("`test` must hold volumes with label maps to be scored, got none"):
         evaluate(untested, tmp_path / "none", pretrained=model(trained), split="test")
 
 
-def test_a_label_map_on_another_grid_scores_alike(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
-    turned = edited(blocks, tmp_path)
-    for path in (turned / "labels").iterdir():
-        label = nib.load(path)
-        nib.save(label.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])).slicer[1:, :-1], path)
-    first, second = (
-        evaluate(folder, tmp_path / name, pretrained=model(on_blocks), report=False)
-        for folder, name in ((blocks, "a"), (turned, "b"))
-    )
-    assert [row["dice"] for row in first] == pytest.approx([row["dice"] for row in second])
-    # What was cut off the label maps is not scored.
-    assert all(float(a["pred_ml"]) >= float(b["pred_ml"]) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["turned", "floats"])
-def test_a_run_trains_alike_on_label_maps_stored_otherwise(
-    blocks: Path, plain: Weights, tmp_path: Path, kind: str
+def test_a_run_trains_and_scores_alike_on_label_maps_stored_otherwise(
+    on_blocks: Path, blocks: Path, plain: Weights, tmp_path: Path
 ) -> None:
     folder = edited(blocks, tmp_path)
     for path in (folder / "labels").iterdir():
         label = nib.load(path)
-        turned = label.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
         floats = nib.Nifti1Image(np.asarray(label.dataobj).astype(np.float32), label.affine)
-        nib.save({"turned": turned, "floats": floats}[kind], path)
+        nib.save(floats.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])), path)
     assert same(run_state(folder, tmp_path / "out"), plain)
-
-
-def test_sets_of_other_formats_train_and_score_alike(blocks: Path, on_blocks: Path, tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
-
-    folder = tmp_path / "formats"
-    items = []
-    for item in read(blocks / "dataset.json")["training"]:
-        names = {"image": item["image"].replace(".nii.gz", ".mha"), "label": item["label"].replace(".nii.gz", ".nrrd")}
-        for key, name in names.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            sitk.WriteImage(sitk.ReadImage(blocks / item[key]), folder / name)
-        items.append({**item, **names})
-    write(folder / "dataset.json", {**read(blocks / "dataset.json"), "training": items})
-    expected, found = (run_state(each, tmp_path / each.name) for each in (blocks, folder))
-    assert all(torch.allclose(expected[key], found[key], atol=1e-3) for key in expected)
-    first, second = (evaluate(each, tmp_path / "out", pretrained=model(on_blocks)) for each in (blocks, folder))
-    assert [float(row["dice"]) for row in first] == pytest.approx([float(row["dice"]) for row in second], abs=5e-3)
+    first, second = (
+        evaluate(each, tmp_path / each.name, pretrained=model(on_blocks), report=False) for each in (blocks, folder)
+    )
+    assert [row["dice"] for row in first] == [row["dice"] for row in second]
 
 
 # ---- label maps --------------------------------------------------------------------------------------------------
@@ -579,43 +445,21 @@ def test_inference_writes_a_label_map_and_its_names_for_every_volume(
     maps = segment(organs, tmp_path, pretrained=model(trained))
     rows = table(maps / "label_maps.csv")
     assert len(rows) == 8
-    assert {path.name for path in maps.iterdir()} == {"label_maps.csv"} | {
-        f"{Path(row['image']).name.removesuffix('.nii.gz')}_seg{suffix}"
-        for row in rows
-        for suffix in (".nii.gz", ".json")
-    }
+    stems = [Path(row["image"]).name.removesuffix(".nii.gz") for row in rows]
+    written = {f"{stem}_seg{suffix}" for stem in stems for suffix in (".nii.gz", ".json")}
+    assert {path.name for path in maps.iterdir()} == {"label_maps.csv", *written}
     for row in rows:
         image, label_map = nib.load(row["image"]), nib.load(row["label_map"])
         assert row["error"] == ""
         assert label_map.shape == image.shape
-        assert label_map.get_data_dtype() == np.uint8
         np.testing.assert_allclose(label_map.affine, image.affine, atol=1e-4)
         said = read(Path(row["label_map"].replace(".nii.gz", ".json")))
-        assert said["image"] == row["image"]
         assert list(said["labels"].values()) == ["background", *BTCV_ORGANS]
-        counts = np.bincount(values_of(row["label_map"]).ravel(), minlength=14)[1:]
-        voxel_ml = abs(np.linalg.det(image.affine)) / 1000
-        assert list(said["volumes_ml"].values()) == pytest.approx((counts * voxel_ml).tolist(), abs=1e-2)
-    assert len({*np.unique([values_of(row["label_map"]).max() for row in rows])}) >= 1
-
-
-def lps_affine(image: Any) -> np.ndarray:
-    """Affine of a SimpleITK image in RAS, by what ITK says of each axis."""
-    columns = [
-        np.subtract(image.TransformIndexToPhysicalPoint(step), image.TransformIndexToPhysicalPoint((0, 0, 0)))
-        for step in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
-    ]
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = np.stack(columns, 1), image.GetOrigin()
-    return np.diag([-1.0, -1, 1, 1]) @ affine
 
 
 @pytest.fixture(scope="session")
 def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One oblique volume as NIfTI, MHA, NRRD and a DICOM series."""
-    import SimpleITK as sitk  # noqa: N813
-    from helpers import DIRECTION, write_series
-
     image = sitk.GetImageFromArray(box_volume(2)[0].T.astype(np.int16))
     image.SetSpacing((3.0, 3.0, 4.0))
     image.SetOrigin((-10.0, 20.0, 30.0))
@@ -627,36 +471,21 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path, formats: Path, tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
+def geometry(image: sitk.Image) -> tuple[Any, ...]:
+    return image.GetSpacing(), image.GetOrigin(), image.GetDirection()
 
+
+def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path, formats: Path, tmp_path: Path) -> None:
     maps = segment(formats, tmp_path, pretrained=model(on_blocks))
     image = sitk.ReadImage(formats / "b.mha")
     expected = values_of(maps / "b_seg.nii.gz")
     assert len(np.unique(expected)) == 3
     for name in "abcd":
-        label_map = nib.load(maps / f"{name}_seg.nii.gz")
-        assert label_map.shape == image.GetSize()
-        np.testing.assert_allclose(label_map.affine, lps_affine(image), atol=1e-3)
         assert (values_of(maps / f"{name}_seg.nii.gz") != expected).mean() < 2e-3
-        # ITK, which viewers use, sees it where the image is.
-        seen = sitk.ReadImage(maps / f"{name}_seg.nii.gz")
-        np.testing.assert_allclose(seen.GetDirection(), image.GetDirection(), atol=1e-4)
-        np.testing.assert_allclose(seen.GetOrigin(), image.GetOrigin(), atol=1e-3)
-
-
-def test_a_label_map_does_not_depend_on_how_the_file_is_stored(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
-    image = nib.load(blocks / "images" / "0.nii.gz")
-    nib.save(image, tmp_path / "a.nii.gz")
-    nib.save(image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), tmp_path / "b.nii.gz")
-    maps = segment(tmp_path, tmp_path / "out", pretrained=model(on_blocks))
-    first, second = (nib.load(maps / f"{name}_seg.nii.gz") for name in "ab")
-    assert first.shape != second.shape
-    ras = [nib.as_closest_canonical(each) for each in (first, second)]
-    np.testing.assert_allclose(ras[0].affine, ras[1].affine, atol=1e-4)
-    labels = [np.asarray(each.dataobj) for each in ras]
-    assert len(np.unique(labels[0])) == 3
-    assert (labels[0] != labels[1]).mean() < 2e-3
+        seen = sitk.ReadImage(maps / f"{name}_seg.nii.gz")  # as viewers read it
+        assert seen.GetSize() == image.GetSize()
+        for found, wanted in zip(geometry(seen), geometry(image), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
@@ -685,23 +514,13 @@ def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
 def test_two_processes_do_what_one_does_with_the_joined_batch_and_share_its_validation(
     blocks: Path, tmp_path: Path
 ) -> None:
-    saving = "$torch.save(@network_def.state_dict(), @output_dir + '/rank' + str(@rank) + '.pth')"
-    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json", write(tmp_path / "a.json", {"+run": [saving]})
     # Three volumes to validate: an odd number. The cross-entropy alone is a mean over the samples of a batch.
     knobs = {**TINY, **SMALL, "validation_fraction": 0.5, "max_epochs": 2, "batch_size": 1, "dice_ce#lambda_dice": 0}
+    configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json"
     result = two_processes(*configs, cwd=tmp_path, **knobs, dataset_dir=blocks, output_dir=tmp_path / "two")
     assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert same(first, second)
-    assert len(list(tmp_path.glob("two/eval/events*"))) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "two"}  # other ranks write nothing
-    written = {"checkpoints", "eval", "models", "rank0.pth", "rank1.pth"}
-    assert {path.name for path in (tmp_path / "two").iterdir()} == written
-    assert settings(tmp_path / "two")["world_size"] == 2
-
     train(blocks, tmp_path / "one", **{**knobs, "batch_size": 2})
     one, two = (checkpoint(tmp_path / name, 2)["network"] for name in ("one", "two"))
-    assert same(two, first)
     # Adam divides small gradients by their size, and so makes much of the rounding of a few.
     differing = torch.cat([(one[key] - two[key]).abs().ravel() for key in one])
     assert (differing > 1e-3).float().mean() < 0.01
@@ -747,11 +566,8 @@ def test_lists_of_a_server_train_the_served_weights_on(organs: Path, trained: Pa
     assert not same(weights(tmp_path), weights(trained))
 
 
-@pytest.mark.parametrize("nothing", [[], "$@datalist.validation"])
-def test_without_a_list_for_validation_the_last_weights_are_kept(
-    organs: Path, trained: Path, tmp_path: Path, nothing: Any
-) -> None:
-    served(organs, trained, tmp_path, **{"validate#dataset#data": nothing})
+def test_without_a_list_for_validation_the_last_weights_are_kept(organs: Path, trained: Path, tmp_path: Path) -> None:
+    served(organs, trained, tmp_path, **{"validate#dataset#data": []})
     assert settings(tmp_path)["select"] == "last"
     assert not same(weights(tmp_path), weights(trained))
 
@@ -761,83 +577,24 @@ def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Pat
         served(organs, trained, tmp_path, **{"train#dataset#data": [], "validate#dataset#data": []})
 
 
-def test_lists_of_a_server_need_weights_that_name_the_structures(organs: Path, trained: Path, tmp_path: Path) -> None:
-    changed = tmp_path / "changed"
-    shutil.copytree(trained, changed)
-    write(changed / "models" / "model.json", {**settings(trained), "class_names": []})
-    with refused("names of their structures need weights that say them"):
-        served(organs, changed, tmp_path / "bundle")
-
-
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
 def test_unknown_values_in_a_label_map_are_refused(blocks: Path, tmp_path: Path) -> None:
     folder = edited(blocks, tmp_path, labels={"1": "dim"})
-    knobs = {**TINY, **SMALL, "dataset_dir": folder, "output_dir": tmp_path / "out", "validation_fraction": 0}
-    result = command_line(CONFIGS / "train.json", **knobs, select="last")
-    assert result.returncode == 1
-    message = result.stderr[result.stderr.rindex("error: ") :]
-    assert "got 6 of 6 that cannot" in message
-    assert re.search(r"label map .*0\.nii\.gz must hold values that `labels` .* names \(0, 1\), got 2", message)
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out" / "models" / "model.pt").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": None}, r'must have a dataset.json that names the values of its label maps, such as "labels"'),
-        (
-            {"training": [{"image": "images/0.nii.gz", "label": "labels/0.nii.gz"}]},
-            "`select` best chooses the weights on a validation split, and there is none",
-        ),
-        ({"modality": {"0": "T2", "1": "ADC"}}, "must have a channel for each of the modal"),
-    ],
-)
-def test_refuses_bad_sets_before_training(blocks: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with refused(message):
-        train(edited(blocks, tmp_path, **changes), tmp_path / "out", **SMALL)
-    assert not (tmp_path / "out" / "models" / "model.pt").exists()
-
-
-def test_a_label_map_beside_its_image_is_refused(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
-    folder = edited(blocks, tmp_path)
-    path = folder / "labels" / "1.nii.gz"
-    label = nib.load(path)
-    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), label.affine + np.eye(4, k=3) * 500), path)
-    message = r"labels/1\.nii\.gz must lie where its image lies"
-    with refused(message):
+    with refused(r"got 6 of 6 that cannot(.|\n)*0\.nii\.gz must hold values that `labels` .* names \(0, 1\), got 2"):
         run_state(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "models" / "model.pt").exists()
-    run_state(folder, tmp_path / "skipped", on_corrupt="skip")
-    assert settings(tmp_path / "skipped")["num_volumes"] == 5
-    with refused(message):
-        evaluate(folder, tmp_path / "out", pretrained=model(on_blocks), split="all")
-
-
-def test_volumes_of_other_channels_than_the_weights_are_named(on_blocks: Path, tmp_path: Path) -> None:
-    folder = write_set(tmp_path / "two", 2, channels=2, modality={"0": "T2", "1": "ADC"})
-    with refused("2 of 2 images could not be read"):
-        segment(folder / "images", tmp_path / "out", pretrained=model(on_blocks))
-    rows = table(tmp_path / "out" / "eval" / "label_maps" / "label_maps.csv")
-    assert all("a channel for each of the modalities CT, got 2" in row["error"] for row in rows)
-    message = r"every volume must have 1 channel\(s\), got T2, ADC for .*nii\.gz"
-    with refused(message):
-        evaluate(folder, tmp_path / "out", pretrained=model(on_blocks))
-    with refused(message):
-        segment(folder, tmp_path / "out", pretrained=model(on_blocks))
 
 
 @pytest.mark.parametrize(
     ("config", "knob", "message"),
     [
-        ("train", {"structure": ["liver"]}, "--structure .*--structures"),
         ("train", {"structures": ["liver", "heart"]}, "`structures` must be different ones of spleen, .*, heart"),
         ("train", {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
         ("train", {"on_device": "maybe"}, "`--on_device` must be true or false"),
+        ("train", {"deep_supervision": 2}, "`num_heads` must be at least 1 and fewer than the 2 levels, got 2"),
         ("evaluate", {"largest_only": ["heart"]}, "structures must be none, all, or among"),
-        ("evaluate", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
         ("inference", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
         ("inference", {"dataset_dir": "nowhere"}, "nowhere"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, read, write
+from helpers import ROOT, read, tiny_knobs, write
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from dissect_monai.phantoms.volumes import write_volume_phantoms
-
 BUNDLE = ROOT / "bundles" / "seg_finetune_btcv"
 KNOBS = {
-    "pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "init_filters": 8, "blocks_down": [1, 1, 1],
-    "blocks_up": [1, 1], "iterations_per_epoch": 20, "batch_size": 8, "max_epochs": 2, "schedule_epochs": 2,
-    "warmup_epochs": 0, "learning_rate": 0.01, "num_workers": 0, "val_interval": 1, "amp": False, "select": "last",
+    **tiny_knobs("seg_finetune_btcv"), "iterations_per_epoch": 10, "batch_size": 8, "max_epochs": 2,
+    "schedule_epochs": 2, "select": "last",
 }  # fmt: skip
 
 
@@ -36,9 +32,9 @@ def client(name: str, dataset_dir: Path, output_dir: Path) -> MonaiAlgo:
 
 
 @pytest.fixture
-def hospitals(tmp_path: Path) -> list[Path]:
+def hospitals(volume_dirs: list[Path], tmp_path: Path) -> list[Path]:
     """Two data sets with half of the training volumes each, and the same two for validation."""
-    folder = write_volume_phantoms(tmp_path / "data", 4, 2, 2, image_size=32, tasks=["abdomen_ct"])[0]
+    folder = volume_dirs[0]
     datalist = read(folder / "dataset.json")
     hospitals = [tmp_path / name for name in ("first", "second")]
     for index, hospital in enumerate(hospitals):
@@ -70,7 +66,6 @@ def test_two_rounds_of_two_hospitals_learn_one_network(hospitals: list[Path], tm
         # The same volumes are validated in both, by the same weights.
         assert metrics[0]["dice_mean"] == pytest.approx(metrics[1]["dice_mean"])
         scores.append(metrics[0]["dice_mean"])
-    logging.getLogger(__name__).info("mean Dice of the shared network after 0, 1 and 2 rounds: %s", scores)
     assert scores[2] > scores[0]
     for each in clients:
         each.finalize()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Recipe
+from helpers import BUNDLES, Recipe
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 METRICS = {
@@ -18,44 +18,43 @@ METRICS = {
 }
 
 
-def tracked_runs(folder: Path) -> tuple[Any, list[Any]]:
+def tracked_runs(folder: Path, experiment: str) -> tuple[Any, list[Any]]:
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlruns.db'}")
-    return client, client.search_runs([each.experiment_id for each in client.search_experiments()])
+    return client, client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", sorted(path.name for path in ROOT.glob("bundles/*")))
-def test_a_run_shows_its_settings_losses_scores_and_config(
-    bundle: str, recipe_of: Callable[[str], Recipe], tmp_path: Path
+def test_runs_of_all_bundles_show_their_settings_losses_scores_and_config(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(bundle)
-    recipe.train(tmp_path, tracking="mlflow")
-    client, (run,) = tracked_runs(tmp_path)
-    assert run.info.status == "FINISHED"
-    assert run.data.params["batch_size"] == str(recipe.knobs["batch_size"])
-    assert run.data.metrics.keys() >= METRICS[bundle]
-    (config,) = client.list_artifacts(run.info.run_id)
-    assert config.path.startswith("config_")
-    recipe.run("evaluate", tmp_path, num_samples=5, tracking="mlflow")
-    _, runs = tracked_runs(tmp_path)
-    assert len(runs) == 2
-    assert all(each.data.metrics for each in runs)
+    store = f"sqlite:///{tmp_path / 'mlruns.db'}"  # to make a store takes longer than a run
+    assert METRICS.keys() == {bundle.name for bundle in BUNDLES}
+    for bundle, metrics in METRICS.items():
+        recipe, tracked = recipe_of(bundle), {"tracking_uri": store, "experiment_name": bundle, "tracking": "mlflow"}
+        recipe.train(tmp_path / bundle, **tracked)
+        client, (run,) = tracked_runs(tmp_path, bundle)
+        assert run.info.status == "FINISHED"
+        assert run.data.params["batch_size"] == str(recipe.knobs["batch_size"])
+        assert run.data.metrics.keys() >= metrics
+        (config,) = client.list_artifacts(run.info.run_id)
+        assert config.path.startswith("config_")
+        recipe.run("evaluate", tmp_path / bundle, num_samples=5, **tracked)
+        _, runs = tracked_runs(tmp_path, bundle)
+        assert len(runs) == 2
+        assert all(each.data.metrics for each in runs)
 
 
-def test_every_start_is_a_run_of_its_own_with_the_name_and_store_that_it_is_given(
+def test_every_start_is_a_run_of_its_own_in_the_store_of_the_output(
     recipe_of: Callable[[str], Recipe], tmp_path: Path
 ) -> None:
     """A process that was killed leaves its run open: MLflow refuses other parameters for it."""
     import mlflow
 
-    store = f"sqlite:///{tmp_path / 'mine.db'}"
-    client = mlflow.MlflowClient(store)
-    killed = client.create_run(client.create_experiment("mine", (tmp_path / "artifacts").as_uri()))
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlruns.db'}")
+    killed = client.create_run(client.create_experiment("monai_experiment", (tmp_path / "artifacts").as_uri()))
     client.log_param(killed.info.run_id, "batch_size", "999")
-    recipe_of("hssl_multidomain").train(
-        tmp_path / "output", tracking="mlflow", tracking_uri=store, experiment_name="mine"
-    )
-    runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    recipe_of("hssl_multidomain").train(tmp_path, tracking="mlflow")
+    _, runs = tracked_runs(tmp_path, "monai_experiment")
     assert sorted(run.data.params["batch_size"] for run in runs) == ["4", "999"]
