@@ -50,10 +50,9 @@ class DiscreteCodes(nn.Module):
         self.decoder = decoder
         self._stride = 0  # of the finest scale, which only decoding needs
         if decoder is not None:
-            spatial_dims = quantizer.projections[0].weight.ndim - 2
-            self._stride = (
-                PROBE_SIDE // stage_shapes(encoder, spatial_dims, decoder.head.out_channels)[stages[0] - 1][1]
-            )
+            channels = len(decoder.head.get_parameter("bias"))
+            spatial_dims = quantizer.projections[0].get_parameter("weight").ndim - 2
+            self._stride = PROBE_SIDE // stage_shapes(encoder, spatial_dims, channels)[stages[0] - 1][1]
         self.eval()
 
     @property
