@@ -42,7 +42,7 @@ RANDOM, PIXELS = "random", "pixels"
 FRACTIONS = (0.01, 0.05, 0.2, 1.0)
 NIH_FINDINGS = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion", "No finding")
 MIN_POSITIVES = 30  # of a finding that is scored
-NUM_DRAWS, NUM_FOLDS, NUM_SOURCE_FILMS = 10, 5, 3000
+NUM_DRAWS, NUM_FOLDS, NUM_SAMPLES, NUM_SOURCE_FILMS = 10, 5, 1000, 3000
 PAEDIATRIC = "cxr_kermany"
 LABELLED = (PAEDIATRIC, "cxr_nih", "cxr_nih64")
 FIELDS = ("set", "question", "fraction", "features", "recipe", "less", "auroc", "low", "high", "seeds", "draws")
@@ -174,7 +174,7 @@ def rows(arms: Mapping[str, list[Arm]], of: Films, select: bool) -> Iterator[tup
             for name, seeds in features.items():
                 xs = [each.get(kind) or each["pca"] for each in seeds]
                 scored = [scores(of, x, labels, fraction, draw) for x in xs for draw in range(draws)]
-                found[name] = resample(partial(area, labels[-1], scored), subjects)
+                found[name] = resample(partial(area, labels[-1], scored), subjects, NUM_SAMPLES)
             place = of.name, question, f"{fraction:g}", kind
             for name, each in found.items():
                 yield (*place, name, "", *percentile_interval(each), len(arms[name]), draws)

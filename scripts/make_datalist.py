@@ -62,7 +62,7 @@ def build_parser() -> ArgumentParser:
     option("--uncertain", choices=UNCERTAIN, default="ignore", help="what a label of -1 becomes (default: unknown)")
     option = source(folders, validation=0.1, test=0.2)
     option("--subject_pattern", default="", help=pattern)
-    option = source(table, validation=0.1, test=0.2)
+    option = source(table, validation="0.1 without --split", test="0.2 without --split")
     option("file", type=absolute, help="the table")
     option("--image", required=True, help="column with paths relative to the folder of the images")
     option("--image_dir", type=absolute, help="folder of the images; that of the table by default")

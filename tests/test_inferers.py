@@ -19,16 +19,15 @@ def volume(*shape: int) -> Tensor:
     return torch.randn(1, 1, *(shape or (8, 8, 8)), generator=torch.Generator().manual_seed(1))
 
 
-# --- windows
-
-
 @pytest.mark.parametrize("shape", [(8, 8, 8), (11, 9, 6), (3, 8, 12)])
 @pytest.mark.parametrize("overlap", [0.25, 0.5])
-def test_windows_are_monais(shape: tuple[int, ...], overlap: float) -> None:
+def test_it_is_monais_sliding_window_whatever_the_layout_of_the_network(shape: tuple[int, ...], overlap: float) -> None:
     expected = sliding_window_inference(
         volume(*shape), (6, 6, 6), 4, network(), overlap=overlap, mode="gaussian", padding_mode="constant"
     )
-    torch.testing.assert_close(WindowInferer((6, 6, 6), overlap)(volume(*shape), network()), expected)
+    inferer, laid_out = WindowInferer((6, 6, 6), overlap=overlap), network().to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(inferer(volume(*shape), network()), expected)
+    torch.testing.assert_close(inferer(volume(*shape), laid_out), inferer(volume(*shape), network()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("max_voxels", [1, 2**25])
@@ -45,28 +44,7 @@ def test_logits_keep_the_metadata_of_the_volume(max_voxels: int, monkeypatch: py
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_the_network_runs_in_bfloat16_if_wanted(amp: bool) -> None:
-    types = set()
-
-    def remember(windows: Tensor) -> Tensor:
-        logits = network()(windows)
-        types.add(logits.dtype)
-        return logits
-
-    result = WindowInferer((8, 8, 8), amp=amp)(volume(), remember)
-    assert types == {torch.bfloat16 if amp else torch.float32}
-    assert result.dtype == torch.float32
-    expected = WindowInferer((8, 8, 8))(volume(), network())
-    torch.testing.assert_close(result, expected, rtol=0, atol=0.05 if amp else 0)
-
-
-def test_the_layout_of_the_network_does_not_count() -> None:
-    inferer = WindowInferer((8, 8, 8))
-    laid_out = network().to(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(inferer(volume(), network()), inferer(volume(), laid_out), rtol=0, atol=0)
-
-
-def test_further_arguments_reach_the_network() -> None:
+def test_the_network_runs_in_bfloat16_if_wanted_and_gets_further_arguments(amp: bool) -> None:
     given = []
 
     def remember(windows: Tensor, scale: float, shift: float = 0) -> Tensor:
@@ -74,11 +52,10 @@ def test_further_arguments_reach_the_network() -> None:
         given.append((logits.dtype, scale, shift))
         return logits
 
-    WindowInferer((8, 8, 8))(volume(), remember, 2.0, shift=3.0)
-    assert given == [(2.0, 3.0)]
-
-
-# --- autocast
+    result = WindowInferer((8, 8, 8), amp=amp)(volume(), remember, 2.0, shift=3.0)
+    assert given == [(torch.bfloat16 if amp else torch.float32, 2.0, 3.0)]
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, network()(volume()), rtol=0, atol=0.05 if amp else 1e-6)
 
 
 def test_autocast_is_off_if_not_wanted() -> None:

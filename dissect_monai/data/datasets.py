@@ -212,6 +212,8 @@ class _Attempts(torch_data.Dataset[Attempt]):
             cause: BaseException = error
             while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
                 cause = cause.__cause__
+            if isinstance(cause, ImportError):
+                raise cause from None  # no fault of the image
             return index, None, f"{cause}" or type(cause).__name__
 
 

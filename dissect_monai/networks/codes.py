@@ -30,14 +30,6 @@ class DiscreteCodes(nn.Module):
         quantizer: of the chosen stages.
         stages: of the encoder, counted from 1, fine to coarse.
         decoder: None without a reconstruction term.
-
-    Example:
-        >>> codes = load_codes("OUT")
-        >>> indices = codes.encode(torch.rand(8, 1, 224, 224))
-        >>> [each.shape for each in indices]
-        [torch.Size([8, 28, 28]), torch.Size([8, 14, 14]), torch.Size([8, 7, 7])]
-        >>> codes.decode(indices).shape
-        torch.Size([8, 1, 224, 224])
     """
 
     def __init__(

@@ -104,10 +104,12 @@ def table(
     split: str,
     extra: Sequence[str],
     image_dir: Path | None,
-    validation_fraction: float,
-    test_fraction: float,
+    validation_fraction: float | None,
+    test_fraction: float | None,
 ) -> Source:
     """A CSV table with a row per image; labels are 1, 0, or empty for unknown."""
+    if split and (validation_fraction, test_fraction) != (None, None):
+        raise ValueError("--split must not come with --validation_fraction or --test_fraction. Give one or the other.")
     if {"image", "label", "subject"} & set(extra):
         raise ValueError(f"--extra must not name image, label or subject, got {', '.join(extra)}. Rename the column.")
     needed = [name for name in (image, subject, split) if name]
@@ -122,8 +124,11 @@ def table(
         copied = {name: row[name] for name in extra}
         path = absolute(str((image_dir or file.parent) / row[image]))
         records.append(Record(path, label, row[subject] if subject else None, given, copied))
-    shares = {} if split else {"test": test_fraction, "validation": validation_fraction}
-    return Source(file.parent, f"Labels from {file.name}", records, shares, labels)
+    shares = {
+        "test": 0.2 if test_fraction is None else test_fraction,
+        "validation": 0.1 if validation_fraction is None else validation_fraction,
+    }
+    return Source(file.parent, f"Labels from {file.name}", records, {} if split else shares, labels)
 
 
 def read_rows(table: Path, *needed: str) -> list[tuple[str, dict[str, str]]]:
