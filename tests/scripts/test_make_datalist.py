@@ -280,6 +280,7 @@ def test_refuses_a_patient_in_two_official_lists(tmp_path: Path, refused: Refuse
         ({"patient": ["P0"] * 20}, [], "training and validation must hold images, got none"),
         ({"Edema": [0, 1, 2] + [0] * 17}, [], "line 4: Edema must be one of .+ or empty, got '2'"),
         ({}, ["--subject", "who"], r"must have the columns \['who'\], got \['path'"),
+        ({}, ["--split", "part", "--test_fraction", "0"], "--split must not come with .+ Give one or the other"),
         ({}, ["--extra", "label"], "--extra must not name image, label or subject"),
     ],
 )  # fmt: skip
