@@ -118,7 +118,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_list_of(_whole(8), 3), "patch_size", ""),
     (_list_of(_number(" over 0", lambda value: value > 0), 3), "pixdim", ""),
     (PATH, "", "output_dir"),
-    (_optional(PATH), "", "cache_dir calibration checkpoint pretrained"),
+    (_optional(PATH), "", "cache_dir calibration pretrained"),
     (_optional(PATHS), "", "dataset_dir"),
     (_optional(TEXT), "", "shortcut"),
     (TEXTS, "", "largest_only"),

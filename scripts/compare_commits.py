@@ -3,8 +3,8 @@
     python scripts/compare_commits.py COMMIT [COMMIT] --data_dir DIR [--output_dir runs/compare]
 
 Each commit is checked out in a git worktree of its own and runs there in one thread on the CPU: on phantoms with all
-defaults, and for two epochs on DIR/cxr_nih64, mr_chaos, ct_btcv and mr_hippocampus with other knobs. Folders whose runs
-have all finished are kept, so the same commit twice just runs it. The exit status is 1 if any file differs.
+defaults, and for two epochs on DIR/cxr_nih64, mr_chaos, ct_btcv and mr_hippocampus with other knobs. Finished runs are
+kept, so the same commit twice just runs it. The exit status is 1 if any file differs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import fire
 import numpy as np
 import torch
 from fire.decorators import SetParseFn
+from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     IMAGES,
     SCALARS,
@@ -32,7 +36,6 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 ROOT = Path(__file__).resolve().parent.parent
 VQ, CLASSIFY, HSSL, SEG = "pretrain_vq_ssl", "cxr_classify", "hssl_multidomain", "seg_finetune_btcv"
-CONFIGS = ("train", "evaluate", "inference")
 XRAYS = "--num_workers 0 --dataset_dir {data}/cxr_nih64"
 VOLUMES = "--num_workers 0 --dataset_dir ['{data}/mr_chaos','{data}/ct_btcv','{data}/mr_hippocampus']"
 LABELLED = "--num_workers 0 --dataset_dir {data}/mr_chaos"
@@ -42,7 +45,10 @@ PRETRAINED = "--pretrained ../outputs/{}/models/model.pt"
 
 # Folder of the outputs → calls of `monai.bundle run` that write there: the config, or two joined by +, and the knobs.
 RUNS = {
-    **{f"phantoms_{each}": [f"{each}/{config}" for config in CONFIGS] for each in (VQ, CLASSIFY, HSSL, SEG)},
+    "phantoms_vq": [f"{VQ}/train", f"{VQ}/evaluate", f"{VQ}/inference"],
+    "phantoms_classify": [f"{CLASSIFY}/train", f"{CLASSIFY}/evaluate", f"{CLASSIFY}/inference"],
+    "phantoms_hssl": [f"{HSSL}/train", f"{HSSL}/evaluate", f"{HSSL}/inference"],
+    "phantoms_seg": [f"{SEG}/train", f"{SEG}/evaluate", f"{SEG}/inference"],
     "phantoms_vq_volumes": [f"{VQ}/train+{VQ}/volumes", f"{HSSL}/evaluate"],
     "xrays_vq": [
         f"{VQ}/train {XRAYS} {EPOCHS} --encoder resnet18 --image_size 64 --num_embeddings 64 --hidden_dim 256 "
@@ -89,20 +95,26 @@ def run_commit(commit: str, data: Path, folder: Path) -> None:
     if not code.exists():
         git("worktree", "add", "--force", "--detach", str(code), commit)
     environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    where = [sys.executable, "-c", "import dissect_monai; print(dissect_monai.__file__)"]
+    package = Path(subprocess.check_output(where, cwd=code, env=environment, text=True).strip())
+    if not package.is_relative_to(code):
+        raise SystemExit(f"error: the package of {commit} must be imported from {code}, got {package}.")
     for name, calls in RUNS.items():
-        output = folder / "outputs" / name
-        if (output / "all.done").exists():
-            continue
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
         for number, call in enumerate(calls):
-            print(f"{folder.name} {name} {call.split()[0]}", flush=True)
-            log = output / f"{number}.log"
+            output = folder / "outputs" / name
+            done, log = output / f"{number}.done", output / f"{number}.log"
+            if done.exists():
+                continue
+            if number == 0:
+                shutil.rmtree(output, ignore_errors=True)
+                output.mkdir(parents=True)
+            start = time.perf_counter()
             with open(log, "w", encoding="utf-8") as file:
-                done = subprocess.run(command(call, name, data), cwd=code, env=environment, stdout=file, stderr=file)
-            if done.returncode:
+                status = subprocess.run(command(call, name, data), cwd=code, env=environment, stdout=file, stderr=file)
+            if status.returncode:
                 raise SystemExit(f"error: {call.split()[0]} of {name} failed in {commit}, see {log}.")
-        (output / "all.done").touch()
+            done.write_text(f"{time.perf_counter() - start:.0f} s\n", encoding="utf-8")
+            print(f"{folder.name} {name} {call.split()[0]}: {done.read_text(encoding='utf-8').strip()}", flush=True)
 
 
 def command(call: str, name: str, data: Path) -> list[str]:
@@ -117,6 +129,8 @@ def list_outputs(folder: Path) -> dict[str, Path]:
     """Files that the runs of a commit left, by name; the event files of a folder count as one."""
     outputs = folder / "outputs"
     files = [each for each in outputs.rglob("*") if each.is_file() and each.suffix not in (".log", ".done")]
+    if not files:
+        raise SystemExit(f"error: {outputs} must hold what the runs left, got no file. Remove it, and run them again.")
     paths = {each.parent / "events" if "tfevents" in each.name else each for each in files}
     return {path.relative_to(outputs).as_posix(): path for path in sorted(paths)}
 
@@ -139,25 +153,46 @@ def read_file(path: Path, folder: Path) -> Any:
     return path.read_bytes()
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, object]]:
-    """The values in a nested one, bit for bit, so that NaN equals itself, with their names."""
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+    """The values in a nested one as arrays, with their names."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(item, f"{name}/{key}")
     elif isinstance(value, list | tuple):
         yield from leaves(dict(enumerate(value, start=1)), name)
     elif isinstance(value, bytes):
-        yield name, value
+        yield name, np.asarray(sha256(value).hexdigest())
+    elif isinstance(value, torch.Tensor):
+        yield name, value.detach().numpy()
     else:
-        array = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        yield name, (array.dtype, array.shape, array.tobytes())
+        yield name, np.asarray(value)
 
 
-def difference(first: Mapping[str, object], second: Mapping[str, object]) -> str:
+def difference(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]) -> str:
     """What differs between the values of two files; empty if nothing does."""
-    names = sorted(first.keys() | second.keys())
-    found = [name for name in names if first.get(name) != second.get(name)]
-    return f"{len(found)} of {len(names)} values, such as {found[0] or 'the content'}" if found else ""
+    parts = []
+    if lonely := sorted(first.keys() ^ second.keys()):
+        parts.append(f"{len(lonely)} values in one commit alone, such as {lonely[0]}")
+    shared = [name for name in first if name in second]
+    gaps = {name: gap(first[name], second[name]) for name in shared if not is_equal(first[name], second[name])}
+    if gaps:
+        worst = max(gaps, key=lambda name: gaps[name])
+        parts.append(f"{len(gaps)} of {len(shared)} values, {worst or 'the content'} by {gaps[worst]:.3g}")
+    return "; ".join(parts)
+
+
+def is_equal(first: NDArray[Any], second: NDArray[Any]) -> bool:
+    """Whether two values are the same, bit for bit, so that NaN equals itself."""
+    return (first.dtype, first.shape) == (second.dtype, second.shape) and first.tobytes() == second.tobytes()
+
+
+def gap(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Largest difference of the numbers in two values; infinite if they don't correspond."""
+    if first.shape != second.shape or {first.dtype.kind, second.dtype.kind} - {*"biuf"}:
+        return inf
+    one, two = first.astype(float), second.astype(float)
+    distances = np.where(np.isnan(one) & np.isnan(two), 0, np.abs(one - two))
+    return float(np.nan_to_num(distances, nan=inf, posinf=inf).max(initial=0))
 
 
 def report(folders: Sequence[Path]) -> Iterator[str]:

@@ -63,8 +63,9 @@ def rows(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def first_and_last(run: Path, tag: str) -> list[str]:
-    """First and last value of a scalar in the event files of a run."""
-    events = EventAccumulator(str(run / "eval"))
+    """First and last value of a scalar in the newest event file of a run."""
+    newest = max((run / "eval").glob("*tfevents*"), key=lambda path: path.stat().st_mtime_ns)
+    events = EventAccumulator(str(newest))
     events.Reload()
     values = [each.value for each in events.Scalars(tag)]
     return [f"{value:.3f}" for value in (values[0], values[-1])]

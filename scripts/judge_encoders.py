@@ -1,22 +1,24 @@
 """Judge frozen encoders of one study on labelled X-rays: linear probes at fractions of the labels, over many draws.
 
-    python scripts/judge_encoders.py runs/STUDY --data DIR [--table results/STUDY.csv] [--select true]
+    python scripts/judge_encoders.py runs/STUDY --data DIR [--table results/STUDY.csv] [--select]
 
 runs/STUDY is what `run_experiments.py` has trained: RECIPE/seedN/models/model.pt. Beside the recipes stand three random
-encoders and the principal components of the pixels. Features are kept as float16 beside the weights.
+encoders and the principal components of the pixels, fitted on all films of a set that is cross-validated. Features are
+kept as float16 beside the weights.
 
 Paediatric films (cxr_kermany) are scored on their test split; C is chosen on validation. NIH films are cross-validated
 by subject: of five folds one is scored, the next chooses C, and a fraction of the subjects of the others trains. An
 AUROC is a mean over draws (of subjects, of folds) and seeds; its interval, and that of a difference, is a bootstrap of
 the scored subjects, the same for all recipes.
 
-With --select true, to choose defaults by, no film of a test split is read: the training and validation films of all
+With --select, to choose defaults by, no film of a test split is read: the training and validation films of all
 three sets are cross-validated, with all labels of the training folds.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import permutations, product
@@ -35,6 +37,7 @@ from dissect_monai.data.datalists import label_matrix
 from dissect_monai.metrics.classification import auroc
 from dissect_monai.metrics.intervals import Resampled, percentile_interval, resample
 from dissect_monai.metrics.probes import extract_features, linear_probe, pixel_pca
+from dissect_monai.writing import written_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = ROOT / "bundles" / "pretrain_vq_ssl" / "configs" / "evaluate.json"
@@ -44,6 +47,7 @@ NIH_FINDINGS = ("Pneumonia", "Infiltration", "Atelectasis", "Edema", "Effusion",
 MIN_POSITIVES = 30  # of a finding that is scored
 NUM_DRAWS, NUM_FOLDS, NUM_SAMPLES, NUM_SOURCE_FILMS = 10, 5, 1000, 3000
 PAEDIATRIC = "cxr_kermany"
+CLASSES = ["normal", "bacterial_pneumonia", "viral_pneumonia"]
 LABELLED = (PAEDIATRIC, "cxr_nih", "cxr_nih64")
 FIELDS = ("set", "question", "fraction", "features", "recipe", "less", "auroc", "low", "high", "seeds", "draws")
 
@@ -56,6 +60,7 @@ class Arm(NamedTuple):
 
     name: str
     seed: int
+    encoder: str
     image_size: int
     folder: Path  # keeps the features
     weights: Path | None = None
@@ -85,13 +90,14 @@ def films(data: Path, select: bool) -> Iterator[Films]:
             splits = {"all": [item for items in splits.values() for item in items]}
         if name == PAEDIATRIC:
             labels = [np.array([item["label"] for item in items], dtype=float) for items in splits.values()]
-            classes = ("normal", "bacterial", "viral")
-            questions = {each: [label[:, [column]] for label in labels] for column, each in enumerate(classes)}
+            if datalist.label_names != CLASSES:
+                raise SystemExit(f"error: {name} must have the labels {CLASSES}, got {datalist.label_names}.")
+            questions = {each: [label[:, [column]] for label in labels] for column, each in enumerate(CLASSES)}
             viral = [np.where(label[:, [0]] == 1, np.nan, label[:, [2]]) for label in labels]
             questions = {"viral against bacterial": viral, **questions}
         else:
             names = datalist.label_names
-            found = [f for f in NIH_FINDINGS if label_matrix(splits["all"], names, [f]).sum() >= MIN_POSITIVES]
+            found = [f for f in NIH_FINDINGS if (label_matrix(splits["all"], names, [f]) == 1).sum() >= MIN_POSITIVES]
             view = np.array([[float(item["view"] == "AP")] for item in splits["all"]])
             questions = {"findings": [label_matrix(splits["all"], names, found)], "AP or PA": [view]}
         yield Films(name, splits, questions)
@@ -105,12 +111,13 @@ def films(data: Path, select: bool) -> Iterator[Films]:
 
 def features_of(arm: Arm, of: Films) -> dict[str, list[Array]]:
     """Features (N, D) of each split by kind, computed once."""
-    path = arm.folder / f"features_{of.name}_{sum(map(len, of.splits.values()))}.npz"
+    digest = hashlib.sha256(repr([arm.encoder, arm.image_size, of.splits]).encode()).hexdigest()[:8]
+    path = arm.folder / f"features_{of.name}_{digest}.npz"
     if not path.is_file():
         parser = ConfigParser()
         parser.read_config(EVALUATE)
         parser["bundle_root"] = str(EVALUATE.parent.parent)
-        parser["pretrained"], parser["image_size"] = arm.weights, arm.image_size
+        parser["pretrained"], parser["encoder"], parser["image_size"] = arm.weights, arm.encoder, arm.image_size
         torch.manual_seed(arm.seed)
         network = load_weights(parser.get_parsed_content("network_def"), arm.weights)
         transform = parser.get_parsed_content("preprocessing")
@@ -120,13 +127,13 @@ def features_of(arm: Arm, of: Films) -> dict[str, list[Array]]:
         else:
             splits = [extract_features(network, loader, "cpu") for loader in loaders]
             kinds = {"last": [each.last for each in splits], "stages": [each.stages for each in splits]}
-        arm.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{kind}/{i}": x.astype(np.float16) for kind, xs in kinds.items() for i, x in enumerate(xs)}
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+        with written_atomically(path) as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     features: dict[str, list[Array]] = {}
-    with np.load(path) as file:
-        for name in sorted(file.files):
-            features.setdefault(name.split("/")[0], []).append(file[name].astype(np.float32))
+    with np.load(path) as kept:
+        for name in sorted(kept.files):
+            features.setdefault(name.split("/")[0], []).append(kept[name].astype(np.float32))
     return features
 
 
@@ -196,16 +203,23 @@ def main(runs: str, data: str, table: str | None = None, select: bool = False) -
         select: whether recipes are compared to choose one, without the test splits.
     """
     arms: dict[str, list[Arm]] = {}
+    shapes: set[tuple[str, int]] = set()
     for weights in sorted(Path(runs).glob("*/seed*/models/model.pt")):
         folder = weights.parents[1]
         seed = int(folder.name.removeprefix("seed"))
-        size = read_settings(weights)["image_size"]
-        arms.setdefault(folder.parent.name, []).append(Arm(folder.parent.name, seed, size, folder, weights))
+        settings = read_settings(weights)
+        encoder, size = settings["encoder"], settings["image_size"]
+        shapes.add((encoder, size))
+        arms.setdefault(folder.parent.name, []).append(Arm(folder.parent.name, seed, encoder, size, folder, weights))
+    if select not in (True, False):
+        raise SystemExit(f"error: --select takes no value, got {select}.")
     if not arms:
         raise SystemExit(f"error: there is no RECIPE/seedN/models/model.pt in {runs}: train the study first.")
-    size = next(iter(arms.values()))[0].image_size
-    arms[RANDOM] = [Arm(RANDOM, seed, size, Path(runs, RANDOM, f"seed{seed}")) for seed in range(3)]
-    arms[PIXELS] = [Arm(PIXELS, 0, size, Path(runs, PIXELS, "seed0"))]
+    if len(shapes) > 1:
+        raise SystemExit(f"error: all recipes must have one encoder and image size, got {sorted(shapes)}.")
+    encoder, size = next(iter(shapes))
+    arms[RANDOM] = [Arm(RANDOM, seed, encoder, size, Path(runs, RANDOM, f"seed{seed}")) for seed in range(3)]
+    arms[PIXELS] = [Arm(PIXELS, 0, encoder, size, Path(runs, PIXELS, "seed0"))]
     with open(table or Path(runs, "frozen_features.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(FIELDS)

@@ -15,7 +15,7 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from dissect_monai.common import InputError, __version__, rank
-from dissect_monai.networks.codes import save_codes
+from dissect_monai.networks.codes import codes_dir, save_codes
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import load_torch, save_weights
 from dissect_monai.writing import save_atomically
@@ -65,7 +65,7 @@ class TrainingCheckpoint:
         save_atomically(content, Path(self.ckpt_dir, f"checkpoint_epoch={epoch}.pt"))
         if self.weights is not None and self.weights_path is not None:
             if self.codes is not None:
-                save_codes(self.codes, Path(self.weights_path).parents[1] / "codes")
+                save_codes(self.codes, codes_dir(self.weights_path))
             save_weights(self.weights, self.weights_path, self.settings)
         for old in checkpoints_in(self.ckpt_dir)[:-NUM_KEPT]:
             old.unlink()

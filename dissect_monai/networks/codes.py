@@ -47,6 +47,10 @@ class DiscreteCodes(nn.Module):
             self._stride = PROBE_SIDE // stage_shapes(encoder, spatial_dims, channels)[stages[0] - 1][1]
         self.eval()
 
+    def train(self, mode: bool = True) -> DiscreteCodes:
+        """Stay in evaluation mode, whatever network this is a part of: training mode would move the codes."""
+        return super().train(False)
+
     @property
     def num_embeddings(self) -> list[int]:
         """Number of codes of each scale, fine to coarse."""
@@ -109,38 +113,41 @@ def save_codes(network: VQSSLNet, directory: str | Path) -> None:
         save_atomically(network.decoder.state_dict(), Path(directory, DECODER))
 
 
-def load_codes(directory: str | Path) -> DiscreteCodes:
+def load_codes(path: str | Path) -> DiscreteCodes:
     """The codes of a pretraining, on the CPU.
 
     Args:
-        directory: the `output_dir` of the run, or a bundle unpacked from its archive: models/model.pt and model.json,
-            codes/codebooks.pt, and codes/decoder.pt if there was a reconstruction term.
+        path: the `output_dir` of the run, or a bundle unpacked from its archive: models/model.pt and model.json,
+            codes/codebooks.pt, and codes/decoder.pt if there was a reconstruction term; or such a models/model.pt.
 
     Raises:
         FileNotFoundError: if one of the others is missing.
-        ValueError: if a file is damaged, or the encoder is none that the bundle pretrains.
+        ValueError: if a file is damaged or of something else, or the encoder is none that the bundle pretrains.
     """
-    weights, codes = Path(directory, "models", "model.pt"), Path(directory, "codes")
-    state = load_torch(codes / CODEBOOKS, REMEDY)
-    settings = read_settings(weights)
+    weights = Path(path, "models", "model.pt") if Path(path).is_dir() else Path(path)
+    folder, settings = codes_dir(weights), read_settings(weights)
+    state = load_torch(folder / CODEBOOKS, REMEDY)
     encoder = load_weights(_build_encoder(settings, weights), weights)
-    kernels = [value for name, value in state.items() if name.startswith("projections.") and value.ndim > 1]
-    codebooks = [value for name, value in state.items() if name.endswith("embedding.weight")]
-    spatial_dims, width = settings["spatial_dims"], len(kernels[0])
-    quantizer = MultiScaleQuantizer(
-        spatial_dims,
-        [kernel.shape[1] for kernel in kernels],
-        [len(codebook) for codebook in codebooks],
-        width,
-        metric=settings["metric"],
-    )
-    quantizer.load_state_dict(state)
-    network = None
-    if (codes / DECODER).is_file():
-        state = load_torch(codes / DECODER, REMEDY)
-        network = Decoder(spatial_dims, width, len(state["head.bias"]), len(kernels))
-        network.load_state_dict(state)
-    return DiscreteCodes(encoder, quantizer, settings["stages"], network)
+    try:
+        kernels = [value for name, value in state.items() if name.startswith("projections.") and value.ndim > 1]
+        sizes = [len(value) for name, value in state.items() if name.endswith("embedding.weight")]
+        spatial_dims, width = settings["spatial_dims"], len(kernels[0])
+        channels = [kernel.shape[1] for kernel in kernels]
+        quantizer = MultiScaleQuantizer(spatial_dims, channels, sizes, width, metric=settings["metric"])
+        quantizer.load_state_dict(state)
+        decoder = None
+        if (folder / DECODER).is_file():
+            state = load_torch(folder / DECODER, REMEDY)
+            decoder = Decoder(spatial_dims, width, len(state["head.bias"]), len(kernels))
+            decoder.load_state_dict(state)
+        return DiscreteCodes(encoder, quantizer, settings["stages"], decoder)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise InputError(f"{folder} does not hold the codes of {weights} ({error}): {REMEDY}.") from error
+
+
+def codes_dir(weights: str | Path) -> Path:
+    """The folder of the codes that belong to a models/model.pt: codes/ beside models/."""
+    return Path(weights).absolute().parent.parent / "codes"
 
 
 def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:

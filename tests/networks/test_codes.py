@@ -55,6 +55,7 @@ def test_codes_are_those_of_training_and_decode_to_its_reconstruction(case: str,
     with torch.no_grad():
         output = network(images)
     codes = load_codes(tmp_path)
+    nn.Sequential(codes).train()  # stays in evaluation mode
     indices = codes.encode(images)
     for found, scale in zip(indices, output.quantized, strict=True):
         assert torch.equal(found, scale.indices)
@@ -78,6 +79,10 @@ def test_refuses_folders_without_codes_and_codes_of_other_scales(tmp_path: Path)
     codes = load_codes(tmp_path)
     with pytest.raises(ValueError, match="`indices` must have 3 tensors, one per stage, got 2"):
         codes.decode(codes.encode(images)[:2])
+    settings = {"encoder": "resnet18", "spatial_dims": 2, "stages": [2, 3, 4]}
+    save_weights(network.encoder, tmp_path / "models" / "model.pt", settings)
+    with pytest.raises(ValueError, match=r"codes does not hold the codes of .*model\.pt \('metric'\)"):
+        load_codes(tmp_path / "models" / "model.pt")
     save_weights(network.encoder, tmp_path / "models" / "model.pt", {"encoder": "ViT", "spatial_dims": 2})
     with pytest.raises(ValueError, match="must be of a ResNet or SegResNet that was pretrained, got 'ViT'"):
         load_codes(tmp_path)
