@@ -70,8 +70,13 @@ class DiscreteCodes(nn.Module):
 
         Returns:
             one tensor (B, *spatial_i) for each stage, fine to coarse, int64 in [0, num_embeddings[i]).
+
+        Raises:
+            ValueError: if the images are whole numbers, which no scaling to [0, 1] leaves.
         """
-        maps = feature_maps(self.encoder, images)
+        if not images.is_floating_point():
+            raise InputError(f"`images` must be float in [0, 1], got {images.dtype}: scale their intensities first.")
+        maps = feature_maps(self.encoder, images.float())
         return [scale.indices for scale in self.quantizer([maps[stage - 1] for stage in self.stages])]
 
     def histograms(self, indices: Sequence[Tensor]) -> list[Tensor]:

@@ -62,6 +62,7 @@ def test_codes_are_those_of_training_and_decode_to_its_reconstruction(case: str,
     torch.testing.assert_close(codes.decode(indices), output.reconstruction)
     sizes = [scale.indices.shape[1:] for scale in output.quantized]
     assert codes.decode(indices, image_size=sizes[0]).shape == (4, 1, *sizes[0])
+    assert torch.equal(codes.encode(images.double())[0], indices[0])
     for counts, found, number in zip(codes.histograms(indices), indices, codes.num_embeddings, strict=True):
         np.testing.assert_array_equal(counts, [np.bincount(each.flatten(), minlength=number) for each in found])
 
@@ -77,6 +78,8 @@ def test_codes_of_a_pretraining_without_reconstruction_say_why_they_cannot_decod
 def test_refuses_folders_without_codes_and_codes_of_other_scales(tmp_path: Path) -> None:
     network, images = pretrained(tmp_path, "X-rays")
     codes = load_codes(tmp_path)
+    with pytest.raises(ValueError, match=r"`images` must be float in \[0, 1\], got torch.uint8"):
+        codes.encode(images.byte())
     with pytest.raises(ValueError, match="`indices` must have 3 tensors, one per stage, got 2"):
         codes.decode(codes.encode(images)[:2])
     settings = {"encoder": "resnet18", "spatial_dims": 2, "stages": [2, 3, 4]}
