@@ -65,8 +65,9 @@ class DiscreteCodes(nn.Module):
         """The code of every position, at every scale.
 
         Args:
-            images: shape (B, C, *spatial), float in [0, 1], with intensities scaled as pretraining scaled them: an
-                image's 0.5th to 99.5th percentile, or as `NormalizeModalityd` does it for volumes.
+            images: shape (B, C, *spatial), float in [0, 1], as pretraining saw them: the axes as MONAI's readers give
+                them, (x, y), not rows and columns; intensities from an image's 0.5th to its 99.5th percentile, or as
+                `NormalizeModalityd` scales them for volumes.
 
         Returns:
             one tensor (B, *spatial_i) for each stage, fine to coarse, int64 in [0, num_embeddings[i]).
