@@ -281,7 +281,7 @@ def check_output(
     datalist: Datalist | None = None,
     needed: Sequence[str] = SPLITS,
     findings: str | Sequence[str] | None = None,
-    pretrained: str | Path | None = None,
+    volumes: bool = False,
 ) -> None:
     """Check what an evaluation scores, say in one line which images it uses, and make the folder that it writes to.
 
@@ -292,12 +292,12 @@ def check_output(
         datalist: what an evaluation scores, which must leave something to measure.
         needed: splits of images that must have labels.
         findings: those that it scores; None for all.
-        pretrained: weights of a network for volumes; None for images.
+        volumes: whether they are volumes, of whose patches structures and data sets are asked.
 
     Raises:
         InputError: if the output folder cannot be written, or there is nothing to measure.
     """
-    if datalist is not None and pretrained is not None:
+    if datalist is not None and volumes:
         check_probe_data(datalist, data_dir)
     elif datalist is not None:
         refuse_unlabelled(datalist, findings, needed)

@@ -21,7 +21,7 @@ import csv
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import permutations, product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from dissect_monai import cached_dataset, load_weights, read_datalist, read_settings
 from dissect_monai.data.datalists import label_matrix
+from dissect_monai.data.splits import draw_subjects
 from dissect_monai.metrics.classification import auroc
 from dissect_monai.metrics.intervals import Resampled, percentile_interval, resample
 from dissect_monai.metrics.probes import extract_features, linear_probe, pixel_pca
@@ -156,9 +157,7 @@ def scores(of: Films, x: list[Array], y: list[Array], fraction: float, draw: int
 
 def chosen_rows(items: Items, fraction: float, seed: int) -> list[int]:
     """Rows of a fraction of the subjects."""
-    names = sorted({item["subject"] for item in items})
-    number = max(1, round(fraction * len(names)))
-    chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:number]}
+    chosen = draw_subjects(sorted({item["subject"] for item in items}), fraction, seed)
     return [row for row, item in enumerate(items) if item["subject"] in chosen]
 
 
@@ -185,7 +184,7 @@ def rows(arms: Mapping[str, list[Arm]], of: Films, select: bool) -> Iterator[tup
             place = of.name, question, f"{fraction:g}", kind
             for name, each in found.items():
                 yield (*place, name, "", *percentile_interval(each), len(arms[name]), draws)
-            for one, other in permutations(found, 2):
+            for one, other in combinations(found, 2):  # the baselines are the last two
                 if one not in (RANDOM, PIXELS):
                     paired = Resampled(
                         found[one].value - found[other].value, found[one].resamples - found[other].resamples
@@ -202,6 +201,8 @@ def main(runs: str, data: str, table: str | None = None, select: bool = False) -
         table: the CSV; RUNS/frozen_features.csv by default.
         select: whether recipes are compared to choose one, without the test splits.
     """
+    if not isinstance(select, bool):
+        raise SystemExit(f"error: --select takes no value, got {select}.")
     arms: dict[str, list[Arm]] = {}
     shapes: set[tuple[str, int]] = set()
     for weights in sorted(Path(runs).glob("*/seed*/models/model.pt")):
@@ -211,8 +212,6 @@ def main(runs: str, data: str, table: str | None = None, select: bool = False) -
         encoder, size = settings["encoder"], settings["image_size"]
         shapes.add((encoder, size))
         arms.setdefault(folder.parent.name, []).append(Arm(folder.parent.name, seed, encoder, size, folder, weights))
-    if select not in (True, False):
-        raise SystemExit(f"error: --select takes no value, got {select}.")
     if not arms:
         raise SystemExit(f"error: there is no RECIPE/seedN/models/model.pt in {runs}: train the study first.")
     if len(shapes) > 1:

@@ -96,8 +96,11 @@ class PredictionSaver(Saver):
         thresholds: probability from which on each finding is called, as `read_calibration` gives them; with NaN it is
             neither called nor not. None calls nothing.
 
+    Overlays of an earlier run are deleted when a run starts, since they may be of other images.
+
     Raises:
-        ValueError: during the run, if there are more or fewer probabilities than names.
+        ValueError: if the thresholds are of other findings; during the run, if there are more or fewer probabilities
+            than names.
     """
 
     def __init__(
@@ -111,6 +114,14 @@ class PredictionSaver(Saver):
         self.label_names = list(label_names)
         self.overlays = overlays
         self.thresholds = dict(thresholds or {})
+        if self.thresholds and list(self.thresholds) != self.label_names:
+            got = ", ".join(self.thresholds)
+            raise InputError(f"`thresholds` must be of {', '.join(self.label_names)}, in this order, got {got}.")
+
+    def _start(self, engine: Any) -> None:
+        super()._start(engine)
+        for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
+            path.unlink()
 
     def _collect(self, indices: list[int], engine: Any) -> list[list[float]]:
         output = engine.state.output
@@ -167,11 +178,13 @@ class LabelMapSaver(Saver):
     The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
-        class_names: structures of the values 1, 2, ...
+        class_names: structures of the values 1, 2, ..., at most 255.
         output_dir: folder to write to.
     """
 
     def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
+        if len(class_names) > 255:
+            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
 

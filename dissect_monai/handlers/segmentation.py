@@ -117,7 +117,8 @@ class SegmentationEvaluation:
         write_tables(self.output_dir, cases, summaries)
         if self.facts is not None:
             pictures = {}
-            for image in (case.case for case in representative_cases(cases).values()):
+            shown = (case.case for case in representative_cases(cases).values())
+            for image in (image for image in shown if image in self.stored):  # not those of other processes
                 maps = pickle.loads(zlib.decompress(self.stored[image]))
                 pictures[image] = figure_to_png(case_figure(self.items[image], maps, self.class_names, self.window))
             path = Path(self.output_dir, "report.html")

@@ -203,7 +203,10 @@ def write_segmentation_report(
         for name, each in zip(names, summaries, strict=True)
     ]
     shown = [
-        Case({"Overlay": pictures[case.case]}, {"rank": rank, **_facts(case)})
+        Case(
+            {"Overlay": pictures[case.case]} if case.case in pictures else {},  # another process has predicted it
+            {"rank": rank, **_facts(case)},
+        )
         for rank, case in representative_cases(cases).items()
     ]
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}

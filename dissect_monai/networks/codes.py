@@ -130,11 +130,11 @@ def load_codes(path: str | Path) -> DiscreteCodes:
         FileNotFoundError: if one of the others is missing.
         ValueError: if a file is damaged or of something else, or the encoder is none that the bundle pretrains.
     """
-    weights = Path(path, "models", "model.pt") if Path(path).is_dir() else Path(path)
+    weights = Path(path) if Path(path).suffix == ".pt" else Path(path, "models", "model.pt")
     folder, settings = codes_dir(weights), read_settings(weights)
     state = load_torch(folder / CODEBOOKS, REMEDY)
-    encoder = load_weights(_build_encoder(settings, weights), weights)
     try:
+        encoder = load_weights(_build_encoder(settings, weights), weights)
         kernels = [value for name, value in state.items() if name.startswith("projections.") and value.ndim > 1]
         sizes = [len(value) for name, value in state.items() if name.endswith("embedding.weight")]
         spatial_dims, width = settings["spatial_dims"], len(kernels[0])
@@ -161,7 +161,7 @@ def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
     if name == "SegResNet":
         shape = {key: settings[key] for key in ("init_filters", "blocks_down")}
         return SegResNetEncoder(nets.SegResNet(spatial_dims, in_channels=1, blocks_up=(), **shape))
-    if not re.fullmatch(r"resnet\d+", str(name)):
+    if not re.fullmatch(r"resnet\d+", str(name)) or not hasattr(nets, str(name)):
         raise InputError(f"{weights} must be of a ResNet or SegResNet that was pretrained, got {name!r}: {REMEDY}.")
     resnet = getattr(nets, str(name))
     return cast(

@@ -129,15 +129,6 @@ def load_weights(
     return network
 
 
-def has_decoder(path: str | Path) -> bool:
-    """Whether the weights at a path are of a whole `SegResNet`, or there are none yet; else they are of its encoder.
-
-    Raises:
-        ValueError: if they cannot be loaded.
-    """
-    return not Path(path).is_file() or not _is_encoder(load_torch(path, TRAIN_FIRST))
-
-
 def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
     """Refuse weights that "scratch" would not use, that are not there, or that "finetune" requires and does not get.
 

@@ -192,6 +192,33 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
         assert saver._score(probabilities).argmax(1).tolist() == top
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LabelMapSaver(["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
+        (
+            lambda: PredictionSaver(["a", "b"], "no", thresholds={"b": 0.5, "a": 0.1}),
+            "`thresholds` must be of a, b, in",
+        ),
+    ],
+)
+def test_refuses_more_classes_than_uint8_has_and_thresholds_of_others(make: Callable[[], Saver], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_overlays_of_an_earlier_run_are_deleted(tmp_path: Path) -> None:
+    old, others = tmp_path / "overlays" / "00007_old_Opacity.png", tmp_path / "overlays" / "notes.txt"
+    for path in (old, others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    predict(
+        ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), PredictionSaver(NAMES, tmp_path), classifier()
+    )
+    assert not old.exists()
+    assert others.exists()
+
+
 def test_codes_are_no_csv(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`output_format` must be npz for codes"):
         EmbeddingSaver(tmp_path, codes=SimpleNamespace())
