@@ -308,6 +308,15 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
+def edited(folder: str | Path, tmp_path: Path, **changes: Any) -> Path:
+    """A copy of a data set whose dataset.json says something else; None removes a key."""
+    copy = tmp_path / f"edited_{Path(folder).name}"
+    shutil.copytree(folder, copy)
+    spec = {**read(copy / "dataset.json"), **changes}
+    write(copy / "dataset.json", {key: value for key, value in spec.items() if value is not None})
+    return copy
+
+
 def run_bundle(bundle: Path, **overrides: Any) -> None:
     run_config(bundle / "configs" / "train.json", **overrides)
 

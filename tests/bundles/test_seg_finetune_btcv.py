@@ -18,6 +18,7 @@ from helpers import (
     Recipe,
     checkpoint,
     command_line,
+    edited,
     events_of,
     metrics_of,
     read,
@@ -41,7 +42,6 @@ from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 CONFIGS = ROOT / "bundles" / "seg_finetune_btcv" / "configs"
-PRETRAIN = ROOT / "bundles" / "pretrain_vq_ssl" / "configs"
 TINY = tiny_knobs("seg_finetune_btcv")
 SMALL = {"pixdim": [3, 3, 3]}  # for the volumes of `write_set`
 FROZEN = {"learning_rate": 1e-12, "weight_decay": 0}
@@ -134,15 +134,6 @@ def write_set(folder: Path, count: int = 4, channels: int = 1, **spec: Any) -> P
     return folder
 
 
-def edited(folder: Path, tmp_path: Path, **changes: Any) -> Path:
-    """A copy of a set whose dataset.json says something else; None removes a key."""
-    copy = tmp_path / f"edited_{folder.name}"
-    shutil.copytree(folder, copy)
-    spec = {**read(copy / "dataset.json"), **changes}
-    write(copy / "dataset.json", {key: value for key, value in spec.items() if value is not None})
-    return copy
-
-
 def dice(label: np.ndarray, pred: np.ndarray) -> float:
     return float(2 * (label & pred).sum() / (label.sum() + pred.sum()))
 
@@ -155,6 +146,7 @@ def test_the_json_says_what_the_weights_are_and_what_they_saw(trained: Path) -> 
     assert said["class_names"] == list(BTCV_ORGANS)
     assert (said["modality"], said["in_channels"], said["num_volumes"]) == ("CT", 1, 4)
     assert (said["pixdim"], said["patch_size"], said["pretrained"]) == ([12, 12, 12], [16, 16, 16], None)
+    assert {"data", "fold", "num_folds"} <= said.keys()
     network = SegResNet(3, init_filters=8, out_channels=14, blocks_down=(1, 1, 1), blocks_up=(1, 1))
     network.load_state_dict(weights(trained))
 
@@ -176,20 +168,6 @@ def test_the_weights_are_those_of_the_best_validation_or_the_last_epoch(trained:
     assert checkpoint(trained, 2)["trainer"]["best_epoch"] == best
     assert same(weights(trained), checkpoint(trained, best)["network"])
     assert same(weights(on_blocks), checkpoint(on_blocks, 3)["network"])
-
-
-def test_refuses_to_go_on_with_other_settings_or_subjects(trained: Path, organs: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    for knobs, message in (
-        (
-            {"structures": ["liver"], "ce_weight": 0.3},
-            r"ce_weight 1\.0 \(now 0\.3\), class_names \['spleen', .*\['liver'\]",
-        ),
-        ({"fold": 0, "num_folds": 3}, r"fold None \(now 0\), num_folds 5 \(now 3\).*, data \w+ \(now \w+\)"),
-    ):
-        with refused(rf"of a run with .*{message}"):
-            train(organs, tmp_path, max_epochs=2, resume=True, **knobs)
-    assert same(weights(tmp_path), weights(trained))
 
 
 def run_state(dataset_dir: Path, output_dir: Path, **knobs: Any) -> Weights:
@@ -290,25 +268,11 @@ def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def hssl(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hssl(recipe_of: Callable[[str], Recipe], organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of hssl_multidomain, on other voxels and with other blocks than `TINY`."""
     output_dir = tmp_path_factory.mktemp("hssl")
-    shape = {"pixdim": [11, 11, 12], "patch_size": [16, 16, 8], "blocks_down": [1, 2, 1], "blocks_up": [1, 1]}
-    knobs = {name: TINY[name] for name in TINY.keys() - {"pixdim", "patch_size", "blocks_down", "blocks_up"}}
-    knobs |= {"hidden_dim": 16, "mask_size": 4, "a_min": -150, **shape}
-    config = ROOT / "bundles" / "hssl_multidomain" / "configs" / "train.json"
-    run_config(config, **knobs, dataset_dir=organs, output_dir=output_dir)
-    return output_dir
-
-
-@pytest.fixture(scope="session")
-def vq_ssl(organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of pretrain_vq_ssl on volumes: an encoder alone."""
-    output_dir = tmp_path_factory.mktemp("vq_ssl")
-    knobs = {**TINY, "hidden_dim": 32, "num_embeddings": 16, "embedding_dim": 16, "output_dir": str(output_dir)}
-    for name in ("blocks_up", "val_interval"):
-        del knobs[name]
-    run_config([PRETRAIN / f"{name}.json" for name in ("train", "volumes")], dataset_dir=organs, **knobs)
+    shape = {"pixdim": [11, 11, 12], "patch_size": [16, 16, 8], "blocks_down": [1, 2, 1]}
+    recipe_of("hssl_multidomain").train(output_dir, dataset_dir=organs, a_min=-150, **shape)
     return output_dir
 
 
@@ -334,18 +298,15 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
     assert len(evaluate(organs, tmp_path)) == 26
 
 
-def test_the_encoder_is_frozen_for_the_first_epochs(vq_ssl: Path, organs: Path, tmp_path: Path) -> None:
-    finetune(organs, tmp_path, model(vq_ssl), freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
+def test_the_encoder_is_frozen_for_the_first_epochs(
+    recipe_of: Callable[[str], Recipe], organs: Path, tmp_path: Path
+) -> None:
+    vq_ssl = recipe_of("pretrain_vq_ssl_volumes")  # an encoder alone
+    finetune(organs, tmp_path, vq_ssl.model, freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
-    assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl))
+    assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl.finished))
     assert not same(part(first, "up_layers."), part(second, "up_layers."))
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
-
-
-def test_weights_that_do_not_fit_are_refused_before_training(hssl: Path, organs: Path, tmp_path: Path) -> None:
-    with refused(r"of another shape \(convInit\.conv\.weight.*init_filters"):
-        finetune(organs, tmp_path / "out", model(hssl), init_filters=16)
-    assert not (tmp_path / "out").exists()
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -580,23 +541,12 @@ def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Pat
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
-def test_unknown_values_in_a_label_map_are_refused(blocks: Path, tmp_path: Path) -> None:
-    folder = edited(blocks, tmp_path, labels={"1": "dim"})
-    with refused(r"got 6 of 6 that cannot(.|\n)*0\.nii\.gz must hold values that `labels` .* names \(0, 1\), got 2"):
-        run_state(folder, tmp_path / "out")
-    assert not (tmp_path / "out" / "models" / "model.pt").exists()
-
-
 @pytest.mark.parametrize(
     ("config", "knob", "message"),
     [
-        ("train", {"structures": ["liver", "heart"]}, "`structures` must be different ones of spleen, .*, heart"),
-        ("train", {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
-        ("train", {"on_device": "maybe"}, "`--on_device` must be true or false"),
         ("train", {"deep_supervision": 2}, "`num_heads` must be at least 1 and fewer than the 2 levels, got 2"),
         ("evaluate", {"largest_only": ["heart"]}, "structures must be none, all, or among"),
         ("inference", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
-        ("inference", {"dataset_dir": "nowhere"}, "nowhere"),
     ],
     ids=str,
 )
@@ -614,14 +564,8 @@ def test_refuses_bad_knobs_before_anything_is_written(
 
 @pytest.mark.slow
 def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
-    coarse = {
-        "pixdim": [10, 10, 10],
-        "patch_size": [16, 16, 16],
-        "blocks_down": [1, 1, 1],
-        "blocks_up": [1, 1],
-        "max_epochs": 10,
-    }
-    result = command_line(CONFIGS / "train.json", output_dir=tmp_path, **coarse)
+    coarse = {"pixdim": [10, 10, 10], "patch_size": [16, 16, 16], "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
+    result = command_line(CONFIGS / "train.json", output_dir=tmp_path, max_epochs=10, **coarse)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     scores = [event.value for event in events_of(tmp_path).Scalars("dice_mean")]
