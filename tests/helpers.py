@@ -70,10 +70,7 @@ TINY = {  # knobs of the recipes, for a training of a second
 }
 
 TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
-    "imports": [
-        "$from pathlib import Path",
-        "$from dissect_monai import bundle",
-    ],
+    "imports": ["$from pathlib import Path", "$from dissect_monai import bundle"],
     "root": "$bundle.bundle_root('tiny')",
     "learning_rate": 0.1,
     "data": "$1 / 0",

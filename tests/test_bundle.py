@@ -198,10 +198,7 @@ TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
         ({"batch_size": 7, "sampling_temperature": 0.5}, "`batch_size` must be even, .*, got 7"),
         ({**TRAINED, "schedule_epochs": 1, "warmup_epochs": 0}, "`schedule_epochs` must be at least"),
         ({**TRAINED, "val_interval": 3, "select": "best"}, "`val_interval` must be at most `max_epochs`"),
-        (
-            {"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3},
-            "`mask_size` must be smaller than",
-        ),
+        ({"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3}, "`mask_size` must be smaller than"),
         ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
         ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
     ],

@@ -352,11 +352,7 @@ def scores_by_hand(dataset_dir: Path, maps: Path, class_names: list[str]) -> dic
     return found
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [{"largest_only": "all"}, {"overlap": 0.25, "largest_only": ["dim"]}],
-    ids=str,
-)
+@pytest.mark.parametrize("knobs", [{"largest_only": "all"}, {"overlap": 0.25, "largest_only": ["dim"]}], ids=str)
 def test_scores_are_those_of_the_label_maps_that_inference_writes(
     on_blocks: Path, blocks: Path, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:

@@ -220,11 +220,7 @@ def test_only_the_largest_parts_of_the_named_structures_count(tmp_path: Path) ->
     ("class_names", "pred", "message"),
     [
         (["heart"], torch.zeros(2, *SHAPE), r"must share a structure with the `labels` of .*\['heart'\] and \['liv"),
-        (
-            ["liver"],
-            torch.zeros(4, *SHAPE),
-            r"must name the 3 classes of the prediction, got \['liver'\]",
-        ),
+        (["liver"], torch.zeros(4, *SHAPE), r"must name the 3 classes of the prediction, got \['liver'\]"),
         (CLASSES, torch.zeros(3, *SHAPE), "must name the 2 classes of the prediction, got .*'kidneys'"),
         (["liver"], torch.full((1, *SHAPE), 2), r"must name the 2 classes of the prediction, got \['liver'\]"),
         (CLASSES, torch.full((1, *SHAPE), 0.5), "`pred` must hold integers, got fractions"),

@@ -12,12 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect_monai.common import LEVELS
-from dissect_monai.losses.contrastive import (
-    BLOCK_BYTES,
-    hierarchical_contrast,
-    retrieval_accuracy,
-    supervised_contrast,
-)
+from dissect_monai.losses.contrastive import BLOCK_BYTES, hierarchical_contrast, retrieval_accuracy, supervised_contrast
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.transforms.augment import BatchAugment, Placement
 

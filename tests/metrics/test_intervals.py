@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from dissect_monai.metrics.classification import auroc
-from dissect_monai.metrics.intervals import (
-    bootstrap,
-    mean_resampled,
-    percentile_interval,
-    resample,
-    wilson_interval,
-)
+from dissect_monai.metrics.intervals import bootstrap, mean_resampled, percentile_interval, resample, wilson_interval
 
 
 def toy() -> tuple[np.ndarray, np.ndarray]:

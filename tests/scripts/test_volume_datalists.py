@@ -107,11 +107,7 @@ def test_btcv_with_the_original_names_gets_the_split_of_the_literature(tmp_path:
     spec = content(tmp_path)
     assert sizes(tmp_path) == [24, 6, 0]
     assert [item["subject"] for item in spec["validation"]] == [f"{number:04d}" for number in range(35, 41)]
-    assert spec["training"][0] == {
-        "image": "img/img0001.nii.gz",
-        "label": "label/label0001.nii.gz",
-        "subject": "0001",
-    }
+    assert spec["training"][0] == {"image": "img/img0001.nii.gz", "label": "label/label0001.nii.gz", "subject": "0001"}
     head = {key: spec[key] for key in ("name", "task", "group", "modality")}
     assert head == {"name": "btcv", "task": "btcv", "group": "abdomen", "modality": {"0": "CT"}}
     assert list(spec["labels"]) == [str(value) for value in range(14)]

@@ -236,11 +236,7 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [
         (2, torch.zeros(1, 8, 8), r"shape \(B, C, X, Y\), got \(1, 8, 8\)"),
         (3, torch.zeros(1, 1, 8, 8), r"shape \(B, C, X, Y, Z\), got \(1, 1, 8, 8\)"),
-        (
-            2,
-            torch.zeros(1, 1, 8, 8, dtype=torch.int16),
-            r"uint8 in .* or floating in .*, got torch.int16",
-        ),
+        (2, torch.zeros(1, 1, 8, 8, dtype=torch.int16), r"uint8 in .* or floating in .*, got torch.int16"),
     ],
 )
 def test_rejects_bad_images(spatial_dims: int, images: Tensor, message: str) -> None:
