@@ -130,6 +130,9 @@ class Recipe:
         return self.finished / "models" / "model.pt"
 
 
+Recipes = Callable[[str], Recipe]  # by name
+
+
 def run_config(config: Any = None, **knobs: Any) -> None:
     """`python -m monai.bundle run` in this process: of a config file, of several, or of an `args_file`."""
     files = [config] if isinstance(config, (str, Path)) else [*(config or [])]
@@ -375,6 +378,19 @@ class Decoded(Dataset):
 
     def _transform(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index]}
+
+
+class Oracle(nn.Module):
+    """Logits of the class that is the value of the image; of those in `lost`, of background."""
+
+    def __init__(self, num_classes: int, lost: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.num_classes, self.lost = num_classes, lost
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        classes = images[:, 0].round().long()
+        classes[torch.isin(classes, torch.tensor(self.lost, dtype=torch.long))] = 0
+        return 10.0 * nn.functional.one_hot(classes, self.num_classes).movedim(-1, 1)
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY_BUNDLE, Recipe, command_line, refused, run_bundle, run_config, write
+from helpers import ROOT, TINY_BUNDLE, Recipes, command_line, refused, run_bundle, run_config, write
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
@@ -99,9 +98,7 @@ def test_overrides_name_what_a_second_config_adds_and_not_what_it_takes_away(tin
     assert Path("ran").exists()
 
 
-def test_arguments_of_another_program_are_not_those_of_a_bundle(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arguments_of_another_program_are_not_read(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["server.py", "run", "--lerning_rate", "1"])
     hook = sys.excepthook
     run(config_file=str(tiny_bundle / "configs" / "train.json"))
@@ -288,9 +285,7 @@ def test_finds_a_relative_bundle_and_one_without_a_config(tiny_bundle: Path, mon
     assert Path("ran").read_text() == str(tiny_bundle)
 
 
-def test_an_output_has_its_folders_and_the_log_says_which_images_are_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_output_has_its_folders_and_the_log_its_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dissect_monai")
     check_output(True, "phantoms", tmp_path / "out")
     check_training(False, ["a", "b"], tmp_path / "out", resume_from=None)
@@ -364,7 +359,7 @@ def test_no_thread_of_the_group_is_left(tmp_path: Path) -> None:
 
 
 def test_without_mlflow_one_line_says_what_to_install(
-    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dissect_monai.bundle.find_spec", lambda name: None)
     monkeypatch.chdir(ROOT)

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +21,7 @@ from helpers import (
     ROOT,
     STANDARD_CONFIGS,
     Recipe,
+    Recipes,
     checkpoint,
     command_line,
     read,
@@ -218,7 +219,7 @@ def test_a_broken_image_is_fatal_by_default_and_skipped_by_a_knob(recipe: Recipe
 
 @every_bundle
 def test_inference_names_what_it_cannot_read_and_does_the_rest(
-    bundle: Path, recipe_of: Callable[[str], Recipe], tmp_path: Path
+    bundle: Path, recipe_of: Recipes, tmp_path: Path
 ) -> None:
     recipe = recipe_of(bundle.name)
     (folder, *_), broken = copied_data(recipe, tmp_path / "set")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from helpers import (
     ROOT,
     TASKS,
-    Recipe,
+    Recipes,
     command_line,
     edited,
     events_of,
@@ -51,7 +50,7 @@ def folders(volume_dirs: list[Path]) -> Folders:
 
 
 @pytest.fixture
-def trained(recipe_of: Callable[[str], Recipe]) -> Path:
+def trained(recipe_of: Recipes) -> Path:
     """Output folder of a run of two epochs."""
     return recipe_of("hssl_multidomain").finished
 
@@ -162,9 +161,7 @@ def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: F
     np.testing.assert_allclose(values(row), bottleneck.mean((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_goes_on_with_the_same_data_alone_and_takes_no_group_of_other_folders(
-    trained: Path, folders: Folders, tmp_path: Path
-) -> None:
+def test_refuses_to_go_on_with_other_data_and_unknown_folders(trained: Path, folders: Folders, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     with refused(r"of a run with .*amp False \(now True\), data \w+ \(now \w+\)"):
         train(folders, tmp_path, max_epochs=4, resume=True, amp=True, modality={"head_ct": "MR"})
@@ -223,9 +220,6 @@ def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folde
     assert found[0].keys() == found[1].keys()
     for name, array in found[0].items():
         assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
-
-
-# ---- the smoke run -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from helpers import (
     ROOT,
     Recipe,
+    Recipes,
     checkpoint,
     command_line,
     events_of,
@@ -36,7 +36,7 @@ WIDTH = 512  # of the embedding of a ResNet-10
 
 
 @pytest.fixture
-def bundle(recipe_of: Callable[[str], Recipe]) -> Recipe:
+def bundle(recipe_of: Recipes) -> Recipe:
     return recipe_of("pretrain_vq_ssl")
 
 
@@ -196,9 +196,6 @@ def test_inference_writes_one_embedding_per_image_with_or_without_codes(bundle: 
     assert found[0].shape == (56, 4, 4)
     assert found[0].max() < 16
     assert (found[0] != found[1]).mean() < 0.01
-
-
-# ---- the first command -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

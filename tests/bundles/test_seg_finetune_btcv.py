@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from helpers import (
     DIRECTION,
     ROOT,
-    Recipe,
+    Recipes,
     checkpoint,
     command_line,
     edited,
@@ -55,7 +54,7 @@ def organs(volume_dirs: list[Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(recipe_of: Callable[[str], Recipe]) -> Path:
+def trained(recipe_of: Recipes) -> Path:
     """Output folder of a run of two epochs, on the phantoms."""
     return recipe_of("seg_finetune_btcv").finished
 
@@ -211,9 +210,6 @@ def test_deep_supervision_leaves_the_weights_of_a_plain_network(blocks: Path, tm
     assert same(run_state(blocks, tmp_path / "deep", **knobs, max_epochs=2, resume=True), state)
 
 
-# ---- which subjects ----------------------------------------------------------------------------------------------
-
-
 def trained_on(dataset_dir: Path, **knobs: Any) -> set[str]:
     """Subjects that a run would train on."""
     parser = ConfigParser()
@@ -268,7 +264,7 @@ def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def hssl(recipe_of: Callable[[str], Recipe], organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hssl(recipe_of: Recipes, organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of hssl_multidomain, on other voxels and with other blocks than `TINY`."""
     output_dir = tmp_path_factory.mktemp("hssl")
     shape = {"pixdim": [11, 11, 12], "patch_size": [16, 16, 8], "blocks_down": [1, 2, 1]}
@@ -298,9 +294,7 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
     assert len(evaluate(organs, tmp_path)) == 26
 
 
-def test_the_encoder_is_frozen_for_the_first_epochs(
-    recipe_of: Callable[[str], Recipe], organs: Path, tmp_path: Path
-) -> None:
+def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: Path, tmp_path: Path) -> None:
     vq_ssl = recipe_of("pretrain_vq_ssl_volumes")  # an encoder alone
     finetune(organs, tmp_path, vq_ssl.model, freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
@@ -353,7 +347,7 @@ def scores_by_hand(dataset_dir: Path, maps: Path, class_names: list[str]) -> dic
 
 
 @pytest.mark.parametrize("knobs", [{"largest_only": "all"}, {"overlap": 0.25, "largest_only": ["dim"]}], ids=str)
-def test_scores_are_those_of_the_label_maps_that_inference_writes(
+def test_scores_are_those_of_the_label_maps(
     on_blocks: Path, blocks: Path, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:
     knobs = {**knobs, "pretrained": model(on_blocks)}
@@ -365,9 +359,7 @@ def test_scores_are_those_of_the_label_maps_that_inference_writes(
     assert max(float(row["dice"]) for row in cases) > 0.2  # else it says little
 
 
-def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
-    trained: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_optimism_is_noted(trained: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     untested = edited(organs, tmp_path, test=None)
     cases = evaluate(untested, tmp_path / "best", pretrained=model(trained))
     assert {row["subject"] for row in cases} == {f"abdomen_ct_validation_00{index}" for index in (0, 1)}
@@ -378,7 +370,7 @@ def test_it_is_said_when_the_weights_were_chosen_on_what_is_scored(
         evaluate(untested, tmp_path / "none", pretrained=model(trained), split="test")
 
 
-def test_a_run_trains_and_scores_alike_on_label_maps_stored_otherwise(
+def test_how_label_maps_are_stored_changes_nothing(
     on_blocks: Path, blocks: Path, plain: Weights, tmp_path: Path
 ) -> None:
     folder = edited(blocks, tmp_path)
@@ -396,9 +388,7 @@ def test_a_run_trains_and_scores_alike_on_label_maps_stored_otherwise(
 # ---- label maps --------------------------------------------------------------------------------------------------
 
 
-def test_inference_writes_a_label_map_and_its_names_for_every_volume(
-    trained: Path, organs: Path, tmp_path: Path
-) -> None:
+def test_inference_writes_a_label_map_with_names_for_every_volume(trained: Path, organs: Path, tmp_path: Path) -> None:
     maps = segment(organs, tmp_path, pretrained=model(trained))
     rows = table(maps / "label_maps.csv")
     assert len(rows) == 8
@@ -445,9 +435,7 @@ def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path,
             np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
-def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
-    on_blocks: Path, blocks: Path, tmp_path: Path
-) -> None:
+def test_the_label_map_is_the_same_without_a_bundle_run(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
     # As MONAI Label and Deploy call them.
     image = blocks / "images" / "0.nii.gz"
     parser = ConfigParser()
@@ -465,12 +453,7 @@ def test_transforms_and_inferer_give_the_label_map_without_a_bundle_run(
     assert np.array_equal(label_map[0].numpy(), values_of(maps / "0_seg.nii.gz"))
 
 
-# ---- several processes -------------------------------------------------------------------------------------------
-
-
-def test_two_processes_do_what_one_does_with_the_joined_batch_and_share_its_validation(
-    blocks: Path, tmp_path: Path
-) -> None:
+def test_two_processes_are_one_with_the_joined_batch_and_share_its_validation(blocks: Path, tmp_path: Path) -> None:
     # Three volumes to validate: an odd number. The cross-entropy alone is a mean over the samples of a batch.
     knobs = {**TINY, **SMALL, "validation_fraction": 0.5, "max_epochs": 2, "batch_size": 1, "dice_ce#lambda_dice": 0}
     configs = CONFIGS / "train.json", CONFIGS / "multi_gpu_train.json"
@@ -534,9 +517,6 @@ def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Pat
         served(organs, trained, tmp_path, **{"train#dataset#data": [], "validate#dataset#data": []})
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("config", "knob", "message"),
     [
@@ -553,9 +533,6 @@ def test_refuses_bad_knobs_before_anything_is_written(
     with refused(message):
         run_config(CONFIGS / f"{config}.json", **{**own, "dataset_dir": organs, "output_dir": tmp_path / "out", **knob})
     assert not (tmp_path / "out").exists()
-
-
-# ---- the smoke run -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

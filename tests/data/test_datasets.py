@@ -142,9 +142,6 @@ def test_labelled_images_are_taken_without_reading_them_again(tmp_path: Path) ->
     assert images(items_of(labelled_part(dataset, fraction=0.4, seed=1))) != images(items_of(part))
 
 
-# --- errors
-
-
 def test_all_corrupt_items_are_named_with_their_cause(tmp_path: Path, cache_dir: Path | None) -> None:
     data = make_items(tmp_path)
     for index in (1, 4):

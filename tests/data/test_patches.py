@@ -40,9 +40,6 @@ def pixels(dataset: Any) -> torch.Tensor:
     return torch.stack([patch["image"] for patch in dataset])
 
 
-# --- the whole chain
-
-
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_patches_know_the_structures_that_they_show(tmp_path: Path, spatial_dims: int) -> None:
     data = write_volumes(tmp_path)
@@ -77,9 +74,6 @@ def test_structures_of_volumes_without_label_map_or_names_are_unknown(tmp_path: 
     assert dataset.data[8]["label"] == data[2]["label"]
 
 
-# --- what counts as shown
-
-
 def shown(label_map: np.ndarray, size: int, labels: dict[str, list[int]]) -> list[dict[str, float]]:
     """Structures of the patches of one label map, two along its first axis."""
 
@@ -107,9 +101,6 @@ def test_a_structure_counts_from_a_thousandth_of_a_patch_or_half_of_itself() -> 
     assert second == {"large": 0, "tiny": nan, "split": 1, "part": 1, "both": nan, "absent": nan}
 
 
-# --- what is drawn
-
-
 def test_what_is_drawn_follows_from_the_seed_and_the_item_alone(tmp_path: Path) -> None:
     data, transform = write_volumes(tmp_path, 3), patch_transform()
     np.random.seed(1)  # noqa: NPY002
@@ -125,9 +116,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_item_alone(tmp_path: Path) 
     assert len(images.flatten(1).unique(dim=0)) > 8
 
 
-def test_what_a_skipped_volume_would_draw_leaves_the_others_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_skipped_volume_changes_no_draw_of_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_volumes(tmp_path, 3)
     images = pixels(patch_dataset(data, patch_transform()))
     Path(data[1]["image"]).write_bytes(b"broken")

@@ -133,9 +133,6 @@ def test_less_than_a_batch_per_process_is_refused(count: int, batch_size: int, m
             ImageSampler(range(count), batch_size)
 
 
-# --- data sets
-
-
 def noise(count: int = 6) -> SeededDataset:
     volumes = np.random.default_rng(0).random((count, 1, 9, 9, 9), dtype=np.float32)
     transform = Compose([

@@ -63,9 +63,7 @@ def test_fractions_are_nested_and_keep_the_order_and_whole_subjects(caplog: pyte
 
 
 @pytest.mark.parametrize(("names", "expected"), [(["x", "y"], "of: x."), (None, "of: finding_0.")])
-def test_a_finding_that_loses_its_positives_is_logged(
-    names: list[str] | None, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_positives_are_logged(names: list[str] | None, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     seed = next(seed for seed in range(99) if "0" not in images(select_fraction(xrays(), 0.3, seed)))
     caplog.clear()
     select_fraction(xrays(), 0.3, seed, names)
@@ -184,7 +182,7 @@ def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights() -> None:
     ("split", "select", "noted"),
     [("validation", "best", 1), ("validation", "last", 0), ("test", "best", 0), ("auto", "best", 0)],
 )
-def test_weights_chosen_on_the_scored_subjects_are_noted(
+def test_a_choice_on_what_is_scored_is_noted(
     split: str, select: str, noted: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     datalist = datalist_of(4, 3, 5)

@@ -236,9 +236,7 @@ def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
         ("", None, None, "unknown"),
     ],
 )
-def test_the_modality_says_how_many_channels_there_are(
-    tmp_path: Path, own: Any, given: Any, default: Any, modality: Any
-) -> None:
+def test_the_modality_tells_the_channels(tmp_path: Path, own: Any, given: Any, default: Any, modality: Any) -> None:
     folder, in_channels = make_set(tmp_path, modality=own), 1 if isinstance(modality, str) else len(modality)
     datalist = read_segmentation(folder, modality=given, default_modality=default)
     assert (datalist.modality, datalist.in_channels) == (modality, in_channels)

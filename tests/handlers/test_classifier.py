@@ -25,7 +25,6 @@ from dissect_monai.handlers.classifier import (
     FindingRow,
     finding_metrics,
     finding_rows,
-    write_findings,
 )
 from dissect_monai.metrics.intervals import wilson_interval
 
@@ -285,13 +284,3 @@ def test_a_mean_of_certain_proportions_claims_no_certainty_either() -> None:
     assert mass.ap.value == mass.auroc.value == 1
     assert isnan(mass.ap.low)  # where nothing stands in
     assert mass.auroc.low < 0.9
-
-
-def test_the_file_leaves_blank_what_is_unknown(tmp_path: Path) -> None:
-    write_findings(tmp_path / "findings.csv", rows())
-    head, macro, _, hernia, never = (tmp_path / "findings.csv").read_text().splitlines()[:5]
-    assert head.startswith("finding,auroc,auroc_low,auroc_high,ap,")
-    assert head.endswith(",ece_low,ece_high,threshold,n,positives")
-    assert macro.endswith(",,,")
-    assert hernia.startswith("Large Hernia,0.0000,0.0000,0.5615,")
-    assert never == "Never" + 16 * "," + "0.5,40,0"

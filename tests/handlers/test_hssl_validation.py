@@ -71,9 +71,6 @@ class Validation:
         return run.state.metrics
 
 
-# ---- names and ranges --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_leaves_every_metric_in_its_range_and_the_network_as_it_is(spatial_dims: int) -> None:
     validation = Validation(spatial_dims=spatial_dims)
@@ -99,9 +96,6 @@ def test_few_images_make_no_metric_nan() -> None:
     assert {"retrieval_image", "accuracy_task", "reconstruction_error_a"} <= set(single)
     assert "retrieval_task" not in single
     assert np.isfinite([*metrics.values(), *single.values()]).all()
-
-
-# ---- values ------------------------------------------------------------------------------------------------------
 
 
 def test_perfect_answers_are_perfect() -> None:

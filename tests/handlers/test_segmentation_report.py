@@ -172,17 +172,12 @@ def test_all_three_are_drawn_in_ras(tmp_path: Path, drawn: list[Any], axes: str,
 @pytest.mark.parametrize(
     ("modality", "windowed"), [("CT", True), (None, True), (["ct", "MR"], True), ("MR", False), (["MR"], False)]
 )
-def test_the_window_is_for_ct_and_the_first_channel_is_drawn(
-    tmp_path: Path, drawn: list[Any], modality: Any, windowed: bool
-) -> None:
+def test_ct_has_a_window_and_one_channel_shows(tmp_path: Path, drawn: list[Any], modality: Any, windowed: bool) -> None:
     item = write(tmp_path, modality=modality)
     nib.save(nib.Nifti1Image(np.stack([NUMBERS, -NUMBERS], -1), AFFINE), item["image"])
     case_figure(item, maps_of(label_map()), CLASSES, (-160, 240))
     np.testing.assert_array_equal(drawn[0][0], NUMBERS)
     assert drawn[0][-1] == ((-160, 240) if windowed else None)
-
-
-# --- which cases
 
 
 def case(name: str, *dice: float) -> CaseScores:
@@ -203,9 +198,6 @@ def case(name: str, *dice: float) -> CaseScores:
 def test_best_median_and_worst_are_by_the_mean_without_nan(dice: dict[str, tuple[float, ...]], expected: str) -> None:
     found = representative_cases([case(name, *each) for name, each in dice.items()])
     assert ", ".join(f"{rank} {each.subject}" for rank, each in found.items()) == expected
-
-
-# --- the page
 
 
 def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -> None:

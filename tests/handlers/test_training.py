@@ -27,8 +27,6 @@ from dissect_monai.handlers.training import (
 )
 from dissect_monai.networks.segmentation import DeepSupervisionNet
 
-# ---- momentum ----------------------------------------------------------------------------------------------------
-
 
 def test_momentum_follows_a_half_cosine_to_one_and_moves_the_target_after_every_iteration() -> None:
     class Recorder(nn.Module):
@@ -45,9 +43,6 @@ def test_momentum_follows_a_half_cosine_to_one_and_moves_the_target_after_every_
     rising = [1 - 0.5 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(1, 7)]
     assert network.given == pytest.approx([*rising, 1, 1, 1])
     assert engine.state.target_momentum == 1
-
-
-# ---- seeds -------------------------------------------------------------------------------------------------------
 
 
 class Drawing(torch.utils.data.Dataset[Tensor]):
@@ -94,9 +89,6 @@ def test_ranks_and_seeds_draw_differently() -> None:
     assert draws(0)[1] != draws(0, seed=1)[1]
 
 
-# ---- progress ----------------------------------------------------------------------------------------------------
-
-
 def test_progress_starts_where_the_run_resumes_and_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
     engine = counting_engine()
     engine.load_state_dict({"epoch_length": 3, "max_epochs": 4, "epoch": 2})
@@ -122,9 +114,6 @@ def test_progress_without_a_loss_counts(output: Any, capsys: pytest.CaptureFixtu
     assert handler.bar is None
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("interval", "iteration"), [(1, 2), (99, 3)])
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: int, iteration: int) -> None:
     losses = torch.tensor([1, torch.inf, torch.nan]).requires_grad_()
@@ -140,9 +129,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: in
         engine.run(range(3))
     assert not saved
     assert handler.bar is None
-
-
-# ---- a frozen encoder --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -166,9 +152,6 @@ def test_the_encoder_stays_bit_for_bit_and_then_moves(deep: bool) -> None:
     encoder = {key for key in states[0] if key.startswith(("convInit", "down_layers"))}
     moved = [{key for key in before if not torch.equal(before[key], after[key])} for before, after in pairwise(states)]
     assert moved == [states[0].keys() - encoder] * 2 + [states[0].keys()]
-
-
-# ---- classes -----------------------------------------------------------------------------------------------------
 
 
 def test_structures_that_no_patch_shows_are_named(caplog: pytest.LogCaptureFixture) -> None:

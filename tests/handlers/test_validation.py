@@ -56,9 +56,7 @@ def test_metrics_are_those_of_sklearn_over_the_known_labels() -> None:
     assert len(metrics) == 9
 
 
-def test_every_validation_starts_afresh_and_names_findings_without_both_classes_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_every_validation_starts_afresh_and_names_what_lacks_a_class_once(caplog: pytest.LogCaptureFixture) -> None:
     handler = ClassificationMetrics(NAMES)
     evaluator = validated(*drawn(), handler)
     evaluator.run()

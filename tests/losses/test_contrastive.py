@@ -40,9 +40,6 @@ def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
     return torch.autograd.grad(loss, embeddings, retain_graph=True)[0]
 
 
-# ---- shapes and ranges -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_views", [2, 3])
 def test_each_level_contrasts_its_own_labels(num_views: int) -> None:
     levels = [random_embeddings(8 * num_views, dim, torch.float32, seed=dim) for dim in (4, 6, 8)]
@@ -62,9 +59,6 @@ def test_retrieval_accuracy_is_that_of_a_search_over_all_pairs() -> None:
     torch.testing.assert_close(retrieval_accuracy(embeddings, labels), expected)
     assert retrieval_accuracy(embeddings, torch.zeros(200)) == 1
     assert retrieval_accuracy(embeddings, torch.arange(200)) == 0
-
-
-# ---- properties --------------------------------------------------------------------------------------------------
 
 
 def test_length_of_the_embeddings_and_values_of_the_labels_do_not_matter() -> None:
@@ -113,9 +107,6 @@ def test_autocast_and_half_precision_are_computed_in_float32() -> None:
     torch.testing.assert_close(supervised_contrast(half, labels), supervised_contrast(half.float(), labels))
 
 
-# ---- reference ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("block_bytes", [1, 1000, 2**20])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
 def test_equals_masks_of_all_pairs(temperature: float, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +138,6 @@ def test_image_level_equals_monai() -> None:
 def test_gradient_is_that_of_finite_differences() -> None:
     labels = [torch.arange(8).repeat(2), TASK.repeat(2), torch.arange(16)]
     torch.autograd.gradcheck(lambda z: tuple(supervised_contrast(z, labels)), random_embeddings())
-
-
-# ---- several processes -------------------------------------------------------------------------------------------
 
 
 def make_head() -> torch.nn.Module:
@@ -206,9 +194,6 @@ def test_a_step_never_waits_for_the_gpu() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num", [8, 15, 4])

@@ -62,9 +62,6 @@ def test_rejects_what_are_not_two_views(loss: Callable[[Tensor], Tensor], shape:
         loss(torch.rand(shape))
 
 
-# ---- several processes -------------------------------------------------------------------------------------------
-
-
 def joined(views: Tensor) -> Tensor:
     return nt_xent(views) + 2 * vicreg(views)
 

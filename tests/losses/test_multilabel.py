@@ -16,9 +16,6 @@ def items(*labels: list[float]) -> list[dict[str, Any]]:
     return [{"image": str(index), "label": label} for index, label in enumerate(labels)]
 
 
-# ---- loss --------------------------------------------------------------------------------------------------------
-
-
 def test_loss_is_the_mean_over_the_known_labels() -> None:
     pred, label = torch.randn(4, 3), torch.tensor([[1, 0, NAN], [NAN, 1, 0], [0, 0, 0], [NAN, NAN, NAN]])
     known = ~label.isnan()
@@ -55,9 +52,6 @@ def test_loss_of_half_precision_logits_is_in_float32() -> None:
     loss.backward()
     assert loss.dtype == torch.float32
     assert pred.grad.dtype == torch.bfloat16
-
-
-# ---- class balance -----------------------------------------------------------------------------------------------
 
 
 def test_weights_are_negatives_over_positives_of_the_known_labels_within_limits() -> None:

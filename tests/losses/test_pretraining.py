@@ -118,7 +118,7 @@ def test_the_dense_term_is_a_switch_of_network_and_loss() -> None:
 
 
 @pytest.mark.parametrize(("counts", "left_out"), [((1, 1), ["task", "group"]), ((3, 1), ["group"]), ((3, 2), [])])
-def test_a_level_of_a_single_label_is_left_out(
+def test_a_level_needs_two_labels(
     counts: tuple[int, int], left_out: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -221,9 +221,6 @@ def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
         torch.testing.assert_close(terms[name], expected[name], rtol=0.1, atol=0.1)
     HSSLLoss()(output, target).backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

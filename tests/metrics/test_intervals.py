@@ -16,9 +16,6 @@ def toy() -> tuple[np.ndarray, np.ndarray]:
     return label, rng.integers(0, 7, 60) + 2 * label
 
 
-# ---- bootstrap ---------------------------------------------------------------------------------------------------
-
-
 def test_bootstrap_follows_its_seed() -> None:
     label, score = toy()
     intervals = [bootstrap(partial(auroc, label, score), np.arange(60), 200, seed) for seed in (0, 0, 1)]
@@ -53,9 +50,6 @@ def test_undefined_resamples_are_left_out_but_all_items_must_be_defined() -> Non
     assert bootstrap(partial(auroc, [0, 1, 1], [0, 1, 1]), np.arange(3), 100) == (1, 1, 1)
     with pytest.raises(ValueError, match="`statistic` must be defined on all items, got nan"):
         bootstrap(partial(auroc, [0, 0], [0, 1]), [0, 1])
-
-
-# ---- Wilson ------------------------------------------------------------------------------------------------------
 
 
 def test_wilson_interval_agrees_with_published_values() -> None:

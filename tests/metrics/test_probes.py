@@ -153,9 +153,7 @@ def test_linear_probe_drops_unknown_labels_finding_by_finding() -> None:
     assert not np.allclose(full[:, 0], part[:, 0])
 
 
-def test_linear_probe_names_findings_that_lack_a_class_in_training_or_validation(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_linear_probe_names_findings_that_lack_a_class(caplog: pytest.LogCaptureFixture) -> None:
     x, y = problem()
     y[:80, 1] = 0
     y[80:120] = np.nan
@@ -186,9 +184,6 @@ def test_cross_validation_keeps_subjects_whole() -> None:
     assert roc_auc_score(y, grouped_cross_val_scores(x, y, subjects)) < 0.75
 
 
-# ---- intensities -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(3, 1, 7, 7), (3, 2, 7, 7, 7)])
 def test_histograms_agree_with_numpy_and_count_what_is_out_of_range_at_the_ends(shape: tuple[int, ...]) -> None:
     images = 2 * torch.rand(shape) - 0.5
@@ -196,9 +191,6 @@ def test_histograms_agree_with_numpy_and_count_what_is_out_of_range_at_the_ends(
     expected = [np.histogram(image.clip(0, 1), 32, (0, 1))[0] / image.size for image in images.numpy()]
     assert found.shape == (3, 32)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
-# ---- features as a data set -----------------------------------------------------------------------------------------
 
 
 def classifier() -> Any:

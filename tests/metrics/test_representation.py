@@ -118,9 +118,6 @@ def test_what_cannot_be_told_is_left_out_without_a_warning(
     assert not caplog.records
 
 
-# ---- collapse ----------------------------------------------------------------------------------------------------
-
-
 def test_collapse_agrees_with_monai_and_is_seen() -> None:
     items = make_set(TASKS)
     features = torch.from_numpy(items.features)

@@ -32,9 +32,6 @@ def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
-# --- the start
-
-
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_an_untrained_network_calls_every_structure_rare(spatial_dims: int) -> None:
     network = segresnet(spatial_dims)
@@ -50,9 +47,6 @@ def test_coarser_levels_start_rare_too() -> None:
     heads = DeepSupervisionNet(segresnet(blocks_down=(1, 1, 1, 1), blocks_up=(1, 1, 1)), 2).heads
     shares = [head.bias.softmax(0).tolist() for head in heads]
     assert shares == [pytest.approx([0.98019, 0.0099, 0.0099], abs=1e-4)] * 2
-
-
-# --- coarser levels
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

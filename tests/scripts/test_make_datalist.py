@@ -135,9 +135,7 @@ def test_nih_reads_findings_views_ages_and_subjects_and_keeps_the_official_test_
 
 
 @pytest.mark.parametrize(("uncertain", "value"), [("ignore", None), ("ones", 1), ("zeros", 0)])
-def test_chexpert_takes_frontal_views_and_settles_uncertain_labels(
-    tmp_path: Path, uncertain: str, value: int | None
-) -> None:
+def test_chexpert_takes_frontal_views_and_uncertain_labels(tmp_path: Path, uncertain: str, value: int | None) -> None:
     run("chexpert", chexpert(tmp_path), "--uncertain", uncertain)
     assert sizes(tmp_path) == [9, 1, 2]
     assert content(tmp_path)["training"][0]["label"][:5] == [0, 1, 0, value, 0]
@@ -181,9 +179,7 @@ def test_a_table_gives_labels_unknowns_splits_and_extras(tmp_path: Path) -> None
     ("options", "expected"),
     [((), [14, 2, 4]), (("--validation_fraction", 0.3), [10, 6, 4]), (("--test_fraction", 0), [18, 2, 0])],
 )
-def test_a_table_without_split_column_is_split_by_subject(
-    tmp_path: Path, options: Sequence[object], expected: list[int]
-) -> None:
+def test_a_table_is_split_by_subject(tmp_path: Path, options: Sequence[object], expected: list[int]) -> None:
     run("table", table(tmp_path), *TABLE_OPTIONS, *options)
     assert sizes(tmp_path) == expected
     assert [2 * len(each) for each in subjects(tmp_path)] == expected
@@ -234,9 +230,7 @@ def test_images_that_are_listed_twice_are_left_out_on_demand(tmp_path: Path, ref
     assert by_name(tmp_path).keys() == {f"{index}.png" for index in range(2, 20)}
 
 
-def test_corrupt_and_missing_images_are_left_out_on_demand_and_move_no_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
-) -> None:
+def test_what_is_left_out_moves_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
     run("table", table(tmp_path), *TABLE_OPTIONS)
     before = by_name(tmp_path)
     break_image(tmp_path / "images" / "3.png")

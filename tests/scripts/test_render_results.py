@@ -30,9 +30,7 @@ def panels(figure: str) -> dict[str, Any]:
     return render_results.panels(found, render_results.read_blocks())
 
 
-def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(
-    stand: Any, trained: Study, tmp_path: Path
-) -> None:
+def test_label_efficiency_is_a_column_per_fraction_and_a_figure(stand: Any, trained: Study, tmp_path: Path) -> None:
     rows = stand.run(trained)
     text = rendered(tmp_path)
     mean, std = next((float(row["mean"]), float(row["std"])) for row in rows if row["recipe"] == "ours")
@@ -49,9 +47,7 @@ def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(
     assert lines["ours"][1][1] == float(rows[0]["mean"])
 
 
-def test_several_numbers_of_subjects_are_a_table_per_metric_and_a_figure(
-    stand: Any, segmented: Study, tmp_path: Path
-) -> None:
+def test_numbers_of_subjects_are_a_table_per_metric_and_a_figure(stand: Any, segmented: Study, tmp_path: Path) -> None:
     rows = {(row["recipe"], row["metric"]): row for row in stand.run(segmented)}
     text = rendered(tmp_path)
     for title in ("Dice", "HD95 (mm)", "surface Dice, 2 mm", "missed"):
@@ -73,9 +69,7 @@ def test_several_numbers_of_subjects_are_a_table_per_metric_and_a_figure(
     assert [(size, std) for size, _, std in lines["HSSL"]] == [*zip([1, 4], stds, strict=True)]
 
 
-def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
-    stand: Any, segmented: Study, tmp_path: Path
-) -> None:
+def test_each_data_set_of_several_sizes_is_a_panel(stand: Any, segmented: Study, tmp_path: Path) -> None:
     stand.run(segmented)
     stand.run({**segmented, "dataset": "mr"}, "other")
     assert "### `seg_finetune_btcv` on mr\n\n![Dice by" in rendered(tmp_path)
@@ -83,9 +77,7 @@ def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
         assert image.width == 2 * 4 * 150 + 150
 
 
-def test_tasks_stand_side_by_side_under_their_titles_if_they_have_results(
-    stand: Any, evaluated: Study, segmented: Study, tmp_path: Path
-) -> None:
+def test_tasks_with_results_stand_side_by_side(stand: Any, evaluated: Study, segmented: Study, tmp_path: Path) -> None:
     tasks = {"structures": "0.8", "domains": "0.9"}
     columns = {f"{task}/linear/last/auroc": f"{task}, last" for task in (*tasks, "views")}
     study = {**evaluated, "columns": columns, "titles": {"labels_100": "all labels"}}

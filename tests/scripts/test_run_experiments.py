@@ -42,9 +42,7 @@ def test_variants_that_change_training_are_trained_each(stand: Any, trained: Stu
     assert len({each["output_dir"] for each in stand.calls}) == 16
 
 
-def test_a_run_fills_templates_and_records_the_command_that_repeats_it(
-    stand: Any, evaluated: Study, tmp_path: Path
-) -> None:
+def test_a_run_fills_templates_and_records_its_command(stand: Any, evaluated: Study, tmp_path: Path) -> None:
     stand.run(evaluated)
     train, evaluate = stand.calls[:2]
     assert train["dataset_dir"] == json.dumps([str(tmp_path / "data" / "images")])
@@ -56,9 +54,7 @@ def test_a_run_fills_templates_and_records_the_command_that_repeats_it(
     assert done["seconds"] >= 0
 
 
-def test_finished_runs_are_kept_and_all_others_start_in_an_empty_folder(
-    stand: Any, evaluated: Study, tmp_path: Path
-) -> None:
+def test_finished_runs_are_kept_and_all_others_start_anew(stand: Any, evaluated: Study, tmp_path: Path) -> None:
     stand.run(evaluated)
     folder = tmp_path / "runs" / "study" / "theirs" / "seed1" / "labels_10" / "evaluation"
     (folder / "done.json").unlink()
@@ -73,9 +69,7 @@ def test_finished_runs_are_kept_and_all_others_start_in_an_empty_folder(
     assert len(stand.commands) == 3, "training anew evaluates anew"
 
 
-def test_side_by_side_runs_take_one_thread_each_and_give_the_same_rows(
-    stand: Any, evaluated: Study, tmp_path: Path
-) -> None:
+def test_side_by_side_runs_have_one_thread_and_the_same_rows(stand: Any, evaluated: Study, tmp_path: Path) -> None:
     one = stand.run(evaluated)
     (tmp_path / "runs").rename(tmp_path / "before")
     stand.environments.clear()
@@ -127,7 +121,7 @@ def test_finished_runs_are_kept_with_the_same_knobs_and_configs_alone(stand: Any
             stand.run({**study, **change})
 
 
-def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
+def test_a_study_may_only_train(
     stand: Any, segmented: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = {"variants_change": "evaluation", "variants": {}, "evaluation": {}, "training_subjects": None}
@@ -161,9 +155,7 @@ def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
         ({"variants_change": "evaluation"}, "`training_subjects` must be positive, where variants are trained"),
     ],
 )
-def test_refuses_a_bad_study_in_one_line_before_anything_runs(
-    stand: Any, segmented: Study, change: Study, message: str
-) -> None:
+def test_refuses_a_bad_study_before_anything_runs(stand: Any, segmented: Study, change: Study, message: str) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         stand.run({**segmented, **change})
     assert not stand.commands

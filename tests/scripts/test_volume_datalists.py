@@ -135,9 +135,7 @@ def test_btcv_is_found_in_every_usual_place(tmp_path: Path, parent: str, parts: 
         (range(30, 40), ("img{:04d}", "label{:04d}")),
     ],
 )
-def test_btcv_with_other_names_or_a_part_of_it_is_split_by_subject(
-    tmp_path: Path, numbers: range, names: tuple[str, str]
-) -> None:
+def test_other_names_or_a_part_of_btcv_are_split(tmp_path: Path, numbers: range, names: tuple[str, str]) -> None:
     run("btcv", btcv(tmp_path, numbers, names=names))
     assert sizes(tmp_path) == [8, 2, 0]
     assert "drawn with seed 0, 0.2 of the subjects for validation" in content(tmp_path)["description"]

@@ -246,9 +246,7 @@ def test_a_dicom_series_is_segmented_as_the_command_line_does(server: Server, tm
 
 
 @pytest.mark.parametrize("output", ["json", "all"])
-def test_an_xray_is_classified_as_the_command_line_does(
-    server: Server, dataset_dir: Path, tmp_path: Path, output: str
-) -> None:
+def test_an_xray_is_classified_likewise(server: Server, dataset_dir: Path, tmp_path: Path, output: str) -> None:
     xray = dataset_dir / read(dataset_dir / "dataset.json")["test"][0]["image"]
     bundle = server.bundles / CLASSIFICATION
     result = command_line(

@@ -26,9 +26,6 @@ def body(air: float = 0.0, noise: float = 0.0, scale: float = 1.0) -> torch.Tens
     return torch.as_tensor(image * scale)
 
 
-# --- intensities
-
-
 def test_ct_is_scaled_by_its_window() -> None:
     hounsfield = [[-1000.0, -125.0, -25.0, 75.0, 275.0, 3000.0]]
     expected = torch.tensor([[0, 0, 0.25, 0.5, 1, 1]])
@@ -124,9 +121,6 @@ def test_items_that_say_no_modality_have_the_one_that_is_given() -> None:
     torch.testing.assert_close(both, torch.cat([normalized(hounsfield, "CT")] * 2))
     own = NormalizeModalityd("image", modality="CT")({"image": body(), "modality": "MR"})["image"]
     torch.testing.assert_close(own, normalized(body(), "MR"))
-
-
-# --- where patches are drawn
 
 
 def test_patches_are_centred_where_a_volume_is_not_air(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,6 @@ def dice(first: Any, second: Any, value: int) -> float:
     return 2 * (first & second).sum() / (first.sum() + second.sum())
 
 
-# --- every orientation
-
-
 @every_orientation
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_what_was_not_resampled_comes_back_exactly(axes: Any, signs: Any, mode: str) -> None:
@@ -107,9 +104,6 @@ def test_oblique_volumes_come_back() -> None:
     assert dice(restored[0], label, 1) > 0.95
 
 
-# --- agreement with MONAI
-
-
 def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
     affine = affine_of((2, 0, 1), (-1, 1, 1))
     nib.save(nib.Nifti1Image(label_map(), affine), tmp_path / "a.nii.gz")
@@ -128,9 +122,6 @@ def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
     np.testing.assert_allclose(restored.affine, inverted.affine)
     assert dice(restored, inverted, 1) > 0.97
     assert dice(restored, label_map()[None], 1) >= dice(inverted, label_map()[None], 1) - 0.01
-
-
-# --- values
 
 
 def test_logits_are_interpolated_linearly_before_the_largest_wins() -> None:
@@ -180,9 +171,6 @@ def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPat
     assert max(used for _, used in sizes) < logits.numel() / 2  # of the logits, what the slab needs
     monkeypatch.setattr(spatial, "_MAX_VOXELS", 1)
     torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine), whole)
-
-
-# --- refusals
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,6 @@ def test_a_figure_is_1500_pixels_wide_and_the_same_as_png_and_as_tensor(num_find
     np.testing.assert_array_equal((picture * 255).round().byte().permute(1, 2, 0), pixels)
 
 
-# ---- saliency ----------------------------------------------------------------------------------------------------
-
-
 class Sees(nn.Module):
     """Logit 0 answers to bright squares, logit 1 to dark ones, logit 2 to nothing."""
 
