@@ -1,7 +1,5 @@
 """What the tests of several bundles share."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
@@ -30,6 +28,7 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser, run
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
+from monai.networks.nets import SegResNet, resnet10
 from monai.transforms import Compose
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -249,6 +248,20 @@ def evaluated(network: nn.Module, loader: Any, *handlers: Any, **arguments: Any)
     evaluator.logger.setLevel(logging.CRITICAL)
     evaluator.run()
     return evaluator
+
+
+def small_resnet(seed: int = 0, **changes: Any) -> Any:
+    """A stock ResNet-10 with few channels: an encoder or, with `num_classes`, a classifier."""
+    torch.manual_seed(seed)
+    shape = {"spatial_dims": 2, "n_input_channels": 1, "conv1_t_stride": 2, "widen_factor": 0.125}
+    return resnet10(**shape | {"feed_forward": "num_classes" in changes} | changes)
+
+
+def small_segresnet(spatial_dims: int = 2, **changes: Any) -> SegResNet:
+    """A SegResNet of three levels with few channels."""
+    torch.manual_seed(0)
+    shape = {"init_filters": 8, "out_channels": 3, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}
+    return SegResNet(spatial_dims, **shape | changes)
 
 
 def counting_engine(max_epochs: int = 4) -> Engine:

@@ -1,7 +1,5 @@
 """The package is a house: every room imports from the floors below it alone."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter

@@ -1,8 +1,5 @@
 """Every bundle, and every recipe of it, is found and not listed: its files, and the life of its trainings."""
 
-from __future__ import annotations
-
-import csv
 import os
 import re
 import shutil
@@ -28,6 +25,7 @@ from helpers import (
     refused,
     same,
     settings,
+    table,
     two_processes,
     weights,
     write,
@@ -230,8 +228,7 @@ def test_inference_names_what_it_cannot_read_and_does_the_rest(
     assert result.stderr.splitlines()[-1].startswith(f"error: 1 of {count} images could not be read: ")
     assert "Traceback" not in result.stderr
     (path,) = (tmp_path / "out" / "eval").rglob("*.csv")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(path)
     assert [row["image"] for row in rows if row["error"]] == [str(broken)]
     assert len(rows) == count
     assert all(all(row[key] for key in row if key != "error") for row in rows if not row["error"])

@@ -1,7 +1,5 @@
 """The classifier bundle: its modes, what it loads and refuses, what it writes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

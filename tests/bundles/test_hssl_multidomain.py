@@ -1,7 +1,5 @@
 """The bundle of hierarchical self-supervision: what it trains, shows, refuses, judges and embeds."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

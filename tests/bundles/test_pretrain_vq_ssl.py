@@ -1,7 +1,5 @@
 """The bundle of vector-quantised pretraining on images: what it shows, takes, refuses, judges and embeds."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Volumes through VQ-SSL: `pretrain_vq_ssl`'s train.json with volumes.json over it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

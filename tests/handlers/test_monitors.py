@@ -1,13 +1,10 @@
-from __future__ import annotations
-
 import logging
 from typing import Any
 
 import pytest
 import torch
-from helpers import Writer
+from helpers import Writer, small_resnet, small_segresnet
 from ignite.engine import Engine
-from monai.networks.nets import SegResNet, resnet10
 from torch import Tensor
 
 from dissect_monai.handlers import monitors
@@ -59,11 +56,9 @@ class Run:
 
 class SSLRun(Run):
     def __init__(self, writer: Writer | None = None, decode: bool = True, interval: int = 1) -> None:
-        torch.manual_seed(0)
-        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
         small = {"num_embeddings": 8, "embedding_dim": 8, "hidden_dim": 16, "out_dim": 8}
-        net, loss = VQSSLNet(encoder, stages=(2, 4), decode=decode, **small), VQSSLLoss(reconstruction_weight=decode)
-        super().__init__(net, loss, SSLMonitor, writer, interval)
+        net = VQSSLNet(small_resnet(widen_factor=0.25), stages=(2, 4), decode=decode, **small)
+        super().__init__(net, VQSSLLoss(reconstruction_weight=decode), SSLMonitor, writer, interval)
         TargetMomentumHandler(net, 0.9, num_iterations=4).attach(self.engine)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -81,9 +76,7 @@ class SSLRun(Run):
 
 class HSSLRun(Run):
     def __init__(self, writer: Writer | None = None, interval: int = 1) -> None:
-        torch.manual_seed(0)
-        segresnet = SegResNet(2, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-        net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
+        net = HSSLNet(small_segresnet(out_channels=1), len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         super().__init__(net, HSSLLoss(), HSSLMonitor, writer, interval)
         self.views = HierarchyViews(BatchAugment(spatial_dims=2), TASKS, GROUPS, corrupt=Corrupt(mask_size=4))
 

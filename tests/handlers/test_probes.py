@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Decoded, evaluated, pick, table
+from helpers import Decoded, evaluated, pick, small_resnet, table
 from monai.data import DataLoader
-from monai.networks.nets import resnet10
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
@@ -62,14 +59,9 @@ def make_datalist() -> tuple[Datalist, dict[str, DataLoader]]:
     return Datalist(**splits, label_names=NAMES), loaders
 
 
-def encoder(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.125)
-
-
 def probe_images(folder: Path, encoders: dict[str, nn.Module] | None = None, **kwargs: Any) -> Probed:
     _, loaders = make_datalist()
-    encoders = encoders or {"pretrained": encoder(0), "random": encoder(1)}
+    encoders = encoders or {"pretrained": small_resnet(0), "random": small_resnet(1)}
     handler = ProbeHandler(encoders, loaders, NAMES, folder, num_samples=40, **kwargs)
     return Probed(folder, handler)
 
@@ -110,7 +102,9 @@ def test_a_finding_without_positives_is_named(tmp_path: Path, caplog: pytest.Log
 
 def test_values_are_those_of_sklearn_and_scores_are_kept_for_later_comparisons(probed: Probed) -> None:
     datalist, loaders = make_datalist()
-    train, test = (extract_features(encoder(0), loaders[each], "cpu", feature_maps) for each in ("training", "test"))
+    train, test = (
+        extract_features(small_resnet(0), loaders[each], "cpu", feature_maps) for each in ("training", "test")
+    )
     scores = knn_scores(train.last, label_matrix(datalist.training, NAMES), test.last)[:, 1]
     np.testing.assert_allclose(probed.arrays["scores/pretrained/last/knn/findings"][:, 1], scores)
     labels = label_matrix(datalist.test, NAMES)
@@ -144,7 +138,7 @@ def test_compares_the_first_encoder_with_every_baseline(probed: Probed) -> None:
 
 
 def test_a_difference_from_itself_is_zero_in_every_resample(tmp_path: Path) -> None:
-    same = encoder()
+    same = small_resnet()
     probed = probe_images(tmp_path, encoders={"pretrained": same, "copy": same}, findings="Opacity")
     assert probed.of("finding") == {"Opacity"}  # one finding has no macro
     for row in probed.differences:
@@ -153,7 +147,7 @@ def test_a_difference_from_itself_is_zero_in_every_resample(tmp_path: Path) -> N
 
 
 def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) -> None:
-    probed = probe_images(tmp_path, {"only": encoder()}, num_folds=3)
+    probed = probe_images(tmp_path, {"only": small_resnet()}, num_folds=3)
     assert probed.of("probe") == {"linear"}
     row = pick(probed.findings, source="pixels", finding="Opacity")
     assert int(row["n"]) == sum(IMAGES.values())
@@ -170,7 +164,7 @@ def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) ->
 )
 def test_rejects_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ProbeHandler({"only": encoder()}, make_datalist()[1], NAMES, "nowhere", **kwargs)
+        ProbeHandler({"only": small_resnet()}, make_datalist()[1], NAMES, "nowhere", **kwargs)
 
 
 def test_refuses_data_without_labels_or_with_nothing_to_score() -> None:

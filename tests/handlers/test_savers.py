@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
@@ -12,9 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from helpers import Oracle, evaluated, read, table, write_series
+from helpers import Oracle, evaluated, read, small_resnet, table, write_series
 from monai.data import Dataset, MetaTensor
-from monai.networks.nets import resnet10
 from monai.transforms import (
     Activationsd,
     Compose,
@@ -72,10 +69,7 @@ def folder_of(folder: Path, num_images: int = 5, corrupt: tuple[int, ...] = (1, 
 
 
 def classifier() -> nn.Module:
-    torch.manual_seed(0)
-    return resnet10(
-        spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.125, num_classes=len(NAMES)
-    ).eval()
+    return small_resnet(num_classes=len(NAMES)).eval()
 
 
 def predict(loader: ReadableLoader, saver: Saver, network: nn.Module | None = None) -> None:

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from math import isnan
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import math
 import random
@@ -9,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_process, counting_engine
+from helpers import as_process, counting_engine, small_segresnet
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
-from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -133,8 +130,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: in
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_the_encoder_stays_bit_for_bit_and_then_moves(deep: bool) -> None:
-    torch.manual_seed(0)
-    network = SegResNet(2, init_filters=8, out_channels=3, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    network = small_segresnet()
     module = DeepSupervisionNet(network, 1) if deep else network
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),

@@ -1,14 +1,11 @@
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import evaluated
+from helpers import evaluated, small_resnet
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.networks.nets import resnet10
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
@@ -75,11 +72,6 @@ def test_without_any_judged_finding_the_means_are_nan() -> None:
 # ---- k-NN of an encoder ------------------------------------------------------------------------------------------
 
 
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    return resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.125)
-
-
 def labelled_images(seed: int) -> list[dict[str, Any]]:
     """Opacities are bright, thickenings as far as they are known show nothing, and nothing is rare."""
     _, labels = drawn()
@@ -95,7 +87,7 @@ def neighbours(network: nn.Module) -> dict[str, float]:
 
 
 def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
-    metrics = neighbours(network := encoder())
+    metrics = neighbours(network := small_resnet())
     images = [[{"image": item["image"][None]} for item in labelled_images(seed)] for seed in (0, 1)]
     train, val = (extract_features(network, each, "cpu", feature_maps) for each in images)
     labels = drawn()[1].numpy()

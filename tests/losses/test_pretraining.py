@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from monai.networks.nets import SegResNet, resnet10
+from helpers import small_resnet, small_segresnet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,9 +27,7 @@ def random_pair(num: int = 8, dim: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
-    torch.manual_seed(0)
-    encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-    net = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode)
+    net = VQSSLNet(small_resnet(), num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode)
     return net, torch.rand(8, 1, 32, 32)
 
 
@@ -85,9 +81,7 @@ def test_rejects_reconstruction_without_a_decoder() -> None:
 
 
 def make_net(spatial_dims: int = 2, dense: bool = False) -> HSSLNet:
-    torch.manual_seed(0)
-    segresnet = SegResNet(spatial_dims, 8, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-    return HSSLNet(segresnet, 3, 2, hidden_dim=16, out_dim=8, dense=dense)
+    return HSSLNet(small_segresnet(spatial_dims, out_channels=1), 3, 2, hidden_dim=16, out_dim=8, dense=dense)
 
 
 def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:

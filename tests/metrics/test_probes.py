@@ -1,12 +1,8 @@
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from helpers import small_resnet
 from monai.data import DataLoader, Dataset
-from monai.networks.nets import resnet10
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -193,11 +189,6 @@ def test_histograms_agree_with_numpy_and_count_what_is_out_of_range_at_the_ends(
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def classifier() -> Any:
-    torch.manual_seed(0)
-    return resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.125, num_classes=3)
-
-
 def images_of(dtype: torch.dtype = torch.float32) -> Dataset:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (10, 1, 32, 32), dtype=torch.uint8, generator=generator)
@@ -208,7 +199,7 @@ def images_of(dtype: torch.dtype = torch.float32) -> Dataset:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_head_on_cached_features_is_the_whole_network_in_eval_mode(dtype: torch.dtype) -> None:
-    network = classifier()
+    network = small_resnet(num_classes=3)
     network.bn1.running_mean.fill_(0.1)
     network.train()
     features = FeatureDataset(images_of(dtype=dtype), network, batch_size=4)
@@ -223,7 +214,7 @@ def test_head_on_cached_features_is_the_whole_network_in_eval_mode(dtype: torch.
 
 
 def test_features_are_computed_once_and_not_before_the_weights_are_loaded() -> None:
-    network, calls = classifier(), []
+    network, calls = small_resnet(num_classes=3), []
     network.layer4.register_forward_hook(lambda *_: calls.append(1))
     features = FeatureDataset(images_of(), network)
     assert len(features) == 10

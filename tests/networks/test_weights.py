@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping
@@ -8,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import small_resnet
 from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import Tensor, nn
 
@@ -98,8 +97,7 @@ def test_names_no_more_than_five_weights(tmp_path: Path) -> None:
 
 
 def classifier(**arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return resnet10(spatial_dims=2, n_input_channels=1, widen_factor=0.125, **{"num_classes": 3, **arguments})
+    return small_resnet(**{"num_classes": 3, **arguments})
 
 
 def test_a_classifier_starts_from_an_encoder_with_its_own_head(

@@ -1,7 +1,5 @@
 """What the demos end with."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

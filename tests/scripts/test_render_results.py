@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two nodes, of which one loses a worker: torchrun starts all workers again, and the run goes on from a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """MONAI's federated client runs the bundle of segmentation as it is."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

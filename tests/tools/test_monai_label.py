@@ -1,12 +1,9 @@
 """A real MONAI Label server with the packaged bundles, driven over REST; `make label` runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import zipfile
@@ -22,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from helpers import ROOT, command_line, committed_copy, read, run_config, write_series
+from helpers import ROOT, command_line, committed_copy, free_port, read, run_config, write_series
 from package_bundle import package
 
 from dissect_monai.common import BTCV_ORGANS
@@ -157,9 +154,7 @@ def server(bundles: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory
     app = work / "monaibundle"
     for served in SERVED:
         shutil.copytree(bundles / served, app / "model" / served)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ, "MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false", "MONAI_LABEL_SESSION_PATH": str(work / "sessions"),
         "OMP_NUM_THREADS": "1", "PYTHONPATH": "",

@@ -1,7 +1,5 @@
 """Archives of bundles and the wheel: what they hold, what they refuse, and that nothing else is needed to run them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

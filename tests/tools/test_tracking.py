@@ -1,7 +1,5 @@
 """`--tracking mlflow`: parameters, metrics and the executed config of a run of each bundle, in a local store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
