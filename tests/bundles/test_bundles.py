@@ -151,6 +151,33 @@ def test_cache_loaders_and_compiler_do_not_change_the_weights(recipe: Recipe, tm
     assert weights(tmp_path).keys() == weights(recipe.finished).keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("pretrain_vq_ssl", {"fusion": "concat", "metric": "euclidean"}),
+        ("pretrain_vq_ssl", {"stages": [4], "amp": "true", "device": "cpu"}),  # as the command line gives them
+        # Across, a slice need not be a multiple of the stride.
+        ("pretrain_vq_ssl_volumes", {"spatial_dims": 2, "patch_size": [16, 16, 9]}),
+        ("pretrain_vq_ssl_volumes", {"blocks_down": [1, 1], "stages": [1, 2], "fusion": "attention"}),
+        ("pretrain_vq_ssl_volumes", {"blocks_down": [1] * 5, "stages": [5], "discrete_weight": 0}),
+        ("hssl_multidomain", {"dense_weight": 1.0, "mask_fraction": 0}),
+        ("hssl_multidomain", {f"{name}_weight": 0 for name in ("image", "task", "group", "classification")}),
+        ("hssl_multidomain", {"amp": "true"}),
+        ("seg_finetune_btcv", {"train#patches#transforms#4#_disabled_": False}),  # mirrors
+        ("seg_finetune_btcv", {"amp": "true", "device": "cpu", "ce_weight": 0}),
+    ],
+    ids=str,
+)
+def test_knobs_change_the_run(recipe_of: Recipes, tmp_path: Path, name: str, knobs: dict[str, Any]) -> None:
+    recipe = recipe_of(name)
+    recipe.train(tmp_path, max_epochs=1, schedule_epochs=2, **knobs)
+    found, plain = (checkpoint(folder, 1)["network"] for folder in (tmp_path, recipe.finished))
+    assert all(value.isfinite().all() for value in found.values())
+    assert not same(found, plain)
+    if "blocks_down" not in knobs:
+        assert weights(tmp_path).keys() == weights(recipe.finished).keys()
+
+
 def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> None:
     shutil.copytree(recipe.finished, tmp_path, dirs_exist_ok=True)
     with refused(r"holds the checkpoints of another run: go on with it \(`--resume` true\)"):

@@ -25,7 +25,6 @@ from helpers import (
     weights,
 )
 from monai.bundle import ConfigParser
-from monai.networks.nets import SegResNet
 
 from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.networks.weights import load_weights
@@ -119,19 +118,6 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
     assert "retrieval_image" in scalars
     assert not {name for name in scalars if name.startswith("shortcut")}
     assert events_of(tmp_path).Scalars("loss/classification")[-1].value == 0
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"dense_weight": 1.0, "mask_fraction": 0},
-        {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0, "amp": "true"},
-    ],
-    ids=str,
-)
-def test_knobs_change_the_run(folders: Folders, tmp_path: Path, knobs: dict[str, Any]) -> None:
-    train(folders, tmp_path, **knobs)
-    assert len(weights(tmp_path)) == len(SegResNet(3, blocks_down=(1, 1, 1), blocks_up=(1, 1)).state_dict())
 
 
 def test_pretrained_weights_start_the_network(trained: Path, folders: Folders, tmp_path: Path) -> None:

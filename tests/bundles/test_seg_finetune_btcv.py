@@ -182,21 +182,6 @@ def test_images_kept_on_the_device_do_not_change_the_weights(blocks: Path, plain
     assert same(run_state(blocks, tmp_path, on_device="true", device="cpu", compile="false"), plain)
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"train#patches#transforms#4#_disabled_": False},  # mirrors
-        {"amp": "true", "device": "cpu", "ce_weight": 0},  # as the command line gives them
-    ],
-    ids=str,
-)
-def test_knobs_change_the_weights(blocks: Path, plain: Weights, tmp_path: Path, knobs: dict[str, Any]) -> None:
-    state = run_state(blocks, tmp_path, **knobs)
-    assert state.keys() == plain.keys()
-    assert all(value.isfinite().all() for value in state.values())
-    assert not same(state, plain)
-
-
 def test_deep_supervision_leaves_the_weights_of_a_plain_network(blocks: Path, tmp_path: Path) -> None:
     levels = {"blocks_down": [1, 1, 1, 1], "blocks_up": [1, 1, 1]}
     knobs = {**levels, "deep_supervision": 2, "schedule_epochs": 2}

@@ -37,17 +37,13 @@ def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
     run_config([TRAIN, VOLUMES], **{**TINY, **knobs, "dataset_dir": data, "output_dir": output_dir})
 
 
-def merged() -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config([TRAIN, VOLUMES])
-    return parser
-
-
 # ---- the same data as hssl_multidomain ---------------------------------------------------------------------------
 
 
 def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
-    config, other = merged().config, read(HSSL)
+    merged = ConfigParser()
+    merged.read_config([TRAIN, VOLUMES])
+    config, other = merged.config, read(HSSL)
     assert {name: config[name] for name in SAME_KNOBS} == {name: other[name] for name in SAME_KNOBS}
     assert config["datalist"] == other["datalist"]
     assert config["crop_size"] == other["crop_size"]
@@ -90,20 +86,6 @@ def test_tensorboard_shows_terms_codes_and_pictures_but_no_auroc_without_labels(
     assert {"codes/perplexity_stage2", "codes/usage_stage3", "collapse/target_std"} <= tags
     assert {"views", "reconstruction", "codes_of_stages_2_3"} <= tags
     assert "knn_auroc" not in tags
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"spatial_dims": 2, "patch_size": [16, 16, 9]},  # across, a slice need not be a multiple of the stride
-        {"blocks_down": [1, 1], "stages": [1, 2], "patch_size": [12, 10, 8], "fusion": "attention"},
-        {"blocks_down": [1, 1, 1, 1, 1], "stages": [5], "discrete_weight": 0, "commitment_weight": 0},
-    ],
-    ids=str,
-)
-def test_knobs_change_the_run(volume_dirs: list[Path], tmp_path: Path, knobs: dict[str, Any]) -> None:
-    train(volume_dirs, tmp_path, **knobs)
-    assert weights(tmp_path)["convInit.conv.weight"].ndim == 2 + knobs.get("spatial_dims", 3)
 
 
 def test_findings_of_whole_volumes_give_an_auroc(tmp_path: Path) -> None:

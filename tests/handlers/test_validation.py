@@ -80,14 +80,11 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
     return [{"image": image, "label": label.tolist()} for image, label in zip(images, labels, strict=True)]
 
 
-def neighbours(network: nn.Module) -> dict[str, float]:
+def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
+    network = small_resnet()
     training, validation = (Dataset(labelled_images(seed), lambda item: {"image": item["image"]}) for seed in (0, 1))
     handler = KNNHandler(training, NAMES)
-    return evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
-
-
-def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
-    metrics = neighbours(network := small_resnet())
+    metrics = evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
     images = [[{"image": item["image"][None]} for item in labelled_images(seed)] for seed in (0, 1)]
     train, val = (extract_features(network, each, "cpu", feature_maps) for each in images)
     labels = drawn()[1].numpy()

@@ -205,19 +205,11 @@ def test_rejects_what_are_not_two_views_of_each_item(num: int) -> None:
 both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 
 
-def same_place(views: int, spatial_dims: int) -> Placement:
-    return Placement(torch.eye(spatial_dims).expand(views, -1, -1), torch.zeros(views, spatial_dims))
-
-
-def cell_centers(cells: tuple[int, ...]) -> Tensor:
-    axes = [(2 * torch.arange(length) + 1) / length - 1 for length in cells]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
-
-
 def naive_dense(features: Tensor, placement: Placement, temperature: float) -> Tensor:
     """One cell at a time, its positive sought among all cells."""
     pairs, cells = len(features) // 2, tuple(features.shape[2:])
-    places = cell_centers(cells)
+    axes = [(2 * torch.arange(length) + 1) / length - 1 for length in cells]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
     entropies = []
     for index in range(2 * pairs):
         other = (index + pairs) % (2 * pairs)
@@ -248,7 +240,7 @@ def test_equals_the_naive_loss(spatial_dims: int, rotation: float) -> None:
 def test_is_small_where_each_place_has_a_feature_of_its_own(spatial_dims: int) -> None:
     cells = (3,) * spatial_dims
     one_hot = torch.eye(math.prod(cells)).T.reshape(1, -1, *cells)
-    placement = same_place(2, spatial_dims)
+    placement = Placement(torch.eye(spatial_dims).expand(2, -1, -1), torch.zeros(2, spatial_dims))  # the same place
     assert dense_contrast(one_hot.expand(2, *one_hot.shape[1:]), placement, 0.05) < 1e-4
     moved = torch.cat([one_hot, one_hot.roll(1, 2)])
     assert dense_contrast(moved, placement, 0.05) > 5

@@ -21,11 +21,6 @@ both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 # ---- self-distillation -------------------------------------------------------------------------------------------
 
 
-def random_pair(num: int = 8, dim: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num, dim, generator=generator), torch.randn(num, dim, generator=generator)
-
-
 def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
     net = VQSSLNet(small_resnet(), num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode)
     return net, torch.rand(8, 1, 32, 32)
@@ -61,7 +56,7 @@ def test_only_the_continuous_weight_is_plain_byol() -> None:
 
 
 def test_regression_is_that_of_a_loop_over_the_pairs() -> None:
-    predictions, targets = random_pair()
+    predictions, targets = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
     distances = []
     for image in range(4):
         for view, other in ((image, image + 4), (image + 4, image)):

@@ -30,12 +30,6 @@ def as_rows(maps: Tensor) -> Tensor:
     return maps.movedim(1, -1).flatten(0, -2)
 
 
-def smoothed_codes(codebook: EMACodebook) -> Tensor:
-    total = codebook.ema_cluster_size.sum()
-    sizes = codebook.ema_cluster_size + 1e-5
-    return codebook.ema_w / (sizes / sizes.sum() * total).unsqueeze(1)
-
-
 def test_every_position_gets_its_nearest_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(quantizers.CHUNK_BYTES, "cpu", 7 * 16 * 4)  # seven rows a chunk: the last one is shorter
     codebook = plain_codebook().eval()
@@ -61,7 +55,9 @@ def test_first_training_batch_seeds_the_codes() -> None:
     seeds = as_rows(inputs)[::2]
     assert torch.equal(as_rows(output.features)[::2], seeds)
     assert len(output.indices.unique()) == 16
-    torch.testing.assert_close(codebook.embedding.weight, smoothed_codes(codebook))
+    sizes = codebook.ema_cluster_size + 1e-5
+    smoothed = sizes / sizes.sum() * codebook.ema_cluster_size.sum()
+    torch.testing.assert_close(codebook.embedding.weight, codebook.ema_w / smoothed.unsqueeze(1))
 
 
 def test_only_a_codebook_that_never_trained_is_seeded() -> None:

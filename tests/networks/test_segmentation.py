@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import small_segresnet
@@ -15,14 +17,10 @@ def labels(spatial_dims: int) -> Tensor:
     return torch.randint(0, 3, (2, 1, *[8] * spatial_dims), generator=torch.Generator().manual_seed(2)).float()
 
 
-def copy_of(network: torch.nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in network.state_dict().items()}
-
-
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_an_untrained_network_calls_every_structure_rare(spatial_dims: int) -> None:
     network = small_segresnet(spatial_dims)
-    before = copy_of(network)
+    before = deepcopy(network.state_dict())
     init_class_prior(network)
     background, *structures = network.conv_final[-1].conv.bias.softmax(0).tolist()
     assert [each / (each + background) for each in structures] == pytest.approx([0.01, 0.01])

@@ -16,11 +16,6 @@ from dissect_monai.data.splits import select_fraction
 Study = dict[str, Any]
 EXPERIMENTS = ROOT / "scripts" / "experiments"
 STUDIES = sorted(EXPERIMENTS.glob("*.json"))
-SEGMENTATION = [
-    path for path in STUDIES if path.stem in [f"segmentation_{n}" for n in ("btcv", "chaos", "hippocampus")]
-]
-every_study = pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-every_segmentation = pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
 TWO_CONFIGS = [f"bundles/pretrain_vq_ssl/configs/{name}" for name in ("train.json", "multi_gpu_train.json")]
 
 
@@ -168,7 +163,7 @@ def test_refuses_a_file_that_is_no_study(tmp_path: Path, text: str | None) -> No
         run_experiments.main(str(path), str(tmp_path))
 
 
-@every_study
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_names_knobs_that_its_bundle_has_and_weights_that_another_trains(path: Path) -> None:
     study = run_experiments.read_study(path)
     for chain in run_experiments.plan(study, Path("data"), Path("runs")):
@@ -186,9 +181,9 @@ def test_every_study_names_knobs_that_its_bundle_has_and_weights_that_another_tr
             assert set(study.seeds) <= set(other.seeds)
 
 
-@every_segmentation
-def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(path: Path) -> None:
-    study = run_experiments.read_study(path)
+@pytest.mark.parametrize("name", ["btcv", "chaos", "hippocampus"])
+def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(name: str) -> None:
+    study = run_experiments.read_study(EXPERIMENTS / f"segmentation_{name}.json")
     assert render_results.sizes_of(study) == {name: int(name.split()[0]) for name in study.variants}
 
 

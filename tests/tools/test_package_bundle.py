@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import package_bundle
@@ -128,10 +128,6 @@ def command(*arguments: str, cwd: Path, packages: Path | None = None) -> str:
     return result.stdout
 
 
-def given(**knobs: Any) -> list[str]:
-    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-
-
 def test_the_wheel_trains_a_copy_of_a_bundle(recipe_of: Recipes, tmp_path: Path) -> None:
     source = committed_copy(tmp_path / "source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -147,7 +143,7 @@ def test_the_wheel_trains_a_copy_of_a_bundle(recipe_of: Recipes, tmp_path: Path)
     packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
     command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
     shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
-    knobs = given(**recipe_of("pretrain_vq_ssl").knobs)
+    knobs = [part for name, value in recipe_of("pretrain_vq_ssl").knobs.items() for part in (f"--{name}", str(value))]
     run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
     command(*run, *knobs, cwd=bundle, packages=packages)
     assert (bundle / "models" / "model.pt").is_file()
