@@ -32,7 +32,7 @@ class Figure(NamedTuple):
 
     path: str  # from the repository's root
     name: str
-    metric: re.Pattern[str]  # of the metrics that have a panel, without the variant
+    metric: str  # pattern of the metrics that have a panel, without the variant
     xlabel: str
     ylabel: str
     tick: str  # format of a size
@@ -40,22 +40,14 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure(
-        "docs/label_efficiency.png",
-        "Label efficiency",
-        re.compile(r".*/auroc"),
-        "share of the training labels",
-        "macro AUROC, mean ± std over seeds",
-        "{:.0%}",
+        "docs/label_efficiency.png", "Label efficiency", r".*/auroc",
+        "share of the training labels", "macro AUROC, mean ± std over seeds", "{:.0%}",
     ),
     Figure(
-        "docs/dice_versus_subjects.png",
-        "Dice by the number of training subjects",
-        re.compile("dice"),
-        "training subjects",
-        "Dice, mean ± std over seeds",
-        "{:g}",
+        "docs/dice_versus_subjects.png", "Dice by the number of training subjects", "dice",
+        "training subjects", "Dice, mean ± std over seeds", "{:g}",
     ),
-)
+)  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -155,7 +147,7 @@ def panels(figure: Figure, blocks: Sequence[Block]) -> dict[str, Lines]:
         for block in blocks
         if len({*block.sizes.values()}) > 1
         for metric, title in block.columns.items()
-        if figure.metric.fullmatch(metric) and (lines := dict(curves(block, metric)))
+        if re.fullmatch(figure.metric, metric) and (lines := dict(curves(block, metric)))
     }
 
 
@@ -181,9 +173,8 @@ def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
         for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
             sizes, means, stds = zip(*lines[recipe], strict=True)
             moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
-            ax.errorbar(
-                moved, means, stds, label=recipe, color=color, marker=marker, markersize=5, capsize=2, elinewidth=1
-            )
+            style = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
+            ax.errorbar(moved, means, stds, label=recipe, **style)
         ax.set_xscale("log")
         ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
         ax.minorticks_off()

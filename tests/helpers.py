@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -419,6 +421,25 @@ def pick(rows: Iterable[dict[str, str]], **wanted: str) -> dict[str, str]:
 
 def images(items: list[dict[str, Any]]) -> list[str]:
     return [Path(item["image"]).name for item in items]
+
+
+def subjects(items: list[dict[str, Any]]) -> set[str]:
+    return {item["subject"] for item in items}
+
+
+def in_two_processes(step: Callable[[int, Path, Any], None], folder: Path, parts: Sequence[Any]) -> None:
+    """Call a function in two processes of one group, each with its rank, the folder and its part."""
+    other = multiprocessing.get_context("spawn").Process(target=_in_group, args=(1, step, folder, parts))
+    other.start()
+    _in_group(0, step, folder, parts)
+    other.join()
+
+
+def _in_group(rank: int, step: Callable[[int, Path, Any], None], folder: Path, parts: Sequence[Any]) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, timedelta(minutes=5), world_size=2, rank=rank)
+    step(rank, folder, parts[rank])
+    torch.distributed.destroy_process_group()
 
 
 DIRECTION = (0.0, -1.0, 0.0, 0.8, 0.0, -0.6, 0.6, 0.0, 0.8)  # of `volume`

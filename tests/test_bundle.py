@@ -140,17 +140,12 @@ BAD = {
 }
 GOOD = {
     "stages": [[2, 3, 4], [4], (1,)],
-    "learning_rate": [1e-3, 1],
-    "label_fraction": [1, 0.01],
     "dataset_dir": [None, "a", ["a", "b"]],
-    "device": ["cpu"],
     "num_folds": [0, 5],
     "amp": [True, "false", "True"],
     "findings": [None, "Mass", ["Mass", "No finding"]],
     "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}],
     "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
-    "patch_size": [[96, 96, 8]],
-    "init_filters": [8, 32],
 }
 
 

@@ -53,9 +53,6 @@ def listed(folder: Path, dataset_dir: Path, change: Callable[[int, dict[str, Any
     return folder
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
-
-
 def test_the_json_and_tensorboard_say_what_was_trained_and_how_well(bundle: Recipe) -> None:
     said = settings(bundle.finished)
     assert (said["label_names"], said["mode"], said["pretrained"]) == (list(XRAY_FINDINGS), "scratch", None)
@@ -102,9 +99,6 @@ def test_a_smoke_run_is_clearly_above_chance(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     assert max(event.value for event in events_of(tmp_path).Scalars("auroc")) > 0.7
-
-
-# ---- evaluation and inference ------------------------------------------------------------------------------------
 
 
 def test_evaluation_writes_what_prediction_uses(bundle: Recipe, tmp_path: Path) -> None:
@@ -161,9 +155,6 @@ def test_one_dicom_file_is_enough(bundle: Recipe, tmp_path: Path) -> None:
     bundle.run("inference", tmp_path, dataset_dir=tmp_path / "a.dcm")
     (row,) = table(tmp_path / "eval" / "probabilities.csv")
     assert row["image"] == str(tmp_path / "a.dcm")
-
-
-# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 def test_refuses_bad_knobs_before_training(bundle: Recipe, dataset_dir: Path, tmp_path: Path) -> None:

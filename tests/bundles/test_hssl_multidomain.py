@@ -70,9 +70,6 @@ def values(row: dict[str, str]) -> list[float]:
     return [float(value) for name, value in row.items() if re.fullmatch(r"e\d+", name)]
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
-
-
 def test_domains_are_written_and_named_beside_the_weights(trained: Path) -> None:
     said, rows = settings(trained), table(trained / "eval" / "domains.csv")
     assert (said["tasks"], said["groups"]) == (list(TASKS), ["abdomen", "head"])
@@ -151,9 +148,6 @@ def test_refuses_to_go_on_with_other_data_and_unknown_folders(trained: Path, fol
         train(folders, tmp_path, max_epochs=4, resume=True, amp=True, modality={"head_ct": "MR"})
     with refused("`group` must name folders among abdomen_ct, .*, got elsewhere"):
         train(folders, tmp_path, group={"elsewhere": "liver"})
-
-
-# ---- evaluation and embeddings -----------------------------------------------------------------------------------
 
 
 def test_evaluation_judges_structures_and_shortcuts(trained: Path, folders: Folders, tmp_path: Path) -> None:

@@ -37,9 +37,6 @@ def bundle(recipe_of: Recipes) -> Recipe:
     return recipe_of("pretrain_vq_ssl")
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
-
-
 def test_tensorboard_shows_terms_rates_codes_collapse_and_pictures(bundle: Recipe) -> None:
     tags = tags_of(bundle.finished)
     assert {"loss/continuous", "loss/discrete", "loss/commitment", "loss/reconstruction", "loss/total"} <= tags
@@ -100,9 +97,6 @@ def test_shards_are_read_by_one_process_each(bundle: Recipe, dataset_dir: Path, 
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 23
 
 
-# ---- data of all kinds -------------------------------------------------------------------------------------------
-
-
 def test_volumes_are_pretrained_on_judged_and_embedded(bundle: Recipe, tmp_path: Path) -> None:
     rng, items = np.random.default_rng(0), {}
     for split, count in (("training", 8), ("validation", 4), ("test", 4)):
@@ -132,9 +126,6 @@ def test_folders_of_mixed_formats_without_labels_are_enough(bundle: Recipe, data
         sitk.WriteImage(sitk.GetImageFromArray(pixels.astype(np.float32)), folder / f"{index}.nii.gz")
     bundle.train(tmp_path / "out", dataset_dir=[str(dataset_dir), str(folder)])
     assert checkpoint(tmp_path / "out", 1)["settings"]["num_images"] == 24 + 8
-
-
-# ---- evaluation and inference ------------------------------------------------------------------------------------
 
 
 def test_evaluation_writes_metrics_per_finding_with_intervals(bundle: Recipe, tmp_path: Path) -> None:

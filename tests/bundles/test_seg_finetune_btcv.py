@@ -289,25 +289,20 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def judged(trained: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of an evaluation."""
-    output_dir = tmp_path_factory.mktemp("judged")
-    evaluate(organs, output_dir, pretrained=model(trained))
-    return output_dir
-
-
-def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(judged: Path) -> None:
-    assert [path.name for path in judged.iterdir()] == ["eval"]
+def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(
+    trained: Path, organs: Path, tmp_path: Path
+) -> None:
+    cases = evaluate(organs, tmp_path, pretrained=model(trained))
+    assert [path.name for path in tmp_path.iterdir()] == ["eval"]
     written = {"cases.csv", "summary.csv", "metrics.csv", "report.html"}
-    assert {path.name for path in (judged / "eval").iterdir()} == written
-    cases, summary = (table(judged / "eval" / f"{name}.csv") for name in ("cases", "summary"))
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == written
+    summary = table(tmp_path / "eval" / "summary.csv")
     subjects = ["abdomen_ct_test_000", "abdomen_ct_test_001"]
     scored = [(row["subject"], row["structure"]) for row in cases]
     assert scored == [(subject, organ) for subject in subjects for organ in BTCV_ORGANS]
     assert [row["structure"] for row in summary] == ["mean", *BTCV_ORGANS]
-    assert metrics_of(judged)["dice_mean"] == pytest.approx(float(summary[0]["dice"]), abs=1e-4)
-    report = (judged / "eval" / "report.html").read_text(encoding="utf-8")
+    assert metrics_of(tmp_path)["dice_mean"] == pytest.approx(float(summary[0]["dice"]), abs=1e-4)
+    report = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     assert "right adrenal gland" in report
     assert "optimistic" not in report
 
@@ -367,27 +362,21 @@ def test_how_label_maps_are_stored_changes_nothing(
 # ---- label maps --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One oblique volume as NIfTI, MHA, NRRD and a DICOM series."""
-    image = sitk.GetImageFromArray(box_volume(2)[0].T.astype(np.int16))
-    image.SetSpacing((3.0, 3.0, 4.0))
-    image.SetOrigin((-10.0, 20.0, 30.0))
-    image.SetDirection(DIRECTION)
-    folder = tmp_path_factory.mktemp("formats")
-    for name in ("a.nii.gz", "b.mha", "c.nrrd"):
-        sitk.WriteImage(image, folder / name)
-    write_series(folder / "d", image)
-    return folder
-
-
 def geometry(image: sitk.Image) -> tuple[Any, ...]:
     return image.GetSpacing(), image.GetOrigin(), image.GetDirection()
 
 
-def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path, formats: Path, tmp_path: Path) -> None:
-    maps = segment(formats, tmp_path, pretrained=model(on_blocks))
-    image = sitk.ReadImage(formats / "b.mha")
+def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path, tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(box_volume(2)[0].T.astype(np.int16))  # which will be oblique
+    image.SetSpacing((3.0, 3.0, 4.0))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    image.SetDirection(DIRECTION)
+    folder = tmp_path / "formats"
+    folder.mkdir()
+    for name in ("a.nii.gz", "b.mha", "c.nrrd"):
+        sitk.WriteImage(image, folder / name)
+    write_series(folder / "d", image)
+    maps = segment(folder, tmp_path, pretrained=model(on_blocks))
     expected = values_of(maps / "b_seg.nii.gz")
     assert len(np.unique(expected)) == 3
     for name in "abcd":

@@ -37,9 +37,6 @@ def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
     run_config([TRAIN, VOLUMES], **{**TINY, **knobs, "dataset_dir": data, "output_dir": output_dir})
 
 
-# ---- the same data as hssl_multidomain ---------------------------------------------------------------------------
-
-
 def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
     merged = ConfigParser()
     merged.read_config([TRAIN, VOLUMES])
@@ -57,9 +54,6 @@ def test_settings_of_network_and_data_are_those_of_hssl_multidomain(recipe_of: R
     of_data = {"pixdim", "patch_size", "a_min", "a_max", "tasks", "groups", "sampling_temperature", "seed", "data"}
     needed = {"spatial_dims", "init_filters", "blocks_down", "validation_fraction"} | of_data
     assert {name: own[name] for name in needed} == {name: other[name] for name in needed}
-
-
-# ---- training ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_those_of_the_encoder_and_load_into_a_segmentation_network(trained: Path) -> None:
@@ -104,9 +98,6 @@ def test_without_data_it_draws_phantoms_of_volumes(tmp_path: Path) -> None:
     run_config([TRAIN, VOLUMES], output_dir=tmp_path, max_epochs=1, iterations_per_epoch=1, batch_size=2)
     assert (tmp_path / "phantoms" / "head_ct" / "dataset.json").is_file()
     assert settings(tmp_path)["num_images"] == 48
-
-
-# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 def test_refuses_bad_knobs_before_the_data_are_read(volume_dirs: list[Path], tmp_path: Path) -> None:

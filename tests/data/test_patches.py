@@ -13,25 +13,23 @@ from monai.transforms import Compose, EnsureTyped, Lambdad, RandSpatialCropSampl
 from dissect_monai.data.patches import LABEL_MAP, patch_dataset
 
 
-def write_volume(folder: Path, index: int, size: int = 16) -> dict[str, Any]:
-    """A dim body in air with a bright structure in it, at another place in each volume, and its label map."""
-    rng = np.random.default_rng(index)
-    image = np.zeros((size, size + 2, size - 2))
-    body = tuple(slice(2, length - 1) for length in image.shape)
-    image[body] = rng.uniform(60, 100, image[body].shape)
-    corner = rng.integers(3, size - 10, 3)
-    bright = tuple(slice(start, start + length) for start, length in zip(corner, (3, 5, 4), strict=True))
-    image[bright] = rng.uniform(180, 200, (3, 5, 4))
-    item = {"image": str(folder / f"{index}.nii.gz"), "label": str(folder / f"{index}_label.nii.gz")}
-    affine = np.diag([-1.0, 1, 1, 1])
-    nib.save(nib.Nifti1Image(image, affine), item["image"])
-    nib.save(nib.Nifti1Image((image > 150).astype(np.uint8), affine), item["label"])
-    labels = {"lump": [1], "other": [2]}
-    return {**item, "subject": str(index), "task": "a", "group": "g", "modality": "MR", "labels": labels}
-
-
 def write_volumes(folder: Path, count: int = 3) -> list[dict[str, Any]]:
-    return [write_volume(folder, index) for index in range(count)]
+    """Dim bodies in air with a bright structure in each, at another place in each volume, and their label maps."""
+    items, shared = [], {"task": "a", "group": "g", "modality": "MR", "labels": {"lump": [1], "other": [2]}}
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        image = np.zeros((16, 18, 14))
+        body = tuple(slice(2, length - 1) for length in image.shape)
+        image[body] = rng.uniform(60, 100, image[body].shape)
+        corner = rng.integers(3, 6, 3)
+        bright = tuple(slice(start, start + length) for start, length in zip(corner, (3, 5, 4), strict=True))
+        image[bright] = rng.uniform(180, 200, (3, 5, 4))
+        paths = {"image": str(folder / f"{index}.nii.gz"), "label": str(folder / f"{index}_label.nii.gz")}
+        affine = np.diag([-1.0, 1, 1, 1])
+        nib.save(nib.Nifti1Image(image, affine), paths["image"])
+        nib.save(nib.Nifti1Image((image > 150).astype(np.uint8), affine), paths["label"])
+        items.append({**paths, "subject": str(index), **shared})
+    return items
 
 
 def pixels(dataset: Any) -> torch.Tensor:

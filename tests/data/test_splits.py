@@ -3,7 +3,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from helpers import images
+from helpers import images, subjects
 
 from dissect_monai.common import Item
 from dissect_monai.data.datalists import Datalist
@@ -19,10 +19,6 @@ from dissect_monai.data.splits import (
 )
 
 
-def subjects(items: list[Item]) -> set[str]:
-    return {item["subject"] for item in items}
-
-
 def volumes(name: str, count: int, task: str = "t") -> list[Item]:
     """Two volumes of every subject."""
     return [
@@ -33,9 +29,6 @@ def volumes(name: str, count: int, task: str = "t") -> list[Item]:
 
 def datalist_of(training: int = 0, validation: int = 0, test: int = 0) -> Datalist:
     return Datalist(volumes("a", training), volumes("b", validation), volumes("c", test), task_names=["t"])
-
-
-# --- fractions
 
 
 def xrays() -> list[Item]:
@@ -72,9 +65,6 @@ def test_lost_positives_are_logged(names: list[str] | None, expected: str, caplo
 def test_bad_fractions_are_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\]"):
         select_fraction(xrays(), fraction)
-
-
-# --- what is held out
 
 
 def test_tasks_without_validation_split_hold_out_whole_subjects() -> None:
@@ -141,9 +131,6 @@ def test_folds_part_the_subjects() -> None:
     assert any(split_of(datalist, seed=seed, fold=1) != folds[1] for seed in (1, 2))
     with pytest.raises(ValueError, match="`num_folds` must be at most the 3 subjects, got 5"):
         split_of(datalist_of(6), fold=0)
-
-
-# --- what is trained on and scored
 
 
 def test_a_digest_follows_the_volumes_and_not_their_place() -> None:

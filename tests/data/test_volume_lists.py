@@ -6,16 +6,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import images, read, write
+from helpers import images, read, subjects, write
 
 from dissect_monai.common import Item
 from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
-
-
-def subjects(items: list[Item]) -> set[str]:
-    return {item["subject"] for item in items}
 
 
 # --- several data sets as one

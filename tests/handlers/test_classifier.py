@@ -220,9 +220,6 @@ def test_a_calibration_survives_its_file_and_no_other_weights_or_findings_may_re
             read_calibration(path, NAMES, network)
 
 
-# --- the table
-
-
 FINDINGS = ["Mass", "Large Hernia", "Never", "Always", "Unlabelled"]
 SUBJECTS = [f"s{index // 2}" for index in range(40)]
 

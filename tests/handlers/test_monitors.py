@@ -105,9 +105,6 @@ def written() -> dict[str, Writer]:
     return writers
 
 
-# ---- what they write ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_writes_every_term_and_indicator_at_every_look(written: dict[str, Writer], name: str) -> None:
     writer = written[name]
@@ -154,9 +151,6 @@ def test_looking_at_an_interval_changes_nothing_in_the_run(run: Any) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# ---- when they stop ----------------------------------------------------------------------------------------------
-
-
 @every_run
 @pytest.mark.parametrize(("interval", "iteration", "term"), [(1, 1, "/(continuous|task) = nan, "), (99, 2, "")])
 def test_stops_before_a_lost_epoch_is_saved(run: Any, interval: int, iteration: int, term: str) -> None:
@@ -182,9 +176,6 @@ def test_forgives_a_short_collapse() -> None:
     run.monitor.collapsed = monitors.PATIENCE - 1  # bad looks before a good one
     run()
     assert run.monitor.collapsed == 0
-
-
-# ---- retrieval and accuracy --------------------------------------------------------------------------------------
 
 
 def measured(embeddings: Tensor, task: Tensor, group: Tensor) -> dict[str, float]:

@@ -285,18 +285,6 @@ def write_volume(path: Path, label: np.ndarray | None = None, affine: np.ndarray
     return str(path)
 
 
-def segment(paths: list[str], output_dir: Path) -> None:
-    """Run an evaluator as the bundle's inference does."""
-    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
-    steps = Compose([load, Orientationd("image", axcodes="RAS", labels=None), SelectItemsd("image")])
-    loader = ReadableLoader(Dataset([{"image": path} for path in paths], steps))
-    infer(loader, LabelMapSaver(CLASSES, output_dir), Oracle(3), OriginalGridd("pred"), decollate=True)
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
 def test_label_maps_lie_as_their_images_do_with_names_beside_them(tmp_path: Path) -> None:
     turned = affine_of((2, 0, 1), (-1, 1, -1))
     dicom = SimpleITK.GetImageFromArray(blocks().astype(np.int16).T)
@@ -308,10 +296,14 @@ def test_label_maps_lie_as_their_images_do_with_names_beside_them(tmp_path: Path
         write_volume(tmp_path / "data" / "two.nii"),
         write_volume(tmp_path / "data" / "two.nii.gz", blocks() * (blocks() == 2)),
     ]
-    segment(paths, tmp_path / "out")
+    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
+    steps = Compose([load, Orientationd("image", axcodes="RAS", labels=None), SelectItemsd("image")])
+    loader = ReadableLoader(Dataset([{"image": path} for path in paths], steps))
+    infer(loader, LabelMapSaver(CLASSES, tmp_path / "out"), Oracle(3), OriginalGridd("pred"), decollate=True)
     stems = ["scan", "sub/scan", "patient", "two.nii", "two.nii.gz"]
     expected = {f"{stem}_seg{suffix}" for stem in stems for suffix in (".json", ".nii.gz")}
-    assert files(tmp_path / "out") == {*expected, "label_maps.csv"}
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == {*expected, "label_maps.csv"}
     for stem, path in zip(stems, paths, strict=True):
         label_map = nib.load(tmp_path / "out" / f"{stem}_seg.nii.gz")
         lost = stem == "two.nii.gz"

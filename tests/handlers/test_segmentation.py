@@ -59,9 +59,6 @@ def evaluated(items: list[dict[str, Any]], handler: Any, lost: tuple[int, ...] =
     return run(Oracle(4, lost), loader, handler, inferer=inferer, **knobs).state.metrics
 
 
-# --- the evaluator
-
-
 @pytest.mark.parametrize("decollate", [True, False])
 def test_a_perfect_network_is_perfect_on_the_grid_of_the_files(tmp_path: Path, decollate: bool) -> None:
     items = [write(tmp_path, "a", label_map()), write(tmp_path, "b", label_map(), flipped=True)]
@@ -112,9 +109,6 @@ def test_a_prediction_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     forgets = {"postprocessing": lambda item: {**item, "pred": item["pred"].as_subclass(Tensor)}}
     with pytest.raises(ValueError, match=r"`pred` must know the file of its image.*keep `track_meta`"):
         evaluated([write(tmp_path, "a", label_map())], SegmentationEvaluation(CLASSES), **forgets)
-
-
-# --- pictures and report
 
 
 def test_pictures_show_the_prediction_on_the_grid_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +167,6 @@ def test_only_the_largest_parts_of_the_named_structures_count(tmp_path: Path) ->
     assert [value == 1 for value in scores(item, spilled, ["liver"])] == [True, True, False]
     # One of two kidneys is gone.
     assert [value == 1 for value in scores(item, spilled, CLASSES)] == [True, False, True]
-
-
-# --- refusals
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@ from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import NAN, StructureScore, score_structures
 from dissect_monai.visualize.segmentation import ORGAN_COLORS
 
-# --- tables
-
 
 def found(name: str, dice: float, hd95: float = 4.0, surface_dice: float = 0.9) -> StructureScore:
     return StructureScore(name, (1, 2), dice, hd95, surface_dice, 10.0, 9.0, "scored")
@@ -107,9 +105,6 @@ def test_tables_hold_every_case_and_structure(tmp_path: Path) -> None:
     assert [summary[2][name] for name in ("n", "dice", "missed")] == ["2", "0.4750", "1"]
     assert float(summary[0]["dice_low"]) < float(summary[0]["dice"]) < float(summary[0]["dice_high"])
     assert summary[3]["dice"] == summary[3]["dice_low"] == summary[3]["dice_std"] == ""
-
-
-# --- pictures
 
 
 CLASSES = ["right_kidney", "liver", "spleen"]

@@ -18,9 +18,6 @@ NAN = float("nan")
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
 
 
-# ---- metrics of a classifier -------------------------------------------------------------------------------------
-
-
 def drawn(num_items: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(num_items, 3, generator=generator) < 0.4).float()
@@ -67,9 +64,6 @@ def test_without_any_judged_finding_the_means_are_nan() -> None:
     metrics = validated(logits, torch.zeros_like(labels), ClassificationMetrics(NAMES)).state.metrics
     assert set(metrics) == {"auroc", "ap", "ece"}
     assert all(np.isnan(value) for value in metrics.values())
-
-
-# ---- k-NN of an encoder ------------------------------------------------------------------------------------------
 
 
 def labelled_images(seed: int) -> list[dict[str, Any]]:

@@ -18,8 +18,6 @@ TERMS = ["image", "task", "group", "classification", "reconstruction"]
 TASK, GROUP = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 1, 0])
 both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 
-# ---- self-distillation -------------------------------------------------------------------------------------------
-
 
 def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
     net = VQSSLNet(small_resnet(), num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode)
@@ -70,9 +68,6 @@ def test_rejects_reconstruction_without_a_decoder() -> None:
     net, views = net_and_views()
     with pytest.raises(ValueError, match="the network has no decoder: set `decode`"):
         VQSSLLoss(reconstruction_weight=1)(net(views), views)
-
-
-# ---- hierarchy ---------------------------------------------------------------------------------------------------
 
 
 def make_net(spatial_dims: int = 2, dense: bool = False) -> HSSLNet:

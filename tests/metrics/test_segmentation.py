@@ -126,9 +126,6 @@ def test_equal_masks_are_perfect_and_neither_order_nor_air_around_matters() -> N
         np.testing.assert_allclose(score(*masks, {"a": [1]}, spacing=ANISOTROPIC)[0][2:5], expected, rtol=1e-6)
 
 
-# ---- structures --------------------------------------------------------------------------------------------------
-
-
 def test_every_outcome_is_scored_as_documented() -> None:
     a, b, c = box((1, 1, 1), (6, 6, 6)), box((10, 2, 2), (14, 6, 6)), box((2, 12, 9), (4, 14, 11))
     label, pred = a * 1 + b * 2, np.roll(a, 1, 0) * 1 + c * 4

@@ -1,11 +1,10 @@
 import copy
-import multiprocessing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import in_two_processes
 from monai.networks.layers.vector_quantizer import EMAQuantizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -196,15 +195,12 @@ def test_a_step_never_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train_one_rank(rank: int, directory: Path, parts: list[list[Tensor]]) -> None:
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=len(parts), rank=rank)
+def train_one_rank(rank: int, directory: Path, part: list[Tensor]) -> None:
     codebook = EMACodebook(16, 8, decay=0.5, revive_fraction=0.5)
     codebook.load_state_dict(torch.load(directory / "start.pt"))
-    for part in parts[rank]:
-        codebook(part)
+    for inputs in part:
+        codebook(inputs)
     torch.save(codebook.state_dict(), directory / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
@@ -212,10 +208,7 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path
     torch.save(codebook.state_dict(), tmp_path / "start.pt")
     whole = batches(5, 5, 8, 4, 4)
     parts = [[inputs[:2] for inputs in whole], [inputs[2:] for inputs in whole]]
-    other = multiprocessing.get_context("spawn").Process(target=train_one_rank, args=(1, tmp_path, parts))
-    other.start()
-    train_one_rank(0, tmp_path, parts)
-    other.join()
+    in_two_processes(train_one_rank, tmp_path, parts)
     for inputs in whole:
         codebook(inputs)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -74,9 +74,6 @@ def test_weights_without_readable_settings_are_refused(tmp_path: Path, text: str
         load_weights(segresnet(), tmp_path / "model.pt", ORGANS, transfer=True)
 
 
-# ---- any network -------------------------------------------------------------------------------------------------
-
-
 def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*model\.pt: train first"):

@@ -11,7 +11,6 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
 
-BUNDLE = ROOT / "bundles" / "seg_finetune_btcv"
 KNOBS = {
     **tiny_knobs("seg_finetune_btcv"), "iterations_per_epoch": 10, "batch_size": 8, "max_epochs": 2,
     "schedule_epochs": 2, "select": "last",
@@ -21,8 +20,8 @@ KNOBS = {
 def client(name: str, dataset_dir: Path, output_dir: Path) -> MonaiAlgo:
     knobs: dict[str, Any] = {**KNOBS, "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
     algorithm = MonaiAlgo(
-        str(BUNDLE), send_weight_diff=False, train_kwargs=dict(knobs), eval_kwargs=dict(knobs),
-        config_evaluate_filename="configs/train.json",
+        str(ROOT / "bundles" / "seg_finetune_btcv"), send_weight_diff=False, train_kwargs=dict(knobs),
+        eval_kwargs=dict(knobs), config_evaluate_filename="configs/train.json",
     )  # fmt: skip
     algorithm.initialize({ExtraItems.CLIENT_NAME: name})
     return algorithm

@@ -183,9 +183,6 @@ def test_grids_without_volume_are_refused(affine: Any, pred_affine: Any, message
         to_original_grid(MetaTensor(torch.ones(1, 3, 3, 3), affine=torch.as_tensor(pred_affine)), (3, 3, 3), affine)
 
 
-# --- spacing
-
-
 def volume(shape: tuple[int, ...], spacing: tuple[float, ...]) -> MetaTensor:
     values = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
     return MetaTensor(values, affine=torch.diag(torch.tensor([*spacing, 1.0])))

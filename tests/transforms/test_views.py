@@ -27,9 +27,6 @@ def make_views(spatial_dims: int = 2, mask_fraction: float | None = 0.5, **kwarg
     return HierarchyViews(BatchAugment(spatial_dims), TASKS, GROUPS, corrupt, **kwargs)
 
 
-# ---- views -------------------------------------------------------------------------------------------------------
-
-
 def test_views_come_one_after_the_other_and_differ() -> None:
     images = make_batch()["image"]
     views = Views(BatchAugment())({"image": images}, "cpu")
@@ -86,9 +83,6 @@ def test_only_bytes_are_scaled(dtype: torch.dtype, expected: list[float]) -> Non
     assert label is not None
     assert label.tolist() == [1, 1]
     assert prepare_images({"image": image})[1] is None
-
-
-# ---- views of several data sets ----------------------------------------------------------------------------------
 
 
 @both_dims
