@@ -48,27 +48,11 @@ RECIPES = {bundle.name: [bundle / "configs" / "train.json"] for bundle in BUNDLE
 }
 TASKS = ("abdomen_ct", "head_ct", "head_mr")  # of two groups
 TINY = {  # knobs of the recipes, for a training of a second
-    "encoder": "resnet10",
-    "image_size": 32,
-    "num_embeddings": 16,
-    "embedding_dim": 16,
-    "hidden_dim": 16,
-    "pixdim": [12, 12, 12],
-    "patch_size": [16, 16, 16],
-    "blocks_down": [1, 1, 1],
-    "blocks_up": [1, 1],
-    "init_filters": 8,
-    "mask_size": 4,
-    "iterations_per_epoch": 2,
-    "batch_size": 8,
-    "max_epochs": 1,
-    "warmup_epochs": 0,
-    "learning_rate": 0.01,
-    "val_interval": 1,
-    "log_interval": 1,
-    "num_workers": 0,
-    "amp": False,
-}
+    "encoder": "resnet10", "image_size": 32, "num_embeddings": 16, "embedding_dim": 16, "hidden_dim": 16,
+    "pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "blocks_down": [1, 1, 1], "blocks_up": [1, 1],
+    "init_filters": 8, "mask_size": 4, "iterations_per_epoch": 2, "batch_size": 8, "max_epochs": 1,
+    "warmup_epochs": 0, "learning_rate": 0.01, "val_interval": 1, "log_interval": 1, "num_workers": 0, "amp": False,
+}  # fmt: skip
 
 TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
     "imports": ["$from pathlib import Path", "$from dissect_monai import bundle"],
@@ -173,37 +157,21 @@ def command_line(config: str | Path | Sequence[Path], cwd: Path = ROOT, **knobs:
     return forked(files, cwd, [{}], **knobs)
 
 
-def two_processes(
-    *configs: Path, cwd: Path, meanwhile: Callable[[list[int]], None] | None = None, **knobs: Any
-) -> Ended:
+def two_processes(*configs: Path, cwd: Path, meanwhile: Any = None, **knobs: Any) -> Ended:
     """`monai.bundle run` of a training by two processes, as torchrun starts them; `meanwhile` gets their ids."""
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [{**ranks, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     return forked(str([str(config) for config in configs]), cwd, environments, meanwhile, **knobs)
 
 
-def forked(
-    files: str,
-    cwd: Path,
-    environments: list[dict[str, str]],
-    meanwhile: Callable[[list[int]], None] | None = None,
-    **knobs: Any,
-) -> Ended:
+def forked(files: str, cwd: Path, environments: list[dict[str, str]], meanwhile: Any = None, **knobs: Any) -> Ended:
     """`monai.bundle run` in a process for each environment."""
     arguments = ["monai.bundle", "run", *_arguments({"config_file": files, **knobs})]
-    server = fork_server()
-    assert server.stdin is not None
-    assert server.stdout is not None
+    shared, server = {"arguments": arguments, "cwd": str(cwd.resolve())}, fork_server()
     with TemporaryDirectory() as folder:
         logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]
         processes = [
-            {
-                "arguments": arguments,
-                "cwd": str(cwd.resolve()),
-                "environment": environment,
-                "stdout": out,
-                "stderr": error,
-            }
+            {**shared, "environment": environment, "stdout": out, "stderr": error}
             for environment, (out, error) in zip(environments, logs, strict=True)
         ]
         server.stdin.write(json.dumps(processes) + "\n")
@@ -462,14 +430,10 @@ def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
         piece = image[:, :, index]
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
         values = {
-            "0008|0060": "CT",
-            "0020|000e": f"1.2.3.{series}",
-            "0020|0032": "\\".join(map(str, position)),
+            "0008|0060": "CT", "0020|000e": f"1.2.3.{series}", "0020|0032": "\\".join(map(str, position)),
             "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
-            "0018|0050": str(image.GetSpacing()[2]),
-            "0028|1050": "0",
-            "0028|1051": "10",
-        }
+            "0018|0050": str(image.GetSpacing()[2]), "0028|1050": "0", "0028|1051": "10",
+        }  # fmt: skip
         for tag, value in values.items():
             piece.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices

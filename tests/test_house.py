@@ -10,16 +10,9 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "dissect_monai"
 FLOORS = [
-    {"common"},
-    {"phantoms"},
-    {"writing", "inferers"},
-    {"data", "transforms", "networks"},
-    {"metrics", "losses"},
-    {"visualize"},
-    {"handlers"},
-    {"knobs"},
-    {"bundle"},
-]
+    {"common"}, {"phantoms"}, {"writing", "inferers"}, {"data", "transforms", "networks"}, {"metrics", "losses"},
+    {"visualize"}, {"handlers"}, {"knobs"}, {"bundle"},
+]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -292,10 +293,6 @@ def test_volumes_refuse_what_they_cannot_do_without(tmp_path: Path, refused: Ref
 
 
 PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "other shape": (
-        lambda image, label: write_label(label, shape=(4, 5, 2)),
-        r"\S+images/case_1.nii.gz \(shape \(4, 5, 3\), .+\) and \S+labels/case_1.+ \(shape \(4, 5, 2\)",
-    ),
     "other affine": (
         lambda image, label: write_image(image, np.diag([1.0, -1.0, 2.5, 1.0])),
         r".+spacing \[1.0, 1.0, 2.5\], orientation RPS,.+spacing \[1.0, 1.0, 2.0\], orientation LPS",
@@ -310,10 +307,6 @@ PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "no label map": (lambda image, label: label.unlink(), r"\S+images/case_1.nii.gz has no label map$"),
     "no image": (lambda image, label: image.unlink(), r"\S+labels/case_1.nii.gz has no image$"),
-    "channels": (
-        lambda image, label: save(image, np.zeros((*SHAPE, 2), np.int16)),
-        r"\S+case_1.nii.gz must be one 3-D volume, got shape \(4, 5, 3, 2\): write every frame or",
-    ),
     "colour": (
         lambda image, label: save(label, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
         r"\S+labels/case_1.nii.gz must have one value a voxel, got 3. Write each channel to a file",
@@ -345,7 +338,8 @@ def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_pa
         write_label(path, shape=(4, 5, 2))
     lines = refused("13 of 13 images cannot be used", *volumes(tmp_path)).splitlines()
     assert len(lines) == 13
-    assert lines[1].startswith(f"  {tmp_path}/images/case_0.nii.gz (shape ")
+    named = r"  \S+/images/case_0.nii.gz \(shape \(4, 5, 3\), .+\) and \S+/labels/case_0.nii.gz \(shape \(4, 5, 2\), .+"
+    assert re.match(named, lines[1])
     assert lines[-2] == "  and 3 more"
 
 
