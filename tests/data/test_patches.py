@@ -1,4 +1,3 @@
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def test_a_skipped_volume_changes_no_draw_of_the_others(tmp_path: Path, caplog: 
     dataset = patch_dataset(data, patch_transform(), on_corrupt="skip")
     assert torch.equal(pixels(dataset), images[[0, 1, 2, 3, 8, 9, 10, 11]])
     assert [item["subject"] for item in dataset.data] == ["0"] * 4 + ["2"] * 4
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert caplog.text.count("Skipped: ") == 1
 
 
 def test_patches_do_not_keep_their_volumes() -> None:
