@@ -39,7 +39,8 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
             default.
         output_dir: folder for the archives.
     """
-    trained, output_dir = Path(weights or ROOT / "bundles"), Path(output_dir)
+    trained = Path(weights or ROOT / "bundles")
+    output_dir = Path(output_dir)
     if name == "release":
         release(trained, output_dir)
         return

@@ -173,8 +173,9 @@ def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
         for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
             sizes, means, stds = zip(*lines[recipe], strict=True)
             moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
-            style = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
-            ax.errorbar(moved, means, stds, label=recipe, **style)
+            ax.errorbar(
+                moved, means, stds, label=recipe, color=color, marker=marker, markersize=5, capsize=2, elinewidth=1
+            )
         ax.set_xscale("log")
         ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
         ax.minorticks_off()
