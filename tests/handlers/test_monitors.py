@@ -57,8 +57,9 @@ class Run:
 class SSLRun(Run):
     def __init__(self, writer: Writer | None = None, decode: bool = True, interval: int = 1) -> None:
         small = {"num_embeddings": 8, "embedding_dim": 8, "hidden_dim": 16, "out_dim": 8}
-        net = VQSSLNet(small_resnet(widen_factor=0.25), stages=(2, 4), decode=decode, **small)
-        super().__init__(net, VQSSLLoss(reconstruction_weight=decode), SSLMonitor, writer, interval)
+        net = VQSSLNet(small_resnet(widen_factor=0.25), stages=(2, 4), decode=decode, predict=True, **small)
+        loss = VQSSLLoss(reconstruction_weight=decode, objective="byol")
+        super().__init__(net, loss, SSLMonitor, writer, interval)
         TargetMomentumHandler(net, 0.9, num_iterations=4).attach(self.engine)
 
     def batch(self) -> tuple[Tensor, Tensor]:
