@@ -14,6 +14,14 @@ def shapes(seed: int = 0, points: Array | None = None) -> Shapes:
     return Shapes(grid() if points is None else points, np.random.default_rng(seed))
 
 
+def test_a_ball_has_its_exact_distance() -> None:
+    ball = shapes().ellipsoid((5, -10, 0), (30, 30, 30), vary=0)
+    expected = np.linalg.norm(grid() - np.reshape([5, -10, 0], (3, 1, 1, 1)), axis=0) - 30
+    centre = expected == -30
+    np.testing.assert_allclose(ball[~centre], expected[~centre], atol=1e-3)
+    assert ball[centre] < 0
+
+
 def test_a_tilted_ellipsoid_has_its_surface_and_volume() -> None:
     points = grid(48, 2.5)
     local = np.einsum("ij,j...->i...", rotation((20, -30, 40)).T, points)

@@ -17,7 +17,7 @@ def leave_outputs(commit: Path) -> Path:
     """What a run leaves, of every kind that is read."""
     folder = commit / "outputs" / "run"
     (folder / "models").mkdir(parents=True)
-    torch.save({"weight": torch.tensor([1.0, NAN]), "epoch": 2}, folder / "models" / "model.pt")
+    torch.save({"weight": torch.tensor([1.0, NAN, 0.0]), "epoch": 2}, folder / "models" / "model.pt")
     (folder / "models" / "model.json").write_text(json.dumps({"pretrained": str(folder)}), encoding="utf-8")
     (folder / "metrics.csv").write_text("subject,dice\na,0.5\nb,1e-3\n", encoding="utf-8")
     np.savez(folder / "scores.npz", names=np.array(["a", "b"]), scores=np.array([0.5, 0.25]))
@@ -56,10 +56,11 @@ def log(run: Path) -> None:
     [
         (lambda run: (run / "metrics.csv").write_text("subject,dice\na,0.75\nb,1e-3\n"), "csv: 1 of 3 values, /2"),
         (lambda run: (run / "metrics.csv").write_text("subject,dice\n"), "metrics.csv: 2 values in one commit alone"),
-        (lambda run: save(run, weight=torch.tensor([1.5, NAN]), epoch=2), "model.pt: 1 of 2 values, /weight by 0.5"),
-        (lambda run: save(run, weight=torch.tensor([1.0, 2.0]), epoch=2), "model.pt: 1 of 2 values, /weight by inf"),
-        (lambda run: save(run, weight=torch.tensor([1.0, NAN]).double(), epoch=2), "1 of 2 values, /weight by 0"),
-        (lambda run: save(run, weight=torch.tensor([1.0, NAN])[None], epoch=2), "1 of 2 values, /weight by inf"),
+        (lambda run: save(run, weight=torch.tensor([1.5, NAN, 0.0]), epoch=2), "pt: 1 of 2 values, /weight by 0.5"),
+        (lambda run: save(run, weight=torch.tensor([1.0, 2.0, 0.0]), epoch=2), "pt: 1 of 2 values, /weight by inf"),
+        (lambda run: save(run, weight=torch.tensor([1.0, NAN, 0.0]).double(), epoch=2), "1 of 2 values, /weight by 0"),
+        (lambda run: save(run, weight=torch.tensor([1.0, NAN, 0.0])[None], epoch=2), "1 of 2 values, /weight by inf"),
+        (lambda run: save(run, weight=torch.tensor([1.0, NAN, -0.0]), epoch=2), "1 of 2 values, /weight by 0"),
         (lambda run: save(run, weight="1.0", epoch=2), "1 of 2 values, /weight by inf"),
         (lambda run: save(run, epoch=3), "1 values in one commit alone, such as /weight; 1 of 1 values, /epoch by 1"),
         (lambda run: (run / "a.nii.gz").write_bytes(gzip.compress(b"other")), "gz: 1 of 1 values, the content by"),
