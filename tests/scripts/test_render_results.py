@@ -40,7 +40,7 @@ def test_label_efficiency_is_a_column_per_fraction_and_a_figure(stand: Any, trai
     assert (tmp_path / FIGURES["trained"]).read_bytes().startswith(b"\x89PNG")
     ((title, lines),) = panels("trained").items()
     assert title == "AUROC, phantoms"
-    sizes = {recipe: [size for size, _, _ in points] for recipe, points in lines.items()}
+    sizes = {recipe: [size for size, *_ in points] for recipe, points in lines.items()}
     assert sizes == {"ours": [0.1, 1.0], "theirs": [0.1, 1.0]}
     assert lines["ours"][1][1] == float(rows[0]["mean"])
 
@@ -63,8 +63,9 @@ def test_numbers_of_subjects_are_a_table_per_metric_and_a_figure(stand: Any, seg
     ((title, lines),) = panels("segmented").items()
     assert title == "Dice, ct"
     assert [*lines] == [*segmented["recipes"]]
-    stds = [float(rows["HSSL", f"{variant}/dice"]["std"]) for variant in segmented["variants"]]
-    assert [(size, std) for size, _, std in lines["HSSL"]] == [*zip([1, 4], stds, strict=True)]
+    for (size, mean, low, high), variant, expected in zip(lines["HSSL"], segmented["variants"], (1, 4), strict=True):
+        assert size == expected
+        assert (high - mean, mean - low) == pytest.approx([float(rows["HSSL", f"{variant}/dice"]["std"])] * 2)
 
 
 def test_each_data_set_of_several_sizes_is_a_panel(stand: Any, segmented: Study, tmp_path: Path) -> None:
@@ -114,3 +115,15 @@ def test_rendering_needs_markers(stand: Any, tmp_path: Path) -> None:
 
 def test_the_readme_shows_the_results() -> None:
     render_results.main(check=True)
+
+
+def test_judged_encoders_are_a_line_each_with_its_interval(tmp_path: Path) -> None:
+    table = tmp_path / "films.csv"
+    rows = ["question,fraction,features,recipe,less,auroc,low,high"]
+    rows += [
+        f"viral against bacterial,{share},{kind},VQ,,0.8,0.7,0.85" for share in (0.05, 1) for kind in ("last", "stages")
+    ]
+    rows += ["viral against bacterial,1,last,VQ,random,0.1,0.0,0.2", "findings,1,last,VQ,,0.6,0.5,0.7"]
+    table.write_text("\n".join(rows), encoding="utf-8")
+    lines = {"VQ": [(0.05, 0.8, 0.7, 0.85), (1, 0.8, 0.7, 0.85)]}
+    assert render_results.film_panels(table) == {"last stage": lines, "all stages": lines}
