@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import SimpleITK as sitk  # noqa: N813
+
+from dissect_monai.data.readers import image_format
 
 SPLITS = ("training", "validation", "test")
 Label = list[int | None]  # 1, 0 or None (unknown) per finding
@@ -27,6 +33,10 @@ class Record(NamedTuple):
     def group(self) -> str:
         """What must not be divided among splits."""
         return self.subject or str(self.image)
+
+    def name(self, folder: Path) -> str:
+        """The same, wherever the folder of the data is."""
+        return self.subject or Path(os.path.relpath(self.image, folder)).as_posix()
 
 
 class Source(NamedTuple):
@@ -71,6 +81,35 @@ def subject_of(name: str, pattern: str) -> str | None:
     if found is None or len(found.groups()) != 1 or not found[1]:
         raise ValueError(f"--subject_pattern must match every file name, with one group, got {pattern!r} for {name}.")
     return found[1]
+
+
+def with_patients(records: Sequence[Record], option: str) -> list[Record]:
+    """Records whose subject nobody has said, with the PatientID of their DICOM files; a warning counts the others."""
+    with ThreadPool(16) as pool:
+        patients = pool.map(patient_of, [record.image for record in records])
+    unknown, known = patients.count(None), {*patients} - {None}
+    said = f"{unknown} of {len(records)} images have no subject: each counts as one of its own" if unknown else ""
+    if not unknown and len(known) == 1 < len(records):
+        said = f"all {len(records)} images have the PatientID {patients[0]}: they count as one subject"
+    if said:
+        print(f"warning: {said}. Say which are of one patient by {option}.", file=sys.stderr)
+    return [record._replace(subject=patient) for record, patient in zip(records, patients, strict=True)]
+
+
+def patient_of(image: Path) -> str | None:
+    """PatientID (0010,0020) of a DICOM file or of the first in a folder; None without one."""
+    files = sorted(image.iterdir()) if image.is_dir() else [image]
+    first = next((file for file in files if image_format(file) == "dicom"), None)
+    if first is None:
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(first))
+    reader.SetImageIO("GDCMImageIO")
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None  # what is wrong with it is said when all images are opened
+    return (reader.GetMetaData("0010|0020").strip(" \0") or None) if reader.HasMetaDataKey("0010|0020") else None
 
 
 def absolute(path: str) -> Path:

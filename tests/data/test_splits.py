@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,16 +10,17 @@ from helpers import images
 
 from dissect_monai.common import Item
 from dissect_monai.data.datalists import Datalist
+from dissect_monai.data.identity import datalist_digest, datalist_digest_0_1, training_record
 from dissect_monai.data.splits import (
-    datalist_digest,
     hold_out,
     refuse_untrainable,
     scored_subjects,
     select_fraction,
     split_training,
-    subject_digest,
     with_test_split,
 )
+
+pytestmark = pytest.mark.usefixtures("_images_are_nowhere")
 
 
 def subjects(items: list[Item]) -> set[str]:
@@ -150,15 +152,6 @@ def test_folds_part_the_subjects() -> None:
 # --- what is trained on and scored
 
 
-def test_a_digest_follows_the_volumes_and_not_their_place() -> None:
-    items = volumes("a", 6)
-    digest = datalist_digest(items)
-    assert digest == datalist_digest([{**item, "image": f"/moved/{item['image']}"} for item in items[::-1]])
-    others = [items[1:], [{**items[0], "modality": "MR"}, *items[1:]], [{**items[0], "task": "u"}, *items[1:]]]
-    assert len({digest, *map(datalist_digest, others)}) == 4
-    assert len(set(map(subject_digest, items))) == 3
-
-
 @pytest.mark.parametrize(
     ("num_test", "split", "expected", "subjects"),
     [(5, "auto", "test", 3), (5, "test", "test", 3), (5, "validation", "validation", 2), (0, "auto", "validation", 2)],
@@ -174,21 +167,22 @@ def test_the_wanted_split_is_scored(num_test: int, split: str, expected: str, su
 def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights() -> None:
     datalist = datalist_of(4, 3, 5)
     assert len(scored_subjects(datalist, "all", {}).items) == 12
-    settings = {"trained_on": [subject_digest(item) for item in datalist.training]}
+    settings = {"trained_on": training_record(datalist.training)}
     assert scored_subjects(datalist, "test", settings).items == datalist.test
     with pytest.raises(ValueError, match="`all` must hold no subject that the weights were trained on, got 2: a0, a1"):
         scored_subjects(datalist, "all", settings)
 
 
+@pytest.mark.parametrize("digest", [lambda items: datalist_digest(items, "modality"), datalist_digest_0_1])
 @pytest.mark.parametrize(
     ("split", "select", "noted"),
     [("validation", "best", 1), ("validation", "last", 0), ("test", "best", 0), ("auto", "best", 0)],
 )
 def test_weights_chosen_on_the_scored_subjects_are_noted(
-    split: str, select: str, noted: int, caplog: pytest.LogCaptureFixture
+    split: str, select: str, noted: int, digest: Callable[[list[Item]], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     datalist = datalist_of(4, 3, 5)
-    settings = {"select": select, "validation_data": datalist_digest(datalist.validation)}
+    settings = {"select": select, "validation_data": digest(datalist.validation)}
     assert len(scored_subjects(datalist, split, settings).notes) == noted
     assert ("chosen on these very subjects, so that the scores are optimistic" in caplog.text) == bool(noted)
 

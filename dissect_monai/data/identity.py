@@ -1,0 +1,151 @@
+"""Whose images these are, said without a name: keyed pseudonyms of subjects, and digests of what files hold."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Any
+
+import numpy as np
+
+from dissect_monai.common import SALT, InputError, Item
+
+logger = logging.getLogger(__name__)
+DIGITS = 16  # hex digits of what is kept of a digest
+_CHUNK = 2**16  # bytes of a file that are looked at
+_NUM_CONTENTS = 1024  # files of a data list that are looked at
+
+
+def pseudonyms(items: Sequence[Item]) -> list[str]:
+    """For each item 16 hex digits that stand for its subject, the same for all of its images and in all copies.
+
+    They are an HMAC-SHA256 whose key, see `salt_of`, stays in the data folder. Where that can hold none, a warning says
+    so, and the key is a digest of the data list. Items of no data folder have the content of an image for a key.
+    """
+    folders = {item["origin"][0] for item in items if "origin" in item}
+    keys = {folder: _key(Path(folder)) for folder in folders}
+    names, contents = [], dict[str, bytes]()
+    for item in items:
+        folder, subject = item.get("origin", ("", item.get("subject")))
+        name = os.path.relpath(item["image"], folder or None) if subject is None else str(subject)
+        if not folder and name not in contents:
+            contents[name] = content_digest(item["image"]).encode()
+        key = keys[folder] if folder else contents[name]
+        names.append(hmac.new(key, name.encode(errors="surrogatepass"), "sha256").hexdigest()[:DIGITS])
+    return names
+
+
+def salt_of(folder: Path) -> bytes:
+    """The random key of a data folder: its file `.salt`, made by whoever needs it first, for the owner's eyes alone.
+
+    Raises:
+        OSError: if it can neither be read nor made.
+        ValueError: if it is too short to be one.
+    """
+    path = folder / SALT
+    if not path.exists():
+        number, half = mkstemp(dir=folder, prefix=SALT)  # of mode 0600
+        with open(number, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            os.link(half, path)  # whole, and never over that of another process
+        except FileExistsError:
+            pass
+        finally:
+            os.unlink(half)
+    salt = path.read_bytes()
+    if len(salt) < 32:
+        raise InputError(f"{path} must hold 32 bytes or more, got {len(salt)}: restore it, or remove it for a new one.")
+    return salt
+
+
+def _key(folder: Path) -> bytes:
+    listed = folder / "dataset.json"
+    folder = listed.resolve().parent if listed.exists() else folder  # where a link to the list leads
+    try:
+        return salt_of(folder)
+    except OSError as error:
+        logger.warning(
+            "%s: let this file be read, or made; until then pseudonyms of subjects follow from the data list, and "
+            "change with it.", error,
+        )  # fmt: skip
+    return hashlib.sha256(
+        listed.read_bytes() if listed.exists() else repr(sorted(os.listdir(folder))).encode()
+    ).digest()
+
+
+def content_digest(image: str | Path) -> str:
+    """16 hex digits of the size and the middle 64 KiB of a file, or of the files of a series and the middle one."""
+    path = Path(image)
+    series = path.iterdir() if path.is_dir() else ()
+    files = sorted(each for each in series if each.is_file() and each.name[0] != ".") or [path]
+    sizes = [file.stat().st_size for file in files]
+    middle = len(files) // 2
+    with open(files[middle], "rb") as opened:
+        opened.seek(max(0, sizes[middle] // 2 - _CHUNK // 2))
+        return hashlib.sha256(f"{sizes}".encode() + opened.read(_CHUNK)).hexdigest()[:DIGITS]
+
+
+def datalist_digest(items: Sequence[Item], *keys: str) -> str:
+    """16 hex digits that change with the images of a data list and with these values of its items, not with its place.
+
+    All names of files count, and the content of up to 1,024 files that are evenly spaced among them.
+    """
+
+    def place(item: Item) -> str:
+        return os.path.relpath(item["image"], item["origin"][0]) if "origin" in item else str(item["image"])
+
+    ordered = sorted(items, key=place)
+    digest = hashlib.sha256()
+    for item in ordered:
+        facts = [Path(item["image"]).name, *(item.get(key) for key in keys)]
+        digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
+    for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
+        digest.update(content_digest(ordered[index]["image"]).encode())
+    return digest.hexdigest()[:DIGITS]
+
+
+def training_record(items: Sequence[Item], inherited: Iterable[str] = ()) -> list[str]:
+    """What weights keep of the subjects with whose labels they were trained, for `trained_subjects` to find them again.
+
+    Of each, its pseudonym and the digest of an image, which also knows copies of the data without their `.salt`.
+    `inherited` is the record of the weights that they started from.
+    """
+    old = {*inherited}
+    kept = {each for each in old if len(each) == DIGITS}
+    if kept < old:
+        logger.warning(
+            "%d subjects of the weights that it starts from are recorded as by version 0.1.0, in a form that can be "
+            "guessed, and are not carried over: do not score them with the new weights.", len(old - kept),
+        )  # fmt: skip
+    named = sorted(zip(pseudonyms(items), items, strict=True), key=lambda pair: str(pair[1]["image"]))
+    first = {name: item["image"] for name, item in named[::-1]}
+    return sorted({*kept, *first, *map(content_digest, first.values())})
+
+
+def trained_subjects(items: Sequence[Item], settings: Mapping[str, Any]) -> list[str]:
+    """Names of the subjects that the settings of weights record, also those of version 0.1.0."""
+    known = {*settings.get("trained_on", ())}
+    marks = [{_subject_digest_0_1(item)} for item in items]
+    if any(len(each) == DIGITS for each in known):
+        for mark, name, item in zip(marks, pseudonyms(items), items, strict=True):
+            mark.update((name, content_digest(item["image"])))
+    found = (item for mark, item in zip(marks, items, strict=True) if mark & known)
+    return sorted({str(item.get("subject", item["image"])) for item in found})
+
+
+def _subject_digest_0_1(item: Item) -> str:
+    return hashlib.sha256(f"{item.get('task')}\t{item.get('subject')}".encode(errors="replace")).hexdigest()[:12]
+
+
+def datalist_digest_0_1(items: Sequence[Item]) -> str:
+    """The `datalist_digest` of version 0.1.0."""
+    facts = ((item["task"], item["modality"], item["subject"], Path(item["image"]).name) for item in items)
+    known = sorted("\t".join(map(str, each)) for each in facts)
+    return hashlib.sha256("\n".join(known).encode(errors="replace")).hexdigest()[:16]
