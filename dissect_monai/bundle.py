@@ -172,14 +172,14 @@ def run_settings(
 ) -> dict[str, Any]:
     """What the weights of the running bundle depend on: its knobs, in their order, and what is given here.
 
-    It is written beside the weights, for evaluation and inference, and a run that goes on must have the same. No name
-    of a subject is in it. `phantoms` says whether they were trained on generated images alone.
+    It is written beside the weights, for evaluation and inference, and a run that goes on must have the same. It names
+    no subject. `phantoms` says whether all images are generated.
 
     Args:
-        data: data set or items for training, whose `datalist_digest` is kept under this name.
-        labelled: data set with whose labels it trains; of its subjects a record is kept, `trained_on`.
+        data: data set or items for training, whose digest is kept under this name.
+        labelled: data set with whose labels it trains; `trained_on` is a record of its subjects.
         validation: items on which the weights of a segmentation are chosen; their digest is `validation_data`.
-        pretraining: settings of the weights that it starts from; their `trained_on` is kept, too.
+        pretraining: settings of the weights that it starts from, whose `trained_on` is added.
         facts: what no knob says, such as the number of images; they come before a knob of the same name.
     """
     keys = ["modality"] if labelled is not None else ["task", "modality"]  # a task may be called like its folder
@@ -200,14 +200,9 @@ def run_settings(
 def phantoms_dir(smoke: bool, output_dir: str | Path, pretrained: str | Path | None = None) -> str:
     """Folder for the phantoms of a smoke run, which is no place for what was trained on other images or made of them.
 
-    Args:
-        smoke: whether the run takes phantoms; else nothing is checked.
-        output_dir: where the run is to write.
-        pretrained: weights that it uses or starts from.
-
     Raises:
-        InputError: before anything is written, if those weights, or weights, checkpoints or results in the output
-            folder, are of other images.
+        InputError: in a smoke run, before anything is written, if the weights that it uses or starts from, or weights,
+            checkpoints or results in the output folder, are of other images.
     """
     folder, model = Path(output_dir, "phantoms"), Path(output_dir, "models", "model.pt")
     if not smoke:
@@ -224,15 +219,15 @@ def phantoms_dir(smoke: bool, output_dir: str | Path, pretrained: str | Path | N
 
 
 def _shows_other_images(file: Path) -> bool:
-    """Whether a table of results or embeddings names an image outside of a folder of phantoms."""
-    images: list[Any] = []
+    """Whether a table of results, or embeddings, begin with an image outside of a folder of phantoms."""
+    image: Any = None
     if file.suffix == ".csv":
         with open(file, newline="", encoding="utf-8", errors="replace") as opened:
             row = next(csv.DictReader(opened), {})
-        images = [row.get("image", row.get("case"))]
+        image = row.get("image", row.get("case"))
     elif file.name == "embeddings.npz":
-        images = np.load(file)["image"][:1].tolist()
-    return any(image and "phantoms" not in Path(image).parts for image in images)
+        image = next(iter(np.load(file)["image"].tolist()), None)
+    return bool(image) and "phantoms" not in Path(image).parts
 
 
 def bundle_root(name: str) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkstemp
 from typing import Any
@@ -30,33 +31,27 @@ def pseudonyms(items: Sequence[Item]) -> list[str]:
     """
     folders = {item["origin"][0] for item in items if "origin" in item}
     keys = {folder: _key(Path(folder)) for folder in folders}
-    names, contents = [], dict[str, bytes]()
+    names = []
     for item in items:
         folder, subject = item.get("origin", ("", item.get("subject")))
         name = os.path.relpath(item["image"], folder or None) if subject is None else str(subject)
-        if not folder and name not in contents:
-            contents[name] = content_digest(item["image"]).encode()
-        key = keys[folder] if folder else contents[name]
-        names.append(hmac.new(key, name.encode(errors="surrogatepass"), "sha256").hexdigest()[:DIGITS])
+        place = folder or f"\t{name}"
+        if place not in keys:
+            keys[place] = content_digest(item["image"]).encode()
+        names.append(hmac.new(keys[place], name.encode(errors="surrogatepass"), "sha256").hexdigest()[:DIGITS])
     return names
 
 
 def salt_of(folder: Path) -> bytes:
-    """The random key of a data folder: its file `.salt`, made by whoever needs it first, for the owner's eyes alone.
-
-    Raises:
-        OSError: if it can neither be read nor made.
-        ValueError: if it is too short to be one.
-    """
+    """The random key of a data folder: its file `.salt`, made by whoever needs it first, for the owner's eyes alone."""
     path = folder / SALT
     if not path.exists():
         number, half = mkstemp(dir=folder, prefix=SALT)  # of mode 0600
         with open(number, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
         try:
-            os.link(half, path)  # whole, and never over that of another process
-        except FileExistsError:
-            pass
+            with suppress(FileExistsError):
+                os.link(half, path)  # whole, and never over that of another process
         finally:
             os.unlink(half)
     salt = path.read_bytes()
@@ -67,17 +62,15 @@ def salt_of(folder: Path) -> bytes:
 
 def _key(folder: Path) -> bytes:
     listed = folder / "dataset.json"
-    folder = listed.resolve().parent if listed.exists() else folder  # where a link to the list leads
+    places = (folder, listed.resolve().parent)  # where a link to the list leads, too
     try:
-        return salt_of(folder)
+        return salt_of(next((place for place in places if (place / SALT).exists()), folder))
     except OSError as error:
         logger.warning(
             "%s: let this file be read, or made; until then pseudonyms of subjects follow from the data list, and "
             "change with it.", error,
         )  # fmt: skip
-    return hashlib.sha256(
-        listed.read_bytes() if listed.exists() else repr(sorted(os.listdir(folder))).encode()
-    ).digest()
+    return hashlib.sha256(listed.read_bytes() if listed.exists() else f"{sorted(os.listdir(folder))}".encode()).digest()
 
 
 def content_digest(image: str | Path) -> str:
@@ -97,17 +90,14 @@ def datalist_digest(items: Sequence[Item], *keys: str) -> str:
 
     All names of files count, and the content of up to 1,024 files that are evenly spaced among them.
     """
-
-    def place(item: Item) -> str:
-        return os.path.relpath(item["image"], item["origin"][0]) if "origin" in item else str(item["image"])
-
-    ordered = sorted(items, key=place)
+    ordered = sorted(items, key=lambda item: os.path.relpath(item["image"], item.get("origin", "/")[0]))
     digest = hashlib.sha256()
     for item in ordered:
         facts = [Path(item["image"]).name, *(item.get(key) for key in keys)]
         digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
     for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
-        digest.update(content_digest(ordered[index]["image"]).encode())
+        with suppress(OSError):  # the data set refuses it, or leaves it out
+            digest.update(content_digest(ordered[index]["image"]).encode())
     return digest.hexdigest()[:DIGITS]
 
 
@@ -142,10 +132,3 @@ def trained_subjects(items: Sequence[Item], settings: Mapping[str, Any]) -> list
 
 def _subject_digest_0_1(item: Item) -> str:
     return hashlib.sha256(f"{item.get('task')}\t{item.get('subject')}".encode(errors="replace")).hexdigest()[:12]
-
-
-def datalist_digest_0_1(items: Sequence[Item]) -> str:
-    """The `datalist_digest` of version 0.1.0."""
-    facts = ((item["task"], item["modality"], item["subject"], Path(item["image"]).name) for item in items)
-    known = sorted("\t".join(map(str, each)) for each in facts)
-    return hashlib.sha256("\n".join(known).encode(errors="replace")).hexdigest()[:16]

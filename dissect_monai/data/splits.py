@@ -12,7 +12,7 @@ from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, labelled
-from dissect_monai.data.identity import datalist_digest, datalist_digest_0_1, trained_subjects
+from dissect_monai.data.identity import datalist_digest, trained_subjects
 
 Subject = TypeVar("Subject", bound=Hashable)
 logger = logging.getLogger(__name__)
@@ -159,8 +159,7 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
         )
     refuse_other_channels(items, settings.get("in_channels", 1))
     notes = []
-    chosen_on = settings.get("validation_data") if settings.get("select") == "best" else None
-    if chosen_on and chosen_on in (datalist_digest(items, "modality"), datalist_digest_0_1(items)):
+    if settings.get("select") == "best" and settings.get("validation_data") == datalist_digest(items, "modality"):
         notes.append(
             "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
             "train for the last weights instead of the best."

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,17 +100,14 @@ def with_patients(records: Sequence[Record], option: str) -> list[Record]:
 def patient_of(image: Path) -> str | None:
     """PatientID (0010,0020) of a DICOM file or of the first in a folder; None without one."""
     files = sorted(image.iterdir()) if image.is_dir() else [image]
-    first = next((file for file in files if image_format(file) == "dicom"), None)
-    if first is None:
-        return None
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(first))
+    reader, tag = sitk.ImageFileReader(), "0010|0020"
     reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return None  # what is wrong with it is said when all images are opened
-    return (reader.GetMetaData("0010|0020").strip(" \0") or None) if reader.HasMetaDataKey("0010|0020") else None
+    for file in (file for file in files if image_format(file) == "dicom"):
+        reader.SetFileName(str(file))
+        with suppress(RuntimeError):  # what is wrong with a file is said when all images are opened
+            reader.ReadImageInformation()
+            return (reader.GetMetaData(tag).strip(" \0") or None) if reader.HasMetaDataKey(tag) else None
+    return None
 
 
 def absolute(path: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from PIL import Image
 from dissect_monai.phantoms.xray import XRAY_FINDINGS
 
 pytestmark = pytest.mark.usefixtures("_in_root")
-SHAPE = ("encoder", "image_size")
 CONFIGS = ROOT / "bundles" / "cxr_classify" / "configs"
 
 
@@ -55,10 +53,6 @@ def listed(folder: Path, dataset_dir: Path, change: Callable[[int, dict[str, Any
             change(index, item)
     write(folder / "dataset.json", {**given, **spec})
     return folder
-
-
-def absolute(splits: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {name: [{**item, "image": str(folder / item["image"])} for item in split] for name, split in splits.items()}
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -154,28 +148,13 @@ def test_findings_that_the_data_does_not_label_are_left_out(bundle: Recipe, data
         assert (rows[name]["auroc"] != "") == labelled
 
 
-def test_patients_of_training_are_not_scored_whatever_their_list_is_called(
-    bundle: Recipe, dataset_dir: Path, tmp_path: Path
-) -> None:
-    spec = read(dataset_dir / "dataset.json")
-    for name, changes in {
-        "test": {"training": spec["test"], "test": spec["training"]},
-        "validation": {"training": spec["validation"], "validation": spec["training"]},
-    }.items():
-        data = listed(tmp_path / name, dataset_dir, lambda index, item: None)
-        write(data / "dataset.json", {**spec, **read(data / "dataset.json"), **absolute(changes, dataset_dir)})
-        with refused(rf"`{name}` must hold no subject that the weights were trained on, got \d+: 00000, "):
-            bundle.run("evaluate", tmp_path / "out", dataset_dir=data)
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_patients_of_training_are_not_scored(bundle: Recipe, dataset_dir: Path, tmp_path: Path, name: str) -> None:
+    spec = read(listed(tmp_path / "set", dataset_dir, lambda index, item: None) / "dataset.json")
+    write(tmp_path / "set" / "dataset.json", {**spec, "training": spec[name], name: spec["training"]})
+    with refused(rf"`{name}` must hold no subject that the weights were trained on, got \d+: 00000, "):
+        bundle.run("evaluate", tmp_path / "out", dataset_dir=tmp_path / "set")
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_record_no_subjects_are_said_to(
-    bundle: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(bundle.finished / "models", tmp_path / "models")
-    write(tmp_path / "models" / "model.json", {key: settings(tmp_path)[key] for key in ("label_names", *SHAPE)})
-    bundle.run("evaluate", tmp_path, pretrained=tmp_path / "models" / "model.pt", num_samples=5)
-    assert "The weights do not say which subjects they were trained on" in caplog.text
 
 
 def test_prediction_needs_no_labels_and_does_not_stop_at_a_listed_file_that_is_missing(
