@@ -19,7 +19,7 @@ from dissect_monai.common import SALT, InputError, Item
 
 logger = logging.getLogger(__name__)
 DIGITS = 16  # hex digits of what is kept of a digest
-_CHUNK = 2**16  # bytes of a file that are looked at
+_START, _CHUNK = 2**12, 2**16  # bytes that are looked at, at the start and in the middle of a file
 _NUM_CONTENTS = 1024  # files of a data list that are looked at
 
 
@@ -74,15 +74,16 @@ def _key(folder: Path) -> bytes:
 
 
 def content_digest(image: str | Path) -> str:
-    """16 hex digits of the size and the middle 64 KiB of a file, or of the files of a series and the middle one."""
+    """16 hex digits of size, first 4 KiB and middle 64 KiB of a file, or of all sizes and the middle file of a series."""
     path = Path(image)
     series = path.iterdir() if path.is_dir() else ()
     files = sorted(each for each in series if each.is_file() and each.name[0] != ".") or [path]
     sizes = [file.stat().st_size for file in files]
     middle = len(files) // 2
     with open(files[middle], "rb") as opened:
+        start = opened.read(_START)
         opened.seek(max(0, sizes[middle] // 2 - _CHUNK // 2))
-        return hashlib.sha256(f"{sizes}".encode() + opened.read(_CHUNK)).hexdigest()[:DIGITS]
+        return hashlib.sha256(f"{sizes}".encode() + start + opened.read(_CHUNK)).hexdigest()[:DIGITS]
 
 
 def datalist_digest(items: Sequence[Item], *keys: str) -> str:
