@@ -74,7 +74,7 @@ def _key(folder: Path) -> bytes:
 
 
 def content_digest(image: str | Path) -> str:
-    """16 hex digits of size, first 4 KiB and middle 64 KiB of a file, or of all sizes and the middle file of a series."""
+    """16 hex digits of size, first 4 KiB and middle 64 KiB of a file, or of sizes and the middle file of a series."""
     path = Path(image)
     series = path.iterdir() if path.is_dir() else ()
     files = sorted(each for each in series if each.is_file() and each.name[0] != ".") or [path]
