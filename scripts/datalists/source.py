@@ -30,13 +30,8 @@ class Record(NamedTuple):
     label_map: Path | None = None
     values: tuple[int, ...] = ()  # of the structures in its label map, once that is read
 
-    @property
-    def group(self) -> str:
-        """What must not be divided among splits."""
-        return self.subject or str(self.image)
-
-    def name(self, folder: Path) -> str:
-        """The same, wherever the folder of the data is."""
+    def group(self, folder: Path) -> str:
+        """What must not be divided among splits, by the same name wherever the folder of the data is."""
         return self.subject or Path(os.path.relpath(self.image, folder)).as_posix()
 
 

@@ -110,7 +110,7 @@ def draw_splits(source: Source, seed: int) -> list[Record]:
             place -= share
         return "training"
 
-    return [record._replace(split=record.split or drawn(record.name(source.folder))) for record in source.records]
+    return [record._replace(split=record.split or drawn(record.group(source.folder))) for record in source.records]
 
 
 def refuse_empty(records: Sequence[Record], source: Source) -> None:
@@ -121,7 +121,7 @@ def refuse_empty(records: Sequence[Record], source: Source) -> None:
         left = {record.image for record in records}
         of_these = source._replace(records=[record for record in source.records if record.image in left])
         filled = (seed for seed in range(100) if needed <= {each.split for each in draw_splits(of_these, seed)})
-        seed, count = next(filled, None), len({record.group for record in records})
+        seed, count = next(filled, None), len({record.group(source.folder) for record in records})
         raise ValueError(
             f"{' and '.join(empty)} must hold images, got none, of {count} subject(s). Add subjects or change the "
             f"fractions{'' if seed is None else f', or draw others with --seed {seed}'}."
@@ -159,13 +159,15 @@ def print_counts(source: Source, splits: Splits) -> None:
     lines = [
         ["", *splits],
         ["images", *(str(len(records)) for records in splits.values())],
-        ["subjects", *(str(len({record.group for record in records})) for records in splits.values())],
+        ["subjects", *(str(len({record.group(source.folder) for record in records})) for records in splits.values())],
     ]
     for index, name in enumerate(source.label_names):
         counts = [Counter(record.label[index] for record in records if record.label) for records in splits.values()]
         lines.append([name, *(f"{count[1]} / {count[0]} / {count[None]}" for count in counts)])
     for value, name in source.labels.items():
-        shown = [{record.group for record in records if value in record.values} for records in splits.values()]
+        shown = [
+            {record.group(source.folder) for record in records if value in record.values} for records in splits.values()
+        ]
         lines.append([name, *(str(len(subjects)) for subjects in shown)])
     first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     for name, *cells in lines:
