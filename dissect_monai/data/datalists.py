@@ -25,7 +25,7 @@ class Datalist(NamedTuple):
 
     Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a
     label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts; and
-    "modality", a text, or a list with one for each channel.
+    "modality", a text, or a list with one for each channel. "origin" is their data folder and their subject there.
     """
 
     training: list[Item]
@@ -164,6 +164,15 @@ def label_matrix(
 
 def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:
     """Data list of one folder, see `read_datalist`, without checking what its splits share."""
+    datalist = _read_folder(folder, spatial_dims, check)
+    own = str(folder if folder.is_dir() else folder.parent)
+    alone = (own, None)  # one for all, as there may be millions
+    for item in datalist.items():
+        item["origin"] = (own, item["subject"]) if "subject" in item else alone
+    return datalist
+
+
+def _read_folder(folder: Path, spatial_dims: int, check: bool) -> Datalist:
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
     if (folder / "dataset.json").exists():

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
     CaseScores,
@@ -85,16 +86,18 @@ class SegmentationEvaluation:
                 )
             item = self.items[image]
             maps = read_maps(item, pred, self.class_names, self.structures)
-            self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
+            case = score_case(item, maps, self.class_names, self.tolerance)
+            self.cases[image] = case._replace(pseudonym=self.pseudonyms[image])
             if self.facts is not None:
                 self.stored[image] = zlib.compress(pickle.dumps(maps), level=1)
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
-                name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
+                name = f"overlays/{len(self.cases)}_{self.pseudonyms[image]}"
                 figure = case_figure(item, maps, self.class_names, self.window)
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
         self.items: dict[str, Item] = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
+        self.pseudonyms = dict(zip(self.items, pseudonyms([*self.items.values()]), strict=True))
         self.cases: dict[str, CaseScores] = {}
         self.stored: dict[str, bytes] = {}  # label maps of all cases, of which the report draws a few
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datalists.source import SPLITS, Label, Record, Source, absolute, find_file, subject_of, walk
+from datalists.source import SPLITS, Label, Record, Source, absolute, find_file, subject_of, walk, with_patients
 from dissect_monai.data.readers import image_format
 
 # fmt: off
@@ -92,6 +92,7 @@ def folders(folder: Path, subject_pattern: str, validation_fraction: float, test
     for path, given in class_of.items():
         label: Label = [int(name == given) for name in classes]
         records.append(Record(path, label, subject_of(path.name, subject_pattern)))
+    records = records if subject_pattern else with_patients(records, "--subject_pattern")
     shares = {"test": test_fraction, "validation": validation_fraction}
     return Source(folder, "Labels from class folders", records, shares, classes)
 
@@ -124,6 +125,7 @@ def table(
         copied = {name: row[name] for name in extra}
         path = absolute(str((image_dir or file.parent) / row[image]))
         records.append(Record(path, label, row[subject] if subject else None, given, copied))
+    records = records if subject else with_patients(records, "--subject")
     shares = {
         "test": 0.2 if test_fraction is None else test_fraction,
         "validation": 0.1 if validation_fraction is None else validation_fraction,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datalists.source import Record, Source, find_file, subject_of
+from datalists.source import Record, Source, find_file, subject_of, with_patients
 from datalists.volume_pairs import find_volumes, pair_volumes
 from dissect_monai import BTCV_ORGANS
 
@@ -122,7 +122,9 @@ def volumes(
     if subject_pattern:
         names = [record.image.relative_to(folder).as_posix() for record in records]
         subjects = [subject_of(name, subject_pattern) for name in names]
-        records = [record._replace(subject=each) for record, each in zip(records, subjects, strict=True)]
+    else:
+        subjects = [record.subject for record in with_patients(records, "--subject_pattern")]
+    records = [record._replace(subject=each or record.subject) for record, each in zip(records, subjects, strict=True)]
     share = (0.2 if label_dir else 0.0) if validation_fraction is None else validation_fraction
     named = dict(part.split("=", 1) for part in labels) if "=" in "".join(labels) else labels
     return Source(

@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ from helpers import (
     command_line,
     read,
     refused,
+    run_config,
     same,
     settings,
     table,
@@ -31,6 +32,7 @@ from helpers import (
     write,
 )
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.utils import ensure_tuple
 
 import dissect_monai
 
@@ -187,6 +189,30 @@ def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> No
     with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one as .*resume_from"):
         recipe.train(tmp_path, resume=True, max_epochs=2)
     assert same(weights(tmp_path), weights(recipe.finished))
+
+
+def test_the_same_images_under_another_name_go_on_and_others_do_not(recipe: Recipe, tmp_path: Path) -> None:
+    given = recipe.knobs["dataset_dir"]
+    shutil.copytree(recipe.finished, tmp_path / "out")
+    moved = [shutil.copytree(each, tmp_path / f"moved_{Path(each).name}") for each in ensure_tuple(given)]
+    recipe.train(tmp_path / "out", dataset_dir=[*map(str, moved)], resume=True, max_epochs=2)
+    assert settings(tmp_path / "out") == settings(recipe.finished)
+    first, second, *_ = (moved[0] / item["image"] for item in read(moved[0] / "dataset.json")["training"])
+    shutil.copy(first, second)
+    with refused(r"is of a run with data \w+ \(now \w+\): resume with the same"):
+        recipe.train(tmp_path / "out", dataset_dir=[*map(str, moved)], resume=True, max_epochs=2)
+
+
+@every_bundle
+def test_no_phantom_gets_into_a_folder_with_results_of_real_images(
+    bundle: Path, recipe_of: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    shutil.copytree(recipe_of(bundle.name).finished, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for config in ("train", "evaluate", "inference"):
+        with refused(r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_dir"):
+            run_config(bundle / "configs" / f"{config}.json", output_dir=tmp_path, num_workers=0)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,15 @@ def test_findings_that_the_data_does_not_label_are_left_out(bundle: Recipe, data
         assert (rows[name]["auroc"] != "") == labelled
 
 
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_patients_of_training_are_not_scored(bundle: Recipe, dataset_dir: Path, tmp_path: Path, name: str) -> None:
+    spec = read(listed(tmp_path / "set", dataset_dir, lambda index, item: None) / "dataset.json")
+    write(tmp_path / "set" / "dataset.json", {**spec, "training": spec[name], name: spec["training"]})
+    with refused(rf"`{name}` must hold no subject that the weights were trained on, got \d+: 00000, "):
+        bundle.run("evaluate", tmp_path / "out", dataset_dir=tmp_path / "set")
+    assert not (tmp_path / "out").exists()
+
+
 def test_prediction_needs_no_labels_and_passes_missing_files(bundle: Recipe, dataset_dir: Path, tmp_path: Path) -> None:
     first, second = sorted(map(str, (dataset_dir / "images").glob("*.png")))[:2]
     partly = {"image": second, "label": [1, 0, None, 0]}

@@ -26,6 +26,7 @@ from helpers import (
 )
 from monai.bundle import ConfigParser
 
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.networks.weights import load_weights
 
@@ -183,7 +184,7 @@ def test_the_subjects_that_pretraining_held_out_are_scored_and_no_others(folders
     with np.load(tmp_path / "some" / "eval" / "scores.npz") as file:
         tested = set(file["subjects"].tolist())
     held_out = aggregate(unsplit, validation_fraction=0.3, seed=4).validation
-    assert tested == {item["subject"] for item in held_out}
+    assert tested == {*pseudonyms(held_out)}
     train(unsplit, tmp_path / "all", validation_fraction=0)
     with refused("validation, test has none in .*abdomen_ct. Add the list `test` of other subjects"):
         evaluate(unsplit, tmp_path / "all")

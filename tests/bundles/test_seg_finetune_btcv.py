@@ -34,6 +34,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import SegResNet
 
 from dissect_monai.common import BTCV_ORGANS
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.volume_lists import read_segmentation
 from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
 
@@ -148,7 +149,7 @@ def test_the_json_says_what_the_weights_are_and_what_they_saw(trained: Path) -> 
     network.load_state_dict(weights(trained))
 
 
-def test_tensorboard_shows_loss_scores_and_overlays(trained: Path) -> None:
+def test_tensorboard_shows_loss_scores_and_overlays(trained: Path, organs: Path) -> None:
     events = events_of(trained)
     scores = {f"{metric}_mean" for metric in ("dice", "surface_dice")} | {f"dice_{name}" for name in BTCV_ORGANS[:3]}
     assert {"train_loss", "missed", "false_positives"} | scores <= set(events.Tags()["scalars"])
@@ -156,7 +157,8 @@ def test_tensorboard_shows_loss_scores_and_overlays(trained: Path) -> None:
     assert len(losses) == 4
     assert np.isfinite(losses).all()
     assert [event.step for event in events.Scalars("dice_mean")] == [1, 2]
-    assert events.Tags()["images"] == [f"overlays/{index}_abdomen_ct_validation_00{index - 1}" for index in (1, 2)]
+    names = pseudonyms(read_segmentation(organs).validation)
+    assert events.Tags()["images"] == [f"overlays/{index}_{name}" for index, name in enumerate(names, 1)]
 
 
 def test_the_weights_are_those_of_the_best_validation_or_the_last_epoch(trained: Path, on_blocks: Path) -> None:
@@ -211,7 +213,7 @@ def test_each_fold_is_scored_by_the_weights_that_have_not_seen_it(blocks: Path, 
     train(blocks, tmp_path / "out", **SMALL, fold=1, num_folds=3)
     assert settings(tmp_path / "out")["num_volumes"] == 4
     # The weights know their fold.
-    assert {row["subject"] for row in evaluate(blocks, tmp_path / "out")} == folds[1]
+    assert {*scored_subjects(blocks, evaluate(blocks, tmp_path / "out"))} == folds[1]
 
 
 # ---- classes -----------------------------------------------------------------------------------------------------
@@ -289,6 +291,13 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
+def scored_subjects(dataset_dir: Path, cases: list[dict[str, str]]) -> list[str]:
+    """Subject of every line of cases.csv, which has its pseudonym."""
+    items = read_segmentation(dataset_dir).items()
+    names = dict(zip(pseudonyms(items), (item["subject"] for item in items), strict=True))
+    return [names[row["subject"]] for row in cases]
+
+
 def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(
     trained: Path, organs: Path, tmp_path: Path
 ) -> None:
@@ -298,8 +307,8 @@ def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(
     assert {path.name for path in (tmp_path / "eval").iterdir()} == written
     summary = table(tmp_path / "eval" / "summary.csv")
     subjects = ["abdomen_ct_test_000", "abdomen_ct_test_001"]
-    scored = [(row["subject"], row["structure"]) for row in cases]
-    assert scored == [(subject, organ) for subject in subjects for organ in BTCV_ORGANS]
+    assert scored_subjects(organs, cases) == [name for name in subjects for _ in BTCV_ORGANS]
+    assert [row["structure"] for row in cases] == [*BTCV_ORGANS, *BTCV_ORGANS]
     assert [row["structure"] for row in summary] == ["mean", *BTCV_ORGANS]
     assert metrics_of(tmp_path)["dice_mean"] == pytest.approx(float(summary[0]["dice"]), abs=1e-4)
     report = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
@@ -336,7 +345,7 @@ def test_scores_are_those_of_the_label_maps(
 def test_optimism_is_noted(trained: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     untested = edited(organs, tmp_path, test=None)
     cases = evaluate(untested, tmp_path / "best", pretrained=model(trained))
-    assert {row["subject"] for row in cases} == {f"abdomen_ct_validation_00{index}" for index in (0, 1)}
+    assert {*scored_subjects(untested, cases)} == {f"abdomen_ct_validation_00{index}" for index in (0, 1)}
     note = "The weights were chosen on these very subjects, so that the scores are optimistic"
     assert note in capsys.readouterr().out
     assert note in (tmp_path / "best" / "eval" / "report.html").read_text(encoding="utf-8")

@@ -37,9 +37,10 @@ def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -
     )
     datalist = read_datalist(str(folder))
     first = {"image": str(folder / "0.png"), "label": [1.0, NAN], "subject": "7", "age": None, "task": "chest"}
-    np.testing.assert_equal(datalist.training, [first, {"image": str(folder / "1.png"), "task": "chest"}])
+    first["origin"], alone = (str(folder), "7"), {"task": "chest", "origin": (str(folder), None)}
+    np.testing.assert_equal(datalist.training, [first, {"image": str(folder / "1.png"), **alone}])
     np.testing.assert_equal(labels(datalist.validation), [[0.0, NAN]])
-    assert datalist.test == [{"image": str(folder / "3.png"), "task": "chest"}]
+    assert datalist.test == [{"image": str(folder / "3.png"), **alone}]
     assert datalist.label_names == ["x", "y"]
     assert images(datalist.items()) == ["0.png", "1.png", "2.png", "3.png"]
     assert images(read_datalist(folder / "1.png").training) == ["1.png"]
@@ -78,7 +79,7 @@ def test_a_folder_of_images_becomes_sorted_training_items(tmp_path: Path) -> Non
     datalist = read_datalist(tmp_path)
     names = [str(Path(item["image"]).relative_to(tmp_path)) for item in datalist.training]
     assert names == ["a.TIF", "b/0.png", "b/dicom", "c/1.dcm", "c/2.dcm", "z.nii.gz"]
-    assert all(set(item) == {"image"} for item in datalist.training)
+    assert all(set(item) == {"image", "origin"} for item in datalist.training)
     assert images(read_datalist(tmp_path, spatial_dims=3).training) == ["b", "c", "z.nii.gz"]
 
 

@@ -47,7 +47,7 @@ def test_items_know_their_domain(tmp_path: Path) -> None:
     assert (datalist.task_names, datalist.group_names) == (["brain", "liver"], ["abdomen", "head"])
     assert datalist.training[0] == {
         "image": str(tmp_path / "a" / "0.nii.gz"), "subject": "a/0", "task": "liver", "group": "abdomen",
-        "modality": "CT",
+        "modality": "CT", "origin": (str(tmp_path / "a"), "0"),
     }  # fmt: skip
     last = datalist.training[-1]
     assert [last[key] for key in ("subject", "task", "modality")] == ["b/1", "brain", "MR"]
@@ -275,7 +275,12 @@ def test_folders_of_volumes_and_a_single_one_need_no_list(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     assert images(read_volumes(tmp_path)) == ["a.nii.gz", "b.nrrd"]
     (only,) = read_volumes(tmp_path / "a.nii.gz")
-    assert only == {"image": str(tmp_path / "a.nii.gz"), "subject": "a.nii.gz", "modality": "unknown"}
+    assert only == {
+        "image": str(tmp_path / "a.nii.gz"),
+        "subject": "a.nii.gz",
+        "modality": "unknown",
+        "origin": (str(tmp_path), None),
+    }
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "c.nii").touch()
     given = read_volumes([tmp_path, tmp_path / "more"], {"more": "CT"}, "MR")

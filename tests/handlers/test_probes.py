@@ -15,6 +15,7 @@ from dissect_monai.handlers.probes import ProbeHandler, VolumeProbeHandler, chec
 from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
 
+pytestmark = pytest.mark.usefixtures("_images_are_nowhere")
 NAN = float("nan")
 NAMES = ["Opacity", "Nodule", "Rare"]
 IMAGES = {"training": 40, "validation": 24, "test": 30}

@@ -13,6 +13,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
 from torch import Tensor
 
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers import segmentation as module
 from dissect_monai.handlers.segmentation import SegmentationEvaluation, read_maps, score_case
@@ -67,9 +68,9 @@ def test_a_perfect_network_is_perfect_on_the_grid_of_the_files(tmp_path: Path, d
     names = ["dice_mean", "surface_dice_mean", "dice_liver", "dice_kidneys", "dice_spleen"]
     assert [metrics[name] for name in names] == [1] * 5
     assert (metrics["hd95_mean"], metrics["missed"], metrics["false_positives"]) == (0, 0, 0)
-    cases = table(tmp_path / "eval" / "cases.csv")
+    cases, (name, _) = table(tmp_path / "eval" / "cases.csv"), pseudonyms(items)
     assert [(row["subject"], row["structure"], row["values"]) for row in cases[:3]] == [
-        ("a", "liver", "6"), ("a", "kidneys", "2 3"), ("a", "spleen", "1"),
+        (name, "liver", "6"), (name, "kidneys", "2 3"), (name, "spleen", "1"),
     ]  # fmt: skip
     liver = (label_map() == 6).sum() * np.prod(SPACING) / 1000
     assert [float(row["label_ml"]) for row in cases[::3]] == pytest.approx([liver, liver], abs=1e-4)
@@ -83,7 +84,9 @@ def test_what_is_missed_and_what_was_never_there_is_told_apart(tmp_path: Path) -
     assert (metrics["dice_spleen"], metrics["missed"]) == (0, 1)
     assert metrics["dice_mean"] == pytest.approx((2 / 3 + 1) / 2)
     spleens = [row for row in table(tmp_path / "cases.csv") if row["structure"] == "spleen"]
-    assert [(row["subject"], row["outcome"]) for row in spleens] == [("a", "missed"), ("b", "absent")]
+    assert [(row["subject"], row["outcome"]) for row in spleens] == [
+        *zip(pseudonyms(items), ("missed", "absent"), strict=True)
+    ]
 
 
 def test_a_second_run_starts_anew(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     handler = SegmentationEvaluation(CLASSES, tmp_path, num_samples=20)
     evaluated(items, handler, lost=(2,))
     assert evaluated(items[1:], handler)["dice_mean"] == 1
-    assert {row["subject"] for row in table(tmp_path / "cases.csv")} == {"b"}
+    assert {row["subject"] for row in table(tmp_path / "cases.csv")} == {pseudonyms(items)[1]}
 
 
 def test_structures_that_cannot_be_scored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +125,7 @@ def test_pictures_show_the_prediction_on_the_grid_of_the_file(tmp_path: Path, mo
         CLASSES, tmp_path, num_samples=20, writer=writer, window=(-100.0, 300.0), facts={"weights": "model.pt"}
     )
     evaluated([item, item], handler, lost=(1,))
-    assert list(writer.images) == ["overlays/1_a_image"]
+    assert list(writer.images) == [f"overlays/1_{pseudonyms([item])[0]}"]
     assert (tmp_path / "report.html").exists()
     label = np.asarray(nib.load(item["image"]).dataobj)
     assert len(drawn) == 3  # twice in TensorBoard, and in the report from what was stored

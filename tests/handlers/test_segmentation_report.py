@@ -213,8 +213,8 @@ def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -
     assert page.values("style") == [f"background: {ORGAN_COLORS[index]}" for index in (1, 0, 2)]
     assert page.of("dt")[:3] == ["Mean Dice", "Split", "Date"]
     facts = page.of("dd")[3:]
-    assert facts[:5] == ["best", "a", "a.nii.gz", "1.000", "liver 1.000, right kidney 1.000"]
-    assert [facts[5:8], facts[10:13]] == [["median", "b", "b.nii.gz"], ["worst", "c", "c.nii.gz"]]
+    assert facts[:4] == ["best", "a", "1.000", "liver 1.000, right kidney 1.000"]
+    assert [facts[4:6], facts[8:10]] == [["median", "b"], ["worst", "c"]]
     assert facts[-1].endswith("right kidney 0.000")
     assert page.of("h2") == ["Results", "Cases by their mean Dice"]
     assert page.of("li") == notes

@@ -7,6 +7,7 @@ from typing import Any
 import make_datalist
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from datalists import image_sources
 from helpers import read
 from PIL import Image
@@ -137,7 +138,7 @@ def test_chexpert_takes_frontal_views_and_uncertain_labels(tmp_path: Path, uncer
 
 
 def test_folders_become_one_hot_labels_split_by_the_subject_in_the_file_name(tmp_path: Path) -> None:
-    run("folders", classes(tmp_path), "--subject_pattern", r"^(p\d+)_")
+    run("folders", classes(tmp_path), "--subject_pattern", r"^(p\d+)_", "--seed", 1)
     spec = content(tmp_path)
     assert spec["label_names"] == ["covid", "normal"]
     for item in (item for split in SPLITS for item in spec[split]):
@@ -164,7 +165,7 @@ def test_a_table_gives_labels_unknowns_splits_and_extras(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [((), [14, 2, 4]), (("--validation_fraction", 0.3), [10, 6, 4]), (("--test_fraction", 0), [18, 2, 0])],
+    [((), [16, 2, 2]), (("--validation_fraction", 0.3), [14, 4, 2]), (("--test_fraction", 0), [18, 2, 0])],
 )
 def test_a_table_is_split_by_subject(tmp_path: Path, options: Sequence[object], expected: list[int]) -> None:
     run("table", table(tmp_path), *TABLE_OPTIONS, *options)
@@ -186,10 +187,10 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
     run("table", table(tmp_path / "data"), *TABLE_OPTIONS, "--output", tmp_path / "elsewhere" / "dataset.json")
     datalist = read_datalist(tmp_path / "elsewhere")
     assert datalist.label_names == ["Edema", "Lung Lesion"]
-    assert [len(getattr(datalist, split)) for split in SPLITS] == [14, 2, 4]
+    assert [len(getattr(datalist, split)) for split in SPLITS] == [16, 2, 2]
     assert all(os.path.isfile(item["image"]) for item in datalist.training)
     assert content(tmp_path / "elsewhere")["training"][0]["image"].startswith("../data/images/")
-    assert os.listdir(tmp_path / "elsewhere") == ["dataset.json"]
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == [".salt", "dataset.json"]
 
 
 def test_the_seed_draws_the_splits_and_another_validation_fraction_leaves_the_test_split_alone(tmp_path: Path) -> None:
@@ -198,6 +199,53 @@ def test_the_seed_draws_the_splits_and_another_validation_fraction_leaves_the_te
         run("folders", classes(tmp_path), *options, "--overwrite")
         tests.append(content(tmp_path)["test"])
     assert tests[0] == tests[1] != tests[2]
+
+
+def test_patients_keep_their_splits_when_others_are_added_and_the_folder_moves(tmp_path: Path) -> None:
+    run("folders", classes(tmp_path / "a"))
+    before = by_name(tmp_path / "a")
+    for index in range(10, 20):
+        write_image(tmp_path / "a" / "covid" / "site0" / f"p{index}_{index}.png")
+    (tmp_path / "a").rename(tmp_path / "b")
+    run("folders", tmp_path / "b", "--overwrite")
+    after = by_name(tmp_path / "b")
+    assert (len(before), len(after)) == (10, 20)
+    assert {name: after[name] for name in before} == before
+
+
+def test_an_empty_split_is_refused_with_a_seed_that_fills_it(tmp_path: Path, refused: Refused) -> None:
+    command = ("folders", classes(tmp_path), "--subject_pattern", r"^(p\d+)_", "--validation_fraction", 0)
+    said = refused("test must hold images, got none, of 5 subject", *command)
+    run(*command, *said.rpartition("with ")[2].rstrip(".").split())
+    assert all(sizes(tmp_path)[::2])
+
+
+def dicoms(folder: Path, patients: Sequence[str]) -> Path:
+    """An X-ray of each, and a table of them."""
+    folder.mkdir()
+    for index, patient in enumerate(patients):
+        image = sitk.GetImageFromArray(np.random.default_rng(index).integers(0, 999, (1, 9, 8), dtype=np.int16))
+        image.SetMetaData("0010|0020", patient)
+        sitk.WriteImage(image, folder / f"{index}.dcm")
+    rows = [[f"{index}.dcm", index % 2] for index in range(len(patients))]
+    return write_table(folder / "table.csv", ["path", "Edema"], rows)
+
+
+def test_dicom_says_whose_it_is_and_who_is_unknown_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patients = [f"P{index // 2} " for index in range(18)] + ["", ""]
+    file = dicoms(tmp_path / "a", patients)
+    run("table", file, "--image", "path", "--labels", "Edema", "--test_fraction", 0.1, "--seed", 1)
+    items = by_name(tmp_path / "a")
+    assert [items[f"{index}.dcm"].get("subject") for index in range(20)] == [
+        *(name.strip() for name in patients[:18]), None, None,
+    ]  # fmt: skip
+    said = "2 of 20 images have no subject: each counts as one of its own. Say which are of one patient by --subject."
+    assert f"warning: {said}\n" in capsys.readouterr().err
+    file = dicoms(tmp_path / "b", ["ANON"] * 3)
+    run("table", file, "--image", "path", "--validation_fraction", 0, "--test_fraction", 0)
+    assert "all 3 images have the PatientID ANON: they count as one subject." in capsys.readouterr().err
 
 
 def test_counts_are_printed_per_split_and_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +261,7 @@ def test_counts_are_printed_per_split_and_finding(tmp_path: Path, capsys: pytest
 def test_images_that_are_listed_twice_are_left_out_on_demand(tmp_path: Path, refused: Refused) -> None:
     file = table(tmp_path, path=["images/0.png", "./images/0.png", *(f"images/{index}.png" for index in range(2, 20))])
     refused(r"1 of 19 images cannot be used:\n  \S+/images/0.png is listed 2 times\n", "table", file, *TABLE_OPTIONS)
-    run("table", file, *TABLE_OPTIONS, "--skip_corrupt")
+    run("table", file, *TABLE_OPTIONS, "--skip_corrupt", "--seed", 1)
     assert by_name(tmp_path).keys() == {f"{index}.png" for index in range(2, 20)}
 
 
@@ -249,7 +297,7 @@ def test_refuses_a_patient_in_two_official_lists(tmp_path: Path, refused: Refuse
         ({"patient": ["P0", ""] * 10}, [], "line 3: path and patient must not be empty"),
         ({"part": ["train", "holdout"] * 10}, ["--split", "part"], "line 3: part must be one of train, .+ 'holdout"),
         ({"part": ["test"] * 20}, ["--split", "part"], "training must hold images, got none"),
-        ({"patient": ["P0"] * 20}, [], "training and validation must hold images, got none"),
+        ({"patient": ["P0"] * 20}, [], r"training and test must hold images, got none, of 1 subject\(s\)\. Add"),
         ({"Edema": [0, 1, 2] + [0] * 17}, [], "line 4: Edema must be one of .+ or empty, got '2'"),
         ({}, ["--subject", "who"], r"must have the columns \['who'\], got \['path'"),
         ({}, ["--split", "part", "--test_fraction", "0"], "--split must not come with .+ Give one or the other"),
