@@ -258,6 +258,21 @@ def find_series(folder: Path) -> list[Series]:
     return [Series(each.files + lost.files, each.tags + lost.tags) for each in found.values() or [lost] if any(each)]
 
 
+def find_volumes(folder: Path) -> list[Path]:
+    """What stands for each DICOM series in a folder: the folder if it holds but one, else the first file of each.
+
+    Beside others, series of a single slice, such as scouts and reports, are left out with a warning.
+    """
+    series = find_series(folder)
+    volumes = [each for each in series if each.is_volume]
+    if len(series) == 1 or not volumes:
+        return [folder]
+    if len(volumes) < len(series):
+        single = [each.files[0].name for each in series if not each.is_volume]
+        warn_once(f"{folder}: left out, as they are single slices: {shorten(single)}.")
+    return [each.files[0] for each in volumes]
+
+
 def series_of(path: Path) -> Series:
     """The one series in a folder, or that in its folder to which a file belongs."""
     if not path.is_dir():

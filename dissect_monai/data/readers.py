@@ -33,6 +33,7 @@ LUMINANCE = (0.299, 0.587, 0.114)
 # What of a slice decides the values that ITK makes of it.
 _SCALE = ("RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "PixelRepresentation")
 _ZERO_SPACING = re.compile(rb"(\x18\0\x88\0(?:DS)?[\x02-\x10]\0(?:\0\0)?)([-+0. ]+)")
+_UNDECODED = "Failed to change to Implicit Transfer Syntax"  # what GDCM says of pixels that it cannot decompress
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
 ITK_PREFIX = re.compile(r"(.*ERROR: )?(\w+ ?\(0x[0-9a-f]+\): )?", re.DOTALL)
 
@@ -63,7 +64,12 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
-        reason = reason.splitlines()[0].rstrip(".:").replace(f" '{fspath(path)}'", "")  # it is named already
+        reason = (
+            reason.splitlines()[0]
+            .replace(_UNDECODED, "pixels that cannot be decompressed")
+            .rstrip(".:")
+            .replace(f" '{fspath(path)}'", "")
+        )  # it is named already
         raise InputError(
             f"{fspath(path)} must be an intact image of the format that its name says, got: {reason}. "
             "Replace it or remove it from the data list."
@@ -140,6 +146,8 @@ def _read_picture(path: Path) -> NDArray[Any]:
     with Image.open(path) as image:
         # Pillow inverts white-is-zero of 8 bits alone (tag 262 of TIFF).
         negative = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode not in ("L", "1")
+        if image.format == "TIFF":
+            image.filename = ""  # pillow would map it into memory, and scramble one that it turns by a quarter
         image = ImageOps.exif_transpose(image)
         # Pillow would clip 16-bit and float pictures to 255 on converting them to "L".
         is_grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
@@ -158,7 +166,7 @@ def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[s
     with TemporaryDirectory() as folder:
         files = [fspath(file) for file in volume.files]
         if any(dicom.number(tags, "SpacingBetweenSlices") == 0 for tags in volume.slices):
-            files = [_with_spacing(file, Path(folder, f"{index}.dcm")) for index, file in enumerate(volume.files)]
+            files = [_repaired(file, Path(folder, f"{index}.dcm")) for index, file in enumerate(volume.files)]
         image = sitk.ReadImage(files if len(files) > 1 else files[0], kind, imageIO="GDCMImageIO")
     array, _ = _from_itk(image)
     if volume.frames != sorted(volume.frames):
@@ -166,7 +174,7 @@ def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[s
     return _with_meta(array, volume.affine)
 
 
-def _with_spacing(path: Path, copy: Path) -> str:
+def _repaired(path: Path, copy: Path) -> str:
     """A copy of a DICOM file whose SpacingBetweenSlices of 0, which ITK refuses, is 1; nobody reads it."""
     content = _ZERO_SPACING.sub(lambda found: found[1] + b"1".ljust(len(found[2])), path.read_bytes(), count=1)
     copy.write_bytes(content)
@@ -324,10 +332,13 @@ def read_grid(path: str | PathLike[str]) -> Grid:
             f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to its own file, "
             "or remove it from the data list."
         )
-    affine = grid.affine
+    return grid._replace(shape=tuple(map(int, grid.shape[:3])), affine=_with_spacing(path, grid.affine))
+
+
+def _with_spacing(path: Path, affine: NDArray[Any]) -> NDArray[Any]:
     if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
-    return grid._replace(shape=tuple(map(int, grid.shape[:3])))
+    return affine
 
 
 def _nifti_grid(path: Path) -> Grid:
@@ -370,7 +381,8 @@ def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
             f"{path} must have one spacing, got {sizes} mm in its sform and qform: set the code of the wrong one to 0."
         )
     affine: NDArray[Any] = (usable or [image.affine])[0]
-    return affine
+    # A picture needs no spacing across.
+    return affine if 1 in image.shape[2:3] or len(image.shape) < 3 else _with_spacing(path, affine)
 
 
 def _read_nifti(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:

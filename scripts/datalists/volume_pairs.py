@@ -10,6 +10,7 @@ import numpy as np
 
 from datalists.source import Record, walk
 from dissect_monai import ImageFileReader
+from dissect_monai.data import dicom
 from dissect_monai.data.readers import image_format, read_grid
 from dissect_monai.transforms.spatial import describe_grid, same_grid
 
@@ -36,13 +37,13 @@ def pair_volumes(image_dir: Path, label_dir: Path) -> tuple[list[Record], list[s
 
 
 def find_volumes(folder: Path) -> dict[str, Path]:
-    """Volumes in a folder and below, sorted, by their path in it without suffix; a folder of DICOM slices is one."""
+    """Volumes in a folder and below, sorted, by their path in it without suffix; a series of DICOM slices is one."""
     paths: list[Path] = []
     for parent, files in walk(folder):
         formats = {path: image_format(path) for path in files}
         paths += [path for path in files if formats[path] in ("itk", "nifti")]
         if "dicom" in formats.values():
-            paths.append(parent)
+            paths += dicom.find_volumes(parent)
     if not paths:
         raise FileNotFoundError(
             f"{folder} must be a folder with volumes (NIfTI, MHA, NRRD, folders of DICOM slices), got none. "
