@@ -136,7 +136,8 @@ class _DataSet:
         if tag in _PIXELS:
             self._pixels(tags, length)
         elif name.endswith("Sequence") or length == _UNDEFINED:
-            tags[name] = list(self._items(length, explicit and vr != b"UN"))
+            items = list(self._items(length, explicit and vr != b"UN"))
+            tags |= {name: items} if name else {}
         elif name:
             value = self.file.read(length)
             if name.startswith("LUT"):
@@ -250,8 +251,9 @@ def find_series(folder: Path) -> list[Series]:
                 broken.append((path, tags))
             else:
                 key = path.name if num_frames(tags) > 1 else tags.get("SeriesInstanceUID", "")
-                for values, value in zip(found.setdefault(key, Series([], [])), (path, tags), strict=True):
-                    values.append(value)
+                series = found.setdefault(key, Series([], []))
+                series.files.append(path)
+                series.tags.append(tags)
     if left_out:
         warn_once(f"{folder}: left out, as they have no pixels: {shorten(left_out)}.")
     lost = Series(*map(list, zip(*broken, strict=True))) if broken else Series([], [])

@@ -64,12 +64,8 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
-        reason = (
-            reason.splitlines()[0]
-            .replace(_UNDECODED, "pixels that cannot be decompressed")
-            .rstrip(".:")
-            .replace(f" '{fspath(path)}'", "")
-        )  # it is named already
+        reason = reason.splitlines()[0].rstrip(".:").replace(f" '{fspath(path)}'", "")  # it is named already
+        reason = reason.replace(_UNDECODED, "pixels that cannot be decompressed")
         raise InputError(
             f"{fspath(path)} must be an intact image of the format that its name says, got: {reason}. "
             "Replace it or remove it from the data list."
@@ -81,16 +77,17 @@ class ImageFileReader(ImageReader):
 
     Arrays are (x, y) or (x, y, z), whatever the format, so that a PNG and a DICOM of one X-ray agree; volumes carry
     the RAS affine of the same volume as NIfTI. Colour becomes luminance, 16-bit pictures keep their values, the first
-    of several pages is read. A folder is read as one DICOM series. ITK applies the slope and intercept of DICOM and
-    inverts MONOCHROME1 within its stored range. A single DICOM file is clipped to its first window (centre and width),
-    as a viewer does; a series never is, since its values (HU) are quantities.
+    of several pages is read, and pictures are turned as Exif says. A folder is read as one DICOM series, whose files
+    are checked one by one, see `read_volume`; its values, after slope and intercept, are quantities such as HU. A
+    single picture in a DICOM file is what a viewer shows, see `_displayed`.
 
     Args:
         spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse other images; None takes
-            images as they are.
+            images as they are. With 3, a DICOM file of one slice stands for the series in its folder.
 
     Raises:
-        ValueError: if a file is corrupt or has another number of spatial dimensions; names the file.
+        ValueError: if a file is corrupt, has another number of spatial dimensions or, with 2, one value everywhere;
+            names the file.
     """
 
     def __init__(self, spatial_dims: int | None = None) -> None:
@@ -148,10 +145,10 @@ def _read_picture(path: Path) -> NDArray[Any]:
         negative = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode not in ("L", "1")
         if image.format == "TIFF":
             image.filename = ""  # pillow would map it into memory, and scramble one that it turns by a quarter
-        image = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
         # Pillow would clip 16-bit and float pictures to 255 on converting them to "L".
-        is_grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
-        array = np.asarray(image if is_grey else image.convert("L"))
+        is_grey = upright.mode in ("L", "I", "F") or upright.mode.startswith("I;")
+        array = np.asarray(upright if is_grey else upright.convert("L"))
     if negative:
         array = np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else -array
     return array.astype(array.dtype.newbyteorder("="), copy=False).T
@@ -203,7 +200,9 @@ def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
     # Lowest plus highest value of the stored bits, from which ITK subtracts to invert.
     total = (-1 if signed else 2**bits - 1) * slope + 2 * intercept
     values = total - array if inverted else array
-    padding = _is_padding(values, tags, slope, intercept, signed)
+    padding = np.zeros(array.shape, dtype=bool)
+    if tags.get("PixelPaddingValue") is not None:
+        padding = _is_padding((values - intercept) / (slope or 1.0), tags, signed)
     shown = values
     if table := _table(tags, "ModalityLUTSequence", signed):
         shown, total = table(shown)
@@ -219,16 +218,10 @@ def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
     return shown
 
 
-def _is_padding(
-    values: NDArray[Any], tags: dicom.Tags, slope: float, intercept: float, signed: bool
-) -> NDArray[np.bool_]:
-    ends = [tags.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    if ends[0] is None:
-        return np.zeros(values.shape, dtype=bool)
-    stored = [end - 2**16 if signed and end >= 2**15 else end for end in ends if end is not None]
-    low, high = sorted((min(stored) - 0.5, max(stored) + 0.5))
-    low, high = sorted((low * slope + intercept, high * slope + intercept))
-    return (values > low) & (values < high)
+def _is_padding(stored: NDArray[Any], tags: dicom.Tags, signed: bool) -> NDArray[np.bool_]:
+    value, limit = tags["PixelPaddingValue"], tags.get("PixelPaddingRangeLimit")
+    ends = [end - 2**16 if signed and end >= 2**15 else end for end in (value, value if limit is None else limit)]
+    return (stored > min(ends) - 0.5) & (stored < max(ends) + 0.5)
 
 
 def _table(tags: dicom.Tags, name: str, signed: bool) -> Callable[[NDArray[Any]], tuple[NDArray[Any], float]] | None:
@@ -247,7 +240,7 @@ def _table(tags: dicom.Tags, name: str, signed: bool) -> Callable[[NDArray[Any]]
 
 
 def _window(values: NDArray[Any], tags: dicom.Tags, padding: NDArray[np.bool_]) -> NDArray[Any] | None:
-    """Values clipped to the first window; None if there is none, it is no dicom.number, or it leaves but one value."""
+    """Values clipped to the first window; None if there is none, it is no number, or it leaves but one value."""
     center, width = dicom.number(tags, "WindowCenter"), dicom.number(tags, "WindowWidth")
     function = tags.get("VOILUTFunction") or "LINEAR"
     if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
@@ -375,7 +368,7 @@ def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
     """
     forms = [form for form in (image.get_sform(coded=True)[0], image.get_qform(coded=True)[0]) if form is not None]
     usable = [form for form in forms if np.isfinite(form).all() and abs(np.linalg.det(form[:3, :3])) > 0]
-    if len(usable) == 2 and not np.allclose(*map(voxel_sizes, usable), rtol=1e-2):
+    if len(usable) == 2 and not np.allclose(voxel_sizes(usable[0]), voxel_sizes(usable[1]), rtol=1e-2):
         sizes = " and ".join(str(np.round(voxel_sizes(form), 4).tolist()) for form in usable)
         raise InputError(
             f"{path} must have one spacing, got {sizes} mm in its sform and qform: set the code of the wrong one to 0."
