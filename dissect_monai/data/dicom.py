@@ -261,18 +261,16 @@ def find_series(folder: Path) -> list[Series]:
 
 
 def find_volumes(folder: Path) -> list[Path]:
-    """What stands for each DICOM series in a folder: the folder if it holds but one, else the first file of each.
+    """What stands for each DICOM volume in a folder: the folder if it holds but one series, else the first file of it.
 
-    Beside others, series of a single slice, such as scouts and reports, are left out with a warning.
+    Single slices, such as scouts, are left out with a warning.
     """
     series = find_series(folder)
-    volumes = [each for each in series if each.is_volume]
-    if len(series) == 1 or not volumes:
-        return [folder]
-    if len(volumes) < len(series):
-        single = [each.files[0].name for each in series if not each.is_volume]
-        warn_once(f"{folder}: left out, as they are single slices: {shorten(single)}.")
-    return [each.files[0] for each in volumes]
+    single = [each for each in series if not each.is_volume and "fault" not in each.tags[0]]
+    if single:
+        warn_once(f"{folder}: left out, as they are single slices: {shorten([each.files[0].name for each in single])}.")
+    volumes = [each.files[0] for each in series if each not in single]
+    return [folder] if len(series) == len(volumes) == 1 else volumes
 
 
 def series_of(path: Path) -> Series:

@@ -158,6 +158,7 @@ def test_series_of_one_folder_are_items_with_their_patient(tmp_path: Path, caplo
         by_id = {"PatientID": f"id {patient}"}
         series(tmp_path / patient, change=lambda index, by_id=by_id: by_id, uid=uid, name=f"{uid}_")
     write(tmp_path / "A" / "topogram.dcm", VOXELS[0], SeriesInstanceUID="3")
+    write(tmp_path / "e" / "report.dcm", None, uid=EnhancedSRStorage)
     series(tmp_path / "c" / "d")
     items = read_datalist(tmp_path, spatial_dims=3).training
     assert items == [
