@@ -14,6 +14,7 @@ from monai.utils import ensure_tuple
 from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
+from dissect_monai.data import dicom
 from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, VolumeHeader, image_format
 
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
@@ -92,15 +93,16 @@ def read_datalist(
     maps) of the whole set are copied to its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
-    training item without subject, which counts as a subject of its own; hidden files are skipped.
+    training item. Its subject is the PatientID of DICOM; without one, it counts as a subject of its own. Hidden files
+    are skipped.
 
     Several folders are merged: label names are united, labels that a set does not have are unknown (NaN), and subjects
     become "<folder name>/<subject>".
 
     Args:
         dataset_dir: the folder or folders.
-        spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item and
-            leaves out PNG, JPEG, TIFF and BMP.
+        spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item, or, if it
+            holds several series, the first file of each, and leaves out PNG, JPEG, TIFF and BMP.
         check: False allows missing files and subjects in several splits, for predictions.
 
     Raises:
@@ -183,10 +185,11 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool) -> Datalist:
         images = [str(folder)]
     else:
         raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
-    if not images:
+    items = _with_patients(images)
+    if not items:
         suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 else ()) + VOLUME_SUFFIXES)
         raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.")
-    return Datalist([{"image": image} for image in images], [], [])
+    return Datalist(items, [], [])
 
 
 def _find_images(folder: Path, spatial_dims: int) -> Iterator[str]:
@@ -199,7 +202,25 @@ def _find_images(folder: Path, spatial_dims: int) -> Iterator[str]:
         else:
             yield from (path for path in paths if formats[path] in ("itk", "nifti"))
             if "dicom" in formats.values():
-                yield parent
+                yield from map(str, dicom.find_volumes(Path(parent)))
+
+
+def _with_patients(images: Sequence[str]) -> list[Item]:
+    """Items of images, DICOM with its PatientID as the subject, and without what has no pixels, which is logged."""
+    items: list[Item] = []
+    left_out = []
+    for image in images:
+        path = Path(image)
+        series = dicom.find_series(path) if path.is_dir() else []
+        is_file = not path.is_dir() and image_format(path) == "dicom"
+        tags = series[0].tags[0] if series else dicom.read_tags(path) if is_file else {}
+        if is_file and not {"fault", "pixels"} & tags.keys():
+            left_out.append(path.name)
+        else:
+            items.append({"image": image, **({"subject": tags["PatientID"]} if tags.get("PatientID") else {})})
+    if left_out:
+        dicom.warn_once(f"{Path(images[0]).parent}: left out, as they have no pixels: {shorten(left_out)}.")
+    return items
 
 
 def _read_json(path: Path, check: bool) -> Datalist:

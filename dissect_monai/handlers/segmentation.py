@@ -32,7 +32,7 @@ from dissect_monai.handlers.segmentation_report import (
 )
 from dissect_monai.metrics.segmentation import score_structures
 from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
-from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
+from dissect_monai.transforms.spatial import refuse_other_grid, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
 logger = logging.getLogger(__name__)
@@ -133,13 +133,15 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
 
     Args:
         item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background.
-        pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid.
+        pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid, with the
+            metadata of its image.
         class_names: structures of the classes 1, 2, ...
         largest_only: structures of which only the largest connected part of the prediction counts.
 
     Raises:
-        ValueError: if the label file cannot be read, has fractions or lies beside the prediction, `pred` has another
-            number of classes or is no `MetaTensor`, two classes share a value, or item and classes share no structure.
+        ValueError: if the label file cannot be read, has fractions or is not on the grid of its image, `pred` has
+            another number of classes or is no `MetaTensor`, two classes share a value, or item and classes share no
+            structure.
     """
     label, where = load_volume(item["label"]), f"label map {item['label']}"
     classes = scored_classes(item, class_names)
@@ -149,11 +151,11 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
             f"got {class_names} and {list(item['labels'])}."
         )
     pred_map = integer_map("pred", to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy())
-    refuse_apart(label, pred, where)
     num_classes = len(pred) - 1 or int(pred_map.max())
     if num_classes > len(class_names) or 1 < len(pred) <= len(class_names):
         raise InputError(f"`class_names` must name the {num_classes} classes of the prediction, got {class_names}.")
     values = integer_map(where, (label[0] if len(label) == 1 else label).numpy())
+    refuse_other_grid(label, pred, where)
     label_map, unknown = values_to_classes(values, item["labels"], class_names, where)
     if unknown:
         logger.warning(

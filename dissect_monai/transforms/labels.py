@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from dissect_monai.common import InputError, shorten
-from dissect_monai.transforms.spatial import refuse_apart
+from dissect_monai.transforms.spatial import refuse_other_grid
 
 LabelMap = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
@@ -27,11 +27,11 @@ class ValuesToClassesd(MapTransform):
         keys: keys of the label maps, of shape (1, *spatial), integers of any dtype. The item must have the values of
             each structure as `labels`, {name: values}.
         class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
-        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
+        image_key: key of the image on whose grid the label maps must be, see `refuse_other_grid`; None does not look.
 
     Raises:
         ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
-            map has fractions, a value that it does not name, or lies beside its image.
+            map has fractions, a value that it does not name, or is on another grid.
     """
 
     def __init__(self, keys: KeysCollection, class_names: Sequence[str], image_key: str | None = None) -> None:
@@ -47,7 +47,7 @@ class ValuesToClassesd(MapTransform):
         for key in self.key_iterator(item):
             where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
             if self.image_key is not None:
-                refuse_apart(item[key], item[self.image_key], where)
+                refuse_other_grid(item[key], item[self.image_key], where)
             labels = item.get("labels")
             if not isinstance(labels, Mapping):
                 raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")

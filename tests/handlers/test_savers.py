@@ -90,7 +90,7 @@ def test_the_loader_yields_the_readable_images_and_names_the_others(tmp_path: Pa
     assert torch.equal(batches[1]["image"], torch.stack([dataset[index]["image"] for index in (2, 3)]))
     assert set(loader.errors) == {1, 4}
     assert "image 4.png must be an intact image" in loader.errors[4]
-    Image.fromarray(np.zeros((32, 24), dtype=np.uint8)).save(tmp_path / "image 1.png")
+    Image.fromarray(np.eye(32, 24, dtype=np.uint8)).save(tmp_path / "image 1.png")
     list(loader)
     assert set(loader.errors) == {4}
 

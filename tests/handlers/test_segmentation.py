@@ -187,13 +187,11 @@ def test_classes_that_fit_nothing_are_refused(tmp_path: Path, class_names: Any, 
         read_maps(write(tmp_path, "a", label_map()), MetaTensor(pred, affine=np.diag([*SPACING, 1.0])), class_names)
 
 
-def test_a_label_file_beside_the_prediction_or_with_fractions_is_named(tmp_path: Path) -> None:
+def test_a_label_file_on_another_grid_or_with_fractions_is_named(tmp_path: Path) -> None:
     item = write(tmp_path, "a", label_map())
-    affine = np.diag([*SPACING, 1.0])
-    affine[0, 3] = 300
-    nib.save(nib.Nifti1Image(label_map(), affine), item["label"])
-    with pytest.raises(ValueError, match=r"label map .*a_label\.nii\.gz must lie where its image lies"):
-        evaluated([item], SegmentationEvaluation(CLASSES, num_samples=20))
+    nib.save(nib.Nifti1Image(label_map(), np.eye(4)), item["label"])
+    with pytest.raises(ValueError, match=r"label map .*a_label\.nii\.gz must be on the grid of its image, got shape"):
+        evaluated([item], SegmentationEvaluation(CLASSES, num_samples=20), pixdim=(2.5, 2.5, 2.5))
     nib.save(nib.Nifti1Image(label_map() * 0.5, np.eye(4)), item["label"])
     with pytest.raises(ValueError, match=r"`label map .*a_label.nii.gz` must hold integers"):
         evaluated([item], SegmentationEvaluation(CLASSES, num_samples=20))

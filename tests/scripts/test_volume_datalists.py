@@ -345,31 +345,6 @@ def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_pa
     assert lines[-2] == "  and 3 more"
 
 
-def moved(shift: float) -> np.ndarray:
-    affine = AFFINE.copy()
-    affine[0, 3] += shift
-    return affine
-
-
-TURNED = np.array([[-0.8, 0.6, 0, 0], [-0.6, -0.8, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
-STRETCHED = AFFINE @ np.diag([1, 1, 1.001, 1])  # counts by what it moves the far corner
-
-
-@pytest.mark.parametrize(
-    ("shape", "affine", "expected"),
-    [
-        (SHAPE, moved(0), True),
-        (SHAPE, moved(0.05), True),
-        (SHAPE, moved(0.5), False),
-        (SHAPE, TURNED, False),
-        (SHAPE, STRETCHED, True),
-        ((4, 5, 300), STRETCHED, False),
-    ],
-)
-def test_grids_agree_within_a_tenth_of_a_voxel(shape: tuple[int, ...], affine: np.ndarray, expected: bool) -> None:
-    assert volume_pairs.agree(volume_pairs.Grid(shape, AFFINE), volume_pairs.Grid(shape, affine)) == expected
-
-
 def test_the_values_of_a_label_map_are_those_that_numpy_finds(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 9, SHAPE).astype(np.float32)  # whole numbers may be stored as floats
     path = save(tmp_path / "a.nii.gz", values)

@@ -1,3 +1,4 @@
+import re
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms import spatial
-from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, to_original_grid
+from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, SameGridd, same_grid, to_original_grid
 
 SHAPE, SPACING = (22, 17, 13), (1.0, 1.4, 2.5)
 ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
@@ -219,3 +220,54 @@ def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides(
     image = spaced(volume(shape, spacing), pixdim, patch)
     assert image.shape == (1, *expected)
     np.testing.assert_allclose(image.pixdim, found, rtol=1e-5)
+
+
+# --- one grid
+
+
+STEPS = np.diag([-1.0, -1.0, 2.0, 1.0])
+TURNED = np.array([[-0.8, 0.6, 0, 0], [-0.6, -0.8, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
+MIRRORED = np.array([[0.0, 1, 0, -3], [-1, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])  # axes exchanged
+STRETCHED = STEPS @ np.diag([1, 1, 1.001, 1])  # counts by what it moves the far corner
+
+
+def moved(shift: float) -> np.ndarray:
+    return STEPS + np.outer([shift, 0, 0, 0], [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "expected"),
+    [
+        ((4, 5, 3), moved(0), True),
+        ((4, 5, 3), moved(0.05), True),
+        ((4, 5, 3), moved(0.5), False),
+        ((4, 5, 3), TURNED, False),
+        ((5, 4, 3), MIRRORED, True),
+        ((4, 5, 3), np.eye(4), False),
+        ((4, 5, 3), STRETCHED, True),
+        ((4, 5, 2), STEPS, False),
+    ],
+)
+def test_grids_are_one_within_a_tenth_of_a_voxel(shape: tuple[int, ...], affine: np.ndarray, expected: bool) -> None:
+    assert same_grid(shape, affine, (4, 5, 3), STEPS) == same_grid((4, 5, 3), STEPS, shape, affine) == expected
+    assert not same_grid((4, 5, 300), STEPS, (4, 5, 300), STRETCHED)
+
+
+def test_a_label_map_on_another_grid_than_the_file_of_its_image_is_refused(tmp_path: Path) -> None:
+    for name, affine in (("image", STEPS), ("label", STEPS), ("lost", np.eye(4)), ("two", STEPS)):
+        values = np.arange(60.0).reshape(4, 5, 3)
+        nib.save(
+            nib.Nifti1Image(np.stack([values] * 2, -1) if name == "two" else values, affine), tmp_path / f"{name}.nii"
+        )
+    load = LoadImaged(["image", "label"], reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
+    steps = Compose([load, AdaptiveSpacingd("image", [3, 3, 3], [1, 1, 1]), SameGridd("label", "image")])
+    item = {"image": str(tmp_path / "image.nii")}
+    assert steps({**item, "label": str(tmp_path / "label.nii")})["image"].shape != (1, 4, 5, 3)
+    for name, message in (
+        ("lost", "must be on the grid of its image, got shape"),
+        ("two", "must be one volume, got 2"),
+    ):
+        with pytest.raises(RuntimeError) as raised:
+            steps({**item, "label": str(tmp_path / f"{name}.nii")})
+        assert re.search(rf"label map .*{name}\.nii {message}", str(raised.value.__cause__))
+    assert SameGridd("label", "image", allow_missing_keys=True)({"image": 1}) == {"image": 1}
