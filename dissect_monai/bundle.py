@@ -29,6 +29,7 @@ from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.sampling import refuse_small
 from dissect_monai.data.splits import datalist_digest, refuse_untrainable, subject_digest
+from dissect_monai.data.volume_lists import refuse_overlap
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
@@ -261,6 +262,7 @@ def check_training(
     if datalist is not None:
         if select is not None:
             refuse_untrainable(datalist.training, datalist.validation, select)
+            refuse_overlap(datalist)
         if labelled:
             refuse_unlabelled(datalist, splits=("training", "validation"))
         if batch_size is not None:

@@ -19,7 +19,7 @@ from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import InputError, Item, rank, world_size
+from dissect_monai.common import InputError, Item, of_all_processes, rank, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
@@ -83,6 +83,22 @@ def cached_dataset(
         _, good = read_all(stored, on_corrupt, num_workers, progress=rank() == 0, keep=False)
         dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
+
+
+def readable_items(
+    data: list[Item], transform: Callable[..., Any], on_corrupt: str = "raise", num_workers: int = 0
+) -> list[Item]:
+    """The items that can be read, found by reading every one now and keeping nothing; see `cached_dataset`.
+
+    The processes of a run read a part each. All have what is left, unless a process refuses its part.
+    """
+    steps, num_deterministic = flattened(transform)
+    part = [(index, item) for index, item in enumerate(data)][rank() :: world_size()]
+    tried = Dataset([item for _, item in part], Compose(steps.transforms[:num_deterministic]))
+    _, good = read_all(tried, on_corrupt, num_workers, progress=rank() == 0, keep=False) if part else ([], [])
+    kept = {id(item) for item in good}
+    indices = {index for each in of_all_processes([index for index, item in part if id(item) in kept]) for index in each}
+    return [item for index, item in enumerate(data) if index in indices]
 
 
 class _StoredDataset(PersistentDataset):

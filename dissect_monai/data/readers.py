@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -29,6 +30,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
+_SPARSE = 2**31, 0.01  # bytes from which on a file must be stored, and the part of it that must be
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
 ITK_PREFIX = re.compile(r"(.*ERROR: )?(\w+ ?\(0x[0-9a-f]+\): )?", re.DOTALL)
 
@@ -49,6 +51,24 @@ def image_format(path: str | PathLike[str]) -> str | None:
         return None
     with open(path, "rb") as file:
         return "dicom" if file.read(132)[128:] == b"DICM" else None
+
+
+def refuse_odd_file(path: str | PathLike[str]) -> None:
+    """Refuse what would hang or fill the memory once it is opened: a pipe, a socket, a device, GiB that are not stored.
+
+    In a folder, such as of a DICOM series, every file is looked at.
+    """
+    for each in [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [fspath(path)]:
+        if not os.path.exists(each):
+            continue
+        status = os.stat(each)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise InputError(f"{each} must be a file, got a pipe, a socket or a device: remove it.")
+        least, part = _SPARSE
+        if status.st_size > least and 512 * getattr(status, "st_blocks", status.st_size) < part * status.st_size:
+            raise InputError(
+                f"{each} must be stored whole, got {status.st_size} bytes, most of which are a hole: copy it again."
+            )
 
 
 @contextmanager
@@ -98,8 +118,14 @@ class ImageFileReader(ImageReader):
         """The array and MONAI's metadata."""
         if not img.exists():
             raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
+        refuse_odd_file(img)
+        if not img.is_dir() and image_format(img) is None:
+            suffixes = " ".join(PICTURE_SUFFIXES + VOLUME_SUFFIXES)
+            raise InputError(f"{img} must be an image ({suffixes}): rename it, or remove it from the data list.")
         with explained(img):
             array, meta = self._decode(img)
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"{img} must hold one real number a voxel, got {array.dtype}. Write its parts to files.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
@@ -230,6 +256,7 @@ def read_grid(path: str | PathLike[str]) -> Grid:
     readers = {"series": _series_grid, "dicom": _itk_grid, "itk": _itk_grid, "nifti": _nifti_grid}
     if kind not in readers:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
+    refuse_odd_file(path)
     with explained(path):
         grid = readers[kind](path)
     # More axes of length 1 are read from NIfTI alone.
