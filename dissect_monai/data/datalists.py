@@ -16,18 +16,12 @@ from monai.utils import ensure_tuple
 from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
-from dissect_monai.data.readers import (
-    PICTURE_SUFFIXES,
-    VOLUME_SUFFIXES,
-    VolumeHeader,
-    image_format,
-    refuse_odd_file,
-)
+from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, VolumeHeader, image_format, refuse_odd_file
 
 logger = logging.getLogger(__name__)
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
-# What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, segmentation-0.nii, label0001.nrrd.
+# What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, segmentation-0.nii, label0001.
 _LABELS = re.compile(
     r"(.*[-_. ])?(labels?|masks?|segs?|segmentations?|annotations?|gts?|ground[-_ ]?truths?)"
     r"([-_ ]?(tr|ts|val|train|test|\d+))?(\.\w+)?(\.gz)?",
@@ -107,8 +101,7 @@ def read_datalist(
     maps) of the whole set are copied to its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
-    training item without subject, which counts as a subject of its own; see `walk` and `without_labels` for what is
-    skipped.
+    training item without subject, which counts as a subject of its own; see `walk` and `without_labels`.
 
     Several folders are merged: label names are united, labels that a set does not have are unknown (NaN), and subjects
     become "<folder name>/<subject>".
@@ -213,45 +206,29 @@ def _find_images(folder: Path, spatial_dims: int) -> list[str]:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder in a folder and its files, sorted, hidden ones left out and links followed, but nothing twice.
+    """Every folder in a folder and its files, hidden ones left out; links are followed, but nothing comes twice.
 
-    A folder or file has the path without links if there is one. Links to a folder above are not followed. What cannot
-    be listed, or is neither file nor folder, such as a pipe, is left out and logged.
+    What is no file, such as a pipe, is left out and logged.
     """
-    seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
-    found: dict[str, list[str]] = {}
-    todo, folder_links, file_links, left_out = [str(folder)], [], [], []
-    while todo or folder_links:
-        parent = todo.pop() if todo else folder_links.pop(0)
-        real = os.path.realpath(parent)
-        if real in seen:
-            continue
-        seen.add(real)
-        found[parent] = []
-        try:
-            entries = sorted((each for each in os.scandir(parent) if each.name[0] != "."), key=lambda each: each.name)
-        except OSError:
-            left_out.append(parent)
-            continue
-        for entry in entries:
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                (folder_links if is_link else todo).append(entry.path)
-            elif os.path.exists(entry.path) and not os.path.isfile(entry.path) if is_link else not entry.is_file():
-                left_out.append(entry.path)
-            elif is_link:
-                file_links.append(entry.path)
-            else:
-                found[parent].append(entry.path)
-                seen.add(os.path.join(real, entry.name))
-    for path in file_links:
-        if (real := os.path.realpath(path)) not in seen:
-            seen.add(real)
-            found[os.path.dirname(path)].append(path)
-    if left_out:
-        logger.warning("Left out, neither a file nor a folder that can be read: %s.", shorten(left_out, 3))
-    for parent in sorted(found):
-        yield Path(parent), [Path(path) for path in sorted(found[parent])]
+    real = Path(os.path.realpath(folder))
+    seen = {str(each) for each in (real, *real.parents)}
+
+    def is_new(path: str) -> bool:
+        known = len(seen)
+        seen.add(os.path.realpath(path))
+        return len(seen) > known
+
+    def links_last(path: str) -> tuple[bool, str]:
+        return os.path.islink(path), path
+
+    for parent, *listed in os.walk(folder, followlinks=True):
+        paths = [[os.path.join(parent, name) for name in names if not name.startswith(".")] for names in listed]
+        below, files = (list(filter(is_new, sorted(each, key=links_last))) for each in paths)
+        listed[0][:] = map(os.path.basename, below)
+        odd = [path for path in files if not os.path.isfile(path) and os.path.exists(path)]
+        if odd:
+            logger.warning("Left out, as they are no files: %s.", shorten(odd, 3))
+        yield Path(parent), [Path(path) for path in files if path not in odd]
 
 
 def without_labels(paths: list[Path], folder: Path) -> list[Path]:
@@ -398,7 +375,9 @@ def _real_paths(paths: Sequence[str]) -> dict[str, str]:
     folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, paths)}
     found = (entry for folder in filter(os.path.isdir, folders) for entry in os.scandir(folder))
     links = {entry.path: os.path.realpath(entry.path) for entry in found if entry.is_symlink()}
-    return {path: links.get(path, os.path.join(folders[os.path.dirname(path)], os.path.basename(path))) for path in paths}
+    return {
+        path: links.get(path, os.path.join(folders[os.path.dirname(path)], os.path.basename(path))) for path in paths
+    }
 
 
 def _values(item: Item) -> list[float]:

@@ -88,17 +88,15 @@ def cached_dataset(
 def readable_items(
     data: list[Item], transform: Callable[..., Any], on_corrupt: str = "raise", num_workers: int = 0
 ) -> list[Item]:
-    """The items that can be read, found by reading every one now and keeping nothing; see `cached_dataset`.
+    """The items that can be read, found by reading each once, now, and keeping nothing; see `cached_dataset`.
 
-    The processes of a run read a part each. All have what is left, unless a process refuses its part.
+    Each process of a run reads a part; all get what is left.
     """
     steps, num_deterministic = flattened(transform)
-    part = [(index, item) for index, item in enumerate(data)][rank() :: world_size()]
-    tried = Dataset([item for _, item in part], Compose(steps.transforms[:num_deterministic]))
-    _, good = read_all(tried, on_corrupt, num_workers, progress=rank() == 0, keep=False) if part else ([], [])
-    kept = {id(item) for item in good}
-    indices = {index for each in of_all_processes([index for index, item in part if id(item) in kept]) for index in each}
-    return [item for index, item in enumerate(data) if index in indices]
+    part = Dataset(data[rank() :: world_size()], Compose(steps.transforms[:num_deterministic]))
+    good = read_all(part, on_corrupt, num_workers, progress=rank() == 0, keep=False)[1] if len(part) else []
+    images = {item["image"] for each in of_all_processes(good) for item in each}
+    return [item for item in data if item["image"] in images]
 
 
 class _StoredDataset(PersistentDataset):

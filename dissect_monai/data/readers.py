@@ -54,20 +54,19 @@ def image_format(path: str | PathLike[str]) -> str | None:
 
 
 def refuse_odd_file(path: str | PathLike[str]) -> None:
-    """Refuse what would hang or fill the memory once it is opened: a pipe, a socket, a device, GiB that are not stored.
-
-    In a folder, such as of a DICOM series, every file is looked at.
-    """
-    for each in [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [fspath(path)]:
-        if not os.path.exists(each):
+    """Refuse what hangs or fills the memory once opened, also in a folder: pipes, sockets, devices, sparse GiB."""
+    path = Path(path)
+    apart = [".raw", ".zraw", ".raw.gz"] if path.suffix.lower() in (".mhd", ".nhdr") else []
+    for each in path.iterdir() if path.is_dir() else [path, *map(path.with_suffix, apart)]:
+        if not each.exists():
             continue
-        status = os.stat(each)
+        status, (least, part) = os.stat(each), _SPARSE
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise InputError(f"{each} must be a file, got a pipe, a socket or a device: remove it.")
-        least, part = _SPARSE
-        if status.st_size > least and 512 * getattr(status, "st_blocks", status.st_size) < part * status.st_size:
+        size, stored = status.st_size, 512 * getattr(status, "st_blocks", status.st_size)
+        if size > least and stored < part * size:
             raise InputError(
-                f"{each} must be stored whole, got {status.st_size} bytes, most of which are a hole: copy it again."
+                f"{each} must be stored whole, got {size} bytes that are nearly all a hole: copy it again."
             )
 
 
@@ -124,10 +123,10 @@ class ImageFileReader(ImageReader):
             raise InputError(f"{img} must be an image ({suffixes}): rename it, or remove it from the data list.")
         with explained(img):
             array, meta = self._decode(img)
-        if array.dtype.kind not in "biuf":
-            raise InputError(f"{img} must hold one real number a voxel, got {array.dtype}. Write its parts to files.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
+        if MetaKeys.AFFINE in meta:
+            _refuse_bad_affine(img, np.asarray(meta[MetaKeys.AFFINE]))
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
@@ -265,10 +264,13 @@ def read_grid(path: str | PathLike[str]) -> Grid:
             f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to its own file, "
             "or remove it from the data list."
         )
-    affine = grid.affine
+    _refuse_bad_affine(path, grid.affine)
+    return grid._replace(shape=tuple(map(int, grid.shape[:3])))
+
+
+def _refuse_bad_affine(path: Path, affine: NDArray[Any]) -> None:
     if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
-    return grid._replace(shape=tuple(map(int, grid.shape[:3])))
 
 
 def _nifti_grid(path: Path) -> Grid:

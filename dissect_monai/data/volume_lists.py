@@ -19,8 +19,6 @@ from dissect_monai.data.splits import hold_out, refuse_other_channels, split_tra
 
 logger = logging.getLogger(__name__)
 PerFolder = str | Sequence[str] | Mapping[str, str] | None  # a value for all folders, or one by the name of a folder
-IGNORE = "ignore"  # name of nnU-Net's value of voxels that are not annotated
-_MODALITIES = ("CT", "MR", "PT", "US", "XA")  # as far as those of weights and volumes are compared
 _OF_WEIGHTS = ("class_names", "modality", "in_channels")  # what their settings say of a segmentation
 
 
@@ -190,7 +188,7 @@ def _read(
             item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
             if check and isinstance(item.get("labels"), Mapping):
                 item["labels"] = _named_values(item["labels"], folder)
-                ignored = [name for name in item["labels"] if name.lower() == IGNORE]
+                ignored = [name for name in item["labels"] if name.lower() == "ignore"]
                 if ignored:
                     item["ignored"] = [value for name in ignored for value in item["labels"].pop(name)]
     if default_modality is not None:
@@ -207,21 +205,15 @@ def _modality(*choices: Any) -> str | list[str]:
 
 
 def _warn_of_other_modality(items: Sequence[Item], of_weights: str | Sequence[str]) -> None:
-    """As far as both are known, by the first letters of DICOM's codes: CTA is CT; FLAIR is at least none."""
+    def has_ct(modality: str | Sequence[str]) -> bool:
+        return any(str(name).strip().upper().startswith("CT") for name in ensure_tuple(modality))
 
-    def codes(modality: str | Sequence[str]) -> list[str]:
-        names = [str(name).strip().upper() for name in ensure_tuple(modality)]
-        return [next((code for code in _MODALITIES if name.startswith(code)), name) for name in names]
-
-    def differ(one: str, own: str) -> bool:
-        coded = {one, own} & {*_MODALITIES}
-        return "UNKNOWN" not in (one, own) and one != own and ("CT" in coded or len(coded) == 2)
-
-    other = [item for item in items if any(map(differ, codes(item["modality"]), codes(of_weights)))]
+    known = [item for item in items if "unknown" not in item["modality"]] if "unknown" not in of_weights else []
+    other = [item for item in known if has_ct(item["modality"]) != has_ct(of_weights)]
     if other:
         logger.warning(
-            "The weights are of %s, but %d volumes are listed as %s (%s): their results mean little. Correct `modality`, "
-            "or take weights of that modality.", of_weights, len(other), other[0]["modality"], other[0]["image"],
+            "The weights are of %s, but %d volumes are listed as %s (%s), so that results mean little: correct "
+            "`modality`, or take other weights.", of_weights, len(other), other[0]["modality"], other[0]["image"],
         )  # fmt: skip
 
 
@@ -306,15 +298,14 @@ def _class_names(items: Sequence[Item], structures: Sequence[str] | None) -> lis
 def refuse_overlap(datalist: Datalist) -> None:
     """Refuse classes that share a value, such as nnU-Net's regions, as a voxel has one class."""
     for item in datalist.items():
-        values: dict[int, str] = {}
-        for name in datalist.class_names:
-            other = [values[value] for value in item["labels"].get(name, ()) if value in values]
-            if other:
-                raise InputError(
-                    f"structures must not share values, got the regions {other[0]} and {name} for {item['image']}: "
-                    "choose `structures` that do not overlap, or name each value once in its dataset.json."
-                )
-            values |= dict.fromkeys(item["labels"].get(name, ()), name)
+        labels = {name: item["labels"].get(name, ()) for name in datalist.class_names}
+        every = [value for values in labels.values() for value in values]
+        shared = [name for name, values in labels.items() if any(every.count(value) > 1 for value in values)]
+        if shared:
+            raise InputError(
+                f"structures must not share values, got the regions {', '.join(shared)} (see {item['image']}): choose "
+                "`structures` that do not overlap, or name each value once in dataset.json."
+            )
 
 
 def _with_label_maps(datalist: Datalist) -> Datalist:

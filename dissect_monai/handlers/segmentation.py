@@ -31,13 +31,7 @@ from dissect_monai.handlers.segmentation_report import (
     write_tables,
 )
 from dissect_monai.metrics.segmentation import score_structures
-from dissect_monai.transforms.labels import (
-    IGNORED,
-    chosen_structures,
-    integer_map,
-    largest_components,
-    values_to_classes,
-)
+from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
@@ -169,7 +163,7 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
         )  # fmt: skip
     pred_map = largest_components(pred_map, [value for name, (value,) in classes.items() if name in largest_only])
     if item.get("ignored"):
-        label_map, pred_map = (np.where(label_map == IGNORED, 0, each) for each in (label_map, pred_map))
+        label_map, pred_map = (np.where(np.isin(values, item["ignored"]), 0, each) for each in (label_map, pred_map))
     return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
 
 

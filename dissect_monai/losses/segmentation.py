@@ -10,23 +10,14 @@ from dissect_monai.transforms.labels import IGNORED
 
 
 class AnnotatedLoss(nn.Module):
-    """A loss of the voxels that are annotated, all others being left out.
-
-    Args:
-        loss: of logits and classes, over all voxels of a batch alike, as MONAI's `DiceCELoss` with `batch` true.
-    """
+    """A loss over all voxels of a batch alike, such as MONAI's `DiceCELoss` with `batch`, of the annotated ones."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.loss = loss
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar; 0 where nothing is annotated.
-
-        Args:
-            logits: shape (B, C, *spatial).
-            target: classes of shape (B, 1, *spatial), `IGNORED` (255) where nobody has annotated.
-        """
+        """The loss of logits (B, C, *spatial) and classes (B, 1, *spatial), `IGNORED` where nobody has annotated."""
         annotated = target[:, 0] != IGNORED
         if not annotated.any():
             return logits.sum() * 0

@@ -115,28 +115,27 @@ class ForegroundIndicesd(MapTransform):
 
 
 def refuse_other_units(image: torch.Tensor | NDArray[Any], where: str) -> None:
-    """Refuse a CT whose values are no HU: stored without intercept, or rescaled; 8-bit greys are logged.
+    """Refuse a CT whose values are no HU: without intercept, or rescaled; what may be greys of 8 bits is logged.
 
-    Without its intercept of -1024 or -1000, air is at about 0 and soft tissue at 1000: then hardly a voxel is air, lung
-    or fat, and more than half of those above 400 are between 850 and 1300, as they are not in a crop of bone. So a CT
-    without air, cropped or clipped to a window, is none of these.
+    Without its intercept, of -1000 or -1024, hardly a voxel is as low as air, lung or fat, and more than half of those
+    above 400, as soft tissue then is, lie between 850 and 1300. No crop without air, window or bone looks so.
     """
     values = sample_voxels(image)
     low, high = float(values.min()), float(values.max())
-    tissue, solid = (np.mean((values > start) & (values < stop)) for start, stop in ((850, 1300), (400, np.inf)))
+    tissue, solid = float(np.mean((values > 850) & (values < 1300))), float(np.mean(values > 400))
     fault, remedy = "", "write its HU anew from the original"
     if tissue > max(0.01, solid / 2) and np.mean((values > -1100) & (values < -100)) < 0.01:
-        fault, remedy = ", soft tissue at about 1000 instead of 40, as without the intercept", "subtract 1024 (or 1000)"
+        fault, remedy = " with soft tissue at about 1000, as without the intercept", "subtract 1024 (or 1000)"
     elif np.mean(values > 5000) > 0.05:
         fault = ", many of them above 5000"
     elif 0 < high - low < 20:
         fault = ", as after rescaling"
-    elif (low, high) == (0, 255) and not (values % 1).any():
-        logger.warning("%s is listed as CT and has values from 0 to 255, as greys of 8 bits: are they HU?", where)
+    elif low == 0 and 200 < high <= 255 and not (values % 1).any():
+        logger.warning("%s is listed as CT and has values from %g to %g, as greys do: are they HU?", where, low, high)
     if fault:
         raise InputError(
-            f"{where} is listed as CT, so its values must be HU, got {low:g} to {high:g}{fault}: {remedy}, or, if it is "
-            "no CT in HU, state another `modality`, such as OT, which is scaled by its own percentiles."
+            f"{where} is listed as CT, so its values must be HU, got {low:g} to {high:g}{fault}: {remedy}, or state "
+            "another `modality` if it is no CT in HU, such as OT, which is scaled by its own percentiles."
         )
 
 

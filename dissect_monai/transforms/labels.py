@@ -28,31 +28,21 @@ class ValuesToClassesd(MapTransform):
     Voxels with one of the values that the item has as `ignored` become `IGNORED`, 255.
 
     Args:
-        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype. The item must have the values of
-            each structure as `labels`, {name: values}.
+        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype; items may lack them. The item must
+            have the values of each structure as `labels`, {name: values}.
         class_names: structures of the classes 1, 2, ...; what an item names beside them is background. None only makes
             integers of the values and asks for no names.
         image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
-        allow_unnamed: whether values without a name are background, as they are for scores, and not refused.
 
     Raises:
         ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
             map has fractions, a value that it does not name, or lies beside its image.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        class_names: Sequence[str] | None,
-        image_key: str | None = None,
-        allow_unnamed: bool = False,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if len(class_names or ()) > 255:
-            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names or ())}.")
-        self.class_names = class_names and list(class_names)
-        self.image_key, self.allow_unnamed = image_key, allow_unnamed
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str] | None, image_key: str | None = None) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.class_names = class_names and _numbered(class_names)
+        self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the label maps of an item by classes in uint8."""
@@ -71,7 +61,7 @@ class ValuesToClassesd(MapTransform):
                 raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")
             ignored = item.get("ignored", ())
             classes, unknown = values_to_classes(label_map, labels, self.class_names, where, ignored)
-            if unknown and not self.allow_unnamed:
+            if unknown:
                 named = sorted({0, *ignored, *(value for values in labels.values() for value in values)})
                 raise InputError(
                     f"{where} must hold values that `labels` of its dataset.json names ({shorten(named)}), got "
@@ -94,8 +84,7 @@ def values_to_classes(
     `IGNORED`, all others but the classes background, 0. A value under 1, or in two classes, is refused; the message
     calls the label map `where`.
     """
-    if ignored and len(class_names) >= IGNORED:
-        raise InputError(f"{where} has voxels to ignore, so there may be {IGNORED - 1} classes, got {len(class_names)}.")
+    _numbered(class_names, IGNORED - bool(ignored))
     class_of = {0: 0}
     for name, values in (*labels.items(), ("ignore", ignored)):
         if min(values, default=1) < 1:
@@ -112,6 +101,12 @@ def values_to_classes(
     table = np.zeros(max(class_of) + 1, np.uint8)
     table[list(class_of)] = list(class_of.values())
     return table[label_map], unknown
+
+
+def _numbered(class_names: Sequence[str], most: int = IGNORED) -> list[str]:
+    if len(class_names) > most:
+        raise InputError(f"`class_names` must be at most {most}, which uint8 can number, got {len(class_names)}.")
+    return list(class_names)
 
 
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:

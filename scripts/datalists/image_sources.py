@@ -68,7 +68,7 @@ def chexpert(folder: Path, uncertain: str, validation_fraction: float) -> Source
     records = []
     for file, split in {"train.csv": None, "valid.csv": "test"}.items():
         table, own = find_file(folder, *(str(part / file) for part in parts)), Path(file).stem
-        # Of each patient: train/patient00001, "... (train 1)/patient00001" or "... (validate & csv)/valid/patient64541".
+        # Of patients: train/patient00001, "... (train 1)/patient00001", "... (validate & csv)/valid/patient64541".
         places = [*(part / own for part in parts), *(part for part in parts[1:] if own in part.name)]
         found = {path.name: path for place in places for path in folder.joinpath(place).glob("patient*")}
         for where, row in read_rows(table, "Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_FINDINGS):

@@ -11,7 +11,7 @@ import pytest
 from helpers import images, read, write
 
 from dissect_monai.common import Item
-from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
+from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, refuse_overlap
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
 
@@ -266,6 +266,48 @@ def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> 
     make_set(tmp_path, [entry("a"), entry("b", modality=["T1", "T2"])], modality="CT")
     with pytest.raises(ValueError, match=r"every volume must have 1 channel\(s\), got T1, T2 for .*b\.nii\.gz"):
         read_segmentation(tmp_path, validation_fraction=0)
+
+
+# --- what nnU-Net writes
+
+
+def nnunet(folder: Path, labels: dict[str, Any], *channels: str) -> Path:
+    return make_set(folder, [entry("a"), entry("b")], labels, channel_names=dict(enumerate(channels or ["CT"])))
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "liver": 1, "ignore": 2}, {"1": "liver", "2": "Ignore"}])
+def test_the_value_of_voxels_to_ignore_is_no_structure(tmp_path: Path, labels: dict[str, Any]) -> None:
+    datalist = read_segmentation(nnunet(tmp_path, labels), validation_fraction=0)
+    assert (datalist.class_names, datalist.modality) == (["liver"], "CT")
+    assert [(item["labels"], item["ignored"]) for item in datalist.training] == [({"liver": [1]}, [2])] * 2
+
+
+def test_several_channels_and_regions_that_overlap_are_named(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path, {"whole": [1, 2], "core": [2], "other": 3})
+    refuse_overlap(read_segmentation(folder, ["core", "other"], validation_fraction=0))
+    with pytest.raises(ValueError, match=r"must not share values, got the regions whole, core \(see .*a\.nii\.gz\)"):
+        refuse_overlap(read_segmentation(folder, validation_fraction=0))
+    with pytest.raises(ValueError, match=r"`channel_names` must be one, got T1, FLAIR, each of which is a file"):
+        read_volumes(nnunet(tmp_path, {"liver": 1}, "T1", "FLAIR"))
+
+
+PAIRS = [("MR", "CT", 1), ("T2", "CT", 1), ("CT", "MR", 1), ("ct", "CTA", 0), ("unknown", "CT", 0), ("T2", "MR", 0)]
+
+
+@pytest.mark.parametrize(("listed", "weights", "told"), [*PAIRS, ("CT", None, 0)])
+def test_volumes_of_another_modality_than_that_of_the_weights_are_told(
+    tmp_path: Path, listed: str, weights: str | None, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "dataset.json", {"training": ["a.nii.gz"], "modality": listed})
+    read_volumes(tmp_path, default_modality=weights)
+    assert caplog.text.count(f"weights are of {weights}, but 1 volumes are listed as {listed} (") == told
+
+
+def test_a_drawn_validation_split_shares_no_image_by_a_link(tmp_path: Path) -> None:
+    (make_set(tmp_path, [entry("a"), entry("b")], modality="CT") / "images" / "b.nii.gz").unlink()
+    (tmp_path / "images" / "b.nii.gz").symlink_to("a.nii.gz")
+    with pytest.raises(ValueError, match=r"must share no image, got 1 in both"):
+        read_segmentation(tmp_path, validation_fraction=0.5)
 
 
 # --- volumes to embed or to segment

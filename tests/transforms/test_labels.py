@@ -10,6 +10,7 @@ import torch
 from monai.data import MetaTensor
 
 from dissect_monai.transforms.labels import (
+    IGNORED,
     LargestComponentsd,
     ValuesToClassesd,
     chosen_structures,
@@ -46,6 +47,29 @@ def test_values_become_classes_by_name(values: Any, labels: Any, names: list[str
     result = classes(volume(*values), labels, names)
     assert result.flatten().tolist() == expected
     assert (result.shape, result.dtype) == ((1, 1, 1, len(values)), torch.uint8)
+
+
+def test_values_that_scale_factors_have_moved_are_rounded_and_none_further_off() -> None:
+    values = volume(0, 1.0000153, 1.9995, 300.0009, dtype=np.float32)
+    assert classes(values, {"spleen": [1], "kidneys": [2, 300]}).flatten().tolist() == [0, 1, 2, 2]
+    result = ValuesToClassesd("label", None)({"label": torch.as_tensor(values)[None]})["label"]
+    assert (result.flatten().tolist(), result.dtype) == ([0, 1, 2, 300], torch.int32)
+    for wrong in (0.996, 1.002, 2.5):
+        with pytest.raises(ValueError, match=rf"got fractions \({wrong}\): it was saved with a scale factor"):
+            integer_map("label", volume(0, 1, wrong, dtype=np.float32))
+    with pytest.raises(ValueError, match="must hold integers, got values of complex64"):
+        integer_map("label", volume(1, dtype=np.complex64))
+
+
+def test_voxels_that_are_not_annotated_are_no_class() -> None:
+    item = {"label": torch.tensor([[[[0, 1, 3, 2]]]]), "labels": {"spleen": [1], "liver": [2]}, "ignored": [3]}
+    assert ValuesToClassesd("label", ["spleen"])(item)["label"].flatten().tolist() == [0, 1, IGNORED, 0]
+    many = [f"s{index}" for index in range(255)]
+    for labels, names, message in (
+        ({"spleen": [3]}, ["spleen"], "one class, got 3"), ({each: [4] for each in many}, many, "at most 254, which"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ValuesToClassesd("label", names)({**item, "labels": labels})
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64, np.uint16])
