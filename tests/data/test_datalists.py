@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,9 @@ def test_wrong_folders_and_broken_json_are_explained(tmp_path: Path) -> None:
     for folders in ([], [tmp_path, tmp_path]):
         with pytest.raises(ValueError, match="one folder or several different ones"):
             read_datalist(folders)
+    os.rename(tmp_path / "notes.txt", os.fsencode(tmp_path) + b"/\xff.png")
+    with pytest.raises(ValueError, match=r"names in UTF-8, got '.*\\udcff.png'. Rename it"):
+        read_datalist(tmp_path)
     (tmp_path / "dataset.json").write_text('{\n "training": [,]}')
     with pytest.raises(ValueError, match=r"dataset\.json must be JSON .* line 2 column 15"):
         read_datalist(tmp_path)
