@@ -274,6 +274,11 @@ def _read_json(path: Path, check: bool) -> Datalist:
     items = [item for split in splits for item in split]
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
+    both = sorted(
+        {item["image"] for item in items} & {label for item in items if isinstance(label := item.get("label"), str)}
+    )
+    if both:
+        raise InputError(f"{path} must not list a label map as an image, got {shorten(both, 3)}. Remove these items.")
     with_findings = [item for item in items if not isinstance(item.get("label", ""), str)]
     names = spec.get("label_names") or []
     if not isinstance(names, list) or len({*map(str, names)}) < len(names):

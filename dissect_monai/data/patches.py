@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -91,18 +91,15 @@ class _Volumes(Dataset):
         for source in drawn:
             # A copy, so that a patch does not keep its volume in memory.
             image = torch.as_tensor(source["image"]).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
-            ignored = item.get("ignored", ())
-            shown = {"structures": _shown(source[LABEL_MAP], sizes, item["labels"], ignored)} if has_names else {}
+            shown = {"structures": _shown(source[LABEL_MAP], sizes, item)} if has_names else {}
             patches.append({"image": image, **shown})
         return patches
 
 
-def _shown(
-    label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]], ignored: Sequence[int]
-) -> dict[str, float]:
+def _shown(label_map: Tensor, sizes: Mapping[str, int], item: Item) -> dict[str, float]:
     shown = {}
-    in_part = _voxels(label_map, {"": [*ignored]})[""] > 0  # annotated in a part only
-    for name, count in _voxels(label_map, labels).items():
+    in_part = _voxels(label_map, {"": item.get("ignored", [])})[""] > 0  # annotated in a part only
+    for name, count in _voxels(label_map, item["labels"]).items():
         size = sizes[name]
         enough = count >= min(_PART_OF_PATCH * label_map[0].numel(), _PART_OF_STRUCTURE * size)
         unknown = not size or (count > 0 and not enough) or (in_part and not count)

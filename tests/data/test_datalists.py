@@ -155,6 +155,7 @@ def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -
         ({"training": [], "val": [{"image": "0.png"}]}, "lists of images must be called .*, got `val`. Rename it"),
         ({"training": [f"no{index}.png" for index in range(5)]}, r"got 5 missing: .*no0.png, .*no2.png, \.\.\."),
         ({"training": [{"image": "0.png", "label": "no.nii"}]}, r"got 1 missing: .*no\.nii"),
+        ({"training": [{"image": "0.png", "label": "1.png"}, "1.png"]}, r"not list a label map as an image, .*1\.png"),
         ({"training": [{"image": "0.png", "label": [1, 2]}]}, r"the label of .*0\.png must have values 1, 0 or null"),
         ({"label_names": ["x"], "training": [{"image": "0.png", "label": {"y": 1}}]}, "must have values 1, 0 or null"),
         (

@@ -297,8 +297,8 @@ def test_volumes_of_another_modality_than_that_of_the_weights_are_told(
     for listed, weights in (("MR", "CT"), ("T2", "CT"), ("ct", "CTA"), ("unknown", "CT"), ("T2", "MR"), ("CT", None)):
         write(tmp_path / "dataset.json", {"training": ["a.nii.gz"], "modality": listed})
         read_volumes(tmp_path, default_modality=weights)
-    told = [each.getMessage()[:57] for each in caplog.records if "weights" in each.getMessage()]
-    assert told == [f"The weights are of CT, but 1 volumes are listed as {name} (" for name in ("MR", "T2")]
+    told = [each.getMessage().partition(" (")[0] for each in caplog.records if "weights" in each.getMessage()]
+    assert told == [f"The weights are of CT, but 1 volumes are listed as {name}" for name in ("MR", "T2")]
 
 
 # --- volumes to embed or to segment
