@@ -30,7 +30,6 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
-_SPARSE = 2**31, 0.01  # bytes from which on a file must be stored, and the part of it that must be
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
 ITK_PREFIX = re.compile(r"(.*ERROR: )?(\w+ ?\(0x[0-9a-f]+\): )?", re.DOTALL)
 
@@ -60,11 +59,11 @@ def refuse_odd_file(path: str | PathLike[str]) -> None:
     for each in path.iterdir() if path.is_dir() else [path, *map(path.with_suffix, apart)]:
         if not each.exists():
             continue
-        status, (least, part) = os.stat(each), _SPARSE
+        status = os.stat(each)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise InputError(f"{each} must be a file, got a pipe, a socket or a device: remove it.")
         size, stored = status.st_size, 512 * getattr(status, "st_blocks", status.st_size)
-        if size > least and stored < part * size:
+        if size > 2**31 and stored < size / 100:
             raise InputError(
                 f"{each} must be stored whole, got {size} bytes that are nearly all a hole: copy it again."
             )
