@@ -15,6 +15,7 @@ from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import read_datalist as read_datalist
 from dissect_monai.data.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.data.datasets import cached_dataset as cached_dataset
+from dissect_monai.data.datasets import readable_items as readable_items
 from dissect_monai.data.patches import patch_dataset as patch_dataset
 from dissect_monai.data.readers import ImageFileReader as ImageFileReader
 from dissect_monai.data.sampling import DomainSampler as DomainSampler
@@ -51,6 +52,7 @@ from dissect_monai.inferers import WindowInferer as WindowInferer
 from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
 from dissect_monai.losses.pretraining import VQSSLLoss as VQSSLLoss
+from dissect_monai.losses.segmentation import AnnotatedLoss as AnnotatedLoss
 from dissect_monai.metrics.probes import FeatureDataset as FeatureDataset
 from dissect_monai.networks.codes import load_codes as load_codes
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
@@ -74,7 +76,6 @@ from dissect_monai.transforms.labels import LargestComponentsd as LargestCompone
 from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
-from dissect_monai.transforms.spatial import SameGridd as SameGridd
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images

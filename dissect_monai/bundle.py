@@ -32,6 +32,7 @@ from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import datalist_digest, training_record
 from dissect_monai.data.sampling import refuse_small
 from dissect_monai.data.splits import refuse_trained, refuse_untrainable
+from dissect_monai.data.volume_lists import refuse_overlap
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
@@ -306,6 +307,7 @@ def check_training(
     if datalist is not None:
         if select is not None:
             refuse_untrainable(datalist.training, datalist.validation, select)
+            refuse_overlap(datalist)
         if labelled:
             refuse_unlabelled(datalist, splits=("training", "validation"))
         if batch_size is not None:

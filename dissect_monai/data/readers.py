@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -53,6 +54,23 @@ def image_format(path: str | PathLike[str]) -> str | None:
     if (suffix and not suffix.isdigit()) or name == "dicomdir" or not os.path.isfile(path):
         return None
     return "dicom" if dicom.is_dicom(path) else None
+
+
+def refuse_odd_file(path: str | PathLike[str]) -> None:
+    """Refuse what hangs or fills the memory once opened, also in a folder: pipes, sockets, devices, sparse GiB."""
+    path = Path(path)
+    apart = [".raw", ".zraw", ".raw.gz"] if path.suffix.lower() in (".mhd", ".nhdr") else []
+    for each in path.iterdir() if path.is_dir() else [path, *map(path.with_suffix, apart)]:
+        if not each.exists():
+            continue
+        status = os.stat(each)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise InputError(f"{each} must be a file, got a pipe, a socket or a device: remove it.")
+        size, stored = status.st_size, 512 * getattr(status, "st_blocks", status.st_size)
+        if size > 2**31 and stored < size / 100:
+            raise InputError(
+                f"{each} must be stored whole, got {size} bytes that are nearly all a hole: copy it again."
+            )
 
 
 @contextmanager
@@ -106,6 +124,10 @@ class ImageFileReader(ImageReader):
         """The array and MONAI's metadata."""
         if not img.exists():
             raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
+        refuse_odd_file(img)
+        if not img.is_dir() and image_format(img) is None:
+            suffixes = " ".join(PICTURE_SUFFIXES + VOLUME_SUFFIXES)
+            raise InputError(f"{img} must be an image ({suffixes}): rename it, or remove it from the data list.")
         with explained(img):
             array, meta = self._decode(img)
         if array.dtype.kind not in "biuf":
@@ -113,6 +135,8 @@ class ImageFileReader(ImageReader):
             raise InputError(f"{img} must hold one real number a voxel, got {kind}: convert it, or remove it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
+        if self.spatial_dims != 2 and MetaKeys.AFFINE in meta:
+            _with_spacing(img, np.asarray(meta[MetaKeys.AFFINE]))
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
@@ -317,6 +341,7 @@ def read_grid(path: str | PathLike[str]) -> Grid:
     readers = {"dicom": _dicom_grid, "itk": _itk_grid, "nifti": _nifti_grid}
     if kind not in readers:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
+    refuse_odd_file(path)
     with explained(path):
         grid = readers[kind](path)
     # More axes of length 1 are read from NIfTI alone.

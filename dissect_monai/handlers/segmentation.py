@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.utils import ImageMetaKey
@@ -131,8 +132,11 @@ class SegmentationEvaluation:
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:
     """Read the label file of an item as classes, and bring a prediction to its grid.
 
+    Voxels that nobody has annotated (`ignored`) are background in both, so that neither is scored or drawn there.
+
     Args:
-        item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background.
+        item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background;
+            "ignored", if there are any: values of voxels that are not annotated.
         pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid, with the
             metadata of its image.
         class_names: structures of the classes 1, 2, ...
@@ -156,13 +160,15 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
         raise InputError(f"`class_names` must name the {num_classes} classes of the prediction, got {class_names}.")
     values = integer_map(where, (label[0] if len(label) == 1 else label).numpy())
     refuse_other_grid(label, pred, where)
-    label_map, unknown = values_to_classes(values, item["labels"], class_names, where)
+    label_map, unknown = values_to_classes(values, item["labels"], class_names, where, item.get("ignored", ()))
     if unknown:
         logger.warning(
             "%s has the values %s, which `labels` does not name: they count as background.",
             item["label"], ", ".join(map(str, unknown)),
         )  # fmt: skip
     pred_map = largest_components(pred_map, [value for name, (value,) in classes.items() if name in largest_only])
+    if item.get("ignored"):
+        label_map, pred_map = (np.where(np.isin(values, item["ignored"]), 0, each) for each in (label_map, pred_map))
     return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Spacing
-from monai.utils import ImageMetaKey, MetaKeys
+from monai.utils import MetaKeys
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
@@ -72,32 +72,6 @@ def to_original_grid(pred: MetaTensor, shape: Sequence[int], affine: Tensor | Ar
         shift[0, 3] = start
         slab.copy_(_resample(values, tuple(slab.shape), to_pred @ shift))
     return MetaTensor(label_map[None], affine=torch.as_tensor(np.asarray(affine, dtype=float)), meta=meta)
-
-
-class SameGridd(MapTransform):
-    """Refuses label maps (1, X, Y, Z), as their files have them, that are not on the grid of their image.
-
-    Args:
-        keys: keys of the label maps.
-        image_key: key of the image, of which the metadata says what its file has.
-        allow_missing_keys: whether items may have no label map.
-
-    Raises:
-        ValueError: if a label map is on another grid, see `refuse_other_grid`, or has several channels.
-    """
-
-    def __init__(self, keys: KeysCollection, image_key: str, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.image_key = image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """The same item."""
-        for key in self.key_iterator(dict(data)):
-            where = f"label map {data[key].meta.get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
-            if len(data[key]) != 1:
-                raise InputError(f"{where} must be one volume, got {len(data[key])}: write each to its own file.")
-            refuse_other_grid(data[key], data[self.image_key], where)
-        return dict(data)
 
 
 def refuse_other_grid(label: MetaTensor, image: MetaTensor, where: str) -> None:

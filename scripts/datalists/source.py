@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -57,13 +57,6 @@ def find_file(folder: Path, *names: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"{folder} must hold {' or '.join(names)}. Give the folder of the whole data set.")
-
-
-def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder in a folder and its files, hidden ones left out and links followed, as training does."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield Path(parent), [Path(parent, name) for name in names if not name.startswith(".")]
 
 
 def subject_of(name: str, pattern: str) -> str | None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datalists.source import Record, walk
+from datalists.source import Record
 from dissect_monai import ImageFileReader
 from dissect_monai.data import dicom
+from dissect_monai.data.datalists import walk, without_labels
 from dissect_monai.data.readers import image_format, read_grid
+from dissect_monai.transforms.labels import integer_map
 from dissect_monai.transforms.spatial import describe_grid, same_grid
 
 SUFFIX = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr)$", re.IGNORECASE)
@@ -23,7 +25,7 @@ def pair_volumes(image_dir: Path, label_dir: Path) -> tuple[list[Record], list[s
     The subject is the name. BTCV's img0001 and label0001 are both called 0001, and nnU-Net's case_0000 is called case
     where that is a label map.
     """
-    labels = find_volumes(label_dir)
+    labels = find_volumes(label_dir, of_labels=True)
 
     def label_name(name: str) -> str:
         case = re.sub(r"_\d{4}$", "", name)
@@ -36,8 +38,11 @@ def pair_volumes(image_dir: Path, label_dir: Path) -> tuple[list[Record], list[s
     return [Record(path, None, name, label_map=labels[name]) for name, path in pairs], problems
 
 
-def find_volumes(folder: Path) -> dict[str, Path]:
-    """Volumes in a folder and below, sorted, by their path in it without suffix; a series of DICOM slices is one."""
+def find_volumes(folder: Path, of_labels: bool = False) -> dict[str, Path]:
+    """Volumes in a folder and below, sorted, by their path in it without suffix; a series of DICOM slices is one.
+
+    Unless they are asked for, label maps beside images are left out, see `without_labels`.
+    """
     paths: list[Path] = []
     for parent, files in walk(folder):
         formats = {path: image_format(path) for path in files}
@@ -49,7 +54,8 @@ def find_volumes(folder: Path) -> dict[str, Path]:
             f"{folder} must be a folder with volumes (NIfTI, MHA, NRRD, folders of DICOM slices), got none. "
             "Correct the path."
         )
-    return by_name((volume_name(path, folder), path) for path in sorted(paths))
+    chosen = paths if of_labels else without_labels(paths, folder)
+    return by_name((volume_name(path, folder), path) for path in sorted(chosen))
 
 
 def volume_name(path: Path, folder: Path) -> str:
@@ -88,7 +94,8 @@ def check_grids(record: Record) -> Record:
 def check_values(record: Record, names: Collection[int]) -> Record:
     """The record with the values of its label map, which must be whole numbers, and 0 or named."""
     reader = ImageFileReader(spatial_dims=3)
-    voxels = reader.get_data(reader.read(str(record.label_map)))[0].ravel(order="K")
+    label_map, _ = reader.get_data(reader.read(str(record.label_map)))
+    voxels = integer_map(f"label map {record.label_map}", label_map).ravel(order="K")
     # Label maps are made of runs of equal voxels: their first voxels show all values, and are few to sort.
     starts = np.append(0, np.flatnonzero(voxels[1:] != voxels[:-1]) + 1)
     values = np.unique(voxels[starts])

@@ -245,6 +245,19 @@ def test_two_channels_are_scaled_each_by_its_modality(tmp_path: Path) -> None:
     assert values_of(maps / "0_seg.nii.gz").shape == nib.load(image).shape[:3]
 
 
+def test_voxels_to_ignore_are_neither_learnt_nor_scored(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", labels={"background": 0, "dim": 1, "bright": 2, "ignore": 3})
+    for path in folder.glob("labels/*"):
+        label, affine = values_of(path).copy(), nib.load(path).affine
+        label[:, :, 8:] = 3
+        nib.save(nib.Nifti1Image(label, affine), path)
+    train(folder, tmp_path / "out", **SMALL)
+    assert settings(tmp_path / "out")["class_names"] == ["dim", "bright"]
+    (first, *_), scored = nib.load(folder / "labels/0.nii.gz").header.get_zooms(), evaluate(folder, tmp_path / "out")
+    assert [row["structure"] for row in scored] == ["dim", "bright"]
+    assert all(0 < float(row["label_ml"]) <= 5 * 8 * 4 * first**3 / 1000 for row in scored)
+
+
 # ---- weights to start from ---------------------------------------------------------------------------------------
 
 
@@ -494,6 +507,23 @@ def test_refuses_bad_knobs_before_anything_is_written(
     with refused(message):
         run_config(CONFIGS / f"{config}.json", **{**own, "dataset_dir": organs, "output_dir": tmp_path / "out", **knob})
     assert not (tmp_path / "out").exists()
+
+
+def test_broken_files_of_any_split_are_found_before_training_or_left_out(
+    blocks: Path, on_blocks: Path, tmp_path: Path
+) -> None:
+    items = read(blocks / "dataset.json")["training"]
+    folder = edited(blocks, tmp_path, training=items[:2], validation=items[2:4], test=items[4:])
+    for name, runs in {"labels/3.nii.gz": [train], "labels/5.nii.gz": [train, evaluate]}.items():
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        for run in runs:
+            with refused(f"got 1 of 2 that cannot:(.|\n)*{name} must be an intact image"):
+                run(folder, tmp_path / "out", pretrained=model(on_blocks) if run is evaluate else None, **SMALL)
+        assert not list(tmp_path.glob("out/checkpoints/*"))
+        scored = evaluate(folder, tmp_path / "kept", pretrained=model(on_blocks), split="all", on_corrupt="skip")
+        assert {*scored_subjects(folder, scored)} == {f"s{index}" for index in range(6) if f"{index}.nii" not in name}
+        (folder / name).write_bytes(content)
 
 
 @pytest.mark.slow

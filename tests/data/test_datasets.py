@@ -16,7 +16,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader
 
-from dissect_monai.data.datasets import cached_dataset, items_of, labelled_part
+from dissect_monai.data.datasets import cached_dataset, items_of, labelled_part, readable_items
 from dissect_monai.data.readers import ImageFileReader
 
 NAN = float("nan")
@@ -163,3 +163,12 @@ def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, mo
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space left on device"):
         cached_dataset(make_items(tmp_path), preprocessing(), tmp_path / "cache", on_corrupt="skip")
+
+
+def test_all_processes_know_which_items_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = make_items(tmp_path, 5)
+    Path(data[3]["image"]).write_bytes(b"broken")
+    assert images(readable_items(data, preprocessing(), on_corrupt="skip")) == ["0.png", "1.png", "2.png", "4.png"]
+    assert "Skipped: " in caplog.text
+    with pytest.raises(ValueError, match=r"got 1 of 5 that cannot:\n.*3\.png"):
+        readable_items(data, preprocessing())

@@ -69,7 +69,7 @@ def test_structures_of_volumes_without_label_map_or_names_are_unknown(tmp_path: 
     assert dataset.data[8]["label"] == data[2]["label"]
 
 
-def shown(label_map: np.ndarray, size: int, labels: dict[str, list[int]]) -> list[dict[str, float]]:
+def shown(label_map: np.ndarray, size: int, labels: dict[str, list[int]], **more: Any) -> list[dict[str, float]]:
     """Structures of the patches of one label map, two along its first axis."""
 
     def halves(item: dict[str, Any]) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def shown(label_map: np.ndarray, size: int, labels: dict[str, list[int]]) -> lis
     def load(path: str) -> np.ndarray:
         return label_map[None]
 
-    item = {"image": "i", "label": "l", "labels": labels}
+    item = {"image": "i", "label": "l", "labels": labels, **more}
     transform = Compose([Lambdad(["image", LABEL_MAP], load), EnsureTyped(["image", LABEL_MAP]), halves])
     return [each["structures"] for each in patch_dataset([item], transform).data]
 
@@ -94,6 +94,13 @@ def test_a_structure_counts_from_a_thousandth_of_a_patch_or_half_of_itself() -> 
     nan = pytest.approx(np.nan, nan_ok=True)
     assert first == {"large": 1, "tiny": 1, "split": nan, "part": 1, "both": 1, "absent": nan}
     assert second == {"large": 0, "tiny": nan, "split": 1, "part": 1, "both": nan, "absent": nan}
+
+
+def test_a_structure_is_unknown_where_a_patch_without_it_is_not_wholly_annotated() -> None:
+    label_map = np.zeros((40, 20, 10), dtype=np.uint8)
+    label_map[:10, :9], label_map[30:, :9], label_map[:5, 12] = 1, 2, 9
+    first, second = shown(label_map, 20, {"a": [1], "b": [2]}, ignored=[9])
+    assert (first, second) == ({"a": 1, "b": pytest.approx(np.nan, nan_ok=True)}, {"a": 0, "b": 1})
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_item_alone(tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, kept: float) -> 
 
 
 def test_what_holds_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.vol").touch()
+    with pytest.raises(ValueError, match=r"a\.vol must be an image \(\.png .* \.nii\.gz\): rename it"):
+        ImageFileReader().get_data(tmp_path / "a.vol")
     with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):
         load(tmp_path / "a.png")
     Image.fromarray(np.array([[1, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")

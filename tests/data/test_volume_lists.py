@@ -9,7 +9,7 @@ import pytest
 from helpers import images, read, subjects, write
 
 from dissect_monai.common import Item
-from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
+from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, refuse_overlap
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
 
@@ -256,6 +256,39 @@ def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> 
     make_set(tmp_path, [entry("a"), entry("b", modality=["T1", "T2"])], modality="CT")
     with pytest.raises(ValueError, match=r"every volume must have 1 channel\(s\), got T1, T2 for .*b\.nii\.gz"):
         read_segmentation(tmp_path, validation_fraction=0)
+
+
+# --- what nnU-Net writes
+
+
+def nnunet(folder: Path, labels: dict[str, Any], *channels: str) -> Path:
+    return make_set(folder, [entry("a"), entry("b")], labels, channel_names=dict(enumerate(channels or ["CT"])))
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "liver": 1, "ignore": 2}, {"1": "liver", "2": "Ignore"}])
+def test_the_value_of_voxels_to_ignore_is_no_structure(tmp_path: Path, labels: dict[str, Any]) -> None:
+    datalist = read_segmentation(nnunet(tmp_path, labels), validation_fraction=0)
+    assert (datalist.class_names, datalist.modality) == (["liver"], "CT")
+    assert [(item["labels"], item["ignored"]) for item in datalist.training] == [({"liver": [1]}, [2])] * 2
+
+
+def test_several_channels_and_regions_that_overlap_are_named(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path, {"whole": [1, 2], "core": [2], "other": 3})
+    refuse_overlap(read_segmentation(folder, ["core", "other"], validation_fraction=0))
+    with pytest.raises(ValueError, match=r"must not share values, got the regions whole, core \(see .*a\.nii\.gz\)"):
+        refuse_overlap(read_segmentation(folder, validation_fraction=0))
+    with pytest.raises(ValueError, match=r"`channel_names` must be one, got T1, FLAIR, each of which is a file"):
+        read_volumes(nnunet(tmp_path, {"liver": 1}, "T1", "FLAIR"))
+
+
+def test_volumes_of_another_modality_than_that_of_the_weights_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for listed, weights in (("MR", "CT"), ("T2", "CT"), ("ct", "CTA"), ("unknown", "CT"), ("T2", "MR"), ("CT", None)):
+        write(tmp_path / "dataset.json", {"training": ["a.nii.gz"], "modality": listed})
+        read_volumes(tmp_path, default_modality=weights)
+    told = [each.getMessage().partition(" (")[0] for each in caplog.records if "weights" in each.getMessage()]
+    assert told == [f"The weights are of CT, but 1 volumes are listed as {name}" for name in ("MR", "T2")]
 
 
 # --- volumes to embed or to segment

@@ -172,6 +172,18 @@ def test_only_the_largest_parts_of_the_named_structures_count(tmp_path: Path) ->
     assert [value == 1 for value in scores(item, spilled, CLASSES)] == [True, False, True]
 
 
+def test_voxels_that_are_not_annotated_are_not_scored(tmp_path: Path) -> None:
+    label = label_map()
+    pred = np.select([label == 1, label == 6, label > 0], [1.0, 2.0, 3.0])
+    label[:, :, 9:], pred[15:, 12:, 12:] = 9, 3  # a part of the liver and of the spleen; who knows whether it is right
+    item = {**write(tmp_path, "a", label), "ignored": [9]}
+    maps = read_maps(item, MetaTensor(torch.as_tensor(pred)[None], affine=np.diag([*SPACING, 1.0])), CLASSES)
+    assert not maps.label[:, :, 9:].any()
+    assert not maps.pred[:, :, 9:].any()
+    scores = score_case(item, maps, CLASSES).structures
+    assert [(each.dice, each.hd95, each.surface_dice, each.outcome) for each in scores] == [(1, 0, 1, "scored")] * 3
+
+
 @pytest.mark.parametrize(
     ("class_names", "pred", "message"),
     [

@@ -318,6 +318,29 @@ def test_refuses_rows_of_another_length(tmp_path: Path, refused: Refused) -> Non
         refused("line 3 must have as many cells as the header", "table", file, *TABLE_OPTIONS)
 
 
+@pytest.mark.parametrize("tables", ["", "CheXpert-v1.0 batch 1 (validate & csv)"])
+def test_chexpert_is_found_as_the_full_set_is_unpacked(tmp_path: Path, tables: str) -> None:
+    chexpert(tmp_path)
+    batches = ["batch 2 (train 1)"] * 6 + ["batch 3 (train 2)"] * 4 + ["batch 1 (validate & csv)/valid"] * 2
+    for patient, batch in enumerate(batches):
+        (tmp_path / f"CheXpert-v1.0 {batch}").mkdir(parents=True, exist_ok=True)
+        name = f"patient{patient:05d}"
+        (tmp_path / ("valid" if patient > 9 else "train") / name).rename(tmp_path / f"CheXpert-v1.0 {batch}" / name)
+    for table in tmp_path.glob("*.csv"):
+        table.write_text(table.read_text().replace("CheXpert-v1.0-small/", "CheXpert-v1.0/"))
+        table.rename(tmp_path / tables / table.name)
+    run("chexpert", tmp_path)
+    assert sizes(tmp_path) == [9, 1, 2]
+    assert subjects(tmp_path)[2] == {"patient00010", "patient00011"}
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_without_commas_is_named_so(tmp_path: Path, mark: str, name: str, refused: Refused) -> None:
+    path = table(tmp_path)
+    path.write_text(path.read_text().replace(",", mark))
+    refused(f"must have commas between its columns, got {name}. Save it", "table", path, *TABLE_OPTIONS)
+
+
 def test_refuses_a_part_of_nih_unless_it_is_meant(tmp_path: Path, refused: Refused) -> None:
     table = nih(tmp_path) / "Data_Entry_2017.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:37]))

@@ -305,7 +305,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "fractions": (
         lambda image, label: save(label, np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE)),
-        r"\S+labels/case_1.nii.gz has values without a name: 0\.0\d+, ",
+        r"`label map \S+labels/case_1.nii.gz` must hold integers, got fractions \(0\.0\d+, ",
     ),
     "no label map": (lambda image, label: label.unlink(), r"\S+images/case_1.nii.gz has no label map$"),
     "no image": (lambda image, label: image.unlink(), r"\S+labels/case_1.nii.gz has no image$"),

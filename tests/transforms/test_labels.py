@@ -9,6 +9,7 @@ import torch
 from monai.data import MetaTensor
 
 from dissect_monai.transforms.labels import (
+    IGNORED,
     LargestComponentsd,
     ValuesToClassesd,
     chosen_structures,
@@ -45,6 +46,24 @@ def test_values_become_classes_by_name(values: Any, labels: Any, names: list[str
     result = classes(volume(*values), labels, names)
     assert result.flatten().tolist() == expected
     assert (result.shape, result.dtype) == ((1, 1, 1, len(values)), torch.uint8)
+
+
+def test_values_that_scale_factors_have_moved_are_rounded_and_none_further_off() -> None:
+    values = volume(0, 1.0000153, 1.9995, 300.0009, dtype=np.float32)
+    assert classes(values, {"spleen": [1], "kidneys": [2, 300]}).flatten().tolist() == [0, 1, 2, 2]
+    result = ValuesToClassesd("label", None)({"label": torch.as_tensor(values)[None]})["label"]
+    assert (result.flatten().tolist(), result.dtype) == ([0, 1, 2, 300], torch.int32)
+
+
+def test_voxels_that_are_not_annotated_are_no_class() -> None:
+    item = {"label": torch.tensor([[[[0, 1, 3, 2]]]]), "labels": {"spleen": [1], "liver": [2]}, "ignored": [3]}
+    assert ValuesToClassesd("label", ["spleen"])(item)["label"].flatten().tolist() == [0, 1, IGNORED, 0]
+    many = [f"s{index}" for index in range(255)]
+    for labels, names, message in (
+        ({"spleen": [3]}, ["spleen"], "one class, got 3"), ({each: [4] for each in many}, many, "at most 254, which"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ValuesToClassesd("label", names)({**item, "labels": labels})
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64, np.uint16])
@@ -87,7 +106,12 @@ def test_a_label_map_must_be_on_the_grid_of_its_image() -> None:
     [
         ([0, 1, 9, 8], {"spleen": [1]}, r"label map /data/a\.nii\.gz must hold values .* names \(0, 1\), got 8, 9"),
         ([0, -1], {"spleen": [1]}, r"/data/a\.nii\.gz must hold values .*got -1"),
-        ([0, 0.5], {"spleen": [1]}, r"`label map /data/a\.nii\.gz` must hold integers, got fractions"),
+        ([0, 0.5], {"spleen": [1]}, r"`label map /data/a\.nii\.gz` must hold integers, got fractions \(0\.5\)"),
+        (
+            [0, 0.996, 1.002],
+            {"spleen": [1]},
+            r"fractions \(0\.996, 1\.002\): it was saved with a scale factor .* or resam",
+        ),
         ([0, np.nan], {"spleen": [1]}, "must hold integers"),
         ([0, 1], None, r"a\.nii\.gz must come with the names of its values \(`labels`\), got None"),
         ([0, 1], {"spleen": [1], "kidneys": [2, 1]}, "give each value one class, got 1 in kidneys and another one"),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms import spatial
-from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, SameGridd, same_grid, to_original_grid
+from dissect_monai.transforms.labels import ValuesToClassesd
+from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, same_grid, to_original_grid
 
 SHAPE, SPACING = (22, 17, 13), (1.0, 1.4, 2.5)
 ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
@@ -260,7 +261,7 @@ def test_a_label_map_on_another_grid_than_the_file_of_its_image_is_refused(tmp_p
             nib.Nifti1Image(np.stack([values] * 2, -1) if name == "two" else values, affine), tmp_path / f"{name}.nii"
         )
     load = LoadImaged(["image", "label"], reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
-    steps = Compose([load, AdaptiveSpacingd("image", [3, 3, 3], [1, 1, 1]), SameGridd("label", "image")])
+    steps = Compose([load, AdaptiveSpacingd("image", [3, 3, 3], [1, 1, 1]), ValuesToClassesd("label", None, "image")])
     item = {"image": str(tmp_path / "image.nii")}
     assert steps({**item, "label": str(tmp_path / "label.nii")})["image"].shape != (1, 4, 5, 3)
     for name, message in (
@@ -270,4 +271,3 @@ def test_a_label_map_on_another_grid_than_the_file_of_its_image_is_refused(tmp_p
         with pytest.raises(RuntimeError) as raised:
             steps({**item, "label": str(tmp_path / f"{name}.nii")})
         assert re.search(rf"label map .*{name}\.nii {message}", str(raised.value.__cause__))
-    assert SameGridd("label", "image", allow_missing_keys=True)({"image": 1}) == {"image": 1}
