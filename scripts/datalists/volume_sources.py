@@ -145,7 +145,7 @@ def value_names(given: Mapping[str, Any] | Sequence[str]) -> dict[int, str]:
     regions = [str(key) for key, each in pairs if isinstance(each, list)]
     if regions:
         raise ValueError(f"labels must have one value each, got the regions {', '.join(regions)}: name their parts")
-    names = dict((int(key), str(each)) if str(key).isdecimal() else (int(each), str(key)) for key, each in pairs)
+    names = dict((int(key), str(each)) if str(key).isdecimal() else (int(str(each)), str(key)) for key, each in pairs)
     values = sorted(names.keys() - {0})
     if not values or len(set(names.values())) < len(given):
         raise ValueError(f"labels must give whole numbers different names, as in 1=liver 2=spleen, got {given}")

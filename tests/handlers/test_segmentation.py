@@ -46,12 +46,14 @@ def write(folder: Path, name: str, label: np.ndarray, flipped: bool = False) -> 
     return {**item, "subject": name, "labels": LABELS}
 
 
-def evaluated(items: list[dict[str, Any]], handler: Any, lost: tuple[int, ...] = (), **knobs: Any) -> dict[str, float]:
+def evaluated(
+    items: list[dict[str, Any]], handler: Any, lost: tuple[int, ...] = (), pixdim: Any = SPACING, **knobs: Any
+) -> dict[str, float]:
     """Metrics of an evaluator that resamples, pads and slides a window, as a bundle's does."""
     steps = [
         LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True),
         Orientationd("image", axcodes="RAS", labels=None),
-        Spacingd("image", SPACING, mode="nearest"),
+        Spacingd("image", pixdim, mode="nearest"),
         SpatialPadd("image", (24, 24, 24)),
         SelectItemsd("image"),
     ]
