@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 from monai.data import ImageReader, NibabelReader
-from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
+from monai.utils import MetaKeys, SpaceKeys, ensure_tuple, optional_import
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from PIL import Image
 
 from dissect_monai.common import InputError
 
+sitk, _ = optional_import("SimpleITK")  # of 50 MB, which pictures and NIfTI do not need
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -56,6 +56,8 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
     """Turn whatever a decoder raises into one `ValueError` that names the file."""
     try:
         yield
+    except ImportError:
+        raise  # no fault of the image
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
         reason = reason.splitlines()[0].rstrip(".:").replace(f" '{fspath(path)}'", "")  # it is named already

@@ -1,0 +1,270 @@
+"""The parts of scripts/gpu/run.py that train: `pretraining` on X-rays, `segmentation` of CT.
+
+    python3 scripts/gpu/studies.py pretraining --out OUT --work WORK --limit 160
+
+Recipes of the bundles train side by side on one device, each in a process of its own. Each is timed for some seconds
+while all others run, too; from that follow the epochs of its schedule, which ends when its time is over. Fine-tunings,
+which are compared at equal steps, take those of the slowest.
+
+pretraining: VQ, the same without VQ, and BYOL on the X-rays of the `training` lists; then the frozen features of the
+labelled sets, as scripts/judge_encoders.py takes them, and one probe of each. OUT/pretraining_ARM.zip, unpacked into a
+folder, is what that script judges in full. segmentation: HSSL on both sets of volumes, and fine-tuning from it and from
+scratch with 2 and with 5 subjects of ct_btcv, several draws, scored on its validation subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import judge_encoders as judge
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigWorkflow
+from results import Results
+
+from dissect_monai.metrics.classification import macro_auroc
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+WARMUP = 10  # steps before the clock starts
+PATIENCE = 45  # seconds that a run waits for one that may have failed
+WITHOUT_VQ = {"discrete_weight": 0, "commitment_weight": 0, "reconstruction_weight": 0}
+ARMS = {"VQ": {}, "without_VQ": WITHOUT_VQ, "BYOL": {"objective": "byol", **WITHOUT_VQ}}
+ENCODER = "resnet18"
+FILMS = {"encoder": ENCODER, "batch_size": 256, "hidden_dim": 4096, "num_workers": 4}
+VOLUMES = {"pixdim": [3, 3, 4], "patch_size": [64, 64, 32], "init_filters": 16, "num_workers": 4}
+HSSL = {**VOLUMES, "hidden_dim": 512, "mask_size": 8, "iterations_per_epoch": 50, "batch_size": 8}
+# As on a CPU (scripts/experiments/segmentation_btcv.json).
+TUNE = {**VOLUMES, "learning_rate": 0.004, "ce_weight": 0.3, "select": "last", "iterations_per_epoch": 10, "batch_size": 4}
+SUBJECTS, NUM_DRAWS = (2, 5), 3
+QUESTIONS = [("cxr_kermany", "viral against bacterial", 0.2), ("cxr_kermany", "viral against bacterial", 1.0)]
+QUESTIONS += [("cxr_nih", "findings", 1.0), ("cxr_nih64", "findings", 1.0)]
+SMALL = {"batch_size": 8, "hidden_dim": 32, "num_workers": 0, "pixdim": [12, 12, 12], "patch_size": [16, 16, 16],
+    "init_filters": 8, "iterations_per_epoch": 2}  # fmt: skip
+METRICS = ("dice_mean", "knn_auroc_stages", "reconstruction_error")  # by which a training is known in the table
+
+
+class Clock:
+    """Ends a run that has been timed, with its steps per second; all runs start it together."""
+
+    def __init__(self, seconds: float, meet: Callable[[], None]) -> None:
+        self.seconds, self.meet, self.steps = seconds, meet, 0
+
+    def __call__(self, engine: Engine) -> None:
+        self.steps += 1
+        if self.steps == WARMUP:
+            self.meet()
+            self.start = now()
+        elif self.steps > WARMUP and time.time() - self.start > self.seconds:
+            self.rate = (self.steps - WARMUP) / (now() - self.start)
+            engine.terminate()
+
+
+def now() -> float:
+    """Time when the device has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def wait_for(paths: Iterable[Path], until: float) -> list[Path]:
+    """Those of the files of other runs that are there in time."""
+    found = []
+    for path in paths:
+        while not path.exists() and time.time() < until:
+            time.sleep(0.1)
+        found += [path] if path.exists() else []
+    return found
+
+
+def write(path: Path, content: Any) -> None:
+    """Write a file that others wait for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}")
+    half.write_text(json.dumps(content), encoding="utf-8")
+    half.rename(path)
+
+
+def run(job: dict[str, Any], handler: Clock | None = None, **knobs: Any) -> Any:
+    """A training in this process, as `monai.bundle run` does it; returns its parsed config."""
+    given = {**job["knobs"], "device": job["device"], **knobs}
+    workflow = ConfigWorkflow(job["configs"], workflow_type="train", logging_file=False, **given)
+    workflow.initialize()
+    if handler is not None:
+        workflow.parser.get_parsed_content("train#trainer").add_event_handler(Events.ITERATION_COMPLETED, handler)
+    workflow.run()
+    workflow.finalize()
+    return workflow.parser
+
+
+def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a recipe from now to its deadline, for as many epochs as the slowest of those that it is compared with."""
+    group, own = folder.parents[1] / "group", {"output_dir": str(folder)}
+    if job["after"]:
+        (own["pretrained"],) = map(str, wait_for([Path(job["after"])], job["deadline"]))
+    else:
+
+        def meet() -> None:
+            write(group / f"{job['name']}.ready", True)
+            wait_for([group / f"{name}.ready" for name in job["beside"]], time.time() + PATIENCE)
+
+        clock, endless = Clock(job["timing"], meet), {"max_epochs": 10**6, "val_interval": 10**6}
+        timed = run(job, clock, output_dir=str(folder / "timing"), **endless)
+        own |= {f"{part}#dataset": timed.get_parsed_content(f"{part}#dataset") for part in ("train", "validate")}
+        epochs = clock.rate * (job["deadline"] - time.time()) / len(timed.get_parsed_content("train#dataloader"))
+        write(group / f"{job['name']}.epochs", max(1, min(job["most"], int(epochs))))
+        shutil.rmtree(folder / "timing")
+    found = wait_for([group / f"{name}.epochs" for name in job["equal"]], time.time() + PATIENCE)
+    epochs, start = min(json.loads(path.read_text(encoding="utf-8")) for path in found), now()
+    done = run(job, **own, max_epochs=epochs, val_interval=epochs, ckpt_interval=epochs)
+    steps, seconds = done.get_parsed_content("train#trainer").state.iteration, now() - start
+    metrics = done.get_parsed_content("validate#evaluator").state.metrics
+    return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 1), **metrics}
+
+
+def do(path: Path) -> None:
+    """One job: a training, or the features of an encoder, or both."""
+    job = json.loads(path.read_text(encoding="utf-8"))
+    found = train(job, path.parent) if job["configs"] else {}
+    for of in labelled(job["films"]) if job["films"] else []:
+        judge.features_of(arm_of(path.parent, job["image_size"]), of, job["device"])
+    write(path.with_name("result.json"), found)
+
+
+def arm_of(folder: Path, image_size: int) -> judge.Arm:
+    weights = folder / "models" / "model.pt"
+    return judge.Arm(folder.parent.name, 0, ENCODER, image_size, folder, weights if weights.is_file() else None)
+
+
+def labelled(films: str) -> list[judge.Films]:
+    """The labelled sets of the pack."""
+    return list(islice(judge.films(Path(films), select=False), len(judge.LABELLED)))
+
+
+def auroc_of(arm: judge.Arm, of: judge.Films, kind: str, question: str, fraction: float) -> float:
+    """Macro AUROC of one probe, of one draw of subjects."""
+    labels = of.questions[question]
+    return macro_auroc(labels[-1], judge.scores(of, judge.features_of(arm, of)[kind], labels, fraction, draw=0))
+
+
+class Study:
+    """Jobs that run side by side, a process each; in a rehearsal one after another in one process, and short."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.start, self.small = args, time.time(), args.budget == "small"
+        self.data, self.folder = args.work / "data", args.work / args.part
+        self.results = Results(args.out / f"{args.part}.json")
+        self.jobs: list[Path] = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, name: str, configs: list[str], knobs: dict[str, Any], share: float, **more: Any) -> Path:
+        """Plan a job that trains until this share of the time is over; returns its folder."""
+        folder, small = self.folder / name / "seed0", {key: SMALL[key] for key in knobs.keys() & SMALL.keys()}
+        job = {"name": name, "configs": [str(BUNDLES / config) for config in configs], "knobs": knobs, "films": None}
+        job |= {"device": self.args.device, "deadline": self.start + share * self.args.limit, "timing": 5, "most": 10**6}
+        job |= {"after": None, "beside": [], "equal": [name], **more}
+        if self.small:
+            job |= {"knobs": knobs | small, "timing": 0.2, "most": 2, "beside": [], "equal": job["equal"][:1]}
+        write(folder / "job.json", job)
+        self.jobs.append(folder / "job.json")
+        return folder
+
+    def finish(self) -> bool:
+        """Run all jobs and note at once what each has found; whether all have ended well."""
+        batches = [self.jobs] if self.small else [[job] for job in self.jobs]
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(batches)))}
+        command = [sys.executable, __file__, "jobs", "--jobs"]
+        running = [(batch, subprocess.Popen([*command, *map(str, batch)], env=env)) for batch in batches]
+        waiting, well = {job: process for batch, process in running for job in batch}, True
+        while waiting:
+            time.sleep(0.2)
+            for job, process in list(waiting.items()):
+                ended = process.poll() is not None
+                if (path := job.with_name("result.json")).is_file():
+                    found = json.loads(path.read_text(encoding="utf-8"))
+                    metric = next((name for name in METRICS if name in found), "steps")
+                    told = {key: found[key] for key in ("steps", "epochs", "seconds") if key in found}
+                    self.results.add(f"{job.parent.parent.name}: {metric}", found.get(metric), metrics=found, **told)
+                elif ended:
+                    self.results.add(job.parent.parent.name, "failed", holds=False)
+                    well = False
+                else:
+                    continue
+                del waiting[job]
+        return well
+
+
+def pretraining(study: Study) -> bool:
+    """The arms, their features, and a first judgement."""
+    films = [path.parent for path in sorted(study.data.glob("cxr_*/dataset.json"))]
+    size = json.loads((study.args.pack / "manifest.json").read_text(encoding="utf-8"))["image_size"]
+    configs = ["pretrain_vq_ssl/configs/train.json", "pretrain_vq_ssl/configs/on_device.json"]
+    shared = {**FILMS, "dataset_dir": [str(each) for each in films], "image_size": size}
+    more = {"films": str(study.data), "image_size": size}
+    folders = [study.add(name, configs, {**shared, **ARMS[name]}, 0.72, beside=[*ARMS], **more) for name in ARMS]
+    folders.append(study.add(judge.RANDOM, [], {}, 0, **more))
+    well = study.finish()
+    arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
+    for arm in arms[: len(ARMS)]:
+        with ZipFile(study.args.out / f"pretraining_{arm.name}.zip", "w") as archive:
+            for path in [*arm.folder.glob("features_*.npz"), *arm.folder.glob("models/model.json")]:
+                archive.write(path, path.relative_to(study.folder))
+    sets = {of.name: of for of in labelled(str(study.data))}
+    asked = list(product(QUESTIONS, ("last", "stages"), arms))
+    with ProcessPoolExecutor(1 if study.small else os.cpu_count()) as pool:
+        tasks = [pool.submit(auroc_of, arm, sets[q[0]], kind, *q[1:]) for q, kind, arm in asked]
+        for (question, kind, arm), task in zip(asked, tasks, strict=True):
+            study.results.add(f"{', '.join(map(str, question))}, {kind}: {arm.name}", task.result())
+    return well
+
+
+def segmentation(study: Study) -> bool:
+    """HSSL and fine-tuning from scratch side by side, then fine-tuning from HSSL."""
+    ct, train = study.data / "ct_btcv", "seg_finetune_btcv/configs/train.json"
+    total = len({item["subject"] for item in json.loads((ct / "dataset.json").read_text(encoding="utf-8"))["training"]})
+    runs = {f"{count}_subjects_draw{seed}": (count, seed) for seed in range(NUM_DRAWS) for count in SUBJECTS}
+    if study.small:
+        runs = dict(islice(runs.items(), 1))
+    scratch = [f"scratch_{name}" for name in runs]
+    sets = [str(path.parent) for path in (ct / "dataset.json", study.data / "mr_acdc" / "dataset.json") if path.is_file()]
+    hssl = study.add("HSSL", ["hssl_multidomain/configs/train.json"], {**HSSL, "dataset_dir": sets}, 0.47,
+        beside=["HSSL", *scratch])  # fmt: skip
+    for kind in ("scratch", "HSSL"):
+        for name, (count, seed) in runs.items():
+            knobs = {**TUNE, "dataset_dir": str(ct), "seed": seed, "label_fraction": min(1.0, count / total + 1e-4)}
+            own = {"beside": ["HSSL", *scratch]} if kind == "scratch" else {"after": str(hssl / "models" / "model.pt")}
+            others = [each for each in scratch if each != f"{kind}_{name}"]
+            equal = [f"{kind}_{name}", *others] if kind == "scratch" else [f"scratch_{name}", *scratch]
+            study.add(f"{kind}_{name}", [train], knobs, 0.47, equal=equal, **own)
+    return study.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["pretraining", "segmentation", "jobs"])
+    parser.add_argument("--jobs", type=Path, nargs="*")
+    for name in ("out", "work", "pack"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--limit", type=float, default=160)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", default="full")
+    args = parser.parse_args()
+    for job in args.jobs or []:
+        do(job)
+    if args.part != "jobs":
+        sys.exit(not globals()[args.part](Study(args)))
+
+
+if __name__ == "__main__":
+    main()
