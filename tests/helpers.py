@@ -226,6 +226,19 @@ def as_process(rank: int, world_size: int = 2) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def never_waiting(device: torch.device) -> Iterator[None]:
+    """What makes the host wait for a GPU is an error."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

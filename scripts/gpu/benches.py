@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,23 +11,28 @@ from pathlib import Path
 from results import Results
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+GATE = re.compile(r"^(holds|MISSED): (.+) (\S+) ([<>]=) (\S+)$", re.MULTILINE)
 
 
-def main(out: Path, data: Path, device: str, small: bool) -> bool:
+def main(out: str, work: str, device: str, small: bool, **_: object) -> bool:
     """Run all, those of the recipes first; whether all have come to their end."""
-    step = ["--batch", "4", "--image-size", "64", "--loader"] if small else []
-    runs = {"step.py, resnet18": step, "step.py, resnet50": [*step, "--encoder", "resnet50"]}
-    runs["segmentation.py"] = ["--data", str(data / "ct_btcv")] if (data / "ct_btcv").is_dir() else []
+    step, ct = ["--batch", "4", "--image-size", "64", "--loader"] if small else [], Path(work, "data", "ct_btcv")
+    runs = {"step.py resnet18": step, "step.py resnet50": [*step, "--encoder", "resnet50"]}
+    runs["segmentation.py"] = ["--data", str(ct)] if ct.is_dir() and not small else []
     runs |= {"quantizer.py": [], "contrast.py": [], "augment.py": []}
-    results, well = Results(out / "benches.json"), True
+    results, well = Results(Path(out, "benches.json")), True
     for name, options in runs.items():
-        command = [sys.executable, str(BENCHMARKS / name.split(",")[0]), "--device", device, *options]
+        command = [sys.executable, str(BENCHMARKS / name.split()[0]), "--device", device, *options]
         ended = subprocess.run([*command, "--rounds", "1" if small else "3"], stdout=subprocess.PIPE, text=True)
         print(f"---- {name}\n{ended.stdout}", flush=True)
-        gates = re.findall(r"^(holds|MISSED): (.+)$", ended.stdout, re.MULTILINE)
-        for verdict, gate in gates:
-            results.add(f"{name}: {gate}", verdict, verdict == "holds")
-        if ended.returncode and not gates:
-            results.add(name, "failed", False)
+        gates = GATE.findall(ended.stdout)
+        for verdict, what, value, sign, limit in gates:
+            results.add(f"{name}: {what} {sign} {limit}", float(value), verdict == "holds")
+        if ended.returncode and not gates:  # else a limit was missed
+            results.add(name, f"exit status {ended.returncode}", False)
             well = False
     return well
+
+
+if __name__ == "__main__":
+    sys.exit(not main(**json.loads(sys.argv[1])))

@@ -62,7 +62,7 @@ class Pack:
         """Move a file in, or leave it out and say so."""
         size = path.stat().st_size
         if self.size + size > self.limit:
-            self.leave_out(name, f"{size / MIB:.1f} MiB, with which the pack passes {self.limit / MIB:g} MiB")
+            self.leave_out(name, f"{size / MIB:.1f} MiB, with which the pack passes {self.manifest["limit_mib"]:g} MiB")
             return
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

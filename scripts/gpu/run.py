@@ -68,7 +68,14 @@ def unpack(pack: Path, work: Path) -> None:
     """Wheels to WORK/site, data sets to WORK/data; what an earlier run has unpacked there stays."""
     wheels = sorted(map(str, (pack / "wheels").glob("*.whl")))
     if wheels and not (work / "site").exists():
-        options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
+        options = [
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--no-cache-dir",
+            "--disable-pip-version-check",
+        ]
         command = [sys.executable, "-m", "pip", "install", *options, "--target", str(work / "site"), *wheels]
         if subprocess.run(command, check=False).returncode:
             sys.exit("error: the wheels of the pack cannot be installed, as pip says above: is it for this Python?")
@@ -79,7 +86,7 @@ def unpack(pack: Path, work: Path) -> None:
 
 def environment(work: Path, device: str) -> dict[str, str]:
     """Of all parts: this clone first, then the wheels; caches where they can be written."""
-    paths = [str(ROOT), str(work / "site"), str(GPU), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(work / "site"), str(GPU), str(GPU.parent), os.environ.get("PYTHONPATH", "")]
     own = {name: str(work / "cache") for name in CACHES}
     (work / "cache").mkdir(parents=True, exist_ok=True)
     own |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
@@ -91,8 +98,9 @@ def command_of(part: str, args: argparse.Namespace) -> list[str]:
     """What a part runs."""
     if part != "tests":
         script = GPU / ("benches.py" if part == "benches" else "studies.py")
-        limit = ["--limit", str(limit_of(part, args.budget)), "--device", args.device, "--budget", args.budget]
-        return [sys.executable, str(script), part, "--out", str(args.out), "--work", str(args.work), *limit]
+        job = {name: str(getattr(args, name)) for name in ("pack", "out", "work", "device")}
+        job |= {"part": part, "small": args.budget == "small", "limit": limit_of(part, args.budget)}
+        return [sys.executable, str(script), json.dumps(job)]
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     options = ["-m", "gpu", "-p", "results", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     options += ["--basetemp", str(args.work / "tests"), "-n", str(min(12, os.cpu_count() or 1))]
@@ -152,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = args.parts.split(",")
     if unknown := [part for part in parts if part not in LIMITS]:
         sys.exit(f"error: --parts must be of {', '.join(LIMITS)}, got {', '.join(unknown)}.")
-    args.out, args.work = args.out.resolve(), args.work.resolve()
+    args.pack, args.out, args.work = (path.resolve() for path in (args.pack, args.out, args.work))
     args.out.mkdir(parents=True, exist_ok=True)
     env = environment(args.work, args.device)
     if read_pack(args.pack) is not None:
@@ -163,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(facts.stdout.strip(), flush=True)
     if args.device == "cuda" and json.loads(facts.stdout)["device"] is None:
         sys.exit("error: PyTorch finds no CUDA device; --device cpu --budget small is the rehearsal.")
-    (args.out / "machine.json").write_text(facts.stdout, encoding="utf-8")
+    (args.out / "log.txt").write_text(facts.stdout, encoding="utf-8")
     ended = []
     for part in (part for part in LIMITS if part in parts):
         (args.out / f"{part}.json").unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """The parts of scripts/gpu/run.py that train: `pretraining` on X-rays, `segmentation` of CT.
 
-    python3 scripts/gpu/studies.py pretraining --out OUT --work WORK --limit 160
-
 Recipes of the bundles train side by side on one device, each in a process of its own. Each is timed for some seconds
 while all others run, too; from that follow the epochs of its schedule, which ends when its time is over. Fine-tunings,
 which are compared at equal steps, take those of the slowest.
@@ -14,7 +12,6 @@ scratch with 2 and with 5 subjects of ct_btcv, several draws, scored on its vali
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -46,7 +43,14 @@ FILMS = {"encoder": ENCODER, "batch_size": 256, "hidden_dim": 4096, "num_workers
 VOLUMES = {"pixdim": [3, 3, 4], "patch_size": [64, 64, 32], "init_filters": 16, "num_workers": 4}
 HSSL = {**VOLUMES, "hidden_dim": 512, "mask_size": 8, "iterations_per_epoch": 50, "batch_size": 8}
 # As on a CPU (scripts/experiments/segmentation_btcv.json).
-TUNE = {**VOLUMES, "learning_rate": 0.004, "ce_weight": 0.3, "select": "last", "iterations_per_epoch": 10, "batch_size": 4}
+TUNE = {
+    **VOLUMES,
+    "learning_rate": 0.004,
+    "ce_weight": 0.3,
+    "select": "last",
+    "iterations_per_epoch": 10,
+    "batch_size": 4,
+}
 SUBJECTS, NUM_DRAWS = (2, 5), 3
 QUESTIONS = [("cxr_kermany", "viral against bacterial", 0.2), ("cxr_kermany", "viral against bacterial", 1.0)]
 QUESTIONS += [("cxr_nih", "findings", 1.0), ("cxr_nih64", "findings", 1.0)]
@@ -161,10 +165,11 @@ def auroc_of(arm: judge.Arm, of: judge.Films, kind: str, question: str, fraction
 class Study:
     """Jobs that run side by side, a process each; in a rehearsal one after another in one process, and short."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.start, self.small = args, time.time(), args.budget == "small"
-        self.data, self.folder = args.work / "data", args.work / args.part
-        self.results = Results(args.out / f"{args.part}.json")
+    def __init__(self, part: str, pack: str, out: str, work: str, device: str, small: bool, limit: float) -> None:
+        self.part, self.pack, self.out, self.device = part, Path(pack), Path(out), device
+        self.small, self.limit, self.start = small, limit, time.time()
+        self.data, self.folder = Path(work, "data"), Path(work, part)
+        self.results = Results(self.out / f"{part}.json")
         self.jobs: list[Path] = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -172,7 +177,7 @@ class Study:
         """Plan a job that trains until this share of the time is over; returns its folder."""
         folder, small = self.folder / name / "seed0", {key: SMALL[key] for key in knobs.keys() & SMALL.keys()}
         job = {"name": name, "configs": [str(BUNDLES / config) for config in configs], "knobs": knobs, "films": None}
-        job |= {"device": self.args.device, "deadline": self.start + share * self.args.limit, "timing": 5, "most": 10**6}
+        job |= {"device": self.device, "deadline": self.start + share * self.limit, "timing": 5, "most": 10**6}
         job |= {"after": None, "beside": [], "equal": [name], **more}
         if self.small:
             job |= {"knobs": knobs | small, "timing": 0.2, "most": 2, "beside": [], "equal": job["equal"][:1]}
@@ -183,8 +188,8 @@ class Study:
     def finish(self) -> bool:
         """Run all jobs and note at once what each has found; whether all have ended well."""
         batches = [self.jobs] if self.small else [[job] for job in self.jobs]
-        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(batches)))}
-        command = [sys.executable, __file__, "jobs", "--jobs"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1" if self.small else str(max(1, (os.cpu_count() or 1) // len(batches)))}
+        command = [sys.executable, __file__, "jobs"]
         running = [(batch, subprocess.Popen([*command, *map(str, batch)], env=env)) for batch in batches]
         waiting, well = {job: process for batch, process in running for job in batch}, True
         while waiting:
@@ -208,7 +213,7 @@ class Study:
 def pretraining(study: Study) -> bool:
     """The arms, their features, and a first judgement."""
     films = [path.parent for path in sorted(study.data.glob("cxr_*/dataset.json"))]
-    size = json.loads((study.args.pack / "manifest.json").read_text(encoding="utf-8"))["image_size"]
+    size = json.loads((study.pack / "manifest.json").read_text(encoding="utf-8"))["image_size"]
     configs = ["pretrain_vq_ssl/configs/train.json", "pretrain_vq_ssl/configs/on_device.json"]
     shared = {**FILMS, "dataset_dir": [str(each) for each in films], "image_size": size}
     more = {"films": str(study.data), "image_size": size}
@@ -217,7 +222,7 @@ def pretraining(study: Study) -> bool:
     well = study.finish()
     arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
     for arm in arms[: len(ARMS)]:
-        with ZipFile(study.args.out / f"pretraining_{arm.name}.zip", "w") as archive:
+        with ZipFile(study.out / f"pretraining_{arm.name}.zip", "w") as archive:
             for path in [*arm.folder.glob("features_*.npz"), *arm.folder.glob("models/model.json")]:
                 archive.write(path, path.relative_to(study.folder))
     sets = {of.name: of for of in labelled(str(study.data))}
@@ -237,7 +242,9 @@ def segmentation(study: Study) -> bool:
     if study.small:
         runs = dict(islice(runs.items(), 1))
     scratch = [f"scratch_{name}" for name in runs]
-    sets = [str(path.parent) for path in (ct / "dataset.json", study.data / "mr_acdc" / "dataset.json") if path.is_file()]
+    sets = [
+        str(path.parent) for path in (ct / "dataset.json", study.data / "mr_acdc" / "dataset.json") if path.is_file()
+    ]
     hssl = study.add("HSSL", ["hssl_multidomain/configs/train.json"], {**HSSL, "dataset_dir": sets}, 0.47,
         beside=["HSSL", *scratch])  # fmt: skip
     for kind in ("scratch", "HSSL"):
@@ -250,21 +257,10 @@ def segmentation(study: Study) -> bool:
     return study.finish()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["pretraining", "segmentation", "jobs"])
-    parser.add_argument("--jobs", type=Path, nargs="*")
-    for name in ("out", "work", "pack"):
-        parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--limit", type=float, default=160)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--budget", default="full")
-    args = parser.parse_args()
-    for job in args.jobs or []:
-        do(job)
-    if args.part != "jobs":
-        sys.exit(not globals()[args.part](Study(args)))
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "jobs":
+        for path in sys.argv[2:]:
+            do(Path(path))
+    else:
+        study = Study(**json.loads(sys.argv[1]))
+        sys.exit(not {"pretraining": pretraining, "segmentation": segmentation}[study.part](study))
