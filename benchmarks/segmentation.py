@@ -37,9 +37,11 @@ class EpochClock:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.stop)
 
     def start(self) -> None:
+        """Begin an epoch."""
         self.started = time.perf_counter()
 
     def stop(self, engine: Engine) -> None:
+        """End an epoch."""
         self.losses.append(float(engine.state.output["loss"]))  # waits for the device
         self.times.append(1e3 * (time.perf_counter() - self.started))
 

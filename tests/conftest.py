@@ -15,7 +15,6 @@ from helpers import RECIPES, ROOT, TASKS, TINY_BUNDLE, Recipe, write
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 from dissect_monai.phantoms.xray import write_xray_phantoms
 
-
 GPU_DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")  # "cpu" rehearses them
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks as a part of scripts/gpu/run.py: each limit that one names becomes a row, its whole output is logged."""
+"""The benchmarks as a part of scripts/gpu/run.py: each limit that one names becomes a row, all output is logged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from results import Results
+from rows import Rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GATE = re.compile(r"^(holds|MISSED): (.+) (\S+) ([<>]=) (\S+)$", re.MULTILINE)
@@ -16,11 +16,11 @@ GATE = re.compile(r"^(holds|MISSED): (.+) (\S+) ([<>]=) (\S+)$", re.MULTILINE)
 
 def main(out: str, work: str, device: str, small: bool, **_: object) -> bool:
     """Run all, those of the recipes first; whether all have come to their end."""
-    step, ct = ["--batch", "4", "--image-size", "64", "--loader"] if small else [], Path(work, "data", "ct_btcv")
-    runs = {"step.py resnet18": step, "step.py resnet50": [*step, "--encoder", "resnet50"]}
+    step, ct = ["--loader-only", *(["--batch", "4", "--image-size", "64"] if small else [])], Path(work, "data/ct_btcv")
+    runs = {"step.py resnet50": [*step, "--encoder", "resnet50"], "step.py resnet18": step}
     runs["segmentation.py"] = ["--data", str(ct)] if ct.is_dir() and not small else []
     runs |= {"quantizer.py": [], "contrast.py": [], "augment.py": []}
-    results, well = Results(Path(out, "benches.json")), True
+    results, well = Rows(Path(out, "benches.json")), True
     for name, options in runs.items():
         command = [sys.executable, str(BENCHMARKS / name.split()[0]), "--device", device, *options]
         ended = subprocess.run([*command, "--rounds", "1" if small else "3"], stdout=subprocess.PIPE, text=True)

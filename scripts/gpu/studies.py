@@ -20,16 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import judge_encoders as judge
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
-from results import Results
+from rows import Rows
 
 from dissect_monai.metrics.classification import macro_auroc
 
@@ -52,8 +53,10 @@ TUNE = {
     "batch_size": 4,
 }
 SUBJECTS, NUM_DRAWS = (2, 5), 3
-QUESTIONS = [("cxr_kermany", "viral against bacterial", 0.2), ("cxr_kermany", "viral against bacterial", 1.0)]
-QUESTIONS += [("cxr_nih", "findings", 1.0), ("cxr_nih64", "findings", 1.0)]
+VIRAL = ("cxr_kermany", "viral against bacterial")
+# Set, question, fraction of the training subjects, features.
+QUESTIONS = [(*VIRAL, fraction, kind) for fraction in (1.0, 0.2) for kind in ("last", "stages")]
+QUESTIONS += [(name, "findings", 1.0, "stages") for name in ("cxr_nih", "cxr_nih64")]
 SMALL = {"batch_size": 8, "hidden_dim": 32, "num_workers": 0, "pixdim": [12, 12, 12], "patch_size": [16, 16, 16],
     "init_filters": 8, "iterations_per_epoch": 2}  # fmt: skip
 METRICS = ("dice_mean", "knn_auroc_stages", "reconstruction_error")  # by which a training is known in the table
@@ -66,6 +69,7 @@ class Clock:
         self.seconds, self.meet, self.steps = seconds, meet, 0
 
     def __call__(self, engine: Engine) -> None:
+        """Count a step."""
         self.steps += 1
         if self.steps == WARMUP:
             self.meet()
@@ -114,9 +118,10 @@ def run(job: dict[str, Any], handler: Clock | None = None, **knobs: Any) -> Any:
 
 def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a recipe from now to its deadline, for as many epochs as the slowest of those that it is compared with."""
-    group, own = folder.parents[1] / "group", {"output_dir": str(folder)}
+    group, speed = folder.parents[1] / "group", {}
+    own: dict[str, Any] = {"output_dir": str(folder)}
     if job["after"]:
-        (own["pretrained"],) = map(str, wait_for([Path(job["after"])], job["deadline"]))
+        (own["pretrained"],) = map(str, wait_for([Path(job["after"])], job["deadline"] + PATIENCE))
     else:
 
         def meet() -> None:
@@ -128,13 +133,14 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         own |= {f"{part}#dataset": timed.get_parsed_content(f"{part}#dataset") for part in ("train", "validate")}
         epochs = clock.rate * (job["deadline"] - time.time()) / len(timed.get_parsed_content("train#dataloader"))
         write(group / f"{job['name']}.epochs", max(1, min(job["most"], int(epochs))))
+        speed = {"steps_a_second": round(clock.rate, 1)}
         shutil.rmtree(folder / "timing")
     found = wait_for([group / f"{name}.epochs" for name in job["equal"]], time.time() + PATIENCE)
     epochs, start = min(json.loads(path.read_text(encoding="utf-8")) for path in found), now()
     done = run(job, **own, max_epochs=epochs, val_interval=epochs, ckpt_interval=epochs)
     steps, seconds = done.get_parsed_content("train#trainer").state.iteration, now() - start
     metrics = done.get_parsed_content("validate#evaluator").state.metrics
-    return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 1), **metrics}
+    return {"steps": steps, "epochs": epochs, "seconds": round(seconds, 1), **speed, **metrics}
 
 
 def do(path: Path) -> None:
@@ -147,6 +153,7 @@ def do(path: Path) -> None:
 
 
 def arm_of(folder: Path, image_size: int) -> judge.Arm:
+    """The encoder of a folder; a random one where nothing was trained."""
     weights = folder / "models" / "model.pt"
     return judge.Arm(folder.parent.name, 0, ENCODER, image_size, folder, weights if weights.is_file() else None)
 
@@ -156,9 +163,9 @@ def labelled(films: str) -> list[judge.Films]:
     return list(islice(judge.films(Path(films), select=False), len(judge.LABELLED)))
 
 
-def auroc_of(arm: judge.Arm, of: judge.Films, kind: str, question: str, fraction: float) -> float:
-    """Macro AUROC of one probe, of one draw of subjects."""
-    labels = of.questions[question]
+def auroc_of(arm: judge.Arm, of: judge.Films, question: str, fraction: float, kind: str, column: int) -> float:
+    """AUROC of one probe for one finding, of one draw of subjects."""
+    labels = [each[:, [column]] for each in of.questions[question]]
     return macro_auroc(labels[-1], judge.scores(of, judge.features_of(arm, of)[kind], labels, fraction, draw=0))
 
 
@@ -169,7 +176,7 @@ class Study:
         self.part, self.pack, self.out, self.device = part, Path(pack), Path(out), device
         self.small, self.limit, self.start = small, limit, time.time()
         self.data, self.folder = Path(work, "data"), Path(work, part)
-        self.results = Results(self.out / f"{part}.json")
+        self.results = Rows(self.out / f"{part}.json")
         self.jobs: list[Path] = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -188,7 +195,8 @@ class Study:
     def finish(self) -> bool:
         """Run all jobs and note at once what each has found; whether all have ended well."""
         batches = [self.jobs] if self.small else [[job] for job in self.jobs]
-        env = {**os.environ, "OMP_NUM_THREADS": "1" if self.small else str(max(1, (os.cpu_count() or 1) // len(batches)))}
+        threads = 1 if self.small else max(1, (os.cpu_count() or 1) // len(batches))
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, __file__, "jobs"]
         running = [(batch, subprocess.Popen([*command, *map(str, batch)], env=env)) for batch in batches]
         waiting, well = {job: process for batch, process in running for job in batch}, True
@@ -199,7 +207,7 @@ class Study:
                 if (path := job.with_name("result.json")).is_file():
                     found = json.loads(path.read_text(encoding="utf-8"))
                     metric = next((name for name in METRICS if name in found), "steps")
-                    told = {key: found[key] for key in ("steps", "epochs", "seconds") if key in found}
+                    told = {key: found[key] for key in ("steps", "seconds", "steps_a_second") if key in found}
                     self.results.add(f"{job.parent.parent.name}: {metric}", found.get(metric), metrics=found, **told)
                 elif ended:
                     self.results.add(job.parent.parent.name, "failed", holds=False)
@@ -217,7 +225,7 @@ def pretraining(study: Study) -> bool:
     configs = ["pretrain_vq_ssl/configs/train.json", "pretrain_vq_ssl/configs/on_device.json"]
     shared = {**FILMS, "dataset_dir": [str(each) for each in films], "image_size": size}
     more = {"films": str(study.data), "image_size": size}
-    folders = [study.add(name, configs, {**shared, **ARMS[name]}, 0.72, beside=[*ARMS], **more) for name in ARMS]
+    folders = [study.add(name, configs, {**shared, **ARMS[name]}, 0.68, beside=[*ARMS], **more) for name in ARMS]
     folders.append(study.add(judge.RANDOM, [], {}, 0, **more))
     well = study.finish()
     arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
@@ -226,11 +234,18 @@ def pretraining(study: Study) -> bool:
             for path in [*arm.folder.glob("features_*.npz"), *arm.folder.glob("models/model.json")]:
                 archive.write(path, path.relative_to(study.folder))
     sets = {of.name: of for of in labelled(str(study.data))}
-    asked = list(product(QUESTIONS, ("last", "stages"), arms))
     with ProcessPoolExecutor(1 if study.small else os.cpu_count()) as pool:
-        tasks = [pool.submit(auroc_of, arm, sets[q[0]], kind, *q[1:]) for q, kind, arm in asked]
-        for (question, kind, arm), task in zip(asked, tasks, strict=True):
-            study.results.add(f"{', '.join(map(str, question))}, {kind}: {arm.name}", task.result())
+        tasks = {
+            (arm.name, name, *rest): [
+                pool.submit(auroc_of, arm, sets[name], *rest, column)
+                for column in range(sets[name].questions[rest[0]][0].shape[1])
+            ]
+            for name, *rest in QUESTIONS
+            for arm in arms
+        }
+        for (arm_name, *question), columns in tasks.items():
+            value = float(np.nanmean([task.result() for task in columns] or [np.nan]))
+            study.results.add(f"{', '.join(map(str, question))}: {arm_name}", value)
     return well
 
 

@@ -79,7 +79,9 @@ def test_contrast_and_its_gradient_are_alike(device: torch.device) -> None:
     torch.manual_seed(0)
     embeddings, labels = torch.randn(1024, 64), [torch.arange(512).repeat(2), torch.arange(1024) % 7]
     expected, actual = embeddings.clone().requires_grad_(), embeddings.to(device).requires_grad_()
-    losses = [torch.stack(supervised_contrast(each, [y.to(each.device) for y in labels])) for each in (expected, actual)]
+    losses = [
+        torch.stack(supervised_contrast(each, [y.to(each.device) for y in labels])) for each in (expected, actual)
+    ]
     close(losses[1].detach(), losses[0].detach(), 1e-5)
     for loss in losses:
         loss.sum().backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Results:
+class Rows:
     """Rows of a JSON file, whole after each."""
 
     def __init__(self, path: str | Path) -> None:
@@ -26,16 +26,16 @@ class Results:
 def pytest_configure(config: Any) -> None:
     """Results go to the file of the environment, by the process that the others report to."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        config.pluginmanager.register(TestResults(os.environ["GPU_RESULTS"]))
+        config.pluginmanager.register(TestRows(os.environ["GPU_RESULTS"]))
 
 
-class TestResults(Results):
+class TestRows(Rows):
     """A row for each test, with what it has recorded."""
 
     __test__ = False
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Write what became of a test."""
         if report.when == "call" or report.outcome != "passed":
-            recorded = {name: value for name, value in report.user_properties}
-            name = report.nodeid.rpartition("/")[2]
-            self.add(name, report.outcome, report.outcome == "passed", seconds=round(report.duration, 1), **recorded)
+            name, seconds = report.nodeid.rpartition("/")[2], round(report.duration, 1)
+            self.add(name, report.outcome, report.outcome == "passed", seconds=seconds, **dict(report.user_properties))
