@@ -52,7 +52,7 @@ def read_pack(pack: Path) -> dict[str, Any] | None:
     """The manifest, after a look at every file; None without a pack."""
     path = pack / "manifest.json"
     if not path.is_file():
-        print(f"There is no pack in {pack}: what needs its images is left out, packages must be installed.")
+        print(f"There is no pack in {pack}: the packages must be installed, and what needs its images is left out.")
         return None
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name, entry in manifest["files"].items():
@@ -157,15 +157,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_work", help="all else")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", choices=["full", "small"], default="full")
-    parser.add_argument("--parts", default=",".join(LIMITS), help="some of them, in their order")
+    parser.add_argument("--parts", help="some of them; all by default, and without a pack those that need no images")
     args = parser.parse_args(arguments)
-    parts = args.parts.split(",")
+    has_pack = read_pack(args.pack) is not None
+    parts = args.parts.split(",") if args.parts else [*LIMITS][: None if has_pack else 2]
     if unknown := [part for part in parts if part not in LIMITS]:
         sys.exit(f"error: --parts must be of {', '.join(LIMITS)}, got {', '.join(unknown)}.")
+    if not has_pack and (needy := [part for part in parts if part in [*LIMITS][2:]]):
+        sys.exit(f"error: {', '.join(needy)} need(s) the images of a pack: give --pack, or leave out.")
     args.pack, args.out, args.work = (path.resolve() for path in (args.pack, args.out, args.work))
     args.out.mkdir(parents=True, exist_ok=True)
     env = environment(args.work, args.device)
-    if read_pack(args.pack) is not None:
+    if has_pack:
         unpack(args.pack, args.work)
     facts = subprocess.run([sys.executable, "-c", FACTS, args.device], env=env, capture_output=True, text=True)
     if facts.returncode:

@@ -57,8 +57,10 @@ VIRAL = ("cxr_kermany", "viral against bacterial")
 # Set, question, fraction of the training subjects, features.
 QUESTIONS = [(*VIRAL, fraction, kind) for fraction in (1.0, 0.2) for kind in ("last", "stages")]
 QUESTIONS += [(name, "findings", 1.0, "stages") for name in ("cxr_nih", "cxr_nih64")]
-SMALL: dict[str, Any] = {"batch_size": 8, "hidden_dim": 32, "num_workers": 0, "pixdim": [12, 12, 12], "patch_size": [16, 16, 16],
-    "init_filters": 8, "iterations_per_epoch": 2}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "batch_size": 8, "hidden_dim": 32, "num_workers": 0, "pixdim": [12, 12, 12], "patch_size": [16, 16, 16],
+    "init_filters": 8, "iterations_per_epoch": 2,
+}  # fmt: skip
 METRICS = ("dice_mean", "knn_auroc_stages", "reconstruction_error")  # by which a training is known in the table
 
 
@@ -221,6 +223,8 @@ class Study:
 def pretraining(study: Study) -> bool:
     """The arms, their features, and a first judgement."""
     films = [path.parent for path in sorted(study.data.glob("cxr_*/dataset.json"))]
+    if not films:
+        sys.exit("error: the pack must hold the X-rays cxr_*: make it anew, with a larger --limit_mib.")
     size = json.loads((study.pack / "manifest.json").read_text(encoding="utf-8"))["image_size"]
     configs = ["pretrain_vq_ssl/configs/train.json", "pretrain_vq_ssl/configs/on_device.json"]
     shared = {**FILMS, "dataset_dir": [str(each) for each in films], "image_size": size}
@@ -248,6 +252,8 @@ def pretraining(study: Study) -> bool:
 def segmentation(study: Study) -> bool:
     """HSSL and fine-tuning from scratch side by side, then fine-tuning from HSSL."""
     ct, train = study.data / "ct_btcv", "seg_finetune_btcv/configs/train.json"
+    if not ct.is_dir():
+        sys.exit("error: the pack must hold ct_btcv: make it anew, with a larger --limit_mib.")
     total = len({item["subject"] for item in json.loads((ct / "dataset.json").read_text(encoding="utf-8"))["training"]})
     runs = {f"{count}_subjects_draw{seed}": (count, seed) for seed in range(NUM_DRAWS) for count in SUBJECTS}
     if study.small:

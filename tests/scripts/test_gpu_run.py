@@ -107,40 +107,43 @@ SCRIPTS = {
     "tests": "raise RuntimeError('broken')",
     "benches": f"{OK.format(ROW)}; import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)",
     "pretraining": OK.format(ROW),
-    "segmentation": "pass",
 }
 
 
-@pytest.mark.parametrize(
-    ("parts", "status", "ran"),
-    [
-        ("pretraining,tests,benches", 1, ["tests: exit status 1", "benches: stopped after 1 s", "pretraining: ok"]),
-        ("segmentation,pretraining", 0, ["pretraining: ok", "segmentation: ok"]),
-    ],
-)
+def run_small(folder: Path, packed: Path, *parts: str) -> int:
+    """The exit status."""
+    options = ["--pack", str(packed), "--out", str(folder / "out"), "--work", str(folder / "work")]
+    with pytest.raises(SystemExit) as ended:
+        run.main([*options, "--device", "cpu", "--budget", "small", *(["--parts", ",".join(parts)] if parts else [])])
+    return int(ended.value.code or 0)
+
+
 def test_a_part_that_fails_or_hangs_leaves_the_others_alone(
-    parts: str, status: int, ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(run, "command_of", lambda part, args: [sys.executable, "-c", SCRIPTS[part]])
     monkeypatch.setattr(run, "FACTS", "print('{\"device\": null}')")
     monkeypatch.setattr(run, "REHEARSAL", 1)
-    monkeypatch.setitem(run.LIMITS, "benches", 1)
-    folders = ["--pack", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    with pytest.raises(SystemExit) as ended:
-        run.main([*folders, "--device", "cpu", "--budget", "small", "--parts", parts])
-    assert ended.value.code == status
+    assert run_small(tmp_path, packed, "pretraining", "tests", "benches") == 1
+    said = capsys.readouterr().out.splitlines()[-5:]
+    shown = [line.rpartition(",")[0] for line in said if line[0] != " "]
+    assert shown == ["tests: exit status 1", "benches: stopped after 1 s", "pretraining: ok"]
+    assert sum("speed" in line and "2.5 holds" in line for line in said) == 2
+    assert "RuntimeError: broken" in (tmp_path / "out" / "log.txt").read_text()
+    monkeypatch.setitem(SCRIPTS, "tests", "pass")
+    assert run_small(tmp_path, packed, "pretraining", "tests") == 0
+    monkeypatch.setitem(SCRIPTS, "benches", "pass")
+    assert run_small(tmp_path, tmp_path / "none") == 0
     said = capsys.readouterr().out.splitlines()
-    shown = [line.rpartition(",")[0] for line in said[-(len(ran) + (2 if status else 1)) :] if line[0] != " "]
-    assert shown == ran
-    assert sum("speed" in line and "2.5 holds" in line for line in said) == (2 if status else 1)
-    assert "There is no pack in" in said[0]
-    if status:
-        assert "RuntimeError: broken" in (tmp_path / "out" / "log.txt").read_text()
+    assert any(line.startswith("There is no pack in") for line in said)
+    assert [line.split(":")[0] for line in said[-2:]] == ["tests", "benches"]
 
 
-def test_refuses_a_part_that_it_does_not_have() -> None:
+def test_refuses_a_part_that_it_does_not_have_and_one_without_images(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: --parts must be of tests, benches, pretraining, segmentation, got x"):
-        run.main(["--parts", "tests,x"])
+        run.main(["--pack", str(tmp_path), "--parts", "tests,x"])
+    with pytest.raises(SystemExit, match=r"error: pretraining need\(s\) the images of a pack"):
+        run.main(["--pack", str(tmp_path), "--parts", "tests,pretraining"])
 
 
 @pytest.mark.slow
@@ -148,10 +151,8 @@ def test_the_rehearsal_trains_judges_and_segments(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = ["--pack", str(packed), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    with pytest.raises(SystemExit) as ended:
-        run.main([*folders, "--device", "cpu", "--budget", "small", "--parts", "pretraining,segmentation"])
-    assert ended.value.code == 0, (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    status = run_small(tmp_path, packed, "pretraining", "segmentation")
+    assert status == 0, (tmp_path / "out" / "log.txt").read_text()[-3000:]
     rows = {part: read(tmp_path / "out" / f"{part}.json") for part in ("pretraining", "segmentation")}
     trained = [row["what"] for row in rows["pretraining"][:4]]
     assert trained == [
