@@ -4,9 +4,9 @@
     python benchmarks/step.py --device cuda --encoder resnet50
 
 The step: two views of decoded uint8 images (`Views`), `VQSSLNet` without a decoder, `VQSSLLoss`, backward, fused
-AdamW, EMA target. It has the network's default codebooks: stages 2, 3, 4 (strides 8, 16, 32), 64 channels, 1,024 codes.
-Two defaults are changed: the lookup is Euclidean, the only one that MONAI has, and maps are fused by "add", because
-attention would add to all variants alike and hide the codebooks; `--fusion attention` measures it.
+AdamW, EMA target of BYOL. The codebooks are at stages 2, 3, 4 (strides 8, 16, 32), with 64 channels and 1,024 codes.
+The lookup is Euclidean, the only one that MONAI has, and maps are fused by "add", because attention would add to all
+variants alike and hide the codebooks; `--fusion attention` measures it.
 
 "monai" and "vqp" are the same step with `EMAQuantizer` (what MONAI's `VectorQuantizer` wraps) or `VectorQuantize` in
 the place of every codebook, online and target, with the flags of benchmarks/quantizer.py. Each runs in torch's default
@@ -109,7 +109,9 @@ class Step:
         self.device = args.device
         self.augment = Views(BatchAugment(image_size=args.image_size))
         encoder = getattr(nets, args.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-        network: Any = VQSSLNet(encoder, metric="euclidean", fusion=args.fusion, predict=objective == "byol")
+        network: Any = VQSSLNet(
+            encoder, num_embeddings=1024, metric="euclidean", fusion=args.fusion, predict=objective == "byol"
+        )
         self.network = network.to(args.device, memory_format=memory_format)
         with torch.no_grad():
             self.network(self.augment(batch, args.device).images)  # seeds the codes from the data

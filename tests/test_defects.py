@@ -34,7 +34,7 @@ def encoder() -> nn.Module:
 
 
 def small_net(**kwargs: Any) -> VQSSLNet:
-    size = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12}
+    size = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12, "predict": True}
     return VQSSLNet(encoder(), **{**size, **kwargs})
 
 

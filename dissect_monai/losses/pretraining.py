@@ -98,10 +98,10 @@ class VQSSLLoss(_WeightedTerms):
         self,
         continuous_weight: float = 1.0,
         discrete_weight: float = 1.0,
-        commitment_weight: float = 0.015625,
+        commitment_weight: float = 1.0,
         reconstruction_weight: float = 0.0,
         cross_weight: float = 0.0,
-        objective: str = "byol",
+        objective: str = "nt_xent",
         temperature: float = 0.2,
     ) -> None:
         if objective not in OBJECTIVES:

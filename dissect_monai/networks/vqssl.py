@@ -157,15 +157,15 @@ class VQSSLNet(nn.Module):
         spatial_dims: int = 2,
         in_channels: int = 1,
         stages: Sequence[int] = (2, 3, 4),
-        num_embeddings: int | Sequence[int] = 1024,
+        num_embeddings: int | Sequence[int] = 256,
         embedding_dim: int = 64,
         metric: str = "cosine",
         decay: float = 0.99,
-        fusion: str = "add",
+        fusion: str = "replace",
         hidden_dim: int = 4096,
         out_dim: int = 256,
         decode: bool = False,
-        predict: bool = True,
+        predict: bool = False,
     ) -> None:
         super().__init__()
         channels = [shape[0] for shape in stage_shapes(encoder, spatial_dims, in_channels)]

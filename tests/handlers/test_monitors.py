@@ -62,7 +62,10 @@ class SSLRun(Run):
         torch.manual_seed(0)
         encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
         small = {"num_embeddings": 8, "embedding_dim": 8, "hidden_dim": 16, "out_dim": 8}
-        net, loss = VQSSLNet(encoder, stages=(2, 4), decode=decode, **small), VQSSLLoss(reconstruction_weight=decode)
+        net, loss = (
+            VQSSLNet(encoder, stages=(2, 4), decode=decode, predict=True, **small),
+            VQSSLLoss(reconstruction_weight=decode, objective="byol"),
+        )
         super().__init__(net, loss, SSLMonitor, writer, interval)
         TargetMomentumHandler(net, 0.9, num_iterations=4).attach(self.engine)
 

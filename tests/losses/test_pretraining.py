@@ -31,14 +31,14 @@ def random_pair(num: int = 8, dim: int = 5) -> tuple[Tensor, Tensor]:
 def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
     torch.manual_seed(0)
     encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-    net = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode)
+    net = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode, predict=True)
     return net, torch.rand(8, 1, 32, 32)
 
 
 def test_vqssl_terms_are_named_scalars() -> None:
     for decode, last in ((False, []), (True, ["reconstruction"])):
         net, views = net_and_views(decode)
-        terms = VQSSLLoss().terms(net(views), views)
+        terms = VQSSLLoss(objective="byol").terms(net(views), views)
         assert list(terms) == ["continuous", "discrete", "commitment", *last]
         assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
 
@@ -46,7 +46,7 @@ def test_vqssl_terms_are_named_scalars() -> None:
 def test_vqssl_is_the_weighted_sum_of_the_terms() -> None:
     net, views = net_and_views(decode=True)
     output = net(views)
-    loss = VQSSLLoss(0.5, 2.0, 3.0, 7.0)
+    loss = VQSSLLoss(0.5, 2.0, 3.0, 7.0, objective="byol")
     terms = loss.terms(output, views)
     expected = 0.5 * terms["continuous"] + 2 * terms["discrete"] + 3 * terms["commitment"] + 7 * terms["reconstruction"]
     torch.testing.assert_close(loss(output, views), expected)
@@ -55,7 +55,7 @@ def test_vqssl_is_the_weighted_sum_of_the_terms() -> None:
 def test_only_the_continuous_weight_is_plain_byol() -> None:
     net, views = net_and_views(decode=True)
     output = net(views)
-    VQSSLLoss(1, 0, 0, 0)(output, views).backward(retain_graph=True)
+    VQSSLLoss(1, 0, 0, 0, objective="byol")(output, views).backward(retain_graph=True)
     gradients = [parameter.grad.clone() for parameter in net.encoder.parameters()]
     net.zero_grad()
     byol = 2 - 2 * F.cosine_similarity(output.predictions, output.targets.roll(4, 0)).mean()

@@ -28,7 +28,7 @@ def test_biases_and_norms_do_not_decay() -> None:
 
 def test_every_trainable_parameter_is_in_one_group_and_no_other() -> None:
     encoder = resnet10(spatial_dims=2, n_input_channels=1, feed_forward=False)
-    net = VQSSLNet(encoder, num_embeddings=4, embedding_dim=8, hidden_dim=8)
+    net = VQSSLNet(encoder, num_embeddings=4, embedding_dim=8, hidden_dim=8, predict=True)
     grouped = [id(each) for group in adamw(net, 0.1, 0.1).param_groups for each in group["params"]]
     expected = {id(each) for each in net.parameters() if each.requires_grad}
     assert len(grouped) == len(expected)

@@ -26,7 +26,7 @@ def encoder(name: str = "resnet10") -> nn.Module:
 def small_net(name: str = "resnet10", **kwargs: object) -> VQSSLNet:
     dims = 3 if name == "segresnet" else 2
     stages = (2, 3) if dims == 3 else (2, 3, 4)
-    size = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12}
+    size = {"num_embeddings": 16, "embedding_dim": 8, "hidden_dim": 32, "out_dim": 12, "predict": True}
     return VQSSLNet(encoder(name), **{"spatial_dims": dims, "stages": stages, **size, **kwargs})
 
 
@@ -40,7 +40,7 @@ def codes(net: VQSSLNet) -> list[Tensor]:
 
 
 def total(output: SSLOutput, images: Tensor) -> Tensor:
-    return VQSSLLoss(reconstruction_weight=0 if output.reconstruction is None else 1)(output, images)
+    return VQSSLLoss(reconstruction_weight=output.reconstruction is not None, objective="byol")(output, images)
 
 
 # ---- shapes and ranges -------------------------------------------------------------------------------------------
