@@ -42,7 +42,7 @@ class EpochClock:
 
     def stop(self, engine: Engine) -> None:
         """End an epoch."""
-        self.losses.append(float(engine.state.output["loss"]))  # waits for the device
+        self.losses.append(float(engine.state.output["loss"].detach()))  # waits for the device
         self.times.append(1e3 * (time.perf_counter() - self.started))
 
 
