@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,9 +66,13 @@ def read_pack(pack: Path) -> dict[str, Any] | None:
 
 
 def unpack(pack: Path, work: Path) -> None:
-    """Wheels to WORK/site, data sets to WORK/data; what an earlier run has unpacked there stays."""
-    wheels = sorted(map(str, (pack / "wheels").glob("*.whl")))
-    if wheels and not (work / "site").exists():
+    """Wheels to WORK/site, data sets to WORK/data; what an earlier run has unpacked of the same pack stays."""
+    manifest, unpacked = (pack / "manifest.json").read_bytes(), work / "unpacked.json"
+    if unpacked.is_file() and unpacked.read_bytes() == manifest:
+        return
+    for folder in ("site", "data"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+    if wheels := sorted(map(str, (pack / "wheels").glob("*.whl"))):
         options = [
             "--quiet",
             "--no-index",
@@ -82,6 +87,7 @@ def unpack(pack: Path, work: Path) -> None:
     for path in sorted(pack.glob("*.zip")):
         with ZipFile(path) as archive:
             archive.extractall(work / "data")
+    unpacked.write_bytes(manifest)
 
 
 def environment(work: Path, device: str) -> dict[str, str]:
@@ -167,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {', '.join(needy)} need(s) the images of a pack: give --pack, or leave out.")
     args.pack, args.out, args.work = (path.resolve() for path in (args.pack, args.out, args.work))
     args.out.mkdir(parents=True, exist_ok=True)
-    env = environment(args.work, args.device)
+    env = environment(args.work, args.device)  # makes the folder
     if has_pack:
         unpack(args.pack, args.work)
     facts = subprocess.run([sys.executable, "-c", FACTS, args.device], env=env, capture_output=True, text=True)

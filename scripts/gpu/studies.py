@@ -229,7 +229,7 @@ def pretraining(study: Study) -> bool:
     configs = ["pretrain_vq_ssl/configs/train.json", "pretrain_vq_ssl/configs/on_device.json"]
     shared = {**FILMS, "dataset_dir": [str(each) for each in films], "image_size": size}
     more = {"films": str(study.data), "image_size": size}
-    folders = [study.add(name, configs, {**shared, **ARMS[name]}, 0.64, beside=[*ARMS], **more) for name in ARMS]
+    folders = [study.add(name, configs, {**shared, **ARMS[name]}, 0.6, beside=[*ARMS], **more) for name in ARMS]
     folders.append(study.add(judge.RANDOM, [], {}, 0, **more))
     well = study.finish()
     arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
