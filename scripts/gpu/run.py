@@ -104,7 +104,7 @@ def command_of(part: str, args: argparse.Namespace) -> list[str]:
     """What a part runs."""
     if part != "tests":
         script = GPU / ("benches.py" if part == "benches" else "studies.py")
-        job = {name: str(getattr(args, name)) for name in ("pack", "out", "work", "device")}
+        job: dict[str, Any] = {name: str(getattr(args, name)) for name in ("pack", "out", "work", "device")}
         job |= {"part": part, "small": args.budget == "small", "limit": limit_of(part, args.budget)}
         return [sys.executable, str(script), json.dumps(job)]
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]

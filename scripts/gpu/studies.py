@@ -185,7 +185,12 @@ class Study:
     def add(self, name: str, configs: list[str], knobs: dict[str, Any], share: float, **more: Any) -> Path:
         """Plan a job that trains until this share of the time is over; returns its folder."""
         folder, small = self.folder / name / "seed0", {key: SMALL[key] for key in knobs.keys() & SMALL.keys()}
-        job = {"name": name, "configs": [str(BUNDLES / config) for config in configs], "knobs": knobs, "films": None}
+        job: dict[str, Any] = {
+            "name": name,
+            "configs": [str(BUNDLES / config) for config in configs],
+            "knobs": knobs,
+            "films": None,
+        }
         job |= {"device": self.device, "deadline": self.start + share * self.limit, "timing": 5, "most": 10**6}
         job |= {"after": None, "beside": [], "equal": [name], **more}
         if self.small:
