@@ -66,7 +66,7 @@ package: $(BIN)/.runtime  ## archives of all bundles with the weights of make de
 	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)
 
 release: $(BIN)/.runtime  ## check that all is ready to be published, and print the commands; sends nothing
-	$(BIN)/python scripts/release.py --weights $(DEMO)
+	$(BIN)/python scripts/package_bundle.py release --weights $(DEMO)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

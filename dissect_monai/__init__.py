@@ -7,6 +7,7 @@ from dissect_monai.bundle import check_training as check_training
 from dissect_monai.bundle import checkpoint_to_resume as checkpoint_to_resume
 from dissect_monai.bundle import destroy_group as destroy_group
 from dissect_monai.bundle import given_items as given_items
+from dissect_monai.bundle import phantoms_dir as phantoms_dir
 from dissect_monai.bundle import process_device as process_device
 from dissect_monai.bundle import run_settings as run_settings
 from dissect_monai.common import BTCV_ORGANS as BTCV_ORGANS
@@ -15,6 +16,7 @@ from dissect_monai.data.datalists import read_datalist as read_datalist
 from dissect_monai.data.datasets import DeviceLoader as DeviceLoader
 from dissect_monai.data.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.data.datasets import cached_dataset as cached_dataset
+from dissect_monai.data.datasets import readable_items as readable_items
 from dissect_monai.data.patches import patch_dataset as patch_dataset
 from dissect_monai.data.readers import ImageFileReader as ImageFileReader
 from dissect_monai.data.sampling import DomainSampler as DomainSampler
@@ -51,6 +53,7 @@ from dissect_monai.inferers import WindowInferer as WindowInferer
 from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss
 from dissect_monai.losses.pretraining import HSSLLoss as HSSLLoss
 from dissect_monai.losses.pretraining import VQSSLLoss as VQSSLLoss
+from dissect_monai.losses.segmentation import AnnotatedLoss as AnnotatedLoss
 from dissect_monai.metrics.probes import FeatureDataset as FeatureDataset
 from dissect_monai.networks.codes import load_codes as load_codes
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder

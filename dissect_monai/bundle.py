@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import logging
 import os
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import fire
+import numpy as np
 import torch
 import torch.distributed as dist
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -27,11 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from dissect_monai.common import InputError, Item, of_all_processes, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.identity import datalist_digest, training_record
 from dissect_monai.data.sampling import refuse_small
-from dissect_monai.data.splits import datalist_digest, refuse_untrainable, subject_digest
+from dissect_monai.data.splits import refuse_trained, refuse_untrainable
+from dissect_monai.data.volume_lists import refuse_overlap
 from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
+from dissect_monai.networks.weights import read_settings
 
 logger = logging.getLogger(__name__)
 # What MONAI itself reads beside `--tracking`.
@@ -160,29 +165,70 @@ def with_dashes(message: str) -> str:
 
 
 def run_settings(
-    volumes: Any = None, validation: Sequence[Item] = (), pretraining: Mapping[str, Any] | None = None, **facts: Any
+    data: Any = None,
+    labelled: Any = None,
+    validation: Sequence[Item] | None = None,
+    pretraining: Mapping[str, Any] | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
     """What the weights of the running bundle depend on: its knobs, in their order, and what is given here.
 
-    It is written beside the weights, for evaluation and inference, and a run that goes on must have the same.
+    It is written beside the weights, for evaluation and inference, and a run that goes on must have the same. It names
+    no subject. `phantoms` says whether all images are generated.
 
     Args:
-        volumes: training data set of volumes, whose data list gives a digest, `data`.
+        data: data set or items for training, whose digest is kept under this name.
+        labelled: data set with whose labels it trains; `trained_on` is a record of its subjects.
         validation: items on which the weights of a segmentation are chosen; their digest is `validation_data`.
-        pretraining: settings of the weights that a segmentation starts from; the subjects that it is `trained_on` are
-            added to theirs.
+        pretraining: settings of the weights that it starts from, whose `trained_on` is added.
         facts: what no knob says, such as the number of images; they come before a knob of the same name.
     """
-    items = [] if volumes is None else items_of(volumes)
-    if volumes is not None:
-        facts["data"] = datalist_digest(items)
-    if pretraining is not None:
-        facts["validation_data"] = datalist_digest(validation)
-        facts["trained_on"] = sorted({*pretraining.get("trained_on", ()), *map(subject_digest, items)})
+    keys = ["modality"] if labelled is not None else ["task", "modality"]  # a task may be called like its folder
+    if data is not None:
+        facts["data"] = datalist_digest(data if isinstance(data, list) else items_of(data), *keys)
+    if validation is not None:
+        facts["validation_data"] = datalist_digest(validation, *keys)
+    if labelled is not None:
+        facts["trained_on"] = training_record(items_of(labelled), (pretraining or {}).get("trained_on", ()))
     workflow = running_workflow()
     parser = ConfigParser() if workflow is None else workflow.parser
+    if "smoke" in parser:
+        facts["phantoms"] = bool(parser.get_parsed_content("smoke"))
     names = [name for name, knob in parser.config.items() if name in SETTINGS and not is_disabled(knob)]
     return {**{name: parser.get_parsed_content(name) for name in names}, **facts}
+
+
+def phantoms_dir(smoke: bool, output_dir: str | Path, pretrained: str | Path | None = None) -> str:
+    """Folder for the phantoms of a smoke run, which is no place for what was trained on other images or made of them.
+
+    Raises:
+        InputError: in a smoke run, before anything is written, if the weights that it uses or starts from, or weights,
+            checkpoints or results in the output folder, are of other images.
+    """
+    folder, model = Path(output_dir, "phantoms"), Path(output_dir, "models", "model.pt")
+    if not smoke:
+        return str(folder)
+    remedy = "give `dataset_dir`, the images to use, or for a trial on phantoms another `output_dir`"
+    said = {path: read_settings(path).get("phantoms") for path in (model, pretrained) if path and Path(path).is_file()}
+    for path in (path for path, of_phantoms in said.items() if not of_phantoms):
+        raise InputError(f"{path} must be weights that were trained on phantoms to be used with them: {remedy}.")
+    left = [file for name in ("checkpoints", "eval") for file in Path(output_dir, name).rglob("*") if file.is_file()]
+    foreign = left[:1] if model not in said and not folder.is_dir() else [*filter(_shows_other_images, left)]
+    if foreign:
+        raise InputError(f"{foreign[0]} is of other images than phantoms, which must not take its place: {remedy}.")
+    return str(folder)
+
+
+def _shows_other_images(file: Path) -> bool:
+    """Whether a table of results, or embeddings, begin with an image outside of a folder of phantoms."""
+    image: Any = None
+    if file.suffix == ".csv":
+        with open(file, newline="", encoding="utf-8", errors="replace") as opened:
+            row = next(csv.DictReader(opened), {})
+        image = row.get("image", row.get("case"))
+    elif file.name == "embeddings.npz":
+        image = next(iter(np.load(file)["image"].tolist()), None)
+    return bool(image) and "phantoms" not in Path(image).parts
 
 
 def bundle_root(name: str) -> str:
@@ -261,6 +307,7 @@ def check_training(
     if datalist is not None:
         if select is not None:
             refuse_untrainable(datalist.training, datalist.validation, select)
+            refuse_overlap(datalist)
         if labelled:
             refuse_unlabelled(datalist, splits=("training", "validation"))
         if batch_size is not None:
@@ -280,6 +327,7 @@ def check_output(
     output_dir: str | Path,
     datalist: Datalist | None = None,
     needed: Sequence[str] = SPLITS,
+    settings: Mapping[str, Any] | None = None,
     findings: str | Sequence[str] | None = None,
     volumes: bool = False,
 ) -> None:
@@ -291,16 +339,20 @@ def check_output(
         output_dir: where the run is to write, in `eval`.
         datalist: what an evaluation scores, which must leave something to measure.
         needed: splits of images that must have labels.
+        settings: of weights that were trained with labels, with whose subjects they must not be scored.
         findings: those that it scores; None for all.
         volumes: whether they are volumes, of whose patches structures and data sets are asked.
 
     Raises:
-        InputError: if the output folder cannot be written, or there is nothing to measure.
+        InputError: if the output folder cannot be written, there is nothing to measure, or the weights know subjects.
     """
     if datalist is not None and volumes:
         check_probe_data(datalist, data_dir)
     elif datalist is not None:
         refuse_unlabelled(datalist, findings, needed)
+    if datalist is not None and settings is not None:
+        for split in needed:
+            refuse_trained(getattr(datalist, split), split, settings)
     _make_folders(smoke, data_dir, output_dir, "eval")
 
 
@@ -351,6 +403,8 @@ def destroy_group(network: DistributedDataParallel) -> None:
 
 # ---- `--tracking mlflow` -------------------------------------------------------------------------------------------
 
+# A record of thousands of subjects is longer than MLflow takes.
+OF_SETTINGS = "${name: value for name, value in @settings.items() if name != 'trained_on'}"
 OF_DECOLLATED = "$monai.handlers.from_engine(['loss'], first=True)"  # how MONAI's handler reads the loss
 
 
@@ -369,7 +423,7 @@ def _complete_tracking(parser: ConfigParser) -> None:
         )
     handlers = parser.get("train::handlers")
     if handlers and handlers[-1].get("output_transform") == OF_DECOLLATED:
-        own = {"output_transform": "$lambda output: output['loss']", "experiment_param": "@settings"}
+        own = {"output_transform": "$lambda output: output['loss']", "experiment_param": OF_SETTINGS}
         handlers[-1] = {**handlers[-1], **own}  # a copy, since MONAI's is shared by all runs of a process
     if "run_name" in parser and parser["run_name"] is None:
         parser["run_name"] = time.strftime("run_%Y%m%d_%H%M%S")

@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 NO_FINDING = "No finding"
+SALT = ".salt"  # file in a data folder: the key of the pseudonyms of its subjects
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 BTCV_ORGANS = (  # in the order of their values
     "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",

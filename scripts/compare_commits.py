@@ -28,11 +28,7 @@ import numpy as np
 import torch
 from fire.decorators import SetParseFn
 from numpy.typing import NDArray
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-    IMAGES,
-    SCALARS,
-    EventAccumulator,
-)
+from tensorboard.backend.event_processing import event_accumulator as tb  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 VQ, CLASSIFY, HSSL, SEG = "pretrain_vq_ssl", "cxr_classify", "hssl_multidomain", "seg_finetune_btcv"
@@ -138,9 +134,9 @@ def list_outputs(folder: Path) -> dict[str, Path]:
 def read_file(path: Path, folder: Path) -> Any:
     """What a file holds, at any depth; in texts, the folder of the commit is left out."""
     if path.name == "events":
-        events = EventAccumulator(str(path.parent), size_guidance={SCALARS: 0, IMAGES: 0}).Reload()
-        images = {tag: [each.encoded_image_string for each in events.Images(tag)] for tag in events.Tags()[IMAGES]}
-        scalars = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()[SCALARS]}
+        events = tb.EventAccumulator(str(path.parent), size_guidance={tb.SCALARS: 0, tb.IMAGES: 0}).Reload()
+        images = {tag: [each.encoded_image_string for each in events.Images(tag)] for tag in events.Tags()[tb.IMAGES]}
+        scalars = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()[tb.SCALARS]}
         return {**images, **{tag: np.array(points) for tag, points in scalars.items()}}
     if path.suffix == ".pt":
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -174,8 +170,7 @@ def difference(first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[A
     if lonely := sorted(first.keys() ^ second.keys()):
         parts.append(f"{len(lonely)} values in one commit alone, such as {lonely[0]}")
     shared = [name for name in first if name in second]
-    gaps = {name: gap(first[name], second[name]) for name in shared if not is_equal(first[name], second[name])}
-    if gaps:
+    if gaps := {name: gap(first[name], second[name]) for name in shared if not is_equal(first[name], second[name])}:
         worst = max(gaps, key=lambda name: gaps[name])
         parts.append(f"{len(gaps)} of {len(shared)} values, {worst or 'the content'} by {gaps[worst]:.3g}")
     return "; ".join(parts)
@@ -203,8 +198,7 @@ def report(folders: Sequence[Path]) -> Iterator[str]:
             yield f"only in {'A' if name in first else 'B'}: {name}"
             continue
         both = zip((first, second), folders, strict=True)
-        found = difference(*(dict(leaves(read_file(files[name], folder))) for files, folder in both))
-        if found:
+        if found := difference(*(dict(leaves(read_file(files[name], folder))) for files, folder in both)):
             yield f"different: {name}: {found}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,59 +16,47 @@ import fire
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 
-class Step(NamedTuple):
-    """One bundle of the chain."""
+class Measure(NamedTuple):
+    """One line of the chain."""
 
     bundle: str
-    weights_of: str  # the bundle before
-    measures: dict[str, str]  # tag of TensorBoard → what it is
-    tested: dict[str, str]  # metric of the evaluation's metrics.csv → what it is
-    pictures: str  # below its folder
+    name: str  # tag of TensorBoard, or metric of the evaluation's metrics.csv
+    title: str
+    is_tested: bool = False  # whether the evaluation measured it
 
 
-STEPS = (
-    Step("pretrain_vq_ssl", "–", {"knn_auroc": "k-NN AUROC, frozen features"}, {}, "eval (TensorBoard)"),
-    Step(
-        "cxr_classify", "pretrain_vq_ssl", {"auroc": "AUROC, validation"}, {"auroc": "AUROC, test"}, "eval/report.html"
-    ),
-    Step(
-        "hssl_multidomain",
-        "–",
-        {"accuracy_task": "task told rightly", "reconstruction_error": "error of masked voxels (1: blank mean)"},
-        {},
-        "eval (TensorBoard)",
-    ),
-    Step(
-        "seg_finetune_btcv",
-        "hssl_multidomain",
-        {"dice_mean": "Dice of 13 organs, validation"},
-        {"dice_mean": "Dice, test", "dice_liver": "Dice of the liver, test"},
-        "eval/report.html",
-    ),
+WEIGHTS_OF = {"cxr_classify": "pretrain_vq_ssl", "seg_finetune_btcv": "hssl_multidomain"}
+MEASURES = (
+    Measure("pretrain_vq_ssl", "knn_auroc", "k-NN AUROC, frozen features"),
+    Measure("cxr_classify", "auroc", "AUROC, validation"),
+    Measure("cxr_classify", "auroc", "AUROC, test", is_tested=True),
+    Measure("hssl_multidomain", "accuracy_task", "task told rightly"),
+    Measure("hssl_multidomain", "reconstruction_error", "error of masked voxels (1: blank mean)"),
+    Measure("seg_finetune_btcv", "dice_mean", "Dice of 13 organs, validation"),
+    Measure("seg_finetune_btcv", "dice_mean", "Dice, test", is_tested=True),
+    Measure("seg_finetune_btcv", "dice_liver", "Dice of the liver, test", is_tested=True),
 )
 
 
 def rows(folder: Path) -> Iterator[tuple[str, ...]]:
     """A line for every measure: bundle, weights, measure, first value, last value, where the pictures are."""
-    for step in STEPS:
-        own = folder / step.bundle
-        head = (step.bundle, step.weights_of)
-        for tag, title in step.measures.items():
-            yield (*head, title, *first_and_last(own, tag), f"{own}/{step.pictures}")
-            head = ("", "")
-        if step.tested:
-            with open(own / "eval" / "metrics.csv", newline="", encoding="utf-8") as file:
-                tested = dict(csv.reader(file))
-            for name, title in step.tested.items():
-                yield ("", "", title, "", f"{float(tested[name]):.3f}", "")
+    for bundle, measures in groupby(MEASURES, lambda measure: measure.bundle):
+        own, weights = folder / bundle, WEIGHTS_OF.get(bundle)
+        pictures = "eval/report.html" if weights else "eval (TensorBoard)"
+        head = (bundle, weights or "–")
+        for _, name, title, is_tested in measures:
+            if is_tested:
+                with open(own / "eval" / "metrics.csv", newline="", encoding="utf-8") as file:
+                    yield ("", "", title, "", f"{float(dict(csv.reader(file))[name]):.3f}", "")
+            else:
+                yield (*head, title, *first_and_last(own, name), f"{own}/{pictures}")
+                head = ("", "")
 
 
 def first_and_last(run: Path, tag: str) -> list[str]:
     """First and last value of a scalar in the newest event file of a run."""
     newest = max((run / "eval").glob("*tfevents*"), key=lambda path: path.stat().st_mtime_ns)
-    events = EventAccumulator(str(newest))
-    events.Reload()
-    values = [each.value for each in events.Scalars(tag)]
+    values = [each.value for each in EventAccumulator(str(newest)).Reload().Scalars(tag)]
     return [f"{value:.3f}" for value in (values[0], values[-1])]
 
 

@@ -45,7 +45,9 @@ def build_parser() -> ArgumentParser:
         option("--output", type=absolute, help="where dataset.json goes, if not into the data folder: a folder")
         option("--overwrite", action="store_true", help="replace an existing dataset.json")
         option("--skip_corrupt", action="store_true", help="leave out what cannot be used instead of refusing the data")
-        option("--seed", type=int, default=0, help="draws other splits")
+        option(
+            "--seed", type=int, default=0, help="draws other splits; a subject keeps its split when others are added"
+        )
         option("--name", default="", help="of the data set, and the task of volumes")
         for split, default in fractions.items():  # in words where it depends on what else is given
             known = None if isinstance(default, str) else default
@@ -55,7 +57,7 @@ def build_parser() -> ArgumentParser:
 
     pattern = (
         r"regular expression whose one group is the subject in a file name, or in the path of a volume, as in "
-        r"'^(p\d+)_'; by default each image is a subject of its own"
+        r"'^(p\d+)_'; by default the PatientID of DICOM files, else each image is a subject of its own"
     )
     source(nih, validation=0.1)
     option = source(chexpert, validation=0.1)
@@ -67,7 +69,7 @@ def build_parser() -> ArgumentParser:
     option("--image", required=True, help="column with paths relative to the folder of the images")
     option("--image_dir", type=absolute, help="folder of the images; that of the table by default")
     option("--labels", nargs="+", default=[], help="columns with labels; none for unlabelled images")
-    option("--subject", default="", help="column with the patient; by default each image is a subject of its own")
+    option("--subject", default="", help="column with the patient; by default the PatientID of DICOM files")
     option("--split", default="", help="column with train, valid or test, which takes the place of the fractions")
     option("--extra", nargs="+", default=[], help="columns to copy, such as view and age")
     source(btcv, validation="the split of the literature, else 0.2")

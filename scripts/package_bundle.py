@@ -1,15 +1,18 @@
 """Package bundles for those who have nothing of this repository: dist/NAME_vVERSION.zip and its SHA-256.
 
     python scripts/package_bundle.py NAME|all [--weights DIR] [--output_dir dist]
+    python scripts/package_bundle.py release [--weights DIR] [--output_dir dist]
 
 The archive holds one folder: the bundle, its weights and the package that its configs refer to. The same commit and
-weights give the same bytes.
+weights give the same bytes. `release` packages all, checks versions, changelogs and model cards, prints the commands
+that publish the bundles, and names all that is missing; it needs no network and sends nothing anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -18,23 +21,32 @@ from pathlib import Path
 
 import fire
 
+from dissect_monai import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dissect_monai"
 WEIGHTS = ("models/model.pt", "models/model.json")
+CARD = "docs/README.md"
+CARD_TEXTS = ("\n## Train\n", "\n## Limits\n", "Not a medical device")
 
 
 def main(name: str, weights: str | Path | None = None, output_dir: str | Path = "dist") -> None:
-    """Package one bundle, or all of them.
+    """Package one bundle or all of them, or check all of them and print how to publish them.
 
     Args:
-        name: of the bundle's folder in bundles/, or "all".
+        name: of the bundle's folder in bundles/, or "all", or "release".
         weights: folder that has NAME/models/model.pt of each, such as runs/demo after `make demo-all`; bundles/ by
             default.
         output_dir: folder for the archives.
     """
+    trained = Path(weights or ROOT / "bundles")
+    output_dir = Path(output_dir)
+    if name == "release":
+        release(trained, output_dir)
+        return
     try:
         for bundle in chosen_bundles(name):
-            print(package(bundle, Path(weights or ROOT / "bundles", bundle.name), Path(output_dir)))
+            print(package(bundle, trained / bundle.name, output_dir))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -120,6 +132,55 @@ def git(root: Path, *arguments: str) -> list[str]:
     if result.returncode:
         raise ValueError(f"bundles are packaged from a git repository, and git says: {result.stderr.strip()}")
     return result.stdout.splitlines()
+
+
+def release(weights: Path, output_dir: Path) -> None:
+    """Package all bundles and print what publishes them.
+
+    Raises:
+        SystemExit: naming all that is not ready to be published.
+    """
+    problems = list(changelog_problems((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), __version__))
+    for bundle in chosen_bundles("all"):
+        problems += [f"{bundle.name}: {each}" for each in card_problems(bundle)]
+        try:
+            archive = package(bundle, weights / bundle.name, output_dir)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            continue
+        version = released_version(bundle)
+        print(f"# {bundle.name} {version}: {archive}, {archive.stat().st_size / 2**20:.1f} MiB")
+        print(*commands(bundle.name, version, archive), "", sep="\n")
+    if problems:
+        raise SystemExit("error: not ready to be published:\n" + "\n".join(f"- {each}" for each in problems))
+
+
+def changelog_problems(changelog: str, version: str) -> Iterator[str]:
+    """What is wrong with the entry of a version in CHANGELOG.md."""
+    entry = re.search(rf"^## {re.escape(version)}\b(.*)$", changelog, re.MULTILINE)
+    if entry is None:
+        yield f"CHANGELOG.md must have an entry for {version}, the version in {PACKAGE}/common.py"
+    elif not re.search(r"\d{4}-\d\d-\d\d", entry[1]):
+        yield f"CHANGELOG.md must say when {version} was released, as in `## {version} – 2026-01-31`, got `{entry[0]}`"
+
+
+def card_problems(bundle: Path) -> Iterator[str]:
+    """What a reader of the model card would miss: sections, the warning and licences."""
+    card = (bundle / CARD).read_text(encoding="utf-8")
+    yield from (f"{CARD} must have `{text.strip()}`" for text in CARD_TEXTS if text not in card)
+    yield from (f"{name} is missing" for name in ("LICENSE", "docs/data_license.txt") if not (bundle / name).is_file())
+
+
+def commands(name: str, version: str, archive: Path) -> list[str]:
+    """What publishes one bundle; words in capitals are yours."""
+    folder = f"unpacked/{name}"
+    return [
+        f"unzip -q {archive} -d unpacked",
+        f"cp -r {folder} MODEL_ZOO/models/   # a pull request to the model zoo: docs/publishing.md",
+        f"ngc registry model upload-version ORG/TEAM/{name}:{version} --source {folder}   # NGC",
+        f"python -m monai.bundle push_to_hf_hub --repo ORG/{name} --name {name} --bundle_dir unpacked"
+        f" --version {version}   # Hugging Face",
+    ]
 
 
 if __name__ == "__main__":

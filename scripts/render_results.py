@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
+import numpy as np
 from run_experiments import Study, read_study
 from study_statistics import StudyError
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (scripts/render_results.py) -->\n", "<!-- results: end -->"
 DIGITS = {"hd95": 1, "missed": 1}  # after the point, of metrics that are not in [0, 1]
 Row = dict[str, str]
-Lines = dict[str, list[tuple[float, float, float]]]  # recipe → size, mean and std of its points
+Lines = dict[str, list[tuple[float, float, float, float]]]  # recipe → size, value and ends of the bar of its points
 
 
 class Figure(NamedTuple):
@@ -32,30 +33,26 @@ class Figure(NamedTuple):
 
     path: str  # from the repository's root
     name: str
-    metric: re.Pattern[str]  # of the metrics that have a panel, without the variant
+    metric: str  # pattern of the metrics that have a panel, without the variant
     xlabel: str
     ylabel: str
     tick: str  # format of a size
 
 
+FILMS = Figure(
+    "docs/films_label_efficiency.png", "Viral against bacterial pneumonia", "",
+    "share of the training labels", "AUROC of a linear probe, 95 % interval", "{:.0%}",
+)  # fmt: skip
 FIGURES = (
     Figure(
-        "docs/label_efficiency.png",
-        "Label efficiency",
-        re.compile(r".*/auroc"),
-        "share of the training labels",
-        "macro AUROC, mean ± std over seeds",
-        "{:.0%}",
+        "docs/label_efficiency.png", "Label efficiency", r".*/auroc",
+        "share of the training labels", "macro AUROC, mean ± std over seeds", "{:.0%}",
     ),
     Figure(
-        "docs/dice_versus_subjects.png",
-        "Dice by the number of training subjects",
-        re.compile("dice"),
-        "training subjects",
-        "Dice, mean ± std over seeds",
-        "{:g}",
+        "docs/dice_versus_subjects.png", "Dice by the number of training subjects", "dice",
+        "training subjects", "Dice, mean ± std over seeds", "{:g}",
     ),
-)
+)  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -155,34 +152,54 @@ def panels(figure: Figure, blocks: Sequence[Block]) -> dict[str, Lines]:
         for block in blocks
         if len({*block.sizes.values()}) > 1
         for metric, title in block.columns.items()
-        if figure.metric.fullmatch(metric) and (lines := dict(curves(block, metric)))
+        if re.fullmatch(figure.metric, metric) and (lines := dict(curves(block, metric)))
     }
 
 
-def curves(block: Block, metric: str) -> Iterator[tuple[str, list[tuple[float, float, float]]]]:
+def film_panels(table: Path) -> dict[str, Lines]:
+    """What a probe tells at each share of the labels, by the features that it sees, of a table of judge_encoders.py."""
+    found: dict[str, Lines] = {"last stage": {}, "all stages": {}}
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["question"] == "viral against bacterial" and not row["less"]:
+                lines = found["last stage" if row["features"] == "last" else "all stages"]
+                size, value, low, high = (float(row[name]) for name in ("fraction", "auroc", "low", "high"))
+                lines.setdefault(row["recipe"], []).append((size, value, low, high))
+    return found
+
+
+def curves(block: Block, metric: str) -> Iterator[tuple[str, list[tuple[float, float, float, float]]]]:
     """The line of each recipe, from the smallest size on; differences have none."""
     for recipe in block.recipes:
         found = [(size, block.rows.get((recipe, f"{name}/{metric}"))) for name, size in block.sizes.items()]
         points = [(size, row["mean"], row["std"]) for size, row in found if row and ".." not in row["std"]]
         if points:
-            yield recipe, sorted((size, float(mean), float(std)) for size, mean, std in points)
+            yield recipe, sorted((x, float(y), float(y) - float(std), float(y) + float(std)) for x, y, std in points)
 
 
 def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
-    """Write a figure: a panel per data set and metric, a line per recipe with its std as bars, one beside the other."""
+    """Write a figure: a panel per data set and metric, a line per recipe with its bars, one beside the other."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(1 + 4 * len(panels), 3.8), layout="constrained")
     axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     axes[0].set_ylabel(figure.ylabel)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
-        ticks = sorted({size for points in lines.values() for size, _, _ in points})
+        ticks = sorted({size for points in lines.values() for size, *_ in points})
         step = (ticks[-1] / ticks[0]) ** 0.012  # the axis is logarithmic
         for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
-            sizes, means, stds = zip(*lines[recipe], strict=True)
+            sizes, values, lows, highs = np.transpose(lines[recipe])
             moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
             ax.errorbar(
-                moved, means, stds, label=recipe, color=color, marker=marker, markersize=5, capsize=2, elinewidth=1
+                moved,
+                values,
+                [values - lows, highs - values],
+                label=recipe,
+                color=color,
+                marker=marker,
+                markersize=5,
+                capsize=2,
+                elinewidth=1,
             )
         ax.set_xscale("log")
         ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
@@ -219,6 +236,8 @@ def main(check: bool = False) -> None:
     for figure in FIGURES:
         if shown := panels(figure, blocks):
             draw(figure, shown, ROOT / figure.path)
+    if (table := ROOT / "results" / "cxr_films.csv").exists():
+        draw(FILMS, film_panels(table), ROOT / FILMS.path)
 
 
 if __name__ == "__main__":

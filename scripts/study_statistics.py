@@ -213,7 +213,8 @@ def known_mean(values: ArrayLike, axis: int = -1) -> Array:
 
 def resample(subjects: NDArray[Any], num_seeds: int) -> tuple[Array, Array]:
     """How often each item counts, (1 + R, N), first once each, and each seed's share in the R resamples, (R, S)."""
-    names, item_subject = np.unique(subjects, return_inverse=True)
+    names = {name: index for index, name in enumerate(dict.fromkeys(subjects.tolist()))}  # pseudonyms have no order
+    item_subject = np.array([names[subject] for subject in subjects.tolist()])
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), NUM_SAMPLES)
     seed_share = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_SAMPLES) / num_seeds

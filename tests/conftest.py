@@ -1,7 +1,5 @@
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -84,3 +82,11 @@ def recipe(request: pytest.FixtureRequest, recipe_of: Callable[[str], Recipe]) -
 def _in_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """From where the README runs its commands."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def _images_are_nowhere() -> Iterator[None]:
+    """For lists of images that do not exist: what they hold follows from their paths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dissect_monai.data.identity.content_digest", lambda image: f"{image:>16}")
+        yield

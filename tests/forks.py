@@ -3,8 +3,6 @@
 Reads a line of JSON for each group of processes and answers with two: their ids, and their statuses in the end.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

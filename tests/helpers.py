@@ -1,10 +1,9 @@
 """What the tests of several bundles share."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +29,7 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser, run
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
+from monai.networks.nets import SegResNet, resnet10
 from monai.transforms import Compose
 from monai.utils import optional_import
 from PIL import Image
@@ -48,33 +49,14 @@ RECIPES = {bundle.name: [bundle / "configs" / "train.json"] for bundle in BUNDLE
 }
 TASKS = ("abdomen_ct", "head_ct", "head_mr")  # of two groups
 TINY = {  # knobs of the recipes, for a training of a second
-    "encoder": "resnet10",
-    "image_size": 32,
-    "num_embeddings": 16,
-    "embedding_dim": 16,
-    "hidden_dim": 16,
-    "pixdim": [12, 12, 12],
-    "patch_size": [16, 16, 16],
-    "blocks_down": [1, 1, 1],
-    "blocks_up": [1, 1],
-    "init_filters": 8,
-    "mask_size": 4,
-    "iterations_per_epoch": 2,
-    "batch_size": 8,
-    "max_epochs": 1,
-    "warmup_epochs": 0,
-    "learning_rate": 0.01,
-    "val_interval": 1,
-    "log_interval": 1,
-    "num_workers": 0,
-    "amp": False,
-}
+    "encoder": "resnet10", "image_size": 32, "num_embeddings": 16, "embedding_dim": 16, "hidden_dim": 16,
+    "pixdim": [12, 12, 12], "patch_size": [16, 16, 16], "blocks_down": [1, 1, 1], "blocks_up": [1, 1],
+    "init_filters": 8, "mask_size": 4, "iterations_per_epoch": 2, "batch_size": 8, "max_epochs": 1,
+    "warmup_epochs": 0, "learning_rate": 0.01, "val_interval": 1, "log_interval": 1, "num_workers": 0, "amp": False,
+}  # fmt: skip
 
 TINY_BUNDLE = {  # its data cannot be built: what is refused is refused before
-    "imports": [
-        "$from pathlib import Path",
-        "$from dissect_monai import bundle",
-    ],
+    "imports": ["$from pathlib import Path", "$from dissect_monai import bundle"],
     "root": "$bundle.bundle_root('tiny')",
     "learning_rate": 0.1,
     "data": "$1 / 0",
@@ -134,6 +116,9 @@ class Recipe:
         return self.finished / "models" / "model.pt"
 
 
+Recipes = Callable[[str], Recipe]  # by name
+
+
 def run_config(config: Any = None, **knobs: Any) -> None:
     """`python -m monai.bundle run` in this process: of a config file, of several, or of an `args_file`."""
     files = [config] if isinstance(config, (str, Path)) else [*(config or [])]
@@ -173,37 +158,21 @@ def command_line(config: str | Path | Sequence[Path], cwd: Path = ROOT, **knobs:
     return forked(files, cwd, [{}], **knobs)
 
 
-def two_processes(
-    *configs: Path, cwd: Path, meanwhile: Callable[[list[int]], None] | None = None, **knobs: Any
-) -> Ended:
+def two_processes(*configs: Path, cwd: Path, meanwhile: Any = None, **knobs: Any) -> Ended:
     """`monai.bundle run` of a training by two processes, as torchrun starts them; `meanwhile` gets their ids."""
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [{**ranks, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     return forked(str([str(config) for config in configs]), cwd, environments, meanwhile, **knobs)
 
 
-def forked(
-    files: str,
-    cwd: Path,
-    environments: list[dict[str, str]],
-    meanwhile: Callable[[list[int]], None] | None = None,
-    **knobs: Any,
-) -> Ended:
+def forked(files: str, cwd: Path, environments: list[dict[str, str]], meanwhile: Any = None, **knobs: Any) -> Ended:
     """`monai.bundle run` in a process for each environment."""
     arguments = ["monai.bundle", "run", *_arguments({"config_file": files, **knobs})]
-    server = fork_server()
-    assert server.stdin is not None
-    assert server.stdout is not None
+    shared, server = {"arguments": arguments, "cwd": str(cwd.resolve())}, fork_server()
     with TemporaryDirectory() as folder:
         logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]
         processes = [
-            {
-                "arguments": arguments,
-                "cwd": str(cwd.resolve()),
-                "environment": environment,
-                "stdout": out,
-                "stderr": error,
-            }
+            {**shared, "environment": environment, "stdout": out, "stderr": error}
             for environment, (out, error) in zip(environments, logs, strict=True)
         ]
         server.stdin.write(json.dumps(processes) + "\n")
@@ -265,6 +234,20 @@ def evaluated(network: nn.Module, loader: Any, *handlers: Any, **arguments: Any)
     return evaluator
 
 
+def small_resnet(seed: int = 0, **changes: Any) -> Any:
+    """A stock ResNet-10 with few channels: an encoder or, with `num_classes`, a classifier."""
+    torch.manual_seed(seed)
+    shape = {"spatial_dims": 2, "n_input_channels": 1, "conv1_t_stride": 2, "widen_factor": 0.125}
+    return resnet10(**shape | {"feed_forward": "num_classes" in changes} | changes)
+
+
+def small_segresnet(spatial_dims: int = 2, **changes: Any) -> SegResNet:
+    """A SegResNet of three levels with few channels."""
+    torch.manual_seed(0)
+    shape = {"init_filters": 8, "out_channels": 3, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}
+    return SegResNet(spatial_dims, **shape | changes)
+
+
 def counting_engine(max_epochs: int = 4) -> Engine:
     engine = Engine(lambda engine, batch: {"loss": torch.ones((), requires_grad=True)})
     engine.state.device = torch.device("cpu")
@@ -320,6 +303,15 @@ def write(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
+
+
+def edited(folder: str | Path, tmp_path: Path, **changes: Any) -> Path:
+    """A copy of a data set whose dataset.json says something else; None removes a key."""
+    copy = tmp_path / f"edited_{Path(folder).name}"
+    shutil.copytree(folder, copy)
+    spec = {**read(copy / "dataset.json"), **changes}
+    write(copy / "dataset.json", {key: value for key, value in spec.items() if value is not None})
+    return copy
 
 
 def run_bundle(bundle: Path, **overrides: Any) -> None:
@@ -385,6 +377,19 @@ class Decoded(Dataset):
         return {"image": self.images[index]}
 
 
+class Oracle(nn.Module):
+    """Logits of the class that is the value of the image; of those in `lost`, of background."""
+
+    def __init__(self, num_classes: int, lost: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.num_classes, self.lost = num_classes, lost
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        classes = images[:, 0].round().long()
+        classes[torch.isin(classes, torch.tensor(self.lost, dtype=torch.long))] = 0
+        return 10.0 * nn.functional.one_hot(classes, self.num_classes).movedim(-1, 1)
+
+
 def table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -398,6 +403,25 @@ def pick(rows: Iterable[dict[str, str]], **wanted: str) -> dict[str, str]:
 
 def images(items: list[dict[str, Any]]) -> list[str]:
     return [Path(item["image"]).name for item in items]
+
+
+def subjects(items: list[dict[str, Any]]) -> set[str]:
+    return {item["subject"] for item in items}
+
+
+def in_two_processes(step: Callable[[int, Path, Any], None], folder: Path, parts: Sequence[Any]) -> None:
+    """Call a function in two processes of one group, each with its rank, the folder and its part."""
+    other = multiprocessing.get_context("spawn").Process(target=_in_group, args=(1, step, folder, parts))
+    other.start()
+    _in_group(0, step, folder, parts)
+    other.join()
+
+
+def _in_group(rank: int, step: Callable[[int, Path, Any], None], folder: Path, parts: Sequence[Any]) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, timedelta(minutes=5), world_size=2, rank=rank)
+    step(rank, folder, parts[rank])
+    torch.distributed.destroy_process_group()
 
 
 DIRECTION = (0.0, -1.0, 0.0, 0.8, 0.0, -0.6, 0.6, 0.0, 0.8)  # of `volume`
@@ -420,14 +444,10 @@ def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
         piece = image[:, :, index]
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
         values = {
-            "0008|0060": "CT",
-            "0020|000e": f"1.2.3.{series}",
-            "0020|0032": "\\".join(map(str, position)),
+            "0008|0060": "CT", "0020|000e": f"1.2.3.{series}", "0020|0032": "\\".join(map(str, position)),
             "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
-            "0018|0050": str(image.GetSpacing()[2]),
-            "0028|1050": "0",
-            "0028|1051": "10",
-        }
+            "0018|0050": str(image.GetSpacing()[2]), "0028|1050": "0", "0028|1051": "10",
+        }  # fmt: skip
         for tag, value in values.items():
             piece.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices

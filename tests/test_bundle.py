@@ -1,18 +1,16 @@
 """What a run needs from its command line: knobs, errors in one line, output folders, processes, tracking."""
 
-from __future__ import annotations
-
 import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY_BUNDLE, Recipe, command_line, refused, run_bundle, run_config, write
+from helpers import ROOT, TINY_BUNDLE, Recipes, command_line, refused, run_bundle, run_config, write
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
@@ -29,6 +27,7 @@ from dissect_monai.bundle import (
     checkpoint_to_resume,
     destroy_group,
     given_items,
+    phantoms_dir,
     process_device,
 )
 from dissect_monai.common import InputError
@@ -42,9 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
         {"learning_rate": 0.2},
-        {"train#trainer#max_epochs": 2},
         {"train::trainer::max_epochs": 2},
         {"train#handlers#0#iteration_log": True},
         {"train#handlers#0#epoch_log": False},
@@ -64,13 +61,11 @@ def test_overrides_that_name_something_pass(tiny_bundle: Path, overrides: dict[s
     ("typo", "meant"),
     [
         ("learning_rat", "learning_rate"),
-        ("train#trainer#max_epoch", "train#trainer#max_epochs"),
         ("train::trainer::max_epoch", "train#trainer#max_epochs"),
         ("loss#sigmoids", "loss#sigmoid"),
         ("metric_name#reductoin", "metric_name#reduction"),
         ("loss#alpha", "loss"),  # an argument of another loss
         ("train#handlers#0#iteration_lg", "train#handlers#0#iteration_log"),
-        ("network#widen_facto", "network#widen_factor"),
     ],
 )
 def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, meant: str) -> None:
@@ -99,9 +94,7 @@ def test_overrides_name_what_a_second_config_adds_and_not_what_it_takes_away(tin
     assert Path("ran").exists()
 
 
-def test_arguments_of_another_program_are_not_those_of_a_bundle(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arguments_of_another_program_are_not_read(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["server.py", "run", "--lerning_rate", "1"])
     hook = sys.excepthook
     run(config_file=str(tiny_bundle / "configs" / "train.json"))
@@ -117,49 +110,25 @@ def test_without_a_workflow_no_list_is_given_and_nothing_is_checked() -> None:
 # ---- knobs -------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "stages": [4, [], [0], ["4"], "all"],
-    "learning_rate": ["abc", 0, -1, True, None],
-    "num_workers": ["x", -1, 1.5],
-    "label_fraction": ["ten", 0, 1.1],
-    "dataset_dir": [2024, "", " ", [], ["a", 3]],
-    "output_dir": [None, 7, ""],
-    "reconstruction_weight": ["false", False, -0.1],
-    "spatial_dims": [4, "2"],
-    "encoder": ["resnet19", 18, None],
-    "device": ["gpu", "cuda:99", 1.5],
-    "num_folds": [1, -2, "five"],
-    "num_embeddings": [1, [1, 2], [], "many"],
-    "amp": ["yes", 1, None],
-    "momentum": [1.1, "high"],
-    "fusion": ["sum", ["add"], {"a": 1}],
-    "findings": [3, [], [1]],
-    "max_epochs": [0, "1e3", True],
-    "task": ["", [3], {"a": 1}, 7],
-    "validation_fraction": [1, -0.1, "half"],
-    "pixdim": [1.5, [1, 1], [1, 1, 0], ["1", 1, 1]],
-    "patch_size": [96, [96, 96], [96, 96, 4], [96, 96, 9.5]],
-    "a_min": ["low", None, float("nan")],
-    "init_filters": [4, 12, 8.0],
-    "blocks_down": [[], [0, 1], 4],
-    "resume": ["maybe", 3],
-    "sampling_temperature": [2, -0.5],
-    "structures": [6, []],
-    "fold": [-1, "first"],
+    "stages": [4, [], [0], ["4"], "all"], "learning_rate": ["abc", 0, -1, True, None], "num_workers": ["x", -1, 1.5],
+    "label_fraction": ["ten", 0, 1.1], "dataset_dir": [2024, "", " ", [], ["a", 3]], "output_dir": [None, 7, ""],
+    "reconstruction_weight": ["false", False, -0.1], "spatial_dims": [4, "2"], "encoder": ["resnet19", 18, None],
+    "device": ["gpu", "cuda:99", 1.5], "num_folds": [1, -2, "five"], "num_embeddings": [1, [1, 2], [], "many"],
+    "amp": ["yes", 1, None], "momentum": [1.1, "high"], "fusion": ["sum", ["add"], {"a": 1}], "findings": [3, [], [1]],
+    "max_epochs": [0, "1e3", True], "task": ["", [3], {"a": 1}, 7], "validation_fraction": [1, -0.1, "half"],
+    "pixdim": [1.5, [1, 1], [1, 1, 0], ["1", 1, 1]], "patch_size": [96, [96, 96], [96, 96, 4], [96, 96, 9.5]],
+    "a_min": ["low", None, float("nan")], "init_filters": [4, 12, 8.0], "blocks_down": [[], [0, 1], 4],
+    "resume": ["maybe", 3], "sampling_temperature": [2, -0.5], "structures": [6, []], "fold": [-1, "first"],
     "largest_only": [3],
-}
+}  # fmt: skip
 GOOD = {
     "stages": [[2, 3, 4], [4], (1,)],
-    "learning_rate": [1e-3, 1],
-    "label_fraction": [1, 0.01],
     "dataset_dir": [None, "a", ["a", "b"]],
-    "device": ["cpu"],
     "num_folds": [0, 5],
     "amp": [True, "false", "True"],
     "findings": [None, "Mass", ["Mass", "No finding"]],
     "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}],
     "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
-    "patch_size": [[96, 96, 8]],
-    "init_filters": [8, 32],
 }
 
 
@@ -198,10 +167,7 @@ TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
         ({"batch_size": 7, "sampling_temperature": 0.5}, "`batch_size` must be even, .*, got 7"),
         ({**TRAINED, "schedule_epochs": 1, "warmup_epochs": 0}, "`schedule_epochs` must be at least"),
         ({**TRAINED, "val_interval": 3, "select": "best"}, "`val_interval` must be at most `max_epochs`"),
-        (
-            {"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3},
-            "`mask_size` must be smaller than",
-        ),
+        ({"mask_size": 16, "patch_size": [16, 16, 16], "spatial_dims": 3}, "`mask_size` must be smaller than"),
         ({"mode": "finetune", "pretrained": None}, "`mode` finetune needs weights: set `pretrained`"),
         ({"mode": "scratch", "pretrained": "model.pt"}, "`mode` scratch starts from no weights, got"),
     ],
@@ -291,9 +257,7 @@ def test_finds_a_relative_bundle_and_one_without_a_config(tiny_bundle: Path, mon
     assert Path("ran").read_text() == str(tiny_bundle)
 
 
-def test_an_output_has_its_folders_and_the_log_says_which_images_are_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_output_has_its_folders_and_the_log_its_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dissect_monai")
     check_output(True, "phantoms", tmp_path / "out")
     check_training(False, ["a", "b"], tmp_path / "out", resume_from=None)
@@ -304,10 +268,39 @@ def test_an_output_has_its_folders_and_the_log_says_which_images_are_used(
         assert message in caplog.text
 
 
-def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"`output_dir` must be a folder that can be written, got .*file: "):
-        check_output(True, "phantoms", tmp_path / "file")
+def test_a_smoke_run_goes_where_nothing_or_a_smoke_run_has_been(tmp_path: Path) -> None:
+    assert phantoms_dir(True, tmp_path) == phantoms_dir(False, tmp_path) == str(tmp_path / "phantoms")
+    (tmp_path / "eval").mkdir()
+    phantoms_dir(True, tmp_path)
+    table = tmp_path / "eval" / "label_maps" / "label_maps.csv"
+    table.parent.mkdir()
+    table.write_text(f"image,label_map\n{tmp_path}/phantoms/images/0.png,0\n")
+    np.savez(tmp_path / "eval" / "embeddings.npz", image=[f"{tmp_path}/phantoms/images/0.png"])
+    with pytest.raises(InputError, match="is of other images than phantoms, which must not take its place: give `data"):
+        phantoms_dir(True, tmp_path)  # whose phantoms are nowhere
+    (tmp_path / "phantoms").mkdir()
+    phantoms_dir(True, tmp_path)
+    for foreign in ("case,dice\n/data/0.nii,1\n", "image,error\n/data/0.png,\n"):
+        table.write_text(foreign)
+        with pytest.raises(InputError, match=r"label_maps\.csv is of other images"):
+            phantoms_dir(True, tmp_path)
+    table.unlink()
+    np.savez(tmp_path / "eval" / "embeddings.npz", image=["/data/0.png"])
+    with pytest.raises(InputError, match=r"embeddings\.npz is of other images"):
+        phantoms_dir(True, tmp_path)
+
+
+@pytest.mark.parametrize("said", [{"phantoms": False}, {}])
+def test_weights_of_other_images_are_for_no_phantoms(tmp_path: Path, said: dict[str, Any]) -> None:
+    model = tmp_path / "models" / "model.pt"
+    write(model.with_suffix(".json"), said)
+    model.touch()
+    for place in ((tmp_path, None), (tmp_path / "new", model)):
+        with pytest.raises(InputError, match=r"model\.pt must be weights that were trained on phantoms"):
+            phantoms_dir(True, *place)
+    phantoms_dir(False, tmp_path, model)
+    write(model.with_suffix(".json"), {"phantoms": True})
+    phantoms_dir(True, tmp_path, model)
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
@@ -367,7 +360,7 @@ def test_no_thread_of_the_group_is_left(tmp_path: Path) -> None:
 
 
 def test_without_mlflow_one_line_says_what_to_install(
-    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dissect_monai.bundle.find_spec", lambda name: None)
     monkeypatch.chdir(ROOT)

@@ -124,6 +124,7 @@ def test_5_tokens_keep_their_places() -> None:
     assert moved.nonzero().tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.usefixtures("_images_are_nowhere")
 def test_6_selection_never_uses_the_test_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     splits = {

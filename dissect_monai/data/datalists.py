@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -14,10 +16,18 @@ from monai.utils import ensure_tuple
 from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
-from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, VolumeHeader, image_format
+from dissect_monai.data import dicom
+from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, VolumeHeader, image_format, refuse_odd_file
 
+logger = logging.getLogger(__name__)
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
+# What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, segmentation-0.nii, label0001.
+_LABELS = re.compile(
+    r"(.*[-_. ])?(labels?|masks?|segs?|segmentations?|annotations?|gts?|ground[-_ ]?truths?)"
+    r"([-_ ]?(tr|ts|val|train|test|\d+))?(\.\w+)?(\.gz)?",
+    re.IGNORECASE,
+)
 
 
 class Datalist(NamedTuple):
@@ -25,7 +35,7 @@ class Datalist(NamedTuple):
 
     Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a
     label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts; and
-    "modality", a text, or a list with one for each channel.
+    "modality", a text, or a list with one for each channel. "origin" is their data folder and their subject there.
     """
 
     training: list[Item]
@@ -92,15 +102,16 @@ def read_datalist(
     maps) of the whole set are copied to its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
-    training item without subject, which counts as a subject of its own; hidden files are skipped.
+    training item. Its subject is the PatientID of DICOM; without one, it counts as a subject of its own. See `walk` and
+    `without_labels` for what is left out.
 
     Several folders are merged: label names are united, labels that a set does not have are unknown (NaN), and subjects
     become "<folder name>/<subject>".
 
     Args:
         dataset_dir: the folder or folders.
-        spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item and
-            leaves out PNG, JPEG, TIFF and BMP.
+        spatial_dims: 2 or 3; in folders without dataset.json, 3 takes a folder of DICOM slices as one item, or, if it
+            holds several series, the first file of each, and leaves out PNG, JPEG, TIFF and BMP.
         check: False allows missing files and subjects in several splits, for predictions.
 
     Raises:
@@ -115,7 +126,7 @@ def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
     """Absolute paths of the folders, for which their dataset.json may stand; a `ValueError` if there is one twice."""
     paths = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in _listed(dataset_dir)]
     folders = [path.parent if path.name == "dataset.json" else path for path in paths]
-    if not folders or len(set(folders)) < len(folders):
+    if not folders or len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise InputError(f"`dataset_dir` must name one folder or several different ones, got {dataset_dir!r}.")
     return folders
 
@@ -164,39 +175,112 @@ def label_matrix(
 
 def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:
     """Data list of one folder, see `read_datalist`, without checking what its splits share."""
+    datalist = _read_folder(folder, spatial_dims, check)
+    own = str(folder if folder.is_dir() else folder.parent)
+    alone = (own, None)  # one for all, as there may be millions
+    for item in datalist.items():
+        item["origin"] = (own, item["subject"]) if "subject" in item else alone
+    return datalist
+
+
+def _read_folder(folder: Path, spatial_dims: int, check: bool) -> Datalist:
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
-    if (folder / "dataset.json").exists():
+    if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
         return _read_json(folder / "dataset.json", check)
     if folder.is_dir():
-        images = sorted(_find_images(folder, spatial_dims))
+        images = _find_images(folder, spatial_dims)
     elif image_format(folder) is not None:
         images = [str(folder)]
     else:
         raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
-    if not images:
+    items = _with_patients(images)
+    if not items:
         suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 else ()) + VOLUME_SUFFIXES)
         raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.")
-    return Datalist([{"image": image} for image in images], [], [])
+    for image in images:
+        if not image.isascii() and image != image.encode(errors="replace").decode():
+            raise InputError(f"{folder} must hold files with names in UTF-8, got {image!a}. Rename it.")
+    return Datalist(items, [], [])
 
 
-def _find_images(folder: Path, spatial_dims: int) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [os.path.join(parent, name) for name in names if not name.startswith(".")]
+def _find_images(folder: Path, spatial_dims: int) -> list[str]:
+    found: list[Path] = []
+    for parent, paths in walk(folder):
         formats = {path: image_format(path) for path in paths}
         if spatial_dims == 2:
-            yield from (path for path in paths if formats[path])
+            found += [path for path in paths if formats[path]]
         else:
-            yield from (path for path in paths if formats[path] in ("itk", "nifti"))
+            found += [path for path in paths if formats[path] in ("itk", "nifti")]
             if "dicom" in formats.values():
-                yield parent
+                found += dicom.find_volumes(parent)
+    return [str(path) for path in without_labels(sorted(found), folder)]
+
+
+def _with_patients(images: Sequence[str]) -> list[Item]:
+    """Items of images, DICOM with its PatientID as the subject, and without what has no pixels, which is logged."""
+    items: list[Item] = []
+    left_out = []
+    for image in images:
+        path = Path(image)
+        series = dicom.find_series(path) if path.is_dir() else []
+        is_file = not path.is_dir() and image_format(path) == "dicom"
+        tags = series[0].tags[0] if series else dicom.read_tags(path) if is_file else {}
+        if is_file and not {"fault", "pixels"} & tags.keys():
+            left_out.append(path.name)
+        else:
+            items.append({"image": image, **({"subject": tags["PatientID"]} if tags.get("PatientID") else {})})
+    if left_out:
+        dicom.warn_once(f"{Path(images[0]).parent}: left out, as they have no pixels: {shorten(left_out)}.")
+    return items
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder in a folder and its files, hidden ones left out; links are followed, but nothing comes twice.
+
+    What is no file, such as a pipe, is left out and logged.
+    """
+    real = Path(os.path.realpath(folder))
+    seen = {str(each) for each in (real, *real.parents)}
+
+    def is_new(path: str) -> bool:
+        known = len(seen)
+        seen.add(os.path.realpath(path))
+        return len(seen) > known
+
+    def links_last(path: str) -> tuple[bool, str]:
+        return os.path.islink(path), path
+
+    for parent, *listed in os.walk(folder, followlinks=True):
+        paths = [[os.path.join(parent, name) for name in names if not name.startswith(".")] for names in listed]
+        below, files = (list(filter(is_new, sorted(each, key=links_last))) for each in paths)
+        listed[0][:] = map(os.path.basename, below)
+        odd = [path for path in files if not os.path.isfile(path) and os.path.exists(path)]
+        if odd:
+            logger.warning("Left out, as they are no files: %s.", shorten(odd, 3))
+        yield Path(parent), [Path(path) for path in files if path not in odd]
+
+
+def without_labels(paths: list[Path], folder: Path) -> list[Path]:
+    """The paths in a folder that are not called like label maps, unless all are; the others are logged."""
+    labels = [path for path in paths if any(map(_LABELS.fullmatch, path.relative_to(folder).parts))]
+    if not labels or len(labels) == len(paths):
+        return paths
+    logger.warning(
+        "Left out, as they are called like label maps: %d files (%s). To use them as images, rename them, or list them "
+        "in a dataset.json.", len(labels), labels[0],
+    )  # fmt: skip
+    return sorted({*paths} - {*labels})
 
 
 def _read_json(path: Path, check: bool) -> Datalist:
+    refuse_odd_file(path)
     try:
-        spec = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8-sig")
+        spec = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(spec, ensure_ascii=False).encode()  # which fails on half of a surrogate pair
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
     if not isinstance(spec, dict) or "training" not in spec:
         got = f"the keys {list(spec)}" if isinstance(spec, dict) else f"a {type(spec).__name__}"
@@ -205,12 +289,26 @@ def _read_json(path: Path, check: bool) -> Datalist:
         if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
             raise InputError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
     shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
+    channels = spec.get("channel_names")
+    if channels and "modality" not in shared:  # as nnU-Net calls it
+        names = [*channels.values()] if isinstance(channels, dict) else [*ensure_tuple(channels)]
+        if len(names) != 1:
+            raise InputError(
+                f"{path}: `channel_names` must be one, got {shorten(names)}, each of which is a file of its own in "
+                "nnU-Net: make a data folder of one channel, or one file of all and a `modality` for each."
+            )
+        shared["modality"] = names[0]
     if isinstance(spec.get("labels"), dict):  # else they are no names
         shared["labels"] = spec["labels"]
     splits = [_read_items(spec.get(split, []), f"{path}: `{split}`", path.parent, shared) for split in SPLITS]
     items = [item for split in splits for item in split]
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
+    both = sorted(
+        {item["image"] for item in items} & {label for item in items if isinstance(label := item.get("label"), str)}
+    )
+    if both:
+        raise InputError(f"{path} must not list a label map as an image, got {shorten(both, 3)}. Remove these items.")
     with_findings = [item for item in items if not isinstance(item.get("label", ""), str)]
     names = spec.get("label_names") or []
     if not isinstance(names, list) or len({*map(str, names)}) < len(names):
@@ -285,14 +383,17 @@ def merge_datalists(datalists: Sequence[Datalist], folders: Sequence[Path], chec
     training, validation, test = ([item for each in datalists for item in getattr(each, split)] for split in SPLITS)
     merged = Datalist(training, validation, test, label_names)
     if check:
-        _refuse_leaks(merged)
+        refuse_leaks(merged)
     return merged
 
 
-def _refuse_leaks(datalist: Datalist) -> None:
+def refuse_leaks(datalist: Datalist) -> None:
+    """Refuse splits that share a subject or an image, also by a link."""
+    real = _real_paths([item["image"] for item in datalist.items()])
     for key, splits in product(("subject", "image"), combinations(SPLITS, 2)):
         first, second = (
-            {item[key]: item["image"] for item in getattr(datalist, split) if key in item} for split in splits
+            {real.get(item[key], item[key]): item["image"] for item in getattr(datalist, split) if key in item}
+            for split in splits
         )
         shared = sorted(first.keys() & second.keys())
         if shared:
@@ -302,6 +403,16 @@ def _refuse_leaks(datalist: Datalist) -> None:
                 f"(see {' and '.join(images)}). Move each to one split of dataset.json, else the evaluation is on "
                 "training data."
             )
+
+
+def _real_paths(paths: Sequence[str]) -> dict[str, str]:
+    """Paths without links, by path, with one listing per folder instead of several look-ups per file."""
+    folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, paths)}
+    found = (entry for folder in filter(os.path.isdir, folders) for entry in os.scandir(folder))
+    links = {entry.path: os.path.realpath(entry.path) for entry in found if entry.is_symlink()}
+    return {
+        path: links.get(path, os.path.join(folders[os.path.dirname(path)], os.path.basename(path))) for path in paths
+    }
 
 
 def _values(item: Item) -> list[float]:

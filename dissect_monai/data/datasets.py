@@ -20,7 +20,7 @@ from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import InputError, Item, rank, shorten, world_size
+from dissect_monai.common import InputError, Item, of_all_processes, rank, shorten, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
@@ -84,6 +84,20 @@ def cached_dataset(
         _, good = read_all(stored, on_corrupt, num_workers, progress=rank() == 0, keep=False)
         dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
+
+
+def readable_items(
+    data: list[Item], transform: Callable[..., Any], on_corrupt: str = "raise", num_workers: int = 0
+) -> list[Item]:
+    """The items that can be read, found by reading each once, now, and keeping nothing; see `cached_dataset`.
+
+    Each process of a run reads a part; all get what is left.
+    """
+    steps, num_deterministic = flattened(transform)
+    part = Dataset(data[rank() :: world_size()], Compose(steps.transforms[:num_deterministic]))
+    good = read_all(part, on_corrupt, num_workers, progress=rank() == 0, keep=False)[1] if len(part) else []
+    images = {item["image"] for each in of_all_processes(good) for item in each}
+    return [item for item in data if item["image"] in images]
 
 
 class _StoredDataset(PersistentDataset):

@@ -33,7 +33,7 @@ def patch_dataset(
     under "label_map" instead of "label", and the patches get `structures`, {name: 1, 0 or NaN (unknown)} for the names
     in `labels` of the item. A patch shows a structure (1) if it fills 0.1 % of the patch or half of it lies there, and
     does not (0) if none of it does; anything between is unknown. So is a structure that the whole volume lacks, as it
-    may be there without having been annotated.
+    may be there without having been annotated, or that a patch with values that are `ignored` by the item lacks.
 
     Args:
         data: items of a data list, as `aggregate` gives them.
@@ -91,17 +91,19 @@ class _Volumes(Dataset):
         for source in drawn:
             # A copy, so that a patch does not keep its volume in memory.
             image = torch.as_tensor(source["image"]).as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
-            shown = {"structures": _shown(source[LABEL_MAP], sizes, item["labels"])} if has_names else {}
+            shown = {"structures": _shown(source[LABEL_MAP], sizes, item)} if has_names else {}
             patches.append({"image": image, **shown})
         return patches
 
 
-def _shown(label_map: Tensor, sizes: Mapping[str, int], labels: Mapping[str, list[int]]) -> dict[str, float]:
+def _shown(label_map: Tensor, sizes: Mapping[str, int], item: Item) -> dict[str, float]:
     shown = {}
-    for name, count in _voxels(label_map, labels).items():
+    in_part = _voxels(label_map, {"": item.get("ignored", [])})[""] > 0  # annotated in a part only
+    for name, count in _voxels(label_map, item["labels"]).items():
         size = sizes[name]
         enough = count >= min(_PART_OF_PATCH * label_map[0].numel(), _PART_OF_STRUCTURE * size)
-        shown[name] = float("nan") if not size or (count > 0 and not enough) else float(count > 0)
+        unknown = not size or (count > 0 and not enough) or (in_part and not count)
+        shown[name] = float("nan") if unknown else float(count > 0)
     return shown
 
 

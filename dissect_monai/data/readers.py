@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import nibabel
@@ -17,18 +19,22 @@ from monai.data import ImageReader, NibabelReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple, optional_import
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dissect_monai.common import InputError
+from dissect_monai.data import dicom
 
 sitk, _ = optional_import("SimpleITK")  # of 50 MB, which pictures and NIfTI do not need
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-VOLUME_SUFFIXES = DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
+VOLUME_SUFFIXES = dicom.DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
+# What of a slice decides the values that ITK makes of it.
+_SCALE = ("RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "PixelRepresentation")
+_ZERO_SPACING = re.compile(rb"(\x18\0\x88\0(?:DS)?[\x02-\x10]\0(?:\0\0)?)([-+0. ]+)")
+_UNDECODED = "Failed to change to Implicit Transfer Syntax"  # what GDCM says of pixels that it cannot decompress
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
 ITK_PREFIX = re.compile(r"(.*ERROR: )?(\w+ ?\(0x[0-9a-f]+\): )?", re.DOTALL)
 
@@ -39,7 +45,7 @@ def image_format(path: str | PathLike[str]) -> str | None:
     A file without suffix, or with a number for one as in a DICOM UID, is opened to see whether it is DICOM.
     """
     name = Path(path).name.lower()
-    kinds = {"picture": PICTURE_SUFFIXES, "dicom": DICOM_SUFFIXES, "itk": ITK_SUFFIXES, "nifti": NIFTI_SUFFIXES}
+    kinds = {"picture": PICTURE_SUFFIXES, "dicom": dicom.DICOM_SUFFIXES, "itk": ITK_SUFFIXES, "nifti": NIFTI_SUFFIXES}
     for kind, suffixes in kinds.items():
         if name.endswith(suffixes):
             return kind
@@ -47,8 +53,24 @@ def image_format(path: str | PathLike[str]) -> str | None:
     # A DICOMDIR is an index in DICOM's own format: it holds no pixels.
     if (suffix and not suffix.isdigit()) or name == "dicomdir" or not os.path.isfile(path):
         return None
-    with open(path, "rb") as file:
-        return "dicom" if file.read(132)[128:] == b"DICM" else None
+    return "dicom" if dicom.is_dicom(path) else None
+
+
+def refuse_odd_file(path: str | PathLike[str]) -> None:
+    """Refuse what hangs or fills the memory once opened, also in a folder: pipes, sockets, devices, sparse GiB."""
+    path = Path(path)
+    apart = [".raw", ".zraw", ".raw.gz"] if path.suffix.lower() in (".mhd", ".nhdr") else []
+    for each in path.iterdir() if path.is_dir() else [path, *map(path.with_suffix, apart)]:
+        if not each.exists():
+            continue
+        status = os.stat(each)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise InputError(f"{each} must be a file, got a pipe, a socket or a device: remove it.")
+        size, stored = status.st_size, 512 * getattr(status, "st_blocks", status.st_size)
+        if size > 2**31 and stored < size / 100:
+            raise InputError(
+                f"{each} must be stored whole, got {size} bytes that are nearly all a hole: copy it again."
+            )
 
 
 @contextmanager
@@ -56,11 +78,12 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
     """Turn whatever a decoder raises into one `ValueError` that names the file."""
     try:
         yield
-    except ImportError:
-        raise  # no fault of the image
+    except (InputError, ImportError):  # the latter is no fault of the image
+        raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__
         reason = reason.splitlines()[0].rstrip(".:").replace(f" '{fspath(path)}'", "")  # it is named already
+        reason = reason.replace(_UNDECODED, "pixels that cannot be decompressed")
         raise InputError(
             f"{fspath(path)} must be an intact image of the format that its name says, got: {reason}. "
             "Replace it or remove it from the data list."
@@ -72,16 +95,17 @@ class ImageFileReader(ImageReader):
 
     Arrays are (x, y) or (x, y, z), whatever the format, so that a PNG and a DICOM of one X-ray agree; volumes carry
     the RAS affine of the same volume as NIfTI. Colour becomes luminance, 16-bit pictures keep their values, the first
-    of several pages is read. A folder is read as one DICOM series. ITK applies the slope and intercept of DICOM and
-    inverts MONOCHROME1 within its stored range. A single DICOM file is clipped to its first window (centre and width),
-    as a viewer does; a series never is, since its values (HU) are quantities.
+    of several pages is read, and pictures are turned as Exif says. A folder is read as one DICOM series, whose files
+    are checked one by one, see `read_volume`; its values, after slope and intercept, are quantities such as HU. A
+    single picture in a DICOM file is what a viewer shows, see `_displayed`.
 
     Args:
         spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse other images; None takes
-            images as they are.
+            images as they are. With 3, a DICOM file of one slice stands for the series in its folder.
 
     Raises:
-        ValueError: if a file is corrupt or has another number of spatial dimensions; names the file.
+        ValueError: if a file is corrupt, has another number of spatial dimensions or, with 2, one value everywhere;
+            names the file.
     """
 
     def __init__(self, spatial_dims: int | None = None) -> None:
@@ -100,10 +124,19 @@ class ImageFileReader(ImageReader):
         """The array and MONAI's metadata."""
         if not img.exists():
             raise FileNotFoundError(f"{img} does not exist. Correct the path or remove it from the data list.")
+        refuse_odd_file(img)
+        if not img.is_dir() and image_format(img) is None:
+            suffixes = " ".join(PICTURE_SUFFIXES + VOLUME_SUFFIXES)
+            raise InputError(f"{img} must be an image ({suffixes}): rename it, or remove it from the data list.")
         with explained(img):
             array, meta = self._decode(img)
+        if array.dtype.kind not in "biuf":
+            kind = array.dtype if array.dtype.names is None else f"colour ({'/'.join(array.dtype.names)})"
+            raise InputError(f"{img} must hold one real number a voxel, got {kind}: convert it, or remove it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
+        if self.spatial_dims != 2 and MetaKeys.AFFINE in meta:
+            _with_spacing(img, np.asarray(meta[MetaKeys.AFFINE]))
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
@@ -111,64 +144,141 @@ class ImageFileReader(ImageReader):
             array = array[..., 0]
         if array.ndim != self.spatial_dims:
             raise InputError(f"{img} must have `spatial_dims` = {self.spatial_dims} axes, got shape {array.shape}.")
+        if self.spatial_dims == 2 and array.min() == array.max():
+            raise InputError(f"{img} must show something, got the value {array.flat[0]:g} everywhere. Remove it.")
         return array, {**meta, MetaKeys.SPATIAL_SHAPE: np.array(array.shape)}
 
     def _decode(self, path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
-        if path.is_dir():
-            files = _series_files(path)
-            return _read_dicom(files[0]) if len(files) == 1 else _from_itk(sitk.ReadImage(files))
-        kind = image_format(path)
+        kind = "dicom" if path.is_dir() else image_format(path)
+        if kind == "dicom":
+            alone = path.is_file() and self.spatial_dims != 3
+            series = dicom.Series([path], [dicom.read_tags(path)]) if alone else dicom.series_of(path)
+            if not series.is_volume and self.spatial_dims != 3:
+                return _read_film(series)
+            if self.spatial_dims == 2:
+                raise InputError(f"{path} must have `spatial_dims` = 2 axes, got several slices or frames.")
+            return _read_slices(path, series)
         if kind == "picture":
             return _with_meta(_read_picture(path))
-        if kind == "nifti":
-            reader = NibabelReader(squeeze_non_spatial_dims=True)
-            return reader.get_data(reader.read(path))
-        return _read_dicom(fspath(path)) if kind == "dicom" else _from_itk(sitk.ReadImage(fspath(path)))
+        return _read_nifti(path) if kind == "nifti" else _from_itk(sitk.ReadImage(fspath(path)))
 
 
 def _read_picture(path: Path) -> NDArray[Any]:
     with Image.open(path) as image:
+        # Pillow inverts white-is-zero of 8 bits alone (tag 262 of TIFF).
+        negative = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode not in ("L", "1")
+        if image.format == "TIFF":
+            image.filename = ""  # pillow would map it into memory, and scramble one that it turns by a quarter
+        upright = ImageOps.exif_transpose(image)
         # Pillow would clip 16-bit and float pictures to 255 on converting them to "L".
-        is_grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;")
-        array = np.asarray(image if is_grey else image.convert("L"))
+        is_grey = upright.mode in ("L", "I", "F") or upright.mode.startswith("I;")
+        array = np.asarray(upright if is_grey else upright.convert("L"))
+    if negative:
+        array = np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else -array
     return array.astype(array.dtype.newbyteorder("="), copy=False).T
 
 
-def _series_files(folder: Path) -> list[str]:
-    """Files of the one DICOM series in a folder, in the order of its slices."""
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(fspath(folder))
-    if len(series) != 1:
-        raise InputError(f"the folder must hold one DICOM series, got {len(series)}; move each to its own folder.")
-    return list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(fspath(folder), series[0]))
+def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
+    """A DICOM volume, see `read_volume`. Its values are quantities, which no window clips."""
+    volume = dicom.read_volume(path, series)
+    scales = {tuple(tags.get(name) for name in _SCALE) for tags in volume.slices}
+    # The first slice would decide the dtype of all.
+    kind = sitk.sitkUnknown if len(scales) == 1 else sitk.sitkFloat64
+    with TemporaryDirectory() as folder:
+        files = [fspath(file) for file in volume.files]
+        if any(dicom.number(tags, "SpacingBetweenSlices") == 0 for tags in volume.slices):
+            files = [_repaired(file, Path(folder, f"{index}.dcm")) for index, file in enumerate(volume.files)]
+        image = sitk.ReadImage(files if len(files) > 1 else files[0], kind, imageIO="GDCMImageIO")
+    array, _ = _from_itk(image)
+    if volume.frames != sorted(volume.frames):
+        array = array[..., volume.frames]
+    return _with_meta(array, volume.affine)
 
 
-def _read_dicom(path: str) -> tuple[NDArray[Any], dict[str, Any]]:
-    image = sitk.ReadImage(path, imageIO="GDCMImageIO")
-    array, meta = _from_itk(image)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array, meta = _with_meta(array[..., 0])
-    center, width = _tag(image, "0028|1050"), _tag(image, "0028|1051")
-    if center is not None and width is not None and width >= 1:
-        # DICOM PS3.3 C.11.2.1.2.1, the linear function: the window is width - 1 wide, about center - 0.5.
-        low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
-        if image.HasMetaDataKey("0028|0004") and image.GetMetaData("0028|0004").strip() == "MONOCHROME1":
-            # ITK has inverted the values, but the window speaks of those in the file.
-            low, high = _inversion_sum(image) - high, _inversion_sum(image) - low
-        array = array.clip(low, high)
-    return array, meta
+def _repaired(path: Path, copy: Path) -> str:
+    """A copy of a DICOM file whose SpacingBetweenSlices of 0, which ITK refuses, is 1; nobody reads it."""
+    content = _ZERO_SPACING.sub(lambda found: found[1] + b"1".ljust(len(found[2])), path.read_bytes(), count=1)
+    copy.write_bytes(content)
+    return fspath(copy)
 
 
-def _inversion_sum(image: Any) -> float:
-    """Lowest plus highest value of the stored bits, from which ITK subtracts to invert."""
-    bits, signed = int(_tag(image, "0028|0101") or 8), int(_tag(image, "0028|0103") or 0)
-    slope, intercept = _tag(image, "0028|1053"), _tag(image, "0028|1052") or 0.0
-    return (-1 if signed else 2**bits - 1) * (1.0 if slope is None else slope) + 2 * intercept
+def _read_film(series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
+    """A picture in one DICOM file, as a viewer shows it: see `_displayed`."""
+    (path,), (tags,) = series
+    dicom.refuse_unreadable(path, tags)
+    array, _ = _from_itk(sitk.ReadImage(fspath(path), imageIO="GDCMImageIO"))
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    return _with_meta(_displayed(array, tags) if tags.get("SamplesPerPixel", 1) == 1 else array)
 
 
-def _tag(image: Any, key: str) -> float | None:
-    """First number of a DICOM tag; None if it is missing or empty."""
-    first = image.GetMetaData(key).split("\\")[0].strip() if image.HasMetaDataKey(key) else ""
-    return float(first) if first else None
+def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
+    """What a viewer makes of values that ITK has rescaled, and inverted if they are MONOCHROME1.
+
+    In the order of DICOM PS3.4 N.2: the table of the Modality LUT, which takes the place of slope and intercept; the
+    window, or else the table of the VOI LUT; PresentationLUTShape. Padding becomes the darkest of the other values.
+    """
+    inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
+    bits, signed = tags.get("BitsStored") or 8, bool(tags.get("PixelRepresentation"))
+    slope, intercept = (dicom.number(tags, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    # Lowest plus highest value of the stored bits, from which ITK subtracts to invert.
+    total = (-1 if signed else 2**bits - 1) * slope + 2 * intercept
+    values = total - array if inverted else array
+    padding = np.zeros(array.shape, dtype=bool)
+    if tags.get("PixelPaddingValue") is not None:
+        padding = _is_padding((values - intercept) / (slope or 1.0), tags, signed)
+    shown = values
+    if table := _table(tags, "ModalityLUTSequence", signed):
+        shown, total = table(shown)
+    window = _window(shown, tags, padding)
+    if window is not None:
+        shown = window
+    elif table := _table(tags, "VOILUTSequence", signed):
+        shown, total = table(shown)
+    if inverted or tags.get("PresentationLUTShape") == "INVERSE":
+        shown = array if inverted and shown is values else total - shown
+    if padding.any() and not padding.all():
+        shown = np.where(padding, shown[~padding].min(), shown)
+    return shown
+
+
+def _is_padding(stored: NDArray[Any], tags: dicom.Tags, signed: bool) -> NDArray[np.bool_]:
+    value, limit = tags["PixelPaddingValue"], tags.get("PixelPaddingRangeLimit")
+    ends = [end - 2**16 if signed and end >= 2**15 else end for end in (value, value if limit is None else limit)]
+    return (stored > min(ends) - 0.5) & (stored < max(ends) + 0.5)
+
+
+def _table(tags: dicom.Tags, name: str, signed: bool) -> Callable[[NDArray[Any]], tuple[NDArray[Any], float]] | None:
+    """The table of a LUT sequence as a function, which gives what it makes of values, and its lowest plus highest."""
+    item = (tags.get(name) or [{}])[0]
+    descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
+    if descriptor is None or data is None or len(descriptor) < 3:
+        return None
+    count, first, bits = int(descriptor[0]) or 2**16, int(descriptor[1]), int(descriptor[2])
+    first -= 2**16 if signed and first >= 2**15 else 0
+    if len(data) < count:  # two entries in a word
+        data = data.view(np.uint8)
+    if len(data) < count:
+        raise ValueError(f"its {name} must have {count} entries, got {len(data)}")
+    return lambda values: (data[:count][np.clip(np.rint(values) - first, 0, count - 1).astype(int)], 2**bits - 1)
+
+
+def _window(values: NDArray[Any], tags: dicom.Tags, padding: NDArray[np.bool_]) -> NDArray[Any] | None:
+    """Values clipped to the first window; None if there is none, it is no number, or it leaves but one value."""
+    center, width = dicom.number(tags, "WindowCenter"), dicom.number(tags, "WindowWidth")
+    function = tags.get("VOILUTFunction") or "LINEAR"
+    if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
+        return None
+    # DICOM PS3.3 C.11.2.1.2.1: the linear window is width - 1 wide, about center - 0.5; C.11.2.1.3 has the others.
+    shift = 0.5 if function == "LINEAR" else 0.0
+    middle, half = center - shift, (width - 2 * shift) / 2
+    low, high = middle - half, middle + half
+    if function == "SIGMOID":
+        shown = low + (high - low) / (1 + np.exp(-4 * (values - center) / width))
+    else:
+        shown = values.clip(low, high)
+    seen = shown if padding.all() else shown[~padding]
+    return None if seen.min() == seen.max() else shown
 
 
 def _from_itk(image: Any) -> tuple[NDArray[Any], dict[str, Any]]:
@@ -177,9 +287,9 @@ def _from_itk(image: Any) -> tuple[NDArray[Any], dict[str, Any]]:
     if components in (3, 4) and array.dtype == np.uint8:
         array = np.rint(array[..., :3] @ np.array(LUMINANCE)).astype(np.uint8)
     elif components != 1:
-        raise InputError(f"it must be grey or 8-bit RGB, got {components} components of {array.dtype} per pixel.")
+        raise ValueError(f"it must be grey or 8-bit RGB, got {components} components of {array.dtype} per pixel.")
     if array.ndim not in (2, 3):
-        raise InputError(f"it must have 2 or 3 dimensions, got shape {array.shape[::-1]}.")
+        raise ValueError(f"it must have 2 or 3 dimensions, got shape {array.shape[::-1]}.")
     return _with_meta(array.T, ras_affine(image) if array.ndim == 3 else None)
 
 
@@ -188,8 +298,7 @@ def ras_affine(image: Any) -> NDArray[Any]:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    # ITK's world is LPS, NIfTI's and MONAI's is RAS.
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return dicom.LPS_TO_RAS @ affine
 
 
 def _with_meta(array: NDArray[Any], affine: NDArray[Any] | None = None) -> tuple[NDArray[Any], dict[str, Any]]:
@@ -228,10 +337,11 @@ def read_grid(path: str | PathLike[str]) -> Grid:
     A header that cannot be read, or is not that of one volume with a spacing, is a `ValueError` that names the file.
     """
     path = Path(path)
-    kind = "series" if path.is_dir() else image_format(path)
-    readers = {"series": _series_grid, "dicom": _itk_grid, "itk": _itk_grid, "nifti": _nifti_grid}
+    kind = "dicom" if path.is_dir() else image_format(path)
+    readers = {"dicom": _dicom_grid, "itk": _itk_grid, "nifti": _nifti_grid}
     if kind not in readers:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
+    refuse_odd_file(path)
     with explained(path):
         grid = readers[kind](path)
     # More axes of length 1 are read from NIfTI alone.
@@ -240,33 +350,77 @@ def read_grid(path: str | PathLike[str]) -> Grid:
             f"{path} must be one 3-D volume, got shape {grid.shape}: write every frame or channel to its own file, "
             "or remove it from the data list."
         )
-    affine = grid.affine
+    return grid._replace(shape=tuple(map(int, grid.shape[:3])), affine=_with_spacing(path, grid.affine))
+
+
+def _with_spacing(path: Path, affine: NDArray[Any]) -> NDArray[Any]:
     if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")
-    return grid._replace(shape=tuple(map(int, grid.shape[:3])))
+    return affine
 
 
 def _nifti_grid(path: Path) -> Grid:
-    image = nibabel.load(path)
+    image = _load_nifti(path)
     colours = image.get_data_dtype().fields
-    return Grid(image.shape, image.affine, 1 if colours is None else len(colours))
+    return Grid(image.shape, _nifti_affine(path, image), 1 if colours is None else len(colours))
 
 
-def _itk_grid(path: str | Path) -> Grid:
+class _Header(nibabel.Nifti1Header):
+    quaternion_threshold = -1e-5  # by which rounding may make a quaternion longer than 1, as ITK and FSL have it
+
+
+class _Nifti(nibabel.Nifti1Image):
+    header_class = _Header
+
+
+def _load_nifti(path: Path) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] == b"\x1f\x8b" and path.suffix.lower() == ".nii":
+        raise InputError(f"{path} is compressed by gzip: rename it to {path.name}.gz.")
+    if {348, 540} & {int.from_bytes(start, "little"), int.from_bytes(start, "big")} and path.suffix.lower() == ".gz":
+        raise InputError(f"{path} is not compressed by gzip: rename it to {path.stem}.")
+    try:
+        return nibabel.load(path)
+    except ValueError:  # a quaternion that is too long, or what cannot be read either way
+        return _Nifti.from_filename(path)
+
+
+def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
+    """The sform if it has a code and a spacing, else the qform, else voxels of `pixdim` about the middle.
+
+    They may place a volume differently, in the scanner or in an atlas, but not with two spacings.
+    """
+    forms = [form for form in (image.get_sform(coded=True)[0], image.get_qform(coded=True)[0]) if form is not None]
+    usable = [form for form in forms if np.isfinite(form).all() and abs(np.linalg.det(form[:3, :3])) > 0]
+    if len(usable) == 2 and not np.allclose(voxel_sizes(usable[0]), voxel_sizes(usable[1]), rtol=1e-2):
+        sizes = " and ".join(str(np.round(voxel_sizes(form), 4).tolist()) for form in usable)
+        raise InputError(
+            f"{path} must have one spacing, got {sizes} mm in its sform and qform: set the code of the wrong one to 0."
+        )
+    affine: NDArray[Any] = (usable or [image.affine])[0]
+    # A picture needs no spacing across.
+    return affine if 1 in image.shape[2:3] or len(image.shape) < 3 else _with_spacing(path, affine)
+
+
+def _read_nifti(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
+    image = _load_nifti(path)
+    reader = NibabelReader(squeeze_non_spatial_dims=True)
+    reader.filenames = (path,)
+    array, meta = reader.get_data(image)
+    affine = _nifti_affine(path, image)
+    return array, {**meta, MetaKeys.AFFINE: affine, MetaKeys.ORIGINAL_AFFINE: affine.copy()}
+
+
+def _dicom_grid(path: Path) -> Grid:
+    volume = dicom.read_volume(path, dicom.series_of(path))
+    return Grid(volume.shape, volume.affine, volume.slices[0].get("SamplesPerPixel") or 1)
+
+
+def _itk_grid(path: Path) -> Grid:
     reader = sitk.ImageFileReader()
     reader.SetFileName(fspath(path))
     reader.ReadImageInformation()
     # Frames along a fourth axis have no orientation, and are refused anyway.
     affine = ras_affine(reader) if reader.GetDimension() == 3 else np.eye(4)
     return Grid(reader.GetSize(), affine, reader.GetNumberOfComponents())
-
-
-def _series_grid(folder: Path) -> Grid:
-    files = _series_files(folder)
-    first = _itk_grid(files[0])
-    if len(files) == 1:
-        return first
-    affine = first.affine.copy()
-    # The distance between slices follows from their positions, whatever their thickness.
-    affine[:3, 2] = (_itk_grid(files[-1]).affine[:3, 3] - affine[:3, 3]) / (len(files) - 1)
-    return first._replace(shape=(*first.shape[:2], len(files)), affine=affine)

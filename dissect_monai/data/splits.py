@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,6 +12,7 @@ from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, labelled
+from dissect_monai.data.identity import datalist_digest, trained_subjects
 
 Subject = TypeVar("Subject", bound=Hashable)
 logger = logging.getLogger(__name__)
@@ -131,18 +130,6 @@ def split_training(datalist: Datalist, fold: int | None, num_folds: int, fractio
     return datalist._replace(training=training, validation=validation)
 
 
-def datalist_digest(items: Sequence[Item]) -> str:
-    """A short text that changes with the volumes of a data list, their tasks and modalities, but not their folder."""
-    facts = ((item["task"], item["modality"], item["subject"], Path(item["image"]).name) for item in items)
-    known = sorted("\t".join(map(str, each)) for each in facts)
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
-
-
-def subject_digest(item: Item) -> str:
-    """A short text that identifies a subject of a task without naming it."""
-    return hashlib.sha256(f"{item['task']}\t{item['subject']}".encode()).hexdigest()[:12]
-
-
 class Scored(NamedTuple):
     """The volumes that an evaluation scores, and what its report says of them."""
 
@@ -172,23 +159,29 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
         )
     refuse_other_channels(items, settings.get("in_channels", 1))
     notes = []
-    if settings.get("select") == "best" and settings.get("validation_data") == datalist_digest(items):
+    if settings.get("select") == "best" and settings.get("validation_data") == datalist_digest(items, "modality"):
         notes.append(
             "The weights were chosen on these very subjects, so that the scores are optimistic: score a test split, or "
             "train for the last weights instead of the best."
         )
         logger.warning(notes[0])
-    known = {*settings.get("trained_on", ())}
-    trained_on = sorted({item["subject"] for item in items if subject_digest(item) in known})
-    if trained_on:
-        raise InputError(
-            f"`{name}` must hold no subject that the weights were trained on, got {len(trained_on)}: "
-            f"{shorten(trained_on)}. Set `fold`, `split_seed` and `validation_fraction` as in training, or take the "
-            "dataset.json of training."
-        )
+    refuse_trained(items, name, settings)
     subjects = len({item["subject"] for item in items})
     logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)
+
+
+def refuse_trained(items: Sequence[Item], split: str, settings: Mapping[str, Any]) -> None:
+    """Refuse to score subjects that the weights were trained on, as their settings say; the `ValueError` names some."""
+    if settings and "trained_on" not in settings:
+        logger.warning("The weights do not say which subjects they were trained on: make sure that none is scored.")
+    trained = trained_subjects(items, settings)
+    if trained:
+        raise InputError(
+            f"`{split}` must hold no subject that the weights were trained on, got {len(trained)}: {shorten(trained)}. "
+            "Take the dataset.json of training, and its `fold`, `split_seed` and `validation_fraction` where there "
+            "are such, or leave these subjects out."
+        )
 
 
 def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:

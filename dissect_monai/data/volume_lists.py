@@ -12,7 +12,7 @@ from monai.data import Dataset
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder
+from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder, refuse_leaks
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import VolumeHeader, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, with_test_split
@@ -37,7 +37,8 @@ def aggregate(
     The folders are those of `read_datalist`. `task`, `group` and `modality` ("CT", or {"0": "CT"}) of dataset.json
     count unless given here. Folders may share a task. Unknown modalities are logged, and are not CT. `labels` of
     dataset.json names the structures of its label maps, as the Decathlon has it, {"0": "background", "1": "spleen"}, or
-    as nnU-Net has it, {"background": 0, "spleen": 1, "kidneys": [2, 3]}; 0 is background and left out.
+    as nnU-Net has it, {"background": 0, "spleen": 1, "kidneys": [2, 3]}; 0 is background and left out. nnU-Net's
+    "ignore" is no structure: its value, of voxels that are not annotated, becomes `ignored` of the items.
 
     Args:
         dataset_dirs: the folder or folders.
@@ -126,6 +127,7 @@ def read_segmentation(
             item.setdefault("task", folder.name)
     merged = _with_label_maps(merge_datalists(datalists, folders))
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
+    refuse_leaks(datalist)  # links may give one image to two subjects
     trained_on = datalist.training or datalist.items()
     common = trained_on[0]["modality"]
     in_channels = len(ensure_tuple(common))
@@ -186,6 +188,11 @@ def _read(
             item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
             if check and isinstance(item.get("labels"), Mapping):
                 item["labels"] = _named_values(item["labels"], folder)
+                ignored = [name for name in item["labels"] if name.lower() == "ignore"]
+                if ignored:
+                    item["ignored"] = [value for name in ignored for value in item["labels"].pop(name)]
+    if default_modality is not None:
+        _warn_of_other_modality([item for each in datalists for item in each.items()], default_modality)
     return folders, datalists
 
 
@@ -195,6 +202,19 @@ def _modality(*choices: Any) -> str | list[str]:
     values = chosen.values() if isinstance(chosen, Mapping) else ensure_tuple(chosen)
     names = [str(value or "").strip() or "unknown" for value in values]
     return names[0] if len(names) == 1 else names
+
+
+def _warn_of_other_modality(items: Sequence[Item], of_weights: str | Sequence[str]) -> None:
+    def has_ct(modality: str | Sequence[str]) -> bool:
+        return any(str(name).strip().upper().startswith("CT") for name in ensure_tuple(modality))
+
+    known = [item for item in items if "unknown" not in item["modality"]] if "unknown" not in of_weights else []
+    other = [item for item in known if has_ct(item["modality"]) != has_ct(of_weights)]
+    if other:
+        logger.warning(
+            "The weights are of %s, but %d volumes are listed as %s (%s), so that results mean little: correct "
+            "`modality`, or take other weights.", of_weights, len(other), other[0]["modality"], other[0]["image"],
+        )  # fmt: skip
 
 
 def _warn_of_unknown(items: Sequence[Item]) -> None:
@@ -273,6 +293,19 @@ def _class_names(items: Sequence[Item], structures: Sequence[str] | None) -> lis
         got = ", ".join(map(str, chosen))
         raise InputError(f"`structures` must be different ones of {', '.join(names)}, got {got}.")
     return chosen
+
+
+def refuse_overlap(datalist: Datalist) -> None:
+    """Refuse classes that share a value, such as nnU-Net's regions, as a voxel has one class."""
+    for item in datalist.items():
+        labels = {name: item["labels"].get(name, ()) for name in datalist.class_names}
+        every = [value for values in labels.values() for value in values]
+        shared = [name for name, values in labels.items() if any(every.count(value) > 1 for value in values)]
+        if shared:
+            raise InputError(
+                f"structures must not share values, got the regions {', '.join(shared)} (see {item['image']}): choose "
+                "`structures` that do not overlap, or name each value once in dataset.json."
+            )
 
 
 def _with_label_maps(datalist: Datalist) -> Datalist:

@@ -94,7 +94,8 @@ class TrainingCheckpoint:
         length = int(checkpoint["trainer"]["epoch_length"])
         was = {"iterations an epoch": length, **checkpoint.get("settings", {})}
         now = {"iterations an epoch": engine.state.epoch_length, **self.settings}
-        names = [name for name in was | now if was.get(name) != now.get(name)]
+        # `data` tells of other images; the record of subjects changes with a lost `.salt`, too.
+        names = [name for name in was | now if was.get(name) != now.get(name) and name != "trained_on"]
         if names:
             other = ", ".join(f"{name} {was.get(name)} (now {now.get(name)})" for name in names)
             raise InputError(

@@ -21,6 +21,7 @@ from scipy.special import logit
 from torch import Tensor
 
 from dissect_monai.common import Array, Interval, Item, __version__
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
@@ -117,6 +118,7 @@ class ClassifierEvaluation:
         pairs = zip(validation.labels.T, validation.probabilities(temperature).T, strict=True)
         thresholds = [youden_threshold(*pair) for pair in pairs]
         subjects = [str(item.get("subject", item["image"])) for item in dataset.data]
+        names = pseudonyms(dataset.data)  # to be written; resamples follow from the order of the subjects themselves
         draws = subjects, self.num_samples, self.seed
         rows = finding_rows(self.label_names, test.labels, probabilities, thresholds, *draws)
         missing = [row.finding for row in rows[1:] if isnan(row.auroc.value)]
@@ -125,7 +127,7 @@ class ClassifierEvaluation:
         write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
         write_calibration(folder / "calibration.json", fitted, engine.network)
-        self._write_predictions(dataset.data, subjects, test.labels, probabilities)
+        self._write_predictions(dataset.data, names, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
             return
@@ -143,7 +145,7 @@ class ClassifierEvaluation:
             "software": f"dissect_monai {__version__}",
         }
         figures = {CAPTION: figure_to_png(curves_figure(test.labels, probabilities, self.label_names))}
-        cases = self._worst_cases(engine, test.labels, probabilities, thresholds)
+        cases = self._worst_cases(engine, names, test.labels, probabilities, thresholds)
         path, title, limits = folder / "report.html", "Evaluation of the classifier", (*LIMITS, SALIENCY)
         write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", NOTES, limits)
 
@@ -174,7 +176,9 @@ class ClassifierEvaluation:
         scores = Path(self.output_dir, "scores.npz")
         np.savez_compressed(scores, subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
 
-    def _worst_cases(self, engine: Any, labels: Array, probabilities: Array, thresholds: Sequence[float]) -> list[Case]:
+    def _worst_cases(
+        self, engine: Any, subjects: Sequence[str], labels: Array, probabilities: Array, thresholds: Sequence[float]
+    ) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""
         dataset = engine.data_loader.dataset
         reached, needed = (logit(np.clip(each, 1e-12, 1 - 1e-12)) for each in (probabilities, thresholds))
@@ -189,7 +193,8 @@ class ClassifierEvaluation:
                 "Overlay": overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
             }
             facts = {
-                "name": Path(dataset.data[row]["image"]).name,
+                "line of predictions.csv": row + 2,  # which has the image; the page may leave the house
+                "subject": subjects[row],
                 "finding": self.label_names[column],
                 "truth": labels[row, column],
                 "probability": probabilities[row, column],

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 from dissect_monai.metrics.intervals import Resampled, mean_resampled, percentile_interval, resample
 from dissect_monai.metrics.probes import (
@@ -117,8 +118,8 @@ class ProbeHandler:
         self.networks = {name: encoder for name, encoder in self.encoders.items() if encoder is not None}
         splits = [items_of(self.loaders[split].dataset) for split in SPLITS]
         self.questions = self._questions(splits)
-        scored = chain.from_iterable(splits if self.num_folds else splits[2:])
-        self.subjects = [str(item.get("subject", item["image"])) for item in scored]
+        self.scored = [*chain.from_iterable(splits if self.num_folds else splits[2:])]
+        self.subjects = [str(item.get("subject", item["image"])) for item in self.scored]
         count = len(set(self.subjects))
         if self.num_folds > count:
             raise InputError(f"`num_folds` must be at most the {count} subjects, got {self.num_folds}.")
@@ -143,7 +144,7 @@ class ProbeHandler:
         write_csv(folder / "differences.csv", DIFFERENCES, self._differences(results), nan="nan")
         arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
         arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in results}
-        np.savez_compressed(folder / "scores.npz", subjects=np.array(self.subjects), **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(folder / "scores.npz", subjects=np.array(pseudonyms(self.scored)), **arrays)  # type: ignore[arg-type]
         for group in groups:
             for row in group:
                 column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"

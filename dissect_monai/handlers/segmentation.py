@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.utils import ImageMetaKey
@@ -18,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
     CaseScores,
@@ -31,7 +33,7 @@ from dissect_monai.handlers.segmentation_report import (
 )
 from dissect_monai.metrics.segmentation import score_structures
 from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
-from dissect_monai.transforms.spatial import refuse_apart, to_original_grid
+from dissect_monai.transforms.spatial import refuse_other_grid, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
 logger = logging.getLogger(__name__)
@@ -85,16 +87,18 @@ class SegmentationEvaluation:
                 )
             item = self.items[image]
             maps = read_maps(item, pred, self.class_names, self.structures)
-            self.cases[image] = score_case(item, maps, self.class_names, self.tolerance)
+            case = score_case(item, maps, self.class_names, self.tolerance)
+            self.cases[image] = case._replace(pseudonym=self.pseudonyms[image])
             if self.facts is not None:
                 self.stored[image] = zlib.compress(pickle.dumps(maps), level=1)
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
-                name = f"overlays/{len(self.cases)}_{Path(image).name.split('.')[0]}"
+                name = f"overlays/{len(self.cases)}_{self.pseudonyms[image]}"
                 figure = case_figure(item, maps, self.class_names, self.window)
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
         self.items: dict[str, Item] = {item["image"]: item for item in items_of(engine.data_loader.dataset)}
+        self.pseudonyms = dict(zip(self.items, pseudonyms([*self.items.values()]), strict=True))
         self.cases: dict[str, CaseScores] = {}
         self.stored: dict[str, bytes] = {}  # label maps of all cases, of which the report draws a few
         named = dict.fromkeys(name for item in self.items.values() for name in item["labels"])
@@ -128,15 +132,20 @@ class SegmentationEvaluation:
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:
     """Read the label file of an item as classes, and bring a prediction to its grid.
 
+    Voxels that nobody has annotated (`ignored`) are background in both, so that neither is scored or drawn there.
+
     Args:
-        item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background.
-        pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid.
+        item: "image", "label": paths; "labels": {name: values}; what it names beside the classes is background;
+            "ignored", if there are any: values of voxels that are not annotated.
+        pred: a `MetaTensor` of logits (C, X, Y, Z), or of a label map of classes (1, X, Y, Z), on any grid, with the
+            metadata of its image.
         class_names: structures of the classes 1, 2, ...
         largest_only: structures of which only the largest connected part of the prediction counts.
 
     Raises:
-        ValueError: if the label file cannot be read, has fractions or lies beside the prediction, `pred` has another
-            number of classes or is no `MetaTensor`, two classes share a value, or item and classes share no structure.
+        ValueError: if the label file cannot be read, has fractions or is not on the grid of its image, `pred` has
+            another number of classes or is no `MetaTensor`, two classes share a value, or item and classes share no
+            structure.
     """
     label, where = load_volume(item["label"]), f"label map {item['label']}"
     classes = scored_classes(item, class_names)
@@ -146,18 +155,20 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
             f"got {class_names} and {list(item['labels'])}."
         )
     pred_map = integer_map("pred", to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy())
-    refuse_apart(label, pred, where)
     num_classes = len(pred) - 1 or int(pred_map.max())
     if num_classes > len(class_names) or 1 < len(pred) <= len(class_names):
         raise InputError(f"`class_names` must name the {num_classes} classes of the prediction, got {class_names}.")
     values = integer_map(where, (label[0] if len(label) == 1 else label).numpy())
-    label_map, unknown = values_to_classes(values, item["labels"], class_names, where)
+    refuse_other_grid(label, pred, where)
+    label_map, unknown = values_to_classes(values, item["labels"], class_names, where, item.get("ignored", ()))
     if unknown:
         logger.warning(
             "%s has the values %s, which `labels` does not name: they count as background.",
             item["label"], ", ".join(map(str, unknown)),
         )  # fmt: skip
     pred_map = largest_components(pred_map, [value for name, (value,) in classes.items() if name in largest_only])
+    if item.get("ignored"):
+        label_map, pred_map = (np.where(np.isin(values, item["ignored"]), 0, each) for each in (label_map, pred_map))
     return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
 
 

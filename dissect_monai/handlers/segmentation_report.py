@@ -49,6 +49,7 @@ class CaseScores(NamedTuple):
     case: str  # path of the image
     subject: str
     structures: list[StructureScore]
+    pseudonym: str = ""  # if there is one, this is written instead of the subject
 
 
 class StructureSummary(NamedTuple):
@@ -96,7 +97,7 @@ def summary_metrics(summaries: Sequence[StructureSummary]) -> dict[str, float]:
 
 def write_tables(output_dir: str | Path, cases: Sequence[CaseScores], summaries: Sequence[StructureSummary]) -> None:
     """Write cases.csv and summary.csv, of `summaries` as `summarize` gives them."""
-    lines = [[case.case, case.subject, *score] for case in cases for score in case.structures]
+    lines = [[case.case, case.pseudonym or case.subject, *score] for case in cases for score in case.structures]
     write_csv(Path(output_dir, "cases.csv"), ["case", "subject", *StructureScore._fields], lines)
     write_csv(Path(output_dir, "summary.csv"), columns(StructureSummary), summaries)
 
@@ -221,8 +222,7 @@ def _mean_dice(case: CaseScores) -> float:
 def _facts(case: CaseScores) -> dict[str, str]:
     ordered = sorted((score for score in case.structures if not isnan(score.dice)), key=lambda score: -score.dice)
     return {
-        "subject": Path(case.subject).name,
-        "image": Path(case.case).name,
+        "subject": case.pseudonym or case.subject,  # of which cases.csv has the image; the page may leave the house
         "mean Dice": f"{_mean_dice(case):.3f}",
         "Dice": ", ".join(f"{_words(each.structure)} {each.dice:.3f}" for each in ordered),
     }

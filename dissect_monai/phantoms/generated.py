@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dissect_monai.common import InputError
+from dissect_monai.common import SALT, InputError
 
 SPLITS = ("training", "validation", "test")
 Splits = dict[str, list[dict[str, Any]]]
@@ -39,6 +40,7 @@ def write_once(
     try:
         dataset = {**head, "spec": spec, **write_files(partial)}
         (partial / "dataset.json").write_text(json.dumps(dataset, indent=1))
+        (partial / SALT).write_text(hashlib.sha256(repr(spec).encode()).hexdigest())  # no secret: always the same
         partial.rename(output_dir)
     except OSError:
         if not _holds(output_dir, spec):  # else another process was faster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, ScaleIntensityRange
-from monai.utils import convert_to_dst_type, ensure_tuple
+from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
 from numpy.typing import NDArray
 
 from dissect_monai.common import InputError
 
+logger = logging.getLogger(__name__)
 _AIR = 0.05  # part of the range from the darkest voxel to the upper percentile, noise included
 _MAX_SAMPLE = 2**20  # voxels from which percentiles are estimated
 _PERCENTILES = (0.5, 99.5)  # that become 0 and `b_max`
@@ -27,6 +29,8 @@ class NormalizeModalityd(MapTransform):
     unit, so each volume is scaled from the 0.5 to the 99.5 percentile of its voxels that are not air. Air, up to 5 % of
     the way from the darkest voxel to the 99.5 percentile of all, thereby becomes 0. Everything is clipped.
 
+    A CT whose values are none in HU is refused, see `refuse_other_units`.
+
     Args:
         keys: keys of the images, of shape (C, *spatial). A `modality` of the item that begins with CT, in either case,
             is CT; a missing one is not. A list scales every channel by its own.
@@ -36,7 +40,8 @@ class NormalizeModalityd(MapTransform):
         modality: of items that say none.
 
     Raises:
-        ValueError: if a volume has but one value after scaling, or another number of channels than modalities.
+        ValueError: if a volume has but one value after scaling, or another number of channels than modalities, or a CT
+            is not in HU.
     """
 
     def __init__(
@@ -61,13 +66,17 @@ class NormalizeModalityd(MapTransform):
                     f"a volume must have a channel for each of the modalities {', '.join(map(str, modalities))}, "
                     f"got {len(image)}: correct `modality` in dataset.json."
                 )
+            where = str(getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ, "a volume"))
+            for channel, name in zip(image, modalities, strict=True):
+                if is_ct(name):
+                    refuse_other_units(channel, where)
             channels = [self._scaled(channel, name) for channel, name in zip(image, modalities, strict=True)]
             item[key] = convert_to_dst_type(torch.stack(channels), image, dtype=channels[0].dtype)[0]
         return item
 
     def _scaled(self, image: torch.Tensor, modality: object) -> torch.Tensor:
         low, high = self.window if is_ct(modality) else self._range(image)
-        if not (low < high and low < image.max()):
+        if not (low < high and low < image.max() and image.min() < high):
             raise InputError(
                 f"a volume must have values between {low:g} and {high:g} ({modality or 'unknown modality'}), "
                 f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality, or remove it."
@@ -103,6 +112,31 @@ class ForegroundIndicesd(MapTransform):
             chosen = np.linspace(0, len(places) - 1, min(_MAX_INDICES, len(places))).round().astype(int)
             item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
         return item
+
+
+def refuse_other_units(image: torch.Tensor | NDArray[Any], where: str) -> None:
+    """Refuse a CT whose values are no HU: without intercept, or rescaled; what may be greys of 8 bits is logged.
+
+    Without its intercept, of -1000 or -1024, hardly a voxel is as low as air, lung or fat, and more than half of those
+    above 400, as soft tissue then is, lie between 850 and 1300. No crop without air, window or bone looks so.
+    """
+    values = sample_voxels(image)
+    low, high = float(values.min()), float(values.max())
+    tissue, solid = float(np.mean((values > 850) & (values < 1300))), float(np.mean(values > 400))
+    fault, remedy = "", "write its HU anew from the original"
+    if tissue > max(0.01, solid / 2) and np.mean((values > -1100) & (values < -100)) < 0.01:
+        fault, remedy = " with soft tissue at about 1000, as without the intercept", "subtract 1024 (or 1000)"
+    elif np.mean(values > 5000) > 0.05:
+        fault = ", many of them above 5000"
+    elif 0 < high - low < 20:
+        fault = ", as after rescaling"
+    elif low == 0 and 200 < high <= 255 and not (values % 1).any():
+        logger.warning("%s is listed as CT and has values from %g to %g, as greys do: are they HU?", where, low, high)
+    if fault:
+        raise InputError(
+            f"{where} is listed as CT, so its values must be HU, got {low:g} to {high:g}{fault}: {remedy}, or state "
+            "another `modality` if it is no CT in HU, such as OT, which is scaled by its own percentiles."
+        )
 
 
 def is_ct(modality: object) -> bool:

@@ -13,32 +13,35 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from dissect_monai.common import InputError, shorten
-from dissect_monai.transforms.spatial import refuse_apart
+from dissect_monai.transforms.spatial import refuse_other_grid
 
 LabelMap = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
+IGNORED = 255  # in place of a class: a voxel that nobody has annotated
+_ROUNDING = 1e-3  # by which a value may miss a whole number: what scale factors of a header leave
 
 
 class ValuesToClassesd(MapTransform):
     """Turns the values of label files into classes: 1, 2, ... for the structures by name, 0 for everything else.
 
+    Voxels with one of the values that the item has as `ignored` become `IGNORED`, 255.
+
     Args:
-        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype. The item must have the values of
-            each structure as `labels`, {name: values}.
-        class_names: structures of the classes 1, 2, ...; what an item names beside them is background.
-        image_key: key of the image that the label maps must not lie beside, see `refuse_apart`; None does not look.
+        keys: keys of the label maps, of shape (1, *spatial), integers of any dtype; items may lack them. The item must
+            have the values of each structure as `labels`, {name: values}.
+        class_names: structures of the classes 1, 2, ...; what an item names beside them is background. None only makes
+            integers of the values and asks for no names.
+        image_key: key of the image on whose grid the label maps must be, see `refuse_other_grid`; None does not look.
 
     Raises:
         ValueError: if an item does not name its values, names one under 1, or one of two classes twice, or its label
-            map has fractions, a value that it does not name, or lies beside its image.
+            map has fractions, a value that it does not name, or is on another grid.
     """
 
-    def __init__(self, keys: KeysCollection, class_names: Sequence[str], image_key: str | None = None) -> None:
-        super().__init__(keys)
-        if len(class_names) > 255:
-            raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
-        self.class_names = list(class_names)
+    def __init__(self, keys: KeysCollection, class_names: Sequence[str] | None, image_key: str | None = None) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.class_names = class_names and _numbered(class_names)
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -47,15 +50,19 @@ class ValuesToClassesd(MapTransform):
         for key in self.key_iterator(item):
             where = f"label map {getattr(item[key], 'meta', {}).get(ImageMetaKey.FILENAME_OR_OBJ, key)}"
             if self.image_key is not None:
-                refuse_apart(item[key], item[self.image_key], where)
+                refuse_other_grid(item[key], item[self.image_key], where)
+            array = np.asarray(item[key])
+            label_map = integer_map(where, array[0] if len(array) == 1 else array)
+            if self.class_names is None:
+                item[key] = convert_to_dst_type(label_map[None], item[key], dtype=label_map.dtype)[0]
+                continue
             labels = item.get("labels")
             if not isinstance(labels, Mapping):
                 raise InputError(f"{where} must come with the names of its values (`labels`), got {labels!r}.")
-            array = np.asarray(item[key])
-            label_map = integer_map(where, array[0] if len(array) == 1 else array)
-            classes, unknown = values_to_classes(label_map, labels, self.class_names, where)
+            ignored = item.get("ignored", ())
+            classes, unknown = values_to_classes(label_map, labels, self.class_names, where, ignored)
             if unknown:
-                named = sorted({0, *(value for values in labels.values() for value in values)})
+                named = sorted({0, *ignored, *(value for values in labels.values() for value in values)})
                 raise InputError(
                     f"{where} must hold values that `labels` of its dataset.json names ({shorten(named)}), got "
                     f"{shorten(unknown)}: name them there, or correct the label map."
@@ -65,18 +72,24 @@ class ValuesToClassesd(MapTransform):
 
 
 def values_to_classes(
-    label_map: LabelMap, labels: Mapping[str, Sequence[int]], class_names: Sequence[str], where: str
+    label_map: LabelMap,
+    labels: Mapping[str, Sequence[int]],
+    class_names: Sequence[str],
+    where: str,
+    ignored: Sequence[int] = (),
 ) -> tuple[NDArray[np.uint8], list[int]]:
     """Classes 1, 2, ... of the named structures in place of a file's values, and the values that have no name.
 
-    `labels` has the values of each structure; those that are no class may share them. All but the classes becomes
-    background, 0. A value under 1, or in two classes, is refused; the message calls the label map `where`.
+    `labels` has the values of each structure; those that are no class may share them. Values that are `ignored` become
+    `IGNORED`, all others but the classes background, 0. A value under 1, or in two classes, is refused; the message
+    calls the label map `where`.
     """
+    _numbered(class_names, IGNORED - bool(ignored))
     class_of = {0: 0}
-    for name, values in labels.items():
+    for name, values in (*labels.items(), ("ignore", ignored)):
         if min(values, default=1) < 1:
             raise InputError(f"{where} must have structures with values over 0, got {min(values)} for {name}.")
-        class_of |= dict.fromkeys(values, 0)
+        class_of |= dict.fromkeys(values, IGNORED if values is ignored else 0)
     for index, name in enumerate(class_names, start=1):
         for value in labels.get(name, ()):
             if class_of[value] not in (0, index):
@@ -90,6 +103,12 @@ def values_to_classes(
     return table[label_map], unknown
 
 
+def _numbered(class_names: Sequence[str], most: int = IGNORED) -> list[str]:
+    if len(class_names) > most:
+        raise InputError(f"`class_names` must be at most {most}, which uint8 can number, got {len(class_names)}.")
+    return list(class_names)
+
+
 def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
     """A 3-D label map, called `name` in messages, as an array of integers, which files often hold as floats."""
     array = np.asarray(label_map)
@@ -97,12 +116,16 @@ def integer_map(name: str, label_map: ArrayLike) -> LabelMap:
         raise InputError(f"`{name}` must have shape (X, Y, Z), got {array.shape}.")
     if array.dtype.kind in "iu":
         return array
+    if array.dtype.kind not in "bf":
+        raise InputError(f"`{name}` must hold integers, got values of {array.dtype}: write it anew as integers.")
     with np.errstate(invalid="ignore"):  # NaN is refused below
-        integers = array.astype(np.int32)
-    if not np.array_equal(integers, array):
+        integers = np.rint(array).astype(np.int32)
+        apart = array[~(abs(array - integers) <= _ROUNDING)]
+    if apart.size:
+        found = shorten([f"{value:g}" for value in np.unique(apart)], 3)
         raise InputError(
-            f"`{name}` must hold integers, got fractions: resample label maps by their nearest neighbours, and give "
-            "logits to `to_original_grid`."
+            f"`{name}` must hold integers, got fractions ({found}): it was saved with a scale factor (scl_slope of a "
+            "NIfTI) or resampled by interpolation. Write it anew from integers, resampled by nearest neighbours."
         )
     return integers
 

@@ -13,7 +13,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Spacing
 from monai.utils import MetaKeys
-from nibabel.affines import apply_affine
+from nibabel import aff2axcodes
+from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,26 +74,45 @@ def to_original_grid(pred: MetaTensor, shape: Sequence[int], affine: Tensor | Ar
     return MetaTensor(label_map[None], affine=torch.as_tensor(np.asarray(affine, dtype=float)), meta=meta)
 
 
-def refuse_apart(label: MetaTensor, image: MetaTensor, where: str) -> None:
-    """Refuse a label map (C, X, Y, Z) whose grid lies wholly beside that of its image: all would be background.
+def refuse_other_grid(label: MetaTensor, image: MetaTensor, where: str) -> None:
+    """Refuse a label map (C, X, Y, Z), as its file has it, on another grid than the file of its image, see `same_grid`.
 
-    Grids of other shape, orientation or spacing are fine, and so is one that covers a part of the other.
+    `image` may have been resampled or cropped since, or be a prediction from it. A label map of the same shape on
+    another grid has most often lost its affine, and would lie beside what it shows.
     """
-    boxes = [_box(each) for each in (image, label)]
-    low, high = np.max([box[0] for box in boxes], 0), np.min([box[1] for box in boxes], 0)
-    if (low >= high).any():
-        texts = ["from {} to {}".format(*np.round(box).astype(int).tolist()) for box in boxes]
+    own = tuple(label.shape[1:]), _affine("affine", label.affine)
+    shape, affine = image.meta.get(MetaKeys.SPATIAL_SHAPE), image.meta.get(MetaKeys.ORIGINAL_AFFINE)
+    shape = image.shape[1:] if shape is None else shape
+    other = tuple(int(size) for size in shape), _affine("affine", image.affine if affine is None else affine)
+    if not same_grid(*own, *other):
         raise InputError(
-            f"{where} must lie where its image lies, got x, y, z in mm {texts[1]} for the label map and {texts[0]} "
-            "for the image: correct the affine of one of them, or name the right file."
+            f"{where} must be on the grid of its image, got {describe_grid(*own)}, and {describe_grid(*other)} for the "
+            "image: save it with the affine of the image if its voxels are the same, else resample it to the image."
         )
 
 
-def _box(volume: MetaTensor) -> tuple[Array, Array]:
-    """Lowest and highest x, y and z in mm of the corners of a grid."""
-    corners = list(product(*((-0.5, size - 0.5) for size in volume.shape[1:])))
-    places = apply_affine(_affine("affine", volume.affine), corners)
-    return places.min(0), places.max(0)
+def same_grid(shape: Sequence[int], affine: Array, other_shape: Sequence[int], other_affine: Array) -> bool:
+    """Whether two grids have the same voxels, whatever the order and direction of their axes.
+
+    Their corners may lie a tenth of the smallest spacing apart. Formats round an affine to far less, while the least
+    real mistake, origins that differ by half a voxel, is far more.
+    """
+    if sorted(shape) != sorted(other_shape):
+        return False
+    corners, others = (
+        apply_affine(matrix, list(product(*((0, size - 1) for size in sizes))))
+        for sizes, matrix in ((shape, affine), (other_shape, other_affine))
+    )
+    apart = np.linalg.norm(corners[:, None] - others, axis=-1)
+    tolerance = 0.1 * min(voxel_sizes(affine).min(), voxel_sizes(other_affine).min())
+    return bool(max(apart.min(0).max(), apart.min(1).max()) <= tolerance)
+
+
+def describe_grid(shape: Sequence[int], affine: Array) -> str:
+    """A grid in words."""
+    numbers = (np.round(each, 3) + 0.0 for each in (voxel_sizes(affine), affine[:3, 3]))  # adding 0 turns -0 into 0
+    spacing, origin = (each.tolist() for each in numbers)
+    return f"shape {tuple(shape)}, spacing {spacing}, orientation {''.join(aff2axcodes(affine))}, origin {origin}"
 
 
 def _affine(name: str, affine: Tensor | Array) -> Array:

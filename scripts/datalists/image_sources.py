@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datalists.source import SPLITS, Label, Record, Source, absolute, find_file, subject_of, walk
+from datalists.source import SPLITS, Label, Record, Source, absolute, find_file, subject_of, with_patients
+from dissect_monai.data.datalists import walk, without_labels
 from dissect_monai.data.readers import image_format
 
 # fmt: off
@@ -58,20 +59,25 @@ def nih(folder: Path, validation_fraction: float) -> Source:
 def chexpert(folder: Path, uncertain: str, validation_fraction: float) -> Source:
     """CheXpert, full or small: valid.csv is the test split; validation is drawn from the patients of train.csv.
 
-    The folder holds train.csv, valid.csv and the folders train and valid. Lateral views are left out. A blank is 0, as
-    in the literature: the report does not speak of the finding, which mostly means that there was none.
+    The folder holds train.csv, valid.csv and the folders train and valid, or those of the full set as it is unpacked:
+    "CheXpert-v1.0 batch 2 (train 1)" and so on. Lateral views are left out. A blank is 0, as in the literature: the
+    report does not speak of the finding, which mostly means that there was none.
     """
+    parts = [Path(), *sorted(path.relative_to(folder) for path in folder.glob("CheXpert-v1.0*"))]
     values = {**LABEL_VALUES, "": 0, **dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain])}
     records = []
     for file, split in {"train.csv": None, "valid.csv": "test"}.items():
-        table = find_file(folder, file)
+        table, own = find_file(folder, *(str(part / file) for part in parts)), Path(file).stem
+        # Of patients: train/patient00001, "... (train 1)/patient00001", "... (validate & csv)/valid/patient64541".
+        places = [*(part / own for part in parts), *(part for part in parts[1:] if own in part.name)]
+        found = {path.name: path for place in places for path in folder.joinpath(place).glob("patient*")}
         for where, row in read_rows(table, "Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_FINDINGS):
             patient = re.search(r"patient\d+", row["Path"])
             if patient is None:
                 raise ValueError(f"{where}: `Path` must name a folder patientNNNNN, got {row['Path']!r}.")
             if row["Frontal/Lateral"] == "Lateral":
                 continue
-            image = folder / re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
+            image = found.get(patient[0], folder / own / patient[0]) / row["Path"][patient.end() :].lstrip("/")
             label = read_label(row, CHEXPERT_FINDINGS, values, where)
             sex = {"Male": "M", "Female": "F"}.get(row["Sex"])
             extra = {"view": row["AP/PA"], "age": age_of(row["Age"]), "sex": sex}
@@ -92,6 +98,7 @@ def folders(folder: Path, subject_pattern: str, validation_fraction: float, test
     for path, given in class_of.items():
         label: Label = [int(name == given) for name in classes]
         records.append(Record(path, label, subject_of(path.name, subject_pattern)))
+    records = records if subject_pattern else with_patients(records, "--subject_pattern")
     shares = {"test": test_fraction, "validation": validation_fraction}
     return Source(folder, "Labels from class folders", records, shares, classes)
 
@@ -124,6 +131,7 @@ def table(
         copied = {name: row[name] for name in extra}
         path = absolute(str((image_dir or file.parent) / row[image]))
         records.append(Record(path, label, row[subject] if subject else None, given, copied))
+    records = records if subject else with_patients(records, "--subject")
     shares = {
         "test": 0.2 if test_fraction is None else test_fraction,
         "validation": 0.1 if validation_fraction is None else validation_fraction,
@@ -141,6 +149,9 @@ def read_rows(table: Path, *needed: str) -> list[tuple[str, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
     missing = [column for column in needed if column not in (reader.fieldnames or [])]
     if missing:
+        for mark, name in {";": "semicolons", "\t": "tabs"}.items():
+            if {*missing} <= {cell.strip(' "') for cell in text.partition("\n")[0].strip().split(mark)}:
+                raise ValueError(f"{table} must have commas between its columns, got {name}. Save it with commas.")
         raise ValueError(f"{table} must have the columns {missing}, got {reader.fieldnames}. Name others or add them.")
     rows = []
     for row in reader:
@@ -165,7 +176,7 @@ def find_images(folder: Path) -> list[Path]:
     images = sorted(path for _, files in walk(folder) for path in files if image_format(path))
     if not images:
         raise FileNotFoundError(f"{folder} must be a folder with images, got none. Correct the path.")
-    return images
+    return without_labels(images, folder)
 
 
 def age_of(text: str) -> int | None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import SimpleITK as sitk  # noqa: N813
+
+from dissect_monai.data.readers import image_format
 
 SPLITS = ("training", "validation", "test")
 Label = list[int | None]  # 1, 0 or None (unknown) per finding
@@ -23,10 +30,9 @@ class Record(NamedTuple):
     label_map: Path | None = None
     values: tuple[int, ...] = ()  # of the structures in its label map, once that is read
 
-    @property
-    def group(self) -> str:
-        """What must not be divided among splits."""
-        return self.subject or str(self.image)
+    def group(self, folder: Path) -> str:
+        """What must not be divided among splits, by the same name wherever the folder of the data is."""
+        return self.subject or Path(os.path.relpath(self.image, folder)).as_posix()
 
 
 class Source(NamedTuple):
@@ -53,13 +59,6 @@ def find_file(folder: Path, *names: str) -> Path:
     raise FileNotFoundError(f"{folder} must hold {' or '.join(names)}. Give the folder of the whole data set.")
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder in a folder and its files, hidden ones left out and links followed, as training does."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield Path(parent), [Path(parent, name) for name in names if not name.startswith(".")]
-
-
 def subject_of(name: str, pattern: str) -> str | None:
     """The subject in a file name; None without a pattern."""
     if not pattern:
@@ -71,6 +70,32 @@ def subject_of(name: str, pattern: str) -> str | None:
     if found is None or len(found.groups()) != 1 or not found[1]:
         raise ValueError(f"--subject_pattern must match every file name, with one group, got {pattern!r} for {name}.")
     return found[1]
+
+
+def with_patients(records: Sequence[Record], option: str) -> list[Record]:
+    """Records whose subject nobody has said, with the PatientID of their DICOM files; a warning counts the others."""
+    with ThreadPool(16) as pool:
+        patients = pool.map(patient_of, [record.image for record in records])
+    unknown, known = patients.count(None), {*patients} - {None}
+    said = f"{unknown} of {len(records)} images have no subject: each counts as one of its own" if unknown else ""
+    if not unknown and len(known) == 1 < len(records):
+        said = f"all {len(records)} images have the PatientID {patients[0]}: they count as one subject"
+    if said:
+        print(f"warning: {said}. Say which are of one patient by {option}.", file=sys.stderr)
+    return [record._replace(subject=patient) for record, patient in zip(records, patients, strict=True)]
+
+
+def patient_of(image: Path) -> str | None:
+    """PatientID (0010,0020) of a DICOM file or of the first in a folder; None without one."""
+    files = sorted(image.iterdir()) if image.is_dir() else [image]
+    reader, tag = sitk.ImageFileReader(), "0010|0020"
+    reader.SetImageIO("GDCMImageIO")
+    for file in (file for file in files if image_format(file) == "dicom"):
+        reader.SetFileName(str(file))
+        with suppress(RuntimeError):  # what is wrong with a file is said when all images are opened
+            reader.ReadImageInformation()
+            return (reader.GetMetaData(tag).strip(" \0") or None) if reader.HasMetaDataKey(tag) else None
+    return None
 
 
 def absolute(path: str) -> Path:

@@ -6,18 +6,17 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import nibabel
 import numpy as np
-from nibabel.affines import apply_affine, voxel_sizes
 
-from datalists.source import Record, walk
+from datalists.source import Record
 from dissect_monai import ImageFileReader
-from dissect_monai.data.readers import Grid, image_format, read_grid
+from dissect_monai.data import dicom
+from dissect_monai.data.datalists import walk, without_labels
+from dissect_monai.data.readers import image_format, read_grid
+from dissect_monai.transforms.labels import integer_map
+from dissect_monai.transforms.spatial import describe_grid, same_grid
 
 SUFFIX = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr)$", re.IGNORECASE)
-# Corners of two grids may lie this share of the smallest spacing apart. Formats round an affine to far less, while the
-# least real mistake, origins that differ by half a voxel, is far more.
-TOLERANCE = 0.1
 
 
 def pair_volumes(image_dir: Path, label_dir: Path) -> tuple[list[Record], list[str]]:
@@ -26,7 +25,7 @@ def pair_volumes(image_dir: Path, label_dir: Path) -> tuple[list[Record], list[s
     The subject is the name. BTCV's img0001 and label0001 are both called 0001, and nnU-Net's case_0000 is called case
     where that is a label map.
     """
-    labels = find_volumes(label_dir)
+    labels = find_volumes(label_dir, of_labels=True)
 
     def label_name(name: str) -> str:
         case = re.sub(r"_\d{4}$", "", name)
@@ -39,20 +38,24 @@ def pair_volumes(image_dir: Path, label_dir: Path) -> tuple[list[Record], list[s
     return [Record(path, None, name, label_map=labels[name]) for name, path in pairs], problems
 
 
-def find_volumes(folder: Path) -> dict[str, Path]:
-    """Volumes in a folder and below, sorted, by their path in it without suffix; a folder of DICOM slices is one."""
+def find_volumes(folder: Path, of_labels: bool = False) -> dict[str, Path]:
+    """Volumes in a folder and below, sorted, by their path in it without suffix; a series of DICOM slices is one.
+
+    Unless they are asked for, label maps beside images are left out, see `without_labels`.
+    """
     paths: list[Path] = []
     for parent, files in walk(folder):
         formats = {path: image_format(path) for path in files}
         paths += [path for path in files if formats[path] in ("itk", "nifti")]
         if "dicom" in formats.values():
-            paths.append(parent)
+            paths += dicom.find_volumes(parent)
     if not paths:
         raise FileNotFoundError(
             f"{folder} must be a folder with volumes (NIfTI, MHA, NRRD, folders of DICOM slices), got none. "
             "Correct the path."
         )
-    return by_name((volume_name(path, folder), path) for path in sorted(paths))
+    chosen = paths if of_labels else without_labels(paths, folder)
+    return by_name((volume_name(path, folder), path) for path in sorted(chosen))
 
 
 def volume_name(path: Path, folder: Path) -> str:
@@ -81,32 +84,18 @@ def check_grids(record: Record) -> Record:
             raise ValueError(
                 f"{path} must have one value a voxel, got {grid.channels}. Write each channel to a file of its own."
             )
-    if not agree(*grids.values()):
-        raise ValueError(" and ".join(f"{path} ({describe(grid)})" for path, grid in grids.items()) + " differ")
+    image, label = grids[record.image], grids.get(record.label_map or record.image)
+    if label and not same_grid(*image[:2], *label[:2]):
+        both = (f"{path} ({describe_grid(*grid[:2])})" for path, grid in grids.items())
+        raise ValueError(" and ".join(both) + " differ")
     return record
-
-
-def agree(image: Grid, label: Grid | None = None) -> bool:
-    """Whether two grids are one within `TOLERANCE`, also at the corner that is farthest from the origin."""
-    if label is None or image.shape != label.shape:
-        return label is None
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.shape) - 1)
-    shifts = apply_affine(image.affine, corners) - apply_affine(label.affine, corners)
-    smallest = min(voxel_sizes(image.affine).min(), voxel_sizes(label.affine).min())
-    return bool(np.linalg.norm(shifts, axis=1).max() <= TOLERANCE * smallest)
-
-
-def describe(grid: Grid) -> str:
-    """A grid in words; adding 0 turns -0 into 0."""
-    spacing, origin = ((np.round(each, 3) + 0.0).tolist() for each in (voxel_sizes(grid.affine), grid.affine[:3, 3]))
-    axes = "".join(nibabel.aff2axcodes(grid.affine))
-    return f"shape {grid.shape}, spacing {spacing}, orientation {axes}, origin {origin}"
 
 
 def check_values(record: Record, names: Collection[int]) -> Record:
     """The record with the values of its label map, which must be whole numbers, and 0 or named."""
     reader = ImageFileReader(spatial_dims=3)
-    voxels = reader.get_data(reader.read(str(record.label_map)))[0].ravel(order="K")
+    label_map, _ = reader.get_data(reader.read(str(record.label_map)))
+    voxels = integer_map(f"label map {record.label_map}", label_map).ravel(order="K")
     # Label maps are made of runs of equal voxels: their first voxels show all values, and are few to sort.
     starts = np.append(0, np.flatnonzero(voxels[1:] != voxels[:-1]) + 1)
     values = np.unique(voxels[starts])

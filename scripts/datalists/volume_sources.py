@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datalists.source import Record, Source, find_file, subject_of
+from datalists.source import Record, Source, find_file, subject_of, with_patients
 from datalists.volume_pairs import find_volumes, pair_volumes
 from dissect_monai import BTCV_ORGANS
 
@@ -122,7 +122,9 @@ def volumes(
     if subject_pattern:
         names = [record.image.relative_to(folder).as_posix() for record in records]
         subjects = [subject_of(name, subject_pattern) for name in names]
-        records = [record._replace(subject=each) for record, each in zip(records, subjects, strict=True)]
+    else:
+        subjects = [record.subject for record in with_patients(records, "--subject_pattern")]
+    records = [record._replace(subject=each or record.subject) for record, each in zip(records, subjects, strict=True)]
     share = (0.2 if label_dir else 0.0) if validation_fraction is None else validation_fraction
     named = dict(part.split("=", 1) for part in labels) if "=" in "".join(labels) else labels
     return Source(
@@ -139,8 +141,11 @@ def volumes(
 
 def value_names(given: Mapping[str, Any] | Sequence[str]) -> dict[int, str]:
     """Names of the values of label maps, less background: of a list, of {value: name} or of {name: value}."""
-    pairs = given.items() if isinstance(given, Mapping) else enumerate(given, start=1)
-    names = dict((int(key), str(each)) if str(key).isdecimal() else (int(each), str(key)) for key, each in pairs)
+    pairs = list(given.items() if isinstance(given, Mapping) else enumerate(given, start=1))
+    regions = [str(key) for key, each in pairs if isinstance(each, list)]
+    if regions:
+        raise ValueError(f"labels must have one value each, got the regions {', '.join(regions)}: name their parts")
+    names = dict((int(key), str(each)) if str(key).isdecimal() else (int(str(each)), str(key)) for key, each in pairs)
     values = sorted(names.keys() - {0})
     if not values or len(set(names.values())) < len(given):
         raise ValueError(f"labels must give whole numbers different names, as in 1=liver 2=spleen, got {given}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from datalists.source import SPLITS, Record, Source
 from datalists.volume_pairs import check_grids, check_values
 from dissect_monai import ImageFileReader, read_datalist
+from dissect_monai.data.identity import salt_of
 
 Splits = Mapping[str, Sequence[Record]]
 WORKERS = 8  # more than cores, since they wait for the disk
@@ -38,7 +39,8 @@ def make_datalist(
     listed = Counter(record.image for record in source.records)
     repeated = [f"{image} is listed {times} times" for image, times in listed.items() if times > 1]
     leave_out([*source.problems, *repeated], len(listed) + len(source.problems), skip_corrupt)
-    records = [record for record in draw_splits(source.records, source.shares, seed) if listed[record.image] == 1]
+    records = [record for record in draw_splits(source, seed) if listed[record.image] == 1]
+    refuse_empty(records, source)
     if source.group:
         # Headers come first, since they are quick: a label map is read only once all images and label maps agree.
         records = usable(records, check_grids, "Reading headers", skip_corrupt)
@@ -46,11 +48,9 @@ def make_datalist(
             records = usable(records, partial(check_values, names=source.labels), "Reading label maps", skip_corrupt)
     else:
         records = usable(records, check_xray, "Opening images", skip_corrupt)
+    refuse_empty(records, source)
     splits = {split: [record for record in records if record.split == split] for split in SPLITS}
     drawn = {split: share for split, share in source.shares.items() if share}
-    empty = [split for split in ("training", *drawn) if not splits[split]]
-    if empty:
-        raise ValueError(f"{' and '.join(empty)} must hold images, got none. Add subjects or change the fractions.")
     name = name or source.name or source.folder.name
     shares = "".join(f", {share:g} of the subjects for {split}" for split, share in drawn.items())
     header = {
@@ -92,21 +92,40 @@ def leave_out(problems: Sequence[str], total: int, skip: bool) -> None:
     print(f"warning: left out, {text}", file=sys.stderr)
 
 
-def draw_splits(records: Sequence[Record], shares: Mapping[str, float], seed: int) -> list[Record]:
+def draw_splits(source: Source, seed: int) -> list[Record]:
     """Give a split to every record without one, the same to all of a subject; what no share asks for is training.
 
-    Any share but 0 draws one subject at least.
+    It follows from a hash of seed and subject, so that a subject keeps its split when others come or go.
     """
+    shares = source.shares
     if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
         raise ValueError(f"fractions must be 0 or more and sum to less than 1, got {dict(shares)}.")
-    groups = list(dict.fromkeys(record.group for record in records if record.split is None))
-    split_of = dict.fromkeys(groups, "training")
-    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
-    for split, share in shares.items():
-        count = max(1, round(share * len(groups))) if share else 0
-        split_of.update({groups[index]: split for index in order[:count]})
-        order = order[count:]
-    return [record._replace(split=record.split or split_of[record.group]) for record in records]
+
+    def drawn(name: str) -> str:
+        digest = hashlib.sha256(f"{seed}\t{name}".encode(errors="surrogatepass")).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        for split, share in shares.items():
+            if place < share:
+                return split
+            place -= share
+        return "training"
+
+    return [record._replace(split=record.split or drawn(record.group(source.folder))) for record in source.records]
+
+
+def refuse_empty(records: Sequence[Record], source: Source) -> None:
+    """Refuse splits that must hold images and do not; where another seed would fill them, say which."""
+    needed = {"training", *(split for split, share in source.shares.items() if share)}
+    empty = sorted(needed - {record.split for record in records}, key=SPLITS.index)
+    if empty:
+        left = {record.image for record in records}
+        of_these = source._replace(records=[record for record in source.records if record.image in left])
+        filled = (seed for seed in range(100) if needed <= {each.split for each in draw_splits(of_these, seed)})
+        seed, count = next(filled, None), len({record.group(source.folder) for record in records})
+        raise ValueError(
+            f"{' and '.join(empty)} must hold images, got none, of {count} subject(s). Add subjects or change the "
+            f"fractions{'' if seed is None else f', or draw others with --seed {seed}'}."
+        )
 
 
 def usable(
@@ -140,13 +159,15 @@ def print_counts(source: Source, splits: Splits) -> None:
     lines = [
         ["", *splits],
         ["images", *(str(len(records)) for records in splits.values())],
-        ["subjects", *(str(len({record.group for record in records})) for records in splits.values())],
+        ["subjects", *(str(len({record.group(source.folder) for record in records})) for records in splits.values())],
     ]
     for index, name in enumerate(source.label_names):
         counts = [Counter(record.label[index] for record in records if record.label) for records in splits.values()]
         lines.append([name, *(f"{count[1]} / {count[0]} / {count[None]}" for count in counts)])
     for value, name in source.labels.items():
-        shown = [{record.group for record in records if value in record.values} for records in splits.values()]
+        shown = [
+            {record.group(source.folder) for record in records if value in record.values} for records in splits.values()
+        ]
         lines.append([name, *(str(len(subjects)) for subjects in shown)])
     first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     for name, *cells in lines:
@@ -168,6 +189,7 @@ def write(header: Mapping[str, Any], splits: Splits, output: Path) -> None:
             if start == staged.parent:
                 read_datalist(start)
         staged.replace(output)
+    salt_of(output.parent)  # now, while the folder can be written, for all copies of it
     print(f"wrote {output}")
 
 

@@ -1,15 +1,10 @@
 """A bundle that is not among the four needs JSON alone: public names of this package, of MONAI and of torch."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import refused, run_config, write
-
-import dissect_monai
+from helpers import checkpoint, refused, run_config, same, settings, weights, write
+from monai.networks.nets import DenseNet121
 
 TRAIN = {
     "imports": ["$import torch", "$import dissect_monai"],
@@ -102,17 +97,10 @@ def test_it_trains_resumes_and_its_weights_load(train: Path, dataset_dir: Path, 
     run_config(train, dataset_dir=dataset_dir, output_dir=tmp_path / "once", max_epochs=2)
     for epochs, resume in ((1, False), (2, True)):
         run_config(train, dataset_dir=dataset_dir, output_dir=tmp_path / "twice", max_epochs=epochs, resume=resume)
-    once, twice = (
-        torch.load(tmp_path / name / "checkpoints" / "checkpoint_epoch=2.pt", weights_only=True)["network"]
-        for name in ("once", "twice")
-    )
-    assert all(torch.equal(once[key], twice[key]) for key in once)
-    settings = json.loads((tmp_path / "once" / "models" / "model.json").read_text(encoding="utf-8"))
-    assert settings["image_size"] == 32
-    assert settings["label_names"] == ["consolidation", "cysts"]
-    network = torch.nn.Sequential()
-    with pytest.raises(ValueError, match="do not fit the Sequential"):
-        dissect_monai.load_weights(network, tmp_path / "once" / "models" / "model.pt")
+    assert same(*(checkpoint(tmp_path / name, 2)["network"] for name in ("once", "twice")))
+    said = settings(tmp_path / "once")
+    assert (said["image_size"], said["label_names"]) == (32, ["consolidation", "cysts"])
+    DenseNet121(spatial_dims=2, in_channels=1, out_channels=2).load_state_dict(weights(tmp_path / "once"))
 
 
 def test_its_knobs_are_guarded(train: Path, dataset_dir: Path, tmp_path: Path) -> None:

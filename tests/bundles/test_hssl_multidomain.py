@@ -1,10 +1,7 @@
 """The bundle of hierarchical self-supervision: what it trains, shows, refuses, judges and embeds."""
 
-from __future__ import annotations
-
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ import torch
 from helpers import (
     ROOT,
     TASKS,
-    Recipe,
+    Recipes,
     command_line,
+    edited,
     events_of,
     read,
     refused,
@@ -25,12 +23,10 @@ from helpers import (
     tiny_knobs,
     two_processes,
     weights,
-    write,
 )
 from monai.bundle import ConfigParser
-from monai.networks.nets import SegResNet
 
-from dissect_monai.data.datalists import SPLITS
+from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.volume_lists import aggregate
 from dissect_monai.networks.weights import load_weights
 
@@ -52,7 +48,7 @@ def folders(volume_dirs: list[Path]) -> Folders:
 
 
 @pytest.fixture
-def trained(recipe_of: Callable[[str], Recipe]) -> Path:
+def trained(recipe_of: Recipes) -> Path:
     """Output folder of a run of two epochs."""
     return recipe_of("hssl_multidomain").finished
 
@@ -75,16 +71,9 @@ def values(row: dict[str, str]) -> list[float]:
     return [float(value) for name, value in row.items() if re.fullmatch(r"e\d+", name)]
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
-
-
-def test_the_json_names_tasks_and_groups(trained: Path) -> None:
-    said = settings(trained)
+def test_domains_are_written_and_named_beside_the_weights(trained: Path) -> None:
+    said, rows = settings(trained), table(trained / "eval" / "domains.csv")
     assert (said["tasks"], said["groups"]) == (list(TASKS), ["abdomen", "head"])
-
-
-def test_the_aggregated_domains_are_written_before_training(trained: Path) -> None:
-    rows = table(trained / "eval" / "domains.csv")
     assert [(row["task"], row["group"], row["modality"]) for row in rows] == [
         ("abdomen_ct", "abdomen", "CT"),
         ("head_ct", "head", "CT"),
@@ -129,19 +118,6 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
     assert events_of(tmp_path).Scalars("loss/classification")[-1].value == 0
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"dense_weight": 1.0, "mask_fraction": 0},
-        {"image_weight": 0, "task_weight": 0, "group_weight": 0, "classification_weight": 0, "amp": "true"},
-    ],
-    ids=str,
-)
-def test_knobs_change_the_run(folders: Folders, tmp_path: Path, knobs: dict[str, Any]) -> None:
-    train(folders, tmp_path, **knobs)
-    assert len(weights(tmp_path)) == len(SegResNet(3, blocks_down=(1, 1, 1), blocks_up=(1, 1)).state_dict())
-
-
 def test_pretrained_weights_start_the_network(trained: Path, folders: Folders, tmp_path: Path) -> None:
     train(folders, tmp_path, pretrained=trained / "models" / "model.pt", learning_rate=1e-12, weight_decay=0)
     before, after = weights(trained), weights(tmp_path)
@@ -167,40 +143,12 @@ def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: F
     np.testing.assert_allclose(values(row), bottleneck.mean((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-4)
 
 
-# ---- data of all kinds, good and bad -----------------------------------------------------------------------------
-
-
-def edited(folder: str, tmp_path: Path, **changes: Any) -> str:
-    """A copy of a set whose dataset.json says something else; None removes a key."""
-    copy = tmp_path / Path(folder).name
-    shutil.copytree(folder, copy)
-    spec = {**read(copy / "dataset.json"), **changes}
-    write(copy / "dataset.json", {key: value for key, value in spec.items() if value is not None})
-    return str(copy)
-
-
-def test_refuses_bad_knobs_before_training(folders: Folders, tmp_path: Path) -> None:
-    for knob, message in (
-        ({"mask_size": 16}, "`--mask_size` must be smaller than the sides of `--patch_size`"),
-        ({"group": {"elsewhere": "liver"}}, "`group` must name folders among abdomen_ct, .*, got elsewhere"),
-        ({"train#sampler#items_per_drow": 2}, "train#sampler#items_per_draw"),
-    ):
-        with refused(message):
-            train(folders, tmp_path / "out", **knob)
-    assert not (tmp_path / "out" / "models").exists()
-
-
-def test_refuses_to_resume_another_run(trained: Path, folders: Folders, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / "out")
-    for chosen, knobs, message in (
-        (folders, {"amp": True, "modality": {"head_ct": "MR"}}, r"amp False \(now True\), data \w+ \(now \w+\)"),
-        (folders[:2], {}, r"of a run with .*tasks .*head_mr.*\(now .*abdomen_ct.*head_ct"),
-    ):
-        with refused(message):
-            train(chosen, tmp_path / "out", max_epochs=4, resume=True, **knobs)
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------------
+def test_refuses_to_go_on_with_other_data_and_unknown_folders(trained: Path, folders: Folders, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    with refused(r"of a run with .*amp False \(now True\), data \w+ \(now \w+\)"):
+        train(folders, tmp_path, max_epochs=4, resume=True, amp=True, modality={"head_ct": "MR"})
+    with refused("`group` must name folders among abdomen_ct, .*, got elsewhere"):
+        train(folders, tmp_path, group={"elsewhere": "liver"})
 
 
 def test_evaluation_judges_structures_and_shortcuts(trained: Path, folders: Folders, tmp_path: Path) -> None:
@@ -216,25 +164,27 @@ def test_evaluation_judges_structures_and_shortcuts(trained: Path, folders: Fold
     assert 0 <= float(metrics["pretrained_last_linear_auroc_domains_macro"]) <= 1
 
 
-def test_an_encoder_alone_is_evaluated_and_embeds(trained: Path, folders: Folders, tmp_path: Path) -> None:
+def test_an_encoder_alone_is_evaluated_and_embeds_every_volume(trained: Path, folders: Folders, tmp_path: Path) -> None:
     shutil.copytree(trained / "models", tmp_path / "models")
     state = {key: value for key, value in weights(trained).items() if key.startswith(("convInit", "down_layers"))}
     torch.save(state, tmp_path / "models" / "model.pt")
     evaluate(folders, tmp_path, baselines=False)
     assert (tmp_path / "eval" / "findings.csv").is_file()
-    assert len(embed(folders, tmp_path)) == 24
+    rows = embed(folders, tmp_path)
+    assert all(np.isfinite(values(row)).all() and len(values(row)) == 32 for row in rows)
+    assert len({tuple(values(row)) for row in rows}) == len(rows) == 24
 
 
 def test_the_subjects_that_pretraining_held_out_are_scored_and_no_others(folders: Folders, tmp_path: Path) -> None:
     spec = read(Path(folders[0]) / "dataset.json")
     everything = [item for split in ("training", "validation", "test") for item in spec[split]]
-    unsplit = [edited(folders[0], tmp_path, training=everything, validation=None, test=None)]
+    unsplit = [str(edited(folders[0], tmp_path, training=everything, validation=None, test=None))]
     train(unsplit, tmp_path / "some", validation_fraction=0.3, seed=4)
     evaluate(unsplit, tmp_path / "some", seed=1, baselines=False)
     with np.load(tmp_path / "some" / "eval" / "scores.npz") as file:
         tested = set(file["subjects"].tolist())
     held_out = aggregate(unsplit, validation_fraction=0.3, seed=4).validation
-    assert tested == {item["subject"] for item in held_out}
+    assert tested == {*pseudonyms(held_out)}
     train(unsplit, tmp_path / "all", validation_fraction=0)
     with refused("validation, test has none in .*abdomen_ct. Add the list `test` of other subjects"):
         evaluate(unsplit, tmp_path / "all")
@@ -249,26 +199,6 @@ def test_patches_and_their_labels_do_not_depend_on_the_seed(trained: Path, folde
     assert found[0].keys() == found[1].keys()
     for name, array in found[0].items():
         assert np.array_equal(array, found[1][name], equal_nan=array.dtype.kind == "f"), name
-
-
-def test_a_single_unlabelled_task_has_nothing_to_ask(trained: Path, folders: Folders, tmp_path: Path) -> None:
-    spec = read(Path(folders[0]) / "dataset.json")
-    bare = {split: [{"image": item["image"], "subject": item["subject"]} for item in spec[split]] for split in SPLITS}
-    with refused("there is nothing to ask of the features: give label maps"):
-        evaluate([edited(folders[0], tmp_path, **bare)], tmp_path, pretrained=trained / "models" / "model.pt")
-
-
-# ---- embeddings and exports --------------------------------------------------------------------------------------
-
-
-def test_inference_writes_one_embedding_per_volume(trained: Path, folders: Folders, tmp_path: Path) -> None:
-    rows = embed(folders, tmp_path, pretrained=trained / "models" / "model.pt")
-    assert len(rows) == 24
-    assert all(np.isfinite(values(row)).all() and len(values(row)) == 32 for row in rows)
-    assert len({tuple(values(row)) for row in rows}) == 24
-
-
-# ---- the smoke run -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

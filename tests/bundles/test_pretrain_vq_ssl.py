@@ -1,11 +1,7 @@
 """The bundle of vector-quantised pretraining on images: what it shows, takes, refuses, judges and embeds."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ import torch
 from helpers import (
     ROOT,
     Recipe,
+    Recipes,
     checkpoint,
     command_line,
     events_of,
@@ -37,7 +34,7 @@ WIDTH = 512  # of the embedding of a ResNet-10
 
 
 @pytest.fixture
-def bundle(recipe_of: Callable[[str], Recipe]) -> Recipe:
+def bundle(recipe_of: Recipes) -> Recipe:
     return recipe_of("pretrain_vq_ssl")
 
 
@@ -75,48 +72,6 @@ def test_the_form_of_the_paper_is_an_override(bundle: Recipe, tmp_path: Path) ->
     assert (settings["objective"], settings["fusion"], settings["reconstruction_weight"]) == ("byol", "attention", 1)
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"fusion": "concat", "metric": "euclidean"},
-        {"stages": [4], "amp": "true", "device": "cpu"},  # as the command line gives them
-    ],
-    ids=str,
-)
-def test_knobs_change_the_run(bundle: Recipe, tmp_path: Path, knobs: dict[str, Any]) -> None:
-    bundle.train(tmp_path, **knobs)
-    bundle.train(tmp_path / "plain")
-    found, plain = weights(tmp_path), weights(tmp_path / "plain")
-    assert found.keys() == plain.keys()
-    assert all(value.isfinite().all() for value in found.values())
-    assert not torch.equal(found["conv1.weight"], plain["conv1.weight"])
-
-
-@pytest.mark.parametrize(
-    ("knob", "message"),
-    [
-        ({"batch_size": 4096}, "4096"),
-        ({"train#augment#rotatio": 5}, "train#augment#rotation"),
-        ({"train#augment#rotation": "lots"}, r"`rotation` must be a number in \[0, 180\], got 'lots'"),
-    ],
-)
-def test_refuses_bad_knobs_before_training(bundle: Recipe, tmp_path: Path, knob: dict[str, Any], message: str) -> None:
-    with refused(message):
-        bundle.train(tmp_path / "out", **knob)
-    assert not (tmp_path / "out" / "models").exists()
-
-
-def test_refuses_to_go_on_with_another_network_or_loss(bundle: Recipe, tmp_path: Path) -> None:
-    shutil.copytree(bundle.finished, tmp_path, dirs_exist_ok=True)
-    for knobs, message in (
-        ({"num_embeddings": 32}, r"of a run with num_embeddings 16 \(now 32\)"),
-        ({"reconstruction_weight": 0}, r"reconstruction_weight 0\.1 \(now 0\)"),
-        ({"batch_size": 6}, r"iterations an epoch 3 \(now 4\), batch_size 8 \(now 6\)"),
-    ):
-        with refused(message):
-            bundle.train(tmp_path, max_epochs=2, resume=True, **knobs)
-
-
 def test_pretrained_weights_start_the_encoder(bundle: Recipe, tmp_path: Path) -> None:
     bundle.train(tmp_path, pretrained=bundle.model, learning_rate=1e-12, weight_decay=0)
     torch.testing.assert_close(weights(tmp_path)["conv1.weight"], weights(bundle.finished)["conv1.weight"])
@@ -152,9 +107,6 @@ def test_shards_are_read_by_one_process_each(bundle: Recipe, dataset_dir: Path, 
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 23
 
 
-# ---- data of all kinds, good and bad -----------------------------------------------------------------------------
-
-
 def test_volumes_are_pretrained_on_judged_and_embedded(bundle: Recipe, tmp_path: Path) -> None:
     rng, items = np.random.default_rng(0), {}
     for split, count in (("training", 8), ("validation", 4), ("test", 4)):
@@ -184,30 +136,6 @@ def test_folders_of_mixed_formats_without_labels_are_enough(bundle: Recipe, data
         sitk.WriteImage(sitk.GetImageFromArray(pixels.astype(np.float32)), folder / f"{index}.nii.gz")
     bundle.train(tmp_path / "out", dataset_dir=[str(dataset_dir), str(folder)])
     assert checkpoint(tmp_path / "out", 1)["settings"]["num_images"] == 24 + 8
-
-
-def leaking(tmp_path: Path) -> dict[str, Any]:
-    for name in "ab":
-        Image.new("L", (32, 32), 128).save(tmp_path / f"{name}.png")
-    return {split: [{"image": f"{name}.png", "subject": "7"}] for split, name in (("training", "a"), ("test", "b"))}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(lambda folder: "{", r"dataset\.json"), (leaking, "7")], ids=["no list", "leaking subject"]
-)
-def test_refuses_bad_data_before_training(bundle: Recipe, tmp_path: Path, content: Any, message: str) -> None:
-    (tmp_path / "set").mkdir()
-    found = content(tmp_path / "set")
-    if isinstance(found, str):
-        (tmp_path / "set" / "dataset.json").write_text(found)
-    else:
-        write(tmp_path / "set" / "dataset.json", found)
-    with refused(message):
-        bundle.train(tmp_path / "out", dataset_dir=tmp_path / "set")
-    assert not (tmp_path / "out").exists()
-
-
-# ---- evaluation and inference ------------------------------------------------------------------------------------
 
 
 def test_evaluation_writes_metrics_per_finding_with_intervals(bundle: Recipe, tmp_path: Path) -> None:
@@ -251,9 +179,6 @@ def test_inference_writes_one_embedding_per_image_with_or_without_codes(bundle: 
     assert (found[0] != found[1]).mean() < 0.01
 
 
-# ---- the first command, and where it runs from -------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_the_first_command_pretrains_on_phantoms_and_raises_the_auroc(tmp_path: Path) -> None:
     def listing() -> set[str]:
@@ -272,13 +197,3 @@ def test_the_first_command_pretrains_on_phantoms_and_raises_the_auroc(tmp_path: 
     rows = {tuple(row.values())[:4]: row for row in table(tmp_path / "eval" / "differences.csv")}
     assert float(rows["findings", "last", "knn", "random"]["difference"]) > 0
     assert all(float(rows["findings", "stages", probe, "random"]["low"]) > 0 for probe in ("knn", "linear"))
-
-
-@pytest.mark.parametrize("place", ["root", "bundle", "elsewhere"])
-def test_finds_itself_from_any_directory(place: str, tmp_path: Path) -> None:
-    cwd = {"root": ROOT, "bundle": CONFIGS.parent, "elsewhere": tmp_path}[place]
-    config = {"root": CONFIGS.relative_to(ROOT), "bundle": Path("configs"), "elsewhere": CONFIGS}[place]
-    printing = {"run": "['$print(chr(10) + str(@bundle_root))']", "finalize": "[]"}
-    result = command_line(config / "train.json", cwd=cwd, dataset_dir=tmp_path / "missing", **printing)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (cwd / result.stdout.splitlines()[-1] / "configs" / "metadata.json").samefile(CONFIGS / "metadata.json")

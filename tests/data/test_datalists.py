@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -
     )
     datalist = read_datalist(str(folder))
     first = {"image": str(folder / "0.png"), "label": [1.0, NAN], "subject": "7", "age": None, "task": "chest"}
-    np.testing.assert_equal(datalist.training, [first, {"image": str(folder / "1.png"), "task": "chest"}])
+    first["origin"], alone = (str(folder), "7"), {"task": "chest", "origin": (str(folder), None)}
+    np.testing.assert_equal(datalist.training, [first, {"image": str(folder / "1.png"), **alone}])
     np.testing.assert_equal(labels(datalist.validation), [[0.0, NAN]])
-    assert datalist.test == [{"image": str(folder / "3.png"), "task": "chest"}]
+    assert datalist.test == [{"image": str(folder / "3.png"), **alone}]
     assert datalist.label_names == ["x", "y"]
     assert images(datalist.items()) == ["0.png", "1.png", "2.png", "3.png"]
     assert images(read_datalist(folder / "1.png").training) == ["1.png"]
@@ -78,7 +80,7 @@ def test_a_folder_of_images_becomes_sorted_training_items(tmp_path: Path) -> Non
     datalist = read_datalist(tmp_path)
     names = [str(Path(item["image"]).relative_to(tmp_path)) for item in datalist.training]
     assert names == ["a.TIF", "b/0.png", "b/dicom", "c/1.dcm", "c/2.dcm", "z.nii.gz"]
-    assert all(set(item) == {"image"} for item in datalist.training)
+    assert all(set(item) == {"image", "origin"} for item in datalist.training)
     assert images(read_datalist(tmp_path, spatial_dims=3).training) == ["b", "c", "z.nii.gz"]
 
 
@@ -154,6 +156,7 @@ def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -
         ({"training": [], "val": [{"image": "0.png"}]}, "lists of images must be called .*, got `val`. Rename it"),
         ({"training": [f"no{index}.png" for index in range(5)]}, r"got 5 missing: .*no0.png, .*no2.png, \.\.\."),
         ({"training": [{"image": "0.png", "label": "no.nii"}]}, r"got 1 missing: .*no\.nii"),
+        ({"training": [{"image": "0.png", "label": "1.png"}, "1.png"]}, r"not list a label map as an image, .*1\.png"),
         ({"training": [{"image": "0.png", "label": [1, 2]}]}, r"the label of .*0\.png must have values 1, 0 or null"),
         ({"label_names": ["x"], "training": [{"image": "0.png", "label": {"y": 1}}]}, "must have values 1, 0 or null"),
         (
@@ -186,6 +189,9 @@ def test_wrong_folders_and_broken_json_are_explained(tmp_path: Path) -> None:
     for folders in ([], [tmp_path, tmp_path]):
         with pytest.raises(ValueError, match="one folder or several different ones"):
             read_datalist(folders)
+    os.rename(tmp_path / "notes.txt", os.fsencode(tmp_path) + b"/\xff.png")
+    with pytest.raises(ValueError, match=r"names in UTF-8, got '.*\\udcff.png'. Rename it"):
+        read_datalist(tmp_path)
     (tmp_path / "dataset.json").write_text('{\n "training": [,]}')
     with pytest.raises(ValueError, match=r"dataset\.json must be JSON .* line 2 column 15"):
         read_datalist(tmp_path)

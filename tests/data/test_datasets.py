@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader
 
-from dissect_monai.data.datasets import DeviceLoader, cached_dataset, items_of, labelled_part
+from dissect_monai.data.datasets import DeviceLoader, cached_dataset, items_of, labelled_part, readable_items
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.sampling import ImageSampler
 
@@ -143,9 +141,6 @@ def test_labelled_images_are_taken_without_reading_them_again(tmp_path: Path) ->
     assert images(items_of(labelled_part(dataset, fraction=0.4, seed=1))) != images(items_of(part))
 
 
-# --- errors
-
-
 def test_all_corrupt_items_are_named_with_their_cause(tmp_path: Path, cache_dir: Path | None) -> None:
     data = make_items(tmp_path)
     for index in (1, 4):
@@ -187,3 +182,12 @@ def test_images_of_several_shapes_do_not_lie_on_a_device() -> None:
     dataset = [{"image": torch.zeros(1, 4, 4)}, {"image": torch.zeros(1, 4, 5)}]
     with pytest.raises(ValueError, match=r"images of one shape to lie on a device, got \(1, 4, 4\), \(1, 4, 5\)"):
         DeviceLoader(dataset, 2, range(2), "cpu")  # type: ignore[arg-type]
+
+
+def test_all_processes_know_which_items_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = make_items(tmp_path, 5)
+    Path(data[3]["image"]).write_bytes(b"broken")
+    assert images(readable_items(data, preprocessing(), on_corrupt="skip")) == ["0.png", "1.png", "2.png", "4.png"]
+    assert "Skipped: " in caplog.text
+    with pytest.raises(ValueError, match=r"got 1 of 5 that cannot:\n.*3\.png"):
+        readable_items(data, preprocessing())

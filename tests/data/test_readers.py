@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -141,6 +143,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, kept: float) -> 
 
 
 def test_what_holds_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.vol").touch()
+    with pytest.raises(ValueError, match=r"a\.vol must be an image \(\.png .* \.nii\.gz\): rename it"):
+        ImageFileReader().get_data(tmp_path / "a.vol")
     with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):
         load(tmp_path / "a.png")
     Image.fromarray(np.array([[1, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")
@@ -150,6 +155,104 @@ def test_what_holds_no_image_is_named(tmp_path: Path) -> None:
         write_series(tmp_path / "v", volume(), series)
     with pytest.raises(ValueError, match="one DICOM series, got 2"):
         load(tmp_path / "v")
+
+
+BLOCKS = np.kron(PICTURE, np.ones((8, 8), np.uint8))  # which JPEG keeps
+SHOWN = [  # of each orientation, see the Exif specification
+    BLOCKS, BLOCKS[:, ::-1], BLOCKS[::-1, ::-1], BLOCKS[::-1],
+    BLOCKS.T, np.rot90(BLOCKS, -1), BLOCKS[::-1, ::-1].T, np.rot90(BLOCKS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_picture_is_turned_as_its_orientation_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(BLOCKS).save(tmp_path / f"a.{suffix}", exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+    found = load(tmp_path / f"a.{suffix}").astype(int)
+    np.testing.assert_allclose(found, SHOWN[orientation - 1].T.astype(int), atol=2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_is_zero_is_inverted_at_any_depth(tmp_path: Path, dtype: Any) -> None:
+    pixels = PICTURE.astype(dtype) * (1 if dtype == np.uint8 else 200)
+    Image.fromarray(np.iinfo(dtype).max - pixels).save(tmp_path / "a.tif", tiffinfo={262: 1})
+    content = (tmp_path / "a.tif").read_bytes()
+    field = b"\x06\x01\x03\x00\x01\x00\x00\x00"  # tag 262, one short
+    (tmp_path / "a.tif").write_bytes(content.replace(field + b"\x01", field + b"\x00"))
+    np.testing.assert_array_equal(load(tmp_path / "a.tif"), pixels.T)
+
+
+# --- NIfTI
+
+
+AFFINE = np.array([[-2.0, 0, 0, 39], [0, -2, 0, 47], [0, 0, 3, 5], [0, 0, 0, 1]])
+VOXELS = RNG.integers(0, 99, (4, 5, 6)).astype(np.int16)
+OTHER, NOTHING = AFFINE @ np.diag([2, 2, 2, 1]), np.diag([0.0, 0, 0, 1])
+# sform and its code, qform and its code, and the affine that counts
+FORMS = {
+    "alike": (AFFINE, 1, AFFINE, 1, AFFINE),
+    "the sform alone": (OTHER, 1, AFFINE, 0, OTHER),
+    "the qform alone": (OTHER, 0, AFFINE, 1, AFFINE),
+    "an sform of zeros": (NOTHING, 1, AFFINE, 1, AFFINE),
+    "another place": (AFFINE @ np.diag([-1, 1, 1, 1]), 4, AFFINE, 1, AFFINE @ np.diag([-1, 1, 1, 1])),
+    "two spacings": (OTHER, 1, AFFINE, 1, None),
+    "nothing": (NOTHING, 1, AFFINE, 0, None),
+}
+
+
+def write_nifti(path: Path, sform: np.ndarray, sform_code: int, qform: np.ndarray, qform_code: int) -> Path:
+    image = nib.Nifti1Image(VOXELS, None)
+    image.set_qform(qform, qform_code)
+    header = image.header
+    header["srow_x"], header["srow_y"], header["srow_z"] = sform[:3]
+    header["sform_code"], header["vox_offset"] = sform_code, 352
+    path.write_bytes(header.binaryblock + b"\0" * 4 + VOXELS.tobytes(order="F"))
+    return path
+
+
+@pytest.mark.parametrize(("sform", "sform_code", "qform", "qform_code", "expected"), FORMS.values(), ids=FORMS)
+def test_header_and_reader_agree_on_the_affine(
+    tmp_path: Path, sform: Any, sform_code: int, qform: Any, qform_code: int, expected: Any
+) -> None:
+    path = write_nifti(tmp_path / "a.nii", sform, sform_code, qform, qform_code)
+    read = LoadImage(reader=ImageFileReader(spatial_dims=3))
+    if expected is None:
+        for each in (read_grid, load):
+            with pytest.raises(ValueError, match=r"must have (one spacing, got|a spacing along)"):
+                each(path)
+        return
+    np.testing.assert_allclose(read(path).affine, expected, atol=1e-5)
+    np.testing.assert_allclose(read_grid(path).affine, expected, atol=1e-5)
+    np.testing.assert_array_equal(read(path), VOXELS)
+
+
+def test_a_quaternion_that_rounding_made_too_long_is_read(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", AFFINE, 0, AFFINE, 1)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<3f", content, 256, 0.6, 0.8000004, 0.0)
+    path.write_bytes(content)
+    image = sitk.ReadImage(path)
+    expected = np.diag([-1, -1, 1]) @ np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    np.testing.assert_allclose(read_grid(path).affine[:3, :3], expected, atol=1e-4)
+    np.testing.assert_array_equal(load(path), VOXELS)
+
+
+def test_what_its_name_or_its_voxels_are_not_is_said(tmp_path: Path) -> None:
+    colour = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for name, values in (("packed", VOXELS), ("plain", VOXELS), ("colour", colour), ("waves", VOXELS * 1j)):
+        nib.save(nib.Nifti1Image(values, AFFINE), tmp_path / f"{name}.nii{'.gz' * (name != 'plain')}")
+    (tmp_path / "packed.nii.gz").rename(tmp_path / "packed.nii")
+    (tmp_path / "plain.nii").rename(tmp_path / "plain.nii.gz")
+    for name, message in (
+        ("packed.nii", r"packed\.nii is compressed by gzip: rename it to packed\.nii\.gz"),
+        ("plain.nii.gz", r"plain\.nii\.gz is not compressed by gzip: rename it to plain\.nii\."),
+        ("colour.nii.gz", "must hold one real number a voxel, got colour"),
+        ("waves.nii.gz", "must hold one real number a voxel, got complex128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / name)
 
 
 # --- headers

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 from unittest.mock import patch
@@ -131,9 +129,6 @@ def test_less_than_a_batch_per_process_is_refused(count: int, batch_size: int, m
         ImageSampler(range(8), 4)
         with pytest.raises(ValueError, match=message):
             ImageSampler(range(count), batch_size)
-
-
-# --- data sets
 
 
 def noise(count: int = 6) -> SeededDataset:

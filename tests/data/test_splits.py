@@ -1,28 +1,23 @@
-from __future__ import annotations
-
 import logging
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from helpers import images
+from helpers import images, subjects
 
 from dissect_monai.common import Item
 from dissect_monai.data.datalists import Datalist
+from dissect_monai.data.identity import datalist_digest, training_record
 from dissect_monai.data.splits import (
-    datalist_digest,
     hold_out,
     refuse_untrainable,
     scored_subjects,
     select_fraction,
     split_training,
-    subject_digest,
     with_test_split,
 )
 
-
-def subjects(items: list[Item]) -> set[str]:
-    return {item["subject"] for item in items}
+pytestmark = pytest.mark.usefixtures("_images_are_nowhere")
 
 
 def volumes(name: str, count: int, task: str = "t") -> list[Item]:
@@ -35,9 +30,6 @@ def volumes(name: str, count: int, task: str = "t") -> list[Item]:
 
 def datalist_of(training: int = 0, validation: int = 0, test: int = 0) -> Datalist:
     return Datalist(volumes("a", training), volumes("b", validation), volumes("c", test), task_names=["t"])
-
-
-# --- fractions
 
 
 def xrays() -> list[Item]:
@@ -63,9 +55,7 @@ def test_fractions_are_nested_and_keep_the_order_and_whole_subjects(caplog: pyte
 
 
 @pytest.mark.parametrize(("names", "expected"), [(["x", "y"], "of: x."), (None, "of: finding_0.")])
-def test_a_finding_that_loses_its_positives_is_logged(
-    names: list[str] | None, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_positives_are_logged(names: list[str] | None, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     seed = next(seed for seed in range(99) if "0" not in images(select_fraction(xrays(), 0.3, seed)))
     caplog.clear()
     select_fraction(xrays(), 0.3, seed, names)
@@ -76,9 +66,6 @@ def test_a_finding_that_loses_its_positives_is_logged(
 def test_bad_fractions_are_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"`fraction` must be in \(0, 1\]"):
         select_fraction(xrays(), fraction)
-
-
-# --- what is held out
 
 
 def test_tasks_without_validation_split_hold_out_whole_subjects() -> None:
@@ -147,18 +134,6 @@ def test_folds_part_the_subjects() -> None:
         split_of(datalist_of(6), fold=0)
 
 
-# --- what is trained on and scored
-
-
-def test_a_digest_follows_the_volumes_and_not_their_place() -> None:
-    items = volumes("a", 6)
-    digest = datalist_digest(items)
-    assert digest == datalist_digest([{**item, "image": f"/moved/{item['image']}"} for item in items[::-1]])
-    others = [items[1:], [{**items[0], "modality": "MR"}, *items[1:]], [{**items[0], "task": "u"}, *items[1:]]]
-    assert len({digest, *map(datalist_digest, others)}) == 4
-    assert len(set(map(subject_digest, items))) == 3
-
-
 @pytest.mark.parametrize(
     ("num_test", "split", "expected", "subjects"),
     [(5, "auto", "test", 3), (5, "test", "test", 3), (5, "validation", "validation", 2), (0, "auto", "validation", 2)],
@@ -171,10 +146,11 @@ def test_the_wanted_split_is_scored(num_test: int, split: str, expected: str, su
     assert scored.notes == []
 
 
-def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights() -> None:
+def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights(caplog: pytest.LogCaptureFixture) -> None:
     datalist = datalist_of(4, 3, 5)
-    assert len(scored_subjects(datalist, "all", {}).items) == 12
-    settings = {"trained_on": [subject_digest(item) for item in datalist.training]}
+    assert len(scored_subjects(datalist, "all", {"in_channels": 1}).items) == 12
+    assert "The weights do not say which subjects they were trained on" in caplog.text
+    settings = {"trained_on": training_record(datalist.training)}
     assert scored_subjects(datalist, "test", settings).items == datalist.test
     with pytest.raises(ValueError, match="`all` must hold no subject that the weights were trained on, got 2: a0, a1"):
         scored_subjects(datalist, "all", settings)
@@ -184,11 +160,11 @@ def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights() -> None:
     ("split", "select", "noted"),
     [("validation", "best", 1), ("validation", "last", 0), ("test", "best", 0), ("auto", "best", 0)],
 )
-def test_weights_chosen_on_the_scored_subjects_are_noted(
+def test_a_choice_on_what_is_scored_is_noted(
     split: str, select: str, noted: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     datalist = datalist_of(4, 3, 5)
-    settings = {"select": select, "validation_data": datalist_digest(datalist.validation)}
+    settings = {"select": select, "validation_data": datalist_digest(datalist.validation, "modality")}
     assert len(scored_subjects(datalist, split, settings).notes) == noted
     assert ("chosen on these very subjects, so that the scores are optimistic" in caplog.text) == bool(noted)
 

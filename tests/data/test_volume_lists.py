@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +6,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import images, read, write
+from helpers import images, read, subjects, write
 
 from dissect_monai.common import Item
-from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
+from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, refuse_overlap
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
-
-
-def subjects(items: list[Item]) -> set[str]:
-    return {item["subject"] for item in items}
 
 
 # --- several data sets as one
@@ -53,7 +47,7 @@ def test_items_know_their_domain(tmp_path: Path) -> None:
     assert (datalist.task_names, datalist.group_names) == (["brain", "liver"], ["abdomen", "head"])
     assert datalist.training[0] == {
         "image": str(tmp_path / "a" / "0.nii.gz"), "subject": "a/0", "task": "liver", "group": "abdomen",
-        "modality": "CT",
+        "modality": "CT", "origin": (str(tmp_path / "a"), "0"),
     }  # fmt: skip
     last = datalist.training[-1]
     assert [last[key] for key in ("subject", "task", "modality")] == ["b/1", "brain", "MR"]
@@ -105,7 +99,6 @@ def test_a_validation_split_is_drawn_if_asked_for(tmp_path: Path) -> None:
     ("folder", "arguments", "message"),
     [
         ({"labels": {"one": "spleen"}}, {}, "the `labels` of .*a must give integers names, .*: correct its"),
-        ({"labels": {"spleen": [1, "two"]}}, {}, "must give integers names"),
         ({"labels": {"1": None, "2": {}}}, {}, "must give integers names"),
         ({"task": None}, {}, r"a must have a `task`, got None for .*a/0\.nii\.gz: write it into its"),
         ({"task": 3}, {}, "must have a `task`, got 3"),
@@ -175,8 +168,7 @@ def test_classes_are_in_the_order_of_their_values_or_as_they_are_chosen(tmp_path
         (LABELS, {"structures": []}, r"`structures` must be different ones of spleen, liver, got \.$"),
         (None, {}, r"must have a dataset\.json that names the values of its label maps, such as"),
         ({"0": "background", "x": []}, {}, r"must have a dataset\.json that names the values of its label maps"),
-        (LABELS, {"fold": 5}, r"`fold` must be in \[0, 5\), got 5"),
-        (LABELS, {"fold": -1}, r"`fold` must be in \[0, 5\), got -1"),
+        *((LABELS, {"fold": fold}, rf"`fold` must be in \[0, 5\), got {fold}") for fold in (5, -1)),
     ],
 )
 def test_what_cannot_be_segmented_is_refused(tmp_path: Path, labels: Any, arguments: Any, message: str) -> None:
@@ -236,9 +228,7 @@ def test_splits_are_kept_drawn_or_folded(tmp_path: Path) -> None:
         ("", None, None, "unknown"),
     ],
 )
-def test_the_modality_says_how_many_channels_there_are(
-    tmp_path: Path, own: Any, given: Any, default: Any, modality: Any
-) -> None:
+def test_the_modality_tells_the_channels(tmp_path: Path, own: Any, given: Any, default: Any, modality: Any) -> None:
     folder, in_channels = make_set(tmp_path, modality=own), 1 if isinstance(modality, str) else len(modality)
     datalist = read_segmentation(folder, modality=given, default_modality=default)
     assert (datalist.modality, datalist.in_channels) == (modality, in_channels)
@@ -268,6 +258,39 @@ def test_volumes_of_different_modalities_have_none_in_common(tmp_path: Path) -> 
         read_segmentation(tmp_path, validation_fraction=0)
 
 
+# --- what nnU-Net writes
+
+
+def nnunet(folder: Path, labels: dict[str, Any], *channels: str) -> Path:
+    return make_set(folder, [entry("a"), entry("b")], labels, channel_names=dict(enumerate(channels or ["CT"])))
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "liver": 1, "ignore": 2}, {"1": "liver", "2": "Ignore"}])
+def test_the_value_of_voxels_to_ignore_is_no_structure(tmp_path: Path, labels: dict[str, Any]) -> None:
+    datalist = read_segmentation(nnunet(tmp_path, labels), validation_fraction=0)
+    assert (datalist.class_names, datalist.modality) == (["liver"], "CT")
+    assert [(item["labels"], item["ignored"]) for item in datalist.training] == [({"liver": [1]}, [2])] * 2
+
+
+def test_several_channels_and_regions_that_overlap_are_named(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path, {"whole": [1, 2], "core": [2], "other": 3})
+    refuse_overlap(read_segmentation(folder, ["core", "other"], validation_fraction=0))
+    with pytest.raises(ValueError, match=r"must not share values, got the regions whole, core \(see .*a\.nii\.gz\)"):
+        refuse_overlap(read_segmentation(folder, validation_fraction=0))
+    with pytest.raises(ValueError, match=r"`channel_names` must be one, got T1, FLAIR, each of which is a file"):
+        read_volumes(nnunet(tmp_path, {"liver": 1}, "T1", "FLAIR"))
+
+
+def test_volumes_of_another_modality_than_that_of_the_weights_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for listed, weights in (("MR", "CT"), ("T2", "CT"), ("ct", "CTA"), ("unknown", "CT"), ("T2", "MR"), ("CT", None)):
+        write(tmp_path / "dataset.json", {"training": ["a.nii.gz"], "modality": listed})
+        read_volumes(tmp_path, default_modality=weights)
+    told = [each.getMessage().partition(" (")[0] for each in caplog.records if "weights" in each.getMessage()]
+    assert told == [f"The weights are of CT, but 1 volumes are listed as {name}" for name in ("MR", "T2")]
+
+
 # --- volumes to embed or to segment
 
 
@@ -285,7 +308,12 @@ def test_folders_of_volumes_and_a_single_one_need_no_list(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     assert images(read_volumes(tmp_path)) == ["a.nii.gz", "b.nrrd"]
     (only,) = read_volumes(tmp_path / "a.nii.gz")
-    assert only == {"image": str(tmp_path / "a.nii.gz"), "subject": "a.nii.gz", "modality": "unknown"}
+    assert only == {
+        "image": str(tmp_path / "a.nii.gz"),
+        "subject": "a.nii.gz",
+        "modality": "unknown",
+        "origin": (str(tmp_path), None),
+    }
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "c.nii").touch()
     given = read_volumes([tmp_path, tmp_path / "more"], {"more": "CT"}, "MR")

@@ -148,9 +148,7 @@ class Run:
         ([0.5, 0.7, NAN, NAN, 0.8], 4, 2),  # a run that diverges does not overwrite them
     ],
 )
-def test_keeps_the_weights_of_the_best_epoch_and_stops_when_none_is_better(
-    tmp_path: Path, scores: list[float], stopped: int, best: int
-) -> None:
+def test_keeps_the_best_weights_and_stops_early(tmp_path: Path, scores: list[float], stopped: int, best: int) -> None:
     run = Run(tmp_path, scores).run()
     assert run.trainer.state.epoch == stopped
     assert run.written == run.trainer.state.best_epoch == best
@@ -174,9 +172,7 @@ def test_the_last_epoch_of_a_stopped_run_is_saved(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path).endswith("checkpoint_epoch=3.pt")
 
 
-def test_a_process_that_does_not_validate_stops_with_the_one_that_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_processes_stop_with_the_one_that_validates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, [0.5, 0.6, 0.7])
     monkeypatch.setattr(idist, "all_reduce", lambda value, op: 1.0 if op == "MAX" else value)
     assert run.run().trainer.state.epoch == 1

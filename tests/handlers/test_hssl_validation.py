@@ -1,15 +1,12 @@
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import evaluated
+from helpers import evaluated, small_segresnet
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
-from monai.networks.nets import SegResNet
 
 from dissect_monai.handlers.validation import HSSLValidation
 from dissect_monai.losses.pretraining import unexplained_variance
@@ -47,9 +44,8 @@ class Validation:
     def __init__(
         self, tasks: list[str] = TASKS, spatial_dims: int = 2, per_task: int = 3, corrupt: Corrupt | None = None
     ) -> None:
-        torch.manual_seed(0)
-        small = {"init_filters": 8, "in_channels": 1, "out_channels": 1, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}
-        self.net = HSSLNet(SegResNet(spatial_dims, **small), len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
+        segresnet = small_segresnet(spatial_dims, out_channels=1)
+        self.net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         # Nothing that mixes up the order of the brightness.
         augment = BatchAugment(spatial_dims=spatial_dims, brightness=0, contrast=None, gamma=None)
         self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
@@ -71,9 +67,6 @@ class Validation:
         return run.state.metrics
 
 
-# ---- names and ranges --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_leaves_every_metric_in_its_range_and_the_network_as_it_is(spatial_dims: int) -> None:
     validation = Validation(spatial_dims=spatial_dims)
@@ -86,8 +79,7 @@ def test_leaves_every_metric_in_its_range_and_the_network_as_it_is(spatial_dims:
 
 
 def test_with_a_single_task_there_is_no_shortcut() -> None:
-    left_out = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
-    left_out |= {"collapse_centroid_similarity"}
+    left_out = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group", "collapse_centroid_similarity"}
     left_out |= {"reconstruction_error_b_b", "reconstruction_error_c"}
     assert set(Validation(["a"])()) == METRICS - left_out
 
@@ -99,9 +91,6 @@ def test_few_images_make_no_metric_nan() -> None:
     assert {"retrieval_image", "accuracy_task", "reconstruction_error_a"} <= set(single)
     assert "retrieval_task" not in single
     assert np.isfinite([*metrics.values(), *single.values()]).all()
-
-
-# ---- values ------------------------------------------------------------------------------------------------------
 
 
 def test_perfect_answers_are_perfect() -> None:

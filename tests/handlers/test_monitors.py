@@ -1,13 +1,10 @@
-from __future__ import annotations
-
 import logging
 from typing import Any
 
 import pytest
 import torch
-from helpers import Writer
+from helpers import Writer, small_resnet, small_segresnet
 from ignite.engine import Engine
-from monai.networks.nets import SegResNet, resnet10
 from torch import Tensor
 
 from dissect_monai.handlers import monitors
@@ -59,13 +56,9 @@ class Run:
 
 class SSLRun(Run):
     def __init__(self, writer: Writer | None = None, decode: bool = True, interval: int = 1) -> None:
-        torch.manual_seed(0)
-        encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
         small = {"num_embeddings": 8, "embedding_dim": 8, "hidden_dim": 16, "out_dim": 8}
-        net, loss = (
-            VQSSLNet(encoder, stages=(2, 4), decode=decode, predict=True, **small),
-            VQSSLLoss(reconstruction_weight=decode, objective="byol"),
-        )
+        net = VQSSLNet(small_resnet(widen_factor=0.25), stages=(2, 4), decode=decode, predict=True, **small)
+        loss = VQSSLLoss(reconstruction_weight=decode, objective="byol")
         super().__init__(net, loss, SSLMonitor, writer, interval)
         TargetMomentumHandler(net, 0.9, num_iterations=4).attach(self.engine)
 
@@ -84,9 +77,7 @@ class SSLRun(Run):
 
 class HSSLRun(Run):
     def __init__(self, writer: Writer | None = None, interval: int = 1) -> None:
-        torch.manual_seed(0)
-        segresnet = SegResNet(2, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-        net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
+        net = HSSLNet(small_segresnet(out_channels=1), len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         super().__init__(net, HSSLLoss(), HSSLMonitor, writer, interval)
         self.views = HierarchyViews(BatchAugment(spatial_dims=2), TASKS, GROUPS, corrupt=Corrupt(mask_size=4))
 
@@ -113,9 +104,6 @@ def written() -> dict[str, Writer]:
         writers[name] = Writer()
         run(writers[name])()
     return writers
-
-
-# ---- what they write ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -164,9 +152,6 @@ def test_looking_at_an_interval_changes_nothing_in_the_run(run: Any) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# ---- when they stop ----------------------------------------------------------------------------------------------
-
-
 @every_run
 @pytest.mark.parametrize(("interval", "iteration", "term"), [(1, 1, "/(continuous|task) = nan, "), (99, 2, "")])
 def test_stops_before_a_lost_epoch_is_saved(run: Any, interval: int, iteration: int, term: str) -> None:
@@ -192,9 +177,6 @@ def test_forgives_a_short_collapse() -> None:
     run.monitor.collapsed = monitors.PATIENCE - 1  # bad looks before a good one
     run()
     assert run.monitor.collapsed == 0
-
-
-# ---- retrieval and accuracy --------------------------------------------------------------------------------------
 
 
 def measured(embeddings: Tensor, task: Tensor, group: Tensor) -> dict[str, float]:

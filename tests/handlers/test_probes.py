@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Decoded, evaluated, pick, table
+from helpers import Decoded, evaluated, pick, small_resnet, table
 from monai.data import DataLoader
-from monai.networks.nets import resnet10
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
@@ -18,6 +15,7 @@ from dissect_monai.handlers.probes import ProbeHandler, VolumeProbeHandler, chec
 from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
 
+pytestmark = pytest.mark.usefixtures("_images_are_nowhere")
 NAN = float("nan")
 NAMES = ["Opacity", "Nodule", "Rare"]
 IMAGES = {"training": 40, "validation": 24, "test": 30}
@@ -62,15 +60,9 @@ def make_datalist() -> tuple[Datalist, dict[str, DataLoader]]:
     return Datalist(**splits, label_names=NAMES), loaders
 
 
-def encoder(seed: int = 0, spatial_dims: int = 2) -> nn.Module:
-    torch.manual_seed(seed)
-    small = {"n_input_channels": 1, "conv1_t_stride": 2, "feed_forward": False, "widen_factor": 0.125}
-    return resnet10(spatial_dims=spatial_dims, **small)
-
-
 def probe_images(folder: Path, encoders: dict[str, nn.Module] | None = None, **kwargs: Any) -> Probed:
     _, loaders = make_datalist()
-    encoders = encoders or {"pretrained": encoder(0), "random": encoder(1)}
+    encoders = encoders or {"pretrained": small_resnet(0), "random": small_resnet(1)}
     handler = ProbeHandler(encoders, loaders, NAMES, folder, num_samples=40, **kwargs)
     return Probed(folder, handler)
 
@@ -111,7 +103,9 @@ def test_a_finding_without_positives_is_named(tmp_path: Path, caplog: pytest.Log
 
 def test_values_are_those_of_sklearn_and_scores_are_kept_for_later_comparisons(probed: Probed) -> None:
     datalist, loaders = make_datalist()
-    train, test = (extract_features(encoder(0), loaders[each], "cpu", feature_maps) for each in ("training", "test"))
+    train, test = (
+        extract_features(small_resnet(0), loaders[each], "cpu", feature_maps) for each in ("training", "test")
+    )
     scores = knn_scores(train.last, label_matrix(datalist.training, NAMES), test.last)[:, 1]
     np.testing.assert_allclose(probed.arrays["scores/pretrained/last/knn/findings"][:, 1], scores)
     labels = label_matrix(datalist.test, NAMES)
@@ -145,7 +139,7 @@ def test_compares_the_first_encoder_with_every_baseline(probed: Probed) -> None:
 
 
 def test_a_difference_from_itself_is_zero_in_every_resample(tmp_path: Path) -> None:
-    same = encoder()
+    same = small_resnet()
     probed = probe_images(tmp_path, encoders={"pretrained": same, "copy": same}, findings="Opacity")
     assert probed.of("finding") == {"Opacity"}  # one finding has no macro
     for row in probed.differences:
@@ -154,21 +148,11 @@ def test_a_difference_from_itself_is_zero_in_every_resample(tmp_path: Path) -> N
 
 
 def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) -> None:
-    probed = probe_images(tmp_path, {"only": encoder()}, num_folds=3)
+    probed = probe_images(tmp_path, {"only": small_resnet()}, num_folds=3)
     assert probed.of("probe") == {"linear"}
     row = pick(probed.findings, source="pixels", finding="Opacity")
     assert int(row["n"]) == sum(IMAGES.values())
     assert "Rare" in probed.of("finding")  # the training images have it
-
-
-def test_volumes_are_judged_without_pixels(tmp_path: Path) -> None:
-    datalist, _ = make_datalist()
-    volumes = {split: Decoded(getattr(datalist, split), torch.rand(IMAGES[split], 1, 16, 16, 16)) for split in SPLITS}
-    loaders = {split: DataLoader(volumes[split], batch_size=8) for split in SPLITS}
-    handler = ProbeHandler({"only": encoder(spatial_dims=3)}, loaders, NAMES, tmp_path, num_samples=2)
-    probed = Probed(tmp_path, handler)
-    assert probed.of("source") == {"only"}
-    assert probed.differences == []
 
 
 @pytest.mark.parametrize(
@@ -181,7 +165,7 @@ def test_volumes_are_judged_without_pixels(tmp_path: Path) -> None:
 )
 def test_rejects_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ProbeHandler({"only": encoder()}, make_datalist()[1], NAMES, "nowhere", **kwargs)
+        ProbeHandler({"only": small_resnet()}, make_datalist()[1], NAMES, "nowhere", **kwargs)
 
 
 def test_refuses_data_without_labels_or_with_nothing_to_score() -> None:
@@ -309,9 +293,7 @@ def test_the_probes_of_a_task_see_no_other(tmp_path: Path) -> None:
     assert theirs.of("question") == {"structures"}  # one task is no shortcut
 
 
-def test_the_log_names_columns_without_both_classes_and_has_a_line_for_every_macro(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_names_what_lacks_a_class_and_every_macro(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dissect_monai"):
         assert probe_volumes(tmp_path, hand_made(), pixels=False).of("source") == {"pretrained"}
     assert [record.message for record in caplog.records if "Left out" in record.message] == [
@@ -335,12 +317,9 @@ def test_labels_of_whole_volumes_are_findings(tmp_path: Path) -> None:
     assert probed.metrics["intensity_histogram_knn_auroc_Fracture"] == pytest.approx(float(row["auroc"]), abs=1e-4)
 
 
-def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
+def test_an_empty_split_or_one_task_without_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is nothing to ask of the features"):
         VolumeProbeHandler({"only": Means()}, hand_made({"brats": "head"}), [], tmp_path)
-
-
-def test_an_empty_split_or_one_task_without_labels_is_refused() -> None:
     mapped = [{"image": "a.nii", "label": "b.nii", "labels": {"liver": [1]}}]
     datalist = Datalist(mapped, mapped, mapped, task_names=["one"])
     check_probe_data(datalist, "/data")

@@ -1,13 +1,10 @@
-from __future__ import annotations
-
 import logging
 
 import pytest
 import torch
-from helpers import Writer
+from helpers import Writer, small_resnet
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
-from monai.networks.nets import resnet10
 from torch import nn
 
 from dissect_monai.handlers.representation import RepresentationMonitor
@@ -21,8 +18,7 @@ TERMS = {"continuous": 1.0, "discrete": 1.0, "cross": 0.0, "commitment": 0.0, "r
 
 def run(writer: Writer | None, interval: int = 2, attach: bool = True, collapsed: bool = False) -> nn.Module:
     """Five epochs of two iterations."""
-    torch.manual_seed(0)
-    encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.25)
+    encoder = small_resnet(widen_factor=0.25)
     network = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=True, predict=False)
     if collapsed:
         nn.init.zeros_(encoder.conv1.weight)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
@@ -12,9 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from helpers import evaluated, read, table, write_series
+from helpers import Oracle, evaluated, read, small_resnet, table, write_series
 from monai.data import Dataset, MetaTensor
-from monai.networks.nets import resnet10
 from monai.transforms import (
     Activationsd,
     Compose,
@@ -72,10 +69,7 @@ def folder_of(folder: Path, num_images: int = 5, corrupt: tuple[int, ...] = (1, 
 
 
 def classifier() -> nn.Module:
-    torch.manual_seed(0)
-    return resnet10(
-        spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.125, num_classes=len(NAMES)
-    ).eval()
+    return small_resnet(num_classes=len(NAMES)).eval()
 
 
 def predict(loader: ReadableLoader, saver: Saver, network: nn.Module | None = None) -> None:
@@ -96,7 +90,7 @@ def test_the_loader_yields_the_readable_images_and_names_the_others(tmp_path: Pa
     assert torch.equal(batches[1]["image"], torch.stack([dataset[index]["image"] for index in (2, 3)]))
     assert set(loader.errors) == {1, 4}
     assert "image 4.png must be an intact image" in loader.errors[4]
-    Image.fromarray(np.zeros((32, 24), dtype=np.uint8)).save(tmp_path / "image 1.png")
+    Image.fromarray(np.eye(32, 24, dtype=np.uint8)).save(tmp_path / "image 1.png")
     list(loader)
     assert set(loader.errors) == {4}
 
@@ -110,9 +104,7 @@ def test_a_missing_package_is_no_fault_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_probabilities_and_calls_are_written_and_corrupt_files_named_before_they_end_the_run(
-    tmp_path: Path, num_workers: int
-) -> None:
+def test_probabilities_and_calls_are_written_before_corrupt_files_end_the_run(tmp_path: Path, num_workers: int) -> None:
     dataset, network = folder_of(tmp_path), classifier()
     loader = ReadableLoader(dataset, batch_size=2, num_workers=num_workers)
     thresholds = {NAMES[0]: 0.5, NAMES[1]: float("nan")}
@@ -192,19 +184,13 @@ def test_top_is_the_finding_furthest_above_its_threshold_and_never_no_finding(tm
         assert saver._score(probabilities).argmax(1).tolist() == top
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: LabelMapSaver(["x"] * 256, "no"), "`class_names` must be at most 255, .* got 256"),
-        (
-            lambda: PredictionSaver(["a", "b"], "no", thresholds={"b": 0.5, "a": 0.1}),
-            "`thresholds` must be of a, b, in",
-        ),
-    ],
-)
-def test_refuses_more_classes_than_uint8_has_and_thresholds_of_others(make: Callable[[], Saver], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_refuses_more_classes_than_uint8_has_thresholds_of_others_and_codes_in_a_csv() -> None:
+    with pytest.raises(ValueError, match=r"`class_names` must be at most 255, .* got 256"):
+        LabelMapSaver(["x"] * 256, "no")
+    with pytest.raises(ValueError, match="`thresholds` must be of a, b, in"):
+        PredictionSaver(["a", "b"], "no", thresholds={"b": 0.5, "a": 0.1})
+    with pytest.raises(ValueError, match="`output_format` must be npz for codes"):
+        EmbeddingSaver("no", codes=SimpleNamespace())
 
 
 def test_overlays_of_an_earlier_run_are_deleted(tmp_path: Path) -> None:
@@ -212,16 +198,9 @@ def test_overlays_of_an_earlier_run_are_deleted(tmp_path: Path) -> None:
     for path in (old, others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    predict(
-        ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), PredictionSaver(NAMES, tmp_path), classifier()
-    )
+    predict(ReadableLoader(folder_of(tmp_path, num_images=1, corrupt=())), PredictionSaver(NAMES, tmp_path))
     assert not old.exists()
     assert others.exists()
-
-
-def test_codes_are_no_csv(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`output_format` must be npz for codes"):
-        EmbeddingSaver(tmp_path, codes=SimpleNamespace())
 
 
 def test_rejects_names_that_are_more_or_fewer_than_the_outputs(tmp_path: Path) -> None:
@@ -298,31 +277,12 @@ def test_every_image_has_a_name_of_its_own(images: list[str], names: list[str]) 
 # --- label maps of volumes
 
 
-class Oracle(nn.Module):
-    """Logits of the class that is the value of the image."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return 10.0 * nn.functional.one_hot(images[:, 0].round().long(), 3).movedim(-1, 1)
-
-
 def write_volume(path: Path, label: np.ndarray | None = None, affine: np.ndarray | None = None) -> str:
     """An image whose values are its classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = (blocks() if label is None else label).astype(np.float32)
     nib.save(nib.Nifti1Image(values, affine_of() if affine is None else affine), path)
     return str(path)
-
-
-def segment(paths: list[str], output_dir: Path) -> None:
-    """Run an evaluator as the bundle's inference does."""
-    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
-    steps = Compose([load, Orientationd("image", axcodes="RAS", labels=None), SelectItemsd("image")])
-    loader = ReadableLoader(Dataset([{"image": path} for path in paths], steps))
-    infer(loader, LabelMapSaver(CLASSES, output_dir), Oracle(), OriginalGridd("pred"), decollate=True)
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_label_maps_lie_as_their_images_do_with_names_beside_them(tmp_path: Path) -> None:
@@ -336,10 +296,14 @@ def test_label_maps_lie_as_their_images_do_with_names_beside_them(tmp_path: Path
         write_volume(tmp_path / "data" / "two.nii"),
         write_volume(tmp_path / "data" / "two.nii.gz", blocks() * (blocks() == 2)),
     ]
-    segment(paths, tmp_path / "out")
+    load = LoadImaged("image", reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
+    steps = Compose([load, Orientationd("image", axcodes="RAS", labels=None), SelectItemsd("image")])
+    loader = ReadableLoader(Dataset([{"image": path} for path in paths], steps))
+    infer(loader, LabelMapSaver(CLASSES, tmp_path / "out"), Oracle(3), OriginalGridd("pred"), decollate=True)
     stems = ["scan", "sub/scan", "patient", "two.nii", "two.nii.gz"]
     expected = {f"{stem}_seg{suffix}" for stem in stems for suffix in (".json", ".nii.gz")}
-    assert files(tmp_path / "out") == {*expected, "label_maps.csv"}
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == {*expected, "label_maps.csv"}
     for stem, path in zip(stems, paths, strict=True):
         label_map = nib.load(tmp_path / "out" / f"{stem}_seg.nii.gz")
         lost = stem == "two.nii.gz"

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import math
 import random
@@ -9,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_process, counting_engine
+from helpers import as_process, counting_engine, small_segresnet
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
-from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -26,8 +23,6 @@ from dissect_monai.handlers.training import (
     UnseenClasses,
 )
 from dissect_monai.networks.segmentation import DeepSupervisionNet
-
-# ---- momentum ----------------------------------------------------------------------------------------------------
 
 
 def test_momentum_follows_a_half_cosine_to_one_and_moves_the_target_after_every_iteration() -> None:
@@ -45,9 +40,6 @@ def test_momentum_follows_a_half_cosine_to_one_and_moves_the_target_after_every_
     rising = [1 - 0.5 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(1, 7)]
     assert network.given == pytest.approx([*rising, 1, 1, 1])
     assert engine.state.target_momentum == 1
-
-
-# ---- seeds -------------------------------------------------------------------------------------------------------
 
 
 class Drawing(torch.utils.data.Dataset[Tensor]):
@@ -94,9 +86,6 @@ def test_ranks_and_seeds_draw_differently() -> None:
     assert draws(0)[1] != draws(0, seed=1)[1]
 
 
-# ---- progress ----------------------------------------------------------------------------------------------------
-
-
 def test_progress_starts_where_the_run_resumes_and_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
     engine = counting_engine()
     engine.load_state_dict({"epoch_length": 3, "max_epochs": 4, "epoch": 2})
@@ -122,9 +111,6 @@ def test_progress_without_a_loss_counts(output: Any, capsys: pytest.CaptureFixtu
     assert handler.bar is None
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("interval", "iteration"), [(1, 2), (99, 3)])
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: int, iteration: int) -> None:
     losses = torch.tensor([1, torch.inf, torch.nan]).requires_grad_()
@@ -142,13 +128,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: in
     assert handler.bar is None
 
 
-# ---- a frozen encoder --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("deep", [False, True])
 def test_the_encoder_stays_bit_for_bit_and_then_moves(deep: bool) -> None:
-    torch.manual_seed(0)
-    network = SegResNet(2, init_filters=8, out_channels=3, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    network = small_segresnet()
     module = DeepSupervisionNet(network, 1) if deep else network
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
@@ -166,9 +148,6 @@ def test_the_encoder_stays_bit_for_bit_and_then_moves(deep: bool) -> None:
     encoder = {key for key in states[0] if key.startswith(("convInit", "down_layers"))}
     moved = [{key for key in before if not torch.equal(before[key], after[key])} for before, after in pairwise(states)]
     assert moved == [states[0].keys() - encoder] * 2 + [states[0].keys()]
-
-
-# ---- classes -----------------------------------------------------------------------------------------------------
 
 
 def test_structures_that_no_patch_shows_are_named(caplog: pytest.LogCaptureFixture) -> None:

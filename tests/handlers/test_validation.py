@@ -1,14 +1,11 @@
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import evaluated
+from helpers import evaluated, small_resnet
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.networks.nets import resnet10
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
@@ -19,9 +16,6 @@ from dissect_monai.networks.encoders import feature_maps
 
 NAN = float("nan")
 NAMES = ["Opacity", "Pleural Thickening", "Rare"]
-
-
-# ---- metrics of a classifier -------------------------------------------------------------------------------------
 
 
 def drawn(num_items: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,9 +50,7 @@ def test_metrics_are_those_of_sklearn_over_the_known_labels() -> None:
     assert len(metrics) == 9
 
 
-def test_every_validation_starts_afresh_and_names_findings_without_both_classes_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_every_validation_starts_afresh_and_names_what_lacks_a_class_once(caplog: pytest.LogCaptureFixture) -> None:
     handler = ClassificationMetrics(NAMES)
     evaluator = validated(*drawn(), handler)
     evaluator.run()
@@ -74,14 +66,6 @@ def test_without_any_judged_finding_the_means_are_nan() -> None:
     assert all(np.isnan(value) for value in metrics.values())
 
 
-# ---- k-NN of an encoder ------------------------------------------------------------------------------------------
-
-
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    return resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False, widen_factor=0.125)
-
-
 def labelled_images(seed: int) -> list[dict[str, Any]]:
     """Opacities are bright, thickenings as far as they are known show nothing, and nothing is rare."""
     _, labels = drawn()
@@ -90,14 +74,11 @@ def labelled_images(seed: int) -> list[dict[str, Any]]:
     return [{"image": image, "label": label.tolist()} for image, label in zip(images, labels, strict=True)]
 
 
-def neighbours(network: nn.Module) -> dict[str, float]:
+def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
+    network = small_resnet()
     training, validation = (Dataset(labelled_images(seed), lambda item: {"image": item["image"]}) for seed in (0, 1))
     handler = KNNHandler(training, NAMES)
-    return evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
-
-
-def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
-    metrics = neighbours(network := encoder())
+    metrics = evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
     images = [[{"image": item["image"][None]} for item in labelled_images(seed)] for seed in (0, 1)]
     train, val = (extract_features(network, each, "cpu", feature_maps) for each in images)
     labels = drawn()[1].numpy()

@@ -1,25 +1,16 @@
-from __future__ import annotations
-
 import math
-import multiprocessing
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import never_waiting
+from helpers import in_two_processes, never_waiting
 from monai.losses import ContrastiveLoss
 from torch import Tensor
 from torch.nn import functional as F
 
 from dissect_monai.common import LEVELS
-from dissect_monai.losses.contrastive import (
-    BLOCK_BYTES,
-    hierarchical_contrast,
-    retrieval_accuracy,
-    supervised_contrast,
-)
+from dissect_monai.losses.contrastive import BLOCK_BYTES, hierarchical_contrast, retrieval_accuracy, supervised_contrast
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.transforms.augment import BatchAugment, Placement
 
@@ -47,9 +38,6 @@ def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
     return torch.autograd.grad(loss, embeddings, retain_graph=True)[0]
 
 
-# ---- shapes and ranges -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_views", [2, 3])
 def test_each_level_contrasts_its_own_labels(num_views: int) -> None:
     levels = [random_embeddings(8 * num_views, dim, torch.float32, seed=dim) for dim in (4, 6, 8)]
@@ -69,9 +57,6 @@ def test_retrieval_accuracy_is_that_of_a_search_over_all_pairs() -> None:
     torch.testing.assert_close(retrieval_accuracy(embeddings, labels), expected)
     assert retrieval_accuracy(embeddings, torch.zeros(200)) == 1
     assert retrieval_accuracy(embeddings, torch.arange(200)) == 0
-
-
-# ---- properties --------------------------------------------------------------------------------------------------
 
 
 def test_length_of_the_embeddings_and_values_of_the_labels_do_not_matter() -> None:
@@ -120,9 +105,6 @@ def test_autocast_and_half_precision_are_computed_in_float32() -> None:
     torch.testing.assert_close(supervised_contrast(half, labels), supervised_contrast(half.float(), labels))
 
 
-# ---- reference ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("block_bytes", [1, 1000, 2**20])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
 def test_equals_masks_of_all_pairs(temperature: float, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,39 +138,29 @@ def test_gradient_is_that_of_finite_differences() -> None:
     torch.autograd.gradcheck(lambda z: tuple(supervised_contrast(z, labels)), random_embeddings())
 
 
-# ---- several processes -------------------------------------------------------------------------------------------
-
-
 def make_head() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Linear(5, 6)
 
 
-def train_one_rank(rank: int, directory: Path, parts: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", store, timedelta(minutes=5), world_size=len(parts), rank=rank)
+def train_one_rank(rank: int, directory: Path, part: tuple[Tensor, Tensor, Tensor]) -> None:
     head = make_head()
-    inputs, task, group = parts[rank]
+    inputs, task, group = part
     embeddings = head(inputs)
     terms = hierarchical_contrast([embeddings, embeddings * 2, embeddings], task, group)
     (terms["image"] + 2 * terms["task"] + 3 * terms["group"]).backward()
     for parameter in head.parameters():  # as DistributedDataParallel does, which can hang when torn down in a test
         torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= len(parts)
+        parameter.grad /= 2
     result = {"terms": {name: term.detach() for name, term in terms.items()}, "weight": head.weight.grad}
     torch.save(result, directory / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_loss_and_gradient_of_the_joined_batch(tmp_path: Path) -> None:
     inputs = random_embeddings(16, 5, torch.float32).detach()
     views = inputs.view(2, 8, 5)
     parts = [(views[:, part].reshape(8, 5), TASK[part], GROUP[part]) for part in (slice(0, 4), slice(4, 8))]
-    other = multiprocessing.get_context("spawn").Process(target=train_one_rank, args=(1, tmp_path, parts))
-    other.start()
-    train_one_rank(0, tmp_path, parts)
-    other.join()
-
+    in_two_processes(train_one_rank, tmp_path, parts)
     head = make_head()
     terms = hierarchical_contrast([head(inputs)] * 3, TASK, GROUP)
     (terms["image"] + 2 * terms["task"] + 3 * terms["group"]).backward()
@@ -208,9 +180,6 @@ def test_a_step_never_waits_for_the_gpu(device: torch.device) -> None:
     assert embeddings.grad is not None
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num", [8, 15, 4])
 def test_rejects_what_are_not_two_views_of_each_item(num: int) -> None:
     with pytest.raises(ValueError, match=f"must hold two or more views of each of the 8 items, got {num}"):
@@ -222,19 +191,11 @@ def test_rejects_what_are_not_two_views_of_each_item(num: int) -> None:
 both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 
 
-def same_place(views: int, spatial_dims: int) -> Placement:
-    return Placement(torch.eye(spatial_dims).expand(views, -1, -1), torch.zeros(views, spatial_dims))
-
-
-def cell_centers(cells: tuple[int, ...]) -> Tensor:
-    axes = [(2 * torch.arange(length) + 1) / length - 1 for length in cells]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
-
-
 def naive_dense(features: Tensor, placement: Placement, temperature: float) -> Tensor:
     """One cell at a time, its positive sought among all cells."""
     pairs, cells = len(features) // 2, tuple(features.shape[2:])
-    places = cell_centers(cells)
+    axes = [(2 * torch.arange(length) + 1) / length - 1 for length in cells]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
     entropies = []
     for index in range(2 * pairs):
         other = (index + pairs) % (2 * pairs)
@@ -265,7 +226,7 @@ def test_equals_the_naive_loss(spatial_dims: int, rotation: float) -> None:
 def test_is_small_where_each_place_has_a_feature_of_its_own(spatial_dims: int) -> None:
     cells = (3,) * spatial_dims
     one_hot = torch.eye(math.prod(cells)).T.reshape(1, -1, *cells)
-    placement = same_place(2, spatial_dims)
+    placement = Placement(torch.eye(spatial_dims).expand(2, -1, -1), torch.zeros(2, spatial_dims))  # the same place
     assert dense_contrast(one_hot.expand(2, *one_hot.shape[1:]), placement, 0.05) < 1e-4
     moved = torch.cat([one_hot, one_hot.roll(1, 2)])
     assert dense_contrast(moved, placement, 0.05) > 5

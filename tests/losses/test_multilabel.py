@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -14,9 +12,6 @@ NAMES = ["Opacity", "Nodule", "Rare"]
 
 def items(*labels: list[float]) -> list[dict[str, Any]]:
     return [{"image": str(index), "label": label} for index, label in enumerate(labels)]
-
-
-# ---- loss --------------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_the_mean_over_the_known_labels() -> None:
@@ -55,9 +50,6 @@ def test_loss_of_half_precision_logits_is_in_float32() -> None:
     loss.backward()
     assert loss.dtype == torch.float32
     assert pred.grad.dtype == torch.bfloat16
-
-
-# ---- class balance -----------------------------------------------------------------------------------------------
 
 
 def test_weights_are_negatives_over_positives_of_the_known_labels_within_limits() -> None:

@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from monai.networks.nets import SegResNet, resnet10
+from helpers import small_resnet, small_segresnet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,18 +18,10 @@ TERMS = ["image", "task", "group", "classification", "reconstruction"]
 TASK, GROUP = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 1, 0])
 both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 
-# ---- self-distillation -------------------------------------------------------------------------------------------
-
-
-def random_pair(num: int = 8, dim: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num, dim, generator=generator), torch.randn(num, dim, generator=generator)
-
 
 def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
-    torch.manual_seed(0)
-    encoder = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-    net = VQSSLNet(encoder, num_embeddings=8, embedding_dim=8, hidden_dim=16, out_dim=8, decode=decode, predict=True)
+    small = {"num_embeddings": 8, "embedding_dim": 8, "hidden_dim": 16, "out_dim": 8}
+    net = VQSSLNet(small_resnet(), decode=decode, predict=True, **small)
     return net, torch.rand(8, 1, 32, 32)
 
 
@@ -65,7 +55,7 @@ def test_only_the_continuous_weight_is_plain_byol() -> None:
 
 
 def test_regression_is_that_of_a_loop_over_the_pairs() -> None:
-    predictions, targets = random_pair()
+    predictions, targets = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
     distances = []
     for image in range(4):
         for view, other in ((image, image + 4), (image + 4, image)):
@@ -81,13 +71,8 @@ def test_rejects_reconstruction_without_a_decoder() -> None:
         VQSSLLoss(reconstruction_weight=1)(net(views), views)
 
 
-# ---- hierarchy ---------------------------------------------------------------------------------------------------
-
-
 def make_net(spatial_dims: int = 2, dense: bool = False) -> HSSLNet:
-    torch.manual_seed(0)
-    segresnet = SegResNet(spatial_dims, 8, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-    return HSSLNet(segresnet, 3, 2, hidden_dim=16, out_dim=8, dense=dense)
+    return HSSLNet(small_segresnet(spatial_dims, out_channels=1), 3, 2, hidden_dim=16, out_dim=8, dense=dense)
 
 
 def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:
@@ -118,7 +103,7 @@ def test_the_dense_term_is_a_switch_of_network_and_loss() -> None:
 
 
 @pytest.mark.parametrize(("counts", "left_out"), [((1, 1), ["task", "group"]), ((3, 1), ["group"]), ((3, 2), [])])
-def test_a_level_of_a_single_label_is_left_out(
+def test_a_level_needs_two_labels(
     counts: tuple[int, int], left_out: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -221,9 +206,6 @@ def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
         torch.testing.assert_close(terms[name], expected[name], rtol=0.1, atol=0.1)
     HSSLLoss()(output, target).backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +38,6 @@ def toy(num_items: int = 200, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return (rng.random(num_items) < probability**2).astype(float), probability
 
 
-# ---- all metrics -------------------------------------------------------------------------------------------------
-
-
 @every_metric
 def test_one_value_a_resample_that_agrees_with_repeated_items(metric: Callable) -> None:
     label, score = toy()
@@ -69,9 +64,6 @@ def test_undefined_is_nan_without_a_warning(metric: Callable) -> None:
     assert np.isnan(metric([np.nan, np.nan], [0.1, 0.2]))
     assert np.isnan(metric([0, 1], [0.1, np.nan]))
     np.testing.assert_array_equal(np.isnan(metric([0, 1], [0, 1], [[1, 1], [0, 0]])), [False, True])
-
-
-# ---- ranking -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,9 +94,6 @@ def test_findings_without_both_classes_or_a_score_take_no_part_in_the_mean() -> 
     assert both_classes(label, label[:1]).tolist() == [False] * 5
 
 
-# ---- calibration -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_bins", [1, 10, 15])
 def test_calibration_error_agrees_with_its_definition(num_bins: int) -> None:
     label, probability = toy()
@@ -125,9 +114,6 @@ def test_calibration_error_is_the_gap_of_sklearns_curve() -> None:
     num_items = np.histogram(probability, 10, (0, 1))[0]
     expected = num_items[num_items > 0] @ np.abs(frequency - confidence) / 300
     assert expected_calibration_error(label, probability, num_bins=10) == pytest.approx(expected)
-
-
-# ---- operating points --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("metric", "truth"), [(sensitivity, 1), (specificity, 0)])
@@ -164,9 +150,6 @@ def test_youden_threshold_is_as_good_as_the_best_point_of_the_curve(seed: int) -
 )
 def test_youden_threshold_of_few_items(label: list[float], score: list[float], threshold: float) -> None:
     np.testing.assert_equal(youden_threshold(label, score), threshold)
-
-
-# ---- temperature -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])

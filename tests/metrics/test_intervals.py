@@ -1,18 +1,10 @@
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np
 import pytest
 
 from dissect_monai.metrics.classification import auroc
-from dissect_monai.metrics.intervals import (
-    bootstrap,
-    mean_resampled,
-    percentile_interval,
-    resample,
-    wilson_interval,
-)
+from dissect_monai.metrics.intervals import bootstrap, mean_resampled, percentile_interval, resample, wilson_interval
 
 
 def toy() -> tuple[np.ndarray, np.ndarray]:
@@ -20,9 +12,6 @@ def toy() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     label = (rng.random(60) < 0.4).astype(float)
     return label, rng.integers(0, 7, 60) + 2 * label
-
-
-# ---- bootstrap ---------------------------------------------------------------------------------------------------
 
 
 def test_bootstrap_follows_its_seed() -> None:
@@ -59,9 +48,6 @@ def test_undefined_resamples_are_left_out_but_all_items_must_be_defined() -> Non
     assert bootstrap(partial(auroc, [0, 1, 1], [0, 1, 1]), np.arange(3), 100) == (1, 1, 1)
     with pytest.raises(ValueError, match="`statistic` must be defined on all items, got nan"):
         bootstrap(partial(auroc, [0, 0], [0, 1]), [0, 1])
-
-
-# ---- Wilson ------------------------------------------------------------------------------------------------------
 
 
 def test_wilson_interval_agrees_with_published_values() -> None:

@@ -1,12 +1,8 @@
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from helpers import small_resnet
 from monai.data import DataLoader, Dataset
-from monai.networks.nets import resnet10
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -153,9 +149,7 @@ def test_linear_probe_drops_unknown_labels_finding_by_finding() -> None:
     assert not np.allclose(full[:, 0], part[:, 0])
 
 
-def test_linear_probe_names_findings_that_lack_a_class_in_training_or_validation(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_linear_probe_names_findings_that_lack_a_class(caplog: pytest.LogCaptureFixture) -> None:
     x, y = problem()
     y[:80, 1] = 0
     y[80:120] = np.nan
@@ -186,9 +180,6 @@ def test_cross_validation_keeps_subjects_whole() -> None:
     assert roc_auc_score(y, grouped_cross_val_scores(x, y, subjects)) < 0.75
 
 
-# ---- intensities -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(3, 1, 7, 7), (3, 2, 7, 7, 7)])
 def test_histograms_agree_with_numpy_and_count_what_is_out_of_range_at_the_ends(shape: tuple[int, ...]) -> None:
     images = 2 * torch.rand(shape) - 0.5
@@ -196,14 +187,6 @@ def test_histograms_agree_with_numpy_and_count_what_is_out_of_range_at_the_ends(
     expected = [np.histogram(image.clip(0, 1), 32, (0, 1))[0] / image.size for image in images.numpy()]
     assert found.shape == (3, 32)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
-# ---- features as a data set -----------------------------------------------------------------------------------------
-
-
-def classifier() -> Any:
-    torch.manual_seed(0)
-    return resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=0.125, num_classes=3)
 
 
 def images_of(dtype: torch.dtype = torch.float32) -> Dataset:
@@ -216,7 +199,7 @@ def images_of(dtype: torch.dtype = torch.float32) -> Dataset:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_head_on_cached_features_is_the_whole_network_in_eval_mode(dtype: torch.dtype) -> None:
-    network = classifier()
+    network = small_resnet(num_classes=3)
     network.bn1.running_mean.fill_(0.1)
     network.train()
     features = FeatureDataset(images_of(dtype=dtype), network, batch_size=4)
@@ -231,7 +214,7 @@ def test_head_on_cached_features_is_the_whole_network_in_eval_mode(dtype: torch.
 
 
 def test_features_are_computed_once_and_not_before_the_weights_are_loaded() -> None:
-    network, calls = classifier(), []
+    network, calls = small_resnet(num_classes=3), []
     network.layer4.register_forward_hook(lambda *_: calls.append(1))
     features = FeatureDataset(images_of(), network)
     assert len(features) == 10

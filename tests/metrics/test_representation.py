@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -33,9 +31,6 @@ def make_set(task: list[str], seed: int = 0, told: str = "abc") -> DomainFeature
     return DomainFeatures(features, rng.random((len(task), 6)), task, [GROUP_OF[name] for name in task])
 
 
-# ---- codes and spread --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(64,), (4, 16), (2, 4, 8)])
 def test_codebook_metrics_of_even_usage_and_of_one_code(shape: tuple[int, ...]) -> None:
     indices = torch.arange(64).remainder(16).reshape(shape)
@@ -67,9 +62,6 @@ def test_feature_std_is_one_for_isotropic_features_and_ignores_length() -> None:
     features = torch.randn(4000, 16)
     assert feature_std(features).item() == pytest.approx(1, abs=0.01)
     torch.testing.assert_close(feature_std(features * torch.rand(4000, 1)), feature_std(features))
-
-
-# ---- shortcuts ---------------------------------------------------------------------------------------------------
 
 
 def test_labels_of_tasks_leave_out_other_tasks_and_other_groups() -> None:
@@ -116,9 +108,6 @@ def test_what_cannot_be_told_is_left_out_without_a_warning(
 ) -> None:
     assert set(shortcut_metrics(make_set(bank), make_set(items))) == expected
     assert not caplog.records
-
-
-# ---- collapse ----------------------------------------------------------------------------------------------------
 
 
 def test_collapse_agrees_with_monai_and_is_seen() -> None:

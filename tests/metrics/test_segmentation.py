@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from math import isnan
 from typing import Any
 
@@ -126,9 +124,6 @@ def test_equal_masks_are_perfect_and_neither_order_nor_air_around_matters() -> N
     np.testing.assert_allclose(mask_overlap(*padded, ANISOTROPIC), expected, rtol=1e-6)
     for masks in ([label, pred], padded):
         np.testing.assert_allclose(score(*masks, {"a": [1]}, spacing=ANISOTROPIC)[0][2:5], expected, rtol=1e-6)
-
-
-# ---- structures --------------------------------------------------------------------------------------------------
 
 
 def test_every_outcome_is_scored_as_documented() -> None:

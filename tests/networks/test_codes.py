@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import SegResNet, resnet18
+from helpers import small_segresnet
+from monai.networks.nets import resnet18
 from torch import nn
 
 from dissect_monai import SegResNetEncoder, VQSSLNet, load_codes
@@ -19,16 +20,12 @@ def resnet(spatial_dims: int) -> nn.Module:
     return resnet18(spatial_dims=spatial_dims, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
 
 
-def segresnet(spatial_dims: int) -> nn.Module:
-    network = SegResNet(spatial_dims, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-    return SegResNetEncoder(network)
-
-
 CASES: dict[str, tuple[Callable[[int], nn.Module], int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "X-rays": (resnet, 2, (2, 3, 4), (64, 96), {"encoder": "resnet18"}),
     "volumes resized to cubes": (resnet, 3, (2, 4), (32, 32, 64), {"encoder": "resnet18"}),
     "patches of volumes": (
-        segresnet, 3, (2, 3), (16, 16, 8), {"encoder": "SegResNet", "init_filters": 8, "blocks_down": [1, 1, 1]},
+        lambda dims: SegResNetEncoder(small_segresnet(dims)), 3, (2, 3), (16, 16, 8),
+        {"encoder": "SegResNet", "init_filters": 8, "blocks_down": [1, 1, 1]},
     ),
 }  # fmt: skip
 

@@ -1,21 +1,14 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from monai.networks.nets import SegResNet, resnet10
+from helpers import small_resnet, small_segresnet
 from torch import Tensor, nn
 
 from dissect_monai.networks.encoders import SegResNetEncoder, feature_maps, pool
 
 
-def segresnet(spatial_dims: int = 3, **kwargs: object) -> SegResNet:
-    torch.manual_seed(0)
-    return SegResNet(spatial_dims, init_filters=8, out_channels=3, blocks_down=(1, 2, 1), blocks_up=(1, 1), **kwargs)
-
-
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_encoder_of_a_segresnet_gives_its_maps(spatial_dims: int) -> None:
-    network, images = segresnet(spatial_dims), torch.rand(2, 1, *[16] * spatial_dims)
+    network, images = small_segresnet(spatial_dims, blocks_down=(1, 2, 1)), torch.rand(2, 1, *[16] * spatial_dims)
     encoder = SegResNetEncoder(network)
     bottleneck, maps = network.encode(images)
     assert torch.equal(encoder.encode(images)[0], bottleneck)
@@ -26,7 +19,7 @@ def test_encoder_of_a_segresnet_gives_its_maps(spatial_dims: int) -> None:
 
 
 def test_encoder_of_a_segresnet_drops_out_as_it_does() -> None:
-    network, images = segresnet(dropout_prob=0.5), torch.rand(1, 1, 16, 16, 16)
+    network, images = small_segresnet(3, dropout_prob=0.5), torch.rand(1, 1, 16, 16, 16)
     encoder = SegResNetEncoder(network)
     torch.manual_seed(1)
     expected = network.encode(images)[0]
@@ -38,18 +31,16 @@ def test_encoder_of_a_segresnet_drops_out_as_it_does() -> None:
 @pytest.mark.parametrize("no_max_pool", [False, True])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_pooled_maps_are_the_output_of_a_stock_resnet(spatial_dims: int, no_max_pool: bool) -> None:
-    stock = resnet10(
-        spatial_dims=spatial_dims, n_input_channels=1, conv1_t_stride=2, no_max_pool=no_max_pool, feed_forward=False
-    ).eval()
+    stock = small_resnet(spatial_dims=spatial_dims, no_max_pool=no_max_pool).eval()
     images = torch.rand(2, 1, *[32] * spatial_dims)
     with torch.no_grad():
         maps = feature_maps(stock, images)
         torch.testing.assert_close(pool(maps[-1]), stock(images))
-    assert [each.shape[1] for each in maps] == [64, 128, 256, 512]
+    assert [each.shape[1] for each in maps] == [8, 16, 32, 64]
 
 
 def test_maps_of_a_segresnet_are_those_that_it_decodes() -> None:
-    stock, images = segresnet().eval(), torch.rand(2, 1, 16, 16, 16)
+    stock, images = small_segresnet(3).eval(), torch.rand(2, 1, 16, 16, 16)
     with torch.no_grad():
         maps = feature_maps(stock, images)
         torch.testing.assert_close(stock.decode(maps[-1], maps[::-1]), stock(images))

@@ -1,24 +1,15 @@
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from monai.networks.nets import SegResNet
+from helpers import small_segresnet
 
 from dissect_monai.networks.hssl import HSSLNet
 
 both_dims = pytest.mark.parametrize("spatial_dims", [2, 3])
 
 
-def make_segresnet(spatial_dims: int = 2, in_channels: int = 1, out_channels: int = 1, **kwargs: Any) -> SegResNet:
-    small = {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1), **kwargs}
-    return SegResNet(spatial_dims, in_channels=in_channels, out_channels=out_channels, **small)
-
-
 def make_net(spatial_dims: int = 2, in_channels: int = 1) -> HSSLNet:
-    torch.manual_seed(0)
-    return HSSLNet(make_segresnet(spatial_dims, in_channels, in_channels), 3, 2, hidden_dim=16, out_dim=8)
+    segresnet = small_segresnet(spatial_dims, in_channels=in_channels, out_channels=in_channels)
+    return HSSLNet(segresnet, 3, 2, hidden_dim=16, out_dim=8)
 
 
 def make_images(spatial_dims: int = 2, in_channels: int = 1) -> torch.Tensor:
@@ -48,7 +39,7 @@ def test_an_embedding_does_not_depend_on_the_rest_of_the_batch() -> None:
 @both_dims
 def test_weights_load_key_for_key_but_for_the_last_convolution(spatial_dims: int) -> None:
     state = make_net(spatial_dims).segresnet.state_dict()
-    other = make_segresnet(spatial_dims, out_channels=14)
+    other = small_segresnet(spatial_dims, out_channels=14)
     assert list(state) == list(other.state_dict())
     differing = [name for name, value in other.state_dict().items() if value.shape != state[name].shape]
     assert differing == ["conv_final.2.conv.weight", "conv_final.2.conv.bias"]
@@ -65,4 +56,4 @@ def test_reconstruction_is_the_output_of_the_segresnet() -> None:
 
 def test_rejects_a_segresnet_that_does_not_reconstruct() -> None:
     with pytest.raises(ValueError, match="as many output as input channels, got 2 and 1; set `out_channels`"):
-        HSSLNet(make_segresnet(out_channels=2), 3, 2)
+        HSSLNet(small_segresnet(out_channels=2), 3, 2)

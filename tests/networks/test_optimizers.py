@@ -1,8 +1,6 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from monai.networks.nets import resnet10
+from helpers import small_resnet
 from torch import nn
 
 from dissect_monai.networks.optimizers import adamw, trained_part
@@ -14,10 +12,6 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
 
 
-def classifier() -> nn.Module:
-    return resnet10(spatial_dims=2, n_input_channels=1, num_classes=3, widen_factor=0.125)
-
-
 def test_biases_and_norms_do_not_decay() -> None:
     decaying, others = adamw(network(), 0.1, 0.1).param_groups
     assert decaying["weight_decay"] == 0.1
@@ -27,8 +21,7 @@ def test_biases_and_norms_do_not_decay() -> None:
 
 
 def test_every_trainable_parameter_is_in_one_group_and_no_other() -> None:
-    encoder = resnet10(spatial_dims=2, n_input_channels=1, feed_forward=False)
-    net = VQSSLNet(encoder, num_embeddings=4, embedding_dim=8, hidden_dim=8, predict=True)
+    net = VQSSLNet(small_resnet(), num_embeddings=4, embedding_dim=8, hidden_dim=8, predict=True)
     grouped = [id(each) for group in adamw(net, 0.1, 0.1).param_groups for each in group["params"]]
     expected = {id(each) for each in net.parameters() if each.requires_grad}
     assert len(grouped) == len(expected)
@@ -37,7 +30,7 @@ def test_every_trainable_parameter_is_in_one_group_and_no_other() -> None:
 
 
 def test_learning_rates_fall_from_the_head_to_the_stem() -> None:
-    net = classifier()
+    net = small_resnet(num_classes=3)
     groups = adamw(net, 0.1, 0.05, layer_decay=0.5).param_groups
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     expected = {"fc": 0.1, "layer4": 0.05, "layer3": 0.025, "layer2": 0.0125, "layer1": 0.00625}
@@ -49,7 +42,7 @@ def test_learning_rates_fall_from_the_head_to_the_stem() -> None:
 
 
 def test_a_linear_probe_trains_the_head_and_nothing_else() -> None:
-    network = classifier().train()
+    network = small_resnet(num_classes=3).train()
     head = trained_part(network, "linear_probe")
     before = {key: value.clone() for key, value in network.state_dict().items()}
     optimizer = adamw(network, 0.1, 0.0)
@@ -62,7 +55,7 @@ def test_a_linear_probe_trains_the_head_and_nothing_else() -> None:
 
 
 def test_other_modes_train_the_whole_network() -> None:
-    network = classifier().train()
+    network = small_resnet(num_classes=3).train()
     assert trained_part(network, "finetune") is trained_part(network, "scratch") is network
     assert all(parameter.requires_grad for parameter in network.parameters())
     with pytest.raises(ValueError, match="`mode` must be one of linear_probe, finetune, scratch, got 'probe'"):

@@ -1,14 +1,10 @@
-from __future__ import annotations
-
 import copy
-import multiprocessing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import never_waiting
+from helpers import in_two_processes, never_waiting
 from monai.networks.layers.vector_quantizer import EMAQuantizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,12 +27,6 @@ def batches(steps: int, *shape: int) -> list[Tensor]:
 
 def as_rows(maps: Tensor) -> Tensor:
     return maps.movedim(1, -1).flatten(0, -2)
-
-
-def smoothed_codes(codebook: EMACodebook) -> Tensor:
-    total = codebook.ema_cluster_size.sum()
-    sizes = codebook.ema_cluster_size + 1e-5
-    return codebook.ema_w / (sizes / sizes.sum() * total).unsqueeze(1)
 
 
 def test_every_position_gets_its_nearest_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +54,9 @@ def test_first_training_batch_seeds_the_codes() -> None:
     seeds = as_rows(inputs)[::2]
     assert torch.equal(as_rows(output.features)[::2], seeds)
     assert len(output.indices.unique()) == 16
-    torch.testing.assert_close(codebook.embedding.weight, smoothed_codes(codebook))
+    sizes = codebook.ema_cluster_size + 1e-5
+    smoothed = sizes / sizes.sum() * codebook.ema_cluster_size.sum()
+    torch.testing.assert_close(codebook.embedding.weight, codebook.ema_w / smoothed.unsqueeze(1))
 
 
 def test_only_a_codebook_that_never_trained_is_seeded() -> None:
@@ -200,15 +192,12 @@ def test_a_step_never_waits_for_the_gpu(device: torch.device) -> None:
     assert inputs.grad is not None
 
 
-def train_one_rank(rank: int, directory: Path, parts: list[list[Tensor]]) -> None:
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=len(parts), rank=rank)
+def train_one_rank(rank: int, directory: Path, part: list[Tensor]) -> None:
     codebook = EMACodebook(16, 8, decay=0.5, revive_fraction=0.5)
     codebook.load_state_dict(torch.load(directory / "start.pt"))
-    for part in parts[rank]:
-        codebook(part)
+    for inputs in part:
+        codebook(inputs)
     torch.save(codebook.state_dict(), directory / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
@@ -216,10 +205,7 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path
     torch.save(codebook.state_dict(), tmp_path / "start.pt")
     whole = batches(5, 5, 8, 4, 4)
     parts = [[inputs[:2] for inputs in whole], [inputs[2:] for inputs in whole]]
-    other = multiprocessing.get_context("spawn").Process(target=train_one_rank, args=(1, tmp_path, parts))
-    other.start()
-    train_one_rank(0, tmp_path, parts)
-    other.join()
+    in_two_processes(train_one_rank, tmp_path, parts)
     for inputs in whole:
         codebook(inputs)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest
@@ -43,9 +41,6 @@ def total(output: SSLOutput, images: Tensor) -> Tensor:
     return VQSSLLoss(reconstruction_weight=output.reconstruction is not None, objective="byol")(output, images)
 
 
-# ---- shapes and ranges -------------------------------------------------------------------------------------------
-
-
 @every_fusion
 @pytest.mark.parametrize(("name", "width"), [("resnet10", 512), ("resnet18", 512), ("segresnet", 32)])
 def test_embeds_every_view(name: str, width: int, fusion: str) -> None:
@@ -69,9 +64,6 @@ def test_decoder_reaches_any_image_size(spatial_dims: int, size: tuple[int, ...]
     image = Decoder(spatial_dims, 8, out_channels=2, num_scales=3)(maps, size)
     assert image.shape == (2, 2, *size)
     assert ((image >= 0) & (image <= 1)).all()
-
-
-# ---- properties --------------------------------------------------------------------------------------------------
 
 
 def test_scale_weights_have_mean_one() -> None:
@@ -130,9 +122,6 @@ def test_fusions_are_those_of_their_formulas() -> None:
     torch.testing.assert_close(fusion(quantized, projected).flatten(2).transpose(1, 2), expected)
 
 
-# ---- training, evaluation and gradients --------------------------------------------------------------------------
-
-
 @every_fusion
 @pytest.mark.parametrize("name", ["resnet10", "segresnet"])
 def test_trains_all_of_the_online_network_and_nothing_of_the_target(name: str, fusion: str) -> None:
@@ -176,20 +165,17 @@ def test_runs_in_bfloat16_with_results_in_float32() -> None:
     assert net.encoder.conv1.weight.grad.isfinite().all()
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stages", [(), (0, 1), (2, 2), (3, 2), (4, 5)])
-def test_rejects_stages_that_are_not_there(stages: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="`stages` must be increasing numbers from 1 to 4"):
-        small_net(stages=stages)
-
-
-def test_rejects_an_unknown_fusion() -> None:
-    with pytest.raises(ValueError, match="`fusion` must be one of attention, add, concat, replace, got 'sum'"):
-        small_net(fusion="sum")
-
-
-def test_rejects_a_width_that_the_heads_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="`embedding_dim` must be a multiple of the 8 attention heads, got 12"):
-        small_net(embedding_dim=12, fusion="attention")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"stages": each}, "must be increasing numbers from 1 to 4")
+            for each in ((), (0, 1), (2, 2), (3, 2), (4, 5))
+        ),
+        ({"fusion": "sum"}, "`fusion` must be one of attention, add, concat, replace, got 'sum'"),
+        ({"embedding_dim": 12, "fusion": "attention"}, "must be a multiple of the 8 attention heads, got 12"),
+    ],
+)
+def test_rejects_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_net(**arguments)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping
@@ -8,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import small_resnet
 from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import Tensor, nn
 
@@ -23,9 +22,7 @@ LAST = {"conv_final.2.conv.weight", "conv_final.2.conv.bias"}
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_the_former_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_writing_leaves_the_former_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint_epoch=1.pt"
     save_atomically({"weight": torch.ones(2)}, path)
 
@@ -77,9 +74,6 @@ def test_weights_without_readable_settings_are_refused(tmp_path: Path, text: str
         load_weights(segresnet(), tmp_path / "model.pt", ORGANS, transfer=True)
 
 
-# ---- any network -------------------------------------------------------------------------------------------------
-
-
 def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*model\.pt: train first"):
@@ -100,11 +94,10 @@ def test_names_no_more_than_five_weights(tmp_path: Path) -> None:
 
 
 def classifier(**arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return resnet10(spatial_dims=2, n_input_channels=1, widen_factor=0.125, **{"num_classes": 3, **arguments})
+    return small_resnet(**{"num_classes": 3, **arguments})
 
 
-def test_a_classifier_starts_from_the_whole_encoder_and_keeps_its_head(
+def test_a_classifier_starts_from_an_encoder_with_its_own_head(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = {key: value + 1 for key, value in classifier(feed_forward=False).state_dict().items()}
@@ -178,9 +171,7 @@ def test_loads_a_whole_segresnet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [None, ORGANS])
-def test_loads_the_encoder_of_a_segresnet_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str] | None
-) -> None:
+def test_loads_an_encoder_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str] | None) -> None:
     network, untouched = segresnet(1, out_channels=CLASSES), segresnet(1, out_channels=CLASSES)
     encoder = encoder_of(segresnet(0))
     path = saved(tmp_path, encoder)
@@ -246,7 +237,7 @@ def test_a_last_layer_that_is_not_taken_may_be_broken_or_missing(tmp_path: Path)
         ({7: torch.ones(1)}, r"1 unexpected \(7\)"),
     ],
 )
-def test_weights_that_do_not_fit_a_segresnet_are_refused_and_change_nothing(
+def test_what_does_not_fit_changes_nothing(
     tmp_path: Path, change: dict[Any, Any], message: str, transfer: bool
 ) -> None:
     state = {**segresnet(0, out_channels=CLASSES).state_dict(), **change}
@@ -271,14 +262,6 @@ def test_weights_for_slices_cannot_start_a_segmentation_of_volumes(tmp_path: Pat
         (encoder_of(segresnet()), {"class_names": ORGANS}, r"do not fit the SegResNet: \d+ missing"),
     ],
 )
-def test_what_is_no_segmentation_of_these_structures_cannot_be_used_as_one(
-    tmp_path: Path, state: Any, settings: dict[str, Any], message: str
-) -> None:
+def test_other_segmentations_are_refused(tmp_path: Path, state: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_weights(segresnet(), saved(tmp_path, state, **settings), ORGANS)
-
-
-def test_a_segmentation_is_loaded_with_its_last_layer(tmp_path: Path) -> None:
-    network = segresnet(1, out_channels=CLASSES)
-    load_weights(network, saved(tmp_path, segresnet(0, out_channels=CLASSES), class_names=ORGANS), ORGANS)
-    assert torch.equal(network.conv_final[2].conv.weight, segresnet(0, out_channels=CLASSES).conv_final[2].conv.weight)

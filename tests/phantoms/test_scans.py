@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from functools import cache
 
 import nibabel as nib
@@ -109,17 +107,12 @@ def test_anatomy_lies_where_it_should_in_scanner_coordinates() -> None:
             assert cerebrum[2] > cerebellum[2] + 20
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if SCANS[task].modality == "CT"])
-def test_ct_is_in_hounsfield_units(task: str) -> None:
-    for seed in range(3):
-        image = drawn(task, seed).image
-        assert -1024 <= image.min() < -1000 < 400 < image.max() <= 3071
-        assert np.median(image[image < -900]) == pytest.approx(-1000, abs=30)
-        assert (image > 300).mean() > 0.01
-
-
-def test_tissues_of_the_abdomen_have_their_hounsfield_units() -> None:
+def test_tissues_have_their_hounsfield_units() -> None:
     phantoms = [drawn("abdomen_ct", seed) for seed in range(4)]
+    for image in (drawn(task, seed).image for task in ("abdomen_ct", "head_ct") for seed in range(3)):
+        assert -1024 <= image.min() < -1000 < 400 < image.max() <= 3071
+        assert np.median(image[image < -900]) == pytest.approx(-1000, abs=30)  # air
+        assert (image > 300).mean() > 0.01  # bone
 
     def typical(name: str) -> float:
         return float(np.median(np.concatenate([p.image[mask(p, "abdomen_ct", name)] for p in phantoms])))
@@ -131,7 +124,7 @@ def test_tissues_of_the_abdomen_have_their_hounsfield_units() -> None:
     assert np.median(between) == pytest.approx(-100, abs=15)  # fat
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if SCANS[task].modality == "MR"])
+@pytest.mark.parametrize("task", ["abdomen_mr", "head_mr"])
 def test_mr_is_positive_and_in_units_of_its_own(task: str) -> None:
     images = [volume_phantom(task, seed, 24).image for seed in range(6)]
     assert min(image.min() for image in images) >= 0

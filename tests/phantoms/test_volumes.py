@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import nibabel as nib
@@ -7,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import read
 
-from dissect_monai import read_datalist, write_volume_phantoms
+from dissect_monai import write_volume_phantoms
 from dissect_monai.phantoms.scans import SCANS, scan_phantom
 from dissect_monai.phantoms.volumes import VOLUME_TASKS
 
@@ -40,12 +38,6 @@ def test_items_name_their_files_and_one_subject_each(folders: list[Path]) -> Non
         assert len({item["subject"] for item in items}) == 6
         listed = {item[key] for item in items for key in ("image", "label")}
         assert listed == {name for name in files(folder) if name.endswith(".nii.gz")}
-
-
-def test_read_datalist_merges_them_without_a_leak(folders: list[Path]) -> None:
-    datalist = read_datalist(folders, spatial_dims=3)
-    assert [len(split) for split in datalist[:3]] == [12, 8, 4]
-    assert len({item["subject"] for item in datalist.items()}) == 24
 
 
 def test_image_and_label_map_share_grid_and_both_forms_of_the_affine(folders: list[Path]) -> None:

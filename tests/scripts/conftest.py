@@ -1,7 +1,5 @@
 """What tests of studies share: one of X-rays, one of segmentation, and what stands in for their runs."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path

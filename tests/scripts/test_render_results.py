@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 from itertools import product
 from pathlib import Path
@@ -30,9 +28,7 @@ def panels(figure: str) -> dict[str, Any]:
     return render_results.panels(found, render_results.read_blocks())
 
 
-def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(
-    stand: Any, trained: Study, tmp_path: Path
-) -> None:
+def test_label_efficiency_is_a_column_per_fraction_and_a_figure(stand: Any, trained: Study, tmp_path: Path) -> None:
     rows = stand.run(trained)
     text = rendered(tmp_path)
     mean, std = next((float(row["mean"]), float(row["std"])) for row in rows if row["recipe"] == "ours")
@@ -44,14 +40,12 @@ def test_label_efficiency_is_a_table_with_a_column_per_fraction_and_a_figure(
     assert (tmp_path / FIGURES["trained"]).read_bytes().startswith(b"\x89PNG")
     ((title, lines),) = panels("trained").items()
     assert title == "AUROC, phantoms"
-    sizes = {recipe: [size for size, _, _ in points] for recipe, points in lines.items()}
+    sizes = {recipe: [size for size, *_ in points] for recipe, points in lines.items()}
     assert sizes == {"ours": [0.1, 1.0], "theirs": [0.1, 1.0]}
     assert lines["ours"][1][1] == float(rows[0]["mean"])
 
 
-def test_several_numbers_of_subjects_are_a_table_per_metric_and_a_figure(
-    stand: Any, segmented: Study, tmp_path: Path
-) -> None:
+def test_numbers_of_subjects_are_a_table_per_metric_and_a_figure(stand: Any, segmented: Study, tmp_path: Path) -> None:
     rows = {(row["recipe"], row["metric"]): row for row in stand.run(segmented)}
     text = rendered(tmp_path)
     for title in ("Dice", "HD95 (mm)", "surface Dice, 2 mm", "missed"):
@@ -69,13 +63,12 @@ def test_several_numbers_of_subjects_are_a_table_per_metric_and_a_figure(
     ((title, lines),) = panels("segmented").items()
     assert title == "Dice, ct"
     assert [*lines] == [*segmented["recipes"]]
-    stds = [float(rows["HSSL", f"{variant}/dice"]["std"]) for variant in segmented["variants"]]
-    assert [(size, std) for size, _, std in lines["HSSL"]] == [*zip([1, 4], stds, strict=True)]
+    for (size, mean, low, high), variant, expected in zip(lines["HSSL"], segmented["variants"], (1, 4), strict=True):
+        assert size == expected
+        assert (high - mean, mean - low) == pytest.approx([float(rows["HSSL", f"{variant}/dice"]["std"])] * 2)
 
 
-def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
-    stand: Any, segmented: Study, tmp_path: Path
-) -> None:
+def test_each_data_set_of_several_sizes_is_a_panel(stand: Any, segmented: Study, tmp_path: Path) -> None:
     stand.run(segmented)
     stand.run({**segmented, "dataset": "mr"}, "other")
     assert "### `seg_finetune_btcv` on mr\n\n![Dice by" in rendered(tmp_path)
@@ -83,9 +76,7 @@ def test_each_data_set_with_several_numbers_of_subjects_is_a_panel(
         assert image.width == 2 * 4 * 150 + 150
 
 
-def test_tasks_stand_side_by_side_under_their_titles_if_they_have_results(
-    stand: Any, evaluated: Study, segmented: Study, tmp_path: Path
-) -> None:
+def test_tasks_with_results_stand_side_by_side(stand: Any, evaluated: Study, segmented: Study, tmp_path: Path) -> None:
     tasks = {"structures": "0.8", "domains": "0.9"}
     columns = {f"{task}/linear/last/auroc": f"{task}, last" for task in (*tasks, "views")}
     study = {**evaluated, "columns": columns, "titles": {"labels_100": "all labels"}}
@@ -124,3 +115,15 @@ def test_rendering_needs_markers(stand: Any, tmp_path: Path) -> None:
 
 def test_the_readme_shows_the_results() -> None:
     render_results.main(check=True)
+
+
+def test_judged_encoders_are_a_line_each_with_its_interval(tmp_path: Path) -> None:
+    table = tmp_path / "films.csv"
+    rows = ["question,fraction,features,recipe,less,auroc,low,high"]
+    rows += [
+        f"viral against bacterial,{share},{kind},VQ,,0.8,0.7,0.85" for share in (0.05, 1) for kind in ("last", "stages")
+    ]
+    rows += ["viral against bacterial,1,last,VQ,random,0.1,0.0,0.2", "findings,1,last,VQ,,0.6,0.5,0.7"]
+    table.write_text("\n".join(rows), encoding="utf-8")
+    lines = {"VQ": [(0.05, 0.8, 0.7, 0.85), (1, 0.8, 0.7, 0.85)]}
+    assert render_results.film_panels(table) == {"last stage": lines, "all stages": lines}

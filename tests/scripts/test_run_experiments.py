@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -18,11 +16,6 @@ from dissect_monai.data.splits import select_fraction
 Study = dict[str, Any]
 EXPERIMENTS = ROOT / "scripts" / "experiments"
 STUDIES = sorted(EXPERIMENTS.glob("*.json"))
-SEGMENTATION = [
-    path for path in STUDIES if path.stem in [f"segmentation_{n}" for n in ("btcv", "chaos", "hippocampus")]
-]
-every_study = pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-every_segmentation = pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
 TWO_CONFIGS = [f"bundles/pretrain_vq_ssl/configs/{name}" for name in ("train.json", "multi_gpu_train.json")]
 
 
@@ -42,9 +35,7 @@ def test_variants_that_change_training_are_trained_each(stand: Any, trained: Stu
     assert len({each["output_dir"] for each in stand.calls}) == 16
 
 
-def test_a_run_fills_templates_and_records_the_command_that_repeats_it(
-    stand: Any, evaluated: Study, tmp_path: Path
-) -> None:
+def test_a_run_fills_templates_and_records_its_command(stand: Any, evaluated: Study, tmp_path: Path) -> None:
     stand.run(evaluated)
     train, evaluate = stand.calls[:2]
     assert train["dataset_dir"] == json.dumps([str(tmp_path / "data" / "images")])
@@ -56,9 +47,7 @@ def test_a_run_fills_templates_and_records_the_command_that_repeats_it(
     assert done["seconds"] >= 0
 
 
-def test_finished_runs_are_kept_and_all_others_start_in_an_empty_folder(
-    stand: Any, evaluated: Study, tmp_path: Path
-) -> None:
+def test_finished_runs_are_kept_and_all_others_start_anew(stand: Any, evaluated: Study, tmp_path: Path) -> None:
     stand.run(evaluated)
     folder = tmp_path / "runs" / "study" / "theirs" / "seed1" / "labels_10" / "evaluation"
     (folder / "done.json").unlink()
@@ -73,9 +62,7 @@ def test_finished_runs_are_kept_and_all_others_start_in_an_empty_folder(
     assert len(stand.commands) == 3, "training anew evaluates anew"
 
 
-def test_side_by_side_runs_take_one_thread_each_and_give_the_same_rows(
-    stand: Any, evaluated: Study, tmp_path: Path
-) -> None:
+def test_side_by_side_runs_have_one_thread_and_the_same_rows(stand: Any, evaluated: Study, tmp_path: Path) -> None:
     one = stand.run(evaluated)
     (tmp_path / "runs").rename(tmp_path / "before")
     stand.environments.clear()
@@ -127,7 +114,7 @@ def test_finished_runs_are_kept_with_the_same_knobs_and_configs_alone(stand: Any
             stand.run({**study, **change})
 
 
-def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
+def test_a_study_may_only_train(
     stand: Any, segmented: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = {"variants_change": "evaluation", "variants": {}, "evaluation": {}, "training_subjects": None}
@@ -161,9 +148,7 @@ def test_a_study_without_variants_trains_each_recipe_and_seed_for_others(
         ({"variants_change": "evaluation"}, "`training_subjects` must be positive, where variants are trained"),
     ],
 )
-def test_refuses_a_bad_study_in_one_line_before_anything_runs(
-    stand: Any, segmented: Study, change: Study, message: str
-) -> None:
+def test_refuses_a_bad_study_before_anything_runs(stand: Any, segmented: Study, change: Study, message: str) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         stand.run({**segmented, **change})
     assert not stand.commands
@@ -178,7 +163,7 @@ def test_refuses_a_file_that_is_no_study(tmp_path: Path, text: str | None) -> No
         run_experiments.main(str(path), str(tmp_path))
 
 
-@every_study
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_names_knobs_that_its_bundle_has_and_weights_that_another_trains(path: Path) -> None:
     study = run_experiments.read_study(path)
     for chain in run_experiments.plan(study, Path("data"), Path("runs")):
@@ -188,17 +173,17 @@ def test_every_study_names_knobs_that_its_bundle_has_and_weights_that_another_tr
             each.command()
     for knobs in study.recipes.values():
         if "pretrained" in knobs:
-            found = re.fullmatch(r"{runs}/\.\./(\w+)/(.+)/seed{seed}/models/model\.pt", knobs["pretrained"])
+            found = re.fullmatch(r"{runs}/\.\./(\w+)/(.+)/seed({seed}|\d+)/models/model\.pt", knobs["pretrained"])
             assert found is not None
             other = run_experiments.read_study(EXPERIMENTS / f"{found[1]}.json")
             assert found[2] in other.recipes
             assert other.variants_change == "evaluation"  # else every variant has weights of its own
-            assert set(study.seeds) <= set(other.seeds)
+            assert set(study.seeds if found[3] == "{seed}" else [int(found[3])]) <= set(other.seeds)
 
 
-@every_segmentation
-def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(path: Path) -> None:
-    study = run_experiments.read_study(path)
+@pytest.mark.parametrize("name", ["btcv", "chaos", "hippocampus"])
+def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(name: str) -> None:
+    study = run_experiments.read_study(EXPERIMENTS / f"segmentation_{name}.json")
     assert render_results.sizes_of(study) == {name: int(name.split()[0]) for name in study.variants}
 
 

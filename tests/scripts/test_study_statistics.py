@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import isnan, nan
 from pathlib import Path
@@ -92,9 +90,7 @@ def test_findings_known_in_one_data_set_each_count_alike() -> None:
 
 
 @pytest.mark.parametrize("change", [{"images": 40}, {"label_seed": 1}], ids=["other images", "other labels"])
-def test_refuses_runs_that_scored_other_images_or_labels(
-    stand: Any, evaluated: Study, tmp_path: Path, change: dict[str, int]
-) -> None:
+def test_refuses_other_images_or_labels(stand: Any, evaluated: Study, tmp_path: Path, change: dict[str, int]) -> None:
     stand.run(evaluated)
     (tmp_path / "runs" / "study" / "theirs" / "seed1" / "labels_10" / "evaluation" / "done.json").unlink()
     vars(stand).update(change)
@@ -131,9 +127,7 @@ def cases_of(lines: list[Line]) -> list[CaseScores]:
     return list(cases.values())
 
 
-def test_rows_hold_mean_and_spread_over_seeds_of_the_means_that_an_evaluation_reports(
-    stand: Any, segmented: Study
-) -> None:
+def test_rows_hold_mean_and_spread_of_what_evaluations_report(stand: Any, segmented: Study) -> None:
     rows = by_key(stand.run(segmented))
     for recipe in segmented["recipes"]:
         by_seed = [summarize(cases_of(stand.lines_of(recipe, seed, "1 subject"))) for seed in (0, 1, 2)]
@@ -158,7 +152,7 @@ def test_rows_hold_the_missed_and_the_dice_of_each_structure_that_a_label_has(st
     assert not any("colon" in metric for _, metric in rows)
 
 
-def test_differences_of_structures_agree_with_a_naive_bootstrap_of_subjects_and_seeds(
+def test_differences_of_structures_agree_likewise(
     stand: Any, segmented: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study_statistics, "NUM_SAMPLES", 300)
@@ -183,9 +177,7 @@ def test_differences_of_structures_agree_with_a_naive_bootstrap_of_subjects_and_
         assert (row["mean"], row["std"]) == (f"{np.mean(by_seed([1] * 4)):.4f}", f"{low:.4f}..{high:.4f}")
 
 
-def test_what_is_undefined_in_a_seed_is_no_row_and_is_named(
-    stand: Any, segmented: Study, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_undefined_in_a_seed_is_named(stand: Any, segmented: Study, capsys: pytest.CaptureFixture[str]) -> None:
     everything_missed = {"dice": "0.0000", "hd95": "", "surface_dice": "0.0000", "outcome": "missed"}
 
     def change(recipe: str, seed: int, variant: str, lines: list[Line]) -> list[Line]:
@@ -210,9 +202,7 @@ def test_what_is_undefined_in_a_seed_is_no_row_and_is_named(
     ],
     ids=["a structure less", "another subject", "other labels", "other order"],
 )
-def test_refuses_runs_that_scored_something_else(
-    stand: Any, segmented: Study, change: Callable[[list[Line]], list[Line]]
-) -> None:
+def test_refuses_other_subjects(stand: Any, segmented: Study, change: Callable[[list[Line]], list[Line]]) -> None:
     stand.change = lambda recipe, seed, variant, lines: change(lines) if (recipe, seed) == ("VQ-SSL", 2) else lines
     with pytest.raises(SystemExit, match="the runs of 1 subject scored different subjects, structures or labels"):
         by_key(stand.run(segmented))

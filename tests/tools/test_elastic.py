@@ -1,7 +1,5 @@
 """Two nodes, of which one loses a worker: torchrun starts all workers again, and the run goes on from a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Recipe, free_port
+from helpers import ROOT, Recipes, free_port
 
 NUM_EPOCHS = 10
 
@@ -50,7 +48,7 @@ def worker_of(node: subprocess.Popen[bytes]) -> int | None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, as Linux has it")
-def test_a_run_outlives_a_worker_of_one_of_two_nodes(recipe_of: Callable[[str], Recipe], tmp_path: Path) -> None:
+def test_a_run_outlives_a_worker_of_one_of_two_nodes(recipe_of: Recipes, tmp_path: Path) -> None:
     recipe = recipe_of("hssl_multidomain")  # the test of all bundles does it without torchrun
     knobs = {**recipe.knobs, "output_dir": tmp_path / "output", "resume": "auto"}
     knobs |= {"max_epochs": NUM_EPOCHS, "val_interval": NUM_EPOCHS}

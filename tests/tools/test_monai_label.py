@@ -1,12 +1,9 @@
 """A real MONAI Label server with the packaged bundles, driven over REST; `make label` runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import zipfile
@@ -22,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from helpers import ROOT, command_line, committed_copy, read, run_config, write_series
+from helpers import ROOT, command_line, committed_copy, free_port, read, run_config, write_series
 from package_bundle import package
 
 from dissect_monai.common import BTCV_ORGANS
@@ -88,24 +85,6 @@ def tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
-def errors_in(log: Path) -> list[str]:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if "ERROR" in line or "Traceback" in line]
-
-
-def python_of_label() -> str:
-    python = os.environ.get("LABEL_PYTHON")
-    assert python, "LABEL_PYTHON must be the Python that has MONAI Label: run `make label`"
-    return str(Path(python).absolute())
-
-
-def write_studies(organs: Path, studies: Path) -> None:
-    """Two volumes to segment and three to train on, whose label maps come over REST."""
-    studies.mkdir()
-    for name in ("test_000", "test_001", "training_000", "training_001", "training_002"):
-        shutil.copy(organs / "images" / f"abdomen_ct_{name}.nii.gz", studies / f"{name}.nii.gz")
-
-
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(120):
         try:
@@ -147,19 +126,19 @@ def bundles(organs: Path, dataset_dir: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def server(bundles: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     work = tmp_path_factory.mktemp("server")
-    python = python_of_label()
+    assert "LABEL_PYTHON" in os.environ, "LABEL_PYTHON must be the Python that has MONAI Label: run `make label`"
     studies, log = work / "studies", work / "server.log"
-    write_studies(organs, studies)
-    label = (python, "-m", "monailabel.main")
+    studies.mkdir()  # two to segment, and three to train on, whose label maps come over REST
+    for name in ("test_000", "test_001", "training_000", "training_001", "training_002"):
+        shutil.copy(organs / "images" / f"abdomen_ct_{name}.nii.gz", studies / f"{name}.nii.gz")
+    label = (str(Path(os.environ["LABEL_PYTHON"]).absolute()), "-m", "monailabel.main")
     subprocess.run(
         [*label, "apps", "--download", "--name", "monaibundle", "--output", work], check=True, capture_output=True
     )
     app = work / "monaibundle"
     for served in SERVED:
         shutil.copytree(bundles / served, app / "model" / served)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ, "MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false", "MONAI_LABEL_SESSION_PATH": str(work / "sessions"),
         "OMP_NUM_THREADS": "1", "PYTHONPATH": "",
@@ -177,10 +156,10 @@ def server(bundles: Path, organs: Path, tmp_path_factory: pytest.TempPathFactory
             wait_for(f"http://127.0.0.1:{port}", process, log)
             yield Server(f"http://127.0.0.1:{port}", log, app / "model", studies)
         finally:
-            errors = errors_in(log)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
-    assert errors == []
+    assert not [line for line in lines if "ERROR" in line or "Traceback" in line]
 
 
 def segmented(server: Server, image: Path, output_dir: Path) -> nib.Nifti1Image:
@@ -246,9 +225,7 @@ def test_a_dicom_series_is_segmented_as_the_command_line_does(server: Server, tm
 
 
 @pytest.mark.parametrize("output", ["json", "all"])
-def test_an_xray_is_classified_as_the_command_line_does(
-    server: Server, dataset_dir: Path, tmp_path: Path, output: str
-) -> None:
+def test_an_xray_is_classified_likewise(server: Server, dataset_dir: Path, tmp_path: Path, output: str) -> None:
     xray = dataset_dir / read(dataset_dir / "dataset.json")["test"][0]["image"]
     bundle = server.bundles / CLASSIFICATION
     result = command_line(

@@ -1,7 +1,5 @@
 """Archives of bundles and the wheel: what they hold, what they refuse, and that nothing else is needed to run them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -11,14 +9,14 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import package_bundle
 import pytest
 import torch
-from helpers import BUNDLES, ROOT, Recipe, committed_copy, git, read, same, write
+from helpers import BUNDLES, ROOT, Recipe, Recipes, committed_copy, git, read, same, write
 from monai.bundle import (
     ConfigParser,
     ConfigWorkflow,
@@ -29,7 +27,9 @@ from monai.bundle import (
     verify_metadata,
     verify_net_in_out,
 )
-from package_bundle import main, package
+from package_bundle import card_problems, changelog_problems, commands, main, package
+
+import dissect_monai
 
 NAMES = [path.name for path in BUNDLES]
 every_bundle = pytest.mark.parametrize("bundle", NAMES)
@@ -128,13 +128,7 @@ def command(*arguments: str, cwd: Path, packages: Path | None = None) -> str:
     return result.stdout
 
 
-def given(**knobs: Any) -> list[str]:
-    return [part for name, value in knobs.items() for part in (f"--{name}", str(value))]
-
-
-def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(
-    recipe_of: Callable[[str], Recipe], tmp_path: Path
-) -> None:
+def test_the_wheel_trains_a_copy_of_a_bundle(recipe_of: Recipes, tmp_path: Path) -> None:
     source = committed_copy(tmp_path / "source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -149,10 +143,74 @@ def test_the_wheel_brings_all_of_the_package_and_trains_a_copy_of_a_bundle(
     packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
     command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
     shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
-    knobs = given(**recipe_of("pretrain_vq_ssl").knobs)
+    knobs = [part for name, value in recipe_of("pretrain_vq_ssl").knobs.items() for part in (f"--{name}", str(value))]
     run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
     command(*run, *knobs, cwd=bundle, packages=packages)
     assert (bundle / "models" / "model.pt").is_file()
+
+
+# ---- ready to be published ---------------------------------------------------------------------------------------
+
+
+@every_bundle
+def test_model_cards_are_complete(bundle: str) -> None:
+    assert list(card_problems(ROOT / "bundles" / bundle)) == []
+
+
+def test_what_a_model_card_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("# A bundle\n\n## Train\n", encoding="utf-8")
+    said = "\n".join(card_problems(tmp_path))
+    for lack in ("`## Limits`", "Not a medical device", "LICENSE", "docs/data_license.txt"):
+        assert lack in said
+    assert "## Train" not in said
+
+
+@pytest.mark.parametrize(
+    ("changelog", "problem"),
+    [
+        ("## 1.2.0 – 2026-01-31\n", ""),
+        ("## 1.2.0 – unreleased\n", "got `## 1.2.0 – unreleased`"),
+        ("## 1.1.0 – 2026-01-31\n", "must have an entry for 1.2.0"),
+    ],
+)
+def test_the_changelog_must_name_version_and_date(changelog: str, problem: str) -> None:
+    found = list(changelog_problems(f"# Changelog\n\n{changelog}", "1.2.0"))
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)
+
+
+def test_package_changelog_and_citation_have_one_version() -> None:
+    changelog, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    found = changelog_problems(changelog, dissect_monai.__version__)
+    assert not [problem for problem in found if "must have an entry" in problem]
+    assert f"\nversion: {dissect_monai.__version__}\n" in citation
+
+
+def test_all_problems_are_named_after_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def packaged(bundle: Path, weights: Path, output_dir: Path) -> Path:
+        if bundle.name == "cxr_classify":
+            raise FileNotFoundError("cxr_classify has no weights")
+        return write(output_dir / f"{bundle.name}.zip", {})
+
+    monkeypatch.setattr(package_bundle, "package", packaged)
+    monkeypatch.setattr(package_bundle, "changelog_problems", lambda changelog, version: ["no date"])
+    with pytest.raises(SystemExit, match=r"(?s)not ready to be published:.*no date.*cxr_classify has no weights"):
+        package_bundle.main("release", output_dir=tmp_path)
+    printed = capsys.readouterr().out
+    assert "pretrain_vq_ssl.zip" in printed
+    assert "cxr_classify" not in printed
+
+
+def test_the_commands_name_version_and_folder() -> None:
+    version = read(ROOT / "bundles" / "cxr_classify" / "configs" / "metadata.json")["version"]
+    unzip, zoo, ngc, hub = commands("cxr_classify", version, Path("dist/a.zip"))
+    assert unzip == "unzip -q dist/a.zip -d unpacked"
+    assert "unpacked/cxr_classify" in zoo
+    assert f"cxr_classify:{version} --source unpacked/cxr_classify" in ngc
+    assert f"--version {version}" in hub
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -179,7 +237,7 @@ def test_monai_label_is_tested_with_the_same_versions() -> None:
     tested = pins(ROOT / "constraints.txt")
     for name in ("requirements.txt", "no_dependencies.txt"):
         shared = {each: version for each, version in pins(ROOT / "scripts" / "label" / name).items() if each in tested}
-        assert shared.items() - {("jsonschema", "3.2.0")} <= tested.items()
+        assert shared.items() - {("jsonschema", "3.2.0"), ("pydicom", "2.4.5")} <= tested.items()
 
 
 class Unpacked(NamedTuple):
@@ -197,9 +255,7 @@ class Unpacked(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def unpacked(
-    request: pytest.FixtureRequest, recipe_of: Callable[[str], Recipe], tmp_path_factory: pytest.TempPathFactory
-) -> Unpacked:
+def unpacked(request: pytest.FixtureRequest, recipe_of: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Unpacked:
     work, recipe = tmp_path_factory.mktemp(request.param), recipe_of(request.param)
     repository = committed_copy(work / "repository")
     archive = package(repository / "bundles" / recipe.name, recipe.finished, work / "dist")
@@ -240,9 +296,7 @@ def test_it_passes_what_the_model_zoo_verifies(unpacked: Unpacked) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_loaded_and_exported_gives_what_the_network_gives_on_an_image(
-    unpacked: Unpacked, tmp_path: Path
-) -> None:
+def test_what_is_loaded_and_exported_gives_what_the_network_gives(unpacked: Unpacked, tmp_path: Path) -> None:
     import onnxruntime
 
     folder, files, weights = unpacked.folder, unpacked.files, unpacked.folder / "models" / "model.pt"

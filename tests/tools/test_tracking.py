@@ -1,13 +1,10 @@
 """`--tracking mlflow`: parameters, metrics and the executed config of a run of each bundle, in a local store."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BUNDLES, Recipe
+from helpers import BUNDLES, Recipes
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 METRICS = {
@@ -26,9 +23,7 @@ def tracked_runs(folder: Path, experiment: str) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.slow
-def test_runs_of_all_bundles_show_their_settings_losses_scores_and_config(
-    recipe_of: Callable[[str], Recipe], tmp_path: Path
-) -> None:
+def test_runs_show_their_settings_losses_scores_and_config(recipe_of: Recipes, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path / 'mlruns.db'}"  # to make a store takes longer than a run
     assert METRICS.keys() == {bundle.name for bundle in BUNDLES}
     for bundle, metrics in METRICS.items():
@@ -46,9 +41,7 @@ def test_runs_of_all_bundles_show_their_settings_losses_scores_and_config(
         assert all(each.data.metrics for each in runs)
 
 
-def test_every_start_is_a_run_of_its_own_in_the_store_of_the_output(
-    recipe_of: Callable[[str], Recipe], tmp_path: Path
-) -> None:
+def test_every_start_is_a_run_of_its_own_in_the_store(recipe_of: Recipes, tmp_path: Path) -> None:
     """A process that was killed leaves its run open: MLflow refuses other parameters for it."""
     import mlflow
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,6 @@ def body(air: float = 0.0, noise: float = 0.0, scale: float = 1.0) -> torch.Tens
     image = air + noise * rng.random((1, 16, 16, 16))
     image[:, 3:13, 3:13, 3:13] = rng.uniform(100, 200, (1, 10, 10, 10))
     return torch.as_tensor(image * scale)
-
-
-# --- intensities
 
 
 def test_ct_is_scaled_by_its_window() -> None:
@@ -126,9 +121,6 @@ def test_items_that_say_no_modality_have_the_one_that_is_given() -> None:
     torch.testing.assert_close(own, normalized(body(), "MR"))
 
 
-# --- where patches are drawn
-
-
 def test_patches_are_centred_where_a_volume_is_not_air(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dissect_monai.transforms.intensity._MAX_INDICES", 17)
     image = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
@@ -154,3 +146,51 @@ def test_every_place_of_a_small_volume_is_kept_and_one_of_air_refused() -> None:
         ForegroundIndicesd("image")({"image": image})
     image[1, 1, 1, 1] = 0.5
     assert ForegroundIndicesd("image")({"image": image})["image_fg_indices"].tolist() == [13]
+
+
+# --- units of CT
+
+
+def scan(**shares: float) -> np.ndarray:
+    """HU of as many thousands of voxels of each tissue."""
+    means = {"padding": -2000, "air": -1000, "lung": -850, "fat": -100, "tissue": 50, "vessel": 250, "bone": 1050}
+    rng = np.random.default_rng(0)
+    widths = {"bone": 750}  # evenly from 300 to 1800
+    parts = [
+        means[name] + rng.uniform(-1, 1, int(1000 * share)) * widths.get(name, 40) for name, share in shares.items()
+    ]
+    return np.concatenate(parts).round()[None]
+
+
+CHEST = scan(air=30, lung=25, fat=10, tissue=30, vessel=2, bone=3)
+ABDOMEN = scan(air=20, fat=35, tissue=40, bone=5)
+
+
+@pytest.mark.parametrize("image", [CHEST, ABDOMEN, scan(tissue=9, vessel=1), scan(air=96, tissue=4)])
+@pytest.mark.parametrize(("offset", "modality"), [(1000, "CT"), (1024, "cta")])
+def test_ct_without_its_intercept_is_refused(image: np.ndarray, offset: int, modality: str) -> None:
+    padded = np.concatenate([np.full((1, 9000), -2000 - offset), image], 1)  # as scanners do beside the field of view
+    for stored in (image, image.clip(-offset), padded):
+        with pytest.raises(ValueError, match=r"a volume is listed as CT, .* without the intercept: subtract 1024"):
+            normalized(stored + offset, modality)
+    normalized(image + offset, "OT")
+
+
+@pytest.mark.parametrize("window", [(-2000, 3000), (-160, 240), (-160, 2000), (0, 80), (0, 2000)])
+def test_ct_that_is_cropped_or_clipped_to_a_window_is_none_of_it(
+    window: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    bony, masked = scan(tissue=5, bone=5), scan(padding=3, tissue=7)
+    for image in (CHEST, ABDOMEN, scan(tissue=1), scan(fat=5, tissue=5), masked, bony, scan(lung=10, tissue=1)):
+        assert len(normalized(image.clip(*window), "CT").unique()) > 1
+    assert not caplog.records
+
+
+def test_ct_in_other_units_is_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
+    for image, message in (
+        ((CHEST + 1024) / 3000, "as after rescaling"), (CHEST + 32768, "above 5000"), (CHEST % 65536, "above 5000"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{message}: write its HU anew"):
+            normalized(image, "CT")
+    normalized(((CHEST + 160) / 400 * 255).clip(0, 255).round(), "CT")
+    assert "a volume is listed as CT and has values from 0 to 255, as greys do: are they HU?" in caplog.text

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from monai.data import MetaTensor
 
 from dissect_monai.transforms.labels import (
+    IGNORED,
     LargestComponentsd,
     ValuesToClassesd,
     chosen_structures,
@@ -48,6 +48,24 @@ def test_values_become_classes_by_name(values: Any, labels: Any, names: list[str
     assert (result.shape, result.dtype) == ((1, 1, 1, len(values)), torch.uint8)
 
 
+def test_values_that_scale_factors_have_moved_are_rounded_and_none_further_off() -> None:
+    values = volume(0, 1.0000153, 1.9995, 300.0009, dtype=np.float32)
+    assert classes(values, {"spleen": [1], "kidneys": [2, 300]}).flatten().tolist() == [0, 1, 2, 2]
+    result = ValuesToClassesd("label", None)({"label": torch.as_tensor(values)[None]})["label"]
+    assert (result.flatten().tolist(), result.dtype) == ([0, 1, 2, 300], torch.int32)
+
+
+def test_voxels_that_are_not_annotated_are_no_class() -> None:
+    item = {"label": torch.tensor([[[[0, 1, 3, 2]]]]), "labels": {"spleen": [1], "liver": [2]}, "ignored": [3]}
+    assert ValuesToClassesd("label", ["spleen"])(item)["label"].flatten().tolist() == [0, 1, IGNORED, 0]
+    many = [f"s{index}" for index in range(255)]
+    for labels, names, message in (
+        ({"spleen": [3]}, ["spleen"], "one class, got 3"), ({each: [4] for each in many}, many, "at most 254, which"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ValuesToClassesd("label", names)({**item, "labels": labels})
+
+
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64, np.uint16])
 def test_label_maps_of_whole_numbers_may_have_any_dtype(dtype: Any) -> None:
     assert classes(volume(0, 300, 2, dtype=dtype), {"spleen": [300], "kidneys": [2]}).flatten().tolist() == [0, 1, 2]
@@ -72,25 +90,15 @@ def test_several_channels_and_more_structures_than_uint8_can_number_are_refused(
         ValuesToClassesd("label", ["spleen"])({"label": label_map, "labels": {"spleen": [1]}})
 
 
-def placed(start: float, spacing: float = 1.0) -> MetaTensor:
-    """Four voxels along each axis, the first at that place."""
-    affine = torch.diag(torch.tensor([spacing, spacing, spacing, 1.0], dtype=torch.float64))
-    affine[:3, 3] = start
-    return MetaTensor(torch.ones(1, 4, 4, 4), affine=affine)
-
-
-@pytest.mark.parametrize(
-    ("start", "spacing", "beside"),
-    [(0, 1, False), (-2.9, 1, False), (-50, 30, False), (1, 0.1, False), (4, 1, True), (-100, 1, True), (500, 3, True)],
-)
-def test_a_label_map_may_cover_a_part_of_its_image_but_not_lie_beside_it(
-    start: float, spacing: float, beside: bool
-) -> None:
-    item = {"label": placed(start, spacing), "image": placed(0), "labels": {"spleen": [1]}}
-    message = r"label map label must lie where its image lies, got x, y, z in mm from .* for the image: correct"
-    with pytest.raises(ValueError, match=message) if beside else nullcontext():
-        assert (ValuesToClassesd("label", ["spleen"], image_key="image")(item)["label"] == 1).all()
+def test_a_label_map_must_be_on_the_grid_of_its_image() -> None:
+    affine = torch.diag(torch.tensor([2.0, 2, 3, 1], dtype=torch.float64))
+    item = {"label": MetaTensor(torch.ones(1, 4, 5, 6), affine=torch.eye(4)), "labels": {"spleen": [1]}}
+    item["image"] = MetaTensor(torch.ones(1, 4, 5, 6), affine=affine)
+    with pytest.raises(ValueError, match="label map label must be on the grid of its image, got shape"):
+        ValuesToClassesd("label", ["spleen"], image_key="image")(item)
     assert ValuesToClassesd("label", ["spleen"])(item)["label"].dtype == torch.uint8  # nobody looks
+    item["label"].affine = affine
+    assert (ValuesToClassesd("label", ["spleen"], image_key="image")(item)["label"] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +106,12 @@ def test_a_label_map_may_cover_a_part_of_its_image_but_not_lie_beside_it(
     [
         ([0, 1, 9, 8], {"spleen": [1]}, r"label map /data/a\.nii\.gz must hold values .* names \(0, 1\), got 8, 9"),
         ([0, -1], {"spleen": [1]}, r"/data/a\.nii\.gz must hold values .*got -1"),
-        ([0, 0.5], {"spleen": [1]}, r"`label map /data/a\.nii\.gz` must hold integers, got fractions"),
+        ([0, 0.5], {"spleen": [1]}, r"`label map /data/a\.nii\.gz` must hold integers, got fractions \(0\.5\)"),
+        (
+            [0, 0.996, 1.002],
+            {"spleen": [1]},
+            r"fractions \(0\.996, 1\.002\): it was saved with a scale factor .* or resam",
+        ),
         ([0, np.nan], {"spleen": [1]}, "must hold integers"),
         ([0, 1], None, r"a\.nii\.gz must come with the names of its values \(`labels`\), got None"),
         ([0, 1], {"spleen": [1], "kidneys": [2, 1]}, "give each value one class, got 1 in kidneys and another one"),

@@ -1,5 +1,4 @@
-from __future__ import annotations
-
+import re
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms import spatial
-from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, to_original_grid
+from dissect_monai.transforms.labels import ValuesToClassesd
+from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, same_grid, to_original_grid
 
 SHAPE, SPACING = (22, 17, 13), (1.0, 1.4, 2.5)
 ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
@@ -71,9 +71,6 @@ def dice(first: Any, second: Any, value: int) -> float:
     return 2 * (first & second).sum() / (first.sum() + second.sum())
 
 
-# --- every orientation
-
-
 @every_orientation
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_what_was_not_resampled_comes_back_exactly(axes: Any, signs: Any, mode: str) -> None:
@@ -107,9 +104,6 @@ def test_oblique_volumes_come_back() -> None:
     assert dice(restored[0], label, 1) > 0.95
 
 
-# --- agreement with MONAI
-
-
 def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
     affine = affine_of((2, 0, 1), (-1, 1, 1))
     nib.save(nib.Nifti1Image(label_map(), affine), tmp_path / "a.nii.gz")
@@ -128,9 +122,6 @@ def test_agrees_with_monais_inversion(tmp_path: Path) -> None:
     np.testing.assert_allclose(restored.affine, inverted.affine)
     assert dice(restored, inverted, 1) > 0.97
     assert dice(restored, label_map()[None], 1) >= dice(inverted, label_map()[None], 1) - 0.01
-
-
-# --- values
 
 
 def test_logits_are_interpolated_linearly_before_the_largest_wins() -> None:
@@ -182,9 +173,6 @@ def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(to_original_grid(logits, (14, 16, 18), affine), whole)
 
 
-# --- refusals
-
-
 @pytest.mark.parametrize(
     ("affine", "pred_affine", "message"),
     [
@@ -195,9 +183,6 @@ def test_slabs_change_nothing_and_bound_the_memory(monkeypatch: pytest.MonkeyPat
 def test_grids_without_volume_are_refused(affine: Any, pred_affine: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_original_grid(MetaTensor(torch.ones(1, 3, 3, 3), affine=torch.as_tensor(pred_affine)), (3, 3, 3), affine)
-
-
-# --- spacing
 
 
 def volume(shape: tuple[int, ...], spacing: tuple[float, ...]) -> MetaTensor:
@@ -236,3 +221,53 @@ def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides(
     image = spaced(volume(shape, spacing), pixdim, patch)
     assert image.shape == (1, *expected)
     np.testing.assert_allclose(image.pixdim, found, rtol=1e-5)
+
+
+# --- one grid
+
+
+STEPS = np.diag([-1.0, -1.0, 2.0, 1.0])
+TURNED = np.array([[-0.8, 0.6, 0, 0], [-0.6, -0.8, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
+MIRRORED = np.array([[0.0, 1, 0, -3], [-1, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])  # axes exchanged
+STRETCHED = STEPS @ np.diag([1, 1, 1.001, 1])  # counts by what it moves the far corner
+
+
+def moved(shift: float) -> np.ndarray:
+    return STEPS + np.outer([shift, 0, 0, 0], [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "expected"),
+    [
+        ((4, 5, 3), moved(0), True),
+        ((4, 5, 3), moved(0.05), True),
+        ((4, 5, 3), moved(0.5), False),
+        ((4, 5, 3), TURNED, False),
+        ((5, 4, 3), MIRRORED, True),
+        ((4, 5, 3), np.eye(4), False),
+        ((4, 5, 3), STRETCHED, True),
+        ((4, 5, 2), STEPS, False),
+    ],
+)
+def test_grids_are_one_within_a_tenth_of_a_voxel(shape: tuple[int, ...], affine: np.ndarray, expected: bool) -> None:
+    assert same_grid(shape, affine, (4, 5, 3), STEPS) == same_grid((4, 5, 3), STEPS, shape, affine) == expected
+    assert not same_grid((4, 5, 300), STEPS, (4, 5, 300), STRETCHED)
+
+
+def test_a_label_map_on_another_grid_than_the_file_of_its_image_is_refused(tmp_path: Path) -> None:
+    for name, affine in (("image", STEPS), ("label", STEPS), ("lost", np.eye(4)), ("two", STEPS)):
+        values = np.arange(60.0).reshape(4, 5, 3)
+        nib.save(
+            nib.Nifti1Image(np.stack([values] * 2, -1) if name == "two" else values, affine), tmp_path / f"{name}.nii"
+        )
+    load = LoadImaged(["image", "label"], reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)
+    steps = Compose([load, AdaptiveSpacingd("image", [3, 3, 3], [1, 1, 1]), ValuesToClassesd("label", None, "image")])
+    item = {"image": str(tmp_path / "image.nii")}
+    assert steps({**item, "label": str(tmp_path / "label.nii")})["image"].shape != (1, 4, 5, 3)
+    for name, message in (
+        ("lost", "must be on the grid of its image, got shape"),
+        ("two", "must have shape"),
+    ):
+        with pytest.raises(RuntimeError) as raised:
+            steps({**item, "label": str(tmp_path / f"{name}.nii")})
+        assert re.search(rf"label map .*{name}\.nii`? {message}", str(raised.value.__cause__))

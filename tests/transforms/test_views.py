@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -27,9 +25,6 @@ def make_batch(shape: tuple[int, ...] = (16, 12)) -> dict[str, Any]:
 def make_views(spatial_dims: int = 2, mask_fraction: float | None = 0.5, **kwargs: Any) -> HierarchyViews:
     corrupt = None if mask_fraction is None else Corrupt(mask_fraction, mask_size=4)
     return HierarchyViews(BatchAugment(spatial_dims), TASKS, GROUPS, corrupt, **kwargs)
-
-
-# ---- views -------------------------------------------------------------------------------------------------------
 
 
 def test_views_come_one_after_the_other_and_differ() -> None:
@@ -84,9 +79,6 @@ def test_only_bytes_are_scaled(dtype: torch.dtype, expected: list[float]) -> Non
     assert label is not None
     assert label.tolist() == [1, 1]
     assert prepare_images({"image": image})[1] is None
-
-
-# ---- views of several data sets ----------------------------------------------------------------------------------
 
 
 @both_dims

@@ -1,12 +1,10 @@
-from __future__ import annotations
-
 import io
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import resnet10
+from helpers import small_resnet
 from monai.visualize import GradCAM
 from PIL import Image
 from sklearn.calibration import calibration_curve
@@ -53,9 +51,6 @@ def test_a_figure_is_1500_pixels_wide_and_the_same_as_png_and_as_tensor(num_find
     np.testing.assert_array_equal((picture * 255).round().byte().permute(1, 2, 0), pixels)
 
 
-# ---- saliency ----------------------------------------------------------------------------------------------------
-
-
 class Sees(nn.Module):
     """Logit 0 answers to bright squares, logit 1 to dark ones, logit 2 to nothing."""
 
@@ -78,7 +73,7 @@ def squares(x: int, y: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(3, 1, 48, 40), (1, 1, 16, 16, 24)])
 def test_maps_have_the_size_of_the_images_and_are_in_0_to_1(shape: tuple[int, ...]) -> None:
-    network = resnet10(spatial_dims=len(shape) - 2, n_input_channels=1, num_classes=3, widen_factor=0.125)
+    network = small_resnet(spatial_dims=len(shape) - 2, num_classes=3)
     maps = saliency_maps(network, torch.rand(shape), finding=1)
     assert maps.shape == shape
     assert type(maps) is Tensor
@@ -96,8 +91,7 @@ def by_monai(network: nn.Module, images: Tensor, finding: int, stage: int) -> Te
 
 @pytest.mark.parametrize(("side", "stage"), [(112, 4), (96, 3), (48, 2), (20, 1), (8, 1)])
 def test_looks_at_the_last_stage_that_has_four_places_a_side(side: int, stage: int) -> None:
-    torch.manual_seed(0)
-    network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, num_classes=1, widen_factor=0.25)
+    network = small_resnet(num_classes=1, widen_factor=0.25)
     images = torch.rand(2, 1, side, side + 32)
     maps = saliency_maps(network, images, finding=0)
     torch.testing.assert_close(maps, by_monai(network, images, 0, stage))
@@ -105,8 +99,7 @@ def test_looks_at_the_last_stage_that_has_four_places_a_side(side: int, stage: i
 
 
 def test_no_map_is_empty_where_the_features_raise_the_logit() -> None:
-    torch.manual_seed(0)
-    network = resnet10(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, num_classes=4, widen_factor=0.25).eval()
+    network = small_resnet(num_classes=4, widen_factor=0.25).eval()
     images = torch.rand(24, 1, 48, 48) * torch.rand(24, 1, 1, 1)
     raised = (network(images) - network.fc.bias) > 0
     fine_alone = 0
@@ -136,7 +129,7 @@ def test_what_speaks_against_a_finding_or_of_nothing_is_not_salient(finding: int
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_leaves_the_network_as_it_was(frozen: bool) -> None:
-    network = resnet10(spatial_dims=2, n_input_channels=1, num_classes=3, widen_factor=0.125).train()
+    network = small_resnet(num_classes=3).train()
     network.requires_grad_(not frozen)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     images = torch.rand(2, 1, 32, 32)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -38,10 +36,6 @@ def legend(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def letters(axes: Any) -> dict[str, tuple[float, float]]:
-    return {text.get_text(): text.get_position() for text in axes.texts if len(text.get_text()) == 1}
-
-
 def test_a_figure_is_1500_pixels_wide_and_voxels_have_their_proportions() -> None:
     figure = overlay()
     picture = figure_to_tensor(figure)
@@ -63,7 +57,7 @@ def test_planes_have_the_orientation_of_a_radiologist() -> None:
 def test_the_patients_sides_are_written_where_they_are() -> None:
     figure = overlay()
     for axes, sides in zip(figure.axes, ("RLAP", "RLSI", "APSI"), strict=True):
-        found = letters(axes)
+        found = {text.get_text(): text.get_position() for text in axes.texts if len(text.get_text()) == 1}
         left, right, top, bottom = (found[side] for side in sides)
         assert left[0] < 0.1 < 0.9 < right[0]
         assert bottom[1] < 0.1 < 0.9 < top[1]

@@ -1,17 +1,8 @@
-from __future__ import annotations
-
 import pytest
 import torch
 
 from dissect_monai.visualize import training
-from dissect_monai.visualize.training import (
-    MASK_COLOR,
-    TILE_SIDE,
-    code_colors,
-    code_figure,
-    show_mask,
-    view_figure,
-)
+from dissect_monai.visualize.training import MASK_COLOR, TILE_SIDE, code_colors, code_figure, show_mask, view_figure
 
 
 @pytest.fixture
