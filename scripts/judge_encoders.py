@@ -112,7 +112,10 @@ def films(data: Path, select: bool) -> Iterator[Films]:
 
 def features_of(arm: Arm, of: Films, device: str = "cpu") -> dict[str, list[Array]]:
     """Features (N, D) of each split by kind, computed once: found again wherever the folder of the set lies."""
-    named = {split: [{**item, "image": Path(item["image"]).name} for item in of.splits[split]] for split in of.splits}
+    named = {
+        split: [{**item, "image": Path(item["image"]).name, "origin": None} for item in items]
+        for split, items in of.splits.items()
+    }
     digest = hashlib.sha256(repr([arm.encoder, arm.image_size, named]).encode()).hexdigest()[:8]
     path = arm.folder / f"features_{of.name}_{digest}.npz"
     if not path.is_file():
