@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test label package release lint type bench results clean
+.PHONY: demo demo-all test label package release lint type bench gpu results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -77,8 +77,14 @@ type: $(BIN)/.dev
 	$(BIN)/mypy
 
 bench: $(BIN)/.bench  ## measure speed and memory against other libraries (DEVICE=cuda for a GPU)
-	for script in quantizer augment contrast step; do $(BIN)/python benchmarks/$$script.py --device $(or $(DEVICE),cpu) || exit 1; done
+	for script in quantizer augment contrast step segmentation; do $(BIN)/python benchmarks/$$script.py --device $(or $(DEVICE),cpu) || exit 1; done
 	$(BIN)/python benchmarks/surface_metrics.py
+
+PACK ?= runs/gpu_pack
+OUT ?= runs/gpu
+BUDGET ?= full
+gpu:  ## all that needs a GPU, with this machine's python3 and without a network; PARTS=... chooses (docs/offline.md)
+	$(PYTHON) scripts/gpu/run.py --pack $(PACK) --out $(OUT) --device $(or $(DEVICE),cuda) --budget $(BUDGET) $(if $(PARTS),--parts $(PARTS))
 
 results: $(BIN)/.runtime  ## make the README's tables from results/results.csv
 	$(BIN)/python scripts/render_results.py

@@ -18,7 +18,7 @@ from math import pi
 
 import torch
 import torch.nn.functional as F
-from common import Timings, compare, conclude, make_parser
+from common import Timings, at_least, compare, conclude, make_parser
 from monai import transforms as mt
 from monai.data import set_track_meta
 from torch import Tensor
@@ -127,10 +127,10 @@ def report(timings: Timings, batch: int) -> None:
     for name in timings.rounds:
         speed = 1e3 * batch / timings.median(name)
         print(f"{name:12s} {speed:8.0f} images/s   time / ours {timings.ratio(name, 'ours')}")
-    gates = {}
+    gates: dict[str, bool] = {}
     for library, gate in GATES.items():
         ratio = min(timings.ratio(name, "ours").median for name in timings.rounds if name.startswith(library))
-        gates[f"time, {library} / ours >= {gate}"] = ratio >= gate
+        gates |= at_least(f"time, {library} / ours", ratio, gate)
     conclude(gates)
 
 

@@ -80,14 +80,26 @@ def compare(
 
 
 def peak_memory(build: Callable[[], Any], step: Callable[[Any], object], device: str = "cpu") -> float:
-    """Extra peak memory in MiB of `step(build())` over `build()` alone, each in a fresh process.
+    """Extra peak memory in MiB of `step(build())` over `build()` alone, on CPU each in a fresh process.
 
-    Both must be picklable: functions of a module, or `functools.partial` of such.
+    Both must be picklable then: functions of a module, or `functools.partial` of such.
     """
+    if device != "cpu":
+        return _peak_on_gpu(build, step)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        used = pool.apply(_peak, (build, step, device))
-        baseline = pool.apply(_peak, (build, None, device))
+        used = pool.apply(_peak, (build, step))
+        baseline = pool.apply(_peak, (build, None))
     return used - baseline
+
+
+def at_least(name: str, value: float, limit: float) -> dict[str, bool]:
+    """A gate, with the value that is held against it."""
+    return {f"{name} {value:.2f} >= {limit:g}": value >= limit}
+
+
+def at_most(name: str, value: float, limit: float) -> dict[str, bool]:
+    """A gate, with the value that is held against it."""
+    return {f"{name} {value:.2f} <= {limit:g}": value <= limit}
 
 
 def conclude(gates: Mapping[str, bool]) -> NoReturn:
@@ -113,13 +125,20 @@ def _cuda_milliseconds(variant: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _peak(build: Callable[[], Any], step: Callable[[Any], object] | None, device: str) -> float:
+def _peak(build: Callable[[], Any], step: Callable[[Any], object] | None) -> float:
     torch.set_num_threads(1)
     inputs = build()
     if step is not None:
         step(inputs)
-    if device == "cpu":
-        # Not resource.ru_maxrss: over spawn a process inherits the peak of its parent.
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(peak[1]) / 1024 if peak else float("nan")
-    return torch.cuda.max_memory_allocated() / 2**20
+    # Not resource.ru_maxrss: over spawn a process inherits the peak of its parent.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak[1]) / 1024 if peak else float("nan")
+
+
+def _peak_on_gpu(build: Callable[[], Any], step: Callable[[Any], object]) -> float:
+    step(build())  # the libraries' workspaces come with the first call and stay
+    inputs = build()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(inputs)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -16,7 +16,7 @@ from operator import add
 from typing import NamedTuple
 
 import torch
-from common import Timings, compare, conclude, make_parser, peak_memory
+from common import Timings, at_least, at_most, compare, conclude, make_parser, peak_memory
 from monai.networks.layers.vector_quantizer import EMAQuantizer, VectorQuantizer
 from torch import Tensor, nn
 
@@ -113,9 +113,12 @@ def measure(level: Level, device: str, rounds: int) -> Timings:
         features, commitment, gradient = train_step(inputs["monai"])
         for library in LIBRARIES[1:]:
             other = train_step(inputs[library])
-            torch.testing.assert_close(other[0], features, msg=partial("{}: {}".format, library))
+            # But for a few positions on CUDA, whose two nearest codes are equally near up to rounding.
+            same = torch.isclose(other[0], features, rtol=1e-4, atol=1e-4).flatten(2).all(1)
+            assert same.float().mean() >= (1 if device == "cpu" else 0.999), (library, same.float().mean())
             torch.testing.assert_close(other[1].squeeze(), commitment, msg=partial("{}: {}".format, library))
-            torch.testing.assert_close(other[2], gradient, msg=partial("{}: {}".format, library))
+            gradients = (each.flatten(2).movedim(1, -1)[same] for each in (other[2], gradient))
+            torch.testing.assert_close(*gradients, msg=partial("{}: {}".format, library))
     channels = level.shape[1]
     rows = inputs["monai"].features.detach().movedim(1, -1).reshape(-1, channels)
     codes = torch.randn(channels, level.num_embeddings, device=device)
@@ -152,14 +155,13 @@ def main() -> None:
     for library, peak in peaks.items():
         print(f"    {library} {peak:.0f} MiB, {peak / peaks['ours']:.2f}x ours")
 
-    gates = {
-        "time, monai / ours >= 4": total.ratio("monai", "ours").median >= 4,
-        "time, vqp / ours >= 5": total.ratio("vqp", "ours").median >= 5,
-        "time, ours / floor <= 2.5": total.ratio("ours", "floor").median <= 2.5,
-        "memory, monai / ours >= 4": peaks["monai"] >= 4 * peaks["ours"],
-        "memory, vqp / ours >= 5": peaks["vqp"] >= 5 * peaks["ours"],
-    }
-    conclude(gates)
+    conclude(
+        at_least("time, monai / ours", total.ratio("monai", "ours").median, 4)
+        | at_least("time, vqp / ours", total.ratio("vqp", "ours").median, 5)
+        | at_most("time, ours / one matrix product", total.ratio("ours", "floor").median, 2.5)
+        | at_least("memory, monai / ours", peaks["monai"] / peaks["ours"], 4)
+        | at_least("memory, vqp / ours", peaks["vqp"] / peaks["ours"], 5)
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dissect_monai.bundle import run_settings as run_settings
 from dissect_monai.common import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import read_datalist as read_datalist
+from dissect_monai.data.datasets import DeviceLoader as DeviceLoader
 from dissect_monai.data.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.data.datasets import cached_dataset as cached_dataset
 from dissect_monai.data.datasets import readable_items as readable_items

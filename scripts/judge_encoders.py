@@ -110,9 +110,13 @@ def films(data: Path, select: bool) -> Iterator[Films]:
         yield Films("cxr_adult", {"all": items}, {"source": labels})
 
 
-def features_of(arm: Arm, of: Films) -> dict[str, list[Array]]:
-    """Features (N, D) of each split by kind, computed once."""
-    digest = hashlib.sha256(repr([arm.encoder, arm.image_size, of.splits]).encode()).hexdigest()[:8]
+def features_of(arm: Arm, of: Films, device: str = "cpu") -> dict[str, list[Array]]:
+    """Features (N, D) of each split by kind, computed once: found again wherever the folder of the set lies."""
+    named = {
+        split: [{**item, "image": Path(item["image"]).name, "origin": None} for item in items]
+        for split, items in of.splits.items()
+    }
+    digest = hashlib.sha256(repr([arm.encoder, arm.image_size, named]).encode()).hexdigest()[:8]
     path = arm.folder / f"features_{of.name}_{digest}.npz"
     if not path.is_file():
         parser = ConfigParser()
@@ -120,13 +124,13 @@ def features_of(arm: Arm, of: Films) -> dict[str, list[Array]]:
         parser["bundle_root"] = str(EVALUATE.parent.parent)
         parser["pretrained"], parser["encoder"], parser["image_size"] = arm.weights, arm.encoder, arm.image_size
         torch.manual_seed(arm.seed)
-        network = load_weights(parser.get_parsed_content("network_def"), arm.weights)
+        network = load_weights(parser.get_parsed_content("network_def"), arm.weights).to(device)
         transform = parser.get_parsed_content("preprocessing")
         loaders = [DataLoader(cached_dataset(each, transform), batch_size=128) for each in of.splits.values()]
         if arm.name == PIXELS:
             kinds = {"pca": pixel_pca(*(torch.cat([batch["image"] for batch in loader]) for loader in loaders))}
         else:
-            splits = [extract_features(network, loader, "cpu") for loader in loaders]
+            splits = [extract_features(network, loader, device) for loader in loaders]
             kinds = {"last": [each.last for each in splits], "stages": [each.stages for each in splits]}
         arrays = {f"{kind}/{i}": x.astype(np.float16) for kind, xs in kinds.items() for i, x in enumerate(xs)}
         with written_atomically(path) as file:
@@ -205,8 +209,8 @@ def main(runs: str, data: str, table: str | None = None, select: bool = False) -
         raise SystemExit(f"error: --select takes no value, got {select}.")
     arms: dict[str, list[Arm]] = {}
     shapes: set[tuple[str, int]] = set()
-    for weights in sorted(Path(runs).glob("*/seed*/models/model.pt")):
-        folder = weights.parents[1]
+    for said in sorted(Path(runs).glob("*/seed*/models/model.json")):  # without weights, features must be there
+        weights, folder = said.with_suffix(".pt"), said.parents[1]
         seed = int(folder.name.removeprefix("seed"))
         settings = read_settings(weights)
         encoder, size = settings["encoder"], settings["image_size"]

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which its products are not deterministic
 
 import pytest
 import torch
@@ -12,10 +13,22 @@ from helpers import RECIPES, ROOT, TASKS, TINY_BUNDLE, Recipe, write
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 from dissect_monai.phantoms.xray import write_xray_phantoms
 
+GPU_DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")  # "cpu" rehearses them
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no worker is left alone with one in the end."""
+    """Slow tests first, so that no worker is left alone with one in the end; those of a GPU where there is one."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if GPU_DEVICE == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Of the tests that are marked gpu."""
+    return torch.device(GPU_DEVICE)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,6 @@ from unittest.mock import patch
 import monai.bundle.__main__
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
 import torch
 from filelock import FileLock
 from ignite.engine import Engine
@@ -32,19 +31,21 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from monai.networks.nets import SegResNet, resnet10
 from monai.transforms import Compose
+from monai.utils import optional_import
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from dissect_monai.bundle import bad_input, with_dashes
 
+sitk, _ = optional_import("SimpleITK")
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD_CONFIGS = ("metadata", "train", "evaluate", "inference")  # of a bundle; all others override its train.json
 BUNDLES = sorted(path for path in ROOT.glob("bundles/*") if path.is_dir())
 RECIPES = {bundle.name: [bundle / "configs" / "train.json"] for bundle in BUNDLES} | {
     f"{config.parts[-3]}_{config.stem}": [config.with_name("train.json"), config]
     for config in sorted(ROOT.glob("bundles/*/configs/*.json"))
-    if config.stem not in (*STANDARD_CONFIGS, "multi_gpu_train", "paper")
+    if config.stem not in (*STANDARD_CONFIGS, "multi_gpu_train", "on_device", "paper")
 }
 TASKS = ("abdomen_ct", "head_ct", "head_mr")  # of two groups
 TINY = {  # knobs of the recipes, for a training of a second
@@ -192,6 +193,19 @@ def as_process(rank: int, world_size: int = 2) -> Iterator[None]:
     facts = {"is_initialized": True, "get_rank": rank, "get_world_size": world_size}
     with patch.multiple("torch.distributed", **{name: lambda value=value: value for name, value in facts.items()}):
         yield
+
+
+@contextmanager
+def never_waiting(device: torch.device) -> Iterator[None]:
+    """What makes the host wait for a GPU is an error."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def free_port() -> int:

@@ -15,11 +15,12 @@ from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, Persistent
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
 from monai.utils import ImageMetaKey, enums
+from torch import Tensor
 from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import InputError, Item, of_all_processes, rank, world_size
+from dissect_monai.common import InputError, Item, of_all_processes, rank, shorten, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
@@ -128,6 +129,38 @@ def items_of(dataset: Any) -> list[Item]:
         items = items_of(dataset.dataset)
         return [items[index] for index in dataset.indices]
     return list(dataset.data)
+
+
+class DeviceLoader:
+    """Batches of a data set that lies on a device as one tensor: no workers, and nothing to move in an epoch.
+
+    Args:
+        dataset: items with an "image" of one shape and dtype; all else of an item is left out.
+        batch_size: images of a batch; what does not fill one is left out.
+        sampler: indices of the images of an epoch, in their order.
+        device: where the images lie and the batches come from.
+
+    Raises:
+        ValueError: if the images differ in shape.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, sampler: torch_data.Sampler[int], device: torch.device | str
+    ) -> None:
+        self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
+        images = [torch.as_tensor(dataset[index]["image"]) for index in range(len(dataset))]
+        shapes = sorted({tuple(image.shape) for image in images})
+        if len(shapes) > 1:
+            raise InputError(f"`dataset` must have images of one shape to lie on a device, got {shorten(shapes)}.")
+        self.images = torch.stack(images).to(device)
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = torch.tensor([*self.sampler])[: len(self) * self.batch_size].to(self.images.device)
+        for rows in order.split(self.batch_size):
+            yield {"image": self.images[rows]}
 
 
 class ReadableLoader:

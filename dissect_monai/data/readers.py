@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 from monai.data import ImageReader, NibabelReader
-from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
+from monai.utils import MetaKeys, SpaceKeys, ensure_tuple, optional_import
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -25,6 +24,7 @@ from PIL import Image, ImageOps
 from dissect_monai.common import InputError
 from dissect_monai.data import dicom
 
+sitk, _ = optional_import("SimpleITK")  # of 50 MB, which pictures and NIfTI do not need
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -78,7 +78,7 @@ def explained(path: str | PathLike[str]) -> Iterator[None]:
     """Turn whatever a decoder raises into one `ValueError` that names the file."""
     try:
         yield
-    except InputError:
+    except (InputError, ImportError):  # the latter is no fault of the image
         raise
     except Exception as error:  # decoders raise anything: pillow a SyntaxError, nibabel errors of its own
         reason = ITK_PREFIX.sub("", str(error), count=1).strip() or type(error).__name__

@@ -18,6 +18,7 @@ from helpers import (
     read,
     refused,
     run_config,
+    same,
     table,
     tags_of,
     two_processes,
@@ -35,6 +36,15 @@ WIDTH = 512  # of the embedding of a ResNet-10
 @pytest.fixture
 def bundle(recipe_of: Recipes) -> Recipe:
     return recipe_of("pretrain_vq_ssl")
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_images_on_the_device_give_the_same_weights(bundle: Recipe, tmp_path: Path) -> None:
+    configs = [CONFIGS / "train.json", CONFIGS / "on_device.json"]
+    run_config(configs, **{**bundle.knobs, "output_dir": tmp_path, "max_epochs": 1, "schedule_epochs": 2})
+    assert same(checkpoint(tmp_path, 1)["network"], checkpoint(bundle.finished, 1)["network"])
 
 
 def test_tensorboard_shows_terms_rates_codes_collapse_and_pictures(bundle: Recipe) -> None:

@@ -16,8 +16,9 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader
 
-from dissect_monai.data.datasets import cached_dataset, items_of, labelled_part, readable_items
+from dissect_monai.data.datasets import DeviceLoader, cached_dataset, items_of, labelled_part, readable_items
 from dissect_monai.data.readers import ImageFileReader
+from dissect_monai.data.sampling import ImageSampler
 
 NAN = float("nan")
 
@@ -163,6 +164,24 @@ def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, mo
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space left on device"):
         cached_dataset(make_items(tmp_path), preprocessing(), tmp_path / "cache", on_corrupt="skip")
+
+
+def test_a_device_gives_the_batches_that_a_loader_gives(tmp_path: Path) -> None:
+    dataset = cached_dataset(make_items(tmp_path), preprocessing())
+    own, theirs = (ImageSampler(dataset, batch_size=4, seed=3) for _ in range(2))
+    batches = DeviceLoader(dataset, batch_size=4, sampler=own, device="cpu")
+    expected = DataLoader(dataset, batch_size=4, sampler=theirs, drop_last=True)
+    for epoch in (1, 2):
+        own.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        assert [batch["image"].tolist() for batch in batches] == [batch["image"].tolist() for batch in expected]
+    assert len(batches) == len(expected) == 1
+
+
+def test_images_of_several_shapes_do_not_lie_on_a_device() -> None:
+    dataset = [{"image": torch.zeros(1, 4, 4)}, {"image": torch.zeros(1, 4, 5)}]
+    with pytest.raises(ValueError, match=r"images of one shape to lie on a device, got \(1, 4, 4\), \(1, 4, 5\)"):
+        DeviceLoader(dataset, 2, range(2), "cpu")  # type: ignore[arg-type]
 
 
 def test_all_processes_know_which_items_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,10 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from helpers import volume, write_series
 from monai.transforms import Compose, LoadImage, Orientation
+from monai.utils import optional_import
 from PIL import Image
 
+from dissect_monai.data import readers
 from dissect_monai.data.readers import ImageFileReader, image_format, read_grid, read_header
 
 RNG = np.random.default_rng(0)
@@ -312,3 +314,14 @@ def test_a_volume_without_spacing_is_refused(tmp_path: Path) -> None:
     nib.save(image, tmp_path / "a.nii")
     with pytest.raises(ValueError, match=r"a\.nii must have a spacing along three axes"):
         read_header(tmp_path / "a.nii")
+
+
+def test_what_needs_no_simpleitk_is_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    nib.save(nib.Nifti1Image(np.ones((2, 3, 4)), np.eye(4)), tmp_path / "a.nii")
+    series = write_dicom(tmp_path / "a.dcm", PICTURE)
+    monkeypatch.setattr(readers, "sitk", optional_import("simpleitk_that_is_not_there")[0])
+    assert load(tmp_path / "a.png").shape == (9, 6)
+    assert load(tmp_path / "a.nii").shape == (2, 3, 4)
+    with pytest.raises(ImportError, match="simpleitk_that_is_not_there"):
+        load(series)
