@@ -514,14 +514,16 @@ def test_broken_files_of_any_split_are_found_before_training_or_left_out(
 ) -> None:
     items = read(blocks / "dataset.json")["training"]
     folder = edited(blocks, tmp_path, training=items[:2], validation=items[2:4], test=items[4:])
+    strange = shutil.copytree(on_blocks / "models", tmp_path / "strange") / "model.pt"  # which has seen nobody
+    write(strange.with_suffix(".json"), {**read(strange.with_suffix(".json")), "trained_on": []})
     for name, runs in {"labels/3.nii.gz": [train], "labels/5.nii.gz": [train, evaluate]}.items():
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
         for run in runs:
             with refused(f"got 1 of 2 that cannot:(.|\n)*{name} must be an intact image"):
-                run(folder, tmp_path / "out", pretrained=model(on_blocks) if run is evaluate else None, **SMALL)
+                run(folder, tmp_path / "out", pretrained=strange if run is evaluate else None, **SMALL)
         assert not list(tmp_path.glob("out/checkpoints/*"))
-        scored = evaluate(folder, tmp_path / "kept", pretrained=model(on_blocks), split="all", on_corrupt="skip")
+        scored = evaluate(folder, tmp_path / "kept", pretrained=strange, split="all", on_corrupt="skip")
         assert {*scored_subjects(folder, scored)} == {f"s{index}" for index in range(6) if f"{index}.nii" not in name}
         (folder / name).write_bytes(content)
 
