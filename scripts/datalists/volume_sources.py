@@ -141,11 +141,11 @@ def volumes(
 
 def value_names(given: Mapping[str, Any] | Sequence[str]) -> dict[int, str]:
     """Names of the values of label maps, less background: of a list, of {value: name} or of {name: value}."""
-    pairs = list(given.items() if isinstance(given, Mapping) else enumerate(given, start=1))
+    pairs: list[tuple[Any, Any]] = list(given.items() if isinstance(given, Mapping) else enumerate(given, start=1))
     regions = [str(key) for key, each in pairs if isinstance(each, list)]
     if regions:
         raise ValueError(f"labels must have one value each, got the regions {', '.join(regions)}: name their parts")
-    names = dict((int(key), str(each)) if str(key).isdecimal() else (int(str(each)), str(key)) for key, each in pairs)
+    names = dict((int(key), str(each)) if str(key).isdecimal() else (int(each), str(key)) for key, each in pairs)
     values = sorted(names.keys() - {0})
     if not values or len(set(names.values())) < len(given):
         raise ValueError(f"labels must give whole numbers different names, as in 1=liver 2=spleen, got {given}")
