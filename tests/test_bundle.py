@@ -29,6 +29,7 @@ from dissect_monai.bundle import (
     given_items,
     phantoms_dir,
     process_device,
+    run_arguments,
 )
 from dissect_monai.common import InputError
 from dissect_monai.knobs import check_knobs
@@ -371,3 +372,15 @@ def test_without_mlflow_one_line_says_what_to_install(
 def test_the_loss_is_read_otherwise_where_monai_reads_it_as_it_did() -> None:
     assert DEFAULT_MLFLOW_SETTINGS["configs"]["trainer"]["output_transform"] == OF_DECOLLATED
     assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
+
+
+@pytest.mark.parametrize(
+    "words", [["--dataset_dir", "site#2"], ["--output_dir=exp#2"], ["--dataset_dir", "['a#1','b']"]]
+)
+def test_a_value_with_a_hash_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    given = ["main", "run", "--config_file", "train.json", "--train#augment#rotation", "5", "--key", "$@train#dataset"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert run_arguments() == ("train.json", {"train#augment#rotation": 5, "key": "$@train#dataset"})
+    monkeypatch.setattr(sys, "argv", [*given, *words])
+    with pytest.raises(InputError, match=r"a value must have no #, .* got .*: rename it"):
+        run_arguments()

@@ -17,14 +17,22 @@ from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
 from dissect_monai.data import dicom
-from dissect_monai.data.readers import PICTURE_SUFFIXES, VOLUME_SUFFIXES, VolumeHeader, image_format, refuse_odd_file
+from dissect_monai.data.readers import (
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    VolumeHeader,
+    image_format,
+    refuse_odd_file,
+)
 
 logger = logging.getLogger(__name__)
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
 # What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, segmentation-0.nii, label0001.
 _LABELS = re.compile(
-    r"(.*[-_. ])?(labels?|masks?|segs?|segmentations?|annotations?|gts?|ground[-_ ]?truths?)"
+    r"(.*[-_. ])?(labels?|label[-_ ]?maps?|masks?|segs?|segmentations?|annotations?|gts?|(ground[-_ ]?)?truths?)"
     r"([-_ ]?(tr|ts|val|train|test|\d+))?(\.\w+)?(\.gz)?",
     re.IGNORECASE,
 )
@@ -218,30 +226,40 @@ def _find_images(folder: Path, spatial_dims: int) -> list[str]:
 
 
 def _with_patients(images: Sequence[str]) -> list[Item]:
-    """Items of images, DICOM with its PatientID as the subject, and without what has no pixels, which is logged."""
+    """Items of images, DICOM with its PatientID as the subject, and without what is no image, which is logged."""
     items: list[Item] = []
     left_out = []
     for image in images:
+        if image.lower().endswith((*PICTURE_SUFFIXES, *ITK_SUFFIXES, *NIFTI_SUFFIXES)):
+            items.append({"image": image})
+            continue
         path = Path(image)
         series = dicom.find_series(path) if path.is_dir() else []
         is_file = not path.is_dir() and image_format(path) == "dicom"
         tags = series[0].tags[0] if series else dicom.read_tags(path) if is_file else {}
-        if is_file and not {"fault", "pixels"} & tags.keys():
+        if is_file and not dicom.is_image(tags):
             left_out.append(path.name)
         else:
             items.append({"image": image, **({"subject": tags["PatientID"]} if tags.get("PatientID") else {})})
     if left_out:
-        dicom.warn_once(f"{Path(images[0]).parent}: left out, as they have no pixels: {shorten(left_out)}.")
+        dicom.warn_once(f"{Path(images[0]).parent}: left out, as they are no images: {shorten(left_out)}.")
+    patients = [item["subject"] for item in items if "subject" in item]
+    if len(patients) > 1 == len({*patients}):
+        dicom.warn_once(
+            f"{Path(images[0]).parent}: {len(patients)} images have one PatientID, and so are of one subject. If they "
+            "are not, list them in a dataset.json with a `subject` for each."
+        )
     return items
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder in a folder and its files, hidden ones left out; links are followed, but nothing comes twice.
+    """Every folder in a folder and its files, hidden ones left out; links are followed, but no folder comes twice.
 
-    What is no file, such as a pipe, is left out and logged.
+    What is no file, such as a pipe, or a link to a file that comes itself, is left out and logged.
     """
-    real = Path(os.path.realpath(folder))
-    seen = {str(each) for each in (real, *real.parents)}
+    real = os.path.realpath(folder)
+    seen = {real, *map(str, Path(real).parents)}
+    visited = {real}
 
     def is_new(path: str) -> bool:
         known = len(seen)
@@ -251,14 +269,21 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     def links_last(path: str) -> tuple[bool, str]:
         return os.path.islink(path), path
 
+    found = []
     for parent, *listed in os.walk(folder, followlinks=True):
         paths = [[os.path.join(parent, name) for name in names if not name.startswith(".")] for names in listed]
-        below, files = (list(filter(is_new, sorted(each, key=links_last))) for each in paths)
+        below = list(filter(is_new, sorted(paths[0], key=links_last)))
+        visited |= set(map(os.path.realpath, below))
         listed[0][:] = map(os.path.basename, below)
-        odd = [path for path in files if not os.path.isfile(path) and os.path.exists(path)]
-        if odd:
-            logger.warning("Left out, as they are no files: %s.", shorten(odd, 3))
-        yield Path(parent), [Path(path) for path in files if path not in odd]
+        found.append((parent, sorted(paths[1])))
+    for parent, files in found:
+        odd = {path for path in files if not os.path.isfile(path) and os.path.exists(path)}
+        links = [path for path in files if path not in odd and os.path.islink(path)]
+        twins = {path for path in links if os.path.dirname(os.path.realpath(path)) in visited and os.path.exists(path)}
+        for left_out, what in ((odd, "no files"), (twins, "links to files that are there themselves")):
+            if left_out:
+                logger.warning("Left out, as they are %s: %s.", what, shorten(sorted(left_out), 3))
+        yield Path(parent), [Path(path) for path in files if path not in odd | twins]
 
 
 def without_labels(paths: list[Path], folder: Path) -> list[Path]:

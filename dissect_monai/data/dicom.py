@@ -62,6 +62,8 @@ _OTHERS = {
     **dict.fromkeys(range(100, 107), "MPEG"), **dict.fromkeys((107, 108), "HEVC"),
     **dict.fromkeys((110, 111, 112), "JPEG XL"), **dict.fromkeys((201, 202, 203), "High-Throughput JPEG 2000"),
 }  # fmt: skip
+# Objects with pixels that are no images: segmentations, parametric maps, doses.
+_NO_IMAGES = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("30", "66.4", "66.7", "481.2")}
 # What may tell slices of one place apart, in this order.
 _PHASES = (
     "EchoTime", "EchoNumbers", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex",
@@ -89,6 +91,11 @@ def read_tags(path: str | os.PathLike[str]) -> Tags:
             return _DataSet(file, os.path.getsize(path)).tags
         except (error, zlib.error, RecursionError):
             return {"fault": "is cut off or no DICOM"}
+
+
+def is_image(tags: Tags) -> bool:
+    """Whether a file has pixels of an image, or might have: one that is not whole."""
+    return bool({"fault", "pixels"} & tags.keys()) and tags.get("SOPClassUID") not in _NO_IMAGES
 
 
 class _DataSet:
@@ -143,7 +150,8 @@ class _DataSet:
             if name.startswith("LUT"):
                 tags[name] = np.frombuffer(value, f"{self.order}u2").astype(np.uint16)
             elif vr in _FORMATS:
-                tags[name] = unpack(self.order + _FORMATS[vr], value[: calcsize(f"={_FORMATS[vr]}")])[0]
+                size = calcsize(f"={_FORMATS[vr]}")
+                tags |= {name: unpack(self.order + _FORMATS[vr], value[:size])[0]} if len(value) >= size else {}
             else:
                 tags[name] = value.decode("latin-1").strip(" \0")
         else:
@@ -167,8 +175,12 @@ class _DataSet:
         tags["pixels"] = True
         if length != _UNDEFINED:
             sizes = [tags.get(name) or 1 for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")]
-            # What is written after the last pixel may be missing.
-            self.file.seek(min(length, ceil(num_frames(tags) * prod(sizes) / 8)), os.SEEK_CUR)
+            needed = ceil(num_frames(tags) * prod(sizes) / 8)
+            if "422" in tags.get("PhotometricInterpretation", ""):
+                needed = needed * 2 // 3
+            if length < needed:
+                tags["fault"] = "is cut off"
+            self.file.seek(min(length, needed), os.SEEK_CUR)  # what is written after the last pixel may be missing
             return
         count = 0
         while self.file.tell() < self.size:
@@ -245,7 +257,7 @@ def find_series(folder: Path) -> list[Series]:
             continue
         if path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path):
             tags = read_tags(path)
-            if not {"fault", "pixels"} & tags.keys():
+            if not is_image(tags):
                 left_out.append(path.name)
             elif "fault" in tags and "SeriesInstanceUID" not in tags:
                 broken.append((path, tags))
@@ -255,7 +267,7 @@ def find_series(folder: Path) -> list[Series]:
                 series.files.append(path)
                 series.tags.append(tags)
     if left_out:
-        warn_once(f"{folder}: left out, as they have no pixels: {shorten(left_out)}.")
+        warn_once(f"{folder}: left out, as they are no images: {shorten(left_out)}.")
     lost = Series(*map(list, zip(*broken, strict=True))) if broken else Series([], [])
     return [Series(each.files + lost.files, each.tags + lost.tags) for each in found.values() or [lost] if any(each)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dissect_monai.common import SALT, InputError, Item
+from dissect_monai.data.readers import pixel_files, refuse_odd_file
 
 logger = logging.getLogger(__name__)
 DIGITS = 16  # hex digits of what is kept of a digest
@@ -74,10 +75,15 @@ def _key(folder: Path) -> bytes:
 
 
 def content_digest(image: str | Path) -> str:
-    """16 hex digits of size, first 4 KiB and middle 64 KiB of a file, or of sizes and the middle file of a series."""
+    """16 hex digits of size, first 4 KiB and middle 64 KiB of a file, or of sizes and the middle file of several."""
     path = Path(image)
-    series = path.iterdir() if path.is_dir() else ()
-    files = sorted(each for each in series if each.is_file() and each.name[0] != ".") or [path]
+    refuse_odd_file(path)
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.is_file() and each.name[0] != ".")
+        if not files:
+            raise InputError(f"{path} must hold a DICOM series, got an empty folder. Remove it from the data list.")
+    else:
+        files = [path, *pixel_files(path)]
     sizes = [file.stat().st_size for file in files]
     middle = len(files) // 2
     with open(files[middle], "rb") as opened:
@@ -97,7 +103,7 @@ def datalist_digest(items: Sequence[Item], *keys: str) -> str:
         facts = [Path(item["image"]).name, *(item.get(key) for key in keys)]
         digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
     for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
-        with suppress(OSError):  # the data set refuses it, or leaves it out
+        with suppress(OSError, InputError):  # the data set refuses it, or leaves it out
             digest.update(content_digest(ordered[index]["image"]).encode())
     return digest.hexdigest()[:DIGITS]
 

@@ -59,18 +59,33 @@ def image_format(path: str | PathLike[str]) -> str | None:
 def refuse_odd_file(path: str | PathLike[str]) -> None:
     """Refuse what hangs or fills the memory once opened, also in a folder: pipes, sockets, devices, sparse GiB."""
     path = Path(path)
-    apart = [".raw", ".zraw", ".raw.gz"] if path.suffix.lower() in (".mhd", ".nhdr") else []
-    for each in path.iterdir() if path.is_dir() else [path, *map(path.with_suffix, apart)]:
+    for each in path.iterdir() if path.is_dir() else [path, *pixel_files(path)]:
         if not each.exists():
             continue
         status = os.stat(each)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise InputError(f"{each} must be a file, got a pipe, a socket or a device: remove it.")
         size, stored = status.st_size, 512 * getattr(status, "st_blocks", status.st_size)
-        if size > 2**31 and stored < size / 100:
+        if size > 2**31 and stored < size / 100 and (stored or _is_hole(each)):
             raise InputError(
                 f"{each} must be stored whole, got {size} bytes that are nearly all a hole: copy it again."
             )
+
+
+def pixel_files(path: Path) -> list[Path]:
+    """The files beside a header of MHD or NHDR that may hold its pixels."""
+    apart = (".raw", ".zraw", ".raw.gz") if path.suffix.lower() in (".mhd", ".nhdr") else ()
+    return [each for each in map(path.with_suffix, apart) if each.exists()]
+
+
+def _is_hole(path: Path) -> bool:
+    """Whether nothing of a file is stored; a mount that counts no blocks does not say so."""
+    with open(path, "rb") as file:
+        try:
+            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        except OSError:
+            return True
+    return False
 
 
 @contextmanager

@@ -26,10 +26,13 @@ from pydicom.uid import (
     JPEGBaseline8Bit,
     MediaStorageDirectoryStorage,
     RLELossless,
+    RTDoseStorage,
+    SegmentationStorage,
     generate_uid,
 )
 
 from dissect_monai.data.datalists import read_datalist
+from dissect_monai.data.dicom import read_tags
 from dissect_monai.data.readers import ImageFileReader, read_grid
 
 RNG = np.random.default_rng(0)
@@ -148,7 +151,7 @@ def test_scouts_reports_and_indices_are_left_out_by_name(tmp_path: Path, caplog:
     (folder / "notes.txt").write_text("nothing")
     np.testing.assert_array_equal(load(folder)[0], EXPECTED)
     own = " ".join(record.message for record in caplog.records if record.name.startswith("dissect_monai"))
-    assert "scan: left out, as they have no pixels: DICOMDIR, report." in own
+    assert "scan: left out, as they are no images: DICOMDIR, report." in own
     assert "orientation, pixel spacing or matrix is another: scout.dcm." in own
     assert "notes" not in own
 
@@ -178,7 +181,7 @@ def test_films_of_a_patient_are_of_one_subject(tmp_path: Path, caplog: pytest.Lo
     write(tmp_path / "report.dcm", None, uid=EnhancedSRStorage)
     items = read_datalist(tmp_path).training
     assert [item.get("subject") for item in items] == ["x", "x", None]
-    assert "left out, as they have no pixels: report.dcm." in caplog.text
+    assert "left out, as they are no images: report.dcm." in caplog.text
 
 
 # --- what is refused
@@ -416,3 +419,35 @@ def test_a_blank_film_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.dcm", FILM * 0 + 7, 12)
     with pytest.raises(ValueError, match=r"a\.dcm must show something, got the value 7 everywhere"):
         load(tmp_path / "a.dcm", 2)
+
+
+def test_fewer_pixels_than_the_header_says_are_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    for name, shape in (("film.dcm", VOXELS[0].shape), ("slices.dcm", VOXELS.shape)):
+        ds = write(tmp_path / name, np.zeros(shape, np.int16))
+        ds.PixelData = ds.PixelData[: len(ds.PixelData) // 2]
+        save(tmp_path / name, ds)
+        assert read_tags(tmp_path / name)["fault"] == "is cut off"
+        with pytest.raises(ValueError, match=rf"{name} must be an intact image of DICOM"):
+            load(tmp_path / name)
+
+
+def test_an_empty_value_is_no_fault(tmp_path: Path) -> None:
+    ds = write(tmp_path / "a.dcm", VOXELS[0])
+    ds.add_new("PixelPaddingValue", "US", None)
+    save(tmp_path / "a.dcm", ds)
+    assert {"fault", "PixelPaddingValue"}.isdisjoint(read_tags(tmp_path / "a.dcm"))
+
+
+def test_segmentations_and_doses_are_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    series(tmp_path)
+    for name, uid in (("Z.dcm", SegmentationStorage), ("dose.dcm", RTDoseStorage)):
+        write(tmp_path / name, VOXELS, uid=uid)
+    assert [item["image"] for item in read_datalist(tmp_path, spatial_dims=3).training] == [str(tmp_path)]
+    assert "left out, as they are no images: Z.dcm, dose.dcm." in caplog.text
+
+
+def test_one_patient_for_all_images_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(2):
+        write(tmp_path / f"{index}.dcm", VOXELS[0], PatientID="anonymous")
+    read_datalist(tmp_path)
+    assert "2 images have one PatientID, and so are of one subject" in caplog.text

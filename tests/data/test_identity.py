@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import shutil
 import stat
 from collections.abc import Callable
@@ -146,3 +147,17 @@ def test_records_of_version_0_1_0_are_understood_and_not_passed_on(
     assert "1 subjects of the weights that it starts from are recorded as by version 0.1.0" in caplog.text
     assert record == training_record(items[:2])
     assert {*record} < {*training_record(items[2:4], record)}  # but records of this version are
+
+
+def test_what_is_no_image_is_refused_unopened_and_pixels_beside_a_header_count(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "empty").mkdir()
+    for name, message in (("pipe.nii", "got a pipe, a socket or a device"), ("empty", "got an empty folder")):
+        with pytest.raises(ValueError, match=message):
+            content_digest(tmp_path / name)
+    digests = set()
+    for pixels in (b"1", b"2"):
+        (tmp_path / "a.mhd").write_text("ElementDataFile = a.raw")
+        (tmp_path / "a.raw").write_bytes(pixels)
+        digests.add(content_digest(tmp_path / "a.mhd"))
+    assert len(digests) == 2

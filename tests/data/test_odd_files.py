@@ -39,8 +39,16 @@ def test_files_come_once_whatever_links_there_are_and_pipes_do_not(
     }.items():  # fmt: skip
         (tmp_path / "set" / link).symlink_to(target)
     # What a link to nothing stands for is missing, which is said when it is read.
-    assert names(tmp_path / "set") == ["annex.png", "images/0.png", "images/1.png", "images/2.png"]
+    assert names(tmp_path / "set") == ["annex.png", "images/0.png", "images/1.png", "y/0.png"]
     assert "Left out, as they are no files: " in caplog.text
+    assert "links to files that are there themselves: " in caplog.text
+
+
+def test_links_to_one_file_elsewhere_are_files(tmp_path: Path) -> None:
+    write_images(tmp_path / "set" / ".annex", 1)
+    for index in range(3):
+        (tmp_path / "set" / f"{index}.png").symlink_to(".annex/0.png")
+    assert names(tmp_path / "set") == ["0.png", "1.png", "2.png"]
 
 
 BESIDE = {
