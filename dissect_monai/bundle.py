@@ -210,12 +210,14 @@ def run_settings(
 def phantoms_dir(smoke: bool, output_dir: str | Path, pretrained: str | Path | None = None) -> str:
     """Folder for the phantoms of a smoke run, which is no place for what was trained on other images or made of them.
 
+    Only a run of the command line is looked at: the model zoo parses a bundle with its weights and without data.
+
     Raises:
         InputError: in a smoke run, before anything is written, if the weights that it uses or starts from, or weights,
             checkpoints or results in the output folder, are of other images.
     """
     folder, model = Path(output_dir, "phantoms"), Path(output_dir, "models", "model.pt")
-    if not smoke:
+    if not smoke or not _is_command_line():
         return str(folder)
     remedy = "give `dataset_dir`, the images to use, or for a trial on phantoms another `output_dir`"
     said = {path: read_settings(path).get("phantoms") for path in (model, pretrained) if path and Path(path).is_file()}

@@ -269,6 +269,12 @@ def test_an_output_has_its_folders_and_the_log_its_images(tmp_path: Path, caplog
         assert message in caplog.text
 
 
+@pytest.fixture
+def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dissect_monai.bundle._is_command_line", lambda: True)
+
+
+@pytest.mark.usefixtures("_command_line")
 def test_a_smoke_run_goes_where_nothing_or_a_smoke_run_has_been(tmp_path: Path) -> None:
     assert phantoms_dir(True, tmp_path) == phantoms_dir(False, tmp_path) == str(tmp_path / "phantoms")
     (tmp_path / "eval").mkdir()
@@ -291,6 +297,7 @@ def test_a_smoke_run_goes_where_nothing_or_a_smoke_run_has_been(tmp_path: Path) 
         phantoms_dir(True, tmp_path)
 
 
+@pytest.mark.usefixtures("_command_line")
 @pytest.mark.parametrize("said", [{"phantoms": False}, {}])
 def test_weights_of_other_images_are_for_no_phantoms(tmp_path: Path, said: dict[str, Any]) -> None:
     model = tmp_path / "models" / "model.pt"
