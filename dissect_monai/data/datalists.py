@@ -280,7 +280,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
         odd = {path for path in files if not os.path.isfile(path) and os.path.exists(path)}
         links = [path for path in files if path not in odd and os.path.islink(path)]
         twins = {path for path in links if os.path.dirname(os.path.realpath(path)) in visited and os.path.exists(path)}
-        for left_out, what in ((odd, "no files"), (twins, "links to files that are there themselves")):
+        for left_out, what in ((odd, "no files"), (twins, "links to files of the same folder")):
             if left_out:
                 logger.warning("Left out, as they are %s: %s.", what, shorten(sorted(left_out), 3))
         yield Path(parent), [Path(path) for path in files if path not in odd | twins]

@@ -18,9 +18,8 @@ import numpy as np
 from dissect_monai.common import Array, InputError, shorten
 
 warn_once = cache(logging.getLogger(__name__).warning)  # as a folder is read several times
-Tags = Mapping[
-    str, Any
-]  # by keyword: a text, an integer, words (an array), or a list of items, which are such mappings
+# By keyword: a text, a number, the entries of a table (an array), or a list of items, which are such mappings.
+Tags = Mapping[str, Any]
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from DICOM's and ITK's world to that of NIfTI and MONAI
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What is read of a file; all else is skipped. A DICOMDIR has only the class of its media.

@@ -73,14 +73,7 @@ def unpack(pack: Path, work: Path) -> None:
     for folder in ("site", "data"):
         shutil.rmtree(work / folder, ignore_errors=True)
     if wheels := sorted(map(str, (pack / "wheels").glob("*.whl"))):
-        options = [
-            "--quiet",
-            "--no-index",
-            "--no-deps",
-            "--no-compile",
-            "--no-cache-dir",
-            "--disable-pip-version-check",
-        ]
+        options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
         command = [sys.executable, "-m", "pip", "install", *options, "--target", str(work / "site"), *wheels]
         if subprocess.run(command, check=False).returncode:
             sys.exit("error: the wheels of the pack cannot be installed, as pip says above: is it for this Python?")

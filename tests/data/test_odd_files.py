@@ -41,7 +41,7 @@ def test_files_come_once_whatever_links_there_are_and_pipes_do_not(
     # What a link to nothing stands for is missing, which is said when it is read.
     assert names(tmp_path / "set") == ["annex.png", "images/0.png", "images/1.png", "y/0.png"]
     assert "Left out, as they are no files: " in caplog.text
-    assert "links to files that are there themselves: " in caplog.text
+    assert "links to files of the same folder: " in caplog.text
 
 
 def test_links_to_one_file_elsewhere_are_files(tmp_path: Path) -> None:
