@@ -15,11 +15,11 @@ GATE = re.compile(r"^(holds|MISSED): (.+) (\S+) ([<>]=) (\S+)$", re.MULTILINE)
 
 
 def main(out: str, work: str, device: str, small: bool, **_: object) -> bool:
-    """Run all, those of the recipes first; whether all have come to their end."""
+    """Run all, the short ones first; whether all have come to their end."""
     step, ct = ["--loader-only", *(["--batch", "4", "--image-size", "64"] if small else [])], Path(work, "data/ct_btcv")
-    runs = {"step.py resnet50": [*step, "--encoder", "resnet50"], "step.py resnet18": step}
+    runs: dict[str, list[str]] = {"quantizer.py": [], "contrast.py": [], "augment.py": []}
     runs["segmentation.py"] = ["--data", str(ct)] if ct.is_dir() and not small else []
-    runs |= {"quantizer.py": [], "contrast.py": [], "augment.py": []}
+    runs |= {"step.py resnet50": [*step, "--encoder", "resnet50"], "step.py resnet18": step}
     results, well = Rows(Path(out, "benches.json")), True
     for name, options in runs.items():
         command = [sys.executable, str(BENCHMARKS / name.split()[0]), "--device", device, *options]
