@@ -103,7 +103,7 @@ def at_most(name: str, value: float, limit: float) -> dict[str, bool]:
 
 
 def conclude(gates: Mapping[str, bool], binding: bool = True) -> NoReturn:
-    """Say which gates hold; the exit status is 1 if one is missed. Gates of another device are shown, but not judged."""
+    """Say which gates hold; the exit status is 1 if one is missed. Gates of another device do not bind."""
     for gate, holds in gates.items():
         print(f"{('holds' if holds else 'MISSED') if binding else 'measured'}: {gate}")
     sys.exit(binding and not all(gates.values()))

@@ -122,7 +122,7 @@ class ProgressHandler:
 
 @dataclass(eq=False)
 class FiniteLoss:
-    """Writes the loss, and stops a run where it is not finite by a `ValueError`; attach it before what saves weights."""
+    """Writes the loss, and refuses one that is not finite by a `ValueError`; attach it before what saves weights."""
 
     interval: int = 10  # iterations between looks; each waits for the device
     writer: SummaryWriter | None = None  # gets `train_loss`

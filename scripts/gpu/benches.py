@@ -27,7 +27,8 @@ def main(out: str, work: str, device: str, small: bool, **_: object) -> bool:
         print(f"---- {name}\n{ended.stdout}", flush=True)
         gates = GATE.findall(ended.stdout)
         for verdict, what, value, sign, limit in gates:
-            results.add(f"{name}: {what} {sign} {limit}", float(value), None if verdict == "measured" else verdict == "holds")
+            holds = None if verdict == "measured" else verdict == "holds"
+            results.add(f"{name}: {what} {sign} {limit}", float(value), holds)
         if ended.returncode and not gates:  # else a limit was missed
             results.add(name, f"exit status {ended.returncode}", False)
             well = False
