@@ -298,12 +298,12 @@ def pretraining(study: Study) -> bool:
         with ZipFile(study.out / f"pretraining_{arm.name}.zip", "w") as archive:
             for path in [*arm.folder.glob("features_*.npz"), *arm.folder.glob("models/model.json")]:
                 archive.write(path, path.relative_to(study.folder))
-    sets = {of.name: of for of in labelled(str(study.data))}
+    judged = {of.name: of for of in labelled(str(study.data))}
     with ProcessPoolExecutor(1 if study.small else os.cpu_count()) as pool:
         asked = []
         for (name, question, fraction, kind), arm in product(QUESTIONS, arms):
-            columns = range(sets[name].questions[question][0].shape[1])
-            tasks = [pool.submit(auroc_of, arm, sets[name], question, fraction, kind, each) for each in columns]
+            columns = range(judged[name].questions[question][0].shape[1])
+            tasks = [pool.submit(auroc_of, arm, judged[name], question, fraction, kind, each) for each in columns]
             asked.append((f"{name}, {question}, {fraction:.0%}, {kind}: {arm.name}", tasks))
         for what, tasks in asked:
             study.results.add(what, float(np.nanmean([task.result() for task in tasks])))
