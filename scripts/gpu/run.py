@@ -102,7 +102,7 @@ def command_of(part: str, args: argparse.Namespace) -> list[str]:
         return [sys.executable, str(script), json.dumps(job)]
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     options = ["-m", "gpu", "-p", "rows", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    options += ["--basetemp", str(args.work / "tests"), "-n", str(min(12, os.cpu_count() or 1))]
+    options += ["--basetemp", str(args.work / "tests"), "-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     return [sys.executable, "-m", "pytest", *options, *map(str, files)]
 
 
