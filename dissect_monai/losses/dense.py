@@ -51,7 +51,8 @@ def _nearest(view: Placement, other: Placement, cells: torch.Size) -> tuple[Tens
     axes = [(2 * torch.arange(length, device=size.device) + 1) / length - 1 for length in cells]
     centers = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2).to(size.dtype)  # (M, dims)
     in_image = centers @ view.matrix.transpose(1, 2) + view.center[:, None]
-    in_other = torch.linalg.solve(other.matrix, (in_image - other.center[:, None]).transpose(1, 2)).transpose(1, 2)
+    # solve_ex, which does not wait for the device to see whether a matrix is singular: no view has a side of 0.
+    in_other = torch.linalg.solve_ex(other.matrix, (in_image - other.center[:, None]).mT).result.mT
     # Cells of the other view are the unit of length; of a grid the nearest point is found axis by axis.
     place = (in_other + 1) * size / 2 - 0.5
     index = place.round().clamp_min(0).minimum(size - 1)

@@ -40,5 +40,5 @@ class TestRows(Rows):
             name, seconds = report.nodeid.rpartition("/")[2], round(report.duration, 1)
             more = dict(report.user_properties)
             if report.failed and (crash := getattr(report.longrepr, "reprcrash", None)):
-                more["error"] = crash.message[:2000]
+                more["error"] = crash.message[:2000]  # the log may be cut off before its summary
             self.add(name, report.outcome, report.outcome == "passed", seconds=seconds, **more)

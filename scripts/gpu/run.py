@@ -137,7 +137,7 @@ def table(ended: list[Ended], out: Path) -> str:
             more = {name: each for name, each in row.items() if name not in ("what", "value", "holds", "metrics")}
             if part != "tests" or row["value"] == "failed" or more.keys() > {"seconds"}:
                 mark = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
-                told = "  ".join(f"{name} {each}" for name, each in more.items())
+                told = "  ".join(f"{name} {each}".split("\n")[0] for name, each in more.items())
                 value = f"{row['value']:.4g}" if isinstance(row["value"], float) else row["value"]
                 lines.append(f"  {row['what'][:80]:80} {value!s:>10} {mark:7} {told}"[:180].rstrip())
     return "\n".join(lines)
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the parts and exit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=ROOT / "runs" / "gpu_pack")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="what is worth keeping, 8 files")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="what is worth keeping, 9 files")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_work", help="all else")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", choices=["full", "small"], default="full")
@@ -161,6 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.limits |= {part: float(seconds) for part, _, seconds in asked if seconds}
     except ValueError:
         sys.exit(f"error: --parts must be of the form PART or PART=SECONDS, got {args.parts}.")
+    if not all(0 < seconds < float("inf") for seconds in args.limits.values()):
+        sys.exit(f"error: --parts must give a part more than 0 seconds, got {args.parts}.")
     if unknown := [part for part in parts if part not in LIMITS]:
         sys.exit(f"error: --parts must be of {', '.join(LIMITS)}, got {', '.join(unknown)}.")
     if not has_pack and (needy := [part for part in parts if part in [*LIMITS][2:]]):

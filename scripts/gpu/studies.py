@@ -34,6 +34,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import CacheDataset
 from rows import Rows
+from threadpoolctl import threadpool_limits
 
 from dissect_monai import read_datalist
 from dissect_monai.metrics.classification import macro_auroc
@@ -154,14 +155,17 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     group, speed = folder.parents[1] / "group", {}
     own: dict[str, Any] = {"output_dir": str(folder)}
     if job["after"]:
-        (own["pretrained"],) = map(str, wait_for([Path(job["after"])], job["deadline"] + PATIENCE))
+        if not wait_for([Path(job["after"])], job["deadline"] + job["patience"]):
+            sys.exit(f"error: {job['after']} was not written in time.")
+        own["pretrained"] = job["after"]
     else:
 
         def meet() -> None:
             write(group / f"{job['name']}.ready", True)
             wait_for([group / f"{name}.ready" for name in job["beside"]], time.time() + PATIENCE)
 
-        clock, endless = Clock(job["timing"], meet), {"max_epochs": 10**6, "val_interval": 10**6}
+        clock = Clock(job["timing"], meet)
+        endless = dict.fromkeys(("max_epochs", "val_interval", "ckpt_interval"), 10**6)
         timed = run(job, clock, output_dir=str(folder / "timing"), **endless)
         own |= {f"{part}#dataset": timed.get_parsed_content(f"{part}#dataset") for part in ("train", "validate")}
         epochs = clock.rate * (job["deadline"] - time.time()) / len(timed.get_parsed_content("train#dataloader"))
@@ -183,6 +187,11 @@ def do(path: Path) -> None:
     for of in labelled(job["films"]) if job["films"] else []:
         read = partial(kept, store=job["store"])
         judge.features_of(arm_of(path.parent, job["image_size"]), of, job["device"], read)
+    if job["films"] and job["configs"]:
+        root = path.parents[2]  # the names in the archive begin with the arm
+        with ZipFile(job["archive"], "w") as archive:
+            for file in [*path.parent.glob("features_*.npz"), path.parent / "models" / "model.json"]:
+                archive.write(file, file.relative_to(root))
     write(path.with_name("result.json"), found)
 
 
@@ -224,6 +233,7 @@ class Study:
             "films": None,
         }
         job |= {"device": self.device, "deadline": self.start + share * self.limit, "timing": 5, "most": 10**6}
+        job |= {"patience": 0.3 * self.limit}  # of a run that waits for another's weights
         job |= {"after": None, "beside": [], "equal": [name], **more}
         if self.small:
             job |= {"knobs": knobs | small, "timing": 0.2, "most": 1, "beside": [], "equal": job["equal"][:1]}
@@ -278,8 +288,9 @@ def pretraining(study: Study) -> bool:
     if not films:
         sys.exit("error: the pack must hold the X-rays cxr_*: make it anew, with a larger --limit_mib.")
     size = json.loads((study.pack / "manifest.json").read_text(encoding="utf-8"))["image_size"]
-    study.folder.mkdir(parents=True)
-    read_films(study.data, study.folder, size, 1 if study.small else os.cpu_count() or 1)
+    cores = 1 if study.small else os.cpu_count() or 1
+    study.folder.mkdir(parents=True, exist_ok=True)
+    read_films(study.data, study.folder, size, cores)
     kept_films = {"_target_": "studies.kept", "store": str(study.folder)}
     shared = {**FILMS, "image_size": size}
     for part, data in {"train": "$@datalist.training", "validate": "$@labelled.validation"}.items():
@@ -290,16 +301,13 @@ def pretraining(study: Study) -> bool:
     for name, knobs in ARMS.items():
         sets = [without_rsna(each, study.folder) if name == WITHOUT_RSNA else each for each in films]
         knobs = {**shared, **knobs, "dataset_dir": [str(each) for each in sets]}
-        folders.append(study.add(name, configs, knobs, 0.7, beside=[*ARMS], **more))
+        archive = str(study.out / f"pretraining_{name}.zip")
+        folders.append(study.add(name, configs, knobs, 0.7, beside=[*ARMS], archive=archive, **more))
     folders.append(study.add(judge.RANDOM, [], {}, 0, **more))
     well = study.finish()
     arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
-    for arm in arms[: len(ARMS)]:
-        with ZipFile(study.out / f"pretraining_{arm.name}.zip", "w") as archive:
-            for path in [*arm.folder.glob("features_*.npz"), *arm.folder.glob("models/model.json")]:
-                archive.write(path, path.relative_to(study.folder))
     judged = {of.name: of for of in labelled(str(study.data))}
-    with ProcessPoolExecutor(1 if study.small else os.cpu_count()) as pool:
+    with ProcessPoolExecutor(cores, initializer=threadpool_limits, initargs=(1,)) as pool:
         asked = []
         for (name, question, fraction, kind), arm in product(QUESTIONS, arms):
             columns = range(judged[name].questions[question][0].shape[1])
