@@ -31,8 +31,6 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = dicom.DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
-# What of a slice decides the values that ITK makes of it.
-_SCALE = ("RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "PixelRepresentation")
 _ZERO_SPACING = re.compile(rb"(\x18\0\x88\0(?:DS)?[\x02-\x10]\0(?:\0\0)?)([-+0. ]+)")
 _UNDECODED = "Failed to change to Implicit Transfer Syntax"  # what GDCM says of pixels that it cannot decompress
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
@@ -196,15 +194,13 @@ def _read_picture(path: Path) -> NDArray[Any]:
 def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
     """A DICOM volume, see `read_volume`. Its values are quantities, which no window clips."""
     volume = dicom.read_volume(path, series)
-    scales = {tuple(tags.get(name) for name in _SCALE) for tags in volume.slices}
-    # The first slice would decide the dtype of all.
-    kind = sitk.sitkUnknown if len(scales) == 1 else sitk.sitkFloat64
     with TemporaryDirectory() as folder:
         files = [fspath(file) for file in volume.files]
         if any(dicom.number(tags, "SpacingBetweenSlices") == 0 for tags in volume.slices):
             files = [_repaired(file, Path(folder, f"{index}.dcm")) for index, file in enumerate(volume.files)]
-        image = sitk.ReadImage(files if len(files) > 1 else files[0], kind, imageIO="GDCMImageIO")
-    array, _ = _from_itk(image)
+        # One by one: of a series, ITK takes the dtype of the first slice, and warns of jitter that `read_volume` allows.
+        slices = [_from_itk(sitk.ReadImage(file, imageIO="GDCMImageIO"))[0] for file in files]
+    array = np.concatenate([each.T for each in slices]).T
     if volume.frames != sorted(volume.frames):
         array = array[..., volume.frames]
     return _with_meta(array, volume.affine)
