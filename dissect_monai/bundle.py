@@ -77,12 +77,17 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
     """Config files and overrides of the command line and of its `--args_file`, as fire reads them.
 
     A value with a # is refused: fire takes it for a comment, and MONAI for a reference. Ids and expressions have it.
+    So is a path with a comma, which fire takes for a list.
     """
     for word in sys.argv[2:]:
         value = word.partition("=")[2] if word.startswith("--") else word
         if "#" in value and not set("@$%") & set(value):
             raise InputError(
                 f"a value must have no #, which starts a comment on this command line, got {value}: rename it."
+            )
+        if "," in value and os.path.exists(value):
+            raise InputError(
+                f"a path must have no comma, which parts a list on this command line, got {value}: rename it."
             )
     given: dict[str, Any] = fire.Fire(lambda *_, **named: named, command=sys.argv[2:], serialize=lambda _: None)
     if given.get("args_file"):

@@ -384,3 +384,13 @@ def test_a_value_with_a_hash_is_refused(monkeypatch: pytest.MonkeyPatch, words: 
     monkeypatch.setattr(sys, "argv", [*given, *words])
     with pytest.raises(InputError, match=r"a value must have no #, .* got .*: rename it"):
         run_arguments()
+
+
+def test_a_path_with_a_comma_is_refused_and_a_list_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["main", "run", "--config_file", "train.json", "--dataset_dir", "a,b"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert run_arguments() == ("train.json", {"dataset_dir": ("a", "b")})
+    Path("a,b").mkdir()
+    with pytest.raises(InputError, match=r"a path must have no comma, .* got a,b: rename it"):
+        run_arguments()

@@ -26,7 +26,8 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What is read of a file; all else is skipped. A DICOMDIR has only the class of its media.
 _KEYWORDS = {
     0x00020002: "SOPClassUID", 0x00020010: "TransferSyntaxUID", 0x00080008: "ImageType", 0x00080016: "SOPClassUID",
-    0x00080032: "AcquisitionTime", 0x00100020: "PatientID", 0x00180010: "ContrastBolusAgent", 0x00180081: "EchoTime",
+    0x00080032: "AcquisitionTime", 0x0008103E: "SeriesDescription", 0x00100020: "PatientID",
+    0x00180010: "ContrastBolusAgent", 0x00180060: "KVP", 0x00180081: "EchoTime",
     0x00180082: "InversionTime", 0x00180086: "EchoNumbers", 0x00180088: "SpacingBetweenSlices",
     0x00181060: "TriggerTime", 0x00181210: "ConvolutionKernel", 0x00181314: "FlipAngle",
     0x00189082: "EffectiveEchoTime", 0x00189087: "DiffusionBValue", 0x00189114: "MREchoSequence",
@@ -67,8 +68,8 @@ _NO_IMAGES = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("30", "66.4", "66.7",
 # What may tell slices of one place apart, in this order.
 _PHASES = (
     "EchoTime", "EchoNumbers", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex",
-    "TriggerTime", "InversionTime", "FlipAngle", "DiffusionBValue", "FrameReferenceTime", "ConvolutionKernel",
-    "ContrastBolusAgent", "AcquisitionNumber", "ImageType", "AcquisitionTime",
+    "TriggerTime", "InversionTime", "FlipAngle", "DiffusionBValue", "FrameReferenceTime", "ConvolutionKernel", "KVP",
+    "ContrastBolusAgent", "AcquisitionNumber", "ImageType", "SeriesDescription", "AcquisitionTime",
 )  # fmt: skip
 
 
@@ -359,6 +360,10 @@ def read_volume(path: Path, series: Series) -> Volume:
     order = sorted(kept, key=lambda index: float(heights[index]))
     places, slices = places[order], [slices[index] for index in order]
     _refuse_uneven(path, slices, [names[index] for index in order], places, heights[order])
+    if any(tags.get("ModalityLUTSequence") for tags in slices):
+        raise InputError(
+            f"{path} must have a slope and an intercept, got a table (ModalityLUTSequence): convert it to NIfTI."
+        )
     for name in ("RescaleIntercept", "RescaleSlope"):
         values = {number(tags, name) for tags in slices}
         if len(values) > 1 and (frames or None in values):

@@ -126,11 +126,11 @@ def refuse_other_units(image: torch.Tensor | NDArray[Any], where: str) -> None:
     low, high = float(values.min()), float(values.max())
     inner = values[(values > low) & (values < high)]
 
-    def share(least: float, most: float, of: NDArray[Any] = inner) -> float:
-        return float(np.mean((of > least) & (of < most))) if len(of) else 0.0
+    def share(least: float, most: float, floor: float = -inf) -> float:
+        found = inner[inner > floor]
+        return float(np.mean((found > least) & (found < most))) if len(found) else 0.0
 
-    above_air = inner[inner > -1000]
-    tissue, solid, thin = (share(*ends, above_air) for ends in ((850, 1300), (400, inf), (-1000, -100)))
+    tissue, solid, thin = share(850, 1300, -1000), share(400, inf, -1000), share(-1000, -100, -1000)
     fault, remedy = "", "write its HU anew from the original"
     if tissue > max(0.01, solid / 2) and thin < max(0.01, tissue / 10):
         fault, remedy = " with soft tissue at about 1000, as without the intercept", "subtract 1024 (or 1000)"

@@ -214,7 +214,9 @@ def test_no_phantom_gets_into_a_folder_with_results_of_real_images(
     for config in ("train", "evaluate", "inference"):
         path, knobs = str(bundle / "configs" / f"{config}.json"), {"output_dir": str(tmp_path), "num_workers": 0}
         for start in (run_config, lambda config, **knobs: run(config_file=config, **knobs)):
-            with refused(r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_d"):
+            with refused(
+                r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_d"
+            ):
                 start(path, **knobs)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -35,6 +35,7 @@ from monai.networks.nets import SegResNet
 
 from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.data.identity import pseudonyms
+from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import read_segmentation
 from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
 
@@ -312,9 +313,14 @@ def scored_subjects(dataset_dir: Path, cases: list[dict[str, str]]) -> list[str]
 
 
 def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(
-    trained: Path, organs: Path, tmp_path: Path
+    trained: Path, organs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decoded, decode = [], ImageFileReader.get_data
+    monkeypatch.setattr(ImageFileReader, "get_data", lambda self, path: decoded.append(path) or decode(self, path))
     cases = evaluate(organs, tmp_path, pretrained=model(trained))
+    assert sorted(path.name for path in decoded if path.parent.name == "images") == sorted(
+        Path(item["image"]).name for item in read_segmentation(organs).test
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["eval"]
     written = {"cases.csv", "summary.csv", "metrics.csv", "report.html"}
     assert {path.name for path in (tmp_path / "eval").iterdir()} == written
