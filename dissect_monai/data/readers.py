@@ -230,9 +230,9 @@ def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
     In the order of DICOM PS3.4 N.2: the table of the Modality LUT, which takes the place of slope and intercept; the
     window, or else the table of the VOI LUT; PresentationLUTShape. Padding becomes the darkest of the other values.
     """
-    inverted, signed = _is_inverted(tags), bool(tags.get("PixelRepresentation"))
     slope, intercept = _scale(tags)
     values, total = _uninverted(array, tags)
+    inverted, signed = values is not array, bool(tags.get("PixelRepresentation"))
     padding = np.zeros(array.shape, dtype=bool)
     if tags.get("PixelPaddingValue") is not None:
         padding = _is_padding((values - intercept) / (slope or 1.0), tags, signed)
@@ -251,10 +251,6 @@ def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
     return shown
 
 
-def _is_inverted(tags: dicom.Tags) -> bool:
-    return tags.get("PhotometricInterpretation") == "MONOCHROME1"
-
-
 def _scale(tags: dicom.Tags) -> tuple[float, float]:
     slope, intercept = (dicom.number(tags, name) for name in ("RescaleSlope", "RescaleIntercept"))
     return 1.0 if slope is None else slope, intercept or 0.0
@@ -265,7 +261,7 @@ def _uninverted(array: NDArray[Any], tags: dicom.Tags) -> tuple[NDArray[Any], fl
     slope, intercept = _scale(tags)
     # Lowest plus highest value of the stored bits.
     total = (-1 if tags.get("PixelRepresentation") else 2 ** (tags.get("BitsStored") or 8) - 1) * slope + 2 * intercept
-    return (total - array if _is_inverted(tags) else array), total
+    return (total - array if tags.get("PhotometricInterpretation") == "MONOCHROME1" else array), total
 
 
 def _is_padding(stored: NDArray[Any], tags: dicom.Tags, signed: bool) -> NDArray[np.bool_]:
@@ -425,7 +421,7 @@ def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
             f"{path} must have one spacing, got {sizes} mm in its sform and qform: set the code of the wrong one to 0."
         )
     unit = _UNITS.get(int(image.header["xyzt_units"]) % 8, 1.0)
-    affine: NDArray[Any] = np.diag([unit, unit, unit, 1.0]) @ (usable or [image.affine])[0]
+    affine: NDArray[Any] = (usable or [image.affine])[0] * np.array([[unit], [unit], [unit], [1.0]])
     # A picture needs no spacing across.
     return affine if 1 in image.shape[2:3] or len(image.shape) < 3 else _with_spacing(path, affine)
 
