@@ -7,8 +7,8 @@ from dissect_monai.bundle import check_training as check_training
 from dissect_monai.bundle import checkpoint_to_resume as checkpoint_to_resume
 from dissect_monai.bundle import destroy_group as destroy_group
 from dissect_monai.bundle import given_items as given_items
-from dissect_monai.bundle import phantoms_dir as phantoms_dir
 from dissect_monai.bundle import process_device as process_device
+from dissect_monai.bundle import refuse_phantoms as refuse_phantoms
 from dissect_monai.bundle import run_settings as run_settings
 from dissect_monai.common import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.common import __version__ as __version__

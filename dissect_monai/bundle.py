@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -54,6 +55,9 @@ def begin(seed: int | None = None) -> None:
     """
     if _is_command_line():
         sys.excepthook = _explain
+        # Of MONAI, of a reader that nobody asked for, wherever pydicom is installed.
+        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "NvImgCodecPydicomReader: ")
     workflow = running_workflow()
     if workflow is not None:
         _complete_tracking(workflow.parser)
@@ -73,12 +77,17 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
     """Config files and overrides of the command line and of its `--args_file`, as fire reads them.
 
     A value with a # is refused: fire takes it for a comment, and MONAI for a reference. Ids and expressions have it.
+    So is a path with a comma, which fire takes for a list.
     """
     for word in sys.argv[2:]:
         value = word.partition("=")[2] if word.startswith("--") else word
         if "#" in value and not set("@$%") & set(value):
             raise InputError(
                 f"a value must have no #, which starts a comment on this command line, got {value}: rename it."
+            )
+        if "," in value and os.path.exists(value):
+            raise InputError(
+                f"a path must have no comma, which parts a list on this command line, got {value}: rename it."
             )
     given: dict[str, Any] = fire.Fire(lambda *_, **named: named, command=sys.argv[2:], serialize=lambda _: None)
     if given.get("args_file"):
@@ -207,18 +216,18 @@ def run_settings(
     return {**{name: parser.get_parsed_content(name) for name in names}, **facts}
 
 
-def phantoms_dir(smoke: bool, output_dir: str | Path, pretrained: str | Path | None = None) -> str:
-    """Folder for the phantoms of a smoke run, which is no place for what was trained on other images or made of them.
+def refuse_phantoms(smoke: bool, output_dir: str | Path, pretrained: str | Path | None = None) -> None:
+    """First of the steps of `run`: no phantoms where there is what was trained on other images, or made of them.
 
-    Only a run of the command line is looked at: the model zoo parses a bundle with its weights and without data.
+    Whoever only parses a bundle with its weights and without data, as the model zoo does, does not come here.
 
     Raises:
         InputError: in a smoke run, before anything is written, if the weights that it uses or starts from, or weights,
             checkpoints or results in the output folder, are of other images.
     """
     folder, model = Path(output_dir, "phantoms"), Path(output_dir, "models", "model.pt")
-    if not smoke or not _is_command_line():
-        return str(folder)
+    if not smoke:
+        return
     remedy = "give `dataset_dir`, the images to use, or for a trial on phantoms another `output_dir`"
     said = {path: read_settings(path).get("phantoms") for path in (model, pretrained) if path and Path(path).is_file()}
     for path in (path for path, of_phantoms in said.items() if not of_phantoms):
@@ -227,7 +236,6 @@ def phantoms_dir(smoke: bool, output_dir: str | Path, pretrained: str | Path | N
     foreign = left[:1] if model not in said and not folder.is_dir() else [*filter(_shows_other_images, left)]
     if foreign:
         raise InputError(f"{foreign[0]} is of other images than phantoms, which must not take its place: {remedy}.")
-    return str(folder)
 
 
 def _shows_other_images(file: Path) -> bool:

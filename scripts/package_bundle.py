@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -22,6 +23,7 @@ from pathlib import Path
 import fire
 
 from dissect_monai import __version__
+from dissect_monai.data.identity import DIGITS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dissect_monai"
@@ -54,6 +56,8 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
 def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
     """Write the archive of a bundle and, beside it, its SHA-256 as `sha256sum` takes it; return the archive's path.
 
+    What version 0.1.0 recorded of subjects, which can be guessed, is left out of the settings with a warning.
+
     Args:
         bundle: its folder, in a git repository with the package beside `bundles`.
         weights: folder with models/model.pt and models/model.json, and codes/*.pt if the bundle leaves codes.
@@ -72,11 +76,28 @@ def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
         for name, file in sorted(files.items()):
             entry = zipfile.ZipInfo(f"{bundle.name}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
-            archive.writestr(entry, file.read_bytes())
+            content = file.read_bytes()
+            archive.writestr(entry, without_guessable(content, file) if name == WEIGHTS[1] else content)
     half.replace(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
     return path
+
+
+def without_guessable(content: bytes, path: Path) -> bytes:
+    """The settings beside weights without unsalted digests of subjects, as version 0.1.0 recorded them."""
+    settings = json.loads(content)
+    record = settings.pop("trained_on", None) or []
+    kept = [each for each in record if len(each) == DIGITS]
+    if len(kept) == len(record):
+        return content
+    print(
+        f"warning: {path} records {len(record) - len(kept)} subjects as version 0.1.0 did, in a form that can be "
+        "guessed, which is left out of the archive: evaluations by it cannot refuse them.",
+        file=sys.stderr,
+    )
+    settings |= {"trained_on": kept} if kept else {}  # without it, an evaluation says that nothing is known
+    return json.dumps(settings, indent=1).encode()
 
 
 def released_version(bundle: Path) -> str:

@@ -27,8 +27,8 @@ from dissect_monai.bundle import (
     checkpoint_to_resume,
     destroy_group,
     given_items,
-    phantoms_dir,
     process_device,
+    refuse_phantoms,
     run_arguments,
 )
 from dissect_monai.common import InputError
@@ -269,35 +269,28 @@ def test_an_output_has_its_folders_and_the_log_its_images(tmp_path: Path, caplog
         assert message in caplog.text
 
 
-@pytest.fixture
-def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dissect_monai.bundle._is_command_line", lambda: True)
-
-
-@pytest.mark.usefixtures("_command_line")
 def test_a_smoke_run_goes_where_nothing_or_a_smoke_run_has_been(tmp_path: Path) -> None:
-    assert phantoms_dir(True, tmp_path) == phantoms_dir(False, tmp_path) == str(tmp_path / "phantoms")
+    refuse_phantoms(True, tmp_path)
     (tmp_path / "eval").mkdir()
-    phantoms_dir(True, tmp_path)
+    refuse_phantoms(True, tmp_path)
     table = tmp_path / "eval" / "label_maps" / "label_maps.csv"
     table.parent.mkdir()
     table.write_text(f"image,label_map\n{tmp_path}/phantoms/images/0.png,0\n")
     np.savez(tmp_path / "eval" / "embeddings.npz", image=[f"{tmp_path}/phantoms/images/0.png"])
     with pytest.raises(InputError, match="is of other images than phantoms, which must not take its place: give `data"):
-        phantoms_dir(True, tmp_path)  # whose phantoms are nowhere
+        refuse_phantoms(True, tmp_path)  # whose phantoms are nowhere
     (tmp_path / "phantoms").mkdir()
-    phantoms_dir(True, tmp_path)
+    refuse_phantoms(True, tmp_path)
     for foreign in ("case,dice\n/data/0.nii,1\n", "image,error\n/data/0.png,\n"):
         table.write_text(foreign)
         with pytest.raises(InputError, match=r"label_maps\.csv is of other images"):
-            phantoms_dir(True, tmp_path)
+            refuse_phantoms(True, tmp_path)
     table.unlink()
     np.savez(tmp_path / "eval" / "embeddings.npz", image=["/data/0.png"])
     with pytest.raises(InputError, match=r"embeddings\.npz is of other images"):
-        phantoms_dir(True, tmp_path)
+        refuse_phantoms(True, tmp_path)
 
 
-@pytest.mark.usefixtures("_command_line")
 @pytest.mark.parametrize("said", [{"phantoms": False}, {}])
 def test_weights_of_other_images_are_for_no_phantoms(tmp_path: Path, said: dict[str, Any]) -> None:
     model = tmp_path / "models" / "model.pt"
@@ -305,10 +298,10 @@ def test_weights_of_other_images_are_for_no_phantoms(tmp_path: Path, said: dict[
     model.touch()
     for place in ((tmp_path, None), (tmp_path / "new", model)):
         with pytest.raises(InputError, match=r"model\.pt must be weights that were trained on phantoms"):
-            phantoms_dir(True, *place)
-    phantoms_dir(False, tmp_path, model)
+            refuse_phantoms(True, *place)
+    refuse_phantoms(False, tmp_path, model)
     write(model.with_suffix(".json"), {"phantoms": True})
-    phantoms_dir(True, tmp_path, model)
+    refuse_phantoms(True, tmp_path, model)
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
@@ -390,4 +383,14 @@ def test_a_value_with_a_hash_is_refused(monkeypatch: pytest.MonkeyPatch, words: 
     assert run_arguments() == ("train.json", {"train#augment#rotation": 5, "key": "$@train#dataset"})
     monkeypatch.setattr(sys, "argv", [*given, *words])
     with pytest.raises(InputError, match=r"a value must have no #, .* got .*: rename it"):
+        run_arguments()
+
+
+def test_a_path_with_a_comma_is_refused_and_a_list_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["main", "run", "--config_file", "train.json", "--dataset_dir", "a,b"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert run_arguments() == ("train.json", {"dataset_dir": ("a", "b")})
+    Path("a,b").mkdir()
+    with pytest.raises(InputError, match=r"a path must have no comma, .* got a,b: rename it"):
         run_arguments()

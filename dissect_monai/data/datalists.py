@@ -30,10 +30,12 @@ from dissect_monai.data.readers import (
 logger = logging.getLogger(__name__)
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
-# What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, segmentation-0.nii, label0001.
+# What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, aparc+aseg.mgz, lungMask-0.nii.
 _LABELS = re.compile(
-    r"(.*[-_. ])?(labels?|label[-_ ]?maps?|masks?|segs?|segmentations?|annotations?|gts?|(ground[-_ ]?)?truths?)"
-    r"([-_ ]?(tr|ts|val|train|test|\d+))?(\.\w+)?(\.gz)?",
+    r"(.*[-_.+ ])?(labels?|lbls?|label[-_ ]?maps?|[a-z]*masks?|msks?|[a-z]*segs?|segmentations?|[a-z]*seg[-_ ]?maps?|"
+    r"annot(ation)?s?|annos?|rois?|contours?|delineations?|outlines?|parcellations?|wmparc|aparc|struct(ure)?s?|"
+    r"rt[-_ ]?(structs?|ss)|[gcip]tvs?|oars?|gts?|((ground[-_ ]?)?truths?|gold[-_ ]?standards?))"
+    r"([-_ ]?(tr|ts|val|train|test|manual|final|left|right|(?<=[-_ ])[lr]|rater\d+|[a-z]?\d+(?!\d)))*(\.\w+)?(\.gz)?",
     re.IGNORECASE,
 )
 

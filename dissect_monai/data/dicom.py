@@ -6,11 +6,12 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from math import ceil, inf, prod
 from pathlib import Path
 from struct import calcsize, error, unpack
+from threading import Lock
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What is read of a file; all else is skipped. A DICOMDIR has only the class of its media.
 _KEYWORDS = {
     0x00020002: "SOPClassUID", 0x00020010: "TransferSyntaxUID", 0x00080008: "ImageType", 0x00080016: "SOPClassUID",
-    0x00080032: "AcquisitionTime", 0x00100020: "PatientID", 0x00180010: "ContrastBolusAgent", 0x00180081: "EchoTime",
+    0x00080032: "AcquisitionTime", 0x0008103E: "SeriesDescription", 0x00100020: "PatientID",
+    0x00180010: "ContrastBolusAgent", 0x00180060: "KVP", 0x00180081: "EchoTime",
     0x00180082: "InversionTime", 0x00180086: "EchoNumbers", 0x00180088: "SpacingBetweenSlices",
     0x00181060: "TriggerTime", 0x00181210: "ConvolutionKernel", 0x00181314: "FlipAngle",
     0x00189082: "EffectiveEchoTime", 0x00189087: "DiffusionBValue", 0x00189114: "MREchoSequence",
@@ -66,8 +68,8 @@ _NO_IMAGES = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("30", "66.4", "66.7",
 # What may tell slices of one place apart, in this order.
 _PHASES = (
     "EchoTime", "EchoNumbers", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex",
-    "TriggerTime", "InversionTime", "FlipAngle", "DiffusionBValue", "FrameReferenceTime", "ConvolutionKernel",
-    "ContrastBolusAgent", "AcquisitionNumber", "ImageType", "AcquisitionTime",
+    "TriggerTime", "InversionTime", "FlipAngle", "DiffusionBValue", "FrameReferenceTime", "ConvolutionKernel", "KVP",
+    "ContrastBolusAgent", "AcquisitionNumber", "ImageType", "SeriesDescription", "AcquisitionTime",
 )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ def num_frames(tags: Tags) -> int:
 
 def refuse_unreadable(path: Path, tags: Tags) -> None:
     """Refuse a file that is not whole, has no pixels, or has a transfer syntax that cannot be decoded."""
-    problem = tags.get("fault", "" if "pixels" in tags else "has no pixels")
+    problem = tags.get("fault", "" if is_image(tags) else "holds no image")
     if problem:
         raise InputError(
             f"{path} must be an intact image of DICOM, got: a file that {problem}. Replace it or remove it from the "
@@ -247,13 +249,26 @@ class Series(NamedTuple):
 def find_series(folder: Path) -> list[Series]:
     """The DICOM series in a folder, by their first file; objects without pixels are left out with a warning.
 
-    A file that cannot be read may belong to each of them, and so does.
+    A file that cannot be read may belong to each of them, and so does. A folder is parsed once for all its series,
+    and anew when its files change.
     """
+    with os.scandir(folder) as entries:
+        files = [(each.name, each.stat()) for each in entries if each.name[0] != "." and each.is_file()]
+    with _lock_of(folder):
+        return _parsed(folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
+
+
+@cache
+def _lock_of(folder: Path) -> Lock:
+    """One for the threads that read the volumes of a folder."""
+    return Lock()
+
+
+@lru_cache(maxsize=16)
+def _parsed(folder: Path, files: Sequence[tuple[Any, ...]]) -> list[Series]:
     found: dict[str, Series] = {}
     broken, left_out = [], []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_file():
-            continue
+    for path in (folder / name for name, *_ in files):
         if path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path):
             tags = read_tags(path)
             if not is_image(tags):
@@ -289,10 +304,8 @@ def series_of(path: Path) -> Series:
     if not path.is_dir():
         tags = read_tags(path)
         refuse_unreadable(path, tags)
-        alone = num_frames(tags) > 1
-        return (
-            Series([path], [tags]) if alone else next(each for each in find_series(path.parent) if path in each.files)
-        )
+        others = [] if num_frames(tags) > 1 else find_series(path.parent)
+        return next((each for each in others if path in each.files), Series([path], [tags]))
     series = find_series(path)
     if not series:
         raise ValueError("the folder must hold one DICOM series, got 0")
@@ -347,6 +360,10 @@ def read_volume(path: Path, series: Series) -> Volume:
     order = sorted(kept, key=lambda index: float(heights[index]))
     places, slices = places[order], [slices[index] for index in order]
     _refuse_uneven(path, slices, [names[index] for index in order], places, heights[order])
+    if any(tags.get("ModalityLUTSequence") for tags in slices):
+        raise InputError(
+            f"{path} must have a slope and an intercept, got a table (ModalityLUTSequence): convert it to NIfTI."
+        )
     for name in ("RescaleIntercept", "RescaleSlope"):
         values = {number(tags, name) for tags in slices}
         if len(values) > 1 and (frames or None in values):

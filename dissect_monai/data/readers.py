@@ -29,10 +29,9 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = dicom.DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
+_UNITS = {1: 1000.0, 3: 0.001}  # mm in the metres and microns of a NIfTI, by their code
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
-# What of a slice decides the values that ITK makes of it.
-_SCALE = ("RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "PixelRepresentation")
 _ZERO_SPACING = re.compile(rb"(\x18\0\x88\0(?:DS)?[\x02-\x10]\0(?:\0\0)?)([-+0. ]+)")
 _UNDECODED = "Failed to change to Implicit Transfer Syntax"  # what GDCM says of pixels that it cannot decompress
 # What SimpleITK says first: its function, source file and line, then its object and where that lies in memory.
@@ -196,15 +195,14 @@ def _read_picture(path: Path) -> NDArray[Any]:
 def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
     """A DICOM volume, see `read_volume`. Its values are quantities, which no window clips."""
     volume = dicom.read_volume(path, series)
-    scales = {tuple(tags.get(name) for name in _SCALE) for tags in volume.slices}
-    # The first slice would decide the dtype of all.
-    kind = sitk.sitkUnknown if len(scales) == 1 else sitk.sitkFloat64
     with TemporaryDirectory() as folder:
         files = [fspath(file) for file in volume.files]
         if any(dicom.number(tags, "SpacingBetweenSlices") == 0 for tags in volume.slices):
             files = [_repaired(file, Path(folder, f"{index}.dcm")) for index, file in enumerate(volume.files)]
-        image = sitk.ReadImage(files if len(files) > 1 else files[0], kind, imageIO="GDCMImageIO")
-    array, _ = _from_itk(image)
+        # One by one: of a series, ITK takes the dtype of the first slice, and warns of jitter that we allow.
+        slices = [_from_itk(sitk.ReadImage(file, imageIO="GDCMImageIO"))[0] for file in files]
+    uninverted = [_uninverted(each, tags)[0].T for each, tags in zip(slices, volume.slices, strict=False)]
+    array = np.concatenate(uninverted).T
     if volume.frames != sorted(volume.frames):
         array = array[..., volume.frames]
     return _with_meta(array, volume.affine)
@@ -232,13 +230,9 @@ def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
     In the order of DICOM PS3.4 N.2: the table of the Modality LUT, which takes the place of slope and intercept; the
     window, or else the table of the VOI LUT; PresentationLUTShape. Padding becomes the darkest of the other values.
     """
-    inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
-    bits, signed = tags.get("BitsStored") or 8, bool(tags.get("PixelRepresentation"))
-    slope, intercept = (dicom.number(tags, name) for name in ("RescaleSlope", "RescaleIntercept"))
-    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
-    # Lowest plus highest value of the stored bits, from which ITK subtracts to invert.
-    total = (-1 if signed else 2**bits - 1) * slope + 2 * intercept
-    values = total - array if inverted else array
+    slope, intercept = _scale(tags)
+    values, total = _uninverted(array, tags)
+    inverted, signed = values is not array, bool(tags.get("PixelRepresentation"))
     padding = np.zeros(array.shape, dtype=bool)
     if tags.get("PixelPaddingValue") is not None:
         padding = _is_padding((values - intercept) / (slope or 1.0), tags, signed)
@@ -255,6 +249,19 @@ def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
     if padding.any() and not padding.all():
         shown = np.where(padding, shown[~padding].min(), shown)
     return shown
+
+
+def _scale(tags: dicom.Tags) -> tuple[float, float]:
+    slope, intercept = (dicom.number(tags, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    return 1.0 if slope is None else slope, intercept or 0.0
+
+
+def _uninverted(array: NDArray[Any], tags: dicom.Tags) -> tuple[NDArray[Any], float]:
+    """The values that a file means, without ITK's inversion of MONOCHROME1, and what it has subtracted them from."""
+    slope, intercept = _scale(tags)
+    # Lowest plus highest value of the stored bits.
+    total = (-1 if tags.get("PixelRepresentation") else 2 ** (tags.get("BitsStored") or 8) - 1) * slope + 2 * intercept
+    return (total - array if tags.get("PhotometricInterpretation") == "MONOCHROME1" else array), total
 
 
 def _is_padding(stored: NDArray[Any], tags: dicom.Tags, signed: bool) -> NDArray[np.bool_]:
@@ -402,7 +409,7 @@ def _load_nifti(path: Path) -> Any:
 
 
 def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
-    """The sform if it has a code and a spacing, else the qform, else voxels of `pixdim` about the middle.
+    """The sform if it has a code and a spacing, else the qform, else voxels of `pixdim` about the middle, in mm.
 
     They may place a volume differently, in the scanner or in an atlas, but not with two spacings.
     """
@@ -413,7 +420,8 @@ def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
         raise InputError(
             f"{path} must have one spacing, got {sizes} mm in its sform and qform: set the code of the wrong one to 0."
         )
-    affine: NDArray[Any] = (usable or [image.affine])[0]
+    unit = _UNITS.get(int(image.header["xyzt_units"]) % 8, 1.0)
+    affine: NDArray[Any] = (usable or [image.affine])[0] * np.array([[unit], [unit], [unit], [1.0]])
     # A picture needs no spacing across.
     return affine if 1 in image.shape[2:3] or len(image.shape) < 3 else _with_spacing(path, affine)
 

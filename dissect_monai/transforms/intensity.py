@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -117,15 +118,24 @@ class ForegroundIndicesd(MapTransform):
 def refuse_other_units(image: torch.Tensor | NDArray[Any], where: str) -> None:
     """Refuse a CT whose values are no HU: without intercept, or rescaled; what may be greys of 8 bits is logged.
 
-    Without its intercept, of -1000 or -1024, hardly a voxel is as low as air, lung or fat, and more than half of those
-    above 400, as soft tissue then is, lie between 850 and 1300. No crop without air, window or bone looks so.
+    Without its intercept, of -1000 or -1024, hardly a voxel is as low as lung or fat, and more than half of those above
+    400, as soft tissue then is, lie between 850 and 1300. No crop without air, window or bone looks so. The lowest and
+    the highest value, and all up to -1000, may be padding or the ends of a window, and say nothing.
     """
     values = sample_voxels(image)
     low, high = float(values.min()), float(values.max())
-    tissue, solid = float(np.mean((values > 850) & (values < 1300))), float(np.mean(values > 400))
+    inner = values[(values > low) & (values < high)]
+
+    def share(least: float, most: float, floor: float = -inf) -> float:
+        found = inner[inner > floor]
+        return float(np.mean((found > least) & (found < most))) if len(found) else 0.0
+
+    tissue, solid, thin = share(850, 1300, -1000), share(400, inf, -1000), share(-1000, -100, -1000)
     fault, remedy = "", "write its HU anew from the original"
-    if tissue > max(0.01, solid / 2) and np.mean((values > -1100) & (values < -100)) < 0.01:
+    if tissue > max(0.01, solid / 2) and thin < max(0.01, tissue / 10):
         fault, remedy = " with soft tissue at about 1000, as without the intercept", "subtract 1024 (or 1000)"
+    elif share(-inf, -1150) > 0.05 and share(-500, inf) < 0.1:
+        fault, remedy = " with air at about -2000, as with the intercept twice", "add 1024 (or 1000)"
     elif np.mean(values > 5000) > 0.05:
         fault = ", many of them above 5000"
     elif 0 < high - low < 20:

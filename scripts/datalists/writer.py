@@ -165,6 +165,8 @@ def print_counts(source: Source, splits: Splits) -> None:
         counts = [Counter(record.label[index] for record in records if record.label) for records in splits.values()]
         lines.append([name, *(f"{count[1]} / {count[0]} / {count[None]}" for count in counts)])
     for value, name in source.labels.items():
+        if name.lower() == "ignore":  # which is no structure
+            continue
         shown = [
             {record.group(source.folder) for record in records if value in record.values} for records in splits.values()
         ]

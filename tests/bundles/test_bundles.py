@@ -31,7 +31,7 @@ from helpers import (
     weights,
     write,
 )
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow, run
 from monai.utils import ensure_tuple
 
 import dissect_monai
@@ -212,8 +212,12 @@ def test_no_phantom_gets_into_a_folder_with_results_of_real_images(
     shutil.copytree(recipe_of(bundle.name).finished, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for config in ("train", "evaluate", "inference"):
-        with refused(r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_dir"):
-            run_config(bundle / "configs" / f"{config}.json", output_dir=tmp_path, num_workers=0)
+        path, knobs = str(bundle / "configs" / f"{config}.json"), {"output_dir": str(tmp_path), "num_workers": 0}
+        for start in (run_config, lambda config, **knobs: run(config_file=config, **knobs)):
+            with refused(
+                r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_d"
+            ):
+                start(path, **knobs)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -35,6 +35,7 @@ from monai.networks.nets import SegResNet
 
 from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.data.identity import pseudonyms
+from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import read_segmentation
 from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
 
@@ -325,6 +326,16 @@ def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(
     report = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     assert "right adrenal gland" in report
     assert "optimistic" not in report
+
+
+def test_evaluation_decodes_each_volume_once_but_for_the_pictures(
+    trained: Path, organs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, decode = [], ImageFileReader.get_data
+    monkeypatch.setattr(ImageFileReader, "get_data", lambda self, path: decoded.append(str(path)) or decode(self, path))
+    evaluate(organs, tmp_path, pretrained=model(trained), report=False)
+    test = [item["image"] for item in read_segmentation(organs).test]
+    assert sorted({*test} & {*decoded}) == sorted(path for path in decoded if path in test) == sorted(test)
 
 
 def scores_by_hand(dataset_dir: Path, maps: Path, class_names: list[str]) -> dict[tuple[str, str], float]:

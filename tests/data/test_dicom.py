@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import monai.data
 import numpy as np
 import pydicom
 import pytest
@@ -31,7 +32,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from dissect_monai.data import dicom
 from dissect_monai.data.datalists import read_datalist
+from dissect_monai.data.datasets import read_all
 from dissect_monai.data.dicom import read_tags
 from dissect_monai.data.readers import ImageFileReader, read_grid
 
@@ -119,15 +122,17 @@ TILTED = np.array([[-0.75, 0, 0, 10], [0, -0.48, 0, -20], [0, 0.14, 2.5, 0], [0,
         (HEIGHTS, lambda index: {"SpacingBetweenSlices": 0}, AFFINE),
         (HEIGHTS, lambda index: {"SpacingBetweenSlices": 20, "SliceThickness": 0}, AFFINE),
         (HEIGHTS, lambda index: {"AcquisitionNumber": index // 4}, AFFINE),  # one above the other
+        (HEIGHTS, lambda index: {"PhotometricInterpretation": "MONOCHROME1"}, AFFINE),  # of a viewer, not of HU
     ],
-    ids=["even", "jitter", "tilted gantry", "spacing of 0", "another spacing", "two runs"],
+    ids=["even", "jitter", "tilted gantry", "spacing of 0", "another spacing", "two runs", "shown inverted"],
 )
 def test_positions_decide_for_header_and_reader_alike(
-    tmp_path: Path, heights: np.ndarray, change: Change, affine: np.ndarray
+    tmp_path: Path, heights: np.ndarray, change: Change, affine: np.ndarray, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = series(tmp_path, heights, change)
     array, found = load(folder)
     np.testing.assert_array_equal(array, EXPECTED)
+    assert capfd.readouterr().err == ""  # where ITK warns of what is accepted
     np.testing.assert_allclose(found, affine, atol=1e-6)
     grid = read_grid(folder)
     np.testing.assert_array_equal(grid.affine, found)
@@ -184,6 +189,22 @@ def test_films_of_a_patient_are_of_one_subject(tmp_path: Path, caplog: pytest.Lo
     assert "left out, as they are no images: report.dcm." in caplog.text
 
 
+def test_a_folder_is_parsed_once_for_all_its_series_and_anew_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[Path] = []
+    monkeypatch.setattr(dicom, "read_tags", lambda path: parsed.append(path) or read_tags(path))
+    for uid in "1234":
+        series(tmp_path, uid=uid, name=f"{uid}_")
+    items = read_datalist(tmp_path, spatial_dims=3).training
+    read_all(monai.data.Dataset(items, lambda item: read_grid(item["image"])), num_workers=4)
+    assert sum(path.name != f"{path.name[0]}_0.dcm" for path in parsed) == 4 * (SLICES - 1)
+    content = (tmp_path / "1_1.dcm").read_bytes()
+    (tmp_path / "1_1.dcm").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"1_1\.dcm must be an intact image"):
+        read_grid(tmp_path / "1_0.dcm")
+
+
 # --- what is refused
 
 
@@ -227,6 +248,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "aside": (lambda f: series(f, change=aside), "slices at even distances"),
     "copies": (copied, r"one slice at each place, got 9 at 8, as a3 \(1\)\.dcm and a3\.dcm are copies"),
     "echoes": (lambda f: both(f, "EchoTime", "10", "80"), r"got 16 at 8, which differ in EchoTime \(10, 80\)"),
+    "energies": (lambda f: both(f, "KVP", "80", "140"), r"differ in KVP \(140, 80\)"),
+    "table": (
+        lambda f: series(f, change=lambda index: {"ModalityLUTSequence": table(0, [*range(256)])}),
+        r"must have a slope and an intercept, got a table \(ModalityLUTSequence\)",
+    ),
     "phases": (lambda f: both(f, "AcquisitionNumber", None, 2), r"differ in AcquisitionNumber \(2, none\)"),
     "cut off": (lambda f: cut(f, 0.9), CUT),
     "cut short": (lambda f: cut(f, 0.3), CUT),

@@ -54,7 +54,9 @@ def test_links_to_one_file_elsewhere_are_files(tmp_path: Path) -> None:
 BESIDE = {
     "imagesTr/c_{}_0000.nii.gz": "labelsTr/c_{}.nii.gz", "s{}/ct.nii.gz": "s{}/segmentations/liver.nii.gz",
     "p{}/t1.nii": "p{}/p_seg.nii", "volume-{}.nii": "segmentation-{}.nii", "img000{}.nii.gz": "label000{}.nii.gz",
-    "a{}.nrrd": "a{}.seg.nrrd", "CXR_{}.png": "CXR_{}_mask.png", "COVID/images/{}.png": "COVID/masks/{}.png",
+    "a{}.nrrd": "a{}.seg.nrrd", "a{}/T1.nii": "a{}/aparc+aseg.nii", "b{}/ct.nii": "b{}/roi_left.nii",
+    "c/sub-{}_T1w.nii": "c/sub-{}_dseg.nii", "d{}.png": "contours/d{}.png", "e{}.png": "leftMask/e{}.png",
+    "CXR_{}.png": "CXR_{}_mask.png", "COVID/images/{}.png": "COVID/masks/{}.png",
 }  # fmt: skip
 
 

@@ -174,10 +174,12 @@ def test_a_picture_is_turned_as_its_orientation_says(tmp_path: Path, suffix: str
     np.testing.assert_allclose(found, SHOWN[orientation - 1].T.astype(int), atol=2)
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_white_is_zero_is_inverted_at_any_depth(tmp_path: Path, dtype: Any) -> None:
+def test_white_is_zero_is_inverted_at_any_depth(tmp_path: Path, dtype: Any, compression: str | None) -> None:
     pixels = PICTURE.astype(dtype) * (1 if dtype == np.uint8 else 200)
-    Image.fromarray(np.iinfo(dtype).max - pixels).save(tmp_path / "a.tif", tiffinfo={262: 1})
+    picture = Image.fromarray(np.iinfo(dtype).max - pixels)
+    picture.save(tmp_path / "a.tif", tiffinfo={262: 1}, compression=compression)
     content = (tmp_path / "a.tif").read_bytes()
     field = b"\x06\x01\x03\x00\x01\x00\x00\x00"  # tag 262, one short
     (tmp_path / "a.tif").write_bytes(content.replace(field + b"\x01", field + b"\x00"))
@@ -237,6 +239,16 @@ def test_a_quaternion_that_rounding_made_too_long_is_read(tmp_path: Path) -> Non
     expected = np.diag([-1, -1, 1]) @ np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     np.testing.assert_allclose(read_grid(path).affine[:3, :3], expected, atol=1e-4)
     np.testing.assert_array_equal(load(path), VOXELS)
+
+
+@pytest.mark.parametrize(("code", "unit"), [(0, 1), (1, 1000), (2, 1), (3, 0.001), (7, 1)])
+def test_the_unit_of_a_nifti_counts(tmp_path: Path, code: int, unit: float) -> None:
+    path = write_nifti(tmp_path / "a.nii", AFFINE, 1, AFFINE, 1)
+    content = bytearray(path.read_bytes())
+    content[123] = code + 8  # and seconds
+    path.write_bytes(content)
+    for affine in (read_grid(path).affine, LoadImage(reader=ImageFileReader(spatial_dims=3))(path).affine):
+        np.testing.assert_allclose(affine[:3], unit * AFFINE[:3], rtol=1e-6)
 
 
 def test_what_its_name_or_its_voxels_are_not_is_said(tmp_path: Path) -> None:

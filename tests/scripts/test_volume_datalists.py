@@ -383,3 +383,12 @@ def test_subjects_are_counted_per_split_and_structure(tmp_path: Path, capsys: py
     assert cells["gallbladder"] == ["1", "0", "0"]
     assert cells["left_adrenal_gland"] == ["24", "6", "0"]
     assert (unit, wrote) == ("(structures: subjects whose label map shows them)", f"wrote {tmp_path}/dataset.json")
+
+
+def test_what_is_not_annotated_is_listed_but_counts_as_no_structure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "Task09_Spleen"
+    run(*msd(folder, labels={"background": 0, "spleen": 1, "ignore": 2}), "--overwrite")
+    assert "ignore" not in capsys.readouterr().out
+    assert read(folder / "dataset.json")["labels"] == {"0": "background", "1": "spleen", "2": "ignore"}

@@ -81,6 +81,21 @@ def test_the_same_commit_and_weights_give_the_same_bytes(bundle: Path, tmp_path:
     assert (digest, name) == (hashlib.sha256(second.read_bytes()).hexdigest(), second.name)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"), [(["0" * 12] * 2, None), (["0" * 12, "1" * 16], ["1" * 16]), (["1" * 16], ["1" * 16]), ([], [])]
+)
+def test_digests_of_subjects_that_can_be_guessed_are_left_out(
+    bundle: Path, tmp_path: Path, given: list[str], kept: list[str] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = write(bundle / "models" / "model.json", {"in_channels": 1, "trained_on": given, "seed": 0})
+    with zipfile.ZipFile(package(bundle, bundle, tmp_path / "dist")) as archive:
+        found = archive.read("seg_finetune_btcv/models/model.json")
+    expected = {"in_channels": 1, "seed": 0} | ({} if kept is None else {"trained_on": kept})
+    assert json.loads(found) == expected
+    assert (found == settings.read_bytes()) == (given == kept)
+    assert ("in a form that can be guessed" in capsys.readouterr().err) == (given != kept)
+
+
 def test_a_version_without_a_changelog_entry_is_refused(bundle: Path, tmp_path: Path) -> None:
     metadata = bundle / "configs" / "metadata.json"
     write(metadata, {**read(metadata), "version": "0.3.0"})

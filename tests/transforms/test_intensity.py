@@ -169,19 +169,27 @@ ABDOMEN = scan(air=20, fat=35, tissue=40, bone=5)
 @pytest.mark.parametrize("image", [CHEST, ABDOMEN, scan(tissue=9, vessel=1), scan(air=96, tissue=4)])
 @pytest.mark.parametrize(("offset", "modality"), [(1000, "CT"), (1024, "cta")])
 def test_ct_without_its_intercept_is_refused(image: np.ndarray, offset: int, modality: str) -> None:
-    padded = np.concatenate([np.full((1, 9000), -2000 - offset), image], 1)  # as scanners do beside the field of view
-    for stored in (image, image.clip(-offset), padded):
+    stored = image + offset
+    # As scanners have it beside the field of view, and resampling around a volume, here with values between the two.
+    beside = [[np.full((1, 9000), value)] for value in (-2000, -1024, -1000)]
+    beside += [[*beside[0], *beside[1]], [*beside[1], np.linspace(-1024, 1000, image.size // 50)[None]]]
+    for padding in ([stored.clip(0)], [], *beside):
         with pytest.raises(ValueError, match=r"a volume is listed as CT, .* without the intercept: subtract 1024"):
-            normalized(stored + offset, modality)
+            normalized(np.concatenate([*padding, stored], 1), modality)
+    if image.min() < -500:
+        with pytest.raises(ValueError, match="air at about -2000, as with the intercept twice: add 1024"):
+            normalized(image - offset, modality)
     normalized(image + offset, "OT")
 
 
-@pytest.mark.parametrize("window", [(-2000, 3000), (-160, 240), (-160, 2000), (0, 80), (0, 2000)])
+@pytest.mark.parametrize("window", [(-2000, 3000), (-160, 240), (-160, 2000), (0, 80), (0, 2000), (-1000, 1000)])
 def test_ct_that_is_cropped_or_clipped_to_a_window_is_none_of_it(
     window: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     bony, masked = scan(tissue=5, bone=5), scan(padding=3, tissue=7)
-    for image in (CHEST, ABDOMEN, scan(tissue=1), scan(fat=5, tissue=5), masked, bony, scan(lung=10, tissue=1)):
+    masked_again = np.concatenate([np.full((1, 9000), -1024), CHEST], 1)
+    others = (masked, masked_again, bony, scan(lung=10, tissue=1), np.maximum(CHEST, -1024))
+    for image in (CHEST, ABDOMEN, scan(tissue=1), scan(fat=5, tissue=5), *others):
         assert len(normalized(image.clip(*window), "CT").unique()) > 1
     assert not caplog.records
 
