@@ -55,9 +55,6 @@ class BatchAugment(nn.Module):
         contrast: range of the factor on the distance from the mean of the view.
         blur_sigma: range of the standard deviation of the Gaussian blur, in pixels of the view.
         blur_prob: probability of a blur.
-
-    Raises:
-        ValueError: if an argument is outside its range, or images have the wrong shape or dtype.
     """
 
     def __init__(
@@ -88,14 +85,10 @@ class BatchAugment(nn.Module):
         self.blur_prob = _checked("blur_prob", blur_prob, highest=1)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augment every image once.
+        """Augment every image once: (B, C, *spatial) → (B, C, *image_size), float32 in [0, 1], channels last.
 
-        Args:
-            images: shape (B, C, *spatial), uint8 in [0, 255] or floating in [0, 1]; values outside are clipped.
-            generator: source of the draws, on the device of the images; None takes the default one.
-
-        Returns:
-            float32 in [0, 1], shape (B, C, *image_size), channels last in memory.
+        Images are uint8 in [0, 255] or floating in [0, 1]; values outside are clipped. The generator of the draws is on
+        their device; None takes the default one.
         """
         return self.placed(images, generator).images
 
