@@ -32,7 +32,7 @@ def write_volume_phantoms(
     dataset.json holds `name`, `description`, `task`, `group`, `modality` and `labels` (value to name) beside the splits
     of {"image", "label", "subject"}, one volume a subject. Numbers of subjects are those of each task; a subject does
     not depend on them. `image_size` voxels lie along the longest side of a field of view, 16 or more; under 40, a small
-    organ may be lost. Each of `tasks`, among `VOLUME_TASKS`, has a folder of its name in `output_dir`, see `write_once`;
+    organ may be lost. Each of `tasks`, of `VOLUME_TASKS`, has a folder of its name in `output_dir`, see `write_once`;
     they are returned in this order.
     """
     counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))

@@ -1,23 +1,9 @@
 import pytest
 import torch
 from helpers import small_resnet
-from torch import nn
 
 from dissect_monai.networks.optimizers import adamw, trained_part
 from dissect_monai.networks.vqssl import VQSSLNet
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
-
-
-def test_biases_and_norms_do_not_decay() -> None:
-    decaying, others = adamw(network(), 0.1, 0.1).param_groups
-    assert decaying["weight_decay"] == 0.1
-    assert others["weight_decay"] == 0
-    assert [each.ndim for each in decaying["params"]] == [4, 2]
-    assert [each.ndim for each in others["params"]] == [1, 1, 1, 1]
 
 
 def test_every_trainable_parameter_is_in_one_group_and_no_other() -> None:
