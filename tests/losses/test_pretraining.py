@@ -25,21 +25,16 @@ def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
     return net, torch.rand(8, 1, 32, 32)
 
 
-def test_vqssl_terms_are_named_scalars() -> None:
-    for decode, last in ((False, []), (True, ["reconstruction"])):
+def test_vqssl_is_the_weighted_sum_of_named_scalars() -> None:
+    weights = {"continuous": 0.5, "discrete": 2.0, "commitment": 3.0, "reconstruction": 7.0}
+    for decode in (True, False):
+        weights |= {} if decode else {"reconstruction": 0.0}
         net, views = net_and_views(decode)
-        terms = VQSSLLoss(objective="byol").terms(net(views), views)
-        assert list(terms) == ["continuous", "discrete", "commitment", *last]
+        output, loss = net(views), VQSSLLoss(*weights.values(), objective="byol")
+        terms = loss.terms(output, views)
+        assert list(terms) == [*weights][: 3 + decode]
         assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
-
-
-def test_vqssl_is_the_weighted_sum_of_the_terms() -> None:
-    net, views = net_and_views(decode=True)
-    output = net(views)
-    loss = VQSSLLoss(0.5, 2.0, 3.0, 7.0, objective="byol")
-    terms = loss.terms(output, views)
-    expected = 0.5 * terms["continuous"] + 2 * terms["discrete"] + 3 * terms["commitment"] + 7 * terms["reconstruction"]
-    torch.testing.assert_close(loss(output, views), expected)
+        torch.testing.assert_close(loss(output, views), sum(weights[name] * term for name, term in terms.items()))
 
 
 def test_only_the_continuous_weight_is_plain_byol() -> None:

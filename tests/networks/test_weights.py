@@ -21,9 +21,7 @@ LAST = {"conv_final.2.conv.weight", "conv_final.2.conv.bias"}
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_while_writing_leaves_the_former_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_writing_leaves_the_former_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     former = nn.Linear(1, 1)
     save_weights(former, tmp_path / "model.pt", {"encoder": "resnet18"})
     flush, flushed = os.fsync, []

@@ -30,7 +30,7 @@ def test_writes_a_folder_for_each_task_in_two_groups_and_modalities(folders: lis
     assert all(dataset["description"] for dataset in datasets)
 
 
-def test_items_name_their_files_and_one_subject_each(folders: list[Path]) -> None:
+def test_items_name_their_files_of_one_grid_and_one_subject_each(folders: list[Path]) -> None:
     for folder in folders:
         dataset = read(folder / "dataset.json")
         assert [len(dataset[split]) for split in SPLITS] == [3, 2, 1]
@@ -38,11 +38,6 @@ def test_items_name_their_files_and_one_subject_each(folders: list[Path]) -> Non
         assert len({item["subject"] for item in items}) == 6
         listed = {item[key] for item in items for key in ("image", "label")}
         assert listed == {name for name in files(folder) if name.endswith(".nii.gz")}
-
-
-def test_image_and_label_map_share_grid_and_both_forms_of_the_affine(folders: list[Path]) -> None:
-    for folder in folders:
-        dataset = read(folder / "dataset.json")
         for item in dataset["training"]:
             image, label = (nib.load(folder / item[key]) for key in ("image", "label"))
             assert image.shape == label.shape
