@@ -146,7 +146,8 @@ SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 # Knobs, what must hold of them in a config that has them all, and what is said if it does not.
 _FITS: list[tuple[str, Callable[..., bool], str]] = [
     ("train::trainer::max_epochs schedule_epochs", lambda epochs, schedule: epochs <= schedule,
-     "`schedule_epochs` must be at least `max_epochs`, got {1} and {0}: past its end the learning rate would rise again."),
+     "`schedule_epochs` must be at least `max_epochs`, got {1} and {0}: past its end the learning rate would rise "
+     "again."),
     ("schedule_epochs warmup_epochs", lambda schedule, warmup: warmup < schedule,
      "`warmup_epochs` must be fewer than the {0} of the schedule, got {1}."),
     ("train::trainer::max_epochs val_interval select",
