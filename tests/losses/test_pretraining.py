@@ -11,7 +11,7 @@ from dissect_monai.losses.contrastive import hierarchical_contrast
 from dissect_monai.losses.pretraining import HSSLLoss, VQSSLLoss, regression_loss, unexplained_variance
 from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.networks.vqssl import VQSSLNet
-from dissect_monai.transforms.augment import Corrupt, Placement
+from dissect_monai.transforms.augment import Placement, mask_blocks
 from dissect_monai.transforms.views import HierarchyTarget, ViewBatch
 
 TERMS = ["image", "task", "group", "classification", "reconstruction"]
@@ -76,7 +76,7 @@ def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:
     noise = torch.rand(4, 1, *[size] * spatial_dims, generator=generator)
     images = 0.3 * TASK.view(-1, 1, *[1] * spatial_dims) + 0.4 * noise
     views = images.repeat(2, *[1] * (spatial_dims + 1)).clamp(0, 1)
-    images, masked = Corrupt(0.4, mask_size=4)(views, generator)
+    images, masked = mask_blocks(views, 0.4, 4, generator)
     return ViewBatch(images, HierarchyTarget(views, masked, TASK, GROUP))
 
 
