@@ -195,16 +195,6 @@ def test_equals_the_naive_loss(spatial_dims: int, rotation: float) -> None:
     torch.testing.assert_close(dense_contrast(features, placement, 0.2), expected)
 
 
-@both_dims
-def test_is_small_where_each_place_has_a_feature_of_its_own(spatial_dims: int) -> None:
-    cells = (3,) * spatial_dims
-    one_hot = torch.eye(math.prod(cells)).T.reshape(1, -1, *cells)
-    placement = Placement(torch.eye(spatial_dims).expand(2, -1, -1), torch.zeros(2, spatial_dims))  # the same place
-    assert dense_contrast(one_hot.expand(2, *one_hot.shape[1:]), placement, 0.05) < 1e-4
-    moved = torch.cat([one_hot, one_hot.roll(1, 2)])
-    assert dense_contrast(moved, placement, 0.05) > 5
-
-
 def test_views_that_do_not_overlap_have_no_loss_and_no_gradient() -> None:
     features = torch.randn(2, 4, 3, 3, requires_grad=True)
     quarter = Placement(0.2 * torch.eye(2).expand(2, -1, -1), torch.tensor([[-0.7, 0.0], [0.7, 0.0]]))
