@@ -86,6 +86,9 @@ class VQSSLLoss(_WeightedTerms):
             network, see `VQSSLNet(predict=...)`.
         temperature: of `nt_xent`, positive.
 
+    Raises:
+        ValueError: if all weights are 0, or `objective` is unknown.
+
     Reference:
         Singh and Mishra, DiSSECT, arXiv 2509.18765, whose objective is BYOL's. Departures: the other objectives; the
         discrete embedding has predictors of its own.
@@ -167,6 +170,9 @@ class HSSLLoss(_WeightedTerms):
         temperature: of all contrasts, positive.
         num_tasks: None for several.
         num_groups: the same.
+
+    Raises:
+        ValueError: if all weights are 0, or `temperature` is not positive.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation

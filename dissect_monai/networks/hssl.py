@@ -34,12 +34,15 @@ class HSSLNet(nn.Module):
     load weights to go on from afterwards.
 
     Args:
-        segresnet: the network in 2-D or 3-D, with as many output as input channels, for it must reconstruct its input.
+        segresnet: the network in 2-D or 3-D, with as many output as input channels.
         num_tasks: of the first classifier.
         num_groups: of the second.
         hidden_dim: width of the hidden layer of the projection heads.
         out_dim: width of the embeddings.
         dense: whether to build the head of the dense contrast.
+
+    Raises:
+        ValueError: if `segresnet` cannot reconstruct its input.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation

@@ -176,6 +176,9 @@ class MultiScaleQuantizer(nn.Module):
         embedding_dim: width to which every stage is projected.
         kwargs: the other arguments of `EMACodebook`.
 
+    Raises:
+        ValueError: if an argument is outside its range, or `num_embeddings` does not fit `in_channels`.
+
     Reference:
         Singh and Mishra, DiSSECT, arXiv 2509.18765: discrete bottleneck at several scales.
     """

@@ -44,6 +44,9 @@ class DeepSupervisionNet(nn.Module):
         num_heads: how many coarser levels have an output, from the finest on; at least 1 and fewer than the levels of
             the decoder.
 
+    Raises:
+        ValueError: if `num_heads` is out of range.
+
     Reference:
         Lee et al., Deeply-supervised nets, AISTATS 2015, Sec. 2.
     """

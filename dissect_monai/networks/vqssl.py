@@ -131,6 +131,9 @@ class VQSSLNet(nn.Module):
         decode: whether to build the decoder for the reconstruction term.
         predict: whether to build the predictors and the momentum target, which BYOL alone needs.
 
+    Raises:
+        ValueError: if `stages` is empty, not increasing, or names a stage that the encoder does not have.
+
     Reference:
         Singh and Mishra, DiSSECT, arXiv 2509.18765; Grill et al., BYOL, NeurIPS 2020. Independent implementation from
         the abstract and the method's described predecessors. Departures: the *online* features are quantised, so that

@@ -55,6 +55,9 @@ class BatchAugment(nn.Module):
         contrast: range of the factor on the distance from the mean of the view.
         blur_sigma: range of the standard deviation of the Gaussian blur, in pixels of the view.
         blur_prob: probability of a blur.
+
+    Raises:
+        ValueError: if an argument is outside its range, or images have the wrong shape or dtype.
     """
 
     def __init__(
