@@ -40,6 +40,13 @@ def test_every_position_gets_its_nearest_code(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(output.commitment, 0.25 * F.mse_loss(output.features, inputs))
 
 
+def test_channels_last_input_is_not_copied() -> None:
+    inputs = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    output = plain_codebook()(inputs)
+    assert output.projected.data_ptr() == inputs.data_ptr()
+    assert output.features.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_first_training_batch_seeds_the_codes() -> None:
     codebook = EMACodebook(16, 8, decay=0.0, revive_fraction=0)
     [inputs] = batches(1, 2, 8, 4, 4)

@@ -7,6 +7,7 @@ import compare_commits
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 NAN = float("nan")
@@ -86,3 +87,11 @@ def test_refuses_commits_without_outputs(tmp_path: Path) -> None:
     (tmp_path / "b" / "outputs" / "run" / "0.done").touch()
     with pytest.raises(SystemExit, match=r"b/outputs must hold what the runs left, got no file. Remove it"):
         report(tmp_path)
+
+
+@pytest.mark.parametrize("call", [call for calls in compare_commits.RUNS.values() for call in calls])
+def test_runs_configs_that_exist(call: str) -> None:
+    configs, *_ = call.split()
+    for config in configs.split("+"):
+        bundle, name = config.split("/")
+        assert (ROOT / "bundles" / bundle / "configs" / f"{name}.json").is_file()
