@@ -67,10 +67,8 @@ from dissect_monai.networks.vqssl import VQSSLNet as VQSSLNet
 from dissect_monai.networks.weights import load_weights as load_weights
 from dissect_monai.networks.weights import read_settings as read_settings
 from dissect_monai.phantoms.volumes import write_volume_phantoms as write_volume_phantoms
-from dissect_monai.phantoms.xray import XRAY_FINDINGS as XRAY_FINDINGS
 from dissect_monai.phantoms.xray import write_xray_phantoms as write_xray_phantoms
 from dissect_monai.transforms.augment import BatchAugment as BatchAugment
-from dissect_monai.transforms.augment import Corrupt as Corrupt
 from dissect_monai.transforms.intensity import ForegroundIndicesd as ForegroundIndicesd
 from dissect_monai.transforms.intensity import NormalizeModalityd as NormalizeModalityd
 from dissect_monai.transforms.labels import LargestComponentsd as LargestComponentsd

@@ -16,6 +16,7 @@ from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
 from dissect_monai.networks.optimizers import MODES
+from dissect_monai.networks.vqssl import FUSIONS
 from dissect_monai.networks.weights import refuse_bad_mode
 
 ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
@@ -127,7 +128,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_one_of(2, 3), "spatial_dims", ""),
     (_one_of(*BALANCES), "class_balance", ""),
     (_one_of(*ENCODERS), "encoder", ""),
-    (_one_of("add", "attention", "concat", "replace"), "fusion", ""),
+    (_one_of(*FUSIONS), "fusion", ""),
     (_one_of("cosine", "euclidean"), "metric", ""),
     (_one_of(*MODES), "mode", ""),
     (_one_of(*OBJECTIVES), "objective", ""),
@@ -144,45 +145,26 @@ SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 
 # Knobs, what must hold of them in a config that has them all, and what is said if it does not.
 _FITS: list[tuple[str, Callable[..., bool], str]] = [
-    (
-        "train::trainer::max_epochs schedule_epochs",
-        lambda epochs, schedule: epochs <= schedule,
-        "`schedule_epochs` must be at least `max_epochs`, got {1} and {0}: past its end the learning rate would rise "
-        "again.",
-    ),
-    (
-        "schedule_epochs warmup_epochs",
-        lambda schedule, warmup: warmup < schedule,
-        "`warmup_epochs` must be fewer than the {0} of the schedule, got {1}.",
-    ),
-    (
-        "train::trainer::max_epochs val_interval select",
-        lambda epochs, interval, select: select != "best" or interval <= epochs,
-        "`val_interval` must be at most `max_epochs` where `select` is best, got {1} and {0}: no weights would ever be "
-        "chosen.",
-    ),
+    ("train::trainer::max_epochs schedule_epochs", lambda epochs, schedule: epochs <= schedule,
+     "`schedule_epochs` must be at least `max_epochs`, got {1} and {0}: past its end the learning rate would rise "
+     "again."),
+    ("schedule_epochs warmup_epochs", lambda schedule, warmup: warmup < schedule,
+     "`warmup_epochs` must be fewer than the {0} of the schedule, got {1}."),
+    ("train::trainer::max_epochs val_interval select",
+     lambda epochs, interval, select: select != "best" or interval <= epochs,
+     "`val_interval` must be at most `max_epochs` where `select` is best, got {1} and {0}: no weights would ever be "
+     "chosen."),
     ("a_min a_max", lambda low, high: low < high, "`a_min` must be below `a_max`, got {0} and {1}."),
-    (
-        "patch_size spatial_dims blocks_down",
-        lambda size, dims, blocks: not any(each % 2 ** (len(blocks) - 1) for each in size[:dims]),
-        "`patch_size` must be multiples of 2 for each level of `blocks_down` but the first, got {0} for {2}.",
-    ),
-    (
-        "blocks_down blocks_up",
-        lambda down, up: len(up) == len(down) - 1,
-        "`blocks_up` must have one value fewer than `blocks_down`, got {1} and {0}.",
-    ),
-    (
-        "mask_size patch_size spatial_dims",
-        lambda mask, size, dims: mask < min(size[:dims]),
-        "`mask_size` must be smaller than the sides of `patch_size`, else all is masked or nothing, got {0} for {1}.",
-    ),
-    (
-        "batch_size sampling_temperature",
-        lambda batch_size, _: batch_size % 2 == 0,
-        "`batch_size` must be even, as two volumes of a task are drawn together, got {0}.",
-    ),
-]
+    ("patch_size spatial_dims blocks_down",
+     lambda size, dims, blocks: not any(each % 2 ** (len(blocks) - 1) for each in size[:dims]),
+     "`patch_size` must be multiples of 2 for each level of `blocks_down` but the first, got {0} for {2}."),
+    ("blocks_down blocks_up", lambda down, up: len(up) == len(down) - 1,
+     "`blocks_up` must have one value fewer than `blocks_down`, got {1} and {0}."),
+    ("mask_size patch_size spatial_dims", lambda mask, size, dims: mask < min(size[:dims]),
+     "`mask_size` must be smaller than the sides of `patch_size`, else all is masked or nothing, got {0} for {1}."),
+    ("batch_size sampling_temperature", lambda batch_size, _: batch_size % 2 == 0,
+     "`batch_size` must be even, as two volumes of a task are drawn together, got {0}."),
+]  # fmt: skip
 
 
 def check_knobs(parser: ConfigParser) -> None:

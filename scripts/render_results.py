@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fire
 import numpy as np
@@ -190,17 +190,8 @@ def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
         for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
             sizes, values, lows, highs = np.transpose(lines[recipe])
             moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
-            ax.errorbar(
-                moved,
-                values,
-                [values - lows, highs - values],
-                label=recipe,
-                color=color,
-                marker=marker,
-                markersize=5,
-                capsize=2,
-                elinewidth=1,
-            )
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
+            ax.errorbar(moved, values, [values - lows, highs - values], label=recipe, **style)
         ax.set_xscale("log")
         ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
         ax.minorticks_off()

@@ -403,6 +403,26 @@ def pick(rows: Iterable[dict[str, str]], **wanted: str) -> dict[str, str]:
     return row
 
 
+SPLITS = ("training", "validation", "test")
+
+
+def make_list(*arguments: object) -> None:
+    """`scripts/make_datalist.py` in this process."""
+    from make_datalist import main
+
+    main([str(argument) for argument in arguments])
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What the data list of a folder says."""
+    return read(folder / "dataset.json")
+
+
+def sizes(folder: Path) -> list[int]:
+    """Numbers of images in its splits."""
+    return [len(content(folder)[split]) for split in SPLITS]
+
+
 def images(items: list[dict[str, Any]]) -> list[str]:
     return [Path(item["image"]).name for item in items]
 

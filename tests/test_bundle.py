@@ -123,25 +123,16 @@ BAD = {
     "largest_only": [3],
 }  # fmt: skip
 GOOD = {
-    "stages": [[2, 3, 4], [4], (1,)],
-    "dataset_dir": [None, "a", ["a", "b"]],
-    "num_folds": [0, 5],
-    "amp": [True, "false", "True"],
-    "findings": [None, "Mass", ["Mass", "No finding"]],
-    "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}],
-    "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
-}
+    "stages": [[2, 3, 4], [4], (1,)], "dataset_dir": [None, "a", ["a", "b"]], "num_folds": [0, 5],
+    "amp": [True, "false", "True"], "findings": [None, "Mass", ["Mass", "No finding"]],
+    "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}], "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_bad_value_is_refused_with_the_name_of_the_knob(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"`{name}` must be .*, got {re.escape(repr(value))}"):
         check_knobs(ConfigParser({name: value}))
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
-def test_a_good_value_passes(name: str, value: Any) -> None:
-    check_knobs(ConfigParser({name: value}))
 
 
 def test_a_knob_may_be_an_expression() -> None:
@@ -181,6 +172,7 @@ def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], mes
 @pytest.mark.parametrize(
     "knobs",
     [
+        *({name: value} for name, values in GOOD.items() for value in values),
         {"patch_size": [16, 8, 9], "spatial_dims": 2, "blocks_down": [1] * 4},  # of slices the third side is not used
         {"batch_size": 7},
         {"a_min": 5},
@@ -188,7 +180,7 @@ def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], mes
         {"mode": "linear_probe", "pretrained": None},  # of random features
     ],
 )
-def test_knobs_are_compared_where_all_are_used(knobs: dict[str, Any]) -> None:
+def test_good_values_pass_and_are_compared_where_all_are_used(knobs: dict[str, Any]) -> None:
     check_knobs(ConfigParser(knobs))
 
 
@@ -317,17 +309,14 @@ def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     check_training(False, None, tmp_path, None)  # and so may a training of a server
 
 
-@pytest.mark.parametrize("resume", [True, "true", "auto", False, "false"])
-def test_a_run_goes_on_if_it_is_to(tmp_path: Path, resume: bool | str) -> None:
-    (tmp_path / "checkpoint_epoch=3.pt").touch()
-    found = checkpoint_to_resume(resume, tmp_path)
-    assert found == (None if resume in (False, "false") else str(tmp_path / "checkpoint_epoch=3.pt"))
-
-
-def test_auto_begins_where_true_must_go_on(tmp_path: Path) -> None:
+def test_a_run_goes_on_if_it_is_to_and_auto_begins_where_true_must_go_on(tmp_path: Path) -> None:
     assert checkpoint_to_resume("auto", tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint_epoch=N\.pt"):
         checkpoint_to_resume("true", tmp_path)
+    newest = tmp_path / "checkpoint_epoch=3.pt"
+    newest.touch()
+    assert {checkpoint_to_resume(resume, tmp_path) for resume in (True, "true", "auto")} == {str(newest)}
+    assert {checkpoint_to_resume(resume, tmp_path) for resume in (False, "false")} == {None}
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

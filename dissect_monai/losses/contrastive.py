@@ -32,9 +32,6 @@ def hierarchical_contrast(
         group: integer group of each item, shape (B,).
         temperature: divides the cosine similarities, positive; smaller weighs the nearest negatives more.
 
-    Raises:
-        ValueError: if there are not two or more views of each item.
-
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886): the levels. Khosla et al.,
         Supervised Contrastive Learning, NeurIPS 2020, Eq. 2: the form of all three. Independent implementation from
@@ -82,16 +79,9 @@ def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperatur
 
 @torch.no_grad()
 def retrieval_accuracy(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Share of the embeddings whose nearest other one, by cosine, has the same label; of this process alone.
+    """Share of the embeddings (N, D) whose nearest other one, by cosine, has the same label; of this process alone.
 
     Of several views of an image leave all but one out where the other view of an image is no worthy answer.
-
-    Args:
-        embeddings: shape (N, D), N ≥ 2.
-        labels: integers of shape (N,).
-
-    Returns:
-        scalar in [0, 1].
 
     Example:
         >>> retrieval_accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([5, 5, 7]))

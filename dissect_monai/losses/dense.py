@@ -24,7 +24,7 @@ def dense_contrast(features: Tensor, placement: Placement, temperature: float = 
         temperature: divides the cosine similarities, positive.
 
     Returns:
-        scalar, at least 0; 0 if no view overlaps with the other.
+        scalar; 0 if no view overlaps with the other.
 
     Reference:
         Wang et al., Dense Contrastive Learning (DenseCL), CVPR 2021, Sec. 3.3: the loss. Xie et al., Propagate Yourself

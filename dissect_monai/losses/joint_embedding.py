@@ -1,4 +1,7 @@
-"""What draws the embeddings of two views of an image together, and keeps all others apart: NT-Xent, VICReg, BYOL."""
+"""What draws the embeddings of two views of an image together, and keeps all others apart: NT-Xent, VICReg, BYOL.
+
+All take embeddings of shape (2·B, D), the first view of every image, then the second, and return a scalar from 0 on.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,7 @@ OBJECTIVES = ("nt_xent", "vicreg", "byol")
 def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     """BYOL's loss 2 − 2·cos, each view against the *other* view of its image, averaged over both directions.
 
-    Args:
-        predictions: online predictions of shape (2·B, D): the first view of every image, then the second.
-        targets: of the same shape and order; BYOL's have no gradient.
-
-    Returns:
-        scalar in [0, 4].
+    The targets have the shape of the online predictions; BYOL's have no gradient. The loss is at most 4.
 
     Reference:
         Grill et al., Bootstrap Your Own Latent, NeurIPS 2020, Eq. 2.
@@ -37,17 +35,8 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 def nt_xent(embeddings: Tensor, temperature: float = 0.2) -> Tensor:
     """SimCLR's contrast: the positive of a view is the other view of its image, all other views are negatives.
 
-    Over several processes, the views of all of them; see `supervised_contrast`, whose form with one positive it is.
-
-    Args:
-        embeddings: shape (2·B, D): the first view of every image, then the second.
-        temperature: divides the cosine similarities, positive.
-
-    Returns:
-        scalar, at least 0.
-
-    Raises:
-        ValueError: if the number of views is odd.
+    Over several processes, the views of all of them; see `supervised_contrast`, whose form with one positive it is. The
+    temperature, which must be positive, divides the cosine similarities.
 
     Reference:
         Chen et al., A Simple Framework for Contrastive Learning (SimCLR), ICML 2020, Eq. 1.
@@ -61,16 +50,8 @@ def vicreg(embeddings: Tensor) -> Tensor:
     """VICReg with its published weights: (25 · invariance + 25 · variance + covariance) / 25.
 
     Over several processes with equally many views each, variances and covariances are those of all views, and gradients
-    become those of the joined batch when `DistributedDataParallel` averages them. In float32, under autocast, too.
-
-    Args:
-        embeddings: shape (2·B, D): the first view of every image, then the second; at least two images in all.
-
-    Returns:
-        scalar, at least 0.
-
-    Raises:
-        ValueError: if the number of views is odd.
+    become those of the joined batch when `DistributedDataParallel` averages them. There must be two images or more. In
+    float32, under autocast, too.
 
     Reference:
         Bardes et al., VICReg, ICLR 2022, Eq. 1–6, λ = μ = 25, ν = 1; means over dimensions as in the authors' code.

@@ -35,15 +35,7 @@ class MultiLabelLoss(nn.Module):
         return cls(positive_weights(items, label_names, class_balance))
 
     def forward(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Loss of one batch.
-
-        Args:
-            pred: logits of shape (B, C).
-            label: shape (B, C), 1, 0 or NaN (unknown).
-
-        Returns:
-            A scalar; 0 if no label is known.
-        """
+        """Loss, a scalar, of logits (B, C) and labels (B, C), 1, 0 or NaN (unknown); 0 if no label is known."""
         known = ~label.isnan()
         if self.positive_weight is not None:
             self.positive_weight = self.positive_weight.to(pred.device)  # once: to move it waits for the device
@@ -59,13 +51,8 @@ def positive_weights(items: list[Item], label_names: Sequence[str], class_balanc
     A weight w moves the logits up by about log w, and the probabilities with them: they rank as before, but are no
     frequencies any more, and a temperature does not repair it. For calibrated probabilities choose "none".
 
-    Args:
-        items: the labelled training items.
-        label_names: names of the C findings.
-        class_balance: "weighted" for negatives / positives, "none" for 1.
-
-    Returns:
-        Shape (C,); 1 for a finding without positives or without negatives.
+    They are of shape (C,): with the `class_balance` "weighted" negatives / positives of the labelled training items, 1
+    for a finding without either; with "none" all are 1.
     """
     labels = label_matrix(items, label_names)
     positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)

@@ -121,12 +121,8 @@ class VQSSLLoss(_WeightedTerms):
     def terms(self, output: SSLOutput, target: Tensor) -> dict[str, Tensor]:
         """Unweighted terms by name, scalars; over several processes, all must call it.
 
-        Args:
-            output: what `VQSSLNet` returned for 2·B views.
-            target: the views (2·B, C, *spatial) in [0, 1], which the decoder must reconstruct.
-
-        Raises:
-            ValueError: if reconstruction has a weight but the network no decoder, or `byol` no target.
+        `target` are the views (2·B, C, *spatial) in [0, 1], which the decoder must reconstruct. A network without the
+        decoder or the target that the weights ask for is refused.
         """
         terms = self._regressions(output) if self.objective == "byol" else self._similarities(output)
         terms["commitment"] = torch.stack([s.commitment * s.features.shape[1] for s in output.quantized]).sum()
@@ -172,8 +168,8 @@ class HSSLLoss(_WeightedTerms):
             the mean of that over the masked voxels and that over all, or, without a mask, over all.
         dense_weight: contrast of the places within an image, see `dense_contrast`.
         temperature: of all contrasts, positive.
-        num_tasks: number of tasks; None for several.
-        num_groups: number of groups; None for several.
+        num_tasks: None for several.
+        num_groups: the same.
 
     Raises:
         ValueError: if all weights are 0, or `temperature` is not positive.
@@ -213,13 +209,7 @@ class HSSLLoss(_WeightedTerms):
     def terms(self, output: HSSLOutput, target: HierarchyTarget) -> dict[str, Tensor]:
         """Unweighted terms by name, scalars; over several processes, all must call it.
 
-        Args:
-            output: what `HSSLNet` returned for V·B views.
-            target: what `HierarchyViews` keeps of the same batch.
-
-        Raises:
-            ValueError: if the batch does not hold two or more views of each item, or the dense contrast has a weight
-                but the network no head for it.
+        A batch without two views of each item, or a network without the head that `dense_weight` asks for, is refused.
         """
         terms = hierarchical_contrast(output.embeddings, target.task, target.group, self.temperature)
         num_views = len(output.task_logits) // len(target.task)

@@ -125,9 +125,6 @@ def fit_temperature(logit: ArrayLike, label: ArrayLike) -> float:
     Returns:
         T in [0.05, 20], above 1 for an overconfident model; an end of that range where there is no optimum.
 
-    Raises:
-        ValueError: if no label is known, or a logit is not finite.
-
     Reference:
         Guo et al., On calibration of modern neural networks, ICML 2017, Sec. 4.2; for sigmoids instead of a softmax.
     """

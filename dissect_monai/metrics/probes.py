@@ -54,9 +54,6 @@ def extract_features(
         loader: batches with an "image" of shape (B, C, *spatial): uint8, which is scaled to [0, 1], or float.
         device: where to run.
         stages_fn: maps encoder and images to one feature map (B, C, *spatial) per stage, the last stage last.
-
-    Raises:
-        ValueError: if the loader is empty.
     """
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
@@ -128,15 +125,8 @@ def linear_probe(train_x: Array, train_y: Array, val_x: Array, val_y: Array, tes
     equals; without such a finding it is `DEFAULT_C`, and the log says so. Items of unknown label are dropped finding by
     finding. Findings with a single class in training are named in the log.
 
-    Args:
-        train_x: features (N, D); the scaler and the models are fitted on them alone.
-        train_y: labels (N, C), 1, 0 or NaN (unknown).
-        val_x: validation features.
-        val_y: validation labels.
-        test_x: features (M, D).
-
-    Returns:
-        Probabilities of shape (M, C), NaN for a finding that lacks a class in training.
+    Features are (N, D), labels (N, C), 1, 0 or NaN (unknown); the scaler and the models are fitted on those of training
+    alone. Probabilities of the M test items are (M, C), NaN for a finding that lacks a class in training.
     """
     c = _choose_c(train_x, train_y, val_x, val_y)
     if left_out := tuple(np.flatnonzero(~both_classes(train_y)).tolist()):

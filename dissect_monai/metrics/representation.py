@@ -51,13 +51,8 @@ def code_usage(indices: Tensor, num_embeddings: int) -> Tensor:
 def effective_rank(features: Tensor) -> Tensor:
     """Number of directions that the features fill: the exponential of the entropy of their singular values.
 
-    The features are centred first, so that a collapsed set (all rows equal) has the lowest value, 1.
-
-    Args:
-        features: shape (N, D), any float dtype.
-
-    Returns:
-        A float64 scalar in [1, min(N, D)].
+    Features (N, D) are centred first, so that a collapsed set (all rows equal) has the lowest value, 1; the largest is
+    min(N, D).
 
     Reference:
         Roy & Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007, Definition 1.

@@ -66,9 +66,6 @@ def score_structures(
         labels: values of each named structure, {name: values}, as `aggregate` gives them; they may overlap.
         spacing: mm between voxels along the three axes.
         tolerance: of the surface Dice in mm.
-
-    Raises:
-        ValueError: if a label map is not 3-D or has fractions.
     """
     label_map, pred_map = integer_map("label", label), integer_map("pred", pred)
     found = [ndimage.find_objects(part) for part in (label_map, pred_map)]

@@ -25,11 +25,8 @@ REMEDY = "give the `output_dir` of a finished pretraining, which has models/ and
 class DiscreteCodes(nn.Module):
     """Turns images into codes at several scales, and codes into images: pretraining without its heads and target.
 
-    Args:
-        encoder: as pretraining left it.
-        quantizer: of the chosen stages.
-        stages: of the encoder, counted from 1, fine to coarse.
-        decoder: None without a reconstruction term.
+    `stages` of the encoder are quantised, counted from 1, fine to coarse; without a reconstruction term there is no
+    `decoder`.
     """
 
     def __init__(
@@ -71,9 +68,6 @@ class DiscreteCodes(nn.Module):
 
         Returns:
             one tensor (B, *spatial_i) for each stage, fine to coarse, int64 in [0, num_embeddings[i]).
-
-        Raises:
-            ValueError: if the images are whole numbers, which no scaling to [0, 1] leaves.
         """
         if not images.is_floating_point():
             raise InputError(f"`images` must be float in [0, 1], got {images.dtype}: scale their intensities first.")
@@ -97,9 +91,6 @@ class DiscreteCodes(nn.Module):
 
         Returns:
             shape (B, C, *image_size), float in [0, 1].
-
-        Raises:
-            ValueError: if pretraining had no reconstruction term, or the number of scales is another one.
         """
         if self.decoder is None:
             raise InputError("these codes have no decoder: pretrain with a positive `reconstruction_weight`.")

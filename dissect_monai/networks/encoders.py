@@ -18,17 +18,8 @@ def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     """Feature maps of every stage of a stock MONAI encoder, fine to coarse.
 
     A `ResNet` gives the outputs of its four residual layers, a network with `encode` (`SegResNet`) the maps of each
-    level, and any other module must itself return a list of maps.
-
-    Args:
-        encoder: the encoder; its own parameters and buffers are used, nothing is wrapped or copied.
-        images: batch of shape (B, C, *spatial).
-
-    Returns:
-        maps of shape (B, C_i, *spatial_i), one per stage.
-
-    Raises:
-        ValueError: if the encoder returns something else than a list of maps.
+    level, and any other module must itself return a list of maps. Images are of shape (B, C, *spatial), maps of shape
+    (B, C_i, *spatial_i).
     """
     if isinstance(encoder, ResNet):
         x = encoder.act(encoder.bn1(encoder.conv1(images)))
@@ -62,10 +53,8 @@ def pool(features: Tensor) -> Tensor:
 class SegResNetEncoder(nn.Module):
     """The encoder of a `SegResNet` without its decoder, which would wait for a gradient that never comes.
 
-    The keys of its state dict are those of the `SegResNet`, so that its weights load into one by key.
-
-    Args:
-        segresnet: the network whose modules are used; nothing is copied.
+    It uses the modules of the network and copies nothing; the keys of its state dict are those of the `SegResNet`, so
+    that its weights load into one by key.
     """
 
     def __init__(self, segresnet: SegResNet) -> None:
@@ -75,11 +64,7 @@ class SegResNetEncoder(nn.Module):
         self.down_layers = segresnet.down_layers
 
     def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The bottleneck and the maps of all levels, fine to coarse, as `SegResNet.encode` gives them.
-
-        Args:
-            images: batch of shape (B, in_channels, *spatial).
-        """
+        """The bottleneck of images (B, in_channels, *spatial) and the maps of all levels, fine to coarse."""
         maps = [self.dropout(self.convInit(images))]
         for layer in self.down_layers:
             maps.append(layer(maps[-1]))
@@ -91,15 +76,9 @@ class SegResNetEncoder(nn.Module):
 
 
 def place_network(network: nn.Module, device: torch.device | str, mode: str = "scratch") -> nn.Module:
-    """Move a network to a device, with the weights of its convolutions in channels-last order.
+    """Move a network to a device, in place, with the weights of its convolutions in channels-last order.
 
-    Args:
-        network: the network, changed in place.
-        device: where to.
-        mode: "linear_probe" freezes all but the head `fc`, see `trained_part`.
-
-    Returns:
-        what is to be trained: the network, or its head alone.
+    Returns what is to be trained: the network or, in the mode "linear_probe", its head alone, see `trained_part`.
     """
     is_3d = any(parameter.ndim == 5 for parameter in network.parameters())
     memory_format = torch.channels_last_3d if is_3d else torch.channels_last

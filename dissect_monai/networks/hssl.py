@@ -35,8 +35,8 @@ class HSSLNet(nn.Module):
 
     Args:
         segresnet: the network in 2-D or 3-D, with as many output as input channels.
-        num_tasks: number of tasks.
-        num_groups: number of groups.
+        num_tasks: of the first classifier.
+        num_groups: of the second.
         hidden_dim: width of the hidden layer of the projection heads.
         out_dim: width of the embeddings.
         dense: whether to build the head of the dense contrast.
@@ -79,11 +79,7 @@ class HSSLNet(nn.Module):
         self.dense_projector = _mlp(conv, width, hidden_dim, out_dim) if dense else None
 
     def forward(self, images: Tensor) -> HSSLOutput:
-        """Embed, classify and reconstruct views.
-
-        Args:
-            images: shape (V·B, in_channels, *spatial), float in [0, 1]; sizes are multiples of the bottleneck's stride.
-        """
+        """Embed, classify and reconstruct views, (V·B, in_channels, *spatial) in [0, 1], of multiples of the stride."""
         features, maps = self.segresnet.encode(images)
         pooled = pool(features)
         return HSSLOutput(

@@ -44,17 +44,10 @@ def adamw(network: nn.Module, learning_rate: float, weight_decay: float, layer_d
 
 
 def trained_part(network: nn.Module, mode: str) -> nn.Module:
-    """What the trainer trains: in "linear_probe" the head alone, on a `FeatureDataset`; else all of the network.
+    """What the trainer trains: in "linear_probe" the head `fc` alone, on a `FeatureDataset`; else all of the network.
 
     In "linear_probe" all but the head is frozen, and the network put into eval mode: the batch norms of an encoder that
-    a trainer gets would drift.
-
-    Args:
-        network: a MONAI `ResNet` with `num_classes`.
-        mode: "linear_probe", "finetune" or "scratch".
-
-    Raises:
-        ValueError: if `mode` is unknown.
+    a trainer gets would drift. The other modes are "finetune" and "scratch".
     """
     if mode not in MODES:
         raise InputError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")

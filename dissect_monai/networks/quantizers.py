@@ -47,9 +47,6 @@ class EMACodebook(nn.Module):
         revive_fraction: a code whose running cluster size falls below this fraction of the mean size is dead and
             becomes a current feature, of twice that size; in [0, 1), 0 revives none.
 
-    Raises:
-        ValueError: if an argument is outside its range.
-
     Reference:
         van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017, Appendix A.1 (EMA updates).
         Seeding from data and reviving dead codes are our additions; both are free of random numbers, so a resumed
@@ -96,9 +93,6 @@ class EMACodebook(nn.Module):
         Returns:
             Maps of the size of the input. The gradient of `features` passes to the input unchanged, `commitment` draws
             the input to its code, and the codes get no gradient.
-
-        Raises:
-            ValueError: if the number of channels is not `embedding_dim`.
         """
         if self.training and self.data_init and not self._seeded:
             self._seed(self._rows(inputs.detach()))
@@ -177,7 +171,7 @@ class MultiScaleQuantizer(nn.Module):
 
     Args:
         spatial_dims: 2 or 3.
-        in_channels: number of channels of each stage.
+        in_channels: of each stage.
         num_embeddings: number of codes, one for all stages or one per stage.
         embedding_dim: width to which every stage is projected.
         kwargs: the other arguments of `EMACodebook`.
@@ -207,11 +201,7 @@ class MultiScaleQuantizer(nn.Module):
         self.codebooks = nn.ModuleList(EMACodebook(size, embedding_dim, **kwargs) for size in sizes)
 
     def forward(self, features: Sequence[Tensor]) -> list[Quantized]:
-        """Project and quantise every stage.
-
-        Args:
-            features: one feature map of shape (B, in_channels[i], *spatial) per stage.
-        """
+        """Project and quantise a feature map (B, in_channels[i], *spatial) of every stage."""
         stages = zip(features, self.projections, self.codebooks, strict=True)
         return [codebook(projection(stage)) for stage, projection, codebook in stages]
 

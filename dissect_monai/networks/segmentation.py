@@ -19,10 +19,8 @@ def init_class_prior(network: SegResNet) -> None:
 
     With the usual biases of zero each class starts with the same share of all voxels, which is far more than a
     structure has. The Dice loss then pushes all structures down, and those whose features are not told apart soon
-    reach probabilities at which it has no gradient: they are never found.
-
-    Args:
-        network: the biases of its last convolution are changed in place; its first output is the background.
+    reach probabilities at which it has no gradient: they are never found. The biases of the last convolution are
+    changed in place; its first output is the background.
 
     Reference:
         Lin et al., Focal loss for dense object detection, ICCV 2017, Sec. 3.3, of which the probability is.
@@ -68,11 +66,7 @@ class DeepSupervisionNet(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Logits (B, classes, *spatial); in training a list with those of coarser levels behind, each half as fine.
-
-        Args:
-            images: shape (B, in_channels, *spatial).
-        """
+        """Logits (B, classes, *spatial); in training a list with those of coarser levels behind, each half as fine."""
         if not self.training:
             return self.segresnet(images)
         features, maps = self.segresnet.encode(images)

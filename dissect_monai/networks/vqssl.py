@@ -50,9 +50,6 @@ class Fusion(nn.Module):
         mode: `attention` (the quantised map queries the continuous one), `add`, `concat` (back to D channels by a
             linear layer) or `replace` (the quantised map alone).
         num_heads: attention heads; D must be divisible by it.
-
-    Raises:
-        ValueError: if `mode` is unknown or the heads do not divide D.
     """
 
     def __init__(self, embedding_dim: int, mode: str = "attention", num_heads: int = 8) -> None:
@@ -87,14 +84,7 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Reconstructs the image from the quantised maps alone, coarse to fine: all it sees went through the bottleneck.
-
-    Args:
-        spatial_dims: 2 or 3.
-        embedding_dim: channels of every map.
-        out_channels: channels of the image.
-        num_scales: number of maps, fine to coarse.
-    """
+    """Reconstructs the image from the quantised maps alone, coarse to fine: all it sees went through the bottleneck."""
 
     def __init__(self, spatial_dims: int, embedding_dim: int, out_channels: int, num_scales: int) -> None:
         super().__init__()
@@ -106,7 +96,7 @@ class Decoder(nn.Module):
         self.head = Conv[Conv.CONV, spatial_dims](embedding_dim // 2, out_channels, kernel_size=3, padding=1)
 
     def forward(self, maps: Sequence[Tensor], image_size: Sequence[int]) -> Tensor:
-        """Decode maps of shape (B, D, *spatial_i) to an image (B, out_channels, *image_size) in [0, 1]."""
+        """Decode maps (B, embedding_dim, *spatial_i), fine to coarse, to an image (B, out_channels, *image_size)."""
         x = self.blocks[-1](maps[-1])
         for block, skip in zip(reversed(self.blocks[:-1]), reversed(maps[:-1]), strict=True):
             x = block(self._resize(x, skip.shape[2:]) + skip)

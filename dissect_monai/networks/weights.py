@@ -38,9 +38,7 @@ def save_weights(weights: nn.Module, path: str | Path, settings: Mapping[str, An
 def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
     """What the weights at a path depend on, as `TrainingCheckpoint` wrote it beside them; nothing without weights.
 
-    Raises:
-        FileNotFoundError: if there are weights, and no settings beside them.
-        ValueError: if the settings are no JSON object.
+    Weights without settings, or with some that are no JSON object, are refused.
     """
     if not weights_path:
         return {}
@@ -64,9 +62,7 @@ def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
 def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
     """Load a dictionary of plain tensors and values, as `torch.save` wrote it, onto the CPU.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated or holds something else; the message ends with `remedy`.
+    A file that is not there, truncated or of something else is refused; the message ends with `remedy`.
     """
     _refuse_missing(path, remedy)
     try:
@@ -130,12 +126,7 @@ def load_weights(
 
 
 def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
-    """Refuse weights that "scratch" would not use, that are not there, or that "finetune" requires and does not get.
-
-    Raises:
-        FileNotFoundError: if the weights are not there.
-        ValueError: saying what to do.
-    """
+    """Refuse weights that "scratch" would not use, that are not there, or that "finetune" requires and does not get."""
     if mode == "scratch" and pretrained:
         raise InputError(f"`mode` scratch starts from no weights, got `pretrained` {pretrained}: give one of the two.")
     if mode == "finetune" and not pretrained:

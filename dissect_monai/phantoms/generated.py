@@ -24,13 +24,10 @@ def write_once(
     A set is known by the `spec` in its dataset.json. Several processes may call this: it appears whole, by renaming.
 
     Args:
-        output_dir: folder to create.
+        output_dir: folder to create; one that holds anything else is refused.
         spec: what the set depends on, such as counts and seed; of types that JSON keeps.
         head: what dataset.json says before the items.
         write_files: writes the files into a folder, and returns the items of the splits.
-
-    Raises:
-        ValueError: if `output_dir` holds anything else.
     """
     output_dir = Path(output_dir)
     if _holds(output_dir, spec):

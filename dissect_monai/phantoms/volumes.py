@@ -30,19 +30,10 @@ def write_volume_phantoms(
     """Write a data set of volume phantoms for each task: NIfTI images, label maps and a Decathlon-style dataset.json.
 
     dataset.json holds `name`, `description`, `task`, `group`, `modality` and `labels` (value to name) beside the splits
-    of {"image", "label", "subject"}, one volume a subject.
-
-    Args:
-        output_dir: folder to create; each task has a folder of its name in it, see `write_once`.
-        num_training: number of training subjects of each task.
-        num_validation: number of validation subjects of each task.
-        num_test: number of test subjects of each task.
-        image_size: voxels along the longest side of a field of view, 16 or more; under 40, a small organ may be lost.
-        seed: of the sets. A subject does not depend on the numbers of the others.
-        tasks: among `VOLUME_TASKS`.
-
-    Returns:
-        The folders of the tasks, in their order.
+    of {"image", "label", "subject"}, one volume a subject. Numbers of subjects are those of each task; a subject does
+    not depend on them. `image_size` voxels lie along the longest side of a field of view, 16 or more; under 40, a small
+    organ may be lost. Each of `tasks`, of `VOLUME_TASKS`, has a folder of its name in `output_dir`, see `write_once`;
+    they are returned in this order.
     """
     counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     folders = []

@@ -77,13 +77,8 @@ def write_xray_phantoms(
     Each item is {"image", "label", "subject", "view"}, with one to three images a subject and no subject in two splits;
     within a split of two or more subjects every finding has a positive and a negative.
 
-    Args:
-        output_dir: folder to create and to return; see `write_once`.
-        num_training: number of training images.
-        num_validation: number of validation images.
-        num_test: number of test images.
-        image_size: height and width in pixels, 16 or more.
-        seed: seed of the set.
+    The folder is created and returned, see `write_once`; numbers are of images, whose height and width is `image_size`
+    pixels, 16 or more.
     """
     counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}

@@ -88,14 +88,10 @@ class BatchAugment(nn.Module):
         self.blur_prob = _checked("blur_prob", blur_prob, highest=1)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augment every image once.
+        """Augment every image once: (B, C, *spatial) → (B, C, *image_size), float32 in [0, 1], channels last.
 
-        Args:
-            images: shape (B, C, *spatial), uint8 in [0, 255] or floating in [0, 1]; values outside are clipped.
-            generator: source of the draws, on the device of the images; None takes the default one.
-
-        Returns:
-            float32 in [0, 1], shape (B, C, *image_size), channels last in memory.
+        Images are uint8 in [0, 255] or floating in [0, 1]; values outside are clipped. The generator of the draws is on
+        their device; None takes the default one.
         """
         return self.placed(images, generator).images
 
@@ -159,29 +155,20 @@ class BatchAugment(nn.Module):
         return images.clamp_(0, 1)
 
 
-class Corrupt(nn.Module):
-    """Masks random blocks: the input of a reconstruction, whose target is the image before.
+@torch.no_grad()
+def mask_blocks(
+    images: Tensor, fraction: float, size: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images (B, C, *spatial) without random blocks, and what they lost: True in (B, 1, *spatial).
 
-    Args:
-        mask_fraction: expected part of the blocks that are set to 0.
-        mask_size: side of a block in pixels.
+    They are the input of a reconstruction, whose target are the images before. Blocks have sides of `size` pixels, of
+    which a part `fraction` is expected to be set to 0 in all channels.
     """
-
-    def __init__(self, mask_fraction: float = 0.3, mask_size: int = 16) -> None:
-        super().__init__()
-        if mask_size < 1:
-            raise InputError(f"`mask_size` must be at least 1 pixel, got {mask_size}.")
-        self.mask_fraction = _checked("mask_fraction", mask_fraction, highest=1)
-        self.mask_size = mask_size
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A masked copy of images (B, C, *spatial), and what they lost in all channels: True in (B, 1, *spatial)."""
-        blocks = [math.ceil(length / self.mask_size) for length in images.shape[2:]]
-        mask = torch.rand(len(images), 1, *blocks, device=images.device, generator=generator) < self.mask_fraction
-        for axis, length in enumerate(images.shape[2:], start=2):
-            mask = mask.repeat_interleave(self.mask_size, axis).narrow(axis, 0, length)
-        return images.masked_fill(mask, 0), mask
+    blocks = [math.ceil(length / size) for length in images.shape[2:]]
+    mask = torch.rand(len(images), 1, *blocks, device=images.device, generator=generator) < fraction
+    for axis, length in enumerate(images.shape[2:], start=2):
+        mask = mask.repeat_interleave(size, axis).narrow(axis, 0, length)
+    return images.masked_fill(mask, 0), mask
 
 
 class _Draw(NamedTuple):

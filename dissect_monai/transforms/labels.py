@@ -160,12 +160,8 @@ def largest_components(label_map: ArrayLike, values: Iterable[int]) -> LabelMap:
 class LargestComponentsd(MapTransform):
     """Keeps the largest connected part of some structures of a label map (1, X, Y, Z) of classes.
 
-    It suits structures that are one piece. Of two kidneys under one value, it removes one.
-
-    Args:
-        keys: keys of the label maps.
-        class_names: structures of the classes 1, 2, ...
-        structures: names of those to clean, see `chosen_structures`.
+    It suits structures that are one piece. Of two kidneys under one value, it removes one. `class_names` are the
+    structures of the classes 1, 2, ...; for those to clean see `chosen_structures`.
     """
 
     def __init__(self, keys: KeysCollection, class_names: Sequence[str], structures: str | Sequence[str]) -> None:

@@ -15,12 +15,10 @@ from monai.transforms import MapTransform, Spacing
 from monai.utils import MetaKeys
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dissect_monai.common import InputError
+from dissect_monai.common import Array, InputError
 
-Array = NDArray[np.floating[Any]]
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
 

@@ -10,8 +10,8 @@ import torch
 from monai.engines.utils import PrepareBatch
 from torch import Tensor
 
-from dissect_monai.common import rank
-from dissect_monai.transforms.augment import Augmented, BatchAugment, Corrupt, Placement
+from dissect_monai.common import InputError, rank
+from dissect_monai.transforms.augment import Augmented, BatchAugment, Placement, mask_blocks
 
 Device = str | torch.device | None
 
@@ -95,7 +95,8 @@ class HierarchyViews(Views):
         augment: makes one view of each image.
         tasks: all names that `task` of an image may have; their order numbers them.
         groups: all names that `group` of an image may have.
-        corrupt: masks the network's input; None leaves it as it is.
+        mask_fraction: part of the network's input that is masked, see `mask_blocks`; 0 leaves it as it is.
+        mask_size: side of a masked block in pixels.
         kwargs: `seed` and `num_views` of `Views`.
     """
 
@@ -104,11 +105,16 @@ class HierarchyViews(Views):
         augment: BatchAugment,
         tasks: Sequence[str],
         groups: Sequence[str],
-        corrupt: Corrupt | None = None,
+        mask_fraction: float = 0.0,
+        mask_size: int = 16,
         **kwargs: Any,
     ) -> None:
         super().__init__(augment, **kwargs)
-        self.corrupt = corrupt
+        if not 0 <= mask_fraction <= 1 or mask_size < 1:
+            raise InputError(
+                f"`mask_fraction` must be in [0, 1] and `mask_size` at least 1, got {mask_fraction} and {mask_size}."
+            )
+        self.mask_fraction, self.mask_size = mask_fraction, mask_size
         self.numbers = {
             key: {name: number for number, name in enumerate(names)}
             for key, names in (("task", tasks), ("group", groups))
@@ -119,7 +125,10 @@ class HierarchyViews(Views):
     ) -> ViewBatch:
         """Views of the "image" of `batchdata`, shape (B, C, *spatial), and its B `task` and `group` as numbers."""
         views, placement = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs)
-        images, masked = self.corrupt(views, self._generator) if self.corrupt else (views, None)
+        images = views
+        masked: Tensor | None = None
+        if self.mask_fraction:
+            images, masked = mask_blocks(views, self.mask_fraction, self.mask_size, self._generator)
         task, group = (
             torch.tensor([numbers[name] for name in batchdata[key]]).to(device, non_blocking=non_blocking)
             for key, numbers in self.numbers.items()

@@ -32,15 +32,9 @@ MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 
 
 def curves_figure(labels: Array, probabilities: Array, names: Sequence[str]) -> Figure:
-    """ROC curves on the left, reliability curves on the right, of the `usable_findings`.
+    """ROC curves on the left, reliability curves on the right, of the `usable_findings`; 1500 pixels wide.
 
-    Args:
-        labels: shape (N, C), 1, 0 or NaN (unknown).
-        probabilities: shape (N, C), in [0, 1].
-        names: names of the C findings; each has one colour in both panels.
-
-    Returns:
-        A figure 1500 pixels wide.
+    Labels are (N, C), 1, 0 or NaN (unknown), probabilities (N, C) in [0, 1]; a finding has one colour in both panels.
     """
     from matplotlib.figure import Figure
 
@@ -69,15 +63,10 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
 
     Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
     maps are those of the last stage that has at least 4 places along every axis: stage 4 from about 100 pixels on,
-    stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The network stays as it is.
+    stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The network stays as it is, a ResNet
+    that returns a logit of each finding.
 
-    Args:
-        network: a ResNet that returns logits (B, C).
-        images: shape (B, C, *spatial), as the network takes them, on its device.
-        finding: index of the logit.
-
-    Returns:
-        Shape (B, 1, *spatial) in [0, 1]; 0 throughout where nothing speaks for the finding.
+    Of images (B, C, *spatial) the maps are (B, 1, *spatial) in [0, 1]; 0 throughout where nothing speaks for it.
 
     Reference:
         Selvaraju et al., Grad-CAM, ICCV 2017, Eq. 1–2.
@@ -100,11 +89,9 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
 
 
 def overlay_png(image: Tensor, saliency: Tensor) -> bytes:
-    """PNG of a 2-D image, upright, under its saliency, which is the more opaque the larger it is.
+    """PNG of a 2-D image, upright, under its saliency (1, x, y), which is the more opaque the larger it is.
 
-    Args:
-        image: shape (C, x, y) in [0, 1], of which the first channel is shown in grey.
-        saliency: shape (1, x, y) in [0, 1]; zeros show the image alone.
+    Both are in [0, 1]; of the image (C, x, y) the first channel is shown in grey.
     """
     from matplotlib import colormaps
 

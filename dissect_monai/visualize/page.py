@@ -43,20 +43,9 @@ def write_report(
 ) -> None:
     """Write an evaluation as one HTML file, by the template page.html.j2; all text is escaped, and it loads nothing.
 
-    Values are texts, numbers or an `Interval`; those headed "(mm)" have one decimal, others three. NaN and None are
-    shown as a dash.
-
-    Args:
-        path: file to write; its folder is made.
-        title: heading of the page.
-        facts: headline facts by name, such as data and weights.
-        headings: names of the columns of the table.
-        rows: its lines.
-        figures: PNGs by caption.
-        cases: items to look at.
-        cases_heading: such as "Worst cases".
-        notes: sentences below the table, on how to read it.
-        limits: sentences of the footer.
+    It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (PNGs by
+    caption), `cases` to look at, and a footer of `limits`. Values are texts, numbers or an `Interval`; those headed
+    "(mm)" have one decimal, others three. NaN and None are shown as a dash.
     """
     source = files("dissect_monai.visualize").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)

@@ -43,13 +43,9 @@ def segmentation_overlay(
     of sagittal ones. Each plane is the one that cuts most structures, with 15 mm of the image around them; all planes
     have one scale. The figure is 1500 pixels wide.
 
-    Args:
-        image: shape (X, Y, Z) in RAS, any real dtype.
-        label: label map of the same shape.
-        pred: the same of the prediction.
-        class_names: structures of the values 1, 2, ... of both maps, in the order of their colours.
-        spacing: mm between voxels along the three axes.
-        window: values of the image that are black and white; the 0.5 and 99.5 % percentiles of what is shown if None.
+    Image and both label maps are (X, Y, Z) in RAS, `spacing` in mm; `class_names` are the structures of the values 1,
+    2, ..., in the order of their colours. The values in `window` are black and white: None takes the 0.5 and 99.5 %
+    percentiles of what is shown.
     """
     from matplotlib.figure import Figure
 

@@ -25,12 +25,9 @@ def code_colors(codes: Tensor) -> Tensor:
 
 
 def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[Tensor]) -> Tensor:
-    """`view_figure` of images beside their code maps, one column a scale, fine to coarse.
+    """`view_figure` of images (B, C, *spatial) in [0, 1] beside their code maps, one column a scale, fine to coarse.
 
-    Args:
-        images: (B, C, *spatial) in [0, 1].
-        indices: per scale, codes of shape (B, *spatial_i).
-        codebooks: per scale, codes of shape (num_embeddings, embedding_dim).
+    Of each scale there are `indices` (B, *spatial_i), and the codes (num_embeddings, embedding_dim) that they number.
     """
     columns = [pictures := _enlarged(_pictures(images))]
     for codes, codebook in zip(indices, codebooks, strict=True):

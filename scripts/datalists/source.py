@@ -6,13 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import SimpleITK as sitk  # noqa: N813
-
+from dissect_monai.data.dicom import read_tags
 from dissect_monai.data.readers import image_format
 
 SPLITS = ("training", "validation", "test")
@@ -88,14 +86,8 @@ def with_patients(records: Sequence[Record], option: str) -> list[Record]:
 def patient_of(image: Path) -> str | None:
     """PatientID (0010,0020) of a DICOM file or of the first in a folder; None without one."""
     files = sorted(image.iterdir()) if image.is_dir() else [image]
-    reader, tag = sitk.ImageFileReader(), "0010|0020"
-    reader.SetImageIO("GDCMImageIO")
-    for file in (file for file in files if image_format(file) == "dicom"):
-        reader.SetFileName(str(file))
-        with suppress(RuntimeError):  # what is wrong with a file is said when all images are opened
-            reader.ReadImageInformation()
-            return (reader.GetMetaData(tag).strip(" \0") or None) if reader.HasMetaDataKey(tag) else None
-    return None
+    first = next((file for file in files if image_format(file) == "dicom"), None)
+    return read_tags(first).get("PatientID") or None if first else None
 
 
 def absolute(path: str) -> Path:

@@ -27,6 +27,7 @@ from helpers import (
     same,
     settings,
     table,
+    tags_of,
     two_processes,
     weights,
     write,
@@ -129,6 +130,28 @@ def test_training_leaves_weights_checkpoints_and_events_and_nothing_else(recipe:
     own = {name: value for name, value in recipe.knobs.items() if name in said}
     assert {name: said[name] for name in own} == own
     assert {"encoder", "patch_size"} & {*own}
+
+
+SHOWN = {  # in TensorBoard
+    "cxr_classify": "train_loss auroc ap ece auroc_cysts ap_cysts ece_cysts",
+    "hssl_multidomain": "loss/image loss/task loss/group loss/classification loss/reconstruction loss/total "
+    "retrieval_image retrieval_task retrieval_group batch/retrieval_image batch/retrieval_task batch/retrieval_group "
+    "accuracy_task accuracy_group reconstruction_error reconstruction_error_head_mr shortcut_task "
+    "shortcut_task_intensity shortcut_within_group collapse_effective_rank collapse_centroid_similarity "
+    "collapse/feature_std views",
+    "pretrain_vq_ssl": "loss/continuous loss/discrete loss/commitment loss/reconstruction loss/total knn_auroc "
+    "schedule/learning_rate gradient/discrete collapse/effective_rank collapse/feature_std codes/perplexity_stage2 "
+    "views reconstruction codes_of_stages_2_3_4",
+    "pretrain_vq_ssl_volumes": "loss/continuous loss/discrete loss/commitment loss/reconstruction views reconstruction "
+    "codes/perplexity_stage2 codes/usage_stage3 codes_of_stages_2_3 collapse/target_std",
+    "seg_finetune_btcv": "train_loss missed false_positives dice_mean surface_dice_mean dice_spleen dice_left_kidney",
+}
+
+
+def test_tensorboard_shows_terms_scores_and_pictures(recipe: Recipe) -> None:
+    tags = tags_of(recipe.finished)
+    assert {*SHOWN[recipe.name].split()} <= tags
+    assert "knn_auroc" not in tags or recipe.name == "pretrain_vq_ssl"  # volumes have no labels
 
 
 def test_an_epoch_and_one_more_are_bit_for_bit_two(recipe: Recipe, tmp_path: Path) -> None:

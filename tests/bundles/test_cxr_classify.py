@@ -19,7 +19,6 @@ from helpers import (
     refused,
     settings,
     table,
-    tags_of,
     two_processes,
     weights,
     write,
@@ -53,12 +52,10 @@ def listed(folder: Path, dataset_dir: Path, change: Callable[[int, dict[str, Any
     return folder
 
 
-def test_the_json_and_tensorboard_say_what_was_trained_and_how_well(bundle: Recipe) -> None:
+def test_the_json_says_what_was_trained(bundle: Recipe) -> None:
     said = settings(bundle.finished)
     assert (said["label_names"], said["mode"], said["pretrained"]) == (list(XRAY_FINDINGS), "scratch", None)
     assert weights(bundle.finished)["fc.weight"].shape == (4, 512)
-    scalars = {f"{metric}{finding}" for metric in ("auroc", "ap", "ece") for finding in ("", "_cysts")}
-    assert scalars | {"train_loss"} <= tags_of(bundle.finished)
 
 
 def test_a_linear_probe_trains_the_head_alone_also_in_processes(bundle: Recipe, encoder: Path, tmp_path: Path) -> None:

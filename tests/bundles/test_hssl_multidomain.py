@@ -83,17 +83,6 @@ def test_domains_are_written_and_named_beside_the_weights(trained: Path) -> None
     assert all(float(row["minimum"]) < float(row["maximum"]) for row in rows)
 
 
-def test_tensorboard_shows_terms_retrieval_accuracy_shortcuts_and_pictures(trained: Path) -> None:
-    tags = events_of(trained).Tags()
-    terms = {f"loss/{name}" for name in ("image", "task", "group", "classification", "reconstruction", "total")}
-    levels = {f"retrieval_{level}" for level in ("image", "task", "group")}
-    judged = levels | {"accuracy_task", "accuracy_group", "reconstruction_error", "reconstruction_error_head_mr"}
-    shortcuts = {"shortcut_task", "shortcut_task_intensity", "shortcut_within_group"}
-    indicators = {"collapse_effective_rank", "collapse_centroid_similarity", "collapse/feature_std"}
-    assert terms | judged | {f"batch/{name}" for name in levels} | shortcuts | indicators <= set(tags["scalars"])
-    assert tags["images"] == ["views"]
-
-
 def test_two_processes_compute_what_one_does_with_the_joined_batch(folders: Folders, tmp_path: Path) -> None:
     # Apart from what is drawn of each view, which is each process's own.
     knobs = {**TINY, **NO_DRAWS, "iterations_per_epoch": 3, "dataset_dir": folders, "batch_size": 2}

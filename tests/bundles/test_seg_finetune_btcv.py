@@ -150,10 +150,8 @@ def test_the_json_says_what_the_weights_are_and_what_they_saw(trained: Path) -> 
     network.load_state_dict(weights(trained))
 
 
-def test_tensorboard_shows_loss_scores_and_overlays(trained: Path, organs: Path) -> None:
+def test_tensorboard_shows_losses_and_overlays(trained: Path, organs: Path) -> None:
     events = events_of(trained)
-    scores = {f"{metric}_mean" for metric in ("dice", "surface_dice")} | {f"dice_{name}" for name in BTCV_ORGANS[:3]}
-    assert {"train_loss", "missed", "false_positives"} | scores <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Scalars("dice_mean")] == [1, 2]
     names = pseudonyms(read_segmentation(organs).validation)

@@ -49,13 +49,6 @@ def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
     assert config["train"]["augment"]["flip_prob"] == 0
 
 
-def test_settings_of_network_and_data_are_those_of_hssl_multidomain(recipe_of: Recipes) -> None:
-    own, other = (settings(recipe_of(name).finished) for name in ("pretrain_vq_ssl_volumes", "hssl_multidomain"))
-    of_data = {"pixdim", "patch_size", "a_min", "a_max", "tasks", "groups", "sampling_temperature", "seed", "data"}
-    needed = {"spatial_dims", "init_filters", "blocks_down", "validation_fraction"} | of_data
-    assert {name: own[name] for name in needed} == {name: other[name] for name in needed}
-
-
 def test_weights_are_those_of_the_encoder_and_load_into_a_segmentation_network(trained: Path) -> None:
     network = SegResNet(spatial_dims=3, init_filters=8, out_channels=4, blocks_down=(1, 1, 1), blocks_up=(1, 1))
     assert weights(trained).keys() == SegResNetEncoder(network).state_dict().keys()
@@ -72,14 +65,6 @@ def test_settings_are_written_beside_the_weights(trained: Path) -> None:
     assert (said["tasks"], said["groups"], said["stages"]) == (list(TASKS), ["abdomen", "head"], [2, 3])
     shape = ("pixdim", "patch_size", "init_filters", "blocks_down", "blocks_up")  # the last of a decoder that fits
     assert {name: said[name] for name in shape} == {name: {**TINY, "blocks_up": [1, 1]}[name] for name in shape}
-
-
-def test_tensorboard_shows_terms_codes_and_pictures_but_no_auroc_without_labels(trained: Path) -> None:
-    tags = tags_of(trained)
-    assert {"loss/continuous", "loss/discrete", "loss/commitment", "loss/reconstruction"} <= tags
-    assert {"codes/perplexity_stage2", "codes/usage_stage3", "collapse/target_std"} <= tags
-    assert {"views", "reconstruction", "codes_of_stages_2_3"} <= tags
-    assert "knn_auroc" not in tags
 
 
 def test_findings_of_whole_volumes_give_an_auroc(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.probes import extract_features
 from dissect_monai.metrics.representation import DomainFeatures, collapse_metrics
 from dissect_monai.networks.hssl import HSSLNet, HSSLOutput
-from dissect_monai.transforms.augment import BatchAugment, Corrupt
+from dissect_monai.transforms.augment import BatchAugment
 from dissect_monai.transforms.views import HierarchyTarget, HierarchyViews
 
 TASKS, GROUPS = ["a", "b b", "c"], ["x", "y"]
@@ -42,13 +42,13 @@ class Validation:
     """An evaluator of an untrained network over images of the tasks."""
 
     def __init__(
-        self, tasks: list[str] = TASKS, spatial_dims: int = 2, per_task: int = 3, corrupt: Corrupt | None = None
+        self, tasks: list[str] = TASKS, spatial_dims: int = 2, per_task: int = 3, mask_fraction: float = 0.3
     ) -> None:
         segresnet = small_segresnet(spatial_dims, out_channels=1)
         self.net = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         # Nothing that mixes up the order of the brightness.
         augment = BatchAugment(spatial_dims=spatial_dims, brightness=0, contrast=None, gamma=None)
-        self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, corrupt=corrupt or Corrupt(mask_size=2))
+        self.views = HierarchyViews(augment, TASKS, GROUPS, seed=5, mask_fraction=mask_fraction, mask_size=2)
         self.validation = DataLoader(Dataset(make_items(tasks, per_task, spatial_dims)), batch_size=4)
         self.handler = HSSLValidation(Dataset(make_items(tasks, 4, spatial_dims, seed=1)))
         self.seen: list[tuple[HierarchyTarget, HSSLOutput]] = []
@@ -120,7 +120,7 @@ def test_views_are_retrieved_among_all_batches() -> None:
 
 @pytest.mark.parametrize("mask_fraction", [0.5, 0])
 def test_reconstruction_is_judged_by_task_on_masked_voxels_or_on_all_if_there_are_none(mask_fraction: float) -> None:
-    validation = Validation(corrupt=Corrupt(mask_fraction, mask_size=2))
+    validation = Validation(mask_fraction=mask_fraction)
     metrics = validation()
     errors: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for target, output in validation.seen:

@@ -14,7 +14,7 @@ from dissect_monai.losses.contrastive import retrieval_accuracy
 from dissect_monai.losses.pretraining import HSSLLoss, VQSSLLoss
 from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.networks.vqssl import VQSSLNet
-from dissect_monai.transforms.augment import BatchAugment, Corrupt
+from dissect_monai.transforms.augment import BatchAugment
 from dissect_monai.transforms.views import HierarchyViews
 from dissect_monai.visualize.training import TILE_SIDE
 
@@ -79,7 +79,7 @@ class HSSLRun(Run):
     def __init__(self, writer: Writer | None = None, interval: int = 1) -> None:
         net = HSSLNet(small_segresnet(out_channels=1), len(TASKS), len(GROUPS), hidden_dim=16, out_dim=8)
         super().__init__(net, HSSLLoss(), HSSLMonitor, writer, interval)
-        self.views = HierarchyViews(BatchAugment(spatial_dims=2), TASKS, GROUPS, corrupt=Corrupt(mask_size=4))
+        self.views = HierarchyViews(BatchAugment(spatial_dims=2), TASKS, GROUPS, mask_fraction=0.3, mask_size=4)
 
     def batch(self) -> Any:
         return self.views({"image": torch.rand(3, 1, 8, 8), "task": [*"abc"], "group": [*"xyy"]}, "cpu")

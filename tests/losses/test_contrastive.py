@@ -59,29 +59,6 @@ def test_retrieval_accuracy_is_that_of_a_search_over_all_pairs() -> None:
     assert retrieval_accuracy(embeddings, torch.arange(200)) == 0
 
 
-def test_length_of_the_embeddings_and_values_of_the_labels_do_not_matter() -> None:
-    embeddings = random_embeddings()
-    labels = TASK.repeat(2)
-    loss = supervised_contrast(embeddings, [labels])[0]
-    lengths = torch.linspace(0.1, 9, 16)[:, None]
-    torch.testing.assert_close(supervised_contrast(embeddings * lengths, [7 - 3 * labels])[0], loss)
-
-
-def test_anchor_without_positive_contributes_nothing() -> None:
-    embeddings = random_embeddings(6)
-    alone = supervised_contrast(embeddings, [torch.tensor([0, 0, 1, 2, 3, 4])])[0]
-    pair = F.normalize(embeddings, dim=1)[:2]
-    logits = (pair @ F.normalize(embeddings, dim=1).T / 0.1).masked_fill(torch.eye(2, 6, dtype=torch.bool), -torch.inf)
-    torch.testing.assert_close(alone, F.cross_entropy(logits, torch.tensor([1, 0])))
-
-
-def test_no_anchor_with_a_positive_is_zero_with_zero_gradient() -> None:
-    embeddings = random_embeddings()
-    loss = supervised_contrast(embeddings, [torch.arange(16)])[0]
-    assert loss == 0
-    assert (gradient(loss, embeddings) == 0).all()
-
-
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2])
 def test_low_temperature_is_stable_in_float32(temperature: float) -> None:
     embeddings = random_embeddings()
@@ -110,7 +87,8 @@ def test_autocast_and_half_precision_are_computed_in_float32() -> None:
 def test_equals_masks_of_all_pairs(temperature: float, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BLOCK_BYTES, "cpu", block_bytes)
     embeddings = random_embeddings()
-    labels = [each.repeat(2) for each in (torch.arange(8), TASK, GROUP)]
+    one_pair, no_pair = torch.arange(16).clamp_min(1), torch.arange(16)  # other embeddings are no anchors
+    labels = [*(each.repeat(2) for each in (torch.arange(8), TASK, GROUP)), one_pair, no_pair]
     for actual, each in zip(supervised_contrast(embeddings, labels, temperature), labels, strict=True):
         expected = naive_contrast(embeddings, each, temperature)
         torch.testing.assert_close(actual, expected)
@@ -131,11 +109,6 @@ def test_image_level_equals_monai() -> None:
     first, second = random_embeddings(8), random_embeddings(8, seed=1)
     terms = hierarchical_contrast([torch.cat([first, second])] * 3, TASK, GROUP, 0.5)
     torch.testing.assert_close(terms["image"], ContrastiveLoss(temperature=0.5)(first, second))
-
-
-def test_gradient_is_that_of_finite_differences() -> None:
-    labels = [torch.arange(8).repeat(2), TASK.repeat(2), torch.arange(16)]
-    torch.autograd.gradcheck(lambda z: tuple(supervised_contrast(z, labels)), random_embeddings())
 
 
 def make_head() -> torch.nn.Module:
@@ -220,16 +193,6 @@ def test_equals_the_naive_loss(spatial_dims: int, rotation: float) -> None:
     expected = naive_dense(features, placement, 0.2)
     assert expected > 0
     torch.testing.assert_close(dense_contrast(features, placement, 0.2), expected)
-
-
-@both_dims
-def test_is_small_where_each_place_has_a_feature_of_its_own(spatial_dims: int) -> None:
-    cells = (3,) * spatial_dims
-    one_hot = torch.eye(math.prod(cells)).T.reshape(1, -1, *cells)
-    placement = Placement(torch.eye(spatial_dims).expand(2, -1, -1), torch.zeros(2, spatial_dims))  # the same place
-    assert dense_contrast(one_hot.expand(2, *one_hot.shape[1:]), placement, 0.05) < 1e-4
-    moved = torch.cat([one_hot, one_hot.roll(1, 2)])
-    assert dense_contrast(moved, placement, 0.05) > 5
 
 
 def test_views_that_do_not_overlap_have_no_loss_and_no_gradient() -> None:

@@ -11,7 +11,7 @@ from dissect_monai.losses.contrastive import hierarchical_contrast
 from dissect_monai.losses.pretraining import HSSLLoss, VQSSLLoss, regression_loss, unexplained_variance
 from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.networks.vqssl import VQSSLNet
-from dissect_monai.transforms.augment import Corrupt, Placement
+from dissect_monai.transforms.augment import Placement, mask_blocks
 from dissect_monai.transforms.views import HierarchyTarget, ViewBatch
 
 TERMS = ["image", "task", "group", "classification", "reconstruction"]
@@ -25,21 +25,16 @@ def net_and_views(decode: bool = False) -> tuple[VQSSLNet, Tensor]:
     return net, torch.rand(8, 1, 32, 32)
 
 
-def test_vqssl_terms_are_named_scalars() -> None:
-    for decode, last in ((False, []), (True, ["reconstruction"])):
+def test_vqssl_is_the_weighted_sum_of_named_scalars() -> None:
+    weights = {"continuous": 0.5, "discrete": 2.0, "commitment": 3.0, "reconstruction": 7.0}
+    for decode in (True, False):
+        weights |= {} if decode else {"reconstruction": 0.0}
         net, views = net_and_views(decode)
-        terms = VQSSLLoss(objective="byol").terms(net(views), views)
-        assert list(terms) == ["continuous", "discrete", "commitment", *last]
+        output, loss = net(views), VQSSLLoss(*weights.values(), objective="byol")
+        terms = loss.terms(output, views)
+        assert list(terms) == [*weights][: 3 + decode]
         assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
-
-
-def test_vqssl_is_the_weighted_sum_of_the_terms() -> None:
-    net, views = net_and_views(decode=True)
-    output = net(views)
-    loss = VQSSLLoss(0.5, 2.0, 3.0, 7.0, objective="byol")
-    terms = loss.terms(output, views)
-    expected = 0.5 * terms["continuous"] + 2 * terms["discrete"] + 3 * terms["commitment"] + 7 * terms["reconstruction"]
-    torch.testing.assert_close(loss(output, views), expected)
+        torch.testing.assert_close(loss(output, views), sum(weights[name] * term for name, term in terms.items()))
 
 
 def test_only_the_continuous_weight_is_plain_byol() -> None:
@@ -81,7 +76,7 @@ def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:
     noise = torch.rand(4, 1, *[size] * spatial_dims, generator=generator)
     images = 0.3 * TASK.view(-1, 1, *[1] * spatial_dims) + 0.4 * noise
     views = images.repeat(2, *[1] * (spatial_dims + 1)).clamp(0, 1)
-    images, masked = Corrupt(0.4, mask_size=4)(views, generator)
+    images, masked = mask_blocks(views, 0.4, 4, generator)
     return ViewBatch(images, HierarchyTarget(views, masked, TASK, GROUP))
 
 
@@ -158,23 +153,6 @@ def test_reconstruction_without_a_mask_is_judged_everywhere() -> None:
     output = make_net()(images)
     loss = only("reconstruction")(output, target._replace(masked=None))
     torch.testing.assert_close(loss, unexplained_variance(output.reconstruction, target.views))
-
-
-@pytest.mark.parametrize("name", TERMS)
-def test_every_term_falls_when_it_is_optimised(name: str) -> None:
-    net, (images, target) = make_net(), make_batch()
-    loss = only(name)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    values = []
-    for _ in range(25):
-        value = loss(net(images), target)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    # A level's loss is at least the logarithm of how many positives an anchor has: 1, 3 or 1, and 3.
-    floor = {"task": torch.tensor([3.0, 1, 1, 3]).log().mean().item(), "group": torch.tensor(3.0).log().item()}
-    assert values[-1] - floor.get(name, 0) < 0.5 * (values[0] - floor.get(name, 0))
 
 
 @both_dims

@@ -39,13 +39,6 @@ def test_pooled_maps_are_the_output_of_a_stock_resnet(spatial_dims: int, no_max_
     assert [each.shape[1] for each in maps] == [8, 16, 32, 64]
 
 
-def test_maps_of_a_segresnet_are_those_that_it_decodes() -> None:
-    stock, images = small_segresnet(3).eval(), torch.rand(2, 1, 16, 16, 16)
-    with torch.no_grad():
-        maps = feature_maps(stock, images)
-        torch.testing.assert_close(stock.decode(maps[-1], maps[::-1]), stock(images))
-
-
 def test_any_module_that_returns_maps_is_an_encoder() -> None:
     class Stages(nn.Module):
         def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

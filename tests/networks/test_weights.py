@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dissect_monai.networks.encoders import SegResNetEncoder
 from dissect_monai.networks.weights import load_weights, read_settings, save_weights
-from dissect_monai.writing import save_atomically
 
 NAN = float("nan")
 ORGANS = ["spleen", "liver"]
@@ -22,35 +21,22 @@ LAST = {"conv_final.2.conv.weight", "conv_final.2.conv.bias"}
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_while_writing_leaves_the_former_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint_epoch=1.pt"
-    save_atomically({"weight": torch.ones(2)}, path)
-
-    def killed(state: Any, file: Any) -> None:
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_atomically({"weight": torch.zeros(2)}, path)
-    assert torch.equal(torch.load(path)["weight"], torch.ones(2))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_settings_reach_the_disk_or_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_weights(nn.Linear(1, 1), tmp_path / "model.pt", {"encoder": "resnet18"})
+def test_a_kill_while_writing_leaves_the_former_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    former = nn.Linear(1, 1)
+    save_weights(former, tmp_path / "model.pt", {"encoder": "resnet18"})
     flush, flushed = os.fsync, []
 
-    def fail_at_the_settings(descriptor: int) -> None:
+    def killed_at_the_settings(descriptor: int) -> None:
         flushed.append(descriptor)
         if len(flushed) == 1:
-            raise OSError("the disk is full")
+            raise KeyboardInterrupt
         flush(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail_at_the_settings)
-    with pytest.raises(OSError, match="the disk is full"):
+    monkeypatch.setattr(os, "fsync", killed_at_the_settings)
+    with pytest.raises(KeyboardInterrupt):
         save_weights(nn.Linear(1, 1), tmp_path / "model.pt", {"encoder": "resnet50"})
     assert read_settings(tmp_path / "model.pt") == {"encoder": "resnet18"}
+    assert torch.equal(torch.load(tmp_path / "model.pt")["weight"], former.weight)
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "model.json"}
 
 
@@ -112,16 +98,6 @@ def test_a_classifier_starts_from_an_encoder_with_its_own_head(
     assert caplog.records[-1].message.endswith("left as they were: fc.")
 
 
-def test_a_head_that_is_missing_or_too_many_is_named(tmp_path: Path) -> None:
-    torch.save(classifier().state_dict(), tmp_path / "model.pt")
-    named = r"2 unexpected \(fc\.weight, fc\.bias\)\. They are of a trained classifier: give the encoder"
-    with pytest.raises(ValueError, match=named):
-        load_weights(classifier(), tmp_path / "model.pt", transfer=True)
-    torch.save(classifier(feed_forward=False).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"2 missing \(fc\.weight, fc\.bias\)\. They have no head: train"):
-        load_weights(classifier(), tmp_path / "model.pt")
-
-
 def test_findings_must_be_those_of_the_weights(tmp_path: Path) -> None:
     save_weights(classifier(), tmp_path / "model.pt", {"label_names": ["Nodule", "Mass", "Edema"]})
     load_weights(classifier(), tmp_path / "model.pt", ["Nodule", "Mass", "Edema"])
@@ -162,12 +138,6 @@ def taken_over(network: SegResNet, other: SegResNet, untouched: SegResNet) -> se
     for key, value in network.state_dict().items():
         assert key in equal or torch.equal(value, own[key]), key
     return equal
-
-
-def test_loads_a_whole_segresnet(tmp_path: Path) -> None:
-    path, network = saved(tmp_path, segresnet(0)), segresnet(1)
-    assert load_weights(network, path) is network
-    assert taken_over(network, segresnet(0), segresnet(1)) == set(network.state_dict())
 
 
 @pytest.mark.parametrize("names", [None, ORGANS])

@@ -3,13 +3,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import read
+from helpers import SPLITS, content
 
 from dissect_monai import write_volume_phantoms
 from dissect_monai.phantoms.scans import SCANS, scan_phantom
 from dissect_monai.phantoms.volumes import VOLUME_TASKS
-
-SPLITS = ("training", "validation", "test")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +20,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_writes_a_folder_for_each_task_in_two_groups_and_modalities(folders: list[Path]) -> None:
-    datasets = [read(folder / "dataset.json") for folder in folders]
+    datasets = [content(folder) for folder in folders]
     for names in ([folder.name for folder in folders], *([each[key] for each in datasets] for key in ("name", "task"))):
         assert names == list(VOLUME_TASKS)
     kinds = [(dataset["group"], dataset["modality"]["0"]) for dataset in datasets]
@@ -30,19 +28,14 @@ def test_writes_a_folder_for_each_task_in_two_groups_and_modalities(folders: lis
     assert all(dataset["description"] for dataset in datasets)
 
 
-def test_items_name_their_files_and_one_subject_each(folders: list[Path]) -> None:
+def test_items_name_their_files_of_one_grid_and_one_subject_each(folders: list[Path]) -> None:
     for folder in folders:
-        dataset = read(folder / "dataset.json")
+        dataset = content(folder)
         assert [len(dataset[split]) for split in SPLITS] == [3, 2, 1]
         items = [item for split in SPLITS for item in dataset[split]]
         assert len({item["subject"] for item in items}) == 6
         listed = {item[key] for item in items for key in ("image", "label")}
         assert listed == {name for name in files(folder) if name.endswith(".nii.gz")}
-
-
-def test_image_and_label_map_share_grid_and_both_forms_of_the_affine(folders: list[Path]) -> None:
-    for folder in folders:
-        dataset = read(folder / "dataset.json")
         for item in dataset["training"]:
             image, label = (nib.load(folder / item[key]) for key in ("image", "label"))
             assert image.shape == label.shape
@@ -57,7 +50,7 @@ def test_image_and_label_map_share_grid_and_both_forms_of_the_affine(folders: li
 
 def test_files_hold_the_phantom_of_their_seed(folders: list[Path]) -> None:
     phantom = scan_phantom(SCANS[VOLUME_TASKS[0]], (0, 0, 0, 2), 24)
-    item = read(folders[0] / "dataset.json")["training"][2]
+    item = content(folders[0])["training"][2]
     np.testing.assert_array_equal(np.asarray(nib.load(folders[0] / item["image"]).dataobj), phantom.image)
     np.testing.assert_array_equal(np.asarray(nib.load(folders[0] / item["label"]).dataobj), phantom.label)
 

@@ -3,12 +3,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import read
+from helpers import SPLITS, content
 from PIL import Image
 
 from dissect_monai.phantoms.xray import XRAY_FINDINGS, XRAY_VIEWS, Phantom, write_xray_phantoms, xray_phantom
 
-SPLITS = ("training", "validation", "test")
 NONE = np.zeros(len(XRAY_FINDINGS))
 
 
@@ -58,7 +57,7 @@ def test_half_of_the_views_are_ap_with_the_marker_in_the_other_corner() -> None:
 
 def test_data_set_lists_every_image_with_its_label_and_no_subject_in_two_splits(tmp_path: Path) -> None:
     folder = write_xray_phantoms(tmp_path / "set", 12, 5, 4, image_size=24)
-    dataset = read(folder / "dataset.json")
+    dataset = content(folder)
     assert folder == tmp_path / "set"
     assert dataset["label_names"] == list(XRAY_FINDINGS)
     assert [len(dataset[split]) for split in SPLITS] == [12, 5, 4]
@@ -75,7 +74,7 @@ def test_data_set_lists_every_image_with_its_label_and_no_subject_in_two_splits(
 
 @pytest.mark.parametrize("count", [3, 30])
 def test_every_finding_has_both_classes_in_every_split(count: int, tmp_path: Path) -> None:
-    dataset = read(write_xray_phantoms(tmp_path / "set", count, count, count, image_size=16) / "dataset.json")
+    dataset = content(write_xray_phantoms(tmp_path / "set", count, count, count, image_size=16))
     for split in SPLITS:
         label = np.array([item["label"] for item in dataset[split]])
         assert label.shape == (count, 4)

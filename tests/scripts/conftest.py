@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import make_datalist
 import numpy as np
 import pytest
 import render_results
 import run_experiments
-from helpers import write
+from helpers import make_list, write
 
 METRICS = ("dice", "hd95", "surface_dice")
 FIELDS = ["case", "subject", "structure", "values", *METRICS, "label_ml", "pred_ml", "outcome"]
@@ -114,7 +113,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
     def refused(match: str, *arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit, match=match) as caught:
-            make_datalist.main([str(argument) for argument in arguments])
+            make_list(*arguments)
         assert str(caught.value).startswith("error: ")
         assert sorted(tmp_path.rglob("*")) == before
         return str(caught.value)

@@ -4,24 +4,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import make_datalist
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from datalists import image_sources
-from helpers import read
+from helpers import SPLITS, content, make_list, sizes
 from PIL import Image
 
 from dissect_monai import read_datalist
 
 NIH_COLUMNS = ["Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position"]
-SPLITS = ("training", "validation", "test")
 TABLE_OPTIONS = ("--image", "path", "--labels", "Edema", "Lung Lesion", "--subject", "patient")
 Refused = Callable[..., str]
-
-
-def run(*arguments: object) -> None:
-    make_datalist.main([str(argument) for argument in arguments])
 
 
 def write_image(path: Path) -> Path:
@@ -36,14 +30,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
     with open(path, "w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([columns, *rows])
     return path
-
-
-def content(folder: Path) -> dict[str, Any]:
-    return read(folder / "dataset.json")
-
-
-def sizes(folder: Path) -> list[int]:
-    return [len(content(folder)[split]) for split in SPLITS]
 
 
 def subjects(folder: Path) -> list[set[str]]:
@@ -110,7 +96,7 @@ def table(folder: Path, **changes: Sequence[object]) -> Path:
 
 def test_nih_reads_findings_views_ages_and_subjects_and_keeps_the_official_test_list(tmp_path: Path) -> None:
     (nih(tmp_path) / "Data_Entry_2017.csv").rename(tmp_path / "Data_Entry_2017_v2020.csv")
-    run("nih", tmp_path, "--validation_fraction", 0.2)
+    make_list("nih", tmp_path, "--validation_fraction", 0.2)
     items, spec = by_name(tmp_path), content(tmp_path)
     assert list(spec) == ["name", "description", "modality", "label_names", *SPLITS]
     assert spec["label_names"] == image_sources.NIH_FINDINGS
@@ -129,7 +115,7 @@ def test_nih_reads_findings_views_ages_and_subjects_and_keeps_the_official_test_
 
 @pytest.mark.parametrize(("uncertain", "value"), [("ignore", None), ("ones", 1), ("zeros", 0)])
 def test_chexpert_takes_frontal_views_and_uncertain_labels(tmp_path: Path, uncertain: str, value: int | None) -> None:
-    run("chexpert", chexpert(tmp_path), "--uncertain", uncertain)
+    make_list("chexpert", chexpert(tmp_path), "--uncertain", uncertain)
     assert sizes(tmp_path) == [9, 1, 2]
     assert content(tmp_path)["training"][0]["label"][:5] == [0, 1, 0, value, 0]
     facts = {"subject": "patient00010", "view": "AP", "age": 68, "sex": "M"}
@@ -138,7 +124,7 @@ def test_chexpert_takes_frontal_views_and_uncertain_labels(tmp_path: Path, uncer
 
 
 def test_folders_become_one_hot_labels_split_by_the_subject_in_the_file_name(tmp_path: Path) -> None:
-    run("folders", classes(tmp_path), "--subject_pattern", r"^(p\d+)_", "--seed", 1)
+    make_list("folders", classes(tmp_path), "--subject_pattern", r"^(p\d+)_", "--seed", 1)
     spec = content(tmp_path)
     assert spec["label_names"] == ["covid", "normal"]
     for item in (item for split in SPLITS for item in spec[split]):
@@ -148,13 +134,13 @@ def test_folders_become_one_hot_labels_split_by_the_subject_in_the_file_name(tmp
 
 
 def test_folders_without_a_pattern_make_each_image_a_subject(tmp_path: Path) -> None:
-    run("folders", classes(tmp_path))
+    make_list("folders", classes(tmp_path))
     assert sizes(tmp_path) == [14, 2, 4]
     assert not any("subject" in item for item in by_name(tmp_path).values())
 
 
 def test_a_table_gives_labels_unknowns_splits_and_extras(tmp_path: Path) -> None:
-    run("table", table(tmp_path), *TABLE_OPTIONS, "--split", "part", "--extra", "view")
+    make_list("table", table(tmp_path), *TABLE_OPTIONS, "--split", "part", "--extra", "view")
     spec = content(tmp_path)
     assert spec["label_names"] == ["Edema", "Lung Lesion"]
     assert sizes(tmp_path) == [10, 4, 6]
@@ -168,7 +154,7 @@ def test_a_table_gives_labels_unknowns_splits_and_extras(tmp_path: Path) -> None
     [((), [16, 2, 2]), (("--validation_fraction", 0.3), [14, 4, 2]), (("--test_fraction", 0), [18, 2, 0])],
 )
 def test_a_table_is_split_by_subject(tmp_path: Path, options: Sequence[object], expected: list[int]) -> None:
-    run("table", table(tmp_path), *TABLE_OPTIONS, *options)
+    make_list("table", table(tmp_path), *TABLE_OPTIONS, *options)
     assert sizes(tmp_path) == expected
     assert [2 * len(each) for each in subjects(tmp_path)] == expected
 
@@ -177,14 +163,14 @@ def test_a_table_is_split_by_subject(tmp_path: Path, options: Sequence[object], 
 def test_a_table_may_come_from_a_spreadsheet_with_its_own_image_folder(tmp_path: Path, encoding: str) -> None:
     rows = [[write_image(tmp_path / "x" / f"{index}.png").name, index % 2] for index in range(10)]
     file = write_table(tmp_path / "table.csv", ["Aufnahme", "Ödem"], rows, encoding)
-    run("table", file, "--image", "Aufnahme", "--labels", "Ödem", "--image_dir", tmp_path / "x")
+    make_list("table", file, "--image", "Aufnahme", "--labels", "Ödem", "--image_dir", tmp_path / "x")
     assert content(tmp_path)["label_names"] == ["Ödem"]
     assert by_name(tmp_path)["3.png"]["label"] == [1]
 
 
 def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    run("table", table(tmp_path / "data"), *TABLE_OPTIONS, "--output", tmp_path / "elsewhere" / "dataset.json")
+    make_list("table", table(tmp_path / "data"), *TABLE_OPTIONS, "--output", tmp_path / "elsewhere" / "dataset.json")
     datalist = read_datalist(tmp_path / "elsewhere")
     assert datalist.label_names == ["Edema", "Lung Lesion"]
     assert [len(getattr(datalist, split)) for split in SPLITS] == [16, 2, 2]
@@ -196,18 +182,18 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
 def test_the_seed_draws_the_splits_and_another_validation_fraction_leaves_the_test_split_alone(tmp_path: Path) -> None:
     tests = []
     for options in (["--seed", 0], ["--seed", 0, "--validation_fraction", 0.3], ["--seed", 1]):
-        run("folders", classes(tmp_path), *options, "--overwrite")
+        make_list("folders", classes(tmp_path), *options, "--overwrite")
         tests.append(content(tmp_path)["test"])
     assert tests[0] == tests[1] != tests[2]
 
 
 def test_patients_keep_their_splits_when_others_are_added_and_the_folder_moves(tmp_path: Path) -> None:
-    run("folders", classes(tmp_path / "a"))
+    make_list("folders", classes(tmp_path / "a"))
     before = by_name(tmp_path / "a")
     for index in range(10, 20):
         write_image(tmp_path / "a" / "covid" / "site0" / f"p{index}_{index}.png")
     (tmp_path / "a").rename(tmp_path / "b")
-    run("folders", tmp_path / "b", "--overwrite")
+    make_list("folders", tmp_path / "b", "--overwrite")
     after = by_name(tmp_path / "b")
     assert (len(before), len(after)) == (10, 20)
     assert {name: after[name] for name in before} == before
@@ -216,7 +202,7 @@ def test_patients_keep_their_splits_when_others_are_added_and_the_folder_moves(t
 def test_an_empty_split_is_refused_with_a_seed_that_fills_it(tmp_path: Path, refused: Refused) -> None:
     command = ("folders", classes(tmp_path), "--subject_pattern", r"^(p\d+)_", "--validation_fraction", 0)
     said = refused("test must hold images, got none, of 5 subject", *command)
-    run(*command, *said.rpartition("with ")[2].rstrip(".").split())
+    make_list(*command, *said.rpartition("with ")[2].rstrip(".").split())
     assert all(sizes(tmp_path)[::2])
 
 
@@ -236,7 +222,7 @@ def test_dicom_says_whose_it_is_and_who_is_unknown_is_counted(
 ) -> None:
     patients = [f"P{index // 2} " for index in range(18)] + ["", ""]
     file = dicoms(tmp_path / "a", patients)
-    run("table", file, "--image", "path", "--labels", "Edema", "--test_fraction", 0.1, "--seed", 1)
+    make_list("table", file, "--image", "path", "--labels", "Edema", "--test_fraction", 0.1, "--seed", 1)
     items = by_name(tmp_path / "a")
     assert [items[f"{index}.dcm"].get("subject") for index in range(20)] == [
         *(name.strip() for name in patients[:18]), None, None,
@@ -244,12 +230,12 @@ def test_dicom_says_whose_it_is_and_who_is_unknown_is_counted(
     said = "2 of 20 images have no subject: each counts as one of its own. Say which are of one patient by --subject."
     assert f"warning: {said}\n" in capsys.readouterr().err
     file = dicoms(tmp_path / "b", ["ANON"] * 3)
-    run("table", file, "--image", "path", "--validation_fraction", 0, "--test_fraction", 0)
+    make_list("table", file, "--image", "path", "--validation_fraction", 0, "--test_fraction", 0)
     assert "all 3 images have the PatientID ANON: they count as one subject." in capsys.readouterr().err
 
 
 def test_counts_are_printed_per_split_and_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("table", table(tmp_path), *TABLE_OPTIONS, "--split", "part")
+    make_list("table", table(tmp_path), *TABLE_OPTIONS, "--split", "part")
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     cells = {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in lines}
     assert cells["images"] == ["10", "4", "6"]
@@ -261,12 +247,12 @@ def test_counts_are_printed_per_split_and_finding(tmp_path: Path, capsys: pytest
 def test_images_that_are_listed_twice_are_left_out_on_demand(tmp_path: Path, refused: Refused) -> None:
     file = table(tmp_path, path=["images/0.png", "./images/0.png", *(f"images/{index}.png" for index in range(2, 20))])
     refused(r"1 of 19 images cannot be used:\n  \S+/images/0.png is listed 2 times\n", "table", file, *TABLE_OPTIONS)
-    run("table", file, *TABLE_OPTIONS, "--skip_corrupt", "--seed", 1)
+    make_list("table", file, *TABLE_OPTIONS, "--skip_corrupt", "--seed", 1)
     assert by_name(tmp_path).keys() == {f"{index}.png" for index in range(2, 20)}
 
 
 def test_what_is_left_out_moves_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
-    run("table", table(tmp_path), *TABLE_OPTIONS)
+    make_list("table", table(tmp_path), *TABLE_OPTIONS)
     before = by_name(tmp_path)
     broken = tmp_path / "images" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
@@ -275,7 +261,7 @@ def test_what_is_left_out_moves_no_others(tmp_path: Path, capsys: pytest.Capture
     said = refused("2 of 20 images cannot be used", *command)
     assert "images/3.png must be an intact image" in said
     assert "images/4.png does not exist" in said
-    run(*command, "--skip_corrupt")
+    make_list(*command, "--skip_corrupt")
     assert "warning: left out, 2 of 20 images" in capsys.readouterr().err
     assert by_name(tmp_path) == {name: item for name, item in before.items() if name not in ("3.png", "4.png")}
 
@@ -329,7 +315,7 @@ def test_chexpert_is_found_as_the_full_set_is_unpacked(tmp_path: Path, tables: s
     for table in tmp_path.glob("*.csv"):
         table.write_text(table.read_text().replace("CheXpert-v1.0-small/", "CheXpert-v1.0/"))
         table.rename(tmp_path / tables / table.name)
-    run("chexpert", tmp_path)
+    make_list("chexpert", tmp_path)
     assert sizes(tmp_path) == [9, 1, 2]
     assert subjects(tmp_path)[2] == {"patient00010", "patient00011"}
 
@@ -345,7 +331,7 @@ def test_refuses_a_part_of_nih_unless_it_is_meant(tmp_path: Path, refused: Refus
     table = nih(tmp_path) / "Data_Entry_2017.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:37]))
     refused("4 of 40 images cannot be used:\n  00000019_000.png, which is in an official list, has no", "nih", tmp_path)
-    run("nih", tmp_path, "--skip_corrupt")
+    make_list("nih", tmp_path, "--skip_corrupt")
     assert len(content(tmp_path)["test"]) == 6
     assert content(tmp_path)["description"].startswith("A part of NIH ChestX-ray14")
 
@@ -387,6 +373,6 @@ def test_refuses_bad_options(tmp_path: Path, options: Sequence[object], match: s
 @pytest.mark.parametrize("source", ["", "nih", "chexpert", "folders", "table", "btcv", "msd", "volumes"])
 def test_help_says_what_a_source_takes(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        run(*source.split(), "--help")
+        make_list(*source.split(), "--help")
     assert caught.value.code == 0
     assert ("--validation_fraction" if source else "make_datalist.py nih DIR\n") in capsys.readouterr().out

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import make_datalist
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from datalists import volume_pairs
 from datalists.source import Record
-from helpers import read, volume, write_series
+from helpers import SPLITS, content, make_list, sizes, volume, write_series
 
 from dissect_monai import aggregate, read_datalist
 
@@ -19,20 +18,7 @@ AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 SHAPE = (4, 5, 3)
 OPTIONS = ("--group", "abdomen", "--modality", "CT")
 LABELS = ("--labels", "liver", "spleen")
-SPLITS = ("training", "validation", "test")
 Refused = Callable[..., str]
-
-
-def run(*arguments: object) -> None:
-    make_datalist.main([str(argument) for argument in arguments])
-
-
-def content(folder: Path) -> dict[str, Any]:
-    return read(folder / "dataset.json")
-
-
-def sizes(folder: Path) -> list[int]:
-    return [len(content(folder)[split]) for split in SPLITS]
 
 
 def subjects(folder: Path) -> set[str]:
@@ -102,7 +88,7 @@ def volumes(folder: Path, *options: object) -> tuple[object, ...]:
 
 
 def test_btcv_with_the_original_names_gets_the_split_of_the_literature(tmp_path: Path) -> None:
-    run("btcv", btcv(tmp_path))
+    make_list("btcv", btcv(tmp_path))
     spec = content(tmp_path)
     assert sizes(tmp_path) == [24, 6, 0]
     assert [item["subject"] for item in spec["validation"]] == [f"{number:04d}" for number in range(35, 41)]
@@ -121,7 +107,7 @@ def test_btcv_with_the_original_names_gets_the_split_of_the_literature(tmp_path:
 def test_btcv_is_found_in_every_usual_place(tmp_path: Path, parent: str, parts: tuple[str, str]) -> None:
     btcv(tmp_path / parent, range(34, 42), parts)
     write_image(tmp_path / parent / "imagesTs" / "img0061.nii.gz")
-    run("btcv", tmp_path, "--name", "mine")
+    make_list("btcv", tmp_path, "--name", "mine")
     assert sizes(tmp_path) == [2, 6, 0]
     assert content(tmp_path)["task"] == "mine"
 
@@ -137,7 +123,7 @@ def test_btcv_is_found_in_every_usual_place(tmp_path: Path, parent: str, parts: 
 def test_other_names_or_a_part_of_btcv_are_split(
     tmp_path: Path, numbers: range, names: tuple[str, str], expected: int
 ) -> None:
-    run("btcv", btcv(tmp_path, numbers, names=names))
+    make_list("btcv", btcv(tmp_path, numbers, names=names))
     assert sizes(tmp_path) == [10 - expected, expected, 0]
     assert "drawn with seed 0, 0.2 of the subjects for validation" in content(tmp_path)["description"]
 
@@ -153,7 +139,7 @@ def test_btcv_refuses_other_folders_and_two_pairs(tmp_path: Path, refused: Refus
 
 
 def test_msd_becomes_a_data_list_of_its_own_names_and_values(tmp_path: Path) -> None:
-    run(*msd(tmp_path / "Task09_Spleen"), "--output", tmp_path)
+    make_list(*msd(tmp_path / "Task09_Spleen"), "--output", tmp_path)
     spec = content(tmp_path)
     head = {key: spec[key] for key in ("name", "task", "group", "modality", "labels", "licence")}
     assert head == {
@@ -169,7 +155,7 @@ def test_msd_becomes_a_data_list_of_its_own_names_and_values(tmp_path: Path) -> 
 def test_msd_needs_a_group_for_other_tasks_and_may_get_a_test_split(tmp_path: Path, refused: Refused) -> None:
     command = (*msd(tmp_path / "Task100_Trunk", 10, modality={"0": "MRI"}), "--output", tmp_path)
     refused("Task100_Trunk must have a group. Give its region, as in --group abdomen", *command)
-    run(*command, "--group", "trunk", "--test_fraction", 0.3)
+    make_list(*command, "--group", "trunk", "--test_fraction", 0.3)
     assert sizes(tmp_path) == [5, 3, 2]
     assert (content(tmp_path)["group"], content(tmp_path)["modality"]) == ("trunk", {"0": "MR"})
 
@@ -179,7 +165,7 @@ def test_msd_replaces_its_own_list_only_on_demand_and_can_be_run_again(tmp_path:
     refused("dataset.json exists. Replace it with --overwrite, or name another", *command)
     written = []
     for _ in range(2):
-        run(*command, "--overwrite")
+        make_list(*command, "--overwrite")
         written.append(content(tmp_path / "Task09_Spleen"))
     assert written[0] == written[1]
 
@@ -189,7 +175,7 @@ def test_msd_refuses_a_part_of_a_task_unless_it_is_meant(tmp_path: Path, refused
     for part in ("imagesTr", "labelsTr"):
         (tmp_path / "Task09_Spleen" / part / "spleen_2.nii.gz").unlink()
     refused("1 of 5 images cannot be used:\n  labelsTr/spleen_2.nii.gz is in dataset.json alone\n", *command)
-    run(*command, "--skip_corrupt")
+    make_list(*command, "--skip_corrupt")
     assert sizes(tmp_path) == [3, 1, 0]
 
 
@@ -215,7 +201,7 @@ def test_msd_refuses_lists_of_another_form(
     "given", [("liver", "left kidney"), ("1=liver", "2=left kidney"), ("left kidney=2", "liver=1")]
 )
 def test_two_folders_are_matched_by_name_and_values_named_as_given(tmp_path: Path, given: Sequence[str]) -> None:
-    run(*volumes(folders(tmp_path), "--labels", *given))
+    make_list(*volumes(folders(tmp_path), "--labels", *given))
     spec = content(tmp_path)
     assert spec["labels"] == {"0": "background", "1": "liver", "2": "left kidney"}
     assert (spec["task"], spec["group"], spec["modality"]) == (tmp_path.name, "abdomen", {"0": "CT"})
@@ -228,7 +214,7 @@ def test_two_folders_are_matched_by_name_and_values_named_as_given(tmp_path: Pat
 def test_channel_suffixes_of_nnunet_are_understood(tmp_path: Path, refused: Refused) -> None:
     for path in (folders(tmp_path) / "images").iterdir():
         path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
-    run(*volumes(tmp_path))
+    make_list(*volumes(tmp_path))
     item = content(tmp_path)["training"][0]
     assert item["image"] == f"images/{item['subject']}_0000.nii.gz"
     assert item["label"] == f"labels/{item['subject']}.nii.gz"
@@ -241,7 +227,7 @@ def test_numbers_at_the_end_of_a_name_are_no_channels(tmp_path: Path) -> None:
     for index in range(3):
         write_image(tmp_path / "images" / f"case_{index:04d}.nii.gz")
         write_label(tmp_path / "labels" / f"case_{index:04d}.nii.gz")
-    run(*volumes(tmp_path), "--seed", 1)
+    make_list(*volumes(tmp_path), "--seed", 1)
     assert sizes(tmp_path) == [2, 1, 0]
 
 
@@ -255,7 +241,7 @@ def test_formats_may_differ_and_a_folder_of_slices_is_one_image(tmp_path: Path) 
     sitk.WriteImage(scan, str(tmp_path / "images" / "c.nrrd"))
     for name in ("a.nii.gz", "b.nii.gz", "c.mha"):
         sitk.WriteImage(label, str(tmp_path / "labels" / name))
-    run(*volumes(tmp_path), "--validation_fraction", 0)
+    make_list(*volumes(tmp_path), "--validation_fraction", 0)
     items = content(tmp_path)["training"]
     assert [item["image"] for item in items] == ["images/a", "images/b.mha", "images/c.nrrd"]
     assert [item["label"] for item in items] == ["labels/a.nii.gz", "labels/b.nii.gz", "labels/c.mha"]
@@ -267,7 +253,7 @@ def test_unlabelled_volumes_are_all_training(tmp_path: Path) -> None:
     write_image(tmp_path / "p1" / "._a.nii.gz")
     write_image(tmp_path / ".hidden" / "b.nii.gz")
     write_series(tmp_path / "p2", volume())
-    run("volumes", tmp_path, *OPTIONS)
+    make_list("volumes", tmp_path, *OPTIONS)
     spec = content(tmp_path)
     assert spec["training"] == [{"image": "p1/a.nii.gz", "subject": "p1/a"}, {"image": "p2", "subject": "p2"}]
     assert sizes(tmp_path) == [2, 0, 0]
@@ -277,7 +263,9 @@ def test_unlabelled_volumes_are_all_training(tmp_path: Path) -> None:
 def test_a_pattern_names_the_subject_of_nested_volumes(tmp_path: Path) -> None:
     for index in range(12):
         write_image(tmp_path / f"p{index // 3}" / f"scan_{index}.nii.gz")
-    run("volumes", tmp_path, *OPTIONS, "--subject_pattern", r"^(p\d+)/", "--validation_fraction", 0.25, "--seed", 1)
+    make_list(
+        "volumes", tmp_path, *OPTIONS, "--subject_pattern", r"^(p\d+)/", "--validation_fraction", 0.25, "--seed", 1
+    )
     assert sizes(tmp_path) == [6, 6, 0]
     assert len({item["subject"] for item in content(tmp_path)["training"]}) == 2
 
@@ -331,7 +319,7 @@ def test_what_does_not_agree_is_named_and_left_out_on_demand(
     damage(*(folders(tmp_path) / part / "case_1.nii.gz" for part in ("images", "labels")))
     message = refused(rf"(?m)^error: 1 of 5 images cannot be used:\n  {match}", *volumes(tmp_path))
     assert message.endswith("Correct them, or leave them out with --skip_corrupt.")
-    run(*volumes(tmp_path), "--skip_corrupt")
+    make_list(*volumes(tmp_path), "--skip_corrupt")
     assert subjects(tmp_path) == {f"case_{index}" for index in (0, 2, 3, 4)}
 
 
@@ -358,10 +346,12 @@ def test_the_values_of_a_label_map_are_those_that_numpy_finds(tmp_path: Path) ->
 def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
     for name in ("btcv", "msd", "own", "raw"):
         (tmp_path / name).mkdir()
-    run("btcv", btcv(tmp_path / "btcv"))
-    run(*msd(tmp_path / "Task02_Heart"), "--output", tmp_path / "msd")
-    run(*volumes(folders(tmp_path / "own")))
-    run("volumes", folders(tmp_path / "raw", 3) / "images", "--group", "head", "--modality", "MR", "--name", "raw")
+    make_list("btcv", btcv(tmp_path / "btcv"))
+    make_list(*msd(tmp_path / "Task02_Heart"), "--output", tmp_path / "msd")
+    make_list(*volumes(folders(tmp_path / "own")))
+    make_list(
+        "volumes", folders(tmp_path / "raw", 3) / "images", "--group", "head", "--modality", "MR", "--name", "raw"
+    )
     dirs = [tmp_path / "btcv", tmp_path / "msd", tmp_path / "own", tmp_path / "raw" / "images"]
     datalist = aggregate(dirs)
     assert datalist.task_names == ["Spleen", "btcv", "own", "raw"]
@@ -375,7 +365,7 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
 
 
 def test_subjects_are_counted_per_split_and_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("btcv", btcv(tmp_path))
+    make_list("btcv", btcv(tmp_path))
     *lines, unit, wrote = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     assert cells["images"] == cells["subjects"] == ["24", "6", "0"]
@@ -389,6 +379,6 @@ def test_what_is_not_annotated_is_listed_but_counts_as_no_structure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "Task09_Spleen"
-    run(*msd(folder, labels={"background": 0, "spleen": 1, "ignore": 2}), "--overwrite")
+    make_list(*msd(folder, labels={"background": 0, "spleen": 1, "ignore": 2}), "--overwrite")
     assert "ignore" not in capsys.readouterr().out
-    assert read(folder / "dataset.json")["labels"] == {"0": "background", "1": "spleen", "2": "ignore"}
+    assert content(folder)["labels"] == {"0": "background", "1": "spleen", "2": "ignore"}

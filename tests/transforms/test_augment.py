@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from dissect_monai.transforms.augment import BatchAugment, Corrupt, _gaussian_blur
+from dissect_monai.transforms.augment import BatchAugment, _gaussian_blur, mask_blocks
 
 OFF: dict[str, Any] = dict.fromkeys(("crop_scale", "gamma", "contrast"))
 OFF |= dict.fromkeys(("flip_prob", "rotation", "brightness", "blur_prob"), 0)
@@ -199,9 +199,9 @@ def test_every_image_has_a_draw_of_its_own(switch: str, value: Any) -> None:
 
 
 @both_dims
-def test_corrupt_masks_whole_blocks_in_all_channels_and_says_which(shape: tuple[int, ...]) -> None:
+def test_whole_blocks_are_masked_in_all_channels(shape: tuple[int, ...]) -> None:
     images = torch.ones(50, 2, *shape)
-    corrupted, masked = Corrupt(mask_fraction=0.4, mask_size=5)(images, generator())
+    corrupted, masked = mask_blocks(images, 0.4, 5, generator())
     assert masked.shape == (50, 1, *shape)
     assert torch.equal(corrupted == 0, masked.expand_as(images))
     assert 0.3 < masked.float().mean() < 0.5
@@ -239,10 +239,3 @@ def test_rejects_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_rejects_bad_images(spatial_dims: int, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"`images` must .*{message}"):
         BatchAugment(spatial_dims)(images)
-
-
-def test_rejects_bad_corruption() -> None:
-    with pytest.raises(ValueError, match=r"`mask_size` must be at least 1 pixel, got 0"):
-        Corrupt(mask_size=0)
-    with pytest.raises(ValueError, match=r"`mask_fraction` must be a number in \[0, 1\], got 1.5"):
-        Corrupt(mask_fraction=1.5)

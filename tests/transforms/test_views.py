@@ -6,7 +6,7 @@ from helpers import as_process, never_waiting
 from monai.data import MetaTensor
 from torch import Tensor
 
-from dissect_monai.transforms.augment import BatchAugment, Corrupt
+from dissect_monai.transforms.augment import BatchAugment
 from dissect_monai.transforms.views import HierarchyViews, Views, prepare_images
 
 TASKS, GROUPS = ["spleen", "pancreas", "heart"], ["abdomen", "thorax"]
@@ -22,9 +22,8 @@ def make_batch(shape: tuple[int, ...] = (16, 12)) -> dict[str, Any]:
     return {"image": images, "task": [task for task, _ in items], "group": [group for _, group in items]}
 
 
-def make_views(spatial_dims: int = 2, mask_fraction: float | None = 0.5, **kwargs: Any) -> HierarchyViews:
-    corrupt = None if mask_fraction is None else Corrupt(mask_fraction, mask_size=4)
-    return HierarchyViews(BatchAugment(spatial_dims), TASKS, GROUPS, corrupt, **kwargs)
+def make_views(spatial_dims: int = 2, mask_fraction: float = 0.5, mask_size: int = 4, **kwargs: Any) -> HierarchyViews:
+    return HierarchyViews(BatchAugment(spatial_dims), TASKS, GROUPS, mask_fraction, mask_size, **kwargs)
 
 
 def test_views_come_one_after_the_other_and_differ() -> None:
@@ -95,7 +94,7 @@ def test_task_and_group_travel_with_the_views_and_the_mask_says_what_each_lost(s
 
 def test_without_a_mask_they_are_those_of_views() -> None:
     expected = Views(BatchAugment(), seed=3)
-    actual = make_views(mask_fraction=None, seed=3)
+    actual = make_views(mask_fraction=0, seed=3)
     for views in (expected, actual):
         views.set_epoch(2)
     images, target = actual(make_batch(), "cpu")
@@ -113,3 +112,9 @@ def test_masks_repeat_with_their_epoch_and_leave_the_global_generator_alone() ->
     again = views(make_batch(), "cpu")
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.target.masked, again.target.masked)
+
+
+@pytest.mark.parametrize("mask", [{"mask_size": 0}, {"mask_fraction": 1.5}])
+def test_rejects_bad_masks(mask: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"`mask_fraction` must be in \[0, 1\] and `mask_size` at least 1, got "):
+        make_views(**mask)

@@ -67,12 +67,6 @@ def test_small_images_are_enlarged_smoothly_and_code_maps_by_their_cells() -> No
     assert smooth.mean() == pytest.approx(float(images.mean()), abs=0.01)
 
 
-@pytest.mark.parametrize("side", [TILE_SIDE, 224])
-def test_images_that_are_large_enough_stay_as_they_are(side: int) -> None:
-    images = torch.rand(1, 1, side, 40)
-    assert torch.equal(view_figure([images])[0], images[0, 0].T)
-
-
 @pytest.mark.parametrize("volume", [False, True])
 def test_slices_are_seen_from_below(volume: bool) -> None:
     images = torch.rand(2, 1, 200, 210)
