@@ -1,7 +1,7 @@
 """The knobs of the bundles: names, defaults and what they may be, from configs and rules; meanings from docs/knobs.json.
 
-    python scripts/knobs.py BUNDLE          # prints its tables
-    python scripts/knobs.py all [--check]   # writes them to docs/knobs.md of every bundle
+python scripts/knobs.py BUNDLE          # prints its tables
+python scripts/knobs.py all [--check]   # writes them to docs/knobs.md of every bundle
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Draw the pictures of the README and the documentation, from generated images alone: `make figures`.
 
-    python scripts/make_figures.py images FOLDER        # images that are larger than those of the demo
-    python scripts/make_figures.py draw FOLDER DEMO     # after the trainings of `make figures`
-    python scripts/make_figures.py report PAGE PICTURE  # a report as a picture, by a browser without a window
+python scripts/make_figures.py images FOLDER        # images that are larger than those of the demo
+python scripts/make_figures.py draw FOLDER DEMO     # after the trainings of `make figures`
+python scripts/make_figures.py report PAGE PICTURE  # a report as a picture, by a browser without a window
 """
 
 from __future__ import annotations
@@ -130,9 +130,13 @@ def gain(axes: Any) -> None:
     lines = film_panels(ROOT / "results" / "cxr_films.csv")["all stages"]
     for (recipe, title), marker in zip(titles.items(), "osD", strict=True):
         sizes, values, lows, highs = np.transpose(lines[recipe])
-        axes.errorbar(sizes, values, [values - lows, highs - values], label=title, marker=marker, markersize=4, capsize=2)
+        axes.errorbar(
+            sizes, values, [values - lows, highs - values], label=title, marker=marker, markersize=4, capsize=2
+        )
     axes.set_xscale("log")
-    axes.set_xticks(ticks := sorted({size for size, *_ in lines["random"]}), [FILMS.tick.format(tick) for tick in ticks])
+    axes.set_xticks(
+        ticks := sorted({size for size, *_ in lines["random"]}), [FILMS.tick.format(tick) for tick in ticks]
+    )
     axes.minorticks_off()
     axes.set_xlabel("share of the training labels", fontsize=9)
     axes.set_ylabel("AUROC, viral or bacterial", fontsize=9)

@@ -31,6 +31,7 @@ FILM_SETS = {"cxr_kermany": "paediatric films", "cxr_nih": "NIH", "cxr_nih64": "
 FILM_RECIPES = {"pixels": "pixels", "random": "random", "NT-Xent without VQ": "without VQ", "VQ with NT-Xent": "VQ"}
 VQ, WITHOUT = "VQ with NT-Xent", "NT-Xent without VQ"
 KINDS = ("last", "stages")  # of features
+FILM_KEYS = ("set", "question", "fraction", "features", "recipe", "less")
 DIGITS = {"hd95": 1, "missed": 1}  # after the point, of metrics that are not in [0, 1]
 Row = dict[str, str]
 Lines = dict[str, list[tuple[float, float, float, float]]]  # recipe → size, value and ends of the bar of its points
@@ -251,7 +252,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
 def film_table(table: Path) -> str:
     """Markdown of a table of judge_encoders.py: by question and share of the labels, last stage / all stages."""
     with open(table, newline="", encoding="utf-8") as file:
-        rows = {tuple(row.values())[:6]: row for row in csv.DictReader(file)}
+        rows = {tuple(row[name] for name in FILM_KEYS): row for row in csv.DictReader(file)}
     titles = [*FILM_RECIPES.values(), "VQ - random", "VQ - without VQ"]
     lines = [f"| set, question | labels | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name, question, share in dict.fromkeys(key[:3] for key in rows):

@@ -104,7 +104,9 @@ def test_the_latest_row_wins_and_check_fails_on_a_stale_page(stand: Any, trained
     assert page(tmp_path).read_bytes() != before
     append({**rows[0], "mean": "0.1234"})
     stale = page(tmp_path).read_bytes()
-    with pytest.raises(SystemExit, match=r"^error: docs/results/pretrain_vq_ssl.md does not show .*: run `make results`"):
+    with pytest.raises(
+        SystemExit, match=r"^error: docs/results/pretrain_vq_ssl.md does not show .*: run `make results`"
+    ):
         render_results.main(check=True)
     assert page(tmp_path).read_bytes() == stale
     assert f"| {rows[0]['recipe']} | 0.123 ±" in rendered(tmp_path, "pretrain_vq_ssl")
@@ -147,14 +149,13 @@ def test_the_pages_show_the_results() -> None:
 
 def test_judged_encoders_are_a_line_each_with_its_interval(tmp_path: Path) -> None:
     table = tmp_path / "films.csv"
-    rows = ["question,fraction,features,recipe,less,auroc,low,high"]
-    rows += [
-        f"viral against bacterial,{share},{kind},VQ,,0.8,0.7,0.85" for share in (0.05, 1) for kind in ("last", "stages")
-    ]
-    rows += ["viral against bacterial,1,last,VQ,random,0.1,0.0,0.2", "findings,1,last,VQ,,0.6,0.5,0.7"]
+    vq, viral = "VQ with NT-Xent", "viral against bacterial"
+    rows = ["set,question,fraction,features,recipe,less,auroc,low,high"]
+    rows += [f"a,{viral},{share},{kind},{vq},,0.8,0.7,0.85" for share in (0.05, 1) for kind in ("last", "stages")]
+    rows += [f"a,{viral},1,last,{vq},random,0.1,0.0,0.2", f"a,{viral},1,last,NT-Xent without VQ,{vq},0.1,0.0,0.2"]
+    rows += [f"a,findings,1,last,{vq},,0.6,0.5,0.7"]
     table.write_text("\n".join(rows), encoding="utf-8")
-    lines = {"VQ": [(0.05, 0.8, 0.7, 0.85), (1, 0.8, 0.7, 0.85)]}
+    lines = {vq: [(0.05, 0.8, 0.7, 0.85), (1, 0.8, 0.7, 0.85)]}
     assert render_results.film_panels(table) == {"last stage": lines, "all stages": lines}
-    text = render_results.film_table(table)
-    assert "| VQ - random |" in text
-    assert "| 1 | viral" not in text
+    shown = " |  |  |  | 0.800 / 0.800 | +0.100 (+0.000 to +0.200) | -0.100 (-0.200 to -0.000) |"
+    assert f"| a, {viral} | 100%{shown}" in render_results.film_table(table)
