@@ -106,7 +106,8 @@ figures: demo  ## the pictures of the README, from generated images alone: some 
 	$(RUN) bundles/seg_finetune_btcv/configs/train.json --output_dir $(FIGURES)/seg_finetune_btcv
 	$(RUN) bundles/seg_finetune_btcv/configs/evaluate.json --output_dir $(FIGURES)/seg_finetune_btcv
 	$(RUN) bundles/seg_finetune_btcv/configs/inference.json --output_dir $(FIGURES)/seg_finetune_btcv --dataset_dir $(FIGURES)/volumes/abdomen_ct
-	$(BIN)/python scripts/make_figures.py draw $(FIGURES) $(BUNDLE)
+	$(BIN)/python scripts/make_figures.py overview $(FIGURES)
+	$(BIN)/python scripts/make_figures.py demo $(BUNDLE)
 	$(BIN)/python scripts/make_figures.py report $(FIGURES)/seg_finetune_btcv/eval/report.html docs/report.png
 
 clean:

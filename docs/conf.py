@@ -1,4 +1,4 @@
-"""The documentation site: `make docs` builds it without a network; DOCS_ONLINE=1 adds links to torch, monai and numpy."""
+"""The documentation site. `make docs` needs no network; with DOCS_ONLINE=1 it links to torch, monai and numpy, too."""
 
 import os
 import re
@@ -47,7 +47,10 @@ INCLUDED |= {f"bundles/{path.name}/docs/knobs.md": f"knobs/{path.name}.md" for p
 
 
 def link_inside(app: Any, page: str, source: list[str]) -> None:
-    """Rewrite links to included files."""
+    """Rewrite links to included files, and give the benchmarks' page its text, whose links are to files beside it."""
+    if page == "benchmarks":
+        source[0] = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").replace("](../docs/", "](")
+        source[0] = re.sub(r"\]\((\w+\.py)", r"](../benchmarks/\1", source[0])
     up = "../" * page.count("/")
     for file, target in INCLUDED.items():
         source[0] = source[0].replace(f"](../{up}{file}", f"]({up}{target}")

@@ -1,4 +1,4 @@
-"""The knobs of the bundles: names, defaults and what they may be, from configs and rules; meanings from docs/knobs.json.
+"""The knobs of the bundles: names, defaults and allowed values, from configs and rules; meanings from docs/knobs.json.
 
 python scripts/knobs.py BUNDLE          # prints its tables
 python scripts/knobs.py all [--check]   # writes them to docs/knobs.md of every bundle
@@ -60,8 +60,8 @@ def page(bundle: Path) -> str:
     lines = [
         f"# Knobs of `{bundle.name}`",
         "",
-        "Made by `scripts/knobs.py` from the configs. A knob is a top-level key of a config: `--max_epochs 50` on the command line.",
-        "`DIR` and `OUT` are folders of yours. Anything else in a config can be overridden by its id: `--train#augment#rotation 5`.",
+        "Made by `scripts/knobs.py` from the configs. A knob is a top-level key of a config, and is set by its name:",
+        "`--max_epochs 50`. Anything else in a config can be overridden by its id: `--train#augment#rotation 5`.",
     ]
     for name in (*STANDARD, *sorted(others)):
         rows = list(table(bundle, name))

@@ -1,7 +1,8 @@
 """Draw the pictures of the README and the documentation, from generated images alone: `make figures`.
 
 python scripts/make_figures.py images FOLDER        # images that are larger than those of the demo
-python scripts/make_figures.py draw FOLDER DEMO     # after the trainings of `make figures`
+python scripts/make_figures.py overview FOLDER      # of a pretraining and a segmentation of these
+python scripts/make_figures.py demo FOLDER          # of what `make demo` has trained there
 python scripts/make_figures.py report PAGE PICTURE  # a report as a picture, by a browser without a window
 """
 
@@ -40,16 +41,11 @@ def images(folder: str) -> None:
     write_volume_phantoms(Path(folder, "volumes"), 1, 1, 1, **VOLUMES)
 
 
-def draw(folder: str, demo: str) -> None:
-    """Write docs/overview.png and docs/demo.png.
-
-    Args:
-        folder: with `images`, the pretraining of their X-rays and the label maps of their volumes.
-        demo: folder in which `make demo` has trained.
-    """
+def overview(folder: str) -> None:
+    """Write docs/overview.png: what each kind of bundle sees, and what pretraining gains."""
     from matplotlib.figure import Figure
 
-    xray, *maps = code_maps(Path(folder, PRETRAINED), Path(folder, "xrays"), [3])[0]
+    xray, *maps = code_maps(Path(folder, PRETRAINED), Path(folder, "xrays"), [2])[0]
     ct, organs = segmented(Path(folder))
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.12))
@@ -61,7 +57,12 @@ def draw(folder: str, demo: str) -> None:
     gain(right.subplots())
     save(figure, DOCS / "overview.png")
 
-    rows = code_maps(Path(demo), Path(demo, "phantoms"), [0, 1, 4], decoded=True)
+
+def demo(folder: str) -> None:
+    """Write docs/demo.png: X-rays, their codes, and what the decoder makes of these."""
+    from matplotlib.figure import Figure
+
+    rows = code_maps(Path(folder), Path(folder, "phantoms"), [0, 1, 4], decoded=True)
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     titles = ["X-ray", *(f"{len(each)}×{len(each)} codes" for each in rows[0][1:-1]), "from the codes"]
     for index, row in enumerate(rows):
@@ -72,7 +73,7 @@ def draw(folder: str, demo: str) -> None:
 
 
 def code_maps(run: Path, data: Path, chosen: Sequence[int], decoded: bool = False) -> list[list[NDArray[Any]]]:
-    """Of test images of a folder: the image, its codes in colours, fine to coarse, and what the decoder makes of them."""
+    """Of test images: the image, its codes in colours, fine to coarse, and what the decoder makes of them."""
     codes = load_codes(run)
     size = read_settings(run / "models" / "model.pt")["image_size"]
     found = sorted((data / "images").glob("*.png"))[-64:]
@@ -179,4 +180,4 @@ def report(page: str, picture: str, width: int = 1000, height: int = 1250) -> No
 
 
 if __name__ == "__main__":
-    fire.Fire({"images": images, "draw": draw, "report": report})
+    fire.Fire({"images": images, "overview": overview, "demo": demo, "report": report})
