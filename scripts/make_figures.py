@@ -93,10 +93,10 @@ def code_maps(run: Path, data: Path, chosen: Sequence[int], decoded: bool = Fals
 
 def segmented(folder: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     """The axial slice of a volume that shows most organs, grey, and the same with the organs that were found."""
-    eval_dir = folder / SEGMENTED / "eval"
-    with open(eval_dir / "label_maps.csv", newline="", encoding="utf-8") as file:
+    table = folder / SEGMENTED / "eval" / "label_maps" / "label_maps.csv"
+    with open(table, newline="", encoding="utf-8") as file:
         row = next(csv.DictReader(file))
-    maps = [nib.as_closest_canonical(nib.load(path)) for path in (row["image"], eval_dir / row["label_map"])]
+    maps = [nib.as_closest_canonical(nib.load(path)) for path in (row["image"], row["label_map"])]
     volume, labels = (np.asarray(each.dataobj) for each in maps)
     best = max(range(labels.shape[2]), key=lambda z: len(np.unique(labels[..., z])))
     # As a radiologist sees it: the patient's right on the left, the front above.
