@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test label package release lint type bench gpu results clean
+.PHONY: demo demo-all test label dist package release docs figures lint type bench gpu results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -65,6 +65,11 @@ label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the pa
 package: $(BIN)/.runtime  ## archives of all bundles with the weights of make demo-all, in dist/
 	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)
 
+dist: $(BIN)/.dev  ## the wheel and the source archive, with their SHA-256, in dist/
+	rm -f dist/dissect_monai-* dist/SHA256SUMS
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python scripts/package_bundle.py digests
+
 release: $(BIN)/.runtime  ## check that all is ready to be published, and print the commands; sends nothing
 	$(BIN)/python scripts/package_bundle.py release --weights $(DEMO)
 
@@ -72,6 +77,10 @@ lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/render_results.py --check
+	$(BIN)/python scripts/knobs.py all --check
+
+docs: $(BIN)/.dev  ## the documentation site, in docs/_build; warnings are errors, and no network is needed
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build
 
 type: $(BIN)/.dev
 	$(BIN)/mypy
@@ -86,8 +95,20 @@ BUDGET ?= full
 gpu:  ## all that needs a GPU, with this machine's python3 and without a network; PARTS=... chooses (docs/offline.md)
 	$(PYTHON) scripts/gpu/run.py --pack $(PACK) --out $(OUT) --device $(or $(DEVICE),cuda) --budget $(BUDGET) $(if $(PARTS),--parts $(PARTS))
 
-results: $(BIN)/.runtime  ## make the README's tables from results/results.csv
+results: $(BIN)/.runtime  ## make tables and figures from results/, and the pages of the knobs
 	$(BIN)/python scripts/render_results.py
+	$(BIN)/python scripts/knobs.py all
+
+FIGURES = runs/figures
+figures: demo  ## the pictures of the README, from generated images alone: some 20 minutes; needs Chromium for the report
+	$(BIN)/python scripts/make_figures.py images $(FIGURES)
+	$(RUN) $(BUNDLE)/configs/train.json --dataset_dir $(FIGURES)/xrays --output_dir $(FIGURES)/pretrain_vq_ssl --encoder resnet18 --image_size 128 --batch_size 16 --hidden_dim 512 --decay 0.95 --max_epochs 8 --warmup_epochs 1 --val_interval 8 --num_workers 0
+	$(RUN) bundles/seg_finetune_btcv/configs/train.json --output_dir $(FIGURES)/seg_finetune_btcv
+	$(RUN) bundles/seg_finetune_btcv/configs/evaluate.json --output_dir $(FIGURES)/seg_finetune_btcv
+	$(RUN) bundles/seg_finetune_btcv/configs/inference.json --output_dir $(FIGURES)/seg_finetune_btcv --dataset_dir $(FIGURES)/volumes/abdomen_ct
+	$(BIN)/python scripts/make_figures.py overview $(FIGURES)
+	$(BIN)/python scripts/make_figures.py demo $(BUNDLE)
+	$(BIN)/python scripts/make_figures.py report $(FIGURES)/seg_finetune_btcv/eval/report.html docs/report.png
 
 clean:
 	rm -rf $(VENV) $(LABEL) .mypy_cache .pytest_cache .ruff_cache

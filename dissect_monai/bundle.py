@@ -133,7 +133,11 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
         arguments = [] if name in parser else _arguments(parser, name.rpartition("::")[0])
         if name not in parser and name not in arguments:
             near = get_close_matches(name, [*known, *arguments], n=1, cutoff=0)
-            raise InputError(f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?")
+            page = Path(ensure_tuple(config_file)[0]).parent.parent / "docs" / "knobs.md"
+            explained = f" {page} explains every knob." if page.is_file() else ""
+            raise InputError(
+                f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?{explained}"
+            )
         parser[name] = value
 
 

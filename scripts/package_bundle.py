@@ -1,11 +1,13 @@
 """Package bundles for those who have nothing of this repository: dist/NAME_vVERSION.zip and its SHA-256.
 
     python scripts/package_bundle.py NAME|all [--weights DIR] [--output_dir dist]
+    python scripts/package_bundle.py digests [--output_dir dist]
     python scripts/package_bundle.py release [--weights DIR] [--output_dir dist]
 
 The archive holds one folder: the bundle, its weights and the package that its configs refer to. The same commit and
-weights give the same bytes. `release` packages all, checks versions, changelogs and model cards, prints the commands
-that publish the bundles, and names all that is missing; it needs no network and sends nothing anywhere.
+weights give the same bytes. `digests` writes those of the wheel and the source archive of `make dist`. `release`
+packages all, checks the wheel, versions, changelogs and model cards, prints the commands that publish them, and names
+all that is missing; it needs no network and sends nothing anywhere.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dissect_monai.data.identity import DIGITS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dissect_monai"
+SUMS = "SHA256SUMS"  # of the wheel and the source archive
 WEIGHTS = ("models/model.pt", "models/model.json")
 CARD = "docs/README.md"
 CARD_TEXTS = ("\n## Train\n", "\n## Limits\n", "Not a medical device")
@@ -36,7 +39,7 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
     """Package one bundle or all of them, or check all of them and print how to publish them.
 
     Args:
-        name: of the bundle's folder in bundles/, or "all", or "release".
+        name: of the bundle's folder in bundles/, or "all", "release" or "digests".
         weights: folder that has NAME/models/model.pt of each, such as runs/demo after `make demo-all`; bundles/ by
             default.
         output_dir: folder for the archives.
@@ -45,6 +48,10 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
     output_dir = Path(output_dir)
     if name == "release":
         release(trained, output_dir)
+        return
+    if name == "digests":
+        lines = [f"{digest(output_dir / each)}  {each}\n" for each in distributions(__version__)]
+        (output_dir / SUMS).write_text("".join(lines), encoding="utf-8")
         return
     try:
         for bundle in chosen_bundles(name):
@@ -79,8 +86,7 @@ def package(bundle: Path, weights: Path, output_dir: Path) -> Path:
             content = file.read_bytes()
             archive.writestr(entry, without_guessable(content, file) if name == WEIGHTS[1] else content)
     half.replace(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest(path)}  {path.name}\n", encoding="utf-8")
     return path
 
 
@@ -98,6 +104,11 @@ def without_guessable(content: bytes, path: Path) -> bytes:
     )
     settings |= {"trained_on": kept} if kept else {}  # without it, an evaluation says that nothing is known
     return json.dumps(settings, indent=1).encode()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def released_version(bundle: Path) -> str:
@@ -162,6 +173,13 @@ def release(weights: Path, output_dir: Path) -> None:
         SystemExit: naming all that is not ready to be published.
     """
     problems = list(changelog_problems((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), __version__))
+    problems += wheel_problems(output_dir, __version__)
+    print(f"# the package {__version__}: {', '.join(distributions(__version__))}, {SUMS}")
+    print(
+        f"python -m twine upload {' '.join(str(output_dir / each) for each in distributions(__version__))}",
+        "",
+        sep="\n",
+    )
     for bundle in chosen_bundles("all"):
         problems += [f"{bundle.name}: {each}" for each in card_problems(bundle)]
         try:
@@ -174,6 +192,28 @@ def release(weights: Path, output_dir: Path) -> None:
         print(*commands(bundle.name, version, archive), "", sep="\n")
     if problems:
         raise SystemExit("error: not ready to be published:\n" + "\n".join(f"- {each}" for each in problems))
+
+
+def distributions(version: str) -> tuple[str, str]:
+    """Names of the wheel and of the source archive."""
+    return f"{PACKAGE}-{version}-py3-none-any.whl", f"{PACKAGE}-{version}.tar.gz"
+
+
+def wheel_problems(folder: Path, version: str, root: Path = ROOT) -> Iterator[str]:
+    """What is wrong with the wheel and the source archive in a folder: missing, changed, or of other code."""
+    sums = (folder / SUMS).read_text(encoding="utf-8") if (folder / SUMS).is_file() else ""
+    for name in distributions(version):
+        if not (folder / name).is_file():
+            yield f"{folder / name} is missing: `make dist`"
+        elif f"{digest(folder / name)}  {name}\n" not in sums:
+            yield f"{folder / name} has not the digest that {SUMS} says: `make dist`"
+    wheel = folder / distributions(version)[0]
+    if wheel.is_file():
+        with zipfile.ZipFile(wheel) as archive:
+            held = {name: archive.read(name) for name in archive.namelist() if name.startswith(f"{PACKAGE}/")}
+        committed = git(root, "ls-files", "--", PACKAGE)
+        if held != {name: (root / name).read_bytes() for name in committed}:
+            yield f"{wheel} does not hold {PACKAGE} as it is committed: `make dist`"
 
 
 def changelog_problems(changelog: str, version: str) -> Iterator[str]:
@@ -197,10 +237,11 @@ def commands(name: str, version: str, archive: Path) -> list[str]:
     folder = f"unpacked/{name}"
     return [
         f"unzip -q {archive} -d unpacked",
-        f"cp -r {folder} MODEL_ZOO/models/   # a pull request to the model zoo: docs/publishing.md",
-        f"ngc registry model upload-version ORG/TEAM/{name}:{version} --source {folder}   # NGC",
         f"python -m monai.bundle push_to_hf_hub --repo ORG/{name} --name {name} --bundle_dir unpacked"
         f" --version {version}   # Hugging Face",
+        f"cp -r {folder} MODEL_ZOO/models/ && rm -r MODEL_ZOO/models/{name}/{PACKAGE}"
+        "   # a pull request to the model zoo, with the wheel in place of the copy: docs/publishing.md",
+        f"ngc registry model upload-version ORG/TEAM/{name}:{version} --source {folder}   # NGC",
     ]
 
 

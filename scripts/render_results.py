@@ -1,13 +1,16 @@
-"""Write the README's results from results/results.csv: tables, and the figures in docs/.
+"""Write results from the tables in results/: what the README claims, the pages in docs/results/, the figures in docs/.
 
     python scripts/render_results.py [--check]
 
-Titles and the order of tables come from the studies in scripts/experiments/; tables go between the README's markers.
+Titles and the order of tables come from the studies in scripts/experiments/, the README's claims from
+results/claims.json. All goes between the markers of a page; what stands around them is written by hand.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
@@ -23,6 +26,12 @@ from dissect_monai.visualize.classifier import COLORS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (scripts/render_results.py) -->\n", "<!-- results: end -->"
+PAGES = "docs/results"
+FILM_SETS = {"cxr_kermany": "paediatric films", "cxr_nih": "NIH", "cxr_nih64": "NIH, 64 px", "cxr_adult": "adult films"}
+FILM_RECIPES = {"pixels": "pixels", "random": "random", "NT-Xent without VQ": "without VQ", "VQ with NT-Xent": "VQ"}
+VQ, WITHOUT = "VQ with NT-Xent", "NT-Xent without VQ"
+KINDS = ("last", "stages")  # of features
+FILM_KEYS = ("set", "question", "fraction", "features", "recipe", "less")
 DIGITS = {"hd95": 1, "missed": 1}  # after the point, of metrics that are not in [0, 1]
 Row = dict[str, str]
 Lines = dict[str, list[tuple[float, float, float, float]]]  # recipe → size, value and ends of the bar of its points
@@ -127,10 +136,11 @@ def table(block: Block, title: str, columns: dict[str, str]) -> list[str]:
 
 def render(block: Block) -> str:
     """Markdown of one block: a table per variant, or per metric where the variants are several sizes."""
-    lines = [f"### `{block.bundle}` on {block.dataset}", ""]
+    lines = [f"## `{block.bundle}` on {block.dataset}", ""]
     for figure in FIGURES:
         if panels(figure, [block]):
-            lines += [f"![{figure.name} of {block.bundle} on {block.dataset}]({figure.path})", ""]
+            path = os.path.relpath(figure.path, PAGES)
+            lines += [f"![{figure.name} of {block.bundle} on {block.dataset}]({path})", ""]
     if len(block.sizes) > 1:
         for metric, title in block.columns.items():
             lines += table(block, title, {f"{name}/{metric}": each for name, each in block.variants.items()})
@@ -203,27 +213,86 @@ def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
     canvas.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def effect(row: Row, sign: float = 1) -> tuple[float, float, float]:
+    """A difference and the ends of its interval, of a row of either kind of table; with sign -1 the other way round."""
+    mean, ends = (row["mean"], row["std"].split("..")) if "mean" in row else (row["auroc"], [row["low"], row["high"]])
+    low, high = sorted(sign * float(end) for end in ends)
+    return sign * float(mean), low, high
+
+
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of the README's claims, each with the one difference in results/ that answers it.
+
+    Raises:
+        SystemExit: if the row of a claim is not there, or not the only one.
+    """
+    lines = ["| does pretraining help? | against | effect | 95 % interval | |", "|---|---|---|---|---|"]
+    for claim in claims:
+        with open(ROOT / "results" / claim["table"], newline="", encoding="utf-8") as file:
+            found = [row for row in csv.DictReader(file) if claim["row"].items() <= row.items()]
+        # results.csv is only appended to, and the latest row counts.
+        if len(found) != 1 and not (found and claim["table"] == "results.csv"):
+            raise SystemExit(f"error: {len(found)} rows of results/{claim['table']} are {claim['row']}: one must be.")
+        value, low, high = effect(found[-1], claim.get("sign", 1))
+        answer = "yes" if low > 0 else "no, it costs" if high < 0 else "not shown"
+        shown = f"{value:+.3f} {claim['unit']} | {low:+.3f} to {high:+.3f} | **{answer}**"
+        lines.append(f"| {claim['question']} | {claim['against']} | {shown} |")
+    return "\n".join(lines)
+
+
+def film_table(table: Path) -> str:
+    """Markdown of a table of judge_encoders.py: by question and share of the labels, last stage / all stages."""
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = {tuple(row[name] for name in FILM_KEYS): row for row in csv.DictReader(file)}
+    titles = [*FILM_RECIPES.values(), "VQ - random", "VQ - without VQ"]
+    lines = [f"| set, question | labels | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for name, question, share in dict.fromkeys(key[:3] for key in rows):
+        if question in ("viral_pneumonia", "bacterial_pneumonia"):
+            continue  # what tells the two from each other tells each from the rest
+        cells = [[rows.get((name, question, share, kind, recipe, "")) for kind in KINDS] for recipe in FILM_RECIPES]
+        shown = [" / ".join(f"{float(row['auroc']):.3f}" for row in cell if row) for cell in cells]
+        for recipe, less, sign in ((VQ, "random", 1), (WITHOUT, VQ, -1)):
+            found = [rows.get((name, question, share, kind, recipe, less)) for kind in KINDS]
+            parts = [effect(row, sign) for row in found if row]
+            shown.append(" / ".join(f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, low, high in parts))
+        title = f"{FILM_SETS.get(name, name)}, {question}"
+        lines.append(f"| {title} | {float(share):.0%} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def contents(blocks: Sequence[Block]) -> dict[str, str]:
+    """By the path of a page, what stands between its markers."""
+    claims = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
+    found = {"README.md": claims_table(claims)}
+    if (table := ROOT / "results" / "cxr_films.csv").exists():
+        found[f"{PAGES}/films.md"] = film_table(table)
+    for bundle in dict.fromkeys(each.bundle for each in blocks):
+        found[f"{PAGES}/{bundle}.md"] = "\n\n".join(render(each) for each in blocks if each.bundle == bundle)
+    return found
+
+
 def main(check: bool = False) -> None:
-    """Rewrite what is between the markers of README.md, and the figures.
+    """Rewrite what is between the markers of README.md and of the pages in docs/results/, and the figures.
 
     Args:
-        check: change nothing, and fail if the README is out of date.
+        check: change nothing, and fail if a page is out of date.
     """
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"error: README.md must hold the lines {BEGIN.strip()} and {END}.")
     try:
         blocks = read_blocks()
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
-    above, below = text.partition(BEGIN)[0], text.partition(END)[2]
-    new = f"{above}{BEGIN}" + "\n\n".join(map(render, blocks)) + f"\n{END}{below}"
+    for name, content in contents(blocks).items():
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        if BEGIN not in text or END not in text:
+            raise SystemExit(f"error: {name} must hold the lines {BEGIN.strip()} and {END}.")
+        new = f"{text.partition(BEGIN)[0]}{BEGIN}{content}\n{END}{text.partition(END)[2]}"
+        if check and new != text:
+            raise SystemExit(f"error: {name} does not show the tables of results/: run `make results`.")
+        if not check:
+            page.write_text(new, encoding="utf-8")
     if check:
-        if new != text:
-            raise SystemExit("error: README.md does not show results/results.csv: run `make results`.")
         return
-    readme.write_text(new, encoding="utf-8")
     for figure in FIGURES:
         if shown := panels(figure, blocks):
             draw(figure, shown, ROOT / figure.path)

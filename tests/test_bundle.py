@@ -75,6 +75,14 @@ def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, m
     assert not Path("ran").exists()
 
 
+def test_a_misspelt_knob_is_pointed_to_the_page_that_explains_all(tiny_bundle: Path) -> None:
+    page = tiny_bundle / "docs" / "knobs.md"
+    page.parent.mkdir()
+    page.touch()
+    with refused(f"did you mean --learning_rate[?] {page} explains every knob"):
+        run_bundle(tiny_bundle, learning_rat=1)
+
+
 def test_overrides_in_an_args_file_are_checked_too(tiny_bundle: Path) -> None:
     config_file = str(tiny_bundle / "configs" / "train.json")
     good = write(Path("good.json"), {"config_file": config_file, "learning_rate": 1, "run_id": "run"})

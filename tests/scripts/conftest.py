@@ -34,6 +34,11 @@ def lines_of(recipe: str, seed: int, variant: str) -> list[Line]:
     return lines
 
 
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 class Stand:
     """Stands in for `monai.bundle run`: keeps the knobs of each call and writes what the real one would leave."""
 
@@ -123,14 +128,14 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stand:
-    """A repository of its own, with data for the studies, and a README without results."""
+    """A repository of its own, with data for the studies, and pages without results."""
     stand = Stand(tmp_path)
     for name in ("images", "ct"):
         (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "results").mkdir()
-    (tmp_path / "README.md").write_text(
-        "above\n<!-- results: begin (scripts/render_results.py) -->\n<!-- results: end -->\nbelow\n", encoding="utf-8"
-    )
+    (tmp_path / "results" / "claims.json").write_text("[]", encoding="utf-8")
+    for page in ("README.md", *(f"docs/results/{name}.md" for name in ("pretrain_vq_ssl", "seg_finetune_btcv"))):
+        write_text(tmp_path / page, f"above\n{render_results.BEGIN}{render_results.END}\nbelow\n")
     monkeypatch.setattr(render_results, "ROOT", tmp_path)
     monkeypatch.setattr(run_experiments, "call", stand)
     monkeypatch.setattr(run_experiments, "code_state", lambda: ("c0ffee00", False))

@@ -219,11 +219,32 @@ def test_all_problems_are_named_after_the_commands(
     assert "cxr_classify" not in printed
 
 
+def test_the_wheel_of_a_release_is_whole_and_of_the_committed_code(repository: Path, tmp_path: Path) -> None:
+    version, dist = dissect_monai.__version__, tmp_path / "dist"
+    wheel, source = (dist / name for name in package_bundle.distributions(version))
+
+    def problems() -> str:
+        return "\n".join(package_bundle.wheel_problems(dist, version, repository))
+
+    assert problems().count("is missing: `make dist`") == 2
+    dist.mkdir()
+    source.write_bytes(b"source")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in package_bundle.git(repository, "ls-files", "dissect_monai"):
+            archive.write(repository / path, path)
+    assert problems().count("has not the digest") == 2
+    main("digests", output_dir=dist)
+    assert problems() == ""
+    (repository / "dissect_monai" / "common.py").write_text("# changed", encoding="utf-8")
+    assert problems() == f"{wheel} does not hold dissect_monai as it is committed: `make dist`"
+
+
 def test_the_commands_name_version_and_folder() -> None:
     version = read(ROOT / "bundles" / "cxr_classify" / "configs" / "metadata.json")["version"]
-    unzip, zoo, ngc, hub = commands("cxr_classify", version, Path("dist/a.zip"))
+    unzip, hub, zoo, ngc = commands("cxr_classify", version, Path("dist/a.zip"))
     assert unzip == "unzip -q dist/a.zip -d unpacked"
-    assert "unpacked/cxr_classify" in zoo
+    assert "cp -r unpacked/cxr_classify" in zoo
+    assert "rm -r MODEL_ZOO/models/cxr_classify/dissect_monai" in zoo
     assert f"cxr_classify:{version} --source unpacked/cxr_classify" in ngc
     assert f"--version {version}" in hub
 
@@ -239,11 +260,13 @@ def pins(path: Path) -> dict[str, str]:
 def test_metadata_name_the_versions_that_are_tested(bundle: str) -> None:
     tested = pins(ROOT / "constraints.txt")
     metadata = read(ROOT / "bundles" / bundle / "configs" / "metadata.json")
+    required = dict(metadata["required_packages_version"])
+    assert required.pop("dissect-monai") == dissect_monai.__version__  # the wheel, which a zoo without a copy installs
     named = {
         "monai": metadata["monai_version"],
         "torch": metadata["pytorch_version"],
         "numpy": metadata["numpy_version"],
-        **metadata["required_packages_version"],
+        **required,
     }
     assert {name.lower(): version for name, version in named.items()}.items() <= tested.items()
 
