@@ -20,7 +20,7 @@ from dissect_monai.networks.hssl import HSSLNet
 from dissect_monai.networks.quantizers import EMACodebook
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.transforms import augment
-from dissect_monai.transforms.augment import BatchAugment, Corrupt
+from dissect_monai.transforms.augment import BatchAugment, mask_blocks
 from dissect_monai.transforms.spatial import to_original_grid
 from dissect_monai.transforms.views import HierarchyViews
 
@@ -112,19 +112,19 @@ def test_the_loss_of_pretraining_is_alike(objective: str, device: torch.device) 
 def test_the_loss_of_hierarchical_pretraining_is_alike(device: torch.device) -> None:
     torch.manual_seed(0)
     segresnet = SegResNet(3, out_channels=1, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-    network, found = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=32), []
+    network, found = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=32, dense=True), []
     copy = deepcopy(network).to(device)
     batch = {"image": torch.rand(4, 1, 16, 16, 16), "task": [*TASKS, "spleen"], "group": [GROUPS[0]] * 3 + [GROUPS[1]]}
     for net, where in ((network, torch.device("cpu")), (copy, device)):
         torch.manual_seed(1)
         images, target = HierarchyViews(BatchAugment(3), TASKS, GROUPS)(batch, where)
-        found.append(losses_of(net, HSSLLoss(num_tasks=3, num_groups=2), images, target))
+        found.append(losses_of(net, HSSLLoss(num_tasks=3, num_groups=2, dense_weight=1), images, target))
     close(found[1][0], found[0][0], 1e-3)
     assert torch.nn.functional.cosine_similarity(found[1][1].cpu().flatten(), found[0][1].flatten(), dim=0) > 0.99
 
 
 def test_masks_lie_on_the_device(device: torch.device) -> None:
-    images, masked = Corrupt(0.5, 4)(torch.rand(16, 1, 32, 32, device=device))
+    images, masked = mask_blocks(torch.rand(16, 1, 32, 32, device=device), 0.5, 4)
     assert masked.float().mean().item() == pytest.approx(0.5, abs=0.1)
     assert not images[masked].any()
 
