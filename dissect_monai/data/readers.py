@@ -422,6 +422,11 @@ def _nifti_affine(path: Path, image: Any) -> NDArray[Any]:
         )
     unit = _UNITS.get(int(image.header["xyzt_units"]) % 8, 1.0)
     affine: NDArray[Any] = (usable or [image.affine])[0] * np.array([[unit], [unit], [unit], [1.0]])
+    if unit != 1 and not 0.005 < voxel_sizes(affine).max() < 100:
+        raise InputError(
+            f"{path} must have a spacing in the unit that its header names, got {voxel_sizes(affine).max():g} mm: "
+            "set its xyzt_units to mm if that is meant."
+        )
     # A picture needs no spacing across.
     return affine if 1 in image.shape[2:3] or len(image.shape) < 3 else _with_spacing(path, affine)
 

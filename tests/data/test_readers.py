@@ -247,8 +247,18 @@ def test_the_unit_of_a_nifti_counts(tmp_path: Path, code: int, unit: float) -> N
     content = bytearray(path.read_bytes())
     content[123] = code + 8  # and seconds
     path.write_bytes(content)
-    for affine in (read_grid(path).affine, LoadImage(reader=ImageFileReader(spatial_dims=3))(path).affine):
-        np.testing.assert_allclose(affine[:3], unit * AFFINE[:3], rtol=1e-6)
+    read = LoadImage(reader=ImageFileReader(spatial_dims=3))
+    if unit == 1:
+        np.testing.assert_array_equal(read_grid(path).affine, AFFINE)
+        return
+    for each in (read_grid, load):  # 3 m or 3 µm
+        with pytest.raises(ValueError, match=r"spacing in the unit that its header names, got (3000|0\.003) mm"):
+            each(path)
+    content = bytearray(write_nifti(path, AFFINE / [[unit], [unit], [unit], [1]], 1, AFFINE, 0).read_bytes())
+    content[123] = code + 8
+    path.write_bytes(content)
+    for affine in (read_grid(path).affine, read(path).affine):
+        np.testing.assert_allclose(affine, AFFINE, rtol=1e-5)
 
 
 def test_what_its_name_or_its_voxels_are_not_is_said(tmp_path: Path) -> None:
