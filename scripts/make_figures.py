@@ -31,14 +31,13 @@ from dissect_monai.visualize.training import code_colors
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-XRAYS, VOLUMES = {"num_training": 256, "image_size": 160}, {"image_size": 128, "seed": 5, "tasks": ["abdomen_ct"]}
 PRETRAINED, SEGMENTED = "pretrain_vq_ssl", "seg_finetune_btcv"
 
 
 def images(folder: str) -> None:
     """Write the X-rays for the pretraining and the volume for the segmentation."""
-    write_xray_phantoms(Path(folder, "xrays"), **XRAYS)
-    write_volume_phantoms(Path(folder, "volumes"), 1, 1, 1, **VOLUMES)
+    write_xray_phantoms(Path(folder, "xrays"), image_size=160)
+    write_volume_phantoms(Path(folder, "volumes"), 1, 1, 1, image_size=128, seed=5, tasks=["abdomen_ct"])
 
 
 def overview(folder: str) -> None:
@@ -84,7 +83,7 @@ def code_maps(run: Path, data: Path, chosen: Sequence[int], decoded: bool = Fals
         low, high = np.percentile(pixels, (0.5, 99.5))
         image = torch.tensor(np.clip((pixels - low) / (high - low), 0, 1)).T[None, None]  # (x, y), as MONAI reads
         indices = codes.encode(image)
-        colors = [code_colors(book.embedding.weight.detach()) for book in codes.quantizer.codebooks]
+        colors = [code_colors(book.get_parameter("embedding.weight").detach()) for book in codes.quantizer.codebooks]
         row: list[Any] = [image, *(color[each] for color, each in zip(colors, indices, strict=True))]
         row += [codes.decode(indices).clamp(0, 1)] if decoded else []
         pictures.append([np.asarray(each.squeeze().transpose(0, 1)) for each in row])

@@ -49,11 +49,11 @@ def main(name: str, weights: str | Path | None = None, output_dir: str | Path = 
     if name == "release":
         release(trained, output_dir)
         return
-    if name == "digests":
-        lines = [f"{digest(output_dir / each)}  {each}\n" for each in distributions(__version__)]
-        (output_dir / SUMS).write_text("".join(lines), encoding="utf-8")
-        return
     try:
+        if name == "digests":
+            lines = [f"{digest(output_dir / each)}  {each}\n" for each in distributions(__version__)]
+            (output_dir / SUMS).write_text("".join(lines), encoding="utf-8")
+            return
         for bundle in chosen_bundles(name):
             print(package(bundle, trained / bundle.name, output_dir))
     except (ValueError, OSError) as error:
