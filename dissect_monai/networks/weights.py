@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.networks.nets import SegResNet
 from torch import nn
 
 from dissect_monai.common import InputError, shorten
-from dissect_monai.writing import save_atomically, written_atomically
+from dissect_monai.writing import load_whole, save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right `pretrained`"
@@ -28,11 +26,11 @@ SEGRESNET_REMEDY = (
 )
 
 
-def save_weights(weights: nn.Module, path: str | Path, settings: Mapping[str, Any]) -> None:
+def save_weights(weights: nn.Module | Mapping[str, Any], path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write a plain state dict, and beside it as JSON what it depends on: `models/model.pt` and `models/model.json`."""
     with written_atomically(Path(path).with_suffix(".json")) as file:
         file.write((json.dumps(settings, indent=4) + "\n").encode())
-    save_atomically(weights.state_dict(), path)
+    save_atomically(weights.state_dict() if isinstance(weights, nn.Module) else dict(weights), path)
 
 
 def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
@@ -66,13 +64,13 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated or holds something else; the message ends with `remedy`.
+        ValueError: if it is damaged, by as little as a bit, or holds something else; the message ends with `remedy`.
     """
     _refuse_missing(path, remedy)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
-        raise InputError(f"{path} cannot be loaded, it is damaged or no file of torch.save: {remedy}.") from error
+        content = load_whole(path)
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
     return content
