@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 import fire
 import numpy as np
@@ -28,7 +30,7 @@ from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError, Item, of_all_processes, of_first_process, world_size
+from dissect_monai.common import InputError, Item, of_all_processes, of_first_process, rank, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import content_digest, datalist_digest, training_record
@@ -52,8 +54,9 @@ logger = logging.getLogger(__name__)
 EXEMPT = {
     "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
     "device", "on_cuda", "rank", "silent", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
-    "persistent_workers", "pin_memory", "interval", "imports", "initialize", "run", "finalize", "_desc_",
+    "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run", "finalize", "_desc_",
 }  # fmt: skip
+HEADER = 200  # bytes that an event file has at least, if it holds anything
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
@@ -76,7 +79,7 @@ def begin(seed: int | None = None) -> None:
             signal.signal(number, partial(_stop, workflow, os.getpid()))
     if workflow is not None:
         remove_halves(tempfile.gettempdir(), only=TEMPORARY)
-        workflow.finalize = _releasing(workflow.finalize)  # type: ignore[method-assign]
+        workflow.run = partial(_run, workflow, workflow.run)  # type: ignore[method-assign]
         _complete_tracking(workflow.parser)
         if _is_command_line():
             refuse_unknown_overrides(*run_arguments())
@@ -211,12 +214,18 @@ def _output_dir(workflow: ConfigWorkflow | None) -> str:
     return "its folder" if workflow is None else str(workflow.parser.get_parsed_content("output_dir", default="."))
 
 
-def _releasing(finalize: Callable[[], Any]) -> Callable[[], Any]:
-    def end() -> Any:
+def _run(workflow: ConfigWorkflow, steps: Callable[[], Any]) -> Any:
+    """Run, and give back the lock; of a run that fails before it logs anything, no event file is left."""
+    try:
+        return steps()
+    except Exception:
+        folder = workflow.parser.get_parsed_content("log_dir", default=".")
+        for events in Path(folder).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+            if events.stat().st_size < HEADER:
+                events.unlink()
+        raise
+    finally:
         release()
-        return finalize()
-
-    return end
 
 
 def bad_input(error: BaseException | None) -> BaseException | None:
@@ -497,6 +506,7 @@ def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folder
     of_first_process(lambda: refuse_unwritable("output_dir", output_dir, *folders))
     if running_workflow() is not None:  # which gives the lock back at its end
         of_first_process(lambda: hold(Path(output_dir, folders[0])))
+        _write_config()
         of_first_process(lambda: remove_halves(*(Path(output_dir, folder) for folder in (*folders, "codes"))))
 
 
@@ -533,8 +543,8 @@ def destroy_group(network: DistributedDataParallel) -> None:
 
 # ---- `--tracking mlflow` -------------------------------------------------------------------------------------------
 
-# A record of thousands of subjects is longer than MLflow takes.
-OF_SETTINGS = "${name: value for name, value in @settings.items() if name != 'trained_on'}"
+OF_RUN = "$dissect_monai.bundle.tracked_parameters(@settings)"
+BESIDE_STORE = "$dissect_monai.bundle.artifacts_beside(@tracking_uri)"
 OF_DECOLLATED = "$monai.handlers.from_engine(['loss'], first=True)"  # how MONAI's handler reads the loss
 
 
@@ -551,14 +561,52 @@ def _complete_tracking(parser: ConfigParser) -> None:
             "`--tracking mlflow` needs MLflow: pip install mlflow (in the repository: pip install -e '.[mlflow]'), "
             "or leave it out."
         )
-    handlers = parser.get("train::handlers")
-    if handlers and handlers[-1].get("output_transform") == OF_DECOLLATED:
-        own = {"output_transform": "$lambda output: output['loss']", "experiment_param": OF_SETTINGS}
-        handlers[-1] = {**handlers[-1], **own}  # a copy, since MONAI's is shared by all runs of a process
+    if str(parser["tracking_uri"]).startswith("$monai.utils.path_to_sqlite_uri"):
+        parser["tracking_uri"] += ".replace('%20', ' ')"  # else MLflow makes a folder with the former in its name
+    for place in ("train::handlers", "validate::handlers", "handlers"):
+        handlers = parser.get(place) or []
+        if handlers and handlers[-1].get("_target_") == "MLFlowHandler":
+            # A copy, since MONAI's is shared by all runs of a process, and the first, whose epochs are the run's.
+            own = {**handlers.pop(), "artifact_location": BESIDE_STORE}
+            if own.get("output_transform") == OF_DECOLLATED:
+                own |= {"output_transform": "$lambda output: output['loss']", "experiment_param": OF_RUN}
+                handlers.insert(0, own)
+            else:
+                handlers.append(own)
     if "run_name" in parser and parser["run_name"] is None:
         parser["run_name"] = time.strftime("run_%Y%m%d_%H%M%S")
-    # MONAI wrote "<output_dir> + '/<file>'", an expression without its "$".
+    # MONAI wrote "<output_dir> + '/<file>'", an expression without its "$", and the file, although all may be refused.
     path = parser["save_execute_config"]
     if isinstance(path, str) and path.endswith(".json'"):
         parser["save_execute_config"] = "$str(@output_dir) + " + path.rpartition(" + ")[2]
     parser.parse(reset=True)
+    written = parser.get_parsed_content("save_execute_config")
+    if written and Path(written).is_file():
+        Path(written).unlink()
+        with suppress(OSError):
+            Path(written).parent.rmdir()  # if that was all
+
+
+def _write_config() -> None:
+    """The config file of `--tracking mlflow`, once nothing is refused any more."""
+    workflow = running_workflow()
+    path = None if workflow is None else workflow.parser.get_parsed_content("save_execute_config", default=None)
+    if workflow is not None and path and rank() == 0:
+        ConfigParser.export_config_file(workflow.parser.config, path)
+
+
+def tracked_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What MLflow shows of a run: its settings without the record of subjects, its images, and arguments of its loss."""
+    parser = ConfigParser() if (workflow := running_workflow()) is None else workflow.parser
+    loss = {name.replace("#", "."): value for name, value in config_values().items() if "#" in name}
+    loss = {name: value for name, value in loss.items() if name.split(".")[0] in ("loss", "dice_ce")}
+    shown = {**loss, **{name: value for name, value in settings.items() if name != "trained_on"}}
+    return {**shown, "dataset_dir": parser.get_parsed_content("dataset_dir", default=None)}
+
+
+def artifacts_beside(tracking_uri: str) -> str | None:
+    """URI of mlruns/ beside a local store; of another store None, as it knows itself."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///"))).absolute().with_name("mlruns").as_uri()

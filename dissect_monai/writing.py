@@ -166,8 +166,8 @@ def hold(folder: str | Path) -> None:
     if (state == "taken" and not moved) or (state != "taken" and not known_dead and _beats(path, holder)):
         file.close()
         raise InputError(
-            f"`output_dir` {path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}: wait for "
-            "its end, or give another `output_dir`."
+            f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}: wait for its end, or give "
+            "another `output_dir`."
         )
     if state == "taken":  # by a machine that is gone, as the file server does not know yet
         path.unlink(missing_ok=True)

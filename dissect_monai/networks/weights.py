@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.networks import nets
 from monai.networks.nets import SegResNet
 from torch import nn
 
@@ -17,6 +18,7 @@ from dissect_monai.writing import load_whole, save_atomically, written_atomicall
 logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
+ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
 SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
 LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
@@ -38,7 +40,7 @@ def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there are weights, and no settings beside them.
-        ValueError: if the settings are no JSON object.
+        ValueError: if the settings are no JSON object, or of an encoder that no bundle has.
     """
     if not weights_path:
         return {}
@@ -56,6 +58,12 @@ def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
         raise InputError(f"{path} must be JSON, got: {error}.") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}.")
+    encoder = settings.get("encoder", ENCODERS[0])
+    if encoder not in (*ENCODERS, SegResNet.__name__):  # a config would import and call what is named there
+        raise InputError(
+            f"{weights_path} must be of a ResNet or SegResNet that was pretrained, got {encoder!r}: a class of your own "
+            "must be named on the command line, by --network_def#_target_."
+        )
     return settings
 
 
