@@ -116,7 +116,8 @@ class _StoredDataset(PersistentDataset):
     ) -> None:
         self.check = check
         with _writing_to(cache_dir):
-            super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
 
     def _cachecheck(self, item_transformed: Item) -> Item:
         torch.serialization.add_safe_globals(_METADATA)  # here, as a process that loads may not have made the data set
@@ -127,8 +128,8 @@ class _StoredDataset(PersistentDataset):
             try:
                 stored = load_whole(path, self.check)
             except InputError as error:
-                logger.warning("It is made again: %s.", error)
-        if stored is None:
+                logger.warning("%s: it is made again.", error)
+        if not isinstance(stored, dict):
             made = self._pre_transform(deepcopy(item_transformed))
             with _writing_to(folder):
                 save_atomically(convert_to_tensor(made, convert_numeric=False, track_meta=True), path)

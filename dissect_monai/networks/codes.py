@@ -130,8 +130,9 @@ def load_codes(path: str | Path) -> DiscreteCodes:
         ValueError: if a file is damaged or of something else, or the encoder is none that the bundle pretrains.
     """
     weights = Path(path) if Path(path).suffix == ".pt" else Path(path, "models", "model.pt")
-    folder, settings = codes_dir(weights), read_settings(weights)
+    folder = codes_dir(weights)
     state = load_torch(folder / CODEBOOKS, REMEDY)
+    settings = read_settings(weights)
     try:
         encoder = load_weights(_build_encoder(settings, weights), weights)
         kernels = [value for name, value in state.items() if name.startswith("projections.") and value.ndim > 1]
