@@ -54,9 +54,10 @@ logger = logging.getLogger(__name__)
 EXEMPT = {
     "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
     "device", "on_cuda", "rank", "silent", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
-    "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run", "finalize", "_desc_",
+    "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
+    "finalize", "_desc_",
 }  # fmt: skip
-HEADER = 200  # bytes that an event file has at least, if it holds anything
+HEADER = 200  # bytes; a smaller event file holds nothing
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
@@ -288,13 +289,13 @@ def _refuse_differing(settings: Sequence[Mapping[str, Any]]) -> None:
     for number, other in enumerate(settings):
         for name in (name for name in other if other[name] != settings[0].get(name)):
             raise InputError(
-                f"all processes must have the same images and settings, got {name} {settings[0].get(name)} in the first "
-                f"and {other[name]} in process {number}: look for images that one of them cannot read."
+                f"all processes must have the same images and settings, got {name} {settings[0].get(name)} in the "
+                f"first and {other[name]} in process {number}: look for images that one of them cannot read."
             )
 
 
 def config_values() -> dict[str, Any]:
-    """The config of the running bundle by id, as a checkpoint keeps it: knobs, and references to them, with their values.
+    """The config of the running bundle by id, as checkpoints keep it: knobs and references to them with their values.
 
     Other expressions stand as they are written, and no component is built. What a run that goes on may change is left
     out; of `pretrained` there is a digest of the file.
@@ -596,7 +597,7 @@ def _write_config() -> None:
 
 
 def tracked_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What MLflow shows of a run: its settings without the record of subjects, its images, and arguments of its loss."""
+    """What MLflow shows of a run: settings without the record of subjects, images, and arguments of its loss."""
     parser = ConfigParser() if (workflow := running_workflow()) is None else workflow.parser
     loss = {name.replace("#", "."): value for name, value in config_values().items() if "#" in name}
     loss = {name: value for name, value in loss.items() if name.split(".")[0] in ("loss", "dice_ce")}

@@ -101,7 +101,7 @@ def temporary_folder() -> TemporaryDirectory[str]:
 
 
 def remove_halves(*folders: str | Path, only: str = ".") -> None:
-    """Delete what processes that are dead now were writing, its name beginning with `only`; that of living ones stays."""
+    """Delete what dead processes were writing, if its name begins with `only`; what living ones write stays."""
     for half in (half for folder in folders for half in Path(folder).glob(f"{only}*.tmp")):
         pid = half.name.split(".")[-2]
         if pid.isdecimal() and not _is_alive(int(pid)):
@@ -166,8 +166,8 @@ def hold(folder: str | Path) -> None:
     if (state == "taken" and not moved) or (state != "taken" and not known_dead and _beats(path, holder)):
         file.close()
         raise InputError(
-            f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}: wait for its end, or give "
-            "another `output_dir`."
+            f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}: wait for its end, or "
+            "give another `output_dir`."
         )
     if state == "taken":  # by a machine that is gone, as the file server does not know yet
         path.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def release() -> None:
 def _open_lock(path: Path) -> tuple[Any, str]:
     """The open file, and whether its `flock` is "ours", "taken" by another process, or "unknown"."""
     while True:
-        file = open(path, "a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         state = _flock(file)
         with suppress(FileNotFoundError):  # removed by its holder meanwhile
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:

@@ -250,7 +250,8 @@ def test_a_run_that_is_stopped_says_in_one_line_what_is_kept_and_how_to_go_on(
     (tiny_bundle / "checkpoints").mkdir()
     (tiny_bundle / "checkpoints" / "checkpoint_epoch=3.pt").touch()
     config = {
-        **TINY_BUNDLE, "output_dir": str(tiny_bundle), "ckpt_dir": str(tiny_bundle / "checkpoints"), "resume_from": None,
+        **TINY_BUNDLE, "output_dir": str(tiny_bundle), "resume_from": None,
+        "ckpt_dir": str(tiny_bundle / "checkpoints"),
         "run": ["$bundle.check_training(True, 'images', @output_dir, None)", SLEEPING],
     }  # fmt: skip
 
@@ -284,14 +285,10 @@ def test_a_full_disk_is_one_line_with_the_path_and_what_is_kept(tiny_bundle: Pat
 
 def test_a_disk_is_found_in_what_led_to_an_error_and_nothing_else_is() -> None:
     for number, found in ((errno.ENOSPC, True), (errno.ENOENT, False)):
-        try:
-            try:
-                raise OSError(number, "it")
-            finally:
-                raise RuntimeError("of torch")  # noqa: B012
-        except RuntimeError as error:
-            assert bool(disk_fault(error)) is found
-            assert bad_input(error) is None
+        error = RuntimeError("of torch")
+        error.__context__ = OSError(number, "it")
+        assert bool(disk_fault(error)) is found
+        assert bad_input(error) is None
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------

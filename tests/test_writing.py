@@ -152,7 +152,7 @@ def test_a_holder_on_another_machine_lives_as_long_as_it_gives_signs(
     path = lock_of(tmp_path)
     if beats:
         monkeypatch.setattr(writing.time, "sleep", lambda seconds: os.utime(path, (1, 1)))
-        with pytest.raises(InputError, match="is in use by process .* on elsewhere"):
+        with pytest.raises(InputError, match=r"is in use by process .* on elsewhere"):
             hold(tmp_path)
     else:
         hold(tmp_path)

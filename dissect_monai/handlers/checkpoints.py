@@ -30,12 +30,12 @@ class TrainingCheckpoint:
     """Saves all that a run needs to go on as checkpoint_epoch=N.pt, and its weights; resumes from it.
 
     All processes load, the first one saves. A run killed at any moment leaves the newest complete files intact, and one
-    that goes on writes the weights of its checkpoint again. Random state needs no saving: see `EpochSeedHandler`. Attach
-    it before handlers that look at the network when the run starts, such as a `ValidationHandler`, and after those that
-    change what is saved at the end of epochs.
+    that goes on writes the weights of its checkpoint again. Random state needs no saving: see `EpochSeedHandler`.
+    Attach it before handlers that look at the network when the run starts, such as a `ValidationHandler`, and after
+    those that change what is saved at the end of epochs.
 
     Raises:
-        ValueError: when the run starts, if the checkpoint is damaged, of another run or another version of this package.
+        ValueError: when the run starts, if the checkpoint is damaged, or of another run or version of this package.
     """
 
     ckpt_dir: str | Path

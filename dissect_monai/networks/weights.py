@@ -61,8 +61,8 @@ def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
     encoder = settings.get("encoder", ENCODERS[0])
     if encoder not in (*ENCODERS, SegResNet.__name__):  # a config would import and call what is named there
         raise InputError(
-            f"{weights_path} must be of a ResNet or SegResNet that was pretrained, got {encoder!r}: a class of your own "
-            "must be named on the command line, by --network_def#_target_."
+            f"{weights_path} must be of a ResNet or SegResNet that was pretrained, got {encoder!r}: a class of your "
+            "own must be named on the command line, by --network_def#_target_."
         )
     return settings
 

@@ -193,14 +193,14 @@ def test_a_damaged_file_of_the_cache_is_made_again(
 def test_a_cache_that_cannot_be_a_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="`cache_dir` must be a folder that can be written, got .*file"):
+        with pytest.raises(InputError, match=r"`cache_dir` must be a folder that can be written, got .*file"):
             cached_dataset(make_items(tmp_path / "images"), preprocessing(), folder)
 
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("dissect_monai.data.datasets.save_atomically", refuse)
-    with pytest.raises(InputError, match="`cache_dir` must be a folder that can be written, got .*new"):
+    with pytest.raises(InputError, match=r"`cache_dir` must be a folder that can be written, got .*new"):
         cached_dataset(make_items(tmp_path / "images"), preprocessing(), tmp_path / "new", on_corrupt="skip")
 
 
