@@ -73,14 +73,14 @@ def begin(seed: int | None = None) -> None:
     Raises:
         InputError: naming a misspelt override and the nearest id, or a knob with a bad value.
     """
-    workflow = running_workflow()
+    workflow, before = running_workflow(), {}
     if _is_command_line():
         sys.excepthook = partial(_explain, workflow=workflow)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, partial(_stop, workflow, os.getpid()))
+        stop = partial(_stop, workflow, os.getpid())
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if workflow is not None:
         remove_halves(tempfile.gettempdir(), only=TEMPORARY)
-        workflow.run = partial(_run, workflow, workflow.run)  # type: ignore[method-assign]
+        workflow.run = partial(_run, workflow, workflow.run, before)  # type: ignore[method-assign]
         _complete_tracking(workflow.parser)
         if _is_command_line():
             refuse_unknown_overrides(*run_arguments())
@@ -215,8 +215,8 @@ def _output_dir(workflow: ConfigWorkflow | None) -> str:
     return "its folder" if workflow is None else str(workflow.parser.get_parsed_content("output_dir", default="."))
 
 
-def _run(workflow: ConfigWorkflow, steps: Callable[[], Any]) -> Any:
-    """Run, and give back the lock; of a run that fails before it logs anything, no event file is left."""
+def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[signal.Signals, Any]) -> Any:
+    """Run, and give back lock and signals; of a run that fails before it logs anything, no event file is left."""
     try:
         return steps()
     except Exception:
@@ -227,6 +227,8 @@ def _run(workflow: ConfigWorkflow, steps: Callable[[], Any]) -> Any:
         raise
     finally:
         release()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def bad_input(error: BaseException | None) -> BaseException | None:
@@ -321,8 +323,9 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Ids and values of what is no container, and of knobs, which may be one; without the handlers of MLflow."""
     if prefix in RULES or not isinstance(config, (Mapping, list)):
         yield prefix, config
-    elif not (isinstance(config, Mapping) and config.get("_target_") == "MLFlowHandler"):
-        for key, value in config.items() if isinstance(config, Mapping) else enumerate(config):
+    else:
+        parts = [each for each in config if not (isinstance(each, Mapping) and each.get("_target_") == "MLFlowHandler")]
+        for key, value in config.items() if isinstance(config, Mapping) else enumerate(parts):
             yield from _leaves(value, f"{prefix}::{key}" if prefix else str(key))
 
 
