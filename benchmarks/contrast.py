@@ -158,10 +158,9 @@ def main() -> None:
         | at_least("time, one level, nt_xent / ours", level.ratio("nt_xent", "ours").median, 2.4)
         | at_least("memory, one level, nt_xent / ours", single["nt_xent"] / single["ours"], 6)
         | at_least("time, one level of a quarter, monai / ours", quarter.ratio("monai", "ours").median, 100)
+        | at_most("time, one level, ours / three matrix products", level.ratio("ours", "floor").median, 2.5)
     )
-    if args.device == "cuda":
-        gates |= at_most("time, one level, ours / three matrix products", level.ratio("ours", "floor").median, 2.5)
-    conclude(gates)
+    conclude(gates, binding=args.device == "cpu")
 
 
 if __name__ == "__main__":

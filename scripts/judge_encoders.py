@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
@@ -29,6 +29,7 @@ import fire
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
+from monai.data import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -110,7 +111,9 @@ def films(data: Path, select: bool) -> Iterator[Films]:
         yield Films("cxr_adult", {"all": items}, {"source": labels})
 
 
-def features_of(arm: Arm, of: Films, device: str = "cpu") -> dict[str, list[Array]]:
+def features_of(
+    arm: Arm, of: Films, device: str = "cpu", read: Callable[..., Dataset] = cached_dataset
+) -> dict[str, list[Array]]:
     """Features (N, D) of each split by kind, computed once: found again wherever the folder of the set lies."""
     named = {
         split: [{**item, "image": Path(item["image"]).name, "origin": None} for item in items]
@@ -126,7 +129,7 @@ def features_of(arm: Arm, of: Films, device: str = "cpu") -> dict[str, list[Arra
         torch.manual_seed(arm.seed)
         network = load_weights(parser.get_parsed_content("network_def"), arm.weights).to(device)
         transform = parser.get_parsed_content("preprocessing")
-        loaders = [DataLoader(cached_dataset(each, transform), batch_size=128) for each in of.splits.values()]
+        loaders = [DataLoader(read(each, transform), batch_size=128) for each in of.splits.values()]
         if arm.name == PIXELS:
             kinds = {"pca": pixel_pca(*(torch.cat([batch["image"] for batch in loader]) for loader in loaders))}
         else:

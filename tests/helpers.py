@@ -1,5 +1,7 @@
 """What the tests of several bundles share."""
 
+from __future__ import annotations
+
 import csv
 import json
 import logging

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from dissect_monai import writing
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, Interval
 from dissect_monai.writing import (
+    columns,
     hold,
     load_whole,
+    metric_name,
+    metrics_by_name,
     plain_text,
     read_csv,
     release,
@@ -26,6 +30,7 @@ from dissect_monai.writing import (
     written_atomically,
 )
 
+NAN = float("nan")
 DEAD = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True).stdout
 DEAD_PID = int(DEAD)
 
@@ -203,3 +208,28 @@ def test_a_spreadsheet_runs_no_text_of_a_table_and_its_reader_has_it_as_it_was(t
     found = read_csv(tmp_path / "table.csv")
     assert [row["=name"] for row in found] == texts
     assert [row["several"] for row in found] == [f"{text} b" for text in texts]
+
+
+class Row(NamedTuple):
+    structure: str
+    values: tuple[int, ...]
+    dice: Interval
+    n: int | None
+
+
+@pytest.mark.parametrize("nan", ["", "nan"])
+def test_a_table_has_four_decimals_and_three_columns_for_an_interval(tmp_path: Path, nan: str) -> None:
+    rows = [Row("liver", (2, 3), Interval(0.5, 0.25, NAN), None), Row("a,b", (), Interval(1.0, NAN, 1 / 3), 3)]
+    write_csv(tmp_path / "new" / "table.csv", columns(Row), rows, nan)
+    assert (tmp_path / "new" / "table.csv").read_text().splitlines() == [
+        "structure,values,dice,dice_low,dice_high,n",
+        f"liver,2 3,0.5000,0.2500,{nan},",
+        f'"a,b",,1.0000,{nan},0.3333,3',
+    ]
+
+
+def test_metrics_are_named_without_blanks_and_commas() -> None:
+    name = metric_name("auroc", "Mass, large")
+    assert metrics_by_name({name: Interval(0.5, 0.25, 0.75)}) == {
+        "auroc_Mass_large": 0.5, "auroc_Mass_large_low": 0.25, "auroc_Mass_large_high": 0.75,
+    }  # fmt: skip

@@ -42,11 +42,16 @@ class RepresentationMonitor:
 
     def attach(self, engine: Engine) -> None:
         """Look in the first epoch and in every `interval`-th one."""
+        engine.add_event_handler(Events.STARTED, self._keep_buffers)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._compare_terms)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._measure_rank)
 
     def _is_due(self, epoch: int) -> bool:
         return epoch == 1 or epoch % self.interval == 0
+
+    def _keep_buffers(self, engine: Engine) -> None:
+        if getattr(engine, "compile", False):  # else a compiled backward pass gives away what those of other terms need
+            torch._functorch.config.donated_buffer = False
 
     def _compare_terms(self, engine: Engine) -> None:
         if (engine.state.iteration - 1) % engine.state.epoch_length or not self._is_due(engine.state.epoch):

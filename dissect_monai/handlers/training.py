@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.networks.nets import SegResNet
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from dissect_monai.common import InputError, rank
@@ -121,22 +122,25 @@ class ProgressHandler:
 
 @dataclass(eq=False)
 class FiniteLoss:
-    """Stops a run whose loss is not finite by a `ValueError`; attach it before what saves the network."""
+    """Writes the loss, and refuses one that is not finite by a `ValueError`; attach it before what saves weights."""
 
     interval: int = 10  # iterations between looks; each waits for the device
+    writer: SummaryWriter | None = None  # gets `train_loss`
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, and at the end of every epoch."""
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(lambda engine, _: engine.state.iteration % self.interval), self)
 
     def __call__(self, engine: Engine) -> None:
         """Look at the last iteration."""
-        refuse_nonfinite(engine, {"loss": engine.state.output["loss"]})
+        (loss,) = refuse_nonfinite(engine, {"loss": engine.state.output["loss"]}).values()
+        if self.writer is not None:
+            self.writer.add_scalar("train_loss", loss, engine.state.iteration)
 
 
-def refuse_nonfinite(engine: Engine, losses: Mapping[str, Tensor]) -> None:
-    """Refuse to go on with losses, scalars, of which one is not finite."""
+def refuse_nonfinite(engine: Engine, losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of losses, scalars; if one is not finite, refuse to go on."""
     values = {name: float(loss.detach()) for name, loss in losses.items()}
     bad = [f"{name} = {value}" for name, value in values.items() if not isfinite(value)]
     if bad:
@@ -145,6 +149,7 @@ def refuse_nonfinite(engine: Engine, losses: Mapping[str, Tensor]) -> None:
             f"{', '.join(bad)}. Lower `learning_rate`, lengthen `warmup_epochs`, or set `amp` to false; "
             "checkpoints of earlier epochs are intact."
         )
+    return values
 
 
 @dataclass(eq=False)

@@ -47,7 +47,7 @@ def dense_contrast(features: Tensor, placement: Placement, temperature: float = 
 @torch.no_grad()
 def _nearest(view: Placement, other: Placement, cells: torch.Size) -> tuple[Tensor, Tensor]:
     """The nearest cell in the other view of every cell in this one, (B, M), and whether it is near enough."""
-    size = torch.tensor(cells, device=view.center.device, dtype=view.center.dtype)
+    size = torch.cat([view.center.new_full((1,), length) for length in cells])  # filled there: a copy would wait
     axes = [(2 * torch.arange(length, device=size.device) + 1) / length - 1 for length in cells]
     centers = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2).to(size.dtype)  # (M, dims)
     in_image = centers @ view.matrix.transpose(1, 2) + view.center[:, None]
@@ -56,5 +56,7 @@ def _nearest(view: Placement, other: Placement, cells: torch.Size) -> tuple[Tens
     place = (in_other + 1) * size / 2 - 0.5
     index = place.round().clamp_min(0).minimum(size - 1)
     is_near = (place - index).norm(dim=-1) <= 0.5 * sqrt(len(cells)) + 1e-4
-    strides = [cells[axis + 1 :].numel() for axis in range(len(cells))]
-    return (index.long() * torch.tensor(strides, device=size.device)).sum(-1), is_near
+    flat, *rest = index.long().unbind(-1)
+    for length, along in zip(cells[1:], rest, strict=True):
+        flat = flat * length + along
+    return flat, is_near

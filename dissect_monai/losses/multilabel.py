@@ -45,9 +45,10 @@ class MultiLabelLoss(nn.Module):
             A scalar; 0 if no label is known.
         """
         known = ~label.isnan()
-        weight = None if self.positive_weight is None else self.positive_weight.to(pred.device)
+        if self.positive_weight is not None:
+            self.positive_weight = self.positive_weight.to(pred.device)  # once: to move it waits for the device
         losses = F.binary_cross_entropy_with_logits(
-            pred.float(), label.float().nan_to_num(), known.float(), pos_weight=weight, reduction="sum"
+            pred.float(), label.float().nan_to_num(), known.float(), pos_weight=self.positive_weight, reduction="sum"
         )
         return losses / known.sum().clamp_min(1)
 

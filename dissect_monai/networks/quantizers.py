@@ -249,7 +249,7 @@ def _nearest(rows: Tensor, codes: Tensor) -> Tensor:
 def _spread_rows(rows: Tensor, num: int, shift: Tensor | int) -> Tensor:
     """`num` evenly spaced rows of the global batch, counted on from `shift`; the same on every rank."""
     sizes = torch.zeros(world_size(), dtype=torch.long, device=rows.device)
-    sizes[rank()] = len(rows)
+    sizes.narrow(0, rank(), 1).fill_(len(rows))  # `sizes[rank()] = ...` makes the host wait for the GPU
     total = _all_reduce(sizes).sum()
     wanted = (torch.arange(num, device=rows.device) * total // num + shift) % total - sizes[: rank()].sum()
     own = (wanted >= 0) & (wanted < len(rows))

@@ -38,4 +38,7 @@ class TestRows(Rows):
         """Write what became of a test."""
         if report.when == "call" or report.outcome != "passed":
             name, seconds = report.nodeid.rpartition("/")[2], round(report.duration, 1)
-            self.add(name, report.outcome, report.outcome == "passed", seconds=seconds, **dict(report.user_properties))
+            more = dict(report.user_properties)
+            if report.failed and (crash := getattr(report.longrepr, "reprcrash", None)):
+                more["error"] = crash.message[:2000]
+            self.add(name, report.outcome, report.outcome == "passed", seconds=seconds, **more)

@@ -98,17 +98,12 @@ def command_of(part: str, args: argparse.Namespace) -> list[str]:
     if part != "tests":
         script = GPU / ("benches.py" if part == "benches" else "studies.py")
         job: dict[str, Any] = {name: str(getattr(args, name)) for name in ("pack", "out", "work", "device")}
-        job |= {"part": part, "small": args.budget == "small", "limit": limit_of(part, args.budget)}
+        job |= {"part": part, "small": args.budget == "small", "limit": args.limits[part]}
         return [sys.executable, str(script), json.dumps(job)]
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     options = ["-m", "gpu", "-p", "rows", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    options += ["--basetemp", str(args.work / "tests"), "-n", str(min(12, os.cpu_count() or 1))]
+    options += ["--basetemp", str(args.work / "tests"), "-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     return [sys.executable, "-m", "pytest", *options, *map(str, files)]
-
-
-def limit_of(part: str, budget: str) -> float:
-    """Seconds after which a part is stopped."""
-    return LIMITS[part] if budget == "full" else REHEARSAL
 
 
 def run_part(part: str, command: list[str], limit: float, log: Path, env: dict[str, str]) -> Ended:
@@ -156,10 +151,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_work", help="all else")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", choices=["full", "small"], default="full")
-    parser.add_argument("--parts", help="some of them; all by default, and without a pack those that need no images")
+    parser.add_argument("--parts", help="PART or PART=SECONDS, ...; all by default, without a pack the first two")
     args = parser.parse_args(arguments)
     has_pack = read_pack(args.pack) is not None
-    parts = args.parts.split(",") if args.parts else [*LIMITS][: None if has_pack else 2]
+    asked = [each.partition("=") for each in args.parts.split(",")] if args.parts else []
+    parts = [part for part, _, _ in asked] or [*LIMITS][: None if has_pack else 2]
+    args.limits = dict(LIMITS) if args.budget == "full" else dict.fromkeys(LIMITS, REHEARSAL)
+    try:
+        args.limits |= {part: float(seconds) for part, _, seconds in asked if seconds}
+    except ValueError:
+        sys.exit(f"error: --parts must be of the form PART or PART=SECONDS, got {args.parts}.")
     if unknown := [part for part in parts if part not in LIMITS]:
         sys.exit(f"error: --parts must be of {', '.join(LIMITS)}, got {', '.join(unknown)}.")
     if not has_pack and (needy := [part for part in parts if part in [*LIMITS][2:]]):
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     for part in (part for part in LIMITS if part in parts):
         (args.out / f"{part}.json").unlink(missing_ok=True)
         env["GPU_RESULTS"] = str(args.out / f"{part}.json")
-        limit = limit_of(part, args.budget)
+        limit = args.limits[part]
         ended.append(run_part(part, command_of(part, args), limit, args.out / "log.txt", env))
         print(f"{part}: {ended[-1].says}, {ended[-1].seconds:.0f} s", flush=True)
     print(table(ended, args.out))

@@ -4,9 +4,10 @@ Recipes of the bundles train side by side on one device, each in a process of it
 while all others run, too; from that follow the epochs of its schedule, which ends when its time is over. Fine-tunings,
 which are compared at equal steps, take those of the slowest.
 
-pretraining: VQ, the same without VQ, and BYOL on the X-rays of the `training` lists; then the frozen features of the
-labelled sets, as scripts/judge_encoders.py takes them, and one probe of each. OUT/pretraining_ARM.zip, unpacked into a
-folder, is what that script judges in full. segmentation: HSSL on both sets of volumes, and fine-tuning from it and from
+pretraining: VQ, the same without VQ, BYOL, and VQ without the films of RSNA, on the X-rays of the `training` lists;
+then the frozen features of the labelled sets, as scripts/judge_encoders.py takes them, and one probe of each.
+OUT/pretraining_ARM.zip, unpacked into a folder, is what that script judges in full. Every film is read once, by all
+cores, for all arms. segmentation: HSSL on both sets of volumes, and fine-tuning from it and from
 scratch with 2 and with 5 subjects of ct_btcv, several draws, scored on its validation subjects.
 """
 
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ import judge_encoders as judge
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import CacheDataset
 from rows import Rows
 
+from dissect_monai import read_datalist
 from dissect_monai.metrics.classification import macro_auroc
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -39,6 +43,8 @@ WARMUP = 10  # steps before the clock starts
 PATIENCE = 45  # seconds that a run waits for one that may have failed
 WITHOUT_VQ: dict[str, Any] = {"discrete_weight": 0, "commitment_weight": 0, "reconstruction_weight": 0}
 ARMS: dict[str, dict[str, Any]] = {"VQ": {}, "without_VQ": WITHOUT_VQ, "BYOL": {"objective": "byol", **WITHOUT_VQ}}
+WITHOUT_RSNA = "VQ_without_RSNA"  # films of RSNA come from the archive of NIH, with patients unknown
+ARMS[WITHOUT_RSNA] = {}
 ENCODER = "resnet18"
 FILMS = {"encoder": ENCODER, "batch_size": 256, "hidden_dim": 4096, "num_workers": 4}
 VOLUMES: dict[str, Any] = {"pixdim": [3, 3, 4], "patch_size": [64, 64, 32], "init_filters": 16, "num_workers": 4}
@@ -106,6 +112,31 @@ def write(path: Path, content: Any) -> None:
     half.rename(path)
 
 
+def read_films(folder: Path, store: Path, size: int, cores: int) -> None:
+    """Decode and resize all films of the sets in a folder, once, as the recipe does."""
+    images = [item["image"] for path in sorted(folder.glob("cxr_*")) for item in read_datalist(str(path)).items()]
+    parser = ConfigParser()
+    parser.read_config(judge.EVALUATE)
+    parser["bundle_root"], parser["image_size"] = str(judge.EVALUATE.parent.parent), size
+    with ProcessPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        films = [*pool.map(partial(read_film, parser.get_parsed_content("preprocessing")), images, chunksize=128)]
+    np.save(store / "films.npy", np.stack(films))
+    write(store / "films.json", {os.path.realpath(image): row for row, image in enumerate(images)})
+
+
+def read_film(preprocessing: Callable[[Any], Any], image: str) -> Any:
+    """The pixels of one film."""
+    return preprocessing({"image": image})["image"].numpy()
+
+
+def kept(data: list[dict[str, Any]], transform: Callable[[Any], Any], store: str) -> CacheDataset:
+    """A data set of films that `read_films` has read."""
+    films = torch.from_numpy(np.load(Path(store, "films.npy")))
+    rows = json.loads(Path(store, "films.json").read_text(encoding="utf-8"))
+    contents = [{"image": films[rows[os.path.realpath(item["image"])]]} for item in data]
+    return CacheDataset(data, transform, copy_cache=False, runtime_cache=contents)
+
+
 def run(job: dict[str, Any], handler: Clock | None = None, **knobs: Any) -> Any:
     """A training in this process, as `monai.bundle run` does it; returns its parsed config."""
     given = {**job["knobs"], "device": job["device"], **knobs}
@@ -150,7 +181,8 @@ def do(path: Path) -> None:
     job = json.loads(path.read_text(encoding="utf-8"))
     found = train(job, path.parent) if job["configs"] else {}
     for of in labelled(job["films"]) if job["films"] else []:
-        judge.features_of(arm_of(path.parent, job["image_size"]), of, job["device"])
+        read = partial(kept, store=job["store"])
+        judge.features_of(arm_of(path.parent, job["image_size"]), of, job["device"], read)
     write(path.with_name("result.json"), found)
 
 
@@ -225,16 +257,40 @@ class Study:
         return well
 
 
+def without_rsna(folder: Path, into: Path) -> Path:
+    """The set without films of RSNA, which has the same images; itself if there are none."""
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    left = [item for item in content["training"] if item.get("source") != "rsna"]
+    if len(left) == len(content["training"]):
+        return folder
+    into = into / f"{folder.name}_without_rsna"
+    into.mkdir()
+    for entry in folder.iterdir():
+        if entry.name != "dataset.json":
+            (into / entry.name).symlink_to(entry)
+    write(into / "dataset.json", {**content, "training": left})
+    return into
+
+
 def pretraining(study: Study) -> bool:
     """The arms, their features, and a first judgement."""
     films = [path.parent for path in sorted(study.data.glob("cxr_*/dataset.json"))]
     if not films:
         sys.exit("error: the pack must hold the X-rays cxr_*: make it anew, with a larger --limit_mib.")
     size = json.loads((study.pack / "manifest.json").read_text(encoding="utf-8"))["image_size"]
+    study.folder.mkdir(parents=True)
+    read_films(study.data, study.folder, size, 1 if study.small else os.cpu_count() or 1)
+    kept_films = {"_target_": "studies.kept", "store": str(study.folder)}
+    shared = {**FILMS, "image_size": size}
+    for part, data in {"train": "$@datalist.training", "validate": "$@labelled.validation"}.items():
+        shared[f"{part}#dataset"] = {**kept_films, "data": data, "transform": f"@{part}#preprocessing"}
     configs = ["pretrain_vq_ssl/configs/train.json", "pretrain_vq_ssl/configs/on_device.json"]
-    shared = {**FILMS, "dataset_dir": [str(each) for each in films], "image_size": size}
-    more = {"films": str(study.data), "image_size": size}
-    folders = [study.add(name, configs, {**shared, **ARMS[name]}, 0.6, beside=[*ARMS], **more) for name in ARMS]
+    more = {"films": str(study.data), "store": str(study.folder), "image_size": size}
+    folders = []
+    for name, knobs in ARMS.items():
+        sets = [without_rsna(each, study.folder) if name == WITHOUT_RSNA else each for each in films]
+        knobs = {**shared, **knobs, "dataset_dir": [str(each) for each in sets]}
+        folders.append(study.add(name, configs, knobs, 0.7, beside=[*ARMS], **more))
     folders.append(study.add(judge.RANDOM, [], {}, 0, **more))
     well = study.finish()
     arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
@@ -242,12 +298,12 @@ def pretraining(study: Study) -> bool:
         with ZipFile(study.out / f"pretraining_{arm.name}.zip", "w") as archive:
             for path in [*arm.folder.glob("features_*.npz"), *arm.folder.glob("models/model.json")]:
                 archive.write(path, path.relative_to(study.folder))
-    sets = {of.name: of for of in labelled(str(study.data))}
+    judged = {of.name: of for of in labelled(str(study.data))}
     with ProcessPoolExecutor(1 if study.small else os.cpu_count()) as pool:
         asked = []
         for (name, question, fraction, kind), arm in product(QUESTIONS, arms):
-            columns = range(sets[name].questions[question][0].shape[1])
-            tasks = [pool.submit(auroc_of, arm, sets[name], question, fraction, kind, each) for each in columns]
+            columns = range(judged[name].questions[question][0].shape[1])
+            tasks = [pool.submit(auroc_of, arm, judged[name], question, fraction, kind, each) for each in columns]
             asked.append((f"{name}, {question}, {fraction:.0%}, {kind}: {arm.name}", tasks))
         for what, tasks in asked:
             study.results.add(what, float(np.nanmean([task.result() for task in tasks])))

@@ -153,9 +153,7 @@ def test_tensorboard_shows_loss_scores_and_overlays(trained: Path, organs: Path)
     events = events_of(trained)
     scores = {f"{metric}_mean" for metric in ("dice", "surface_dice")} | {f"dice_{name}" for name in BTCV_ORGANS[:3]}
     assert {"train_loss", "missed", "false_positives"} | scores <= set(events.Tags()["scalars"])
-    losses = [event.value for event in events.Scalars("train_loss")]
-    assert len(losses) == 4
-    assert np.isfinite(losses).all()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Scalars("dice_mean")] == [1, 2]
     names = pseudonyms(read_segmentation(organs).validation)
     assert events.Tags()["images"] == [f"overlays/{index}_{name}" for index, name in enumerate(names, 1)]

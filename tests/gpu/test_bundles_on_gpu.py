@@ -59,7 +59,7 @@ def test_trains_resumes_and_evaluates(
 
 @pytest.mark.slow
 def test_trains_compiled(recipe_of: Callable[[str], Recipe], device: torch.device, tmp_path: Path) -> None:
-    options = {} if device.type == "cuda" else {"train#trainer#compile_kwargs": {"backend": "eager"}}
+    options = {} if device.type == "cuda" else {"train#trainer#compile_kwargs": {"backend": "aot_eager"}}
     train(recipe_of("pretrain_vq_ssl"), tmp_path, device, compile=True, **options)
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
 

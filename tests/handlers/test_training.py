@@ -3,16 +3,18 @@ import math
 import random
 from copy import deepcopy
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import as_process, counting_engine, small_segresnet
+from helpers import as_process, counting_engine, events_of, small_segresnet
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
+from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.handlers.training import (
     EpochSeedHandler,
@@ -126,6 +128,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(interval: in
         engine.run(range(3))
     assert not saved
     assert handler.bar is None
+
+
+def test_the_loss_is_written_at_intervals_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    engine = Engine(lambda engine, batch: {"loss": torch.tensor(float(batch))})
+    with SummaryWriter(str(tmp_path / "eval")) as writer:
+        FiniteLoss(2, writer).attach(engine)
+        engine.run(range(3), max_epochs=2)
+    written = [(event.step, event.value) for event in events_of(tmp_path).Scalars("train_loss")]
+    assert written == [(2, 1), (3, 2), (4, 0), (6, 2)]
 
 
 @pytest.mark.parametrize("deep", [False, True])
