@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import unquote
@@ -30,7 +30,7 @@ from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError, Item, of_all_processes, of_first_process, rank, world_size
+from dissect_monai.common import InputError, Item, of_all_processes, of_first_process, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import content_digest, datalist_digest, training_record
@@ -47,7 +47,7 @@ from dissect_monai.handlers.checkpoints import (
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
 from dissect_monai.networks.weights import read_settings
-from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, refuse_unwritable, release, remove_halves
+from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, release, remove_halves
 
 logger = logging.getLogger(__name__)
 # What a run that goes on may change beside knobs on which no weights depend: paths, devices, workers, intervals, steps.
@@ -79,7 +79,7 @@ def begin(seed: int | None = None) -> None:
         stop = partial(_stop, workflow, os.getpid())
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if workflow is not None:
-        remove_halves(tempfile.gettempdir(), only=TEMPORARY)
+        remove_halves(gettempdir(), only=TEMPORARY)
         workflow.run = partial(_run, workflow, workflow.run, before)  # type: ignore[method-assign]
         _complete_tracking(workflow.parser)
         if _is_command_line():
@@ -507,11 +507,22 @@ def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folder
         logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", named)
     else:
         logger.info("Using the images %s.", "that the caller lists" if data_dir is None else f"in {named}")
-    of_first_process(lambda: refuse_unwritable("output_dir", output_dir, *folders))
-    if running_workflow() is not None:  # which gives the lock back at its end
-        of_first_process(lambda: hold(Path(output_dir, folders[0])))
-        _write_config()
-        of_first_process(lambda: remove_halves(*(Path(output_dir, folder) for folder in (*folders, "codes"))))
+    of_first_process(lambda: _take(Path(output_dir), *folders))
+
+
+def _take(output_dir: Path, *folders: str) -> None:
+    try:
+        for folder in folders:
+            Path(output_dir, folder).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=Path(output_dir, folder)).close()
+    except OSError as error:
+        raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
+    workflow = running_workflow()
+    if workflow is not None:  # which gives the lock back at its end
+        hold(output_dir / folders[0])
+        remove_halves(*(output_dir / folder for folder in (*folders, "codes")))
+        if path := workflow.parser.get_parsed_content("save_execute_config", default=None):
+            ConfigParser.export_config_file(workflow.parser.config, path)  # now that nothing is refused any more
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -548,6 +559,7 @@ def destroy_group(network: DistributedDataParallel) -> None:
 # ---- `--tracking mlflow` -------------------------------------------------------------------------------------------
 
 OF_RUN = "$dissect_monai.bundle.tracked_parameters(@settings)"
+OF_LOSS = ("loss#", "dice_ce#")
 BESIDE_STORE = "$dissect_monai.bundle.artifacts_beside(@tracking_uri)"
 OF_DECOLLATED = "$monai.handlers.from_engine(['loss'], first=True)"  # how MONAI's handler reads the loss
 
@@ -591,21 +603,12 @@ def _complete_tracking(parser: ConfigParser) -> None:
             Path(written).parent.rmdir()  # if that was all
 
 
-def _write_config() -> None:
-    """The config file of `--tracking mlflow`, once nothing is refused any more."""
-    workflow = running_workflow()
-    path = None if workflow is None else workflow.parser.get_parsed_content("save_execute_config", default=None)
-    if workflow is not None and path and rank() == 0:
-        ConfigParser.export_config_file(workflow.parser.config, path)
-
-
 def tracked_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What MLflow shows of a run: settings without the record of subjects, images, and arguments of its loss."""
     parser = ConfigParser() if (workflow := running_workflow()) is None else workflow.parser
-    loss = {name.replace("#", "."): value for name, value in config_values().items() if "#" in name}
-    loss = {name: value for name, value in loss.items() if name.split(".")[0] in ("loss", "dice_ce")}
-    shown = {**loss, **{name: value for name, value in settings.items() if name != "trained_on"}}
-    return {**shown, "dataset_dir": parser.get_parsed_content("dataset_dir", default=None)}
+    loss = {name.replace("#", "."): value for name, value in config_values().items() if name.startswith(OF_LOSS)}
+    shown = {name: value for name, value in settings.items() if name != "trained_on"}
+    return {**loss, **shown, "dataset_dir": parser.get_parsed_content("dataset_dir", default=None)}
 
 
 def artifacts_beside(tracking_uri: str) -> str | None:

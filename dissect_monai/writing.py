@@ -123,16 +123,6 @@ def _is_alive(pid: int) -> bool:
     return not line.exists() or bool(line.read_bytes())
 
 
-def refuse_unwritable(name: str, folder: str | Path, *parts: str) -> None:
-    """Make a folder, and parts of it, or refuse it by the `name` of the knob that gives it."""
-    try:
-        for each in [Path(folder, part) for part in parts or ("",)]:
-            each.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=each).close()
-    except OSError as error:
-        raise InputError(f"`{name}` must be a folder that can be written, got {folder}: {error}") from error
-
-
 def save_atomically(state: Any, path: str | Path) -> None:
     """`torch.save` that leaves `path` whole at any moment."""
     with written_atomically(path) as file:
@@ -160,8 +150,8 @@ def hold(folder: str | Path) -> None:
     own = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     file, state = _open_lock(path)
     holder = _holder(file)
-    here, same_job = holder.get("host") == own["host"], own["job"] is not None and holder.get("job") == own["job"]
-    moved = same_job and not here
+    here = holder.get("host") == own["host"]
+    moved = not here and own["job"] is not None and holder.get("job") == own["job"]
     known_dead = not holder or moved or (here and state == "ours")
     if (state == "taken" and not moved) or (state != "taken" and not known_dead and _beats(path, holder)):
         file.close()

@@ -53,7 +53,7 @@ class TrainingCheckpoint:
         if self.resume_from is not None:
             engine.add_event_handler(Events.STARTED, self._resume, self.resume_from)
         if rank() == 0:
-            engine.add_event_handler(Events.STARTED, self._remove_halves)
+            engine.add_event_handler(Events.STARTED, lambda: remove_halves(self.ckpt_dir))
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -74,9 +74,6 @@ class TrainingCheckpoint:
             if self.codes is not None:
                 save_codes(self.codes, codes_dir(self.weights_path))
             save_weights(self.weights, self.weights_path, self.settings)
-
-    def _remove_halves(self) -> None:
-        remove_halves(self.ckpt_dir)
 
     def _resume(self, engine: Engine, path: str) -> None:
         checkpoint = read_checkpoint(path)
