@@ -80,7 +80,7 @@ def begin(seed: int | None = None) -> None:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if workflow is not None:
         remove_halves(gettempdir(), only=TEMPORARY)
-        workflow.run = partial(_run, workflow, workflow.run, before)  # type: ignore[method-assign]
+        workflow.run = partial(_run, workflow, workflow.run, before)
         _complete_tracking(workflow.parser)
         if _is_command_line():
             refuse_unknown_overrides(*run_arguments())

@@ -69,4 +69,4 @@ def of_first_process(step: Callable[[], T]) -> T:
     found, error = of_all_processes((found, error))[0]
     if error is not None:
         raise error
-    return found  # type: ignore[no-any-return]
+    return found

@@ -118,7 +118,7 @@ def refuse_other_config(
     extended = isinstance(old, int) and isinstance(new, int) and new > old
     if extended and longer:
         exempt = {*exempt, "schedule_epochs", "warmup_epochs"}
-    names = [name for name in was | now if was.get(name) != now.get(name) and name not in exempt]
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name) and name not in exempt]
     if names:
         other = ", ".join(f"{name} {was.get(name)} (now {now.get(name)})" for name in names)
         raise InputError(
