@@ -76,6 +76,8 @@ def begin(seed: int | None = None) -> None:
     workflow, before = running_workflow(), {}
     if _is_command_line():
         sys.excepthook = partial(_explain, workflow=workflow)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_trace)
         stop = partial(_stop, workflow, os.getpid())
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if workflow is not None:
@@ -188,6 +190,14 @@ def _explain(
     kept = f" Free the disk; {_kept(workflow)}" if isinstance(cause, OSError) and disk_fault(cause) else ""
     where = "" if not kept or getattr(cause, "filename", None) else f" in {_output_dir(workflow)}"
     sys.stderr.write(f"error: {with_dashes(str(cause))}{where}{'.' if kept else ''}{kept}\n")
+
+
+def _without_trace(record: logging.LogRecord) -> bool:
+    """MONAI logs the traceback of what ends a validation, although it is no fault of ours."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
+        record.exc_info = None
+    return True
 
 
 def _stop(workflow: ConfigWorkflow | None, pid: int, number: int, frame: FrameType | None) -> None:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dissect_monai.bundle import (
     OF_DECOLLATED,
     TRACKING_OPTIONS,
+    _without_trace,
     bad_input,
     begin,
     bundle_root,
@@ -281,6 +282,13 @@ def test_a_full_disk_is_one_line_with_the_path_and_what_is_kept(tiny_bundle: Pat
     assert re.match(r"error: \[Errno 27\] File too large: '.*/models/model\.pt'\. Free the disk; what stood in", last)
     assert "Traceback" not in result.stderr
     assert not [*(tiny_bundle / "models").iterdir()]
+
+
+def test_a_log_shows_the_trace_of_our_own_faults_alone() -> None:
+    for error, shown in ((InputError("bad"), False), (OSError(errno.ENOSPC, "full"), False), (KeyError("a"), True)):
+        record = logging.makeLogRecord({"exc_info": (type(error), error, None)})
+        assert _without_trace(record)
+        assert bool(record.exc_info) is shown
 
 
 def test_a_disk_is_found_in_what_led_to_an_error_and_nothing_else_is() -> None:
