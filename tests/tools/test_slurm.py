@@ -64,6 +64,6 @@ def test_two_nodes_are_two_processes_whatever_happens_to_them(
         slurm("scontrol", "requeue", job)
     wait_for(lambda: state(job) in ("FAILED", "COMPLETED", "NODE_FAIL"), log)
     assert state(job) == "COMPLETED", log.read_text(errors="replace")[-3000:]
-    assert ("Going on from" in log.read_text()) is (fate != "none")
+    assert ("Going on from" in log.read_text(errors="replace")) is (fate != "none")
     assert same(weights(out), weights(expected))
     assert same(checkpoint(out, NUM_EPOCHS)["optimizer"], checkpoint(expected, NUM_EPOCHS)["optimizer"])
