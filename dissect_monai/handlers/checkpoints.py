@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from dissect_monai.common import InputError, __version__, rank
+from dissect_monai.common import InputError, __version__, rank, shorten
 from dissect_monai.networks.codes import codes_dir, save_codes
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import load_torch, save_weights
@@ -120,7 +120,7 @@ def refuse_other_config(
         exempt = {*exempt, "schedule_epochs", "warmup_epochs"}
     names = [name for name in {**was, **now} if was.get(name) != now.get(name) and name not in exempt]
     if names:
-        other = ", ".join(f"{name} {was.get(name)} (now {now.get(name)})" for name in names)
+        other = shorten([f"{name} {was.get(name)} (now {now.get(name)})" for name in names])
         raise InputError(
             f"{path} is of a run with {other}: resume with the same settings, images and number of processes, {ANEW}."
             + f" To train longer, add --schedule_epochs {new}, over which the learning rate is laid out then."
