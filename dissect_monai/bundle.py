@@ -30,7 +30,7 @@ from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError, Item, of_all_processes, of_first_process, world_size
+from dissect_monai.common import InputError, Item, __version__, of_all_processes, of_first_process, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import content_digest, datalist_digest, training_record
@@ -470,10 +470,10 @@ def check_training(
 
 def _refuse_other_run(checkpoint: str) -> None:
     """Before the images are read; what depends on them is compared when the training starts."""
-    was, parser = read_checkpoint(checkpoint)["config"], getattr(running_workflow(), "parser", {})
-    if was:  # else it has been started without a config
+    saved, parser = read_checkpoint(checkpoint), getattr(running_workflow(), "parser", {})
+    if saved["config"] and saved.get("version") == __version__:  # else it has none, or is refused for that
         longer = isinstance(parser.get("schedule_epochs"), int)  # and no reference to `max_epochs`
-        refuse_other_config(checkpoint, was, config_values(), longer=longer)
+        refuse_other_config(checkpoint, saved["config"], config_values(), longer=longer)
 
 
 def check_output(
