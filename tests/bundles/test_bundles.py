@@ -11,6 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -247,7 +249,9 @@ def test_other_labels_of_the_same_images_are_another_run(name: str, recipe_of: R
     spec = read(data / "dataset.json")
     for item in spec["training"][1:]:
         if isinstance(item["label"], str):
-            shutil.copy(data / spec["training"][0]["label"], data / item["label"])
+            drawn = nibabel.load(data / item["label"])
+            voxels = np.where(np.arange(len(drawn.dataobj))[:, None, None] < 8, 0, np.asarray(drawn.dataobj))
+            nibabel.save(nibabel.Nifti1Image(voxels, drawn.affine), data / item["label"])
         else:
             item["label"] = [1 - value for value in item["label"]]
     write(data / "dataset.json", spec)
