@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test label dist package release docs figures lint type bench gpu results clean
+.PHONY: demo demo-all test label slurm dist package release docs figures lint type bench gpu results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -61,6 +61,13 @@ $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/labe
 
 label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST
 	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/tools/test_monai_label.py
+
+SLURM = runs/slurm
+slurm: $(BIN)/.dev  ## a real Slurm of two nodes on this machine, and jobs on it; needs root and Debian's slurm-wlm, munge
+	test $$(id -u) != 0 || command -v slurmctld > /dev/null || apt-get install --yes --no-install-recommends slurm-wlm munge
+	bash scripts/slurm/local.sh start $(SLURM)
+	SLURM_CONF=$(abspath $(SLURM))/slurm.conf $(BIN)/python -m pytest -n 0 -m slurm tests/tools/test_slurm.py; \
+		status=$$?; bash scripts/slurm/local.sh stop $(SLURM); exit $$status
 
 package: $(BIN)/.runtime  ## archives of all bundles with the weights of make demo-all, in dist/
 	$(BIN)/python scripts/package_bundle.py all --weights $(DEMO)

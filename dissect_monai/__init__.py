@@ -5,6 +5,7 @@ from dissect_monai.bundle import bundle_root as bundle_root
 from dissect_monai.bundle import check_output as check_output
 from dissect_monai.bundle import check_training as check_training
 from dissect_monai.bundle import checkpoint_to_resume as checkpoint_to_resume
+from dissect_monai.bundle import config_values as config_values
 from dissect_monai.bundle import destroy_group as destroy_group
 from dissect_monai.bundle import given_items as given_items
 from dissect_monai.bundle import process_device as process_device

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
-from types import TracebackType
+from tempfile import TemporaryFile, gettempdir
+from types import FrameType, TracebackType
 from typing import Any
+from urllib.parse import unquote
 
 import fire
 import numpy as np
@@ -26,20 +29,36 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError, Item, of_all_processes, world_size
+from dissect_monai.common import InputError, Item, __version__, of_all_processes, of_first_process, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
-from dissect_monai.data.identity import datalist_digest, training_record
+from dissect_monai.data.identity import content_digest, datalist_digest, training_record
 from dissect_monai.data.sampling import refuse_small
 from dissect_monai.data.splits import refuse_trained, refuse_untrainable
 from dissect_monai.data.volume_lists import refuse_overlap
-from dissect_monai.handlers.checkpoints import checkpoints_in, newest_checkpoint
+from dissect_monai.handlers.checkpoints import (
+    checkpoints_in,
+    newest_checkpoint,
+    newest_whole,
+    read_checkpoint,
+    refuse_other_config,
+)
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
 from dissect_monai.networks.weights import read_settings
+from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, release, remove_halves
 
 logger = logging.getLogger(__name__)
+# What a run that goes on may change beside knobs on which no weights depend: paths, devices, workers, intervals, steps.
+EXEMPT = {
+    "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
+    "device", "on_cuda", "rank", "silent", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
+    "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
+    "finalize", "_desc_",
+}  # fmt: skip
+HEADER = 200  # bytes; a smaller event file holds nothing
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
@@ -48,18 +67,26 @@ TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "track
 
 
 def begin(seed: int | None = None) -> None:
-    """First step of a run: errors in one line, MLflow's handlers completed, every knob checked, torch seeded.
+    """First step of a run: errors and ends in one line, MLflow's handlers completed, every knob checked, torch seeded.
+
+    What processes that are dead have left in the folder for temporary files is removed.
 
     Raises:
         InputError: naming a misspelt override and the nearest id, or a knob with a bad value.
     """
+    workflow, before = running_workflow(), {}
     if _is_command_line():
-        sys.excepthook = _explain
+        sys.excepthook = partial(_explain, workflow=workflow)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_trace)
+        stop = partial(_stop, workflow, os.getpid())
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         # Of MONAI, of a reader that nobody asked for, wherever pydicom is installed.
         logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "NvImgCodecPydicomReader: ")
-    workflow = running_workflow()
     if workflow is not None:
+        remove_halves(gettempdir(), only=TEMPORARY)
+        workflow.run = partial(_run, workflow, workflow.run, before)
         _complete_tracking(workflow.parser)
         if _is_command_line():
             refuse_unknown_overrides(*run_arguments())
@@ -163,12 +190,68 @@ def _arguments(parser: ConfigParser, component: str) -> list[str]:
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
-def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    cause = bad_input(error)
+def _explain(
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+    workflow: ConfigWorkflow | None = None,
+) -> None:
+    cause = disk_fault(error) or bad_input(error)
     if cause is None:
         sys.__excepthook__(kind, error, trace)
-    else:
-        sys.stderr.write(f"error: {with_dashes(str(cause))}\n")
+        return
+    kept = f" Free the disk; {_kept(workflow)}" if isinstance(cause, OSError) and disk_fault(cause) else ""
+    where = "" if not kept or getattr(cause, "filename", None) else f" in {_output_dir(workflow)}"
+    sys.stderr.write(f"error: {with_dashes(str(cause))}{where}{'.' if kept else ''}{kept}\n")
+
+
+def _without_trace(record: logging.LogRecord) -> bool:
+    """MONAI logs the traceback of what ends a validation, although it is no fault of ours."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
+        record.exc_info = None
+    return True
+
+
+def _stop(workflow: ConfigWorkflow | None, pid: int, number: int, frame: FrameType | None) -> None:
+    """End the process, with one line of its own unless it is a worker."""
+    if os.getpid() == pid:
+        for bar in [*getattr(tqdm, "_instances", ())]:
+            bar.close()
+        sys.stderr.write(f"error: stopped by {signal.Signals(number).name}; {_kept(workflow)}\n")
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the end
+    raise SystemExit(128 + number)
+
+
+def _kept(workflow: ConfigWorkflow | None) -> str:
+    """What a run that ends early leaves, and how to go on."""
+    parser = ConfigParser() if workflow is None else workflow.parser
+    if "resume_from" not in parser:
+        return f"what stood in {_output_dir(workflow)} before is kept: start it again."
+    found = checkpoints_in(parser.get_parsed_content("ckpt_dir"))
+    if not found:
+        return "there is no checkpoint yet: start it again."
+    return f"{found[-1]} is whole: go on from it by the same command with --resume true."
+
+
+def _output_dir(workflow: ConfigWorkflow | None) -> str:
+    return "its folder" if workflow is None else str(workflow.parser.get_parsed_content("output_dir", default="."))
+
+
+def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[signal.Signals, Any]) -> Any:
+    """Run, and give back lock and signals; of a run that fails before it logs anything, no event file is left."""
+    try:
+        return steps()
+    except Exception:
+        folder = workflow.parser.get_parsed_content("log_dir", default=".")
+        for events in Path(folder).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+            if events.stat().st_size < HEADER:
+                events.unlink()
+        raise
+    finally:
+        release()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def bad_input(error: BaseException | None) -> BaseException | None:
@@ -196,7 +279,7 @@ def run_settings(
     """What the weights of the running bundle depend on: its knobs, in their order, and what is given here.
 
     It is written beside the weights, for evaluation and inference, and a run that goes on must have the same. It names
-    no subject. `phantoms` says whether all images are generated.
+    no subject, and is the same in all processes. `phantoms` says whether all images are generated.
 
     Args:
         data: data set or items for training, whose digest is kept under this name.
@@ -204,8 +287,12 @@ def run_settings(
         validation: items on which the weights of a segmentation are chosen; their digest is `validation_data`.
         pretraining: settings of the weights that it starts from, whose `trained_on` is added.
         facts: what no knob says, such as the number of images; they come before a knob of the same name.
+
+    Raises:
+        InputError: in all processes, if one has other settings or images.
     """
-    keys = ["modality"] if labelled is not None else ["task", "modality"]  # a task may be called like its folder
+    # A task may be called like its folder.
+    keys = ["task", "modality"] if labelled is None else ["modality", "label", "labels", "ignored"]
     if data is not None:
         facts["data"] = datalist_digest(data if isinstance(data, list) else items_of(data), *keys)
     if validation is not None:
@@ -217,7 +304,52 @@ def run_settings(
     if "smoke" in parser:
         facts["phantoms"] = bool(parser.get_parsed_content("smoke"))
     names = [name for name, knob in parser.config.items() if name in SETTINGS and not is_disabled(knob)]
-    return {**{name: parser.get_parsed_content(name) for name in names}, **facts}
+    settings = {**{name: parser.get_parsed_content(name) for name in names}, **facts}
+    _refuse_differing([{**each, "trained_on": None} for each in of_all_processes(settings)])
+    return settings
+
+
+def _refuse_differing(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Processes that draw different numbers of batches would wait for each other for hours."""
+    for number, other in enumerate(settings):
+        for name in (name for name in other if other[name] != settings[0].get(name)):
+            raise InputError(
+                f"all processes must have the same images and settings, got {name} {settings[0].get(name)} in the "
+                f"first and {other[name]} in process {number}: look for images that one of them cannot read."
+            )
+
+
+def config_values() -> dict[str, Any]:
+    """The config of the running bundle by id, as checkpoints keep it: knobs and references to them with their values.
+
+    Other expressions stand as they are written, and no component is built. What a run that goes on may change is left
+    out; of `pretrained` there is a digest of the file.
+    """
+    workflow = running_workflow()
+    if workflow is None:
+        return {}
+    parser, free = workflow.parser, EXEMPT | (RULES.keys() - SETTINGS - {"overlap"})
+    values: dict[str, Any] = {}
+    for name, raw in _leaves(parser.config):
+        first, last = name.partition("::")[0], name.rpartition("::")[2]
+        if first.startswith("_") or {first, last} & free or first in TRACKING_OPTIONS:
+            continue
+        knob = name if name in RULES else str(raw).removeprefix("@")
+        values[name.replace("::", "#")] = parser.get_parsed_content(knob) if knob in RULES else raw
+    start = parser.get_parsed_content("pretrained") if "pretrained" in parser else None
+    if start and Path(start).is_file():
+        values["pretrained"] = content_digest(start)
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Ids and values of what is no container, and of knobs, which may be one; without the handlers of MLflow."""
+    if prefix in RULES or not isinstance(config, (Mapping, list)):
+        yield prefix, config
+    else:
+        parts = [each for each in config if not (isinstance(each, Mapping) and each.get("_target_") == "MLFlowHandler")]
+        for key, value in config.items() if isinstance(config, Mapping) else enumerate(parts):
+            yield from _leaves(value, f"{prefix}::{key}" if prefix else str(key))
 
 
 def refuse_phantoms(smoke: bool, output_dir: str | Path, pretrained: str | Path | None = None) -> None:
@@ -246,8 +378,7 @@ def _shows_other_images(file: Path) -> bool:
     """Whether a table of results, or embeddings, begin with an image outside of a folder of phantoms."""
     image: Any = None
     if file.suffix == ".csv":
-        with open(file, newline="", encoding="utf-8", errors="replace") as opened:
-            row = next(csv.DictReader(opened), {})
+        row = next(iter(read_csv(file)), {})
         image = row.get("image", row.get("case"))
     elif file.name == "embeddings.npz":
         image = next(iter(np.load(file)["image"].tolist()), None)
@@ -287,7 +418,8 @@ def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
 
     Args:
         resume: true; false; or "auto", which goes on if there is a checkpoint and begins otherwise, for runs that are
-            started again by what supervises them, with the arguments that they had.
+            started again by what supervises them, with the arguments that they had. It leaves out a damaged one, with
+            a warning, if there is an older one.
         ckpt_dir: folder of the checkpoints.
 
     Raises:
@@ -295,10 +427,9 @@ def checkpoint_to_resume(resume: Any, ckpt_dir: str | Path) -> str | None:
     """
     if str(resume).lower() == "false":
         return None
-    newest: list[str] = of_all_processes([str(path) for path in checkpoints_in(ckpt_dir)[-1:]])[0]
-    if not newest and str(resume).lower() == "true":
-        return newest_checkpoint(ckpt_dir)  # says what is missing
-    return newest[0] if newest else None
+    if str(resume).lower() == "true":
+        return of_first_process(lambda: newest_checkpoint(ckpt_dir))
+    return of_first_process(lambda: newest_whole(ckpt_dir))
 
 
 def check_training(
@@ -313,6 +444,8 @@ def check_training(
 ) -> None:
     """Check what a training learns from, say in one line which images it uses, and make the folders that it writes to.
 
+    From then on no other training writes there.
+
     Args:
         smoke: whether it runs on generated phantoms, and may write over an earlier run.
         data_dir: folder or folders of the images; None if the caller of the run lists them.
@@ -324,8 +457,9 @@ def check_training(
         select: "best" if the weights of a segmentation are chosen by validation, else "last".
 
     Raises:
-        InputError: if the output folder cannot be written, or holds the checkpoints of another run, or the data leave
-            nothing to learn.
+        FileNotFoundError: if there is no checkpoint to go on from.
+        InputError: if the output folder cannot be written, is in use or holds the checkpoints of another run, the data
+            leave nothing to learn, or the checkpoint is of another config.
     """
     if datalist is not None:
         if select is not None:
@@ -341,7 +475,17 @@ def check_training(
             f"{ckpt_dir} holds the checkpoints of another run: go on with it (`resume` true), or give another "
             "`output_dir`."
         )
+    if resume_from is not None and running_workflow() is not None:
+        of_first_process(partial(_refuse_other_run, resume_from))
     _make_folders(smoke, data_dir, output_dir, "checkpoints", "eval", "models")
+
+
+def _refuse_other_run(checkpoint: str) -> None:
+    """Before the images are read; what depends on them is compared when the training starts."""
+    saved, parser = read_checkpoint(checkpoint), getattr(running_workflow(), "parser", {})
+    if saved["config"] and saved.get("version") == __version__:  # else it has none, or is refused for that
+        longer = isinstance(parser.get("schedule_epochs"), int)  # and no reference to `max_epochs`
+        refuse_other_config(checkpoint, saved["config"], config_values(), longer=longer)
 
 
 def check_output(
@@ -385,12 +529,22 @@ def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folder
         logger.warning("Smoke run on generated phantoms in %s; give --dataset_dir to use your images.", named)
     else:
         logger.info("Using the images %s.", "that the caller lists" if data_dir is None else f"in {named}")
+    of_first_process(lambda: _take(Path(output_dir), *folders))
+
+
+def _take(output_dir: Path, *folders: str) -> None:
     try:
         for folder in folders:
             Path(output_dir, folder).mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=Path(output_dir, folder)).close()
     except OSError as error:
         raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
+    workflow = running_workflow()
+    if workflow is not None:  # which gives the lock back at its end
+        hold(output_dir / folders[0])
+        remove_halves(*(output_dir / folder for folder in (*folders, "codes")))
+        if path := workflow.parser.get_parsed_content("save_execute_config", default=None):
+            ConfigParser.export_config_file(workflow.parser.config, path)  # now that nothing is refused any more
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -426,8 +580,9 @@ def destroy_group(network: DistributedDataParallel) -> None:
 
 # ---- `--tracking mlflow` -------------------------------------------------------------------------------------------
 
-# A record of thousands of subjects is longer than MLflow takes.
-OF_SETTINGS = "${name: value for name, value in @settings.items() if name != 'trained_on'}"
+OF_RUN = "$dissect_monai.bundle.tracked_parameters(@settings)"
+OF_LOSS = ("loss#", "dice_ce#")
+BESIDE_STORE = "$dissect_monai.bundle.artifacts_beside(@tracking_uri)"
 OF_DECOLLATED = "$monai.handlers.from_engine(['loss'], first=True)"  # how MONAI's handler reads the loss
 
 
@@ -444,14 +599,43 @@ def _complete_tracking(parser: ConfigParser) -> None:
             "`--tracking mlflow` needs MLflow: pip install mlflow (in the repository: pip install -e '.[mlflow]'), "
             "or leave it out."
         )
-    handlers = parser.get("train::handlers")
-    if handlers and handlers[-1].get("output_transform") == OF_DECOLLATED:
-        own = {"output_transform": "$lambda output: output['loss']", "experiment_param": OF_SETTINGS}
-        handlers[-1] = {**handlers[-1], **own}  # a copy, since MONAI's is shared by all runs of a process
+    if str(parser["tracking_uri"]).startswith("$monai.utils.path_to_sqlite_uri"):
+        parser["tracking_uri"] += ".replace('%20', ' ')"  # else MLflow makes a folder with the former in its name
+    for place in ("train::handlers", "validate::handlers", "handlers"):
+        handlers = parser.get(place) or []
+        if handlers and handlers[-1].get("_target_") == "MLFlowHandler":
+            # A copy, since MONAI's is shared by all runs of a process, and the first, whose epochs are the run's.
+            own = {**handlers.pop(), "artifact_location": BESIDE_STORE}
+            if own.get("output_transform") == OF_DECOLLATED:
+                own |= {"output_transform": "$lambda output: output['loss']", "experiment_param": OF_RUN}
+                handlers.insert(0, own)
+            else:
+                handlers.append(own)
     if "run_name" in parser and parser["run_name"] is None:
         parser["run_name"] = time.strftime("run_%Y%m%d_%H%M%S")
-    # MONAI wrote "<output_dir> + '/<file>'", an expression without its "$".
+    # MONAI wrote "<output_dir> + '/<file>'", an expression without its "$", and the file, although all may be refused.
     path = parser["save_execute_config"]
     if isinstance(path, str) and path.endswith(".json'"):
         parser["save_execute_config"] = "$str(@output_dir) + " + path.rpartition(" + ")[2]
     parser.parse(reset=True)
+    written = parser.get_parsed_content("save_execute_config")
+    if written and Path(written).is_file():
+        Path(written).unlink()
+        with suppress(OSError):
+            Path(written).parent.rmdir()  # if that was all
+
+
+def tracked_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What MLflow shows of a run: settings without the record of subjects, images, and arguments of its loss."""
+    parser = ConfigParser() if (workflow := running_workflow()) is None else workflow.parser
+    loss = {name.replace("#", "."): value for name, value in config_values().items() if name.startswith(OF_LOSS)}
+    shown = {name: value for name, value in settings.items() if name != "trained_on"}
+    return {**loss, **shown, "dataset_dir": parser.get_parsed_content("dataset_dir", default=None)}
+
+
+def artifacts_beside(tracking_uri: str) -> str | None:
+    """URI of mlruns/ beside a local store; of another store None, as it knows itself."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///"))).absolute().with_name("mlruns").as_uri()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __version__ = "0.2.0"
 Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
+T = TypeVar("T")
 NO_FINDING = "No finding"
 SALT = ".salt"  # file in a data folder: the key of the pseudonyms of its subjects
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
@@ -54,3 +55,18 @@ def of_all_processes(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def of_first_process(step: Callable[[], T]) -> T:
+    """What a step returns that the first process alone takes, in all of them; what it refuses, all refuse."""
+    found: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            found = step()
+        except (InputError, OSError) as refusal:
+            error = refusal
+    found, error = of_all_processes((found, error))[0]
+    if error is not None:
+        raise error
+    return found

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.bundle import ConfigParser
-from monai.networks import nets
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError
@@ -17,9 +16,7 @@ from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
 from dissect_monai.networks.optimizers import MODES
 from dissect_monai.networks.vqssl import FUSIONS
-from dissect_monai.networks.weights import refuse_bad_mode
-
-ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
+from dissect_monai.networks.weights import ENCODERS, refuse_bad_mode
 
 
 class Rule(NamedTuple):

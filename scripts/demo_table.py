@@ -15,6 +15,8 @@ from typing import NamedTuple
 import fire
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from dissect_monai.writing import read_csv
+
 
 class Measure(NamedTuple):
     """One line of the chain."""
@@ -62,8 +64,8 @@ def first_and_last(run: Path, tag: str) -> list[str]:
 
 def gain(folder: str) -> None:
     """Print what frozen features tell before and after pretraining, of a folder with its training and evaluation."""
-    with open(Path(folder, "eval", "findings.csv"), newline="", encoding="utf-8") as file:
-        probes = {tuple(row.values())[:5]: f"{float(row['auroc']):.3f}" for row in csv.DictReader(file)}
+    rows = read_csv(Path(folder, "eval", "findings.csv"))
+    probes = {tuple(row.values())[:5]: f"{float(row['auroc']):.3f}" for row in rows}
     linear = [probes[source, "stages", "linear", "findings", "macro"] for source in ("random", "pretrained")]
     show(
         ("AUROC of frozen features, all stages", "random weights", "pretrained"),

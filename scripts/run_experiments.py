@@ -1,6 +1,6 @@
 """Run an experiment, recipes × variants × seeds of one bundle, and append its table to results/results.csv.
 
-    python scripts/run_experiments.py scripts/experiments/NAME.json --data DIR [--runs runs/NAME] [--jobs 1]
+    python scripts/run_experiments.py scripts/experiments/NAME.json --data DIR [--runs runs/NAME] [--jobs 1 | --only N]
 
 Every run is a call of `monai.bundle run` in a folder of its own, where it leaves its log and, when it has finished,
 done.json with the command, the commit and the seconds. Finished runs are kept, all others start anew.
@@ -250,18 +250,22 @@ def append_rows(study: Study, rows: Iterable[Mapping[str, Any]], commit: str, co
         csv.DictWriter(file, FIELDS).writerows({**shared, **row, "mean": f"{row['mean']:.4f}"} for row in rows)
 
 
-def run_study(study_file: Path, data: Path, runs: Path, jobs: int) -> None:
-    """Run what is missing of a study and append its rows."""
+def run_study(study_file: Path, data: Path, runs: Path, jobs: int, only: int | None = None) -> None:
+    """Run what is missing of a study and append its rows, or one training of it with its evaluations and no row."""
     study = read_study(study_file)
     runs.mkdir(parents=True, exist_ok=True)
     chains = plan(study, data, runs)
+    if only is not None and not 0 <= only < len(chains):
+        raise StudyError(f"--only must be 0 to {len(chains) - 1}, the trainings of {study_file}, got {only}.")
     every = [run for chain in chains for run in chain]
     for run in every:
         refuse_missing(run)
     print(f"{sum(map(is_done, every))} of {len(every)} runs are done", flush=True)
     if code_state()[1]:
         print(f"warning: {', '.join(CODE)} have uncommitted changes: no row of what runs now will be written")
-    execute_all(chains, jobs)
+    execute_all(chains if only is None else [chains[only]], jobs)
+    if only is not None:
+        return
     commit = common_commit(every)
     if not study.variants:
         print(f"{len(every)} runs are trained, of commit {commit}; no row is written, as the study has no variants")
@@ -278,7 +282,7 @@ def run_study(study_file: Path, data: Path, runs: Path, jobs: int) -> None:
     print(f"{len(rows)} rows appended to {TABLE}")
 
 
-def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1) -> None:
+def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1, only: int | None = None) -> None:
     """Run what is missing of a study and append its table to results/results.csv.
 
     Args:
@@ -287,10 +291,12 @@ def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1) -> 
         runs: folder for the runs, runs/NAME by default; runs/ is ignored by git.
         jobs: how many trainings run side by side. With 2 and more each has OMP_NUM_THREADS=1, because PyTorch takes all
             cores for each of them otherwise, and threads that outnumber the cores wait for each other.
+        only: number of the training, from 0, that runs alone with its evaluations, such as in a job of an array; the
+            table is written by a later call without it.
     """
     folder = Path(runs) if runs else ROOT / "runs" / Path(study_file).stem
     try:
-        run_study(Path(study_file), Path(data).absolute(), folder.absolute(), jobs)
+        run_study(Path(study_file), Path(data).absolute(), folder.absolute(), jobs, only)
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
 

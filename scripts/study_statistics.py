@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dissect_monai.metrics.classification import auroc, average_precision, usable_findings
+from dissect_monai.writing import read_csv
 
 Array = NDArray[np.floating[Any]]
 Measure = Callable[..., Array]  # labels, scores, weights → values, as in dissect_monai.metrics
@@ -184,8 +184,7 @@ def segmentation_rows(variant: str, folders: Folders, pairs: Pairs) -> Iterator[
 
 def read_cases(folder: Path) -> list[Line]:
     """Read eval/cases.csv of an evaluation: a line for every case and structure."""
-    with open(folder / "eval" / "cases.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "eval" / "cases.csv")
 
 
 def score_matrix(lines: Sequence[Line], metric: str) -> Array:

@@ -1,8 +1,13 @@
 """What a run needs from its command line: knobs, errors in one line, output folders, processes, tracking."""
 
+import ast
+import errno
 import logging
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY_BUNDLE, Recipes, command_line, refused, run_bundle, run_config, write
+from helpers import ROOT, TINY_BUNDLE, Recipes, command_line, forked, refused, run_bundle, run_config, write
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
@@ -19,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dissect_monai.bundle import (
     OF_DECOLLATED,
     TRACKING_OPTIONS,
+    _without_trace,
     bad_input,
     begin,
     bundle_root,
@@ -33,6 +39,7 @@ from dissect_monai.bundle import (
 )
 from dissect_monai.common import InputError
 from dissect_monai.knobs import check_knobs
+from dissect_monai.writing import disk_fault
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI's, about trust
 
@@ -234,6 +241,64 @@ def test_only_refusals_and_the_file_system_are_bad_input() -> None:
     assert bad_input(ValueError("of numpy")) is None
 
 
+SLEEPING = "$Path('ready').touch() or __import__('time').sleep(600)"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_says_in_one_line_what_is_kept_and_how_to_go_on(
+    tiny_bundle: Path, number: signal.Signals, status: int
+) -> None:
+    (tiny_bundle / "checkpoints").mkdir()
+    (tiny_bundle / "checkpoints" / "checkpoint_epoch=3.pt").touch()
+    config = {
+        **TINY_BUNDLE, "output_dir": str(tiny_bundle), "resume_from": None,
+        "ckpt_dir": str(tiny_bundle / "checkpoints"),
+        "run": ["$bundle.check_training(True, 'images', @output_dir, None)", SLEEPING],
+    }  # fmt: skip
+
+    def stop(pids: list[int]) -> None:
+        while not Path("ready").exists():
+            time.sleep(0.01)
+        os.kill(pids[0], number)
+
+    train = write(tiny_bundle / "configs" / "train.json", config)
+    result = forked(str(train), Path(), [{}], stop)
+    assert result.returncode == status
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: stopped by {number.name}; ")
+    assert line.endswith("checkpoint_epoch=3.pt is whole: go on from it by the same command with --resume true.")
+    assert "Traceback" not in result.stderr
+    assert not (tiny_bundle / "checkpoints" / ".lock").exists()
+
+
+def test_a_full_disk_is_one_line_with_the_path_and_what_is_kept(tiny_bundle: Path) -> None:
+    full = "$resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))"
+    save = "$writing.save_atomically({'a': torch.zeros(9999)}, @output_dir + '/models/model.pt')"
+    imports = [*TINY_BUNDLE["imports"], "$import resource", "$import torch", "$from dissect_monai import writing"]
+    config = {**TINY_BUNDLE, "imports": imports, "output_dir": str(tiny_bundle), "run": [full, save]}
+    result = command_line(write(tiny_bundle / "configs" / "train.json", config), cwd=Path())
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"error: \[Errno 27\] File too large: '.*/models/model\.pt'\. Free the disk; what stood in", last)
+    assert "Traceback" not in result.stderr
+    assert not [*(tiny_bundle / "models").iterdir()]
+
+
+def test_a_log_shows_the_trace_of_our_own_faults_alone() -> None:
+    for error, shown in ((InputError("bad"), False), (OSError(errno.ENOSPC, "full"), False), (KeyError("a"), True)):
+        record = logging.makeLogRecord({"exc_info": (type(error), error, None)})
+        assert _without_trace(record)
+        assert bool(record.exc_info) is shown
+
+
+def test_a_disk_is_found_in_what_led_to_an_error_and_nothing_else_is() -> None:
+    for number, found in ((errno.ENOSPC, True), (errno.ENOENT, False)):
+        error = RuntimeError("of torch")
+        error.__context__ = OSError(number, "it")
+        assert bool(disk_fault(error)) is found
+        assert bad_input(error) is None
+
+
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +390,34 @@ def test_a_run_goes_on_if_it_is_to_and_auto_begins_where_true_must_go_on(tmp_pat
     newest.touch()
     assert {checkpoint_to_resume(resume, tmp_path) for resume in (True, "true", "auto")} == {str(newest)}
     assert {checkpoint_to_resume(resume, tmp_path) for resume in (False, "false")} == {None}
+
+
+def test_a_missing_checkpoint_is_found_before_the_data(tiny_bundle: Path) -> None:
+    run = ["$bundle.check_training(True, 'images', 'out', 'nowhere.pt')", "@data"]
+    train = write(tiny_bundle / "configs" / "train.json", {**TINY_BUNDLE, "run": run})
+    with refused(r"there are no weights at .*nowhere\.pt"):
+        run_config(train)
+    assert not Path("out").exists()
+
+
+def test_a_config_is_known_by_the_values_of_its_knobs_and_by_what_else_it_says(tiny_bundle: Path) -> None:
+    config = {
+        **TINY_BUNDLE, "batch_size": "$2 * 4", "num_workers": 3, "max_epochs": 5, "stages": [1, 2], "loss_weight": 0.5,
+        "schedule_epochs": "@max_epochs", "output_dir": "out", "optimizer": {"lr": "@learning_rate", "betas": [0.9, 1]},
+        "train": {"dataset": {"cache_dir": "c", "data": "$@data"}, "handlers": [{"interval": 2, "delta": 1}]},
+        "run": ["$Path('config').write_text(str(bundle.config_values()))"],
+    }  # fmt: skip
+    run_config(write(tiny_bundle / "configs" / "train.json", config), learning_rate=0.2)
+    found = ast.literal_eval(Path("config").read_text())
+    for name in ("root", "data", "loss#weight", "loss#_target_", "loss#sigmoid", "metric_name#reduction"):
+        assert name in found
+    for name in [name for name in found if name.startswith(("root", "loss", "network", "metric"))]:
+        found.pop(name)
+    assert found == {
+        "learning_rate": 0.2, "data": "$1 / 0", "batch_size": 8, "stages": [1, 2], "schedule_epochs": 5,
+        "optimizer#lr": 0.2, "optimizer#betas#0": 0.9, "optimizer#betas#1": 1, "train#dataset#data": "$@data",
+        "train#handlers#0#delta": 1,
+    }  # fmt: skip
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

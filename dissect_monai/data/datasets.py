@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from enum import Enum
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, list_data_collate
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform, convert_to_contiguous
-from monai.utils import ImageMetaKey, enums
+from monai.utils import ImageMetaKey, convert_to_tensor, enums
 from torch import Tensor
 from torch.utils import data as torch_data
 from torch.utils.data import Subset
@@ -24,6 +26,7 @@ from dissect_monai.common import InputError, Item, of_all_processes, rank, short
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
+from dissect_monai.writing import load_whole, remove_halves, save_atomically
 
 logger = logging.getLogger(__name__)
 # What PyTorch must know to load an image's metadata with `weights_only`.
@@ -53,7 +56,8 @@ def cached_dataset(
         data: items of a data list.
         transform: MONAI transforms, usually a `Compose`.
         cache_dir: folder for the cache, kept between runs; None keeps it in memory. Its files are found again by item
-            and by the settings of the transforms; empty it when images change in place.
+            and by the settings of the transforms, and made again if they are damaged; empty it when images change in
+            place.
         on_corrupt: "raise" refuses data with unreadable items; "skip" logs them and leaves them out.
         num_workers: threads that fill the cache; at least one.
         seeded: whether the random transforms draw what follows from the index, see `SeededDataset`.
@@ -80,7 +84,8 @@ def cached_dataset(
         contents, good = read_all(preprocessed, on_corrupt, num_workers, progress=rank() == 0)
         dataset = CacheDataset(good, steps, copy_cache=False, runtime_cache=contents)
     else:
-        stored = _StoredDataset(data, Compose(deterministic), cache_dir)
+        stored = _StoredDataset(data, Compose(deterministic), cache_dir, check=True)
+        remove_halves(cache_dir)
         _, good = read_all(stored, on_corrupt, num_workers, progress=rank() == 0, keep=False)
         dataset = _StoredDataset(good, steps, cache_dir)
     return SeededDataset(dataset) if seeded else dataset
@@ -101,18 +106,46 @@ def readable_items(
 
 
 class _StoredDataset(PersistentDataset):
-    """With the metadata of images that have them, and of no other tensor, as in memory."""
+    """With the metadata of images that have them, and of no other tensor, as in memory.
 
-    def __init__(self, data: list[Item], transform: Callable[..., Any], cache_dir: str | Path) -> None:
+    A file of the cache that cannot be read is made again. With `check` it must also have the checksums that it had.
+    """
+
+    def __init__(
+        self, data: list[Item], transform: Callable[..., Any], cache_dir: str | Path, check: bool = False
+    ) -> None:
+        self.check = check
+        with _writing_to(cache_dir):
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
         super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
 
     def _cachecheck(self, item_transformed: Item) -> Item:
         torch.serialization.add_safe_globals(_METADATA)  # here, as a process that loads may not have made the data set
-        stored: Item = super()._cachecheck(item_transformed)
+        folder = Path(str(self.cache_dir))
+        path = folder / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
+        stored: Item | None = None
+        if path.is_file():
+            try:
+                stored = load_whole(path, self.check)
+            except InputError as error:
+                logger.warning("%s: it is made again.", error)
+        if not isinstance(stored, dict):
+            made = self._pre_transform(deepcopy(item_transformed))
+            with _writing_to(folder):
+                save_atomically(convert_to_tensor(made, convert_numeric=False, track_meta=True), path)
+            stored = dict(made)
         for key, value in stored.items():
             if isinstance(value, MetaTensor) and ImageMetaKey.FILENAME_OR_OBJ not in value.meta:
                 stored[key] = value.as_tensor()
         return stored
+
+
+@contextmanager
+def _writing_to(cache_dir: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"`cache_dir` must be a folder that can be written, got {cache_dir}: {error}") from error
 
 
 def labelled_part(

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from math import prod
 from os import PathLike, fspath
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import nibabel
@@ -23,6 +22,7 @@ from PIL import Image, ImageOps
 
 from dissect_monai.common import InputError
 from dissect_monai.data import dicom
+from dissect_monai.writing import temporary_folder
 
 sitk, _ = optional_import("SimpleITK")  # of 50 MB, which pictures and NIfTI do not need
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -195,7 +195,7 @@ def _read_picture(path: Path) -> NDArray[Any]:
 def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
     """A DICOM volume, see `read_volume`. Its values are quantities, which no window clips."""
     volume = dicom.read_volume(path, series)
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         files = [fspath(file) for file in volume.files]
         if any(dicom.number(tags, "SpacingBetweenSlices") == 0 for tags in volume.slices):
             files = [_repaired(file, Path(folder, f"{index}.dcm")) for index, file in enumerate(volume.files)]

@@ -40,6 +40,7 @@ class Monitor(ABC):
     optimizer: Optimizer  # for the learning rate
     writer: SummaryWriter | None = None  # None on ranks that write nothing, which still stop with the others
     interval: int = 10  # iterations between looks; each waits for the device
+    draw_interval: int = 1  # epochs between pictures
     collapsed: int = field(default=0, init=False)  # looks in a row
 
     spread: ClassVar[str]  # scalar on the scale of `feature_std` by which a collapse is judged
@@ -47,7 +48,7 @@ class Monitor(ABC):
     remedy: ClassVar[str]  # against a collapse
 
     def attach(self, engine: Engine) -> None:
-        """Look every `interval` iterations, draw at the end of every epoch; attach before what saves the network."""
+        """Look every `interval` iterations, draw at the end of epochs; attach before what saves the network."""
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
@@ -90,7 +91,8 @@ class Monitor(ABC):
         # Once more, because an epoch may be shorter than the interval, and its checkpoint is written next.
         refuse_nonfinite(engine, {"loss/total": engine.state.output["loss"]})
         if self.writer is not None:
-            self._draw(engine, self.writer)
+            if engine.state.epoch % self.draw_interval == 0:
+                self._draw(engine, self.writer)
             self.writer.flush()
 
 

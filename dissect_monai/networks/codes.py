@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from dissect_monai.common import InputError
 from dissect_monai.networks.encoders import PROBE_SIDE, SegResNetEncoder, feature_maps, stage_shapes
 from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer
 from dissect_monai.networks.vqssl import Decoder, VQSSLNet
-from dissect_monai.networks.weights import load_torch, load_weights, read_settings
+from dissect_monai.networks.weights import ENCODERS, load_torch, load_weights, read_settings
 from dissect_monai.writing import save_atomically
 
 CODEBOOKS, DECODER = "codebooks.pt", "decoder.pt"
@@ -122,8 +121,9 @@ def load_codes(path: str | Path) -> DiscreteCodes:
         ValueError: if a file is damaged or of something else, or the encoder is none that the bundle pretrains.
     """
     weights = Path(path) if Path(path).suffix == ".pt" else Path(path, "models", "model.pt")
-    folder, settings = codes_dir(weights), read_settings(weights)
+    folder = codes_dir(weights)
     state = load_torch(folder / CODEBOOKS, REMEDY)
+    settings = read_settings(weights)
     try:
         encoder = load_weights(_build_encoder(settings, weights), weights)
         kernels = [value for name, value in state.items() if name.startswith("projections.") and value.ndim > 1]
@@ -152,7 +152,7 @@ def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
     if name == "SegResNet":
         shape = {key: settings[key] for key in ("init_filters", "blocks_down")}
         return SegResNetEncoder(nets.SegResNet(spatial_dims, in_channels=1, blocks_up=(), **shape))
-    if not re.fullmatch(r"resnet\d+", str(name)) or not hasattr(nets, str(name)):
+    if name not in ENCODERS:
         raise InputError(f"{weights} must be of a ResNet or SegResNet that was pretrained, got {name!r}: {REMEDY}.")
     resnet = getattr(nets, str(name))
     return cast(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from monai.networks import nets
 from monai.networks.nets import SegResNet
 from torch import nn
 
 from dissect_monai.common import InputError, shorten
-from dissect_monai.writing import save_atomically, written_atomically
+from dissect_monai.writing import load_whole, save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
+ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
 SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
 LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
@@ -28,17 +28,17 @@ SEGRESNET_REMEDY = (
 )
 
 
-def save_weights(weights: nn.Module, path: str | Path, settings: Mapping[str, Any]) -> None:
+def save_weights(weights: nn.Module | Mapping[str, Any], path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write a plain state dict, and beside it as JSON what it depends on: `models/model.pt` and `models/model.json`."""
     with written_atomically(Path(path).with_suffix(".json")) as file:
         file.write((json.dumps(settings, indent=4) + "\n").encode())
-    save_atomically(weights.state_dict(), path)
+    save_atomically(weights.state_dict() if isinstance(weights, nn.Module) else dict(weights), path)
 
 
 def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
     """What the weights at a path depend on, as `TrainingCheckpoint` wrote it beside them; nothing without weights.
 
-    Weights without settings, or with some that are no JSON object, are refused.
+    Weights without settings, or with some that are no JSON object or of an unknown encoder, are refused.
     """
     if not weights_path:
         return {}
@@ -56,19 +56,25 @@ def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
         raise InputError(f"{path} must be JSON, got: {error}.") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}.")
+    encoder = settings.get("encoder", ENCODERS[0])
+    if encoder not in (*ENCODERS, SegResNet.__name__):  # a config would import and call what is named there
+        raise InputError(
+            f"{weights_path} must be of a ResNet or SegResNet that was pretrained, got {encoder!r}: a class of your "
+            "own must be named on the command line, by --network_def#_target_."
+        )
     return settings
 
 
 def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
     """Load a dictionary of plain tensors and values, as `torch.save` wrote it, onto the CPU.
 
-    A file that is not there, truncated or of something else is refused; the message ends with `remedy`.
+    A file that is not there, damaged or of something else is refused; the message ends with `remedy`.
     """
     _refuse_missing(path, remedy)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
-        raise InputError(f"{path} cannot be loaded, it is damaged or no file of torch.save: {remedy}.") from error
+        content = load_whole(path)
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
     return content

@@ -11,6 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -32,7 +34,7 @@ from helpers import (
     weights,
     write,
 )
-from monai.bundle import ConfigParser, ConfigWorkflow, run
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, run
 from monai.utils import ensure_tuple
 
 import dissect_monai
@@ -170,6 +172,21 @@ def test_cache_loaders_and_compiler_do_not_change_the_weights(recipe: Recipe, tm
     assert weights(tmp_path).keys() == weights(recipe.finished).keys()
 
 
+@every_bundle
+def test_a_cache_serves_training_validation_and_evaluation_twice(
+    bundle: Path, recipe_of: Recipes, tmp_path: Path
+) -> None:
+    recipe, found = recipe_of(bundle.name), []
+    cache = {"cache_dir": tmp_path / "cache"}
+    for attempt in ("first", "second"):
+        recipe.train(tmp_path / attempt, **cache)
+        if "cache_dir" in read(bundle / "configs" / "evaluate.json"):
+            recipe.run("evaluate", tmp_path / attempt, num_samples=2, **cache)
+        found.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()})
+    assert found[0] == found[1]
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+
+
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [
@@ -207,6 +224,11 @@ def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> No
     ):
         with refused(message):
             recipe.train(tmp_path, resume=True, **knobs)
+    other = {"train#sampler#seed": 5} if "pixdim" in recipe.knobs else {"train#augment#rotation": 77}
+    with refused(rf"of a run with {next(iter(other))} .* \(now {next(iter(other.values()))}\)"):
+        recipe.train(tmp_path, resume=True, max_epochs=2, **other)
+    with refused(r"of a run with amp False \(now True\)"):
+        recipe.train(tmp_path, resume=True, max_epochs=2, amp=True)
     newest = tmp_path / "checkpoints" / "checkpoint_epoch=2.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one as .*resume_from"):
@@ -226,6 +248,62 @@ def test_the_same_images_under_another_name_go_on_and_others_do_not(recipe: Reci
             shutil.copy(moved[0] / first[key], moved[0] / second[key])
     with refused(r"is of a run with data \w+ \(now \w+\): resume with the same"):
         recipe.train(tmp_path / "out", dataset_dir=[*map(str, moved)], resume=True, max_epochs=2)
+
+
+def test_a_finished_run_is_extended_as_its_refusal_says_and_restores_its_weights(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    shutil.copytree(recipe.finished, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "models").iterdir():
+        path.unlink()
+    recipe.train(tmp_path, resume=True, max_epochs=2, num_workers=1, val_interval=2)
+    assert same(weights(tmp_path), weights(recipe.finished))
+    assert settings(tmp_path) == settings(recipe.finished)
+    with refused(r"To train longer, add --schedule_epochs 3, over which the learning rate is laid out then"):
+        recipe.train(tmp_path, resume=True, max_epochs=3)
+    recipe.train(tmp_path, resume=True, max_epochs=3, schedule_epochs=3)
+    assert names(tmp_path / "checkpoints") == [f"checkpoint_epoch={epoch}.pt" for epoch in (2, 3)]
+    assert settings(tmp_path) == {**settings(recipe.finished), "schedule_epochs": 3}
+
+
+@pytest.mark.parametrize("name", ["cxr_classify", "seg_finetune_btcv"])
+def test_other_labels_of_the_same_images_are_another_run(name: str, recipe_of: Recipes, tmp_path: Path) -> None:
+    recipe = recipe_of(name)
+    shutil.copytree(recipe.finished, tmp_path / "out")
+    data = shutil.copytree(recipe.knobs["dataset_dir"], tmp_path / "data")
+    spec = read(data / "dataset.json")
+    for item in spec["training"][1:]:
+        if isinstance(item["label"], str):
+            drawn = nibabel.load(data / item["label"])
+            voxels = np.array(drawn.dataobj)
+            voxels[: len(voxels) // 2] = 0
+            nibabel.save(nibabel.Nifti1Image(voxels, drawn.affine), data / item["label"])
+        else:
+            item["label"] = [1 - value for value in item["label"]]
+    write(data / "dataset.json", spec)
+    with refused(r"is of a run with data \w+ \(now \w+\)"):
+        recipe.train(tmp_path / "out", dataset_dir=data, resume=True, max_epochs=2)
+
+
+@every_bundle
+def test_no_class_that_weights_name_is_imported(
+    bundle: Path, recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(bundle.name)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tmp_path / "models" / "model.pt"
+    shutil.copytree(recipe.model.parent, model.parent)
+    write(model.with_suffix(".json"), {**settings(recipe.finished), "encoder": "evil.Net"})
+    for config in ("evaluate", "inference"):
+        with refused("must be of a ResNet or SegResNet that was pretrained, got 'evil.Net'"):
+            recipe.run(config, tmp_path / "out", pretrained=model)
+    files = str(bundle / "configs" / "inference.json")
+    with refused("got 'evil.Net': a class of your own must be named on the command line"):
+        ckpt_export(
+            net_id="network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(model), config_file=files,
+            meta_file=str(bundle / "configs" / "metadata.json"), pretrained=str(model),
+        )  # fmt: skip
 
 
 @every_bundle
@@ -357,3 +435,15 @@ def test_two_processes_hold_one_network_and_outlive_the_loss_of_one(recipe: Reci
     assert len([name for name in names(tmp_path / "out" / "eval") if "tfevents" in name]) == 2  # of the two starts
     assert names(tmp_path) == ["more.json", "out"]  # other ranks write nothing
     assert names(tmp_path / "out") == left_by(recipe, "rank0.pth", "rank1.pth")
+
+
+@pytest.mark.slow
+def test_processes_that_have_other_numbers_of_images_are_refused_with_both(recipe_of: Recipes, tmp_path: Path) -> None:
+    recipe = recipe_of("cxr_classify")
+    more = write(tmp_path / "more.json", {"train#dataset#data": "$@datalist.training[@rank:]"})
+    configs = [*recipe.configs, recipe.configs[0].with_name("multi_gpu_train.json"), more]
+    result = two_processes(*configs, cwd=tmp_path, **{**recipe.knobs, "output_dir": tmp_path / "out"})
+    assert result.returncode == 1
+    said = r"error: all processes must have the same images and settings, got num_images 24 in the first and 23 in"
+    assert len(re.findall(said, result.stderr)) >= 1
+    assert "Traceback" not in result.stderr

@@ -16,6 +16,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader
 
+from dissect_monai.common import InputError
 from dissect_monai.data.datasets import DeviceLoader, cached_dataset, items_of, labelled_part, readable_items
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.sampling import ImageSampler
@@ -164,6 +165,43 @@ def test_a_cache_that_cannot_be_written_is_not_a_corrupt_file(tmp_path: Path, mo
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space left on device"):
         cached_dataset(make_items(tmp_path), preprocessing(), tmp_path / "cache", on_corrupt="skip")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "bit", "list"])
+def test_a_damaged_file_of_the_cache_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    items, cache = make_items(tmp_path / "images"), tmp_path / "cache"
+    before = [each["image"] for each in cached_dataset(items, preprocessing(), cache)]
+    file = sorted(cache.iterdir())[0]
+    content = file.read_bytes()
+    if damage == "list":
+        torch.save([1, 2], file)
+    else:
+        middle = max(content.find(image.numpy().tobytes()) for image in before)
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes({"empty": b"", "cut": content[:-100], "bit": flipped}[damage])
+    (cache / ".half.pt.99999999.tmp").touch()
+    again = cached_dataset(items, preprocessing(), cache, on_corrupt="skip")
+    assert len(again.data) == len(items)
+    assert all(torch.equal(*pair) for pair in zip(before, [each["image"] for each in again], strict=True))
+    assert (f"{file} cannot be loaded" in caplog.text) == (damage != "list")
+    assert file.stat().st_size == len(content)
+    assert all(path.suffix == ".pt" for path in cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_a_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"`cache_dir` must be a folder that can be written, got .*file"):
+            cached_dataset(make_items(tmp_path / "images"), preprocessing(), folder)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dissect_monai.data.datasets.save_atomically", refuse)
+    with pytest.raises(InputError, match=r"`cache_dir` must be a folder that can be written, got .*new"):
+        cached_dataset(make_items(tmp_path / "images"), preprocessing(), tmp_path / "new", on_corrupt="skip")
 
 
 def test_a_device_gives_the_batches_that_a_loader_gives(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,18 @@ import pytest
 import torch
 from helpers import as_process, counting_engine
 from ignite.engine import Engine, Events
+from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from dissect_monai import __version__
-from dissect_monai.handlers.checkpoints import BestWeights, TrainingCheckpoint, newest_checkpoint
+from dissect_monai.common import InputError
+from dissect_monai.handlers.checkpoints import (
+    BestWeights,
+    TrainingCheckpoint,
+    newest_checkpoint,
+    newest_whole,
+    read_checkpoint,
+)
 from dissect_monai.networks.weights import read_settings
 
 NAN = float("nan")
@@ -101,6 +110,76 @@ def test_refuses_a_checkpoint_of_another_version_by_its_name(tmp_path: Path, ver
         go(tmp_path, max_epochs=2, resume=True)
 
 
+def test_a_finished_run_that_goes_on_writes_its_weights(tmp_path: Path) -> None:
+    go(tmp_path, max_epochs=2)
+    model = tmp_path / "models" / "model.pt"
+    expected = torch.load(model)
+    model.unlink()
+    go(tmp_path, max_epochs=2, resume=True)
+    assert all(torch.equal(expected[key], value) for key, value in torch.load(model).items())
+
+
+def flip(path: Path) -> None:
+    """A bit of a tensor."""
+    content = bytearray(path.read_bytes())
+    weight = torch.load(path, weights_only=True)["network"]["weight"].numpy().tobytes()
+    content[content.find(weight)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["settings", "config", "trainer", "network", "network::weight", "trainer::iteration"])
+@pytest.mark.parametrize("value", ["missing", None, 7, {}, []], ids=str)
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path, part: str, value: Any) -> None:
+    go(tmp_path)
+    path = Path(newest_checkpoint(tmp_path))
+    state = torch.load(path, weights_only=True)
+    *outer, last = part.split("::")
+    inner = state[outer[0]] if outer else state
+    inner.pop(last) if value == "missing" else inner.update({last: value})
+    torch.save(state, path)
+    if (part, value) in [("settings", {}), ("config", {}), ("settings", "missing"), ("config", "missing")]:
+        go(tmp_path, max_epochs=2, resume=True)  # as those of before had none
+    elif (part, value) == ("trainer::iteration", 7):
+        with pytest.raises(ValueError, match="has done 2 epochs, more than `max_epochs` 1"):
+            go(tmp_path, resume=True)
+    else:
+        with pytest.raises(InputError, match=r"epoch=1\.pt (lacks parts|is no checkpoint|does not fit this run)"):
+            go(tmp_path, max_epochs=2, resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named_or_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go(tmp_path, max_epochs=2)
+    first, second = (tmp_path / f"checkpoint_epoch={epoch}.pt" for epoch in (1, 2))
+    assert newest_whole(tmp_path) == str(second)
+    flip(second)
+    with pytest.raises(InputError, match=r"epoch=2\.pt cannot be loaded, .*`resume_from`, such as .*epoch=1\.pt"):
+        read_checkpoint(second)
+    assert newest_whole(tmp_path) == str(first)
+    assert "Going back to the checkpoint before it" in caplog.text
+    assert newest_whole(tmp_path / "nowhere") is None
+
+
+def test_a_longer_schedule_extends_a_run(tmp_path: Path) -> None:
+    def run(max_epochs: int, schedule: int, resume_from: str | None = None) -> tuple[float, float]:
+        engine, module = counting_engine(max_epochs), nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1)
+        scheduler = WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=schedule * 3)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: (optimizer.step(), scheduler.step()))
+        parts = {"network": module, "optimizer": optimizer, "lr_scheduler": scheduler}
+        settings = {"schedule_epochs": schedule, "warmup_epochs": schedule // 10}
+        TrainingCheckpoint(tmp_path, parts, settings=settings, resume_from=resume_from).attach(engine)
+        engine.run(range(3), max_epochs=max_epochs)
+        return optimizer.param_groups[0]["lr"], scheduler.t_total
+
+    assert run(10, 10) == (pytest.approx(0), 30)
+    last = newest_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"schedule_epochs 10 \(now 9\)"):
+        run(10, 9, last)
+    assert run(15, 20, last) == (pytest.approx((1 + math.cos(math.pi * 0.75)) / 2), 60)
+
+
 # ---- best weights and early stop ---------------------------------------------------------------------------------
 
 
@@ -165,6 +244,13 @@ def test_a_resumed_run_stops_and_keeps_as_an_uninterrupted_one(tmp_path: Path) -
     again = Run(tmp_path, scores, resume=True).run()  # it has stopped, and stays so
     assert again.trainer.state.best_epoch == again.written == 2
     assert Run(tmp_path, scores, resume=True, patience=9).run().written == 5
+
+
+def test_the_best_weights_outlive_the_loss_of_their_file(tmp_path: Path) -> None:
+    Run(tmp_path, [0.5, 0.9, 0.6]).run()
+    (tmp_path / "models" / "model.pt").unlink()
+    for scores in ([0.5, 0.9, 0.6], [0.5, 0.9, 0.6, 0.7]):
+        assert Run(tmp_path, scores, resume=True).run().written == 2
 
 
 def test_the_last_epoch_of_a_stopped_run_is_saved(tmp_path: Path) -> None:

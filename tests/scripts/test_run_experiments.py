@@ -70,6 +70,19 @@ def test_side_by_side_runs_have_one_thread_and_the_same_rows(stand: Any, evaluat
     assert {each["OMP_NUM_THREADS"] for each in stand.environments} == {"1"}
 
 
+def test_an_array_of_jobs_gives_the_rows_of_one_call(stand: Any, evaluated: Study, tmp_path: Path) -> None:
+    rows = stand.run(evaluated)
+    (tmp_path / "runs").rename(tmp_path / "before")
+    stand.commands.clear()
+    for number in (2, 0, 3, 1):
+        assert stand.run(evaluated, only=number) == rows
+    assert len(stand.trainings) == 4
+    assert stand.run(evaluated) == rows + rows
+    assert len(stand.calls) == 4 + 4 * 2
+    with pytest.raises(SystemExit, match=r"--only must be 0 to 3, the trainings of .*, got 4"):
+        stand.run(evaluated, only=4)
+
+
 @pytest.mark.parametrize("states", [[("a1", False), ("b2", False)], [("a1", True)]])
 def test_refuses_rows_of_several_commits_or_of_changed_code(
     stand: Any, evaluated: Study, monkeypatch: pytest.MonkeyPatch, states: list[tuple[str, bool]]

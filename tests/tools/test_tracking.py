@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BUNDLES, Recipes
+from helpers import BUNDLES, Recipes, refused
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 METRICS = {
@@ -51,3 +51,31 @@ def test_every_start_is_a_run_of_its_own_in_the_store(recipe_of: Recipes, tmp_pa
     recipe_of("hssl_multidomain").train(tmp_path, tracking="mlflow")
     _, runs = tracked_runs(tmp_path, "monai_experiment")
     assert sorted(run.data.params["batch_size"] for run in runs) == ["4", "999"]
+
+
+def test_a_store_in_a_folder_with_a_blank_has_its_artifacts_and_the_facts_of_the_run(
+    recipe_of: Recipes, tmp_path: Path
+) -> None:
+    recipe, folder = recipe_of("pretrain_vq_ssl"), tmp_path / "a b"
+    recipe.train(folder, tracking="mlflow", max_epochs=2, resume="auto")
+    client, (run,) = tracked_runs(folder, "monai_experiment")
+    expected = {"max_epochs": "2", "dataset_dir": str(recipe.knobs["dataset_dir"]), "loss.objective": "nt_xent"}
+    assert expected.items() <= run.data.params.items()
+    assert "loss.reconstruction_weight" in run.data.params
+    (config,) = client.list_artifacts(run.info.run_id)
+    assert [path.parent.parent.parent for path in (folder / "mlruns").rglob(config.path)] == [folder / "mlruns"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a b"]
+    recipe.train(folder, max_epochs=2, resume=True)  # without tracking it is the same run
+
+
+def test_what_is_refused_leaves_no_file(recipe_of: Recipes, tmp_path: Path) -> None:
+    recipe, folder = recipe_of("pretrain_vq_ssl"), tmp_path / "out"
+    with refused("`--batch_size` must be at least 2"):
+        recipe.train(folder, tracking="mlflow", batch_size=1)
+    assert not [*tmp_path.iterdir()]
+    recipe.train(folder)
+    events = {*(folder / "eval").iterdir()}
+    with refused("is of a run with label_fraction"):
+        recipe.train(folder, tracking="mlflow", resume=True, label_fraction=0.5)
+    assert {*(folder / "eval").iterdir()} == events
+    assert not [*folder.glob("config_*")]
