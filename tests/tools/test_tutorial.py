@@ -5,7 +5,7 @@ import pytest
 from helpers import ROOT
 from nbclient import NotebookClient
 
-SMALLER = {"epochs = 10": "epochs = 1", "192, num_validation=96, num_test=192": "48, num_validation=32, num_test=32"}
+SMALLER = {"epochs = 10": "epochs = 2", "192, num_validation=96, num_test=192": "96, num_validation=32, num_test=32"}
 
 
 @pytest.mark.slow
