@@ -60,7 +60,7 @@ EXEMPT = {
 }  # fmt: skip
 HEADER = 200  # bytes; a smaller event file holds nothing
 # What MONAI itself reads beside `--tracking`.
-TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
+TRACKING_OPTIONS = ("experiment_name", "is_not_rank0", "run_name", "save_execute_config", "tracking_uri")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -239,13 +239,13 @@ def _output_dir(workflow: ConfigWorkflow | None) -> str:
 
 
 def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[signal.Signals, Any]) -> Any:
-    """Run, and give back lock and signals; of a run that fails before it logs anything, no event file is left."""
+    """Run, and give back lock and signals; of a run that is refused before it logs anything, no event file is left."""
     try:
         return steps()
-    except Exception:
+    except Exception as error:
         folder = workflow.parser.get_parsed_content("log_dir", default=".")
         for events in Path(folder).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
-            if events.stat().st_size < HEADER:
+            if bad_input(error) is not None and events.stat().st_size < HEADER:
                 events.unlink()
         raise
     finally:
@@ -296,7 +296,7 @@ def run_settings(
     if data is not None:
         facts["data"] = datalist_digest(data if isinstance(data, list) else items_of(data), *keys)
     if validation is not None:
-        facts["validation_data"] = datalist_digest(validation, *keys)
+        facts["validation_data"] = datalist_digest(validation, "modality")  # as `scored_subjects` looks for it
     if labelled is not None:
         facts["trained_on"] = training_record(items_of(labelled), (pretraining or {}).get("trained_on", ()))
     workflow = running_workflow()

@@ -95,16 +95,20 @@ def content_digest(image: str | Path) -> str:
 def datalist_digest(items: Sequence[Item], *keys: str) -> str:
     """16 hex digits that change with the images of a data list and with these values of its items, not with its place.
 
-    All names of files count, and the content of up to 1,024 files that are evenly spaced among them.
+    All names of files count, and the content of up to 1,024 images that are evenly spaced among them; of `label`, where
+    it is a file, likewise.
     """
     ordered = sorted(items, key=lambda item: os.path.relpath(item["image"], item.get("origin", "/")[0]))
     digest = hashlib.sha256()
     for item in ordered:
         facts = [Path(item["image"]).name, *(item.get(key) for key in keys)]
+        if "label" in keys and isinstance(item.get("label"), str):
+            facts[1 + keys.index("label")] = Path(item["label"]).name
         digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
     for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
-        with suppress(OSError, InputError):  # the data set refuses it, or leaves it out
-            digest.update(content_digest(ordered[index]["image"]).encode())
+        for file in (ordered[index][key] for key in ("image", *keys) if key in ("image", "label")):
+            with suppress(OSError, InputError):  # the data set refuses it, or leaves it out
+                digest.update(content_digest(file).encode() if isinstance(file, str) else b"")
     return digest.hexdigest()[:DIGITS]
 
 
