@@ -139,8 +139,8 @@ def hold(folder: str | Path) -> None:
 
     It is the file `.lock`, which says who holds it, with `flock` where the file system has that. Elsewhere, and where
     the holder is on another machine, signs of life tell: the time of the file, which changes every `BEAT` seconds.
-    The same Slurm job takes it over from another machine of its own, on which it was before. Of two that take it at once
-    without `flock`, the one whose line is the first in the file has it.
+    The same Slurm job takes it over from another machine of its own, on which it was before. Of two that take it at
+    once without `flock`, the one whose line is the first in the file has it.
 
     Raises:
         InputError: naming machine and process, if another living one holds it.
