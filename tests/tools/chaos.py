@@ -97,14 +97,18 @@ def main(kills: int = 100, fulls: int = 10, flips: int = 20, bundle: str = "pret
                 status = run.wait()
                 counts[f"{blow}s" if blow else "undisturbed"] += 1
                 said = log.read_text(errors="replace")
-                counts["tracebacks"] += "Traceback" in said
+                early = said.rstrip().endswith("KeyboardInterrupt")  # while Python was still importing
+                counts["interrupted before they began"] += early
+                counts["tracebacks"] += "Traceback" in said and not early
+                if "Traceback" in said and not early:
+                    print(said[-2000:], flush=True)
                 counts["went back to an older checkpoint"] += "Going back to the checkpoint before" in said
                 if (status == 0 or blow is None) and blows[-1:] != ["flip"]:
                     break
             counts["runs"] += 1
             if status != 0 or not same(weights(out), expected):
                 counts["faults"] += 1
-                print(said[-2000:])
+                print(said[-2000:], flush=True)
             left = [path for path in out.rglob(".*") if re.search(r"\.tmp$|\.lock$", path.name)]
             counts["files left over"] += len(left)
             print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())), flush=True)
