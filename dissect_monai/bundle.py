@@ -77,8 +77,7 @@ def begin(seed: int | None = None) -> None:
     workflow, before = running_workflow(), {}
     if _is_command_line():
         sys.excepthook = partial(_explain, workflow=workflow)
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(_without_trace)
+        logging.setLogRecordFactory(_without_trace)
         stop = partial(_stop, workflow, os.getpid())
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         # Of MONAI, of a reader that nobody asked for, wherever pydicom is installed.
@@ -205,12 +204,13 @@ def _explain(
     sys.stderr.write(f"error: {with_dashes(str(cause))}{where}{'.' if kept else ''}{kept}\n")
 
 
-def _without_trace(record: logging.LogRecord) -> bool:
-    """MONAI logs the traceback of what ends a validation, although it is no fault of ours."""
+def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A record of the log: MONAI logs the traceback of what ends an engine, by many loggers, although it is no fault."""
+    record = logging.LogRecord(*args, **kwargs)
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
         record.exc_info = None
-    return True
+    return record
 
 
 def _stop(workflow: ConfigWorkflow | None, pid: int, number: int, frame: FrameType | None) -> None:
