@@ -205,7 +205,7 @@ def _explain(
 
 
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    """A record of the log: MONAI logs the traceback of what ends an engine, by many loggers, although it is no fault."""
+    """A record of the log: MONAI logs the traceback of what ends an engine, by many loggers, also of what is no fault."""
     record = logging.LogRecord(*args, **kwargs)
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
