@@ -56,7 +56,7 @@ EXEMPT = {
     "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
     "device", "on_cuda", "rank", "silent", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
-    "finalize", "_desc_",
+    "finalize", "is_not_rank0", "_desc_",
 }  # fmt: skip
 HEADER = 200  # bytes; a smaller event file holds nothing
 # What MONAI itself reads beside `--tracking`.
@@ -243,6 +243,8 @@ def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[sig
     try:
         return steps()
     except Exception:
+        if writer := workflow.parser.ref_resolver.resolved_content.get("writer"):
+            writer.flush()
         folder = workflow.parser.get_parsed_content("log_dir", default=".")
         for events in Path(folder).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
             if events.stat().st_size < HEADER:
