@@ -56,11 +56,11 @@ EXEMPT = {
     "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
     "device", "on_cuda", "rank", "silent", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
-    "finalize", "_desc_",
+    "finalize", "is_not_rank0", "_desc_",
 }  # fmt: skip
 HEADER = 200  # bytes; a smaller event file holds nothing
 # What MONAI itself reads beside `--tracking`.
-TRACKING_OPTIONS = ("experiment_name", "is_not_rank0", "run_name", "save_execute_config", "tracking_uri")
+TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -77,8 +77,7 @@ def begin(seed: int | None = None) -> None:
     workflow, before = running_workflow(), {}
     if _is_command_line():
         sys.excepthook = partial(_explain, workflow=workflow)
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(_without_trace)
+        logging.setLogRecordFactory(_without_trace)
         stop = partial(_stop, workflow, os.getpid())
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         # Of MONAI, of a reader that nobody asked for, wherever pydicom is installed.
@@ -205,12 +204,13 @@ def _explain(
     sys.stderr.write(f"error: {with_dashes(str(cause))}{where}{'.' if kept else ''}{kept}\n")
 
 
-def _without_trace(record: logging.LogRecord) -> bool:
-    """MONAI logs the traceback of what ends a validation, although it is no fault of ours."""
+def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault."""
+    record = logging.LogRecord(*args, **kwargs)
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
         record.exc_info = None
-    return True
+    return record
 
 
 def _stop(workflow: ConfigWorkflow | None, pid: int, number: int, frame: FrameType | None) -> None:
@@ -239,13 +239,15 @@ def _output_dir(workflow: ConfigWorkflow | None) -> str:
 
 
 def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[signal.Signals, Any]) -> Any:
-    """Run, and give back lock and signals; of a run that is refused before it logs anything, no event file is left."""
+    """Run, and give back lock and signals; of a run that fails before it logs anything, no event file is left."""
     try:
         return steps()
-    except Exception as error:
+    except Exception:
+        if writer := workflow.parser.ref_resolver.resolved_content.get("writer"):
+            writer.flush()
         folder = workflow.parser.get_parsed_content("log_dir", default=".")
         for events in Path(folder).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
-            if bad_input(error) is not None and events.stat().st_size < HEADER:
+            if events.stat().st_size < HEADER:
                 events.unlink()
         raise
     finally:

@@ -139,7 +139,8 @@ def hold(folder: str | Path) -> None:
 
     It is the file `.lock`, which says who holds it, with `flock` where the file system has that. Elsewhere, and where
     the holder is on another machine, signs of life tell: the time of the file, which changes every `BEAT` seconds.
-    The same Slurm job takes it over from another machine of its own, on which it was before.
+    The same Slurm job takes it over from another machine of its own, on which it was before. Of two that take it at
+    once without `flock`, the one whose line is the first in the file has it.
 
     Raises:
         InputError: naming machine and process, if another living one holds it.
@@ -155,20 +156,32 @@ def hold(folder: str | Path) -> None:
     known_dead = not holder or moved or (here and state == "ours")
     if (state == "taken" and not moved) or (state != "taken" and not known_dead and _beats(path, holder)):
         file.close()
-        raise InputError(
-            f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}: wait for its end, or "
-            "give another `output_dir`."
-        )
+        raise _in_use(path, holder)
     if state == "taken":  # by a machine that is gone, as the file server does not know yet
         path.unlink(missing_ok=True)
         file.close()
-        file, _ = _open_lock(path)
+        file, state = _open_lock(path)
     file.truncate(0)
-    file.write(json.dumps(own))
+    file.write(json.dumps(own) + "\n")
     file.flush()
+    if state == "unknown":
+        os.fsync(file.fileno())
+        time.sleep(BEAT / 5)
+        with open(path, "a+", encoding="utf-8") as again:
+            holder = _holder(again)
+        if holder != own:
+            file.close()
+            raise _in_use(path, holder)
     stop = Event()
     _held[path] = file, stop
     Thread(target=_beat, args=(path, stop), daemon=True).start()
+
+
+def _in_use(path: Path, holder: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')}: wait for its end, or give "
+        "another `output_dir`."
+    )
 
 
 def release() -> None:
@@ -206,7 +219,7 @@ def _flock(file: Any) -> str:
 def _holder(file: Any) -> dict[str, Any]:
     file.seek(0)
     try:
-        return dict(json.loads(file.read()))
+        return dict(json.loads(file.readline()))
     except ValueError:  # nothing yet, or half a line of one who was killed
         return {}
 

@@ -286,9 +286,15 @@ def test_a_full_disk_is_one_line_with_the_path_and_what_is_kept(tiny_bundle: Pat
 
 def test_a_log_shows_the_trace_of_our_own_faults_alone() -> None:
     for error, shown in ((InputError("bad"), False), (OSError(errno.ENOSPC, "full"), False), (KeyError("a"), True)):
-        record = logging.makeLogRecord({"exc_info": (type(error), error, None)})
-        assert _without_trace(record)
+        record = _without_trace("name", logging.ERROR, "path", 1, "said", (), (type(error), error, None))
         assert bool(record.exc_info) is shown
+
+
+def test_a_log_of_a_handler_of_monai_shows_no_trace_of_bad_input_either(tiny_bundle: Path) -> None:
+    handler = "__import__('monai.handlers').handlers.StatsHandler()"  # whose logger has an output of its own
+    result = run_in_a_process(tiny_bundle, f"{handler}.exception_raised(None, bundle.InputError('bad'))")
+    assert "Exception: bad" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_a_disk_is_found_in_what_led_to_an_error_and_nothing_else_is() -> None:

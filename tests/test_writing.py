@@ -177,6 +177,29 @@ def test_a_slurm_job_that_has_moved_takes_its_own_lock(
 
 
 @pytest.mark.usefixtures("_released")
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_two_that_take_a_lock_at_once_has_it_without_flock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """The other, who saw an empty file, too, writes after this one: into the emptied file, or behind its line."""
+    path = tmp_path / ".lock"
+
+    def other(seconds: float) -> None:
+        line = json.dumps({"host": "elsewhere", "pid": DEAD_PID, "job": None})
+        path.write_text(path.read_text() + line if first else line)
+
+    monkeypatch.setattr(writing, "_flock", lambda file: "unknown")
+    monkeypatch.setattr(writing.time, "sleep", other)
+    if first:
+        hold(tmp_path)
+        release()
+    else:
+        with pytest.raises(InputError, match=rf"is in use by process {DEAD_PID} on elsewhere"):
+            hold(tmp_path)
+    assert path.exists() is not first
+
+
+@pytest.mark.usefixtures("_released")
 def test_a_lock_shows_that_its_holder_lives_and_half_a_line_is_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

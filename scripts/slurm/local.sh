@@ -24,7 +24,7 @@ ClusterName=local
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$FOLDER/munge.socket
+AuthInfo=socket=$FOLDER/munge.socket,cred_expire=40
 CredType=cred/munge
 SlurmctldPort=26817
 SlurmctldPidFile=$FOLDER/slurmctld.pid

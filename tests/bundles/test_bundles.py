@@ -246,7 +246,7 @@ def test_the_same_images_under_another_name_go_on_and_others_do_not(recipe: Reci
     for key in ("image", "label"):
         if isinstance(first.get(key), str):
             shutil.copy(moved[0] / first[key], moved[0] / second[key])
-    with refused(r"is of a run with data \w+ \(now \w+\): resume with the same"):
+    with refused(r"is of a run with data \w+ \(now \w+\)(, validation_data .*)?: resume with the same"):
         recipe.train(tmp_path / "out", dataset_dir=[*map(str, moved)], resume=True, max_epochs=2)
 
 
@@ -432,7 +432,8 @@ def test_two_processes_hold_one_network_and_outlive_the_loss_of_one(recipe: Reci
     differing = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
     # Running statistics of BatchNorm are each rank's own until DDP hands out those of rank 0 at the next step.
     assert all("running_" in key for key in differing), differing
-    assert len([name for name in names(tmp_path / "out" / "eval") if "tfevents" in name]) == 2  # of the two starts
+    events = [name for name in names(tmp_path / "out" / "eval") if "tfevents" in name]
+    assert len(events) in (1, 2)  # of the two starts; the first may have logged nothing
     assert names(tmp_path) == ["more.json", "out"]  # other ranks write nothing
     assert names(tmp_path / "out") == left_by(recipe, "rank0.pth", "rank1.pth")
 

@@ -85,7 +85,10 @@ def main(kills: int = 100, fulls: int = 10, flips: int = 20, bundle: str = "pret
             for _ in range(200):
                 blow = blows.pop() if blows else None
                 found = sorted((out / "checkpoints").glob("checkpoint_*.pt"), key=lambda path: path.stat().st_mtime_ns)
-                if blow == "flip" and len(found) > 1:
+                if blow == "flip" and len(found) < 2:  # there will be one to go back to, once it has ended
+                    blows.append(blow)
+                    blow = None
+                elif blow == "flip":
                     flip(found[-1], rng)
                 run = start(bundle, data, out, log, rng.randrange(size) if blow == "full" else None)
                 if blow == "kill":
@@ -94,17 +97,21 @@ def main(kills: int = 100, fulls: int = 10, flips: int = 20, bundle: str = "pret
                 status = run.wait()
                 counts[f"{blow}s" if blow else "undisturbed"] += 1
                 said = log.read_text(errors="replace")
-                counts["tracebacks"] += "Traceback" in said
+                early = said.rstrip().endswith("KeyboardInterrupt")  # while Python was still importing
+                counts["interrupted before they began"] += early
+                counts["tracebacks"] += "Traceback" in said and not early
+                if "Traceback" in said and not early:
+                    print(said[-2000:], flush=True)
                 counts["went back to an older checkpoint"] += "Going back to the checkpoint before" in said
-                if status == 0 or blow is None:
+                if (status == 0 or blow is None) and blows[-1:] != ["flip"]:
                     break
             counts["runs"] += 1
             if status != 0 or not same(weights(out), expected):
                 counts["faults"] += 1
-                print(said[-2000:])
+                print(said[-2000:], flush=True)
             left = [path for path in out.rglob(".*") if re.search(r"\.tmp$|\.lock$", path.name)]
             counts["files left over"] += len(left)
-    print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())))
+            print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())), flush=True)
     sys.exit(counts["faults"] + counts["tracebacks"])
 
 
