@@ -106,7 +106,7 @@ def datalist_digest(items: Sequence[Item], *keys: str) -> str:
             facts[1 + keys.index("label")] = Path(item["label"]).name
         digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
     for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
-        for file in (ordered[index][key] for key in ("image", *keys) if key in ("image", "label")):
+        for file in (ordered[index].get(key) for key in ("image", *keys) if key in ("image", "label")):
             with suppress(OSError, InputError):  # the data set refuses it, or leaves it out
                 digest.update(content_digest(file).encode() if isinstance(file, str) else b"")
     return digest.hexdigest()[:DIGITS]
