@@ -105,7 +105,7 @@ def datalist_digest(items: Sequence[Item], *keys: str) -> str:
     digest = hashlib.sha256()
     for item in ordered:
         values = (item.get(key) for key in keys)
-        facts = [Path(item["image"]).name, *(Path(value).name if is_file(value) else value for value in values)]
+        facts = [Path(item["image"]).name, *(Path(str(value)).name if is_file(value) else value for value in values)]
         digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
     for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
         files = [ordered[index]["image"], *filter(is_file, map(ordered[index].get, keys))]
