@@ -205,7 +205,7 @@ def _explain(
 
 
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    """A record of the log. MONAI logs a traceback of all that ends an engine, by many loggers: only faults keep it."""
+    """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault."""
     record = logging.LogRecord(*args, **kwargs)
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
@@ -298,7 +298,7 @@ def run_settings(
     if data is not None:
         facts["data"] = datalist_digest(data if isinstance(data, list) else items_of(data), *keys)
     if validation is not None:
-        facts["validation_data"] = datalist_digest(validation, "modality")  # as `splits` asks for it
+        facts["validation_data"] = datalist_digest(validation, "modality")  # as `scored_subjects` looks for it
     if labelled is not None:
         facts["trained_on"] = training_record(items_of(labelled), (pretraining or {}).get("trained_on", ()))
     workflow = running_workflow()

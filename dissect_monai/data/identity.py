@@ -95,23 +95,20 @@ def content_digest(image: str | Path) -> str:
 def datalist_digest(items: Sequence[Item], *keys: str) -> str:
     """16 hex digits that change with the images of a data list and with these values of its items, not with its place.
 
-    All names of files count, and the content of up to 1,024 images, and label maps, that are evenly spaced among them.
+    All names of files count, and the content of up to 1,024 images that are evenly spaced among them; of `label`, where
+    it is a file, likewise.
     """
-
-    def is_file(value: Any) -> bool:
-        return isinstance(value, str) and os.path.isabs(value)
-
     ordered = sorted(items, key=lambda item: os.path.relpath(item["image"], item.get("origin", "/")[0]))
     digest = hashlib.sha256()
     for item in ordered:
-        values = (item.get(key) for key in keys)
-        facts = [Path(item["image"]).name, *(Path(str(value)).name if is_file(value) else value for value in values)]
+        facts = [Path(item["image"]).name, *(item.get(key) for key in keys)]
+        if "label" in keys and isinstance(item.get("label"), str):
+            facts[1 + keys.index("label")] = Path(item["label"]).name
         digest.update(("\t".join(map(str, facts)) + "\n").encode(errors="surrogatepass"))
     for index in np.linspace(0, len(ordered) - 1, min(_NUM_CONTENTS, len(ordered))).round().astype(int):
-        files = [ordered[index]["image"], *filter(is_file, map(ordered[index].get, keys))]
-        with suppress(OSError, InputError):  # the data set refuses it, or leaves it out
-            for file in files:
-                digest.update(content_digest(file).encode())
+        for file in (ordered[index][key] for key in ("image", *keys) if key in ("image", "label")):
+            with suppress(OSError, InputError):  # the data set refuses it, or leaves it out
+                digest.update(content_digest(file).encode() if isinstance(file, str) else b"")
     return digest.hexdigest()[:DIGITS]
 
 

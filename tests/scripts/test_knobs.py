@@ -38,7 +38,7 @@ def test_a_meaning_of_no_knob_is_named(written: dict[str, dict[str, str]]) -> No
     ("section", "knob", "words"),
     [
         ("pretrain_vq_ssl/train", "max_epochs", ("| `300` | `20` |", "a whole number of at least 1")),
-        ("pretrain_vq_ssl/train", "fusion", ("| `replace` |  |", "one of add, attention, concat, replace")),
+        ("pretrain_vq_ssl/train", "fusion", ("| `replace` |  |", "one of attention, add, concat, replace")),
         ("pretrain_vq_ssl/paper", "objective", ("| `byol` |",)),
         ("pretrain_vq_ssl/volumes", "encoder", ("| refused |",)),
         ("cxr_classify/evaluate", "image_size", ("| that of the weights |",)),
