@@ -17,7 +17,7 @@ author = "The dissect-monai authors"
 project_copyright = f"{date.today().year} {author}"
 release = version = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["jupyter_execute", "_build"]
 html_theme = "furo"
 html_title = f"dissect-monai {version}"
 html_static_path = ["_static"]
