@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 # What a run that goes on may change beside knobs on which no weights depend: paths, devices, workers, intervals, steps.
 EXEMPT = {
     "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
-    "device", "on_cuda", "rank", "silent", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
+    "device", "on_cuda", "rank", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
     "finalize", "is_not_rank0", "_desc_",
 }  # fmt: skip

@@ -43,9 +43,10 @@ BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 WARMUP = 10  # steps before the clock starts
 PATIENCE = 45  # seconds that a run waits for one that may have failed
 WITHOUT_VQ: dict[str, Any] = {"discrete_weight": 0, "commitment_weight": 0, "reconstruction_weight": 0}
-ARMS: dict[str, dict[str, Any]] = {"VQ": {}, "without_VQ": WITHOUT_VQ, "BYOL": {"objective": "byol", **WITHOUT_VQ}}
 WITHOUT_RSNA = "VQ_without_RSNA"  # films of RSNA come from the archive of NIH, with patients unknown
-ARMS[WITHOUT_RSNA] = {}
+ARMS: dict[str, dict[str, Any]] = {
+    "VQ": {}, "without_VQ": WITHOUT_VQ, "BYOL": {"objective": "byol", **WITHOUT_VQ}, WITHOUT_RSNA: {},
+}  # fmt: skip
 ENCODER = "resnet18"
 FILMS = {"encoder": ENCODER, "batch_size": 256, "hidden_dim": 4096, "num_workers": 4}
 VOLUMES: dict[str, Any] = {"pixdim": [3, 3, 4], "patch_size": [64, 64, 32], "init_filters": 16, "num_workers": 4}
