@@ -77,6 +77,7 @@ from dissect_monai.transforms.labels import LargestComponentsd as LargestCompone
 from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
+from dissect_monai.transforms.spatial import SliceOrientationd as SliceOrientationd
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images
