@@ -106,7 +106,11 @@ _RULES: list[tuple[Rule, str, str]] = [
     (Rule("0 (off) or a whole number of at least 3", lambda v: v == 0 or _whole(3).holds(v)), "num_folds", ""),
     (_optional(_whole(0)), "fold", ""),
     (AT_LEAST_0, "ce_weight classification_weight commitment_weight continuous_weight cross_weight dense_weight", ""),
-    (AT_LEAST_0, "discrete_weight group_weight image_weight reconstruction_weight task_weight weight_decay", ""),
+    (
+        AT_LEAST_0,
+        "discrete_weight group_weight image_weight position_weight reconstruction_weight task_weight weight_decay",
+        "",
+    ),
     (AT_LEAST_0, "", "tolerance"),
     (FROM_0_TO_1, "mask_fraction sampling_temperature", ""),
     (_optional(FROM_0_TO_1), "momentum", ""),
