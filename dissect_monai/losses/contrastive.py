@@ -54,8 +54,8 @@ def position_contrast(
 ) -> Tensor:
     """Supervised contrast of places: what lies at the same part of its volume in the same task attracts each other.
 
-    The mean of two contrasts, whose positives share one of `num_bins` equal parts of their volumes, or one of those that
-    are shifted by half a part: so no border keeps neighbours apart. An item without a place has its own views alone.
+    The mean of two contrasts, whose positives share one of `num_bins` equal parts of their volumes, or one of those
+    that are shifted by half a part: so no border keeps neighbours apart. An item without a place has its views alone.
 
     Args:
         embeddings: of V views of each of B items, shape (V·B, D): all first views, then all second ones, and so on.
@@ -66,7 +66,8 @@ def position_contrast(
 
     Reference:
         Zeng et al., Positional contrastive learning, MICCAI 2021, Sec. 2.2: positives by the place of slices. Chaitanya
-        et al., Contrastive learning of global and local features, NeurIPS 2020, Sec. 3.1: parts. Departure: two sets of parts.
+        et al., Contrastive learning of global and local features, NeurIPS 2020, Sec. 3.1: parts of volumes. Departure:
+        two sets of parts.
     """
     unknown = -1 - torch.arange(len(task), device=task.device) - len(task) * rank()
     labels = []

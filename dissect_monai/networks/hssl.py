@@ -99,10 +99,9 @@ class HSSLNet(nn.Module):
         self.group_classifier = nn.Linear(width, num_groups)
         self.dense_level, self.dense_projector = dense_level, None
         if dense_level is not None:
-            if not 0 <= dense_level <= len(segresnet.up_layers):
-                raise InputError(
-                    f"`dense_level` must be from 0 to {len(segresnet.up_layers)}, the maps of the decoder, got {dense_level}."
-                )
+            finest = len(segresnet.up_layers)
+            if not 0 <= dense_level <= finest:
+                raise InputError(f"`dense_level` must be from 0 to {finest}, a map of the decoder, got {dense_level}.")
             conv = partial(Conv[Conv.CONV, segresnet.spatial_dims], kernel_size=1)
             self.dense_projector = _mlp(conv, width // 2**dense_level, hidden_dim, out_dim)
 

@@ -52,5 +52,5 @@ def test_rejects_a_segresnet_that_does_not_reconstruct() -> None:
 
 
 def test_a_map_of_the_decoder_must_be_there() -> None:
-    with pytest.raises(ValueError, match="`dense_level` must be from 0 to 2, the maps of the decoder, got 3"):
+    with pytest.raises(ValueError, match="`dense_level` must be from 0 to 2, a map of the decoder, got 3"):
         HSSLNet(small_segresnet(out_channels=1), 3, 2, dense_level=3)
