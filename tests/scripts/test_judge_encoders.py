@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_judges_recipes_and_baselines_with_paired_differences(
     select: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"NUM_DRAWS": 1, "NUM_FOLDS": 3, "NUM_SAMPLES": 20, "MIN_POSITIVES": 5, "FRACTIONS": (1.0,) * 4}
+    small = {"NUM_DRAWS": 1, "NUM_FOLDS": 3, "NUM_SAMPLES": 20, "MIN_POSITIVES": 5, "FRACTIONS": (1.0,)}
     for name, value in (small | {"LABELLED": SETS}).items():
         monkeypatch.setattr(judge_encoders, name, value)
     monkeypatch.setattr("dissect_monai.metrics.probes.CS", (0.01, 0.1))
