@@ -299,8 +299,8 @@ def aligned(lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """Lines of cells in columns, two blanks apart; with `numbers`, all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
-    cells = ([side(*cell) for side, *cell in zip(sides, line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    padded = ([side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def columns(row: type) -> list[str]:

@@ -492,7 +492,7 @@ def volume() -> sitk.Image:
     return image
 
 
-def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
+def write_series(folder: Path, image: sitk.Image) -> Path:
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -501,13 +501,13 @@ def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
         piece = image[:, :, index]
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
         values = {
-            "0008|0060": "CT", "0020|000e": f"1.2.3.{series}", "0020|0032": "\\".join(map(str, position)),
+            "0008|0060": "CT", "0020|000e": "1.2.3.1", "0020|0032": "\\".join(map(str, position)),
             "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
             "0018|0050": str(image.GetSpacing()[2]), "0028|1050": "0", "0028|1051": "10",
         }  # fmt: skip
         for tag, value in values.items():
             piece.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices
+        writer.SetFileName(str(folder / f"1_{9 - index}.dcm"))  # names against the order of the slices
         writer.Execute(piece)
     return folder
 
