@@ -97,7 +97,7 @@ EMBEDDINGS = Rule(
 _RULES: list[tuple[Rule, str, str]] = [
     (SWITCH, "amp shard", "baselines codes compile on_device report temperature_scaling"),
     (_number("", lambda value: True), "a_max a_min", ""),
-    (_whole(0), "deep_supervision freeze_epochs seed split_seed warmup_epochs", "num_workers patches_seed"),
+    (_whole(0), "deep_supervision dense_level freeze_epochs seed split_seed warmup_epochs", "num_workers patches_seed"),
     (_whole(1), "batch_size embedding_dim hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
     (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
     (EMBEDDINGS, "num_embeddings", ""),
