@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dissect_monai.common import Array, Interval, Item, __version__
 from dissect_monai.data.identity import pseudonyms
-from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
+from dissect_monai.handlers.calibration import Calibration, called, fingerprint, write_calibration
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import (
@@ -43,8 +43,14 @@ from dissect_monai.metrics.intervals import (
     wilson_interval,
 )
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import curves_figure, figure_to_png, overlay_png, saliency_maps
-from dissect_monai.visualize.page import LIMITS, Case, write_report
+from dissect_monai.visualize.classifier import (
+    curves_figure,
+    figure_to_png,
+    overlay_picture,
+    saliency_maps,
+    whole_image,
+)
+from dissect_monai.visualize.page import LIMITS, Case, numbered, write_report
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 logger = logging.getLogger(__name__)
@@ -86,7 +92,7 @@ METRICS = FindingRow._fields[1:6]
 class ClassifierEvaluation:
     """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
 
-    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, predictions.csv,
+    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, cases.csv,
     calibration.json (temperature and thresholds, for predictions), scores.npz (laid out as that of `ProbeHandler`) and
     report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
     `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator. Findings that lack a class in the test split
@@ -127,7 +133,7 @@ class ClassifierEvaluation:
         write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
         write_calibration(folder / "calibration.json", fitted, engine.network)
-        self._write_predictions(dataset.data, names, test.labels, probabilities)
+        self._write_cases(dataset.data, names, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
             return
@@ -163,7 +169,7 @@ class ClassifierEvaluation:
         ).run()
         return collector.outputs()
 
-    def _write_predictions(
+    def _write_cases(
         self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
     ) -> None:
         names = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
@@ -171,7 +177,7 @@ class ClassifierEvaluation:
         for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True):
             cells = ((f"{value:.6f}", "" if isnan(label) else int(label)) for value, label in zip(*row, strict=True))
             lines.append([item["image"], subject, *chain.from_iterable(cells)])
-        write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *names], lines)
+        write_csv(Path(self.output_dir, "cases.csv"), ["image", "subject", *names], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
         scores = Path(self.output_dir, "scores.npz")
         np.savez_compressed(scores, subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
@@ -180,26 +186,29 @@ class ClassifierEvaluation:
         self, engine: Any, subjects: Sequence[str], labels: Array, probabilities: Array, thresholds: Sequence[float]
     ) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""
-        dataset = engine.data_loader.dataset
+        dataset, names = engine.data_loader.dataset, numbered(subjects)
         reached, needed = (logit(np.clip(each, 1e-12, 1 - 1e-12)) for each in (probabilities, thresholds))
         excess = np.where(labels == 1, -1, 1) * (reached - needed)
         cases = []
         for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
-            image = image.as_subclass(Tensor)
-            saliency = saliency_maps(engine.network, image[None], column)[0]
-            pictures: dict[str, bytes | str] = {
-                "Image": overlay_png(image, torch.zeros_like(image)),
-                "Overlay": overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
-            }
+            saliency = saliency_maps(engine.network, image.as_subclass(Tensor)[None], column)[0]
+            whole, finding = whole_image(dataset.data[row]["image"]), self.label_names[column]
+            caption = called(finding, probabilities[row, column], thresholds[column])
+            overlay: bytes | str = NO_SALIENCY
+            if saliency.any():
+                overlay = overlay_picture(whole, saliency, caption, "JPEG")
+            pictures = {"Image": overlay_picture(whole, torch.zeros_like(whole), kind="JPEG"), f"{caption}.": overlay}
             facts = {
-                "line of predictions.csv": row + 2,  # which has the image; the page may leave the house
+                "line of cases.csv": row + 2,  # which has the image; the page may leave the house
                 "subject": subjects[row],
-                "finding": self.label_names[column],
+                "finding": finding,
                 "truth": labels[row, column],
                 "probability": probabilities[row, column],
+                "threshold": thresholds[column],
             }
-            cases.append(Case(pictures, facts))
+            outcome = "missed" if labels[row, column] == 1 else "false alarm"
+            cases.append(Case(f"{finding}, {outcome}: {names[row]}", pictures, facts))
         return cases
 
 

@@ -94,6 +94,7 @@ class SegmentationEvaluation:
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
                 name = f"overlays/{len(self.cases)}_{self.pseudonyms[image]}"
                 figure = case_figure(item, maps, self.class_names, self.window)
+                figure.suptitle(f"Subject {self.pseudonyms[image]}, epoch {engine.state.epoch}", fontsize=10)
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib.resources import files
 from math import isnan
 from pathlib import Path
@@ -25,7 +27,8 @@ LIMITS = (
 class Case(NamedTuple):
     """What a report shows of one item; a single picture is as wide as the page."""
 
-    pictures: Mapping[str, bytes | str]  # by name: a PNG, or why there is none
+    title: str
+    pictures: Mapping[str, bytes | str]  # by caption: a PNG or JPEG, or why there is none
     facts: Mapping[str, Any]
 
 
@@ -45,13 +48,14 @@ def write_report(
 
     It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (PNGs by
     caption), `cases` to look at, and a footer of `limits`. Values are texts, numbers or an `Interval`; those headed
-    "(mm)" have one decimal, others three. NaN and None are shown as a dash.
+    "(mm)" have one decimal, others three. NaN and None are shown as a dash. The first row is the mean over the others,
+    which headings sort; its one script does that and nothing else.
     """
     source = files("dissect_monai.visualize").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     page = environment.from_string(source).render(
         title=title, facts=facts, headings=headings, rows=rows, figures=figures, cases=cases,
-        cases_heading=cases_heading, notes=notes, limits=limits, show=_shown, picture=_picture,
+        cases_heading=cases_heading, notes=notes, limits=limits, show=_shown, picture=_picture, digest=_digest,
     )  # fmt: skip
     with written_atomically(path) as file:
         file.write(page.encode(errors="replace"))  # file names need not be valid text
@@ -62,10 +66,26 @@ def colored(text: str, color: str) -> Markup:
     return Markup('<i style="background: {}"></i>{}').format(color, text)
 
 
+def numbered(subjects: Sequence[str], what: str = "image") -> list[str]:
+    """A different name for each item, of subjects that may have several: ["s, image 1 of 2", "t", "s, image 2 of 2"]."""
+    counts, seen = Counter(subjects), Counter[str]()
+    names = []
+    for subject in subjects:
+        seen[subject] += 1
+        names.append(f"{subject}, {what} {seen[subject]} of {counts[subject]}" if counts[subject] > 1 else subject)
+    return names
+
+
+def _digest(script: str) -> str:
+    """What a Content-Security-Policy calls the one script that may run."""
+    return f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}"
+
+
 def _picture(name: str, content: bytes | str) -> str:
     if isinstance(content, str):
         return content
-    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(b64encode(content).decode(), name)
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    return Markup('<img src="data:image/{};base64,{}" alt="{}">').format(kind, b64encode(content).decode(), name)
 
 
 def _shown(value: Any, name: str) -> str:
