@@ -23,6 +23,7 @@ from torch import Tensor
 from dissect_monai.common import Array, Interval, Item, __version__
 from dissect_monai.data.identity import pseudonyms
 from dissect_monai.handlers.calibration import Calibration, called, fingerprint, write_calibration
+from dissect_monai.handlers.ending import Result, with_interval
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import (
@@ -86,6 +87,7 @@ class FindingRow(NamedTuple):
 
 
 METRICS = FindingRow._fields[1:6]
+TABLES = ("report.html", "findings.csv", "cases.csv")
 
 
 @dataclass(eq=False)
@@ -136,7 +138,11 @@ class ClassifierEvaluation:
         self._write_cases(dataset.data, names, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
+            engine.state.result = Result("nothing could be scored, for lack of positives or negatives", TABLES[1:])
             return
+        found = with_interval("AUROC", rows[0].auroc)
+        text = f"{found} on the test split, mean of {len(self.label_names) - len(missing)} findings (guessing: 0.5)"
+        engine.state.result = Result(text, TABLES)
         facts = {
             **self.facts,
             "mode": self.mode,
@@ -169,9 +175,7 @@ class ClassifierEvaluation:
         ).run()
         return collector.outputs()
 
-    def _write_cases(
-        self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
-    ) -> None:
+    def _write_cases(self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array) -> None:
         names = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
         lines = []
         for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True):

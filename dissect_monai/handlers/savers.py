@@ -145,10 +145,9 @@ class PredictionSaver(Saver):
             rows = wanted[:, finding].nonzero().flatten().tolist()
             maps = saliency_maps(network, images[rows], finding)
             for row, saliency in zip(rows, maps, strict=True):
-                path, finding_name = self.images[indices[row]], self.label_names[finding]
-                stem = Path(path).name.split(".")[0]
-                name = f"{indices[row]:05d}_{stem}_{finding_name}".replace(" ", "_").replace("/", "_")
-                caption = called(finding_name, float(probabilities[row, finding]), self.thresholds.get(finding_name, nan))
+                path, label = self.images[indices[row]], self.label_names[finding]
+                name = f"{indices[row]:05d}_{Path(path).name.split('.')[0]}_{label}".replace(" ", "_").replace("/", "_")
+                caption = called(label, float(probabilities[row, finding]), self.thresholds.get(label, nan))
                 (folder / f"{name}.png").write_bytes(overlay_picture(whole_image(path), saliency, caption))
 
     def _score(self, probabilities: Tensor) -> Tensor:

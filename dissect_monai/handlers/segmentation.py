@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dissect_monai.common import InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
+from dissect_monai.handlers.ending import Result, with_interval
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
     CaseScores,
@@ -117,6 +118,11 @@ class SegmentationEvaluation:
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= summary_metrics(summaries)
+        said = with_interval("mean Dice", summaries[0].dice)
+        text = f"{said} of {len(summaries) - 1 - len(unlabelled)} structures, {summaries[0].n} subjects"
+        report = () if self.facts is None else ("report.html",)
+        training = "" if self.output_dir else f" on validation, epoch {engine.state.epoch}"
+        engine.state.result = Result(f"{text}{training}", (*report, "summary.csv", "cases.csv"))
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)

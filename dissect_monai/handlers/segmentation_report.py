@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from itertools import accumulate, chain
+from itertools import chain
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -197,20 +197,20 @@ def write_segmentation_report(
     notes: Sequence[str] = (),
 ) -> None:
     """Write a page with a line for every structure, and the `representative_cases`, of whose images `pictures` are."""
-    names = ["Mean of structures"]
+    structures = ["Mean of structures"]
     for each in summaries[1:]:
-        names.append(colored(_words(each.structure), organ_color(class_names.index(each.structure) + 1)))
+        structures.append(colored(_words(each.structure), organ_color(class_names.index(each.structure) + 1)))
     rows = [
         (name, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
-        for name, each in zip(names, summaries, strict=True)
+        for name, each in zip(structures, summaries, strict=True)
     ]
-    labels = dict(zip((case.case for case in cases), numbered([_subject(case) for case in cases], "volume"), strict=True))
-    starts = dict(zip(labels, accumulate((len(case.structures) for case in cases), initial=2), strict=False))
-    shown = []
+    names, shown = numbered([_subject(case) for case in cases], "volume"), []
     for rank, case in representative_cases(cases).items():
-        lines = f"{starts[case.case]}–{starts[case.case] + len(case.structures) - 1}"
-        found = {PLANES: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
-        shown.append(Case(f"{rank.capitalize()}: {labels[case.case]}", found, {"lines of cases.csv": lines, **_facts(case)}))
+        index = cases.index(case)
+        first = 2 + sum(len(each.structures) for each in cases[:index])
+        place = {"lines of cases.csv": f"{first}–{first + len(case.structures) - 1}"}
+        picture = {PLANES: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
+        shown.append(Case(f"{rank.capitalize()}: {names[index]}", picture, {**place, **_facts(case)}))
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
     write_report(path, title, facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS)

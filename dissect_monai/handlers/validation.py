@@ -15,11 +15,13 @@ from ignite.handlers import EpochOutputStore
 from monai.data import DataLoader, Dataset
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of, labelled_part
 from dissect_monai.data.sampling import part_of_tasks
+from dissect_monai.handlers.ending import Result
 from dissect_monai.handlers.monitors import level_metrics
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.classification import (
@@ -37,7 +39,28 @@ from dissect_monai.writing import metric_name
 
 logger = logging.getLogger(__name__)
 NUM_BINS = 32  # of the intensity histograms
+GROUPS = (  # of metrics in TensorBoard
+    "dice", "surface_dice", "hd95", "auroc", "ap", "ece", "knn_auroc", "reconstruction_error", "retrieval", "accuracy",
+    "shortcut",
+)  # fmt: skip
+TAGS = {  # of other metrics; monitors write collapse/... of batches
+    "missed": "cases/missed", "false_positives": "cases/false_positives", "knn_auroc": "knn_auroc/last",
+    "embedding_collapse": "collapse/validation_score", "collapse_effective_rank": "collapse/validation_effective_rank",
+    "collapse_centroid_similarity": "collapse/validation_centroid_similarity",
+}  # fmt: skip
 METRICS: dict[str, Callable[..., Any]] = {"auroc": auroc, "ap": average_precision, "ece": expected_calibration_error}
+
+
+def write_scores(engine: Engine, writer: SummaryWriter) -> None:
+    """Show the metrics of a validation in TensorBoard by group: `dice_liver` as `dice/liver`, `auroc` as `auroc/mean`.
+
+    It is the `epoch_event_writer` of a `TensorBoardStatsHandler`; what belongs to no group keeps its name.
+    """
+    for name, value in engine.state.metrics.items():
+        group = next((each for each in GROUPS if f"{name}_".startswith(f"{each}_")), "")
+        tag = f"{group}/{name[len(group) + 1 :] or 'mean'}" if group else name
+        writer.add_scalar(TAGS.get(name, tag), value, engine.state.epoch)
+    writer.flush()
 
 
 class Outputs(NamedTuple):
@@ -110,6 +133,7 @@ class KNNHandler:
     label_names: Sequence[str]
     fraction: float = 1.0  # share of the labelled training subjects that vote
     seed: int = 0  # draws other subjects
+    before: str = field(default="", init=False)  # what it was before training
 
     def attach(self, engine: Any) -> None:
         """Run when `engine` has seen the validation split."""
@@ -127,6 +151,11 @@ class KNNHandler:
             value = macro_auroc(truth, knn_scores(bank, known, queries))
             if not isnan(value):
                 engine.state.metrics[name] = value
+        found = engine.state.metrics.get("knn_auroc_stages", nan)
+        if engine.state.epoch == 0:
+            self.before = f"; {found:.3f} before training"
+        text = f"k-NN AUROC of all stages {found:.3f} on validation, epoch {engine.state.epoch}{self.before}"
+        engine.state.result = Result("k-NN has no finding with both classes" if isnan(found) else text)
         collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
         scores = collapse(embeddings=torch.from_numpy(val.last))
         engine.state.metrics["embedding_collapse"] = float(scores["effective_rank_score"])
@@ -164,6 +193,9 @@ class HSSLValidation:
         """Leave the metrics in the engine's state."""
         bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
+        error, task = (engine.state.metrics[name] for name in ("reconstruction_error", "accuracy_task"))
+        text = f"error {error:.3f} of reconstructed masked voxels (their mean alone: 1), task told rightly {task:.3f}"
+        engine.state.result = Result(f"{text}, on validation, epoch {engine.state.epoch}")
 
     def _start(self, engine: Any) -> None:
         self.views: HierarchyViews = engine.prepare_batch

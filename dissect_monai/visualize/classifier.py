@@ -119,7 +119,7 @@ def overlay_picture(image: Tensor, saliency: Tensor, caption: str = "", kind: st
         caption: stands above, with a legend of the colours; none without.
         kind: PNG or JPEG.
     """
-    saliency = F.interpolate(saliency[None].float().cpu(), size=image.shape[1:], mode="bilinear", align_corners=False)[0]
+    (saliency,) = F.interpolate(saliency[None].float(), size=image.shape[1:], mode="bilinear", align_corners=False)
     # MONAI's images are (x, y), a screen's rows are y.
     picture = _blended(*(each[0].T.cpu().numpy().astype(float).clip(0, 1) for each in (image, saliency)))
     if caption:
@@ -128,7 +128,7 @@ def overlay_picture(image: Tensor, saliency: Tensor, caption: str = "", kind: st
         above = text_strip(f"{caption}\n{LEGEND}", picture.width, size)
         picture = stacked([above, _blended(np.full_like(heat, 0.5), heat), picture])
     buffer = io.BytesIO()
-    picture.save(buffer, kind, quality=90)
+    picture.save(buffer, kind, quality=90, compress_level=1)
     return buffer.getvalue()
 
 

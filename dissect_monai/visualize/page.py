@@ -67,7 +67,7 @@ def colored(text: str, color: str) -> Markup:
 
 
 def numbered(subjects: Sequence[str], what: str = "image") -> list[str]:
-    """A different name for each item, of subjects that may have several: ["s, image 1 of 2", "t", "s, image 2 of 2"]."""
+    """A name for each item that no other has: ["s, image 1 of 2", "t", "s, image 2 of 2"] of subjects s, t, s."""
     counts, seen = Counter(subjects), Counter[str]()
     names = []
     for subject in subjects:
