@@ -54,11 +54,6 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
     return calibration
 
 
-def called(finding: str, probability: float, threshold: float) -> str:
-    """A prediction as a text: "Effusion: probability 0.831, threshold 0.412"; a threshold of NaN is left out."""
-    return f"{finding}: probability {probability:.3f}" + ("" if isnan(threshold) else f", threshold {threshold:.3f}")
-
-
 def fingerprint(network: nn.Module) -> str:
     """SHA-256 of the names and values of all that the network's state dict holds."""
     digest = hashlib.sha256()

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dissect_monai.common import Array, Interval, Item, __version__
 from dissect_monai.data.identity import pseudonyms
-from dissect_monai.handlers.calibration import Calibration, called, fingerprint, write_calibration
-from dissect_monai.handlers.ending import Result, with_interval
+from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
+from dissect_monai.handlers.ending import NOT_SCORED, Result, with_interval
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import (
@@ -44,14 +44,8 @@ from dissect_monai.metrics.intervals import (
     wilson_interval,
 )
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import (
-    curves_figure,
-    figure_to_png,
-    overlay_picture,
-    saliency_maps,
-    whole_image,
-)
-from dissect_monai.visualize.page import LIMITS, Case, numbered, write_report
+from dissect_monai.visualize.classifier import curves_figure, figure_to_png, overlay, saliency_maps, whole_image
+from dissect_monai.visualize.page import LIMITS, Case, item_name, write_report
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 logger = logging.getLogger(__name__)
@@ -138,7 +132,7 @@ class ClassifierEvaluation:
         self._write_cases(dataset.data, names, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
-            engine.state.result = Result("nothing could be scored, for lack of positives or negatives", TABLES[1:])
+            engine.state.result = Result(NOT_SCORED, TABLES[1:])
             return
         found = with_interval("AUROC", rows[0].auroc)
         text = f"{found} on the test split, mean of {len(self.label_names) - len(missing)} findings (guessing: 0.5)"
@@ -190,7 +184,7 @@ class ClassifierEvaluation:
         self, engine: Any, subjects: Sequence[str], labels: Array, probabilities: Array, thresholds: Sequence[float]
     ) -> list[Case]:
         """The worst false alarms and the worst misses, as many of each, with their saliency."""
-        dataset, names = engine.data_loader.dataset, numbered(subjects)
+        dataset = engine.data_loader.dataset
         reached, needed = (logit(np.clip(each, 1e-12, 1 - 1e-12)) for each in (probabilities, thresholds))
         excess = np.where(labels == 1, -1, 1) * (reached - needed)
         cases = []
@@ -198,21 +192,18 @@ class ClassifierEvaluation:
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
             saliency = saliency_maps(engine.network, image.as_subclass(Tensor)[None], column)[0]
             whole, finding = whole_image(dataset.data[row]["image"]), self.label_names[column]
-            caption = called(finding, probabilities[row, column], thresholds[column])
-            overlay: bytes | str = NO_SALIENCY
-            if saliency.any():
-                overlay = overlay_picture(whole, saliency, caption, "JPEG")
-            pictures = {"Image": overlay_picture(whole, torch.zeros_like(whole), kind="JPEG"), f"{caption}.": overlay}
+            caption = f"{finding}: probability {probabilities[row, column]:.3f}, threshold {thresholds[column]:.3f}"
+            pictures: dict[str, bytes | str] = {
+                "Image": overlay(whole, torch.zeros_like(whole), kind="JPEG"),
+                f"{caption}.": overlay(whole, saliency, caption, "JPEG") if saliency.any() else NO_SALIENCY,
+            }
             facts = {
                 "line of cases.csv": row + 2,  # which has the image; the page may leave the house
-                "subject": subjects[row],
-                "finding": finding,
-                "truth": labels[row, column],
                 "probability": probabilities[row, column],
                 "threshold": thresholds[column],
             }
             outcome = "missed" if labels[row, column] == 1 else "false alarm"
-            cases.append(Case(f"{finding}, {outcome}: {names[row]}", pictures, facts))
+            cases.append(Case(f"{finding}, {outcome}: {item_name(row, subjects)}", pictures, facts))
         return cases
 
 

@@ -22,7 +22,7 @@ from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
-from dissect_monai.handlers.ending import Result, with_interval
+from dissect_monai.handlers.ending import NOT_SCORED, Result, with_interval
 from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 from dissect_monai.metrics.intervals import Resampled, mean_resampled, percentile_interval, resample
 from dissect_monai.metrics.probes import (
@@ -218,11 +218,9 @@ class ProbeHandler:
         """The first question, by a linear probe on all stages, beside the baselines."""
         asked = [row for row in rows if (row.question, row.probe) == (rows[0].question, "linear")]
         asked = [row for row in asked if row.features == "stages" or row.source not in self.networks]
-        if not asked:
-            return "nothing could be scored, for lack of positives or negatives"
-        ours, *others = asked
-        name = f"AUROC of a linear probe, all stages, {ours.question.replace('_', ' ')}:"
-        return ", ".join([with_interval(name, ours.auroc), *(f"{row.source} {row.auroc.value:.3f}" for row in others)])
+        texts = [with_interval("AUROC of a linear probe on all stages", row.auroc) for row in asked[:1]]
+        texts += [f"{row.source} {row.auroc.value:.3f}" for row in asked[1:]]
+        return f"{', '.join(texts)} ({asked[0].question.replace('_', ' ')})" if asked else NOT_SCORED
 
     def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.networks))

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import VOLUME_SUFFIXES
-from dissect_monai.handlers.calibration import called
 from dissect_monai.networks.codes import DiscreteCodes
-from dissect_monai.visualize.classifier import overlay_picture, saliency_maps, whole_image
+from dissect_monai.visualize.classifier import overlay, saliency_maps, whole_image
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
@@ -147,8 +146,9 @@ class PredictionSaver(Saver):
             for row, saliency in zip(rows, maps, strict=True):
                 path, label = self.images[indices[row]], self.label_names[finding]
                 name = f"{indices[row]:05d}_{Path(path).name.split('.')[0]}_{label}".replace(" ", "_").replace("/", "_")
-                caption = called(label, float(probabilities[row, finding]), self.thresholds.get(label, nan))
-                (folder / f"{name}.png").write_bytes(overlay_picture(whole_image(path), saliency, caption))
+                caption = f"{label}: probability {float(probabilities[row, finding]):.3f}"
+                caption += f", threshold {self.thresholds[label]:.3f}" if label in self.thresholds else ""
+                (folder / f"{name}.png").write_bytes(overlay(whole_image(path), saliency, caption))
 
     def _score(self, probabilities: Tensor) -> Tensor:
         """By how much each finding is the one to look at; −inf for what is none, or has no threshold."""

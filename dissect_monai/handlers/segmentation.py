@@ -118,11 +118,10 @@ class SegmentationEvaluation:
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= summary_metrics(summaries)
-        said = with_interval("mean Dice", summaries[0].dice)
-        text = f"{said} of {len(summaries) - 1 - len(unlabelled)} structures, {summaries[0].n} subjects"
-        report = () if self.facts is None else ("report.html",)
-        training = "" if self.output_dir else f" on validation, epoch {engine.state.epoch}"
-        engine.state.result = Result(f"{text}{training}", (*report, "summary.csv", "cases.csv"))
+        text = f"{with_interval('mean Dice', summaries[0].dice)} of {len(summaries) - 1 - len(unlabelled)} structures"
+        where = f"{summaries[0].n} subjects" if self.output_dir else f"on validation, epoch {engine.state.epoch}"
+        report = [] if self.facts is None else ["report.html"]
+        engine.state.result = Result(f"{text}, {where}", [*report, "summary.csv", "cases.csv"])
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)

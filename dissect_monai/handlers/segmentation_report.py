@@ -22,7 +22,7 @@ from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
 from dissect_monai.transforms.intensity import is_ct
 from dissect_monai.transforms.labels import LabelMap
-from dissect_monai.visualize.page import LIMITS, Case, colored, numbered, write_report
+from dissect_monai.visualize.page import LIMITS, Case, colored, item_name, write_report
 from dissect_monai.visualize.segmentation import organ_color, segmentation_overlay
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
@@ -204,13 +204,15 @@ def write_segmentation_report(
         (name, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
         for name, each in zip(structures, summaries, strict=True)
     ]
-    names, shown = numbered([_subject(case) for case in cases], "volume"), []
+    shown, subjects = [], [_subject(case) for case in cases]
     for rank, case in representative_cases(cases).items():
         index = cases.index(case)
         first = 2 + sum(len(each.structures) for each in cases[:index])
         place = {"lines of cases.csv": f"{first}–{first + len(case.structures) - 1}"}
         picture = {PLANES: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
-        shown.append(Case(f"{rank.capitalize()}: {names[index]}", picture, {**place, **_facts(case)}))
+        shown.append(
+            Case(f"{rank.capitalize()}: {item_name(index, subjects, 'volume')}", picture, {**place, **_facts(case)})
+        )
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
     write_report(path, title, facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS)

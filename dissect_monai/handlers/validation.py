@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -21,7 +22,7 @@ from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of, labelled_part
 from dissect_monai.data.sampling import part_of_tasks
-from dissect_monai.handlers.ending import Result
+from dissect_monai.handlers.ending import NOT_SCORED, Result
 from dissect_monai.handlers.monitors import level_metrics
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.classification import (
@@ -39,27 +40,19 @@ from dissect_monai.writing import metric_name
 
 logger = logging.getLogger(__name__)
 NUM_BINS = 32  # of the intensity histograms
-GROUPS = (  # of metrics in TensorBoard
-    "dice", "surface_dice", "hd95", "auroc", "ap", "ece", "knn_auroc", "reconstruction_error", "retrieval", "accuracy",
-    "shortcut",
-)  # fmt: skip
-TAGS = {  # of other metrics; monitors write collapse/... of batches
-    "missed": "cases/missed", "false_positives": "cases/false_positives", "knn_auroc": "knn_auroc/last",
-    "embedding_collapse": "collapse/validation_score", "collapse_effective_rank": "collapse/validation_effective_rank",
-    "collapse_centroid_similarity": "collapse/validation_centroid_similarity",
-}  # fmt: skip
+GROUPS = "surface_dice|dice|hd95|auroc|ap|ece|knn_auroc|reconstruction_error|retrieval|accuracy|shortcut"  # of metrics
 METRICS: dict[str, Callable[..., Any]] = {"auroc": auroc, "ap": average_precision, "ece": expected_calibration_error}
 
 
 def write_scores(engine: Engine, writer: SummaryWriter) -> None:
     """Show the metrics of a validation in TensorBoard by group: `dice_liver` as `dice/liver`, `auroc` as `auroc/mean`.
 
-    It is the `epoch_event_writer` of a `TensorBoardStatsHandler`; what belongs to no group keeps its name.
+    It is the `epoch_event_writer` of a `TensorBoardStatsHandler`; the group of other metrics is `validation`.
     """
     for name, value in engine.state.metrics.items():
-        group = next((each for each in GROUPS if f"{name}_".startswith(f"{each}_")), "")
-        tag = f"{group}/{name[len(group) + 1 :] or 'mean'}" if group else name
-        writer.add_scalar(TAGS.get(name, tag), value, engine.state.epoch)
+        found = re.match(f"({GROUPS})(?:_(.+))?$", name)
+        tag = f"{found[1]}/{found[2] or 'mean'}" if found else f"validation/{name}"
+        writer.add_scalar(tag, value, engine.state.epoch)
     writer.flush()
 
 
@@ -151,11 +144,10 @@ class KNNHandler:
             value = macro_auroc(truth, knn_scores(bank, known, queries))
             if not isnan(value):
                 engine.state.metrics[name] = value
-        found = engine.state.metrics.get("knn_auroc_stages", nan)
-        if engine.state.epoch == 0:
-            self.before = f"; {found:.3f} before training"
-        text = f"k-NN AUROC of all stages {found:.3f} on validation, epoch {engine.state.epoch}{self.before}"
-        engine.state.result = Result("k-NN has no finding with both classes" if isnan(found) else text)
+        found, epoch = engine.state.metrics.get("knn_auroc_stages", nan), engine.state.epoch
+        self.before = f"; {found:.3f} before training" if epoch == 0 else self.before
+        text = f"k-NN AUROC of all stages {found:.3f} on validation, epoch {epoch}{self.before}"
+        engine.state.result = Result(NOT_SCORED if isnan(found) else text)
         collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
         scores = collapse(embeddings=torch.from_numpy(val.last))
         engine.state.metrics["embedding_collapse"] = float(scores["effective_rank_score"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from monai.transforms import LoadImage
+from monai.transforms import LoadImage, Resize, ScaleIntensityRangePercentiles
 from monai.visualize import GradCAM
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
@@ -101,61 +102,45 @@ def whole_image(path: str | Path) -> Tensor:
     Of several channels the first is shown; its 0.5 and 99.5 % percentiles are black and white.
     """
     load = LoadImage(ImageFileReader(spatial_dims=2), image_only=True, dtype=np.float32, ensure_channel_first=True)
-    image = load(str(path)).as_subclass(Tensor)[:1]
-    low, high = np.percentile(image.numpy(), (0.5, 99.5))
-    image = ((image - low) / max(float(high - low), 1e-6)).clamp(0, 1)
-    side = max(image.shape)
-    size = [max(1, round(each * min(max(side, SIDES[0]), SIDES[1]) / side)) for each in image.shape[1:]]
-    mode = {"mode": "area"} if side > SIDES[1] else {"mode": "bilinear", "align_corners": False}
-    return F.interpolate(image[None], size=size, **mode)[0]
+    image = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(load(str(path))[:1])
+    side = int(np.clip(max(image.shape), *SIDES))
+    mode = "area" if side < max(image.shape) else "bilinear"
+    return Resize(side, size_mode="longest", mode=mode)(image).as_subclass(Tensor).clamp(0, 1)
 
 
-def overlay_picture(image: Tensor, saliency: Tensor, caption: str = "", kind: str = "PNG") -> bytes:
+def overlay(image: Tensor, saliency: Tensor, caption: str = "", kind: str = "PNG") -> bytes:
     """A 2-D image, upright, under its saliency, which is the more opaque the larger it is.
 
-    Args:
-        image: (C, x, y) in [0, 1], of which the first channel is shown in grey.
-        saliency: (1, x', y') in [0, 1] of the same image, of any size.
-        caption: stands above, with a legend of the colours; none without.
-        kind: PNG or JPEG.
+    Both are in [0, 1]: of the image (C, x, y) the first channel is shown in grey, the saliency (1, x', y') is of any
+    size. A caption stands above, with a legend of the colours. The file is a PNG or a JPEG.
     """
     (saliency,) = F.interpolate(saliency[None].float(), size=image.shape[1:], mode="bilinear", align_corners=False)
     # MONAI's images are (x, y), a screen's rows are y.
     picture = _blended(*(each[0].T.cpu().numpy().astype(float).clip(0, 1) for each in (image, saliency)))
     if caption:
-        heat = np.tile(np.linspace(0, 1, picture.width), (max(4, picture.width // 50), 1))
-        size = max(12, picture.width // 34)
-        above = text_strip(f"{caption}\n{LEGEND}", picture.width, size)
-        picture = stacked([above, _blended(np.full_like(heat, 0.5), heat), picture])
+        above = text_strip(f"{caption}\n{LEGEND}", len(picture[0]), max(12, len(picture[0]) // 34))
+        heat = np.tile(np.linspace(0, 1, len(picture[0])), (max(4, len(picture[0]) // 50), 1))
+        picture = np.concatenate([above, _blended(np.full_like(heat, 0.5), heat), picture])
     buffer = io.BytesIO()
-    picture.save(buffer, kind, quality=90, compress_level=1)
+    Image.fromarray(picture).save(buffer, kind, quality=90, compress_level=1)
     return buffer.getvalue()
 
 
-def _blended(grey: Array, heat: Array) -> Image.Image:
+def _blended(grey: Array, heat: Array) -> NDArray[np.uint8]:
     from matplotlib import colormaps
 
     opacity = MAX_OPACITY * heat[..., None]
     blend = (1 - opacity) * grey[..., None] + opacity * colormaps["inferno"](heat)[..., :3]
-    return Image.fromarray((255 * blend).round().astype(np.uint8))
+    return (255 * blend).round().astype(np.uint8)
 
 
-def text_strip(text: str, width: int, size: int = 15) -> Image.Image:
-    """A text, white on black, in as many lines as its width in pixels takes; no word is wider than that."""
-    font, lines = ImageFont.load_default(size), [""]
-    for word in re.findall(r"\S+|\n", text):
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [lines[-1], ""] if word == "\n" else [longer]
-        if font.getlength(longer) > width - size and len(longer) > len(word):
-            lines[-1:] = [longer[: -len(word)].rstrip(), word]
+def text_strip(text: str, width: int, size: int = 15) -> NDArray[np.uint8]:
+    """A text, white on black (H, width, 3), in as many lines as it takes."""
+    lines = [line for part in text.split("\n") for line in wrap(part, round(width / (0.55 * size)) - 2)]
     strip = Image.new("RGB", (width, round(size * (1.3 * len(lines) + 0.7))))
-    ImageDraw.Draw(strip).multiline_text((size // 2, size // 3), "\n".join(lines), "white", font, spacing=size * 0.3)
-    return strip
-
-
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one width, from above to below."""
-    return Image.fromarray(np.concatenate([np.asarray(each.convert("RGB")) for each in pictures]))
+    style: dict[str, Any] = {"font": ImageFont.load_default(size), "spacing": size * 0.3}
+    ImageDraw.Draw(strip).multiline_text((size // 2, size // 3), "\n".join(lines), "white", **style)
+    return np.asarray(strip)
 
 
 def figure_to_png(figure: Figure) -> bytes:
@@ -167,9 +152,4 @@ def figure_to_png(figure: Figure) -> bytes:
 
 def figure_to_tensor(figure: Figure) -> Tensor:
     """A figure as TensorBoard's `add_image` takes it: shape (3, H, W), in [0, 1]."""
-    return to_tensor(Image.open(io.BytesIO(figure_to_png(figure))))
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """The same of a picture."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(2, 0) / 255
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(figure_to_png(figure))).convert("RGB"))).movedim(2, 0) / 255

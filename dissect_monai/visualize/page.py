@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
@@ -66,14 +65,10 @@ def colored(text: str, color: str) -> Markup:
     return Markup('<i style="background: {}"></i>{}').format(color, text)
 
 
-def numbered(subjects: Sequence[str], what: str = "image") -> list[str]:
-    """A name for each item that no other has: ["s, image 1 of 2", "t", "s, image 2 of 2"] of subjects s, t, s."""
-    counts, seen = Counter(subjects), Counter[str]()
-    names = []
-    for subject in subjects:
-        seen[subject] += 1
-        names.append(f"{subject}, {what} {seen[subject]} of {counts[subject]}" if counts[subject] > 1 else subject)
-    return names
+def item_name(index: int, subjects: Sequence[str], what: str = "image") -> str:
+    """A name that no other item has: its subject, and if that has several, which of them: "3f2a, image 1 of 2"."""
+    subject, count = subjects[index], subjects.count(subjects[index])
+    return subject if count == 1 else f"{subject}, {what} {subjects[: index + 1].count(subject)} of {count}"
 
 
 def _digest(script: str) -> str:

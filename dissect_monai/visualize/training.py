@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dissect_monai.visualize.classifier import text_strip, to_tensor
+from dissect_monai.visualize.classifier import text_strip
 
 TILE_SIDE = 192  # pixels of a picture's longer side, at least, for anatomy to be recognised in TensorBoard
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
@@ -84,9 +84,11 @@ def _enlarged(pictures: Tensor) -> Tensor:
 def _tile(columns: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
     rows = [torch.cat(list(row), dim=2) for row in zip(*columns, strict=True)]
     tiles = torch.cat(rows, dim=1).clamp(0, 1)
-    if not captions:
-        return tiles
-    heads = [to_tensor(text_strip(text, column.shape[3])) for text, column in zip(captions, columns, strict=True)]
-    height = max(head.shape[1] for head in heads)
-    above = torch.cat([F.pad(head, (0, 0, 0, height - head.shape[1])) for head in heads], dim=2)
-    return torch.cat([above, tiles, to_tensor(text_strip(ROW, tiles.shape[2]))], dim=1)
+    heads = [_strip(text, column.shape[3]) for text, column in zip(captions, columns, strict=False)]
+    height = max((head.shape[1] for head in heads), default=0)
+    above = [torch.cat([F.pad(head, (0, 0, 0, height - head.shape[1])) for head in heads], dim=2)] if heads else []
+    return torch.cat([*above, tiles, *([_strip(ROW, tiles.shape[2])] if heads else [])], dim=1)
+
+
+def _strip(text: str, width: int) -> Tensor:
+    return torch.tensor(text_strip(text, width)).movedim(2, 0) / 255

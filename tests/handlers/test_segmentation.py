@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Oracle, Writer, table
 from helpers import evaluated as run
+from matplotlib.figure import Figure
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd

@@ -1,6 +1,6 @@
 import io
-from pathlib import Path
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from dissect_monai.visualize.classifier import (
     curves_figure,
     figure_to_png,
     figure_to_tensor,
-    overlay_picture,
+    overlay,
     saliency_maps,
     text_strip,
     whole_image,
@@ -147,7 +147,7 @@ def test_leaves_the_network_as_it_was(frozen: bool) -> None:
 
 
 def drawn(image: Tensor, saliency: Tensor, **more: str) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(overlay_picture(image, saliency, **more)))).astype(int)
+    return np.array(Image.open(io.BytesIO(overlay(image, saliency, **more)))).astype(int)
 
 
 def test_an_overlay_is_upright_and_shows_the_image_where_nothing_is_salient() -> None:
@@ -182,7 +182,9 @@ def test_a_long_caption_is_wrapped_and_cut_nowhere() -> None:
     assert (narrow > 0).sum() == pytest.approx((wide > 0).sum(), rel=0.15)
 
 
-@pytest.mark.parametrize(("size", "shown"), [((60, 40), (512, 341)), ((700, 600), (700, 600)), ((3000, 1500), (1024, 512))])
+@pytest.mark.parametrize(
+    ("size", "shown"), [((60, 40), (512, 341)), ((700, 600), (700, 600)), ((3000, 1500), (1024, 512))]
+)
 def test_the_image_of_a_file_is_shown_whole_and_scaled_to_fit(
     tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
 ) -> None:

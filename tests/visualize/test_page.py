@@ -9,7 +9,7 @@ from helpers import Page
 from PIL import Image
 
 from dissect_monai.common import Interval
-from dissect_monai.visualize.page import Case, colored, numbered, write_report
+from dissect_monai.visualize.page import Case, colored, item_name, write_report
 
 NAN = float("nan")
 HEADINGS = ["Finding", "n", "AUROC", "AP", "HD95 (mm)", "Threshold"]
@@ -90,7 +90,10 @@ def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 def test_no_text_becomes_an_element_an_attribute_or_part_of_the_template(tmp_path: Path) -> None:
     texts = {"title": ATTACK, "facts": {ATTACK: ATTACK}, "headings": [ATTACK], "cases_heading": ATTACK}
-    rows, cases = [(ATTACK,), (colored(ATTACK, ATTACK),)], [Case(ATTACK, {ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})]
+    rows, cases = (
+        [(ATTACK,), (colored(ATTACK, ATTACK),)],
+        [Case(ATTACK, {ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})],
+    )
     page = write(tmp_path, **texts, rows=rows, cases=cases, figures={ATTACK: png(0)}, notes=[ATTACK], limits=[ATTACK])
     assert page.tags.count("script") == 1
     assert ATTACK not in page.of("script")[0]
@@ -111,7 +114,8 @@ def test_numbers_of_any_type_are_shown(tmp_path: Path) -> None:
 
 
 def test_images_of_one_subject_have_names_of_their_own() -> None:
-    assert numbered(["s", "t", "s"], "film") == ["s, film 1 of 2", "t", "s, film 2 of 2"]
+    names = [item_name(index, ["s", "t", "s"], "film") for index in range(3)]
+    assert names == ["s, film 1 of 2", "t", "s, film 2 of 2"]
 
 
 def test_a_jpeg_is_called_one(tmp_path: Path) -> None:
