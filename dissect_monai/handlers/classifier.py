@@ -202,8 +202,8 @@ class ClassifierEvaluation:
                 "probability": probabilities[row, column],
                 "threshold": thresholds[column],
             }
-            outcome = "missed" if labels[row, column] == 1 else "false alarm"
-            cases.append(Case(f"{finding}, {outcome}: {item_name(row, subjects)}", pictures, facts))
+            title = f"{finding}, {'missed' if labels[row, column] == 1 else 'false alarm'}: {item_name(row, subjects)}"
+            cases.append(Case(title, pictures, facts))
         return cases
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from ignite.engine import Engine
@@ -62,13 +63,13 @@ def last_lines(parser: ConfigParser, config_file: Any, typed: Mapping[str, Any])
     weights = Path(parser.get_parsed_content("model_path" if trained else "pretrained"))
     log_dir = Path(parser.get_parsed_content("log_dir", default=weights.parent.parent / "eval"))
     root = parser.get_parsed_content("bundle_root", default="")
-    folder, python = os.path.dirname(ensure_tuple(config_file)[0]), quoted(sys.orig_argv[0])
+    folder, python = os.path.dirname(ensure_tuple(config_file)[0]), quote(sys.orig_argv[0])
 
     def shown(path: Path) -> str:
         """As it was typed; what is in the bundle's folder by default is said from where that was typed."""
         if path.is_absolute() and path.is_relative_to(root) and not {"bundle_root", "output_dir"} & typed.keys():
-            return quoted(os.path.normpath(Path(folder, "..", path.relative_to(root))))
-        return quoted(str(path))
+            return quote(os.path.normpath(Path(folder, "..", path.relative_to(root))))
+        return quote(str(path))
 
     files = [shown(log_dir / name) for name in (*names, "domains.csv") if (log_dir / name).is_file()]
     events = [each for each in (log_dir, weights.parent.parent / "eval") if any(each.glob("*tfevents*"))]
@@ -78,7 +79,7 @@ def last_lines(parser: ConfigParser, config_file: Any, typed: Mapping[str, Any])
         "Weights": shown(weights),
         "Report" if "report.html" in names else "Tables": ", ".join(files) or "the next command makes them",
         "TensorBoard": f"{python} -m tensorboard.main --logdir {shown(events[0])}" if events else "no events were left",
-        "Next": f"{python} -m monai.bundle run --config_file {quoted(file)}{knobs}" if file else "none",
+        "Next": f"{python} -m monai.bundle run --config_file {quote(file)}{knobs}" if file else "none",
     }
     return "\n" + "".join(f"{name + ':':13}{text}\n" for name, text in lines.items())
 
@@ -89,7 +90,8 @@ def _next(
     """Config file and knobs of what comes next: of this bundle, or of that which takes the weights if it is there."""
     settings, datalist = read_settings(weights), parser.get_parsed_content("datalist", default=None)
     images, data = "patch_size" not in settings, datalist if isinstance(datalist, Datalist) else Datalist([], [], [])
-    knobs = {name: quoted(str(typed[name])) for name in REPEATED if typed.get(name) is not None}
+    given = {name: typed[name] for name in REPEATED if typed.get(name) is not None}
+    knobs = {name: quote(value if isinstance(value, str) else json.dumps(value)) for name, value in given.items()}
     other, config = "", "inference"
     if trained and settings.get("encoder") == "SegResNet":  # of volumes, which are judged like those of HSSL
         other, config = "hssl_multidomain", "evaluate"
@@ -102,16 +104,11 @@ def _next(
     if other and os.path.isfile(file) and (images or config == "evaluate" or mapped):
         if config == "train":  # of one folder, and with its own names of modalities
             knobs.pop("modality", None)
-            knobs |= {"dataset_dir": quoted(mapped[0])} if len(ensure_tuple(typed.get("dataset_dir"))) > 1 else {}
+            knobs |= {"dataset_dir": quote(mapped[0])} if len(ensure_tuple(typed.get("dataset_dir"))) > 1 else {}
         knobs.pop("bundle_root", None)
-        knobs |= {"output_dir": quoted(os.path.join(typed["output_dir"], other))} if "output_dir" in knobs else {}
+        knobs |= {"output_dir": quote(os.path.join(typed["output_dir"], other))} if "output_dir" in knobs else {}
     else:
         file = str(Path(folder, "inference.json" if other else f"{config}.json"))
     known = ConfigParser.load_config_file(file) if os.path.isfile(file) else {}
     knobs = {name: word for name, word in {**knobs, "pretrained": shown(weights)}.items() if name in known}
     return file if known else "", "".join(f" --{name} {word}" for name, word in knobs.items())
-
-
-def quoted(word: str) -> str:
-    """A word for a shell, in double quotes where single ones stand in it."""
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)

@@ -218,9 +218,8 @@ class ProbeHandler:
         """The first question, by a linear probe on all stages, beside the baselines."""
         asked = [row for row in rows if (row.question, row.probe) == (rows[0].question, "linear")]
         asked = [row for row in asked if row.features == "stages" or row.source not in self.networks]
-        texts = [with_interval("AUROC of a linear probe on all stages", row.auroc) for row in asked[:1]]
-        texts += [f"{row.source} {row.auroc.value:.3f}" for row in asked[1:]]
-        return f"{', '.join(texts)} ({asked[0].question.replace('_', ' ')})" if asked else NOT_SCORED
+        texts = [with_interval(f"AUROC of {row.question}, linear probe on all stages,", row.auroc) for row in asked[:1]]
+        return "; ".join(texts + [f"{row.source} {row.auroc.value:.3f}" for row in asked[1:]]) or NOT_SCORED
 
     def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.networks))

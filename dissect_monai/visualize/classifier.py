@@ -97,10 +97,7 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
 
 
 def whole_image(path: str | Path) -> Tensor:
-    """A 2-D image as its file has it, (1, x, y) in [0, 1], its longer side brought to 512 to 1024 pixels.
-
-    Of several channels the first is shown; its 0.5 and 99.5 % percentiles are black and white.
-    """
+    """A 2-D image as its file has it, (1, x, y) in [0, 1] by its percentiles, of 512 to 1024 pixels in its longer side."""
     load = LoadImage(ImageFileReader(spatial_dims=2), image_only=True, dtype=np.float32, ensure_channel_first=True)
     image = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(load(str(path))[:1])
     side = int(np.clip(max(image.shape), *SIDES))

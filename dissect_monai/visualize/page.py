@@ -47,14 +47,14 @@ def write_report(
 
     It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (PNGs by
     caption), `cases` to look at, and a footer of `limits`. Values are texts, numbers or an `Interval`; those headed
-    "(mm)" have one decimal, others three. NaN and None are shown as a dash. The first row is the mean over the others,
-    which headings sort; its one script does that and nothing else.
+    "(mm)" have one decimal, others three. NaN and None are a dash. The first row, a mean, stays above what headings sort.
     """
     source = files("dissect_monai.visualize").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     page = environment.from_string(source).render(
         title=title, facts=facts, headings=headings, rows=rows, figures=figures, cases=cases,
-        cases_heading=cases_heading, notes=notes, limits=limits, show=_shown, picture=_picture, digest=_digest,
+        cases_heading=cases_heading, notes=notes, limits=limits, show=_shown, picture=_picture,
+        digest=lambda script: b64encode(sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     with written_atomically(path) as file:
         file.write(page.encode(errors="replace"))  # file names need not be valid text
@@ -69,11 +69,6 @@ def item_name(index: int, subjects: Sequence[str], what: str = "image") -> str:
     """A name that no other item has: its subject, and if that has several, which of them: "3f2a, image 1 of 2"."""
     subject, count = subjects[index], subjects.count(subjects[index])
     return subject if count == 1 else f"{subject}, {what} {subjects[: index + 1].count(subject)} of {count}"
-
-
-def _digest(script: str) -> str:
-    """What a Content-Security-Policy calls the one script that may run."""
-    return f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}"
 
 
 def _picture(name: str, content: bytes | str) -> str:

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from dissect_monai.common import Interval
 from dissect_monai.data.datalists import Datalist
-from dissect_monai.handlers.ending import Result, last_lines, quoted, with_interval
+from dissect_monai.handlers.ending import Result, last_lines, with_interval
 
 NAMES = ["Result", "Weights", "Report", "TensorBoard", "Next"]
 KNOWS = {"label_names": ["cysts"]}
@@ -74,7 +74,7 @@ PRE, CLS, HSSL, SEG = (
          f"{CLS}/train.json --dataset_dir D --output_dir 'my O/cxr_classify' --pretrained 'my O/models/model.pt'"),
         ([f"{PRE}/train.json", f"{PRE}/volumes.json"], VOLUMES | {"encoder": "SegResNet"}, MAPS,
          {"dataset_dir": ["A", "B"], "output_dir": "O", "task": "abdomen"},
-         f"""{HSSL}/evaluate.json --dataset_dir "['A', 'B']" --output_dir O/hssl_multidomain --task abdomen"""
+         f"""{HSSL}/evaluate.json --dataset_dir '["A", "B"]' --output_dir O/hssl_multidomain --task abdomen"""
          " --pretrained O/models/model.pt"),
         (f"{CLS}/train.json", KNOWS, LABELLED, {},
          f"{CLS}/evaluate.json --pretrained bundles/cxr_classify/models/model.pt"),
@@ -148,21 +148,6 @@ def test_inference_has_no_result_and_says_nothing() -> None:
     parser.parse()
     parser.ref_resolver.resolved_content["evaluator"] = Engine(lambda engine, batch: None)
     assert last_lines(parser, "inference.json", {}) == ""
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("a/b", "a/b"),
-        ("a b", "'a b'"),
-        ("['A','B']", "\"['A','B']\""),
-        ("it's $HOME", "'it'\"'\"'s $HOME'"),
-        ("", "''"),
-    ],
-)
-def test_a_word_is_quoted_where_a_shell_needs_it(word: str, expected: str) -> None:
-    assert quoted(word) == expected
-    assert shlex.split(quoted(word)) == [word]
 
 
 def test_a_number_has_its_interval_if_there_is_one() -> None:
