@@ -157,8 +157,8 @@ def compress(source: Path, path: Path) -> None:
     """Write a picture with 256 colours, those of the organs among them: the usual choice makes two of them one."""
     with Image.open(source) as picture:
         pixels = picture.convert("RGB")
-        own = [int(color[start : start + 2], 16) for color in ORGAN_COLORS for start in (1, 3, 5)]
-        rest = pixels.quantize(256 - len(ORGAN_COLORS)).getpalette() or []
+        own = [int(color[start : start + 2], 16) for color in (*ORGAN_COLORS, "#FFFFFF") for start in (1, 3, 5)]
+        rest = pixels.quantize(255 - len(ORGAN_COLORS)).getpalette() or []
         palette = Image.new("P", (1, 1))
         palette.putpalette([*own, *rest])
         pixels.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)

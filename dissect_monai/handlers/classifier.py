@@ -134,8 +134,7 @@ class ClassifierEvaluation:
         if len(missing) == len(self.label_names):
             engine.state.result = Result(NOT_SCORED, TABLES[1:])
             return
-        found = with_interval("AUROC", rows[0].auroc)
-        text = f"{found} on the test split, mean of {len(self.label_names) - len(missing)} findings (guessing: 0.5)"
+        text = f"{with_interval('AUROC', rows[0].auroc)} on the test split, a mean over findings (guessing: 0.5)"
         engine.state.result = Result(text, TABLES)
         facts = {
             **self.facts,

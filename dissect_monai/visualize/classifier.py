@@ -35,7 +35,6 @@ NUM_BINS = 10  # of the reliability curves; the calibration error has its own, f
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, fine to coarse
 MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
-SIDES = 512, 1024  # pixels of the longer side of an image that is shown, at least and at most
 LEGEND = "Colours: no effect on this output (left) to the strongest in this image (right)"
 
 
@@ -97,10 +96,10 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
 
 
 def whole_image(path: str | Path) -> Tensor:
-    """A 2-D image as its file has it, (1, x, y) in [0, 1] by its percentiles, of 512 to 1024 pixels in its longer side."""
+    """A 2-D image as its file has it, (1, x, y) in [0, 1] by percentiles, its longer side of 512 to 1024 pixels."""
     load = LoadImage(ImageFileReader(spatial_dims=2), image_only=True, dtype=np.float32, ensure_channel_first=True)
     image = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(load(str(path))[:1])
-    side = int(np.clip(max(image.shape), *SIDES))
+    side = int(np.clip(max(image.shape), 512, 1024))
     mode = "area" if side < max(image.shape) else "bilinear"
     return Resize(side, size_mode="longest", mode=mode)(image).as_subclass(Tensor).clamp(0, 1)
 

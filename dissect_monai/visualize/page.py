@@ -47,7 +47,7 @@ def write_report(
 
     It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (PNGs by
     caption), `cases` to look at, and a footer of `limits`. Values are texts, numbers or an `Interval`; those headed
-    "(mm)" have one decimal, others three. NaN and None are a dash. The first row, a mean, stays above what headings sort.
+    "(mm)" have one decimal, others three. NaN and None are a dash. The first row, a mean, stays first when sorted.
     """
     source = files("dissect_monai.visualize").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)

@@ -12,7 +12,6 @@ from dissect_monai.visualize.classifier import text_strip
 
 TILE_SIDE = 192  # pixels of a picture's longer side, at least, for anatomy to be recognised in TensorBoard
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
-ROW = "Each row is one image of the last batch of the epoch."
 
 
 def code_colors(codes: Tensor) -> Tensor:
@@ -87,7 +86,8 @@ def _tile(columns: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
     heads = [_strip(text, column.shape[3]) for text, column in zip(captions, columns, strict=False)]
     height = max((head.shape[1] for head in heads), default=0)
     above = [torch.cat([F.pad(head, (0, 0, 0, height - head.shape[1])) for head in heads], dim=2)] if heads else []
-    return torch.cat([*above, tiles, *([_strip(ROW, tiles.shape[2])] if heads else [])], dim=1)
+    below = [_strip("Each row is one image of the last batch of the epoch.", tiles.shape[2])] if heads else []
+    return torch.cat([*above, tiles, *below], dim=1)
 
 
 def _strip(text: str, width: int) -> Tensor:
