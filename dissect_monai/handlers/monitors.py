@@ -129,7 +129,7 @@ class SSLMonitor(Monitor):
         second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
         writer.add_image("views", view_figure([seen[first], seen[second]], ("first view", "second view")), epoch)
         if output.reconstruction is not None:
-            captions = "first view", "first view, decoded from its codes"
+            captions = ["first view", "first view, decoded from its codes"]
             figure = view_figure([seen[first], output.reconstruction[first]], captions)
             writer.add_image("reconstruction", figure, epoch)
         stages, indices, books = zip(*self._scales(output), strict=True)
