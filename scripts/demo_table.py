@@ -14,6 +14,8 @@ from typing import NamedTuple
 import fire
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from dissect_monai.writing import aligned
+
 
 class Measure(NamedTuple):
     """One line of the chain."""
@@ -60,10 +62,7 @@ def first_and_last(run: Path, tag: str) -> list[str]:
 
 def chain(folder: str) -> None:
     """Print the table of a folder that `make demo-all` has filled."""
-    lines = [("bundle", "weights of", "measure", "first", "last"), *rows(Path(folder))]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned([("bundle", "weights of", "measure", "first", "last"), *rows(Path(folder))]))
 
 
 if __name__ == "__main__":
