@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test label slurm dist package release docs figures lint type bench gpu results clean
+.PHONY: demo demo-all test label browser slurm dist package release docs figures lint type bench gpu results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -22,14 +22,9 @@ $(BIN)/.bench: $(BIN)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
-demo: $(BIN)/.runtime  ## pretrain on generated X-rays, see what it gains, then look
+demo: $(BIN)/.runtime  ## pretrain on generated X-rays, and see what it gains
 	$(RUN) $(BUNDLE)/configs/train.json
 	$(RUN) $(BUNDLE)/configs/evaluate.json --label_fraction 0.25
-	@echo
-	$(BIN)/python scripts/demo_table.py gain $(BUNDLE)
-	@echo
-	@echo "The encoder is in $(BUNDLE)/models/model.pt. Look at the curves, views and code maps:"
-	@echo "    $(BIN)/tensorboard --logdir $(BUNDLE)/eval"
 
 DEMO = runs/demo
 demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: pretrain, classify; pretrain, segment
@@ -42,7 +37,7 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 	$(RUN) bundles/seg_finetune_btcv/configs/evaluate.json --output_dir $(DEMO)/seg_finetune_btcv
 	$(RUN) bundles/seg_finetune_btcv/configs/inference.json --output_dir $(DEMO)/seg_finetune_btcv
 	@echo
-	$(BIN)/python scripts/demo_table.py chain $(DEMO)
+	$(BIN)/python scripts/demo_table.py $(DEMO)
 
 test: $(BIN)/.dev  ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
@@ -61,6 +56,9 @@ $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/labe
 
 label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST
 	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/tools/test_monai_label.py
+
+browser: docs  ## every report and every page of the site in Chromium (Debian: apt-get install chromium)
+	$(BIN)/python -m pytest -n 0 -m browser tests/tools/test_browser.py
 
 SLURM = runs/slurm
 slurm: $(BIN)/.dev  ## a real Slurm of two nodes on this machine, and jobs on it; needs root and Debian's slurm-wlm, munge

@@ -49,6 +49,7 @@ from dissect_monai.handlers.training import UnseenClasses as UnseenClasses
 from dissect_monai.handlers.validation import ClassificationMetrics as ClassificationMetrics
 from dissect_monai.handlers.validation import HSSLValidation as HSSLValidation
 from dissect_monai.handlers.validation import KNNHandler as KNNHandler
+from dissect_monai.handlers.validation import write_scores as write_scores
 from dissect_monai.inferers import AutocastInferer as AutocastInferer
 from dissect_monai.inferers import WindowInferer as WindowInferer
 from dissect_monai.losses.multilabel import MultiLabelLoss as MultiLabelLoss

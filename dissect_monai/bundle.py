@@ -31,7 +31,7 @@ from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError, Item, __version__, of_all_processes, of_first_process, world_size
+from dissect_monai.common import InputError, Item, __version__, of_all_processes, of_first_process, rank, world_size
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import content_digest, datalist_digest, training_record
@@ -45,6 +45,7 @@ from dissect_monai.handlers.checkpoints import (
     read_checkpoint,
     refuse_other_config,
 )
+from dissect_monai.handlers.ending import last_lines
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
 from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
 from dissect_monai.networks.weights import read_settings
@@ -241,7 +242,10 @@ def _output_dir(workflow: ConfigWorkflow | None) -> str:
 def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[signal.Signals, Any]) -> Any:
     """Run, and give back lock and signals; of a run that fails before it logs anything, no event file is left."""
     try:
-        return steps()
+        done = steps()
+        if before and rank() == 0:
+            sys.stdout.write(last_lines(workflow.parser, *run_arguments()))
+        return done
     except Exception:
         if writer := workflow.parser.ref_resolver.resolved_content.get("writer"):
             writer.flush()

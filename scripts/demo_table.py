@@ -1,7 +1,6 @@
-"""What `make demo` and `make demo-all` end with: what has been learnt, and where its pictures are.
+"""What `make demo-all` ends with: first and last values of its trainings, and the tests, in one table.
 
-python scripts/demo_table.py gain bundles/pretrain_vq_ssl
-python scripts/demo_table.py chain runs/demo
+python scripts/demo_table.py runs/demo
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import fire
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from dissect_monai.writing import aligned, read_csv
+from dissect_monai.writing import aligned
 
 
 class Measure(NamedTuple):
@@ -29,29 +28,28 @@ class Measure(NamedTuple):
 
 WEIGHTS_OF = {"cxr_classify": "pretrain_vq_ssl", "seg_finetune_btcv": "hssl_multidomain"}
 MEASURES = (
-    Measure("pretrain_vq_ssl", "knn_auroc", "k-NN AUROC, frozen features"),
-    Measure("cxr_classify", "auroc", "AUROC, validation"),
+    Measure("pretrain_vq_ssl", "knn_auroc/mean", "k-NN AUROC, frozen features"),
+    Measure("cxr_classify", "auroc/mean", "AUROC, validation"),
     Measure("cxr_classify", "auroc", "AUROC, test", is_tested=True),
-    Measure("hssl_multidomain", "accuracy_task", "task told rightly"),
-    Measure("hssl_multidomain", "reconstruction_error", "error of masked voxels (1: blank mean)"),
-    Measure("seg_finetune_btcv", "dice_mean", "Dice of 13 organs, validation"),
+    Measure("hssl_multidomain", "accuracy/task", "task told rightly"),
+    Measure("hssl_multidomain", "reconstruction_error/mean", "error of masked voxels (1: blank mean)"),
+    Measure("seg_finetune_btcv", "dice/mean", "Dice of 13 organs, validation"),
     Measure("seg_finetune_btcv", "dice_mean", "Dice, test", is_tested=True),
     Measure("seg_finetune_btcv", "dice_liver", "Dice of the liver, test", is_tested=True),
 )
 
 
 def rows(folder: Path) -> Iterator[tuple[str, ...]]:
-    """A line for every measure: bundle, weights, measure, first value, last value, where the pictures are."""
+    """A line for every measure: bundle, weights, measure, first value, last value."""
     for bundle, measures in groupby(MEASURES, lambda measure: measure.bundle):
         own, weights = folder / bundle, WEIGHTS_OF.get(bundle)
-        pictures = "eval/report.html" if weights else "eval (TensorBoard)"
         head = (bundle, weights or "–")
         for _, name, title, is_tested in measures:
             if is_tested:
                 with open(own / "eval" / "metrics.csv", newline="", encoding="utf-8") as file:
-                    yield ("", "", title, "", f"{float(dict(csv.reader(file))[name]):.3f}", "")
+                    yield ("", "", title, "", f"{float(dict(csv.reader(file))[name]):.3f}")
             else:
-                yield (*head, title, *first_and_last(own, name), f"{own}/{pictures}")
+                yield (*head, title, *first_and_last(own, name))
                 head = ("", "")
 
 
@@ -62,23 +60,10 @@ def first_and_last(run: Path, tag: str) -> list[str]:
     return [f"{value:.3f}" for value in (values[0], values[-1])]
 
 
-def gain(folder: str) -> None:
-    """Print what frozen features tell before and after pretraining, of a folder with its training and evaluation."""
-    rows = read_csv(Path(folder, "eval", "findings.csv"))
-    probes = {tuple(row.values())[:5]: f"{float(row['auroc']):.3f}" for row in rows}
-    linear = [probes[source, "stages", "linear", "findings", "macro"] for source in ("random", "pretrained")]
-    lines = [
-        ("AUROC of frozen features, all stages", "random weights", "pretrained"),
-        ("k-NN, all labels (validation)", *first_and_last(Path(folder), "knn_auroc_stages")),
-        ("linear probe, a quarter of the labels (test)", *linear),
-    ]
-    print(aligned(lines))
-
-
 def chain(folder: str) -> None:
     """Print the table of a folder that `make demo-all` has filled."""
-    print(aligned([("bundle", "weights of", "measure", "first", "last", "pictures"), *rows(Path(folder))]))
+    print(aligned([("bundle", "weights of", "measure", "first", "last"), *rows(Path(folder))]))
 
 
 if __name__ == "__main__":
-    fire.Fire({"gain": gain, "chain": chain})
+    fire.Fire(chain)

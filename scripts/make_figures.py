@@ -24,7 +24,7 @@ from PIL import Image
 from render_results import FILMS, draw_lines, film_panels
 
 from dissect_monai import BTCV_ORGANS, load_codes, read_settings, write_volume_phantoms, write_xray_phantoms
-from dissect_monai.visualize.segmentation import organ_color
+from dissect_monai.visualize.segmentation import ORGAN_COLORS, organ_color
 from dissect_monai.visualize.training import code_colors
 from dissect_monai.writing import read_csv
 
@@ -138,9 +138,14 @@ def save(figure: Any, path: Path) -> None:
 
 
 def compress(source: Path, path: Path) -> None:
-    """Write a picture with 256 colours."""
+    """Write a picture with 256 colours, those of the organs among them: the usual choice makes two of them one."""
     with Image.open(source) as picture:
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        pixels = picture.convert("RGB")
+        own = [int(color[start : start + 2], 16) for color in (*ORGAN_COLORS, "#FFFFFF") for start in (1, 3, 5)]
+        rest = pixels.quantize(255 - len(ORGAN_COLORS)).getpalette() or []
+        palette = Image.new("P", (1, 1))
+        palette.putpalette([*own, *rest])
+        pixels.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def report(page: str, picture: str, width: int = 1000, height: int = 1250) -> None:

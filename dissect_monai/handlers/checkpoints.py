@@ -15,6 +15,7 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from dissect_monai.common import InputError, __version__, rank, shorten
+from dissect_monai.handlers.ending import Result
 from dissect_monai.networks.codes import codes_dir, save_codes
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import load_torch, save_weights
@@ -231,6 +232,9 @@ class BestWeights:
             pretrained = str(self.pretrained) if self.pretrained else None
             settings = {**self.settings, "pretrained": pretrained}
             save_weights(trainer.state.best_weights, self.weights_path, settings)
+            name = {"auroc": "AUROC", "dice_mean": "mean Dice"}.get(self.metric, self.metric)
+            epochs = f"of epoch {trainer.state.best_epoch} of {trainer.state.epoch}"
+            trainer.state.result = Result(f"{name} {trainer.state.best_metric:.3f} on validation, the best, {epochs}")
 
     def _stop(self, engine: Engine) -> None:
         state = engine.state

@@ -23,6 +23,7 @@ from torch import Tensor
 from dissect_monai.common import Array, Interval, Item, __version__
 from dissect_monai.data.identity import pseudonyms
 from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
+from dissect_monai.handlers.ending import NOT_SCORED, Result, with_interval
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
 from dissect_monai.metrics.classification import (
@@ -43,8 +44,8 @@ from dissect_monai.metrics.intervals import (
     wilson_interval,
 )
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import curves_figure, figure_to_png, overlay_png, saliency_maps
-from dissect_monai.visualize.page import LIMITS, Case, write_report
+from dissect_monai.visualize.classifier import curves_figure, figure_to_png, overlay, saliency_maps, whole_image
+from dissect_monai.visualize.page import LIMITS, Case, item_name, write_report
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,14 @@ class FindingRow(NamedTuple):
 
 
 METRICS = FindingRow._fields[1:6]
+TABLES = ("report.html", "findings.csv", "cases.csv")
 
 
 @dataclass(eq=False)
 class ClassifierEvaluation:
     """Scores the test split that an evaluator (`decollate=False`) has seen, with 95 % intervals by subject.
 
-    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, predictions.csv,
+    Thresholds (Youden) and temperature are fitted on validation alone. Written are findings.csv, cases.csv,
     calibration.json (temperature and thresholds, for predictions), scores.npz (laid out as that of `ProbeHandler`) and
     report.html; the metrics `auroc`, `ap`, `sensitivity`, `specificity` and `ece` (means over the findings, and
     `<metric>_<finding>`; with `_low` and `_high`) stay with the evaluator. Findings that lack a class in the test split
@@ -127,10 +129,13 @@ class ClassifierEvaluation:
         write_findings(folder / "findings.csv", rows)
         fitted = Calibration(temperature, dict(zip(self.label_names, thresholds, strict=True)))
         write_calibration(folder / "calibration.json", fitted, engine.network)
-        self._write_predictions(dataset.data, names, test.labels, probabilities)
+        self._write_cases(dataset.data, names, test.labels, probabilities)
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
+            engine.state.result = Result(NOT_SCORED, TABLES[1:])
             return
+        text = f"{with_interval('AUROC', rows[0].auroc)} on the test split, a mean over findings (guessing: 0.5)"
+        engine.state.result = Result(text, TABLES)
         facts = {
             **self.facts,
             "mode": self.mode,
@@ -163,15 +168,13 @@ class ClassifierEvaluation:
         ).run()
         return collector.outputs()
 
-    def _write_predictions(
-        self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array
-    ) -> None:
+    def _write_cases(self, items: Sequence[Item], subjects: Sequence[str], labels: Array, probabilities: Array) -> None:
         names = [f"{name} {what}" for name in self.label_names for what in ("probability", "label")]
         lines = []
         for item, subject, *row in zip(items, subjects, probabilities, labels, strict=True):
             cells = ((f"{value:.6f}", "" if isnan(label) else int(label)) for value, label in zip(*row, strict=True))
             lines.append([item["image"], subject, *chain.from_iterable(cells)])
-        write_csv(Path(self.output_dir, "predictions.csv"), ["image", "subject", *names], lines)
+        write_csv(Path(self.output_dir, "cases.csv"), ["image", "subject", *names], lines)
         arrays = {"labels/findings": labels, f"scores/classifier/-/{self.mode}/findings": probabilities}
         scores = Path(self.output_dir, "scores.npz")
         np.savez_compressed(scores, subjects=np.array(subjects), **arrays)  # type: ignore[arg-type]
@@ -186,20 +189,20 @@ class ClassifierEvaluation:
         cases = []
         for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
-            image = image.as_subclass(Tensor)
-            saliency = saliency_maps(engine.network, image[None], column)[0]
+            saliency = saliency_maps(engine.network, image.as_subclass(Tensor)[None], column)[0]
+            whole, finding = whole_image(dataset.data[row]["image"]), self.label_names[column]
+            caption = f"{finding}: probability {probabilities[row, column]:.3f}, threshold {thresholds[column]:.3f}"
             pictures: dict[str, bytes | str] = {
-                "Image": overlay_png(image, torch.zeros_like(image)),
-                "Overlay": overlay_png(image, saliency) if saliency.any() else NO_SALIENCY,
+                "Image": overlay(whole, torch.zeros_like(whole), kind="JPEG"),
+                f"{caption}.": overlay(whole, saliency, caption, "JPEG") if saliency.any() else NO_SALIENCY,
             }
             facts = {
-                "line of predictions.csv": row + 2,  # which has the image; the page may leave the house
-                "subject": subjects[row],
-                "finding": self.label_names[column],
-                "truth": labels[row, column],
+                "line of cases.csv": row + 2,  # which has the image; the page may leave the house
                 "probability": probabilities[row, column],
+                "threshold": thresholds[column],
             }
-            cases.append(Case(pictures, facts))
+            title = f"{finding}, {'missed' if labels[row, column] == 1 else 'false alarm'}: {item_name(row, subjects)}"
+            cases.append(Case(title, pictures, facts))
         return cases
 
 

@@ -24,6 +24,7 @@ from dissect_monai.transforms.views import HierarchyTarget
 from dissect_monai.visualize.training import code_figure, show_mask, view_figure
 
 NUM_PICTURES = 4
+HSSL_PICTURES = ("", ", as the network sees it: what is masked is blue", ", reconstructed")
 PATIENCE = 5  # looks in a row at which the features must be collapsed before the run stops
 
 
@@ -126,11 +127,14 @@ class SSLMonitor(Monitor):
         epoch, output, seen = engine.state.epoch, engine.state.output["pred"], engine.state.output["image"]
         first = slice(0, min(NUM_PICTURES, len(seen) // 2))
         second = slice(len(seen) // 2, len(seen) // 2 + first.stop)
-        writer.add_image("views", view_figure([seen[first], seen[second]]), epoch)
+        writer.add_image("views", view_figure([seen[first], seen[second]], ("first view", "second view")), epoch)
         if output.reconstruction is not None:
-            writer.add_image("reconstruction", view_figure([seen[first], output.reconstruction[first]]), epoch)
-        _, indices, books = zip(*self._scales(output), strict=True)
-        figure = code_figure(seen[first], [scale[first] for scale in indices], books)
+            captions = ["first view", "first view, decoded from its codes"]
+            figure = view_figure([seen[first], output.reconstruction[first]], captions)
+            writer.add_image("reconstruction", figure, epoch)
+        stages, indices, books = zip(*self._scales(output), strict=True)
+        captions = ["first view", *(f"codes of stage {stage}, alike codes in like colours" for stage in stages)]
+        figure = code_figure(seen[first], [scale[first] for scale in indices], books, captions)
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
 
 
@@ -163,7 +167,8 @@ class HSSLMonitor(Monitor):
         inputs = show_mask(engine.state.output["image"], target.masked)
         pictures = target.views, inputs, engine.state.output["pred"].reconstruction
         columns = [images[view] for view in shown for images in pictures]
-        writer.add_image("views", view_figure(columns, slices=True), engine.state.epoch)
+        captions = [f"{view} view{what}" for view in ("first", "second") for what in HSSL_PICTURES]
+        writer.add_image("views", view_figure(columns, captions, slices=True), engine.state.epoch)
 
 
 def level_metrics(

@@ -22,6 +22,7 @@ from dissect_monai.common import Array, InputError, Interval, Item
 from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
+from dissect_monai.handlers.ending import NOT_SCORED, Result, with_interval
 from dissect_monai.metrics.classification import auroc, average_precision, both_classes
 from dissect_monai.metrics.intervals import Resampled, mean_resampled, percentile_interval, resample
 from dissect_monai.metrics.probes import (
@@ -40,6 +41,7 @@ from dissect_monai.writing import columns, metric_name, metrics_by_name, write_c
 Features = tuple[str, str, list[Array]]  # their source, their kind, and (N, D) of training, validation and test
 logger = logging.getLogger(__name__)
 MACRO = "macro"
+TABLES = ("findings.csv", "differences.csv")
 DIFFERENCES = ("task", "features", "probe", "baseline", "difference", "low", "high")
 _UNNAMED = ("findings", "shortcut")  # questions whose metrics are called by the column alone
 _NOTHING_TO_ASK = (
@@ -145,6 +147,7 @@ class ProbeHandler:
         arrays = {f"labels/{question.name}": self._truth(question) for question in self.questions}
         arrays |= {f"scores/{r.source}/{r.features}/{r.probe}/{r.question.name}": r.scores for r in results}
         np.savez_compressed(folder / "scores.npz", subjects=np.array(pseudonyms(self.scored)), **arrays)  # type: ignore[arg-type]
+        engine.state.result = Result(self._told([group[0] for group in groups if group]), TABLES)
         for group in groups:
             for row in group:
                 column = row.finding if row.question in _UNNAMED else f"{row.question}_{row.finding}"
@@ -210,6 +213,13 @@ class ProbeHandler:
             n, positives = int((~np.isnan(truth)).any(1).sum()), int((truth == 1).any(1).sum())
             place = result.source, result.features, result.probe, result.question.name
             yield Row(*place, finding, area, precision, n, positives)
+
+    def _told(self, rows: Sequence[Row]) -> str:
+        """The first question, by a linear probe on all stages, beside the baselines."""
+        asked = [row for row in rows if (row.question, row.probe) == (rows[0].question, "linear")]
+        asked = [row for row in asked if row.features == "stages" or row.source not in self.networks]
+        texts = [with_interval(f"AUROC of {row.question}, linear probe on all stages,", row.auroc) for row in asked[:1]]
+        return "; ".join(texts + [f"{row.source} {row.auroc.value:.3f}" for row in asked[1:]]) or NOT_SCORED
 
     def _differences(self, results: Sequence[ProbeScores]) -> Iterator[tuple[Any, ...]]:
         main = next(iter(self.networks))

@@ -23,7 +23,7 @@ from dissect_monai.common import NO_FINDING, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import VOLUME_SUFFIXES
 from dissect_monai.networks.codes import DiscreteCodes
-from dissect_monai.visualize.classifier import overlay_png, saliency_maps
+from dissect_monai.visualize.classifier import overlay, saliency_maps, whole_image
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
@@ -90,9 +90,9 @@ class PredictionSaver(Saver):
     Args:
         label_names: names of the C findings, the columns.
         output_dir: folder for the table and the overlays.
-        overlays: saliency to draw as overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding
-            furthest above its threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D
-            images.
+        overlays: saliency to draw over the original image, with finding, probability and threshold, as
+            overlays/<index>_<image>_<finding>.png: "none", "top" (of each image the finding furthest above its
+            threshold, or the likeliest without thresholds; never "No finding") or "all"; for 2-D images.
         thresholds: probability from which on each finding is called, as `read_calibration` gives them; with NaN it is
             neither called nor not. None calls nothing.
 
@@ -144,9 +144,11 @@ class PredictionSaver(Saver):
             rows = wanted[:, finding].nonzero().flatten().tolist()
             maps = saliency_maps(network, images[rows], finding)
             for row, saliency in zip(rows, maps, strict=True):
-                stem = Path(self.images[indices[row]]).name.split(".")[0]
-                name = f"{indices[row]:05d}_{stem}_{self.label_names[finding]}".replace(" ", "_").replace("/", "_")
-                (folder / f"{name}.png").write_bytes(overlay_png(images[row], saliency))
+                path, label = self.images[indices[row]], self.label_names[finding]
+                name = f"{indices[row]:05d}_{Path(path).name.split('.')[0]}_{label}".replace(" ", "_").replace("/", "_")
+                caption = f"{label}: probability {float(probabilities[row, finding]):.3f}"
+                caption += f", threshold {self.thresholds[label]:.3f}" if label in self.thresholds else ""
+                (folder / f"{name}.png").write_bytes(overlay(whole_image(path), saliency, caption))
 
     def _score(self, probabilities: Tensor) -> Tensor:
         """By how much each finding is the one to look at; −inf for what is none, or has no threshold."""

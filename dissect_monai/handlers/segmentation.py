@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dissect_monai.common import InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
+from dissect_monai.handlers.ending import Result, with_interval
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
     CaseScores,
@@ -94,6 +95,7 @@ class SegmentationEvaluation:
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
                 name = f"overlays/{len(self.cases)}_{self.pseudonyms[image]}"
                 figure = case_figure(item, maps, self.class_names, self.window)
+                figure.suptitle(f"Subject {self.pseudonyms[image]}, epoch {engine.state.epoch}", fontsize=10)
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
@@ -116,6 +118,10 @@ class SegmentationEvaluation:
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= summary_metrics(summaries)
+        text = f"{with_interval('mean Dice', summaries[0].dice)} of {len(summaries) - 1 - len(unlabelled)} structures"
+        where = f"{summaries[0].n} subjects" if self.output_dir else f"on validation, epoch {engine.state.epoch}"
+        report = [] if self.facts is None else ["report.html"]
+        engine.state.result = Result(f"{text}, {where}", [*report, "summary.csv", "cases.csv"])
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)

@@ -22,7 +22,7 @@ from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
 from dissect_monai.transforms.intensity import is_ct
 from dissect_monai.transforms.labels import LabelMap
-from dissect_monai.visualize.page import LIMITS, Case, colored, write_report
+from dissect_monai.visualize.page import LIMITS, Case, colored, item_name, write_report
 from dissect_monai.visualize.segmentation import organ_color, segmentation_overlay
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = Overlap._fields
+PLANES = "Three planes of the image: predictions filled, labels outlined, in the colours of the table."
 MEAN = "mean"  # what the line of the mean over structures is called
 HEADINGS = ("Structure", "Subjects", "Dice", "HD95 (mm)", "Surface Dice", "Missed", "False positives")
 SEGMENTATION_LIMITS = (
@@ -97,7 +98,7 @@ def summary_metrics(summaries: Sequence[StructureSummary]) -> dict[str, float]:
 
 def write_tables(output_dir: str | Path, cases: Sequence[CaseScores], summaries: Sequence[StructureSummary]) -> None:
     """Write cases.csv and summary.csv, of `summaries` as `summarize` gives them."""
-    lines = [[case.case, case.pseudonym or case.subject, *score] for case in cases for score in case.structures]
+    lines = [[case.case, _subject(case), *score] for case in cases for score in case.structures]
     write_csv(Path(output_dir, "cases.csv"), ["case", "subject", *StructureScore._fields], lines)
     write_csv(Path(output_dir, "summary.csv"), columns(StructureSummary), summaries)
 
@@ -196,20 +197,22 @@ def write_segmentation_report(
     notes: Sequence[str] = (),
 ) -> None:
     """Write a page with a line for every structure, and the `representative_cases`, of whose images `pictures` are."""
-    names = ["Mean of structures"]
+    structures = ["Mean of structures"]
     for each in summaries[1:]:
-        names.append(colored(_words(each.structure), organ_color(class_names.index(each.structure) + 1)))
+        structures.append(colored(_words(each.structure), organ_color(class_names.index(each.structure) + 1)))
     rows = [
         (name, each.n, each.dice, each.hd95, each.surface_dice, each.missed, each.false_positives)
-        for name, each in zip(names, summaries, strict=True)
+        for name, each in zip(structures, summaries, strict=True)
     ]
-    shown = [
-        Case(
-            {"Overlay": pictures[case.case]} if case.case in pictures else {},  # another process has predicted it
-            {"rank": rank, **_facts(case)},
+    shown, subjects = [], [_subject(case) for case in cases]
+    for rank, case in representative_cases(cases).items():
+        index = cases.index(case)
+        first = 2 + sum(len(each.structures) for each in cases[:index])
+        place = {"lines of cases.csv": f"{first}–{first + len(case.structures) - 1}"}
+        picture = {PLANES: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
+        shown.append(
+            Case(f"{rank.capitalize()}: {item_name(index, subjects, 'volume')}", picture, {**place, **_facts(case)})
         )
-        for rank, case in representative_cases(cases).items()
-    ]
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
     write_report(path, title, facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS)
@@ -222,10 +225,14 @@ def _mean_dice(case: CaseScores) -> float:
 def _facts(case: CaseScores) -> dict[str, str]:
     ordered = sorted((score for score in case.structures if not isnan(score.dice)), key=lambda score: -score.dice)
     return {
-        "subject": case.pseudonym or case.subject,  # of which cases.csv has the image; the page may leave the house
+        "subject": _subject(case),  # of which cases.csv has the image; the page may leave the house
         "mean Dice": f"{_mean_dice(case):.3f}",
         "Dice": ", ".join(f"{_words(each.structure)} {each.dice:.3f}" for each in ordered),
     }
+
+
+def _subject(case: CaseScores) -> str:
+    return case.pseudonym or case.subject
 
 
 def _words(structure: str) -> str:

@@ -125,7 +125,7 @@ class FiniteLoss:
     """Writes the loss, and refuses one that is not finite by a `ValueError`; attach it before what saves weights."""
 
     interval: int = 10  # iterations between looks; each waits for the device
-    writer: SummaryWriter | None = None  # gets `train_loss`
+    writer: SummaryWriter | None = None  # gets `loss/train`
 
     def attach(self, engine: Engine) -> None:
         """Look every `interval` iterations, and at the end of every epoch."""
@@ -136,7 +136,7 @@ class FiniteLoss:
         """Look at the last iteration."""
         (loss,) = refuse_nonfinite(engine, {"loss": engine.state.output["loss"]}).values()
         if self.writer is not None:
-            self.writer.add_scalar("train_loss", loss, engine.state.iteration)
+            self.writer.add_scalar("loss/train", loss, engine.state.iteration)
 
 
 def refuse_nonfinite(engine: Engine, losses: Mapping[str, Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -15,11 +16,13 @@ from ignite.handlers import EpochOutputStore
 from monai.data import DataLoader, Dataset
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from dissect_monai.common import Array
 from dissect_monai.data.datalists import label_matrix
 from dissect_monai.data.datasets import items_of, labelled_part
 from dissect_monai.data.sampling import part_of_tasks
+from dissect_monai.handlers.ending import NOT_SCORED, Result
 from dissect_monai.handlers.monitors import level_metrics
 from dissect_monai.losses.pretraining import unexplained_variance
 from dissect_monai.metrics.classification import (
@@ -37,7 +40,20 @@ from dissect_monai.writing import metric_name
 
 logger = logging.getLogger(__name__)
 NUM_BINS = 32  # of the intensity histograms
+GROUPS = "surface_dice|dice|hd95|auroc|ap|ece|knn_auroc|reconstruction_error|retrieval|accuracy|shortcut"  # of metrics
 METRICS: dict[str, Callable[..., Any]] = {"auroc": auroc, "ap": average_precision, "ece": expected_calibration_error}
+
+
+def write_scores(engine: Engine, writer: SummaryWriter) -> None:
+    """Show the metrics of a validation in TensorBoard by group: `dice_liver` as `dice/liver`, `auroc` as `auroc/mean`.
+
+    It is the `epoch_event_writer` of a `TensorBoardStatsHandler`; the group of other metrics is `validation`.
+    """
+    for name, value in engine.state.metrics.items():
+        found = re.match(f"({GROUPS})(?:_(.+))?$", name)
+        tag = f"{found[1]}/{found[2] or 'mean'}" if found else f"validation/{name}"
+        writer.add_scalar(tag, value, engine.state.epoch)
+    writer.flush()
 
 
 class Outputs(NamedTuple):
@@ -110,6 +126,7 @@ class KNNHandler:
     label_names: Sequence[str]
     fraction: float = 1.0  # share of the labelled training subjects that vote
     seed: int = 0  # draws other subjects
+    before: str = field(default="", init=False)  # what it was before training
 
     def attach(self, engine: Any) -> None:
         """Run when `engine` has seen the validation split."""
@@ -127,6 +144,10 @@ class KNNHandler:
             value = macro_auroc(truth, knn_scores(bank, known, queries))
             if not isnan(value):
                 engine.state.metrics[name] = value
+        found, epoch = engine.state.metrics.get("knn_auroc_stages", nan), engine.state.epoch
+        self.before = f"; {found:.3f} before training" if epoch == 0 else self.before
+        text = f"k-NN AUROC of all stages {found:.3f} on validation, epoch {epoch}{self.before}"
+        engine.state.result = Result(NOT_SCORED if isnan(found) else text)
         collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
         scores = collapse(embeddings=torch.from_numpy(val.last))
         engine.state.metrics["embedding_collapse"] = float(scores["effective_rank_score"])
@@ -164,6 +185,9 @@ class HSSLValidation:
         """Leave the metrics in the engine's state."""
         bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
+        error, task = (engine.state.metrics[name] for name in ("reconstruction_error", "accuracy_task"))
+        text = f"error {error:.3f} of reconstructed masked voxels (their mean alone: 1), task told rightly {task:.3f}"
+        engine.state.result = Result(f"{text}, on validation, epoch {engine.state.epoch}")
 
     def _start(self, engine: Any) -> None:
         self.views: HierarchyViews = engine.prepare_batch

@@ -5,17 +5,23 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from monai.transforms import LoadImage, Resize, ScaleIntensityRangePercentiles
 from monai.visualize import GradCAM
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dissect_monai.common import Array
+from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.metrics.classification import usable_findings
 
 if TYPE_CHECKING:
@@ -29,6 +35,7 @@ NUM_BINS = 10  # of the reliability curves; the calibration error has its own, f
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, fine to coarse
 MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
+LEGEND = "Colours: no effect on this output (left) to the strongest in this image (right)"
 
 
 def curves_figure(labels: Array, probabilities: Array, names: Sequence[str]) -> Figure:
@@ -88,20 +95,48 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
     return (maps / peak.clamp_min(torch.finfo(maps.dtype).tiny)).as_subclass(Tensor)
 
 
-def overlay_png(image: Tensor, saliency: Tensor) -> bytes:
-    """PNG of a 2-D image, upright, under its saliency (1, x, y), which is the more opaque the larger it is.
+def whole_image(path: str | Path) -> Tensor:
+    """A 2-D image as its file has it, (1, x, y) in [0, 1] by percentiles, its longer side of 512 to 1024 pixels."""
+    load = LoadImage(ImageFileReader(spatial_dims=2), image_only=True, dtype=np.float32, ensure_channel_first=True)
+    image = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(load(str(path))[:1])
+    side = int(np.clip(max(image.shape), 512, 1024))
+    mode = "area" if side < max(image.shape) else "bilinear"
+    return Resize(side, size_mode="longest", mode=mode)(image).as_subclass(Tensor).clamp(0, 1)
 
-    Both are in [0, 1]; of the image (C, x, y) the first channel is shown in grey.
+
+def overlay(image: Tensor, saliency: Tensor, caption: str = "", kind: str = "PNG") -> bytes:
+    """A 2-D image, upright, under its saliency, which is the more opaque the larger it is.
+
+    Both are in [0, 1]: of the image (C, x, y) the first channel is shown in grey, the saliency (1, x', y') is of any
+    size. A caption stands above, with a legend of the colours. The file is a PNG or a JPEG.
     """
+    (saliency,) = F.interpolate(saliency[None].float(), size=image.shape[1:], mode="bilinear", align_corners=False)
+    # MONAI's images are (x, y), a screen's rows are y.
+    picture = _blended(*(each[0].T.cpu().numpy().astype(float).clip(0, 1) for each in (image, saliency)))
+    if caption:
+        above = text_strip(f"{caption}\n{LEGEND}", len(picture[0]), max(12, len(picture[0]) // 34))
+        heat = np.tile(np.linspace(0, 1, len(picture[0])), (max(4, len(picture[0]) // 50), 1))
+        picture = np.concatenate([above, _blended(np.full_like(heat, 0.5), heat), picture])
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, quality=90, compress_level=1)
+    return buffer.getvalue()
+
+
+def _blended(grey: Array, heat: Array) -> NDArray[np.uint8]:
     from matplotlib import colormaps
 
-    # MONAI's images are (x, y), a screen's rows are y.
-    grey, heat = (each[0].T.cpu().numpy().astype(float).clip(0, 1) for each in (image, saliency))
     opacity = MAX_OPACITY * heat[..., None]
     blend = (1 - opacity) * grey[..., None] + opacity * colormaps["inferno"](heat)[..., :3]
-    buffer = io.BytesIO()
-    Image.fromarray((255 * blend).round().astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return (255 * blend).round().astype(np.uint8)
+
+
+def text_strip(text: str, width: int, size: int = 15) -> NDArray[np.uint8]:
+    """A text, white on black (H, width, 3), in as many lines as it takes."""
+    lines = [line for part in text.split("\n") for line in wrap(part, round(width / (0.55 * size)) - 2)]
+    strip = Image.new("RGB", (width, round(size * (1.3 * len(lines) + 0.7))))
+    style: dict[str, Any] = {"font": ImageFont.load_default(size), "spacing": size * 0.3}
+    ImageDraw.Draw(strip).multiline_text((size // 2, size // 3), "\n".join(lines), "white", **style)
+    return np.asarray(strip)
 
 
 def figure_to_png(figure: Figure) -> bytes:

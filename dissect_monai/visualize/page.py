@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib.resources import files
 from math import isnan
 from pathlib import Path
@@ -25,7 +26,8 @@ LIMITS = (
 class Case(NamedTuple):
     """What a report shows of one item; a single picture is as wide as the page."""
 
-    pictures: Mapping[str, bytes | str]  # by name: a PNG, or why there is none
+    title: str
+    pictures: Mapping[str, bytes | str]  # by caption: a PNG or JPEG, or why there is none
     facts: Mapping[str, Any]
 
 
@@ -45,13 +47,14 @@ def write_report(
 
     It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (PNGs by
     caption), `cases` to look at, and a footer of `limits`. Values are texts, numbers or an `Interval`; those headed
-    "(mm)" have one decimal, others three. NaN and None are shown as a dash.
+    "(mm)" have one decimal, others three. NaN and None are a dash. The first row, a mean, stays first when sorted.
     """
     source = files("dissect_monai.visualize").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     page = environment.from_string(source).render(
         title=title, facts=facts, headings=headings, rows=rows, figures=figures, cases=cases,
         cases_heading=cases_heading, notes=notes, limits=limits, show=_shown, picture=_picture,
+        digest=lambda script: b64encode(sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     with written_atomically(path) as file:
         file.write(page.encode(errors="replace"))  # file names need not be valid text
@@ -62,10 +65,17 @@ def colored(text: str, color: str) -> Markup:
     return Markup('<i style="background: {}"></i>{}').format(color, text)
 
 
+def item_name(index: int, subjects: Sequence[str], what: str = "image") -> str:
+    """A name that no other item has: its subject, and if that has several, which of them: "3f2a, image 1 of 2"."""
+    subject, count = subjects[index], subjects.count(subjects[index])
+    return subject if count == 1 else f"{subject}, {what} {subjects[: index + 1].count(subject)} of {count}"
+
+
 def _picture(name: str, content: bytes | str) -> str:
     if isinstance(content, str):
         return content
-    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(b64encode(content).decode(), name)
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    return Markup('<img src="data:image/{};base64,{}" alt="{}">').format(kind, b64encode(content).decode(), name)
 
 
 def _shown(value: Any, name: str) -> str:

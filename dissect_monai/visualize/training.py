@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dissect_monai.visualize.classifier import text_strip
+
 TILE_SIDE = 192  # pixels of a picture's longer side, at least, for anatomy to be recognised in TensorBoard
 MASK_COLOR = (0.12, 0.28, 0.45)  # dark, but no grey
 
@@ -24,7 +26,9 @@ def code_colors(codes: Tensor) -> Tensor:
     return components.argsort(0).argsort(0) / max(1, len(codes) - 1)
 
 
-def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[Tensor]) -> Tensor:
+def code_figure(
+    images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[Tensor], captions: Sequence[str] = ()
+) -> Tensor:
     """`view_figure` of images (B, C, *spatial) in [0, 1] beside their code maps, one column a scale, fine to coarse.
 
     Of each scale there are `indices` (B, *spatial_i), and the codes (num_embeddings, embedding_dim) that they number.
@@ -33,16 +37,18 @@ def code_figure(images: Tensor, indices: Sequence[Tensor], codebooks: Sequence[T
     for codes, codebook in zip(indices, codebooks, strict=True):
         colored = code_colors(codebook.cpu())[codes.cpu()].movedim(-1, 1)
         columns.append(F.interpolate(_pictures(colored), size=pictures.shape[2:], mode="nearest"))
-    return _tile(columns)
+    return _tile(columns, captions)
 
 
-def view_figure(columns: Sequence[Tensor], slices: bool = False) -> Tensor:
+def view_figure(columns: Sequence[Tensor], captions: Sequence[str] = (), slices: bool = False) -> Tensor:
     """A picture (3, rows, columns) in [0, 1] of batches (B, C, *spatial) in [0, 1] side by side, one row an image.
+
+    Above each column is its caption, if there are some, and below all, what a row is.
 
     Small images are enlarged. Three channels are colours, else the first is shown; of volumes the middle slice. With
     `slices`, 2-D images are axial slices, which a radiologist sees from below.
     """
-    return _tile([_enlarged(_pictures(images, slices)) for images in columns])
+    return _tile([_enlarged(_pictures(images, slices)) for images in columns], captions)
 
 
 def show_mask(images: Tensor, masked: Tensor | None) -> Tensor:
@@ -74,6 +80,15 @@ def _enlarged(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures, size=size, mode="bilinear", align_corners=False)
 
 
-def _tile(columns: Sequence[Tensor]) -> Tensor:
+def _tile(columns: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
     rows = [torch.cat(list(row), dim=2) for row in zip(*columns, strict=True)]
-    return torch.cat(rows, dim=1).clamp(0, 1)
+    tiles = torch.cat(rows, dim=1).clamp(0, 1)
+    heads = [_strip(text, column.shape[3]) for text, column in zip(captions, columns, strict=False)]
+    height = max((head.shape[1] for head in heads), default=0)
+    above = [torch.cat([F.pad(head, (0, 0, 0, height - head.shape[1])) for head in heads], dim=2)] if heads else []
+    below = [_strip("Each row is one image of the last batch of the epoch.", tiles.shape[2])] if heads else []
+    return torch.cat([*above, tiles, *below], dim=1)
+
+
+def _strip(text: str, width: int) -> Tensor:
+    return torch.tensor(text_strip(text, width)).movedim(2, 0) / 255

@@ -23,6 +23,7 @@ from helpers import (
     Recipes,
     checkpoint,
     command_line,
+    events_of,
     read,
     refused,
     run_config,
@@ -135,25 +136,28 @@ def test_training_leaves_weights_checkpoints_and_events_and_nothing_else(recipe:
 
 
 SHOWN = {  # in TensorBoard
-    "cxr_classify": "train_loss auroc ap ece auroc_cysts ap_cysts ece_cysts",
+    "cxr_classify": "loss/train auroc/mean ap/mean ece/mean auroc/cysts ap/cysts ece/cysts",
     "hssl_multidomain": "loss/image loss/task loss/group loss/classification loss/reconstruction loss/total "
-    "retrieval_image retrieval_task retrieval_group batch/retrieval_image batch/retrieval_task batch/retrieval_group "
-    "accuracy_task accuracy_group reconstruction_error reconstruction_error_head_mr shortcut_task "
-    "shortcut_task_intensity shortcut_within_group collapse_effective_rank collapse_centroid_similarity "
+    "retrieval/image retrieval/task retrieval/group batch/retrieval_image batch/retrieval_task batch/retrieval_group "
+    "accuracy/task accuracy/group reconstruction_error/mean reconstruction_error/head_mr shortcut/task "
+    "shortcut/task_intensity shortcut/within_group validation/collapse_effective_rank "
+    "validation/collapse_centroid_similarity "
     "collapse/feature_std views",
-    "pretrain_vq_ssl": "loss/continuous loss/discrete loss/commitment loss/reconstruction loss/total knn_auroc "
+    "pretrain_vq_ssl": "loss/continuous loss/discrete loss/commitment loss/reconstruction loss/total knn_auroc/mean "
     "schedule/learning_rate gradient/discrete collapse/effective_rank collapse/feature_std codes/perplexity_stage2 "
     "views reconstruction codes_of_stages_2_3_4",
     "pretrain_vq_ssl_volumes": "loss/continuous loss/discrete loss/commitment loss/reconstruction views reconstruction "
     "codes/perplexity_stage2 codes/usage_stage3 codes_of_stages_2_3 collapse/target_std",
-    "seg_finetune_btcv": "train_loss missed false_positives dice_mean surface_dice_mean dice_spleen dice_left_kidney",
+    "seg_finetune_btcv": "loss/train validation/missed validation/false_positives dice/mean "
+    "surface_dice/mean dice/spleen dice/left_kidney",
 }
 
 
 def test_tensorboard_shows_terms_scores_and_pictures(recipe: Recipe) -> None:
     tags = tags_of(recipe.finished)
     assert {*SHOWN[recipe.name].split()} <= tags
-    assert "knn_auroc" not in tags or recipe.name == "pretrain_vq_ssl"  # volumes have no labels
+    assert all("/" in tag for tag in events_of(recipe.finished).Tags()["scalars"])  # each in a group
+    assert "knn_auroc/mean" not in tags or recipe.name == "pretrain_vq_ssl"  # volumes have no labels
 
 
 def test_an_epoch_and_one_more_are_bit_for_bit_two(recipe: Recipe, tmp_path: Path) -> None:
@@ -425,6 +429,7 @@ def test_two_processes_hold_one_network_and_outlive_the_loss_of_one(recipe: Reci
     assert result.returncode == 0, result.stderr[-3000:]
     said = re.findall(r"Going on from \S+, after epoch (\d+)\.", result.stdout + result.stderr)
     assert said == [str(last)]  # by one of them
+    assert result.stdout.count("\nNext: ") == 1  # by the first
     assert f"checkpoint_epoch={last + 1}.pt" in names(tmp_path / "out" / "checkpoints")
     assert settings(tmp_path / "out")["world_size"] == 2
     states = [torch.load(tmp_path / "out" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]

@@ -95,7 +95,7 @@ def test_a_smoke_run_is_clearly_above_chance(tmp_path: Path) -> None:
     result = command_line(CONFIGS / "train.json", output_dir=tmp_path, encoder="resnet10", max_epochs=5)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
-    assert max(event.value for event in events_of(tmp_path).Scalars("auroc")) > 0.7
+    assert max(event.value for event in events_of(tmp_path).Scalars("auroc/mean")) > 0.7
 
 
 def test_evaluation_writes_what_prediction_uses(bundle: Recipe, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_evaluation_writes_what_prediction_uses(bundle: Recipe, tmp_path: Path) 
     assert "cysts" in (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     assert metrics_of(tmp_path)["temperature"] > 0
     bundle.run("inference", tmp_path, calibration=tmp_path / "eval" / "calibration.json", overlays="top")
-    evaluated = {row["image"]: row for row in table(tmp_path / "eval" / "predictions.csv")}
+    evaluated = {row["image"]: row for row in table(tmp_path / "eval" / "cases.csv")}
     predicted = {row["image"]: row for row in table(tmp_path / "eval" / "probabilities.csv")}
     thresholds = read(tmp_path / "eval" / "calibration.json")["thresholds"]
     assert (len(evaluated), len(predicted)) == (16, 56)

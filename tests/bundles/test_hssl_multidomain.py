@@ -217,9 +217,9 @@ def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
         losses = [event.value for event in events.Scalars(f"loss/{name}")]
         assert np.mean(losses[-5:]) < np.mean(losses[:5]), name
     first, last = ({tag: events.Scalars(tag)[place].value for tag in events.Tags()["scalars"]} for place in (0, -1))
-    assert last["accuracy_task"] > first["accuracy_task"] + 0.3
-    assert last["reconstruction_error"] < 0.7 * first["reconstruction_error"]
-    assert last["retrieval_task"] > first["retrieval_task"]
+    assert last["accuracy/task"] > first["accuracy/task"] + 0.3
+    assert last["reconstruction_error/mean"] < 0.7 * first["reconstruction_error/mean"]
+    assert last["retrieval/task"] > first["retrieval/task"]
     domains = table(tmp_path / "eval" / "domains.csv")
     assert len({row["task"] for row in domains}) >= 4
     assert len({row["group"] for row in domains}) >= 2

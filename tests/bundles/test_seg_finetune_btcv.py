@@ -153,14 +153,14 @@ def test_the_json_says_what_the_weights_are_and_what_they_saw(trained: Path) -> 
 
 def test_tensorboard_shows_losses_and_overlays(trained: Path, organs: Path) -> None:
     events = events_of(trained)
-    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("dice_mean")] == [1, 2]
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("dice/mean")] == [1, 2]
     names = pseudonyms(read_segmentation(organs).validation)
     assert events.Tags()["images"] == [f"overlays/{index}_{name}" for index, name in enumerate(names, 1)]
 
 
 def test_the_weights_are_those_of_the_best_validation_or_the_last_epoch(trained: Path, on_blocks: Path) -> None:
-    scores = [event.value for event in events_of(trained).Scalars("dice_mean")]
+    scores = [event.value for event in events_of(trained).Scalars("dice/mean")]
     best = int(np.argmax(scores)) + 1
     assert checkpoint(trained, 2)["trainer"]["best_epoch"] == best
     assert same(weights(trained), checkpoint(trained, best)["network"])
@@ -528,7 +528,7 @@ def test_two_processes_are_one_with_the_joined_batch_and_share_its_validation(bl
     # Adam divides small gradients by their size, and so makes much of the rounding of a few.
     differing = torch.cat([(one[key] - two[key]).abs().ravel() for key in one])
     assert (differing > 1e-3).float().mean() < 0.01
-    scores = [[event.value for event in events_of(tmp_path / name).Scalars("dice_mean")] for name in ("one", "two")]
+    scores = [[event.value for event in events_of(tmp_path / name).Scalars("dice/mean")] for name in ("one", "two")]
     assert scores[1] == pytest.approx(scores[0], abs=0.02)
 
     cases = evaluate(blocks, tmp_path / "two", split="validation")
@@ -631,7 +631,7 @@ def test_a_smoke_run_on_coarse_voxels_learns(tmp_path: Path) -> None:
     result = command_line(CONFIGS / "train.json", output_dir=tmp_path, max_epochs=10, **coarse)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
-    scores = [event.value for event in events_of(tmp_path).Scalars("dice_mean")]
+    scores = [event.value for event in events_of(tmp_path).Scalars("dice/mean")]
     assert scores[-1] > scores[0] + 0.05
     for config in ("evaluate", "inference"):
         assert command_line(CONFIGS / f"{config}.json", output_dir=tmp_path).returncode == 0

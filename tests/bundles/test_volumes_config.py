@@ -76,7 +76,7 @@ def test_findings_of_whole_volumes_give_an_auroc(tmp_path: Path) -> None:
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / item["image"])
     write(tmp_path / "dataset.json", {"task": "chest", "group": "body", "modality": "MR", **splits})
     train(tmp_path.as_posix(), tmp_path / "out", pixdim=[1, 1, 1], val_interval=1)
-    assert {"knn_auroc", "knn_auroc_stages"} <= tags_of(tmp_path / "out")
+    assert {"knn_auroc/mean", "knn_auroc/stages"} <= tags_of(tmp_path / "out")
 
 
 def test_without_data_it_draws_phantoms_of_volumes(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
+import base64
+import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from datetime import date
 from math import isnan
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from helpers import evaluated as run
@@ -74,11 +78,16 @@ class Evaluated:
         self.network = Quadrants(scale)
         self.test, self.validation = test or Set(60, 1, rare=False), validation or Set(50, 0, rare=True)
         arguments = {"num_samples": 50, "facts": {"data": "made up"}, **kwargs}
+        for item, image in zip(self.test.data, self.test.images, strict=True):
+            item["image"] = str(folder / item["image"])
+            Path(item["image"]).parent.mkdir(parents=True, exist_ok=True)
+            large = image[0].T.repeat_interleave(50, 0).repeat_interleave(50, 1)  # the network sees a small copy
+            PIL.Image.fromarray((255 * large.numpy()).astype(np.uint8)).save(item["image"])
         handler = ClassifierEvaluation(DataLoader(self.validation, batch_size=8), NAMES, folder, **arguments)
         logging.getLogger("ignite").setLevel(logging.ERROR)
         saver = MetricsSaver(folder, metrics="*")
         self.metrics = run(self.network, DataLoader(self.test, batch_size=8), handler, saver).state.metrics
-        self.findings, self.predictions = table(folder / "findings.csv"), table(folder / "predictions.csv")
+        self.findings, self.predictions = table(folder / "findings.csv"), table(folder / "cases.csv")
         self.folder = folder
 
     def logits(self, split: Set) -> np.ndarray:
@@ -134,7 +143,7 @@ def test_findings_without_positives_are_named_with_their_counts_and_have_no_metr
 
 def test_predictions_and_scores_hold_every_image_and_the_network_stays(evaluated: Evaluated) -> None:
     row, probability = evaluated.predictions[7], sigmoid(evaluated.logits(evaluated.test))[7]
-    assert row["image"] == "folder/1_7.png"
+    assert Path(row["image"]).name == "1_7.png"
     said = [each["subject"] for each in evaluated.predictions]
     assert len({*said}) == len({*zip(said, (item["subject"] for item in evaluated.test.data), strict=True)}) == 30
     assert numbers(row, [f"{name} probability" for name in NAMES]) == pytest.approx(probability, abs=1e-6)
@@ -173,22 +182,38 @@ def test_the_report_shows_curves_facts_and_the_worst_cases(evaluated: Evaluated)
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     assert "<td>60</td><td>0</td>" in page
     assert "<figcaption>Left, ROC on the test split: " in page
-    assert page.count("data:image/png;base64,") == 1 + 2 * 4
+    assert page.count("data:image/jpeg;base64,") == 2 * 4
     wrong = evaluated.logits(evaluated.test)[:, :2].copy()
     labels = evaluated.test.labels.numpy()[:, :2]
     thresholds = np.array([float(row["threshold"]) for row in evaluated.findings[1:3]])
     wrong -= np.log(thresholds / (1 - thresholds))
     missed, alarm = np.where(labels == 1, wrong, np.inf), np.where(labels == 0, wrong, -np.inf)
     for place in (missed.argmin(), alarm.argmax()):
-        assert f"<dt>Line of predictions.csv</dt><dd>{place // 2 + 2}</dd>" in page
+        assert f"<dt>Line of cases.csv</dt><dd>{place // 2 + 2}</dd>" in page
+        index, column = divmod(int(place), 2)
+        assert f"<dt>Threshold</dt><dd>{thresholds[column]:.3f}</dd>" in page
+        subject = evaluated.predictions[index]["subject"]
+        outcome = "missed" if labels[index, column] == 1 else "false alarm"
+        assert f"<h3>{NAMES[column]}, {outcome}: {subject}, image {index % 2 + 1} of 2</h3>" in page
     assert ".png" not in page
+
+
+def test_the_worst_cases_are_shown_as_their_files_have_them_with_finding_and_probability(evaluated: Evaluated) -> None:
+    page = (evaluated.folder / "report.html").read_text(encoding="utf-8")
+    pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)\" alt=\"([^\"]+)\"", page)
+    for (plain, _), (overlay, caption) in zip(pictures[::2], pictures[1::2], strict=True):
+        small, large = (PIL.Image.open(io.BytesIO(base64.b64decode(each))) for each in (plain, overlay))
+        assert small.size == (600, 400)
+        assert large.width == 600
+        assert large.height > 450  # the caption stands above
+        assert re.fullmatch(r"(Opacity|Pleural Thickening): probability 0\.\d{3}, threshold 0\.\d{3}\.", caption)
 
 
 def test_the_report_says_where_saliency_is_empty(tmp_path: Path) -> None:
     Evaluated(tmp_path, scale=-4.0, num_worst=4)  # every image lowers every output
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("No saliency: nothing raised the output.") == 4
-    assert page.count("data:image/png;base64,") == 1 + 4
+    assert page.count("data:image/jpeg;base64,") == 4
 
 
 def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Oracle, Writer, table
 from helpers import evaluated as run
+from matplotlib.figure import Figure
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, LoadImaged, Orientationd, SelectItemsd, Spacingd, SpatialPadd
@@ -118,8 +119,11 @@ def test_a_prediction_of_unknown_origin_is_refused(tmp_path: Path) -> None:
 
 def test_pictures_show_the_prediction_on_the_grid_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(module, "case_figure", lambda *arguments: drawn.append(arguments))
-    monkeypatch.setattr(module, "figure_to_tensor", lambda figure: torch.zeros(3, 1, 1))
+    monkeypatch.setattr(module, "case_figure", lambda *arguments: drawn.append(arguments) or Figure())
+    said: list[str] = []
+    monkeypatch.setattr(
+        module, "figure_to_tensor", lambda figure: said.append(figure.get_suptitle()) or torch.zeros(3, 1, 1)
+    )
     monkeypatch.setattr(module, "figure_to_png", lambda figure: b"")
     item = write(tmp_path, "a", label_map(), flipped=True)
     writer: Any = Writer()
@@ -128,6 +132,7 @@ def test_pictures_show_the_prediction_on_the_grid_of_the_file(tmp_path: Path, mo
     )
     evaluated([item, item], handler, lost=(1,))
     assert list(writer.images) == [f"overlays/1_{pseudonyms([item])[0]}"]
+    assert said == [f"Subject {pseudonyms([item])[0]}, epoch 1"] * 2
     assert (tmp_path / "report.html").exists()
     label = np.asarray(nib.load(item["image"]).dataobj)
     assert len(drawn) == 3  # twice in TensorBoard, and in the report from what was stored

@@ -11,6 +11,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from dissect_monai.handlers import segmentation_report
 from dissect_monai.handlers.segmentation_report import (
+    PLANES,
     CaseMaps,
     CaseScores,
     case_figure,
@@ -198,7 +199,8 @@ def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -
     preds[2][preds[2] == 1] = 0
     labels = {"liver": [2], "right_kidney": [1], "spleen": [3]}  # the last is in no label
     scores = [score_structures(label_map(), pred, labels, SPACING) for pred in preds]
-    cases = [CaseScores(f"/data/{name}.nii.gz", name, each) for name, each in zip("abc", scores, strict=True)]
+    subjects = zip("abc", "ABA", scores, strict=True)
+    cases = [CaseScores(f"/data/{name}.nii.gz", subject, each) for name, subject, each in subjects]
     pictures, path, notes = {case.case: b"png" for case in cases}, tmp_path / "new" / "report.html", ["Within 2 mm."]
     write_segmentation_report(path, cases, summarize(cases, 20), pictures, CLASSES, {"split": "test"}, notes)
     page = Page(path)
@@ -206,19 +208,22 @@ def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -
     assert page.of("th") == headings
     lines = [page.of("td")[start : start + 7] for start in range(0, 28, 7)]
     assert [(line[0], line[1], *line[-2:]) for line in lines] == [
-        ("Mean of structures", "3", "1", "0"), ("liver", "3", "0", "0"), ("right kidney", "3", "1", "0"),
+        ("Mean of structures", "2", "1", "0"), ("liver", "2", "0", "0"), ("right kidney", "2", "1", "0"),
         ("spleen", "0", "0", "0"),
     ]  # fmt: skip
     assert lines[3][2:5] == ["–"] * 3
     assert page.values("style") == [f"background: {ORGAN_COLORS[index]}" for index in (1, 0, 2)]
     assert page.of("dt")[:3] == ["Mean Dice", "Split", "Date"]
     facts = page.of("dd")[3:]
-    assert facts[:4] == ["best", "a", "1.000", "liver 1.000, right kidney 1.000"]
-    assert [facts[4:6], facts[8:10]] == [["median", "b"], ["worst", "c"]]
+    assert facts[:4] == ["2–4", "A", "1.000", "liver 1.000, right kidney 1.000"]
+    assert [facts[4:6], facts[8:10]] == [["5–7", "B"], ["8–10", "A"]]
+    assert page.of("h3") == ["Best: A, volume 1 of 2", "Median: B", "Worst: A, volume 2 of 2"]
+    write_tables(tmp_path, cases, summarize(cases, 20))
+    assert {row["case"] for row in table(tmp_path / "cases.csv")[8 - 2 : 10 - 1]} == {"/data/c.nii.gz"}
     assert facts[-1].endswith("right kidney 0.000")
     assert page.of("h2") == ["Results", "Cases by their mean Dice"]
     assert page.of("li") == notes
-    assert page.values("alt") == ["Overlay"] * 3
+    assert page.values("alt") == [PLANES] * 3
     limits = " ".join(page.of("p"))
     assert "not a medical device" in limits
     assert "Missed" in limits

@@ -135,7 +135,7 @@ def test_the_loss_is_written_at_intervals_and_at_the_end_of_an_epoch(tmp_path: P
     with SummaryWriter(str(tmp_path / "eval")) as writer:
         FiniteLoss(2, writer).attach(engine)
         engine.run(range(3), max_epochs=2)
-    written = [(event.step, event.value) for event in events_of(tmp_path).Scalars("train_loss")]
+    written = [(event.step, event.value) for event in events_of(tmp_path).Scalars("loss/train")]
     assert written == [(2, 1), (3, 2), (4, 0), (6, 2)]
 
 

@@ -3,13 +3,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import evaluated, small_resnet
+from helpers import Writer, evaluated, small_resnet
+from ignite.engine import Engine
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
-from dissect_monai.handlers.validation import ClassificationMetrics, KNNHandler
+from dissect_monai.handlers.validation import ClassificationMetrics, KNNHandler, write_scores
 from dissect_monai.metrics.classification import expected_calibration_error
 from dissect_monai.metrics.probes import extract_features, knn_scores
 from dissect_monai.networks.encoders import feature_maps
@@ -88,3 +89,18 @@ def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
         expected = [roc_auc_score(labels[known[:, i], i], scores[known[:, i], i]) for i in range(2)]
         assert metrics[name] == pytest.approx(np.mean(expected))
     assert set(metrics) == {"knn_auroc", "knn_auroc_stages", "embedding_collapse"}
+
+
+def test_scores_are_shown_by_group_and_keep_their_names() -> None:
+    shown = {
+        "dice_mean": "dice/mean", "dice_mean_low": "dice/mean_low", "dice_left_kidney": "dice/left_kidney",
+        "surface_dice_mean": "surface_dice/mean", "auroc": "auroc/mean", "auroc_Effusion": "auroc/Effusion",
+        "ap_No_finding": "ap/No_finding", "knn_auroc": "knn_auroc/mean", "knn_auroc_stages": "knn_auroc/stages",
+        "reconstruction_error_head_mr": "reconstruction_error/head_mr", "apex": "validation/apex",
+        "missed": "validation/missed", "collapse_effective_rank": "validation/collapse_effective_rank",
+    }  # fmt: skip
+    engine, writer = Engine(lambda engine, batch: None), Writer()
+    engine.state.metrics, engine.state.epoch = dict.fromkeys(shown, 0.5), 3
+    write_scores(engine, writer)
+    assert writer.scalars == {tag: {3: 0.5} for tag in shown.values()}
+    assert [*engine.state.metrics] == [*shown]

@@ -1,5 +1,6 @@
 import io
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from dissect_monai.visualize.classifier import (
     curves_figure,
     figure_to_png,
     figure_to_tensor,
-    overlay_png,
+    overlay,
     saliency_maps,
+    text_strip,
+    whole_image,
 )
 
 
@@ -143,8 +146,8 @@ def test_leaves_the_network_as_it_was(frozen: bool) -> None:
     assert not images.requires_grad
 
 
-def drawn(image: Tensor, saliency: Tensor) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(overlay_png(image, saliency)))).astype(int)
+def drawn(image: Tensor, saliency: Tensor, **more: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(overlay(image, saliency, **more)))).astype(int)
 
 
 def test_an_overlay_is_upright_and_shows_the_image_where_nothing_is_salient() -> None:
@@ -156,3 +159,38 @@ def test_an_overlay_is_upright_and_shows_the_image_where_nothing_is_salient() ->
     changed = (drawn(image, saliency) != picture).any(-1)
     assert changed[5, 0]
     assert changed.sum() == 1
+
+
+def test_a_caption_and_a_legend_stand_above_an_overlay() -> None:
+    image, saliency = torch.rand(1, 512, 300), torch.rand(1, 7, 5)
+    plain = drawn(image, saliency)
+    assert plain.shape == (300, 512, 3)  # saliency is spread over the image
+    picture = drawn(image, saliency, caption="Effusion: probability 0.831, threshold 0.412")
+    np.testing.assert_array_equal(picture[-300:], plain)
+    legend = picture[-305]
+    assert (legend[0] == legend[0, 0]).all()  # grey: no effect
+    assert np.ptp(legend[-1]) > 30  # the colour of the strongest, over grey
+    assert picture[:20].max() == 255  # the text
+    assert not np.array_equal(picture, drawn(image, saliency, caption="Effusion: probability 0.831, threshold 0.413"))
+
+
+def test_a_long_caption_is_wrapped_and_cut_nowhere() -> None:
+    narrow, wide = (np.asarray(text_strip("probability and threshold of an effusion", width)) for width in (120, 600))
+    assert narrow.shape[0] > 2 * wide.shape[0]
+    for strip in (narrow, wide):
+        assert strip[:, [0, -1]].max() == strip[[0, -1]].max() == 0
+    assert (narrow > 0).sum() == pytest.approx((wide > 0).sum(), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((60, 40), (512, 341)), ((700, 600), (700, 600)), ((3000, 1500), (1024, 512))]
+)
+def test_the_image_of_a_file_is_shown_whole_and_scaled_to_fit(
+    tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    Image.fromarray((1000 + 7 * columns + rows).astype(np.uint16)).save(tmp_path / "film.png")
+    image = whole_image(tmp_path / "film.png")
+    assert image.shape == (1, *shown)
+    assert (image.min(), image.max()) == (0, 1)
+    assert (image.diff(dim=1) >= 0).all()  # as x grows

@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from helpers import Page
 from PIL import Image
 
 from dissect_monai.common import Interval
-from dissect_monai.visualize.page import Case, colored, write_report
+from dissect_monai.visualize.page import Case, colored, item_name, write_report
 
 NAN = float("nan")
 HEADINGS = ["Finding", "n", "AUROC", "AP", "HD95 (mm)", "Threshold"]
@@ -31,7 +32,7 @@ def write(path: Path, **changes: Any) -> Page:
         "headings": HEADINGS,
         "rows": [EFFUSION, HERNIA],
         "figures": {"ROC": png(0)},
-        "cases": [Case({"Image": png(1), "Overlay": png(2)}, FACTS)],
+        "cases": [Case("Worst: s", {"Image": png(1), "Overlay": png(2)}, FACTS)],
         "cases_heading": "Worst cases",
     }
     write_report(path / "new" / "report.html", **arguments | changes)
@@ -42,7 +43,8 @@ def test_the_page_has_its_parts_in_order(tmp_path: Path) -> None:
     page = write(tmp_path, notes=["n counts labels.", "a < b"])
     assert page.of("h1") == page.of("title") == ["Chest X-rays: test split"]
     assert page.of("h2") == ["Results", "Worst cases"]
-    assert page.of("figcaption") == ["ROC"]
+    assert page.of("h3") == ["Worst: s"]
+    assert page.of("figcaption") == ["ROC", "Image", "Overlay"]
     assert page.of("p")[0] == "For research; not a medical device, and not for diagnosis."
     assert page.of("li") == ["n counts labels.", "a < b"]
     assert page.tags.index("table") < page.tags.index("li") < page.tags.index("figure")
@@ -61,20 +63,26 @@ def test_the_table_shows_values_with_their_intervals_and_what_is_unknown_as_a_da
 
 
 def test_a_text_may_have_a_colour_and_a_picture_be_missing(tmp_path: Path) -> None:
-    cases = [Case({"Image": png(1), "Overlay": "None: <nothing>"}, {}), Case({"Planes": png(2)}, {})]
+    cases = [Case("a", {"Image": png(1), "Overlay": "None: <nothing>"}, {}), Case("b", {"Planes": png(2)}, {})]
     page = write(tmp_path, headings=["Organ"], rows=[(colored("<liver>", '#abc"'),)], figures={}, cases=cases)
     assert page.of("td") == ["<liver>"]
     assert page.values("style") == ['background: #abc"']
-    assert page.of("div") == ["None: <nothing>"]
+    assert page.of("figure") == ["None: <nothing>"]
     assert page.values("alt") == ["Image", "Planes"]
-    assert [name for name in page.values("class") if name and name.startswith("case ")] == ["case wide"]
+    assert [name for name in page.values("class") if name and name.startswith("pictures")] == [
+        "pictures",
+        "pictures wide",
+    ]
 
 
 def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
     page = write(tmp_path)
     sources = [source.partition("data:image/png;base64,") for source in page.values("src") if source]
     assert [base64.b64decode(data) for _, _, data in sources] == [png(0), png(1), png(2)]
-    assert not {"link", "script", "iframe"} & set(page.tags)
+    assert not {"link", "iframe"} & set(page.tags)
+    (script,) = page.of("script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     assert not page.values("href")
     assert "url(" not in "".join(page.of("style"))
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8").count("default-src 'none'") == 1
@@ -82,20 +90,34 @@ def test_pictures_are_inside_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 def test_no_text_becomes_an_element_an_attribute_or_part_of_the_template(tmp_path: Path) -> None:
     texts = {"title": ATTACK, "facts": {ATTACK: ATTACK}, "headings": [ATTACK], "cases_heading": ATTACK}
-    rows, cases = [(ATTACK,), (colored(ATTACK, ATTACK),)], [Case({ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})]
+    rows, cases = (
+        [(ATTACK,), (colored(ATTACK, ATTACK),)],
+        [Case(ATTACK, {ATTACK: png(1), "none": ATTACK}, {"name": ATTACK})],
+    )
     page = write(tmp_path, **texts, rows=rows, cases=cases, figures={ATTACK: png(0)}, notes=[ATTACK], limits=[ATTACK])
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
+    assert ATTACK not in page.of("script")[0]
     assert not page.values("onerror")
-    tags = ("h1", "h2", "dt", "dd", "th", "td", "figcaption", "li", "p", "div")
-    assert [page.of(tag).count(ATTACK) for tag in tags] == [1, 1, 1, 2, 1, 2, 1, 1, 1, 1]
+    tags = ("h1", "h2", "h3", "dt", "dd", "th", "td", "figcaption", "li", "p", "figure")
+    assert [page.of(tag).count(ATTACK) for tag in tags] == [1, 1, 1, 1, 2, 1, 2, 2, 1, 1, 1]
     assert page.values("alt") == [ATTACK] * 2
 
 
 def test_file_names_that_are_no_text_are_written(tmp_path: Path) -> None:
-    page = write(tmp_path, cases=[Case({}, {"name": "caf\udce9 é.png"})])
+    page = write(tmp_path, cases=[Case("", {}, {"name": "caf\udce9 é.png"})])
     assert "caf? é.png" in page.of("dd")
 
 
 def test_numbers_of_any_type_are_shown(tmp_path: Path) -> None:
     facts = {"a": np.int64(12345), "b": np.float32(0.25), "c": float("inf"), "d": True}
     assert write(tmp_path, facts=facts, cases=()).of("dd") == ["12,345", "0.250", "inf", "1"]
+
+
+def test_images_of_one_subject_have_names_of_their_own() -> None:
+    names = [item_name(index, ["s", "t", "s"], "film") for index in range(3)]
+    assert names == ["s, film 1 of 2", "t", "s, film 2 of 2"]
+
+
+def test_a_jpeg_is_called_one(tmp_path: Path) -> None:
+    page = write(tmp_path, cases=[Case("", {"Film": b"\xff\xd8\xff"}, {})])
+    assert [source[:16] for source in page.values("src") if source] == ["data:image/png;b", "data:image/jpeg;"]

@@ -1,11 +1,13 @@
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.visualize.classifier import figure_to_tensor
-from dissect_monai.visualize.segmentation import FILL, ORGAN_COLORS, segmentation_overlay
+from dissect_monai.visualize.segmentation import FILL, ORGAN_COLORS, organ_color, segmentation_overlay
 
 CLASSES = ["liver", "right_kidney", "heart", "spleen"]
 SHAPE, SPACING = (24, 20, 12), (1.0, 2.0, 5.0)
@@ -128,3 +130,38 @@ def test_there_may_be_more_structures_than_colours() -> None:
     label = np.arange(24 * 20 * 12).reshape(SHAPE) % 40
     names = [f"organ {value}" for value in range(1, 40)]
     assert len(legend(overlay(label=label, pred=label, class_names=names))) == 41
+
+
+TOUCHING = {  # organs of BTCV that lie beside each other
+    "liver": ("gallbladder", "right_kidney", "stomach", "inferior_vena_cava", "right_adrenal_gland", "esophagus"),
+    "spleen": ("stomach", "left_kidney", "pancreas", "left_adrenal_gland", "portal_and_splenic_veins"),
+    "pancreas": ("stomach", "portal_and_splenic_veins", "aorta", "inferior_vena_cava", "left_kidney"),
+    "stomach": ("esophagus", "left_adrenal_gland", "portal_and_splenic_veins", "gallbladder"),
+    "aorta": ("inferior_vena_cava", "esophagus", "left_adrenal_gland"),
+    "left_kidney": ("left_adrenal_gland",),
+    "right_kidney": ("right_adrenal_gland", "gallbladder", "inferior_vena_cava"),
+}
+
+
+def lab(color: str, opacity: float = 1.0) -> np.ndarray:
+    """CIELAB (D65) of a colour over middle grey, by the formulas of the standard."""
+    mixed = opacity * np.array(to_rgb(color)) + (1 - opacity) * 0.5
+    linear = np.where(mixed <= 0.04045, mixed / 12.92, ((mixed + 0.055) / 1.055) ** 2.4)
+    matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    x, y, z = np.cbrt(matrix @ linear / [0.95047, 1, 1.08883])  # no colour here is so dark that it would be linear
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_organs_have_colours_of_their_own_and_touching_ones_differ_as_areas_too() -> None:
+    colors = dict(zip(BTCV_ORGANS, map(organ_color, range(1, 14)), strict=True))
+    for one, other in combinations(colors.values(), 2):
+        assert np.linalg.norm(lab(one) - lab(other)) > 25
+    for organ, others in TOUCHING.items():
+        for other in others:
+            assert np.linalg.norm(lab(colors[organ], FILL) - lab(colors[other], FILL)) > 20, (organ, other)
+
+
+def test_outlines_are_read_on_black() -> None:
+    for color in ORGAN_COLORS:
+        linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in to_rgb(color)]
+        assert (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) / 0.05 > 3  # WCAG 1.4.11

@@ -84,3 +84,16 @@ def test_masked_voxels_are_blue_and_all_others_grey(spatial_dims: int) -> None:
     torch.testing.assert_close(shown[hidden], torch.tensor(MASK_COLOR).expand(int(hidden.sum()), 3))
     torch.testing.assert_close(shown[~hidden], images.squeeze(1)[~hidden].unsqueeze(1).expand(-1, 3))
     assert torch.equal(show_mask(images, None)[:, 2:], images)
+
+
+def test_what_columns_and_rows_show_is_written_into_the_picture_and_covers_none_of_it() -> None:
+    images, captions = torch.rand(2, 1, 300, 300), ["first view", "first view, decoded from its codes, which are many"]
+    plain, figure = view_figure([images] * 2), view_figure([images] * 2, captions)
+    above = next(row for row in range(figure.shape[1]) if torch.equal(figure[:, row : row + 600], plain))
+    below = figure[:, above + 600 :]
+    for text in (figure[:, :above, :300], figure[:, :above, 300:], below):
+        assert text.max() > 0.9  # white
+        assert (text == 0).float().mean() > 0.6  # on black
+    other = view_figure([images] * 2, [captions[1], captions[0]])
+    assert other.shape == figure.shape
+    assert not torch.equal(other, figure)
