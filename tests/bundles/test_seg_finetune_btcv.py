@@ -37,7 +37,7 @@ from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import read_segmentation
-from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
+from dissect_monai.networks.weights import SEGMENTATION
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 CONFIGS = ROOT / "bundles" / "seg_finetune_btcv" / "configs"
@@ -283,7 +283,7 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
     assert {name: said[name] for name in shape} == shape
     assert said["pretrained"] == str(model(hssl))
     before, after = weights(hssl), weights(tmp_path)
-    kept = [key for key in before if not key.startswith(LAST_LAYER)]
+    kept = [key for key in before if not key.startswith(SEGMENTATION[SegResNet].last_layer)]
     assert len(kept) == len(before) - 2
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in kept)
     assert len(evaluate(organs, tmp_path)) == 26
@@ -293,9 +293,37 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
     vq_ssl = recipe_of("pretrain_vq_ssl_volumes")  # an encoder alone
     finetune(organs, tmp_path, vq_ssl.model, freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
-    assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl.finished))
+    assert same(part(first, SEGMENTATION[SegResNet].encoder), weights(vq_ssl.finished))
     assert not same(part(first, "up_layers."), part(second, "up_layers."))
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
+
+
+def test_a_pretrained_resnet_gets_a_decoder_and_is_frozen_with_its_statistics(
+    recipe_of: Recipes, organs: Path, tmp_path: Path
+) -> None:
+    recipe, knobs = recipe_of("pretrain_vq_ssl_volumes"), {"encoder": "resnet10", "stages": [3, 4]}
+    recipe.train(tmp_path / "ssl", blocks_down=[1, 1, 1, 1], hidden_dim=8, **knobs)
+    said = settings(tmp_path / "ssl")
+    assert (said["encoder"], said["spatial_dims"]) == ("resnet10", 3)
+    out, two = tmp_path / "out", {"freeze_epochs": 1, "max_epochs": 2, "select": "last", "structures": ["liver"]}
+    finetune(organs, out, model(tmp_path / "ssl"), **two)
+    assert settings(out)["encoder"] == "resnet10"
+    first, second = (checkpoint(out, epoch)["network"] for epoch in (1, 2))
+    encoder = {f"encoder.{key}": value for key, value in weights(tmp_path / "ssl").items()}
+    assert same(part(first, "encoder."), encoder)
+    assert not any(torch.equal(first[key], second[key]) for key in ("encoder.conv1.weight", "encoder.bn1.running_mean"))
+    resumed = shutil.copytree(out, tmp_path / "resumed")
+    (resumed / "checkpoints" / "checkpoint_epoch=2.pt").unlink()
+    finetune(organs, resumed, model(tmp_path / "ssl"), **two, resume=True)
+    assert same(weights(resumed), weights(out))
+    assert scored(evaluate(organs, out)) == {("liver", "6")}
+    assert list(segment(organs / "images" / "abdomen_ct_test_000.nii.gz", out).glob("*_seg.nii.gz"))
+    with refused("`--deep_supervision` needs `--encoder` SegResNet, got another: set it to 0"):
+        train(organs, tmp_path / "no", encoder="resnet10", deep_supervision=1)
+    with refused(
+        r"`--batch_size` must be at least 2 with `--encoder` resnet10 and `--patch_size` \[16, 16, 16\], got 1"
+    ):
+        train(organs, tmp_path / "no", encoder="resnet10", batch_size=1)
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
