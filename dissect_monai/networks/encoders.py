@@ -105,6 +105,12 @@ def stages_of(encoder: Any) -> list[list[nn.Module]]:
     return [[], *([child] for name, child in encoder.named_children() if name in LAYERS)]
 
 
+def stage_names(network: nn.Module) -> list[str]:
+    """Names of the modules that end the stages, fine to coarse: of each the last that is not an activation."""
+    names = {module: name for name, module in network.named_modules()}
+    return [names[([each for each in stage if [*each.parameters()]] or stage)[-1]] for stage in stages_of(network)[1:]]
+
+
 def head_name(network: nn.Module) -> str:
     """Name of the linear layer that classifies; that of a ResNet if there is none."""
     modules = dict(network.named_modules())
