@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai.networks.nets import SegResNet
-from torch import nn
+from torch import Tensor, nn
 
 from dissect_monai.common import InputError, shorten
 from dissect_monai.networks.encoders import ENCODERS, HEADS, head_name
@@ -130,10 +130,11 @@ def load_weights(
     if names is not None and not transfer:
         _refuse_other_names(network, path, settings, names)
     if parts := parts_of(network):
-        dims = settings.get("spatial_dims", network.spatial_dims)
-        if dims != network.spatial_dims:
+        dims = max((value.ndim for value in state.values() if isinstance(value, Tensor)), default=0) - 2  # of a kernel
+        if dims in (2, 3) and dims != network.spatial_dims:
             raise InputError(
-                f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones."
+                f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones: set "
+                f"`spatial_dims` to {dims}, or give other weights."
             )
         if isinstance(network, EncoderDecoder) and not any(str(key).startswith("decoder.") for key in state):
             state = {f"encoder.{key}": value for key, value in state.items()}  # as pretraining leaves it

@@ -298,32 +298,44 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
 
 
-def test_a_pretrained_resnet_gets_a_decoder_and_is_frozen_with_its_statistics(
-    recipe_of: Recipes, organs: Path, tmp_path: Path
-) -> None:
-    recipe, knobs = recipe_of("pretrain_vq_ssl_volumes"), {"encoder": "resnet10", "stages": [3, 4]}
-    recipe.train(tmp_path / "ssl", blocks_down=[1, 1, 1, 1], hidden_dim=8, **knobs)
-    said = settings(tmp_path / "ssl")
-    assert (said["encoder"], said["spatial_dims"]) == ("resnet10", 3)
+def test_weights_of_xrays_start_a_segmentation_of_slices(recipe_of: Recipes, organs: Path, tmp_path: Path) -> None:
+    model_2d, flat = recipe_of("pretrain_vq_ssl").model, {"pixdim": [12, 12], "patch_size": [16, 16]}
     out, two = tmp_path / "out", {"freeze_epochs": 1, "max_epochs": 2, "select": "last", "structures": ["liver"]}
-    finetune(organs, out, model(tmp_path / "ssl"), **two)
-    assert settings(out)["encoder"] == "resnet10"
+    finetune(organs, out, model_2d, **flat, **two)
+    assert {key: settings(out)[key] for key in ("encoder", "spatial_dims")} == {
+        "encoder": "resnet10",
+        "spatial_dims": 2,
+    }
     first, second = (checkpoint(out, epoch)["network"] for epoch in (1, 2))
-    encoder = {f"encoder.{key}": value for key, value in weights(tmp_path / "ssl").items()}
-    assert same(part(first, "encoder."), encoder)
+    encoder = {f"encoder.{key}": value for key, value in torch.load(model_2d, weights_only=True).items()}
+    assert same(part(first, "encoder."), encoder)  # statistics of its norms, too
     assert not any(torch.equal(first[key], second[key]) for key in ("encoder.conv1.weight", "encoder.bn1.running_mean"))
-    resumed = shutil.copytree(out, tmp_path / "resumed")
-    (resumed / "checkpoints" / "checkpoint_epoch=2.pt").unlink()
-    finetune(organs, resumed, model(tmp_path / "ssl"), **two, resume=True)
-    assert same(weights(resumed), weights(out))
+    (out / "checkpoints" / "checkpoint_epoch=2.pt").unlink()
+    finetune(organs, out, model_2d, **flat, **two, resume=True)
+    assert same(weights(out), second)
     assert scored(evaluate(organs, out)) == {("liver", "6")}
     assert list(segment(organs / "images" / "abdomen_ct_test_000.nii.gz", out).glob("*_seg.nii.gz"))
-    with refused("`--deep_supervision` needs `--encoder` SegResNet, got another: set it to 0"):
-        train(organs, tmp_path / "no", encoder="resnet10", deep_supervision=1)
-    with refused(
-        r"`--batch_size` must be at least 2 with `--encoder` resnet10 and `--patch_size` \[16, 16, 16\], got 1"
+
+
+def test_a_resnet_that_volumes_have_pretrained_starts_a_segmentation(
+    recipe_of: Recipes, organs: Path, tmp_path: Path
+) -> None:
+    knobs = {"encoder": "resnet10", "stages": [3, 4], "blocks_down": [1, 1, 1, 1], "hidden_dim": 8}
+    recipe_of("pretrain_vq_ssl_volumes").train(tmp_path / "ssl", **knobs)
+    assert settings(tmp_path / "ssl")["encoder"] == "resnet10"
+    finetune(organs, tmp_path / "out", model(tmp_path / "ssl"), structures=["liver"], **FROZEN)
+    before, after = weights(tmp_path / "ssl"), weights(tmp_path / "out")
+    kernels = [key for key, value in before.items() if value.ndim == 5]
+    assert all(torch.allclose(before[key], after[f"encoder.{key}"], atol=1e-6) for key in kernels)
+    for knob, message in (
+        ({"deep_supervision": 1}, "`--deep_supervision` needs `--encoder` SegResNet, got another: set it to 0"),
+        (
+            {"batch_size": 1},
+            r"`--batch_size` must be at least 2 with `--encoder` resnet10 and .* \[16, 16, 16\], got 1",
+        ),
     ):
-        train(organs, tmp_path / "no", encoder="resnet10", batch_size=1)
+        with refused(message):
+            train(organs, tmp_path / "no", encoder="resnet10", **knob)
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
