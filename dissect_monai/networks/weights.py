@@ -19,6 +19,9 @@ from dissect_monai.writing import load_whole, save_atomically, written_atomicall
 logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = [{f"{head}.weight", f"{head}.bias"} for head in HEADS]  # of a network that classifies
+SEGRESNET_ENCODER = ("convInit.", "down_layers.")
+SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
+LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
 SEGRESNET_REMEDY = (
     "Is it a SegResNet of the same spatial_dims, init_filters, blocks, input and output channels, as the JSON beside "
     "the weights says, and no checkpoint? Weights of an encoder alone have the keys convInit and down_layers."
@@ -30,11 +33,11 @@ class Parts(NamedTuple):
 
     encoder: tuple[str, ...]
     decoder: tuple[str, ...]
-    last_layer: str  # whose outputs are classes, or the image itself
+    last_layer: str
 
 
 SEGMENTATION: dict[type[nn.Module], Parts] = {
-    SegResNet: Parts(("convInit.", "down_layers."), ("up_layers.", "up_samples.", "conv_final."), "conv_final.2."),
+    SegResNet: Parts(SEGRESNET_ENCODER, SEGRESNET_DECODER, LAST_LAYER),
     EncoderDecoder: Parts(("encoder.",), ("decoder.", "head."), "head."),
 }
 

@@ -37,7 +37,7 @@ from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import read_segmentation
-from dissect_monai.networks.weights import SEGMENTATION
+from dissect_monai.networks.weights import LAST_LAYER, SEGRESNET_ENCODER
 
 pytestmark = pytest.mark.usefixtures("_in_root")
 CONFIGS = ROOT / "bundles" / "seg_finetune_btcv" / "configs"
@@ -284,7 +284,7 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
     assert {name: said[name] for name in shape} == shape
     assert said["pretrained"] == str(model(hssl))
     before, after = weights(hssl), weights(tmp_path)
-    kept = [key for key in before if not key.startswith(SEGMENTATION[SegResNet].last_layer)]
+    kept = [key for key in before if not key.startswith(LAST_LAYER)]
     assert len(kept) == len(before) - 2
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in kept)
     assert len(evaluate(organs, tmp_path)) == 26
@@ -294,7 +294,7 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
     vq_ssl = recipe_of("pretrain_vq_ssl_volumes")  # an encoder alone
     finetune(organs, tmp_path, vq_ssl.model, freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
-    assert same(part(first, SEGMENTATION[SegResNet].encoder), weights(vq_ssl.finished))
+    assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl.finished))
     assert not same(part(first, "up_layers."), part(second, "up_layers."))
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
 
