@@ -36,7 +36,8 @@ def adamw(network: nn.Module, learning_rate: float, weight_decay: float, layer_d
     Reference:
         Howard & Ruder, Universal language model fine-tuning (ULMFiT), ACL 2018, Sec. 3.2: discriminative rates.
     """
-    groups, depths, head = defaultdict(list), {}, f"{head_name(network)}."
+    groups, head = defaultdict(list), f"{head_name(network)}."
+    depths: dict[nn.Parameter, int] = {}
     for depth, modules in enumerate(reversed(stages_of(network)), start=1):
         depths |= {parameter: depth for module in modules for parameter in module.parameters()}
     for name, parameter in network.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.layers.factories import Conv
@@ -44,8 +45,8 @@ class EncoderDecoder(nn.Module):
         size = images.shape[2:]
         behind = [-side % STRIDE for side in reversed(size)]  # F.pad starts with the last axis
         maps = stem_and_stages(self.encoder, F.pad(images, [each for side in behind for each in (0, side)]))
-        logits: Tensor = self.head(self.decoder(maps, len(maps) - 1))
-        return logits[(..., *(slice(side) for side in size))]
+        inside: tuple[Any, ...] = (..., *(slice(side) for side in size))
+        return self.head(self.decoder(maps, len(maps) - 1))[inside]
 
 
 def build_segmentation(

@@ -73,11 +73,11 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
     """
     layers = stage_names(network)
     # A copy, because GradCAM leaves its hooks in the network and gradients in the parameters.
-    network = deepcopy(network)
-    for module in network.modules():
+    copied: Any = deepcopy(network)
+    for module in copied.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # else a ReLU would change what a hook holds
-    camera = GradCAM(network, layers, postprocessing=lambda maps: maps)
+    camera = GradCAM(copied, layers, postprocessing=lambda maps: maps)
     with torch.enable_grad():
         # The images need gradients, too: all parameters may be frozen.
         images = images.detach().clone().requires_grad_()

@@ -35,6 +35,14 @@ def test_four_stages_halve_the_image_and_the_last_is_what_is_classified(encoder:
     assert {*stage_names(network)} <= {name for name, _ in network.named_modules()}
 
 
+@every_encoder
+def test_every_parameter_of_an_encoder_learns_with_a_decoder_and_without(encoder: str) -> None:
+    images = torch.rand(2, 1, 64, 64)
+    for network in (build_encoder(encoder, num_classes=2), build_segmentation(encoder, 2, 1, 2)):
+        network(images).sum().backward()
+        assert all(each.grad is not None for each in network.parameters())  # as several processes need
+
+
 @every_dimension
 def test_the_swin_transformer_is_that_of_a_swin_unetr(spatial_dims: int) -> None:
     ours, whole = build_encoder("swin", spatial_dims), SwinUNETR(1, 2, feature_size=48, spatial_dims=spatial_dims)
@@ -66,7 +74,7 @@ def test_pretrains_resumes_and_is_probed_fine_tuned_and_explained(
     assert [each.shape for each in codes] == [(2, side, side), (2, side // 2, side // 2)]
 
     ssl.run("evaluate", tmp_path / "probe", pretrained=model, num_samples=5, baselines=False)
-    assert 0 <= metrics_of(tmp_path / "probe")["probe_pretrained_auroc"] <= 1
+    assert 0 <= metrics_of(tmp_path / "probe")["pretrained_last_linear_auroc_macro"] <= 1
     for mode in ("linear_probe", "finetune"):
         cxr.train(tmp_path / mode, pretrained=model, mode=mode)
         assert settings(tmp_path / mode)["encoder"] == encoder
