@@ -53,6 +53,7 @@ def test_the_swin_transformer_is_that_of_a_swin_unetr(spatial_dims: int) -> None
             assert torch.equal(found, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", OTHERS)
 def test_pretrains_resumes_and_is_probed_fine_tuned_and_explained(
     recipe_of: Recipes, tmp_path: Path, encoder: str
