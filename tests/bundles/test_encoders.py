@@ -112,6 +112,7 @@ def test_the_learning_rate_falls_with_the_depth(encoder: str) -> None:
     assert max(rates.values()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [False, True])
 @every_encoder
 def test_what_is_exported_gives_what_the_network_gives(encoder: str, segments: bool, tmp_path: Path) -> None:
