@@ -59,10 +59,12 @@ from dissect_monai.losses.segmentation import AnnotatedLoss as AnnotatedLoss
 from dissect_monai.metrics.probes import FeatureDataset as FeatureDataset
 from dissect_monai.networks.codes import load_codes as load_codes
 from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
-from dissect_monai.networks.encoders import place_network as place_network
+from dissect_monai.networks.encoders import build_encoder as build_encoder
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
+from dissect_monai.networks.optimizers import place_network as place_network
 from dissect_monai.networks.segmentation import DeepSupervisionNet as DeepSupervisionNet
+from dissect_monai.networks.segmentation import build_segmentation as build_segmentation
 from dissect_monai.networks.segmentation import init_class_prior as init_class_prior
 from dissect_monai.networks.vqssl import VQSSLNet as VQSSLNet
 from dissect_monai.networks.weights import load_weights as load_weights

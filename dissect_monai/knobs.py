@@ -14,9 +14,10 @@ from dissect_monai.common import PLANES, InputError
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
+from dissect_monai.networks.encoders import ENCODERS, RESNETS, SEGRESNET
 from dissect_monai.networks.optimizers import MODES
 from dissect_monai.networks.vqssl import FUSIONS
-from dissect_monai.networks.weights import ENCODERS, refuse_bad_mode
+from dissect_monai.networks.weights import refuse_bad_mode
 
 
 class Rule(NamedTuple):
@@ -168,6 +169,12 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
      "`patch_size` must be multiples of 2 for each level of `blocks_down` but the first, got {0} for {1}."),
     ("blocks_down blocks_up", lambda down, up: len(up) == len(down) - 1,
      "`blocks_up` must have one value fewer than `blocks_down`, got {1} and {0}."),
+    ("encoder patch_size batch_size",
+     lambda encoder, size, batch_size: encoder == SEGRESNET or batch_size > 1 or max(size) > 32,
+     "`batch_size` must be at least 2 with `encoder` {0} and `patch_size` {1}, got {2}: its batch norms need more than "
+     "one value."),
+    ("encoder image_size", lambda encoder, size: size >= 32 or encoder in (*RESNETS, "swin", SEGRESNET),
+     "`image_size` must be at least 32 with `encoder` {0}, got {1}."),
     ("mask_size patch_size", lambda mask, size: mask < min(size),
      "`mask_size` must be smaller than the sides of `patch_size`, else all is masked or nothing, got {0} for {1}."),
     ("batch_size sampling_temperature", lambda batch_size, _: batch_size % 2 == 0,
@@ -193,7 +200,7 @@ def check_knobs(parser: ConfigParser) -> None:
         if rule is SWITCH and isinstance(value, str):
             switches[name] = value.lower() == "true"
     for names, holds, says in _FITS:
-        if all(name in parser for name in names.split()):
+        if all(name in parser and not is_disabled(parser[name]) for name in names.split()):
             values = [parser.get_parsed_content(name) for name in names.split()]
             if not holds(*values):
                 raise InputError(says.format(*values))

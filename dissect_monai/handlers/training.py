@@ -6,20 +6,21 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import cos, isfinite, pi
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
-from monai.networks.nets import SegResNet
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from dissect_monai.common import InputError, rank
 from dissect_monai.networks.vqssl import VQSSLNet
-from dissect_monai.networks.weights import SEGRESNET_ENCODER
+from dissect_monai.networks.weights import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -178,22 +179,36 @@ class UnseenClasses:
 
 @dataclass(eq=False)
 class FrozenEncoder:
-    """Keeps the encoder of a `SegResNet` as it is for the first epochs, so that a new head does not spoil it.
+    """Keeps the encoder of a segmentation network as it is for the first epochs, so that a new head does not spoil it.
 
     Its gradients are dropped before the optimiser sees them, which works in any number of processes: optimisers of
-    PyTorch leave parameters without gradient alone, weight decay included.
+    PyTorch leave parameters without gradient alone, weight decay included. Its batch norms normalise by their running
+    statistics, which stay.
     """
 
-    network: SegResNet
+    network: nn.Module  # a `SegResNet` or `EncoderDecoder`
     num_epochs: int
 
     def attach(self, engine: Engine) -> None:
         """Run after every backward pass."""
+        if not self.num_epochs:
+            return
+        parts = parts_of(self.network)
+        if parts is None:
+            raise InputError(f"`freeze_epochs` must be 0 with a {type(self.network).__name__}, got {self.num_epochs}.")
+        self.encoder = [each for name, each in self.network.named_modules() if f"{name}.".startswith(parts.encoder)]
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+        for module in self.encoder:
+            if isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(partial(self._keep_statistics, engine))
 
     def __call__(self, engine: Engine) -> None:
         """Drop the gradients of the encoder, if it is early."""
         if engine.state.epoch <= self.num_epochs:
-            for name, parameter in self.network.named_parameters():
-                if name.startswith(SEGRESNET_ENCODER):
+            for module in self.encoder:
+                for parameter in module.parameters(recurse=False):
                     parameter.grad = None
+
+    def _keep_statistics(self, engine: Engine, norm: nn.Module, _: object) -> None:
+        if engine.state.epoch <= self.num_epochs:
+            norm.eval()

@@ -213,7 +213,7 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
     """
 
     dataset: Dataset[Any]  # items {"image", "label"} without augmentation; images uint8, scaled to [0, 1], or float
-    network: nn.Module  # a MONAI `ResNet` on `device`, whose head `fc` is left out
+    network: nn.Module  # one of `build_encoder` on `device`, whose head is left out
     device: torch.device | str = "cpu"  # where to compute; the features are kept in main memory
     batch_size: int = 64
     num_workers: int = 0  # processes that read the images

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from monai.networks import nets
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
-from dissect_monai.networks.encoders import PROBE_SIDE, SegResNetEncoder, feature_maps, stage_shapes
+from dissect_monai.networks.encoders import PROBE_SIDE, build_encoder, feature_maps, stage_shapes
 from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer
 from dissect_monai.networks.vqssl import Decoder, VQSSLNet
-from dissect_monai.networks.weights import ENCODERS, load_torch, load_weights, read_settings
+from dissect_monai.networks.weights import load_torch, load_weights, read_settings
 from dissect_monai.writing import save_atomically
 
 CODEBOOKS, DECODER = "codebooks.pt", "decoder.pt"
@@ -148,13 +147,8 @@ def codes_dir(weights: str | Path) -> Path:
 
 
 def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
-    name, spatial_dims = settings.get("encoder"), settings.get("spatial_dims")
-    if name == "SegResNet":
-        shape = {key: settings[key] for key in ("init_filters", "blocks_down")}
-        return SegResNetEncoder(nets.SegResNet(spatial_dims, in_channels=1, blocks_up=(), **shape))
-    if name not in ENCODERS:
-        raise InputError(f"{weights} must be of a ResNet or SegResNet that was pretrained, got {name!r}: {REMEDY}.")
-    resnet = getattr(nets, str(name))
-    return cast(
-        "nn.Module", resnet(spatial_dims=spatial_dims, n_input_channels=1, conv1_t_stride=2, feed_forward=False)
-    )
+    shape = {key: settings[key] for key in ("spatial_dims", "init_filters", "blocks_down") if key in settings}
+    try:
+        return build_encoder(settings["encoder"], **shape)
+    except (KeyError, InputError) as error:
+        raise InputError(f"{weights} must be of an encoder that was pretrained, got {error}: {REMEDY}.") from error

@@ -1,48 +1,164 @@
-"""Feature maps of encoders, stage by stage."""
+"""Encoders: MONAI's networks by name, and their feature maps, stage by stage."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from importlib.util import find_spec
+from typing import Any
 
 import torch
-from monai.networks.nets import ResNet, SegResNet
+from monai.networks import nets
+from monai.networks.nets import DenseNet, EfficientNet, ResNet, SegResNet
+from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
-from dissect_monai.networks.optimizers import trained_part
 
+RESNETS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
+SEGRESNET = "SegResNet"
+ENCODERS = (*RESNETS, "densenet121", "efficientnet-b0", "swin", SEGRESNET)
+HEADS = ("fc", "_fc", "class_layers.out")  # of a ResNet and of our own, of an EfficientNet, of a DenseNet
+LAYERS = ("layer1", "layer2", "layer3", "layer4")  # stages of other networks that are built like ResNets
 PROBE_SIDE = 64  # a multiple of every stage's stride
 
 
-def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
-    """Feature maps of every stage of a stock MONAI encoder, fine to coarse.
+def build_encoder(
+    encoder: str,
+    spatial_dims: int = 2,
+    in_channels: int = 1,
+    num_classes: int | None = None,
+    init_filters: int = 16,
+    blocks_down: Sequence[int] = (1, 2, 2, 4),
+) -> nn.Module:
+    """A network of MONAI as an encoder or, with `num_classes`, as a classifier, untrained.
 
-    A `ResNet` gives the outputs of its four residual layers, a network with `encode` (`SegResNet`) the maps of each
-    level, and any other module must itself return a list of maps. Images are of shape (B, C, *spatial), maps of shape
-    (B, C_i, *spatial_i).
+    Of images (B, in_channels, *spatial) it returns pooled features (B, C), or logits (B, num_classes). Its four stages,
+    see `feature_maps`, have strides of 4, 8, 16 and 32; those of a SegResNet start at 1.
+
+    Args:
+        encoder: a name of `ENCODERS`. "swin" is the transformer of a `SwinUNETR` of 48 features, with its keys.
+        spatial_dims: 2 or 3.
+        in_channels: channels of the images.
+        num_classes: outputs of the head; None for an encoder without one.
+        init_filters: of a SegResNet.
+        blocks_down: of a SegResNet.
+
+    Raises:
+        ValueError: if there is no such encoder, or "swin" lacks einops.
+    """
+    if encoder in RESNETS:
+        head: dict[str, Any] = {"feed_forward": False} if num_classes is None else {"num_classes": num_classes}
+        network = getattr(nets, encoder)
+        return network(spatial_dims=spatial_dims, n_input_channels=in_channels, conv1_t_stride=2, **head)
+    if encoder == SEGRESNET:
+        segresnet = SegResNet(spatial_dims, init_filters, in_channels, blocks_down=blocks_down, blocks_up=())
+        return SegResNetEncoder(segresnet, num_classes)
+    if encoder == "swin":
+        if find_spec("einops") is None:
+            raise InputError(f"`encoder` {encoder} needs einops: pip install einops, or take another.")
+        return SwinEncoder(spatial_dims, in_channels, num_classes)
+    classes = 1 if num_classes is None else num_classes
+    if encoder == "densenet121":
+        densenet = nets.DenseNet121(spatial_dims, in_channels, classes)
+        if num_classes is None:
+            densenet.class_layers.out = nn.Identity()
+        return densenet
+    if encoder == "efficientnet-b0":
+        efficientnet = nets.EfficientNetBN(encoder, False, False, spatial_dims, in_channels, classes)
+        efficientnet.set_swish(memory_efficient=False)  # which TorchScript and ONNX do not know
+        if num_classes is None:
+            efficientnet._fc = nn.Identity()
+        return efficientnet
+    raise InputError(f"`encoder` must be one of {', '.join(ENCODERS)}, got {encoder!r}.")
+
+
+def stages_of(encoder: Any) -> list[list[nn.Module]]:
+    """The stem of an encoder, then its stages, each as modules that follow one another.
+
+    Of a network that is none of `build_encoder` the stem is unknown, and the stages are what is called as in a ResNet.
     """
     if isinstance(encoder, ResNet):
-        x = encoder.act(encoder.bn1(encoder.conv1(images)))
-        maps = [encoder.layer1(x if encoder.no_max_pool else encoder.maxpool(x))]
-        for layer in (encoder.layer2, encoder.layer3, encoder.layer4):
-            maps.append(layer(maps[-1]))
-        return maps
+        pooling = [] if encoder.no_max_pool else [encoder.maxpool]
+        stem, first = [encoder.conv1, encoder.bn1, encoder.act], [*pooling, encoder.layer1]
+        return [stem, first, [encoder.layer2], [encoder.layer3], [encoder.layer4]]
+    if isinstance(encoder, DenseNet):
+        parts: Any = encoder.features
+        return [
+            [parts.conv0, parts.norm0, parts.relu0],
+            [parts.pool0, parts.denseblock1],
+            [parts.transition1, parts.denseblock2],
+            [parts.transition2, parts.denseblock3],
+            [parts.transition3, parts.denseblock4, parts.norm5, encoder.class_layers.relu],
+        ]
+    if isinstance(encoder, EfficientNet):
+        blocks, swish = list(encoder._blocks), encoder._swish
+        stem = [encoder._conv_stem_padding, encoder._conv_stem, encoder._bn0, swish]
+        top = [encoder._conv_head_padding, encoder._conv_head, encoder._bn1, swish]
+        # A stage ends before the next stride.
+        return [[*stem, blocks[0]], [blocks[1]], [blocks[2]], blocks[3:5], [*blocks[5:], *top]]
+    if isinstance(encoder, SwinTransformer):
+        layers = (encoder.layers1, encoder.layers2, encoder.layers3, encoder.layers4)
+        return [[encoder.patch_embed, encoder.pos_drop], *([*each] for each in layers)]
+    if isinstance(encoder, SegResNetEncoder):
+        return [[encoder.convInit, encoder.dropout], *([each] for each in encoder.down_layers)]
+    return [[], *([child] for name, child in encoder.named_children() if name in LAYERS)]
+
+
+def stage_names(network: nn.Module) -> list[str]:
+    """Names of the modules that end the stages, fine to coarse: of each the last that is not an activation."""
+    names = {module: name for name, module in network.named_modules()}
+    return [names[([each for each in stage if [*each.parameters()]] or stage)[-1]] for stage in stages_of(network)[1:]]
+
+
+def head_name(network: nn.Module) -> str:
+    """Name of the linear layer that classifies; that of a ResNet if there is none."""
+    modules = dict(network.named_modules())
+    return next((name for name in HEADS if isinstance(modules.get(name), nn.Linear)), HEADS[0])
+
+
+def stem_and_stages(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Maps of the stem and of every stage, each (B, C_i, *spatial_i), fine to coarse; none of an unknown network."""
+    if isinstance(encoder, SwinTransformer):
+        return SwinTransformer.forward(encoder, images)  # with its normalisation, which is no module
+    maps, stages = [], stages_of(encoder)
+    for modules in stages if stages[0] else []:
+        for module in modules:
+            images = module(images)
+        maps.append(images)
+    return maps
+
+
+def feature_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Feature maps of every stage of an encoder, fine to coarse, without that of the stem.
+
+    A network with `encode` (`SegResNet`) gives the maps of each level, and one that is none of `build_encoder` must
+    itself return a list of maps. Images are of shape (B, C, *spatial), maps of shape (B, C_i, *spatial_i).
+    """
+    if maps := stem_and_stages(encoder, images):
+        return maps[1:]
     encode = getattr(encoder, "encode", None)
-    maps = encoder(images) if encode is None else encode(images)[1]
-    if not isinstance(maps, (list, tuple)):
+    found = encoder(images) if encode is None else encode(images)[1]
+    if not isinstance(found, (list, tuple)):
         raise InputError(
-            f"`encoder` must be a MONAI ResNet, have `encode`, or return a list of feature maps, "
-            f"got {type(encoder).__name__} returning {type(maps).__name__}."
+            f"`encoder` must be one of ours, have `encode`, or return a list of feature maps, "
+            f"got {type(encoder).__name__} returning {type(found).__name__}."
         )
-    return list(maps)
+    return list(found)
 
 
-def stage_shapes(encoder: nn.Module, spatial_dims: int, in_channels: int) -> list[tuple[int, ...]]:
-    """Shape (C_i, *spatial_i) of every stage's map of an image with sides of `PROBE_SIDE`."""
-    # A copy, because its modules need not all be in one mode, nor on the CPU.
+def stage_shapes(
+    encoder: nn.Module,
+    spatial_dims: int,
+    in_channels: int,
+    maps_of: Callable[[nn.Module, Tensor], list[Tensor]] = feature_maps,
+) -> list[tuple[int, ...]]:
+    """Shape (C_i, *spatial_i) of every map of an image with sides of `PROBE_SIDE`."""
+    # A copy, because its modules need not all be in one mode, nor on the CPU. Ours need not be computed.
+    device = "meta" if stages_of(encoder)[0] else "cpu"
     with torch.no_grad():
-        image = torch.zeros(1, in_channels, *[PROBE_SIDE] * spatial_dims)
-        return [tuple(each.shape[1:]) for each in feature_maps(deepcopy(encoder).cpu().eval(), image)]
+        image = torch.zeros(1, in_channels, *[PROBE_SIDE] * spatial_dims, device=device)
+        return [tuple(each.shape[1:]) for each in maps_of(deepcopy(encoder).to(device).eval(), image)]
 
 
 def pool(features: Tensor) -> Tensor:
@@ -54,14 +170,15 @@ class SegResNetEncoder(nn.Module):
     """The encoder of a `SegResNet` without its decoder, which would wait for a gradient that never comes.
 
     It uses the modules of the network and copies nothing; the keys of its state dict are those of the `SegResNet`, so
-    that its weights load into one by key.
+    that its weights load into one by key. With `num_classes` it has a head `fc`.
     """
 
-    def __init__(self, segresnet: SegResNet) -> None:
+    def __init__(self, segresnet: SegResNet, num_classes: int | None = None) -> None:
         super().__init__()
         self.convInit = segresnet.convInit
         self.dropout = nn.Identity() if segresnet.dropout_prob is None else segresnet.dropout
         self.down_layers = segresnet.down_layers
+        self.fc = _head(segresnet.init_filters * 2 ** (len(segresnet.down_layers) - 1), num_classes)
 
     def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The bottleneck of images (B, in_channels, *spatial) and the maps of all levels, fine to coarse."""
@@ -71,15 +188,29 @@ class SegResNetEncoder(nn.Module):
         return maps[-1], maps[1:]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled bottleneck of shape (B, C), as a headless `ResNet` returns it."""
-        return pool(self.encode(images)[0])
+        """Pooled bottleneck of shape (B, C), as a headless `ResNet` returns it, or logits (B, num_classes)."""
+        return self.fc(pool(self.encode(images)[0]))
 
 
-def place_network(network: nn.Module, device: torch.device | str, mode: str = "scratch") -> nn.Module:
-    """Move a network to a device, in place, with the weights of its convolutions in channels-last order.
+class SwinEncoder(SwinTransformer):
+    """The transformer of MONAI's `SwinUNETR` of 48 features, as an encoder; a head `fc` with `num_classes`.
 
-    Returns what is to be trained: the network or, in the mode "linear_probe", its head alone, see `trained_part`.
+    Reference:
+        Hatamizadeh et al., Swin UNETR, BrainLes 2021, Sec. 3.1; Tang et al., Self-supervised pre-training of Swin
+        transformers for 3D medical image analysis, CVPR 2022, of which the 48 features are.
     """
-    is_3d = any(parameter.ndim == 5 for parameter in network.parameters())
-    memory_format = torch.channels_last_3d if is_3d else torch.channels_last
-    return trained_part(network.to(device, memory_format=memory_format), mode)  # type: ignore[call-overload]
+
+    def __init__(self, spatial_dims: int = 3, in_channels: int = 1, num_classes: int | None = None) -> None:
+        super().__init__(
+            in_channels, 48, [7] * spatial_dims, [2] * spatial_dims, (2, 2, 2, 2), (3, 6, 12, 24),
+            spatial_dims=spatial_dims,
+        )  # fmt: skip
+        self.fc = _head(2 * self.num_features, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled last map of shape (B, 768), or logits (B, num_classes)."""
+        return self.fc(pool(super().forward(images)[-1]))
+
+
+def _head(width: int, num_classes: int | None) -> nn.Module:
+    return nn.Identity() if num_classes is None else nn.Linear(width, num_classes)

@@ -6,27 +6,40 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from monai.networks import nets
 from monai.networks.nets import SegResNet
-from torch import nn
+from torch import Tensor, nn
 
 from dissect_monai.common import InputError, shorten
+from dissect_monai.networks.encoders import ENCODERS, HEADS, head_name
+from dissect_monai.networks.segmentation import EncoderDecoder
 from dissect_monai.writing import load_whole, save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
 TRAIN_FIRST = "train first, or give the right `pretrained`"
-HEAD_KEYS = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
-ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
+HEAD_KEYS = [{f"{head}.weight", f"{head}.bias"} for head in HEADS]  # of a network that classifies
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
 SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
-FIRST_KERNEL = "convInit.conv.weight"
 LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
 SEGRESNET_REMEDY = (
     "Is it a SegResNet of the same spatial_dims, init_filters, blocks, input and output channels, as the JSON beside "
     "the weights says, and no checkpoint? Weights of an encoder alone have the keys convInit and down_layers."
 )
+
+
+class Parts(NamedTuple):
+    """How the keys of a segmentation network begin."""
+
+    encoder: tuple[str, ...]
+    decoder: tuple[str, ...]
+    last_layer: str
+
+
+SEGMENTATION: dict[type[nn.Module], Parts] = {
+    SegResNet: Parts(SEGRESNET_ENCODER, SEGRESNET_DECODER, LAST_LAYER),
+    EncoderDecoder: Parts(("encoder.",), ("decoder.", "head."), "head."),
+}
 
 
 def save_weights(weights: nn.Module | Mapping[str, Any], path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -36,10 +49,11 @@ def save_weights(weights: nn.Module | Mapping[str, Any], path: str | Path, setti
     save_atomically(weights.state_dict() if isinstance(weights, nn.Module) else dict(weights), path)
 
 
-def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
+def read_settings(weights_path: str | Path | None, patches: bool = True) -> dict[str, Any]:
     """What the weights at a path depend on, as `TrainingCheckpoint` wrote it beside them; nothing without weights.
 
-    Weights without settings, or with some that are no JSON object or of an unknown encoder, are refused.
+    Weights without settings, or with some that are no JSON object or of an unknown encoder, are refused, and without
+    `patches` those of patches of volumes.
     """
     if not weights_path:
         return {}
@@ -58,10 +72,15 @@ def read_settings(weights_path: str | Path | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}.")
     encoder = settings.get("encoder", ENCODERS[0])
-    if encoder not in (*ENCODERS, SegResNet.__name__):  # a config would import and call what is named there
+    if encoder not in ENCODERS:
         raise InputError(
-            f"{weights_path} must be of a ResNet or SegResNet that was pretrained, got {encoder!r}: a class of your "
-            "own must be named on the command line, by --network_def#_target_."
+            f"{weights_path} must be of an encoder among {', '.join(ENCODERS)}, got {encoder!r}: a class of your own "
+            "must be named on the command line, by --network_def#_target_."
+        )
+    if not patches and "patch_size" in settings:
+        raise InputError(
+            f"{weights_path} must be of whole images, got weights of patches of volumes, as {path.name} says: give "
+            "those of a training on images."
         )
     return settings
 
@@ -86,16 +105,16 @@ def load_weights(
 ) -> nn.Module:
     """Load the weights of another run, every tensor or none; a line of the log says which parts were left.
 
-    A `SegResNet` takes those of a whole one, or of its encoder alone: then its decoder keeps its values. To use it as a
-    segmentation, give `names`.
+    A `SegResNet` or `EncoderDecoder` takes those of a whole one, or of its encoder alone: then its decoder keeps its
+    values. To use it as a segmentation, give `names`.
 
     Args:
         network: the network to fill.
         path: a `model.pt`, with its `model.json` if `names` are given; None leaves the network as it is.
         names: of the outputs, which those of the weights must be: the structures of the classes 1, 2, ... of a
-            `SegResNet`, or the findings.
-        transfer: whether to train for `names` from weights of any other outputs. The head `fc` of a `ResNet` keeps its
-            values, the weights must have none. The last layer of a `SegResNet` is taken over only for the same `names`.
+            segmentation, or the findings.
+        transfer: whether to train for `names` from weights of any other outputs. The head of a classifier keeps its
+            values, the weights must have none. The last layer of a segmentation is taken over only for equal `names`.
 
     Returns:
         the same network.
@@ -113,20 +132,22 @@ def load_weights(
     settings = {} if names is None else read_settings(path)
     if names is not None and not transfer:
         _refuse_other_names(network, path, settings, names)
-    if isinstance(network, SegResNet):
-        dims = getattr(state.get(FIRST_KERNEL), "ndim", 0) - 2
+    if parts := parts_of(network):
+        dims = max((value.ndim for value in state.values() if isinstance(value, Tensor)), default=0) - 2  # of a kernel
         if dims in (2, 3) and dims != network.spatial_dims:
             raise InputError(
                 f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones: set "
                 f"`spatial_dims` to {dims}, or give other weights."
             )
-        if _is_encoder(state) and (names is None or transfer):
-            left = SEGRESNET_DECODER
+        if isinstance(network, EncoderDecoder) and not any(str(key).startswith("decoder.") for key in state):
+            state = {f"encoder.{key}": value for key, value in state.items()}  # as pretraining leaves it
+        if all(str(key).startswith(parts.encoder) for key in state) and (names is None or transfer):
+            left = parts.decoder
         elif names is not None and settings.get("class_names") != list(names):
-            left = (LAST_LAYER,)
-            state = {key: value for key, value in state.items() if not str(key).startswith(LAST_LAYER)}
+            left = (parts.last_layer,)
+            state = {key: value for key, value in state.items() if not str(key).startswith(left)}
     elif transfer:
-        left = ("fc.",)
+        left = (f"{head_name(network)}.",)
     _load_state(network, state, path, left)
     parts_left = ", ".join(part.rstrip(".") for part in left) or "none"
     logger.info("Loaded %d of %d tensors of %s; parts left as they were: %s.", len(state), total, path, parts_left)
@@ -148,14 +169,15 @@ def _refuse_missing(path: str | Path, remedy: str) -> None:
         raise FileNotFoundError(f"there are no weights at {Path(path).absolute()}: {remedy}.")
 
 
-def _is_encoder(state: Mapping[str, Any]) -> bool:
-    return all(str(key).startswith(SEGRESNET_ENCODER) for key in state)
+def parts_of(network: nn.Module) -> Parts | None:
+    """The parts of a segmentation network; None of another one."""
+    return next((parts for kind, parts in SEGMENTATION.items() if isinstance(network, kind)), None)
 
 
 def _refuse_other_names(
     network: nn.Module, path: str | Path, settings: Mapping[str, Any], names: Sequence[str]
 ) -> None:
-    key = "class_names" if isinstance(network, SegResNet) else "label_names"
+    key = "class_names" if parts_of(network) else "label_names"
     if key == "class_names" and key not in settings:
         raise InputError(
             f"{path} must be weights of a segmentation, got some without `class_names` in the JSON beside them, as "
@@ -180,10 +202,14 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
     }
     found = [f"{len(keys)} {what} ({shorten(keys, 5)})" for what, keys in problems.items() if keys]
     if found:
-        remedy = SEGRESNET_REMEDY if isinstance(network, SegResNet) else "Is it the same `encoder`?"
-        if {*problems["missing"]} == HEAD_KEYS:
+        remedy = (
+            "Is it the same `encoder`, with the same spatial_dims and channels, as the JSON beside the weights says?"
+        )
+        if isinstance(network, SegResNet):
+            remedy = SEGRESNET_REMEDY
+        elif {*problems["missing"]} in HEAD_KEYS:
             remedy = "They have no head: train the classifier first."
-        elif {*problems["unexpected"]} == HEAD_KEYS:
+        elif {str(key).removeprefix("encoder.") for key in problems["unexpected"]} in HEAD_KEYS:
             remedy = "They are of a trained classifier: give the encoder that pretraining has left."
         raise InputError(f"the weights in {path} do not fit the {type(network).__name__}: {'; '.join(found)}. {remedy}")
     broken = [key for key, value in state.items() if not value.isfinite().all()]

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from dissect_monai.common import Array
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.metrics.classification import usable_findings
+from dissect_monai.networks.encoders import stage_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LINES = ("-", "--", ":", "-.")  # once the colours are used up
 INK, GREY = "#111827", "#6B7280"
 NUM_BINS = 10  # of the reliability curves; the calibration error has its own, finer ones
-STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet, fine to coarse
 MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
 LEGEND = "Colours: no effect on this output (left) to the strongest in this image (right)"
@@ -70,17 +70,21 @@ def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
 
     Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
     maps are those of the last stage that has at least 4 places along every axis: stage 4 from about 100 pixels on,
-    stage 2 at 48. Where its map is empty, that of the next coarser stage is taken. The network stays as it is, a ResNet
-    that returns a logit of each finding.
+    stage 2 at 48 (a SegResNet: 4 at 32). Where its map is empty, that of the next coarser stage is taken. The network
+    stays as it is, one of `build_encoder` that returns a logit of each finding.
 
     Of images (B, C, *spatial) the maps are (B, 1, *spatial) in [0, 1]; 0 throughout where nothing speaks for it.
 
     Reference:
         Selvaraju et al., Grad-CAM, ICCV 2017, Eq. 1–2.
     """
-    layers = [name for name, _ in network.named_modules() if name in STAGES]
+    layers = stage_names(network)
     # A copy, because GradCAM leaves its hooks in the network and gradients in the parameters.
-    camera = GradCAM(deepcopy(network), layers, postprocessing=lambda maps: maps)
+    copied: Any = deepcopy(network)
+    for module in copied.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # else a ReLU would change what a hook holds
+    camera = GradCAM(copied, layers, postprocessing=lambda maps: maps)
     with torch.enable_grad():
         # The images need gradients, too: all parameters may be frozen.
         images = images.detach().clone().requires_grad_()

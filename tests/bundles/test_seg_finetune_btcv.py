@@ -299,6 +299,46 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
 
 
+def test_weights_of_xrays_start_a_segmentation_of_slices(recipe_of: Recipes, organs: Path, tmp_path: Path) -> None:
+    model_2d, flat = recipe_of("pretrain_vq_ssl").model, {"pixdim": [12, 12], "patch_size": [16, 16]}
+    out, two = tmp_path / "out", {"freeze_epochs": 1, "max_epochs": 2, "select": "last", "structures": ["liver"]}
+    finetune(organs, out, model_2d, **flat, **two)
+    assert {key: settings(out)[key] for key in ("encoder", "spatial_dims")} == {
+        "encoder": "resnet10",
+        "spatial_dims": 2,
+    }
+    first, second = (checkpoint(out, epoch)["network"] for epoch in (1, 2))
+    encoder = {f"encoder.{key}": value for key, value in torch.load(model_2d, weights_only=True).items()}
+    assert same(part(first, "encoder."), encoder)  # statistics of its norms, too
+    assert not any(torch.equal(first[key], second[key]) for key in ("encoder.conv1.weight", "encoder.bn1.running_mean"))
+    (out / "checkpoints" / "checkpoint_epoch=2.pt").unlink()
+    finetune(organs, out, model_2d, **flat, **two, resume=True)
+    assert same(weights(out), second)
+    assert scored(evaluate(organs, out)) == {("liver", "6")}
+    assert list(segment(organs / "images" / "abdomen_ct_test_000.nii.gz", out).glob("*_seg.nii.gz"))
+
+
+def test_a_resnet_that_volumes_have_pretrained_starts_a_segmentation(
+    recipe_of: Recipes, organs: Path, tmp_path: Path
+) -> None:
+    knobs = {"encoder": "resnet10", "stages": [3, 4], "blocks_down": [1, 1, 1, 1], "hidden_dim": 8}
+    recipe_of("pretrain_vq_ssl_volumes").train(tmp_path / "ssl", **knobs)
+    assert settings(tmp_path / "ssl")["encoder"] == "resnet10"
+    finetune(organs, tmp_path / "out", model(tmp_path / "ssl"), structures=["liver"], **FROZEN)
+    before, after = weights(tmp_path / "ssl"), weights(tmp_path / "out")
+    kernels = [key for key, value in before.items() if value.ndim == 5]
+    assert all(torch.allclose(before[key], after[f"encoder.{key}"], atol=1e-6) for key in kernels)
+    for knob, message in (
+        ({"deep_supervision": 1}, "`--deep_supervision` needs `--encoder` SegResNet, got another: set it to 0"),
+        (
+            {"batch_size": 1},
+            r"`--batch_size` must be at least 2 with `--encoder` resnet10 and .* \[16, 16, 16\], got 1",
+        ),
+    ):
+        with refused(message):
+            train(organs, tmp_path / "no", encoder="resnet10", **knob)
+
+
 # ---- slices ------------------------------------------------------------------------------------------------------
 
 SAGITTAL = [[0, 0, -7], [3, 0, 0], [0, -3, 0]]  # array axes to the front, to the feet, to the left

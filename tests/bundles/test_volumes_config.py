@@ -87,7 +87,7 @@ def test_without_data_it_draws_phantoms_of_volumes(tmp_path: Path) -> None:
 
 def test_refuses_bad_knobs_before_the_data_are_read(volume_dirs: list[Path], tmp_path: Path) -> None:
     for knob, message in (
-        ({"encoder": "resnet18"}, r"--encoder has no meaning with train\.json and volumes\.json: leave it out"),
+        ({"image_size": 64}, r"--image_size has no meaning with train\.json and volumes\.json: leave it out"),
         ({"stages": [3, 4]}, r"`--stages` must be increasing numbers from 1 to 3 .*, got \[3, 4\]"),
     ):
         with refused(message):
@@ -98,5 +98,5 @@ def test_refuses_bad_knobs_before_the_data_are_read(volume_dirs: list[Path], tmp
 def test_what_is_made_for_images_refuses_the_weights(trained: Path, dataset_dir: Path, tmp_path: Path) -> None:
     knobs = {"dataset_dir": dataset_dir, "output_dir": tmp_path / "out", "pretrained": trained / "models" / "model.pt"}
     for config in ("evaluate", "inference"):
-        with refused("`--encoder` must be one of resnet10, .*, got 'SegResNet'"):
+        with refused("must be of whole images, got weights of patches of volumes, as model.json says"):
             run_config(CONFIGS / f"{config}.json", **knobs)

@@ -48,5 +48,5 @@ def test_any_module_that_returns_maps_is_an_encoder() -> None:
 
 
 def test_rejects_an_encoder_without_maps() -> None:
-    with pytest.raises(ValueError, match=r"`encoder` must be a MONAI ResNet, .* got Conv2d returning Tensor"):
+    with pytest.raises(ValueError, match=r"`encoder` must be one of ours, .* got Conv2d returning Tensor"):
         feature_maps(nn.Conv2d(1, 4, 3), torch.rand(1, 1, 8, 8))

@@ -11,6 +11,7 @@ from monai.networks.nets import SegResNet, resnet10, resnet18
 from torch import Tensor, nn
 
 from dissect_monai.networks.encoders import SegResNetEncoder
+from dissect_monai.networks.segmentation import EncoderDecoder
 from dissect_monai.networks.weights import load_weights, read_settings, save_weights
 
 NAN = float("nan")
@@ -237,3 +238,58 @@ def test_weights_for_slices_cannot_start_a_network_of_volumes(tmp_path: Path, na
 def test_other_segmentations_are_refused(tmp_path: Path, state: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_weights(segresnet(), saved(tmp_path, state, **settings), ORGANS)
+
+
+# ---- encoders with a decoder -------------------------------------------------------------------------------------
+
+
+def with_decoder(seed: int, num_classes: int = CLASSES, spatial_dims: int = 2) -> EncoderDecoder:
+    torch.manual_seed(seed)
+    return EncoderDecoder(small_resnet(seed, spatial_dims=spatial_dims), spatial_dims, 1, num_classes)
+
+
+def keys_taken(network: nn.Module, other: Mapping[str, Tensor]) -> set[str]:
+    return {key for key, value in network.state_dict().items() if key in other and torch.equal(value, other[key])}
+
+
+@pytest.mark.parametrize("class_names", [None, ORGANS, ["spleen", "aorta"]])
+def test_an_encoder_that_was_pretrained_or_a_segmentation_starts_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, class_names: list[str] | None
+) -> None:
+    source: nn.Module = with_decoder(0).encoder if class_names is None else with_decoder(0)
+    state = {key: value + 1 for key, value in source.state_dict().items()}  # norms, too
+    path = saved(tmp_path, state, encoder="resnet10", **({"class_names": class_names} if class_names else {}))
+    network = with_decoder(1)
+    with caplog.at_level(logging.INFO):
+        load_weights(network, path, ORGANS, transfer=True)
+    whole, parts = {key: value + 1 for key, value in with_decoder(0).state_dict().items()}, network.state_dict().keys()
+    left = {None: ("decoder.", "head."), "spleen, aorta": ("head.",)}.get(class_names and ", ".join(class_names), ())
+    taken = {key for key in parts if not key.startswith(left)}
+    assert keys_taken(network, whole) == taken
+    names = ", ".join(part.rstrip(".") for part in left) or "none"
+    assert f"Loaded {len(taken)} of {len(state)} tensors of {path}; parts left as they were: {names}." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (small_resnet(num_classes=2), r"2 unexpected .*They are of a trained classifier: give the encoder"),
+        (small_resnet(n_input_channels=3), r"1 of another shape \(encoder\.conv1\.weight\)\. Is it the same `encoder`"),
+        (segresnet(0), r"do not fit the EncoderDecoder: \d+ missing"),
+    ],
+)
+def test_other_weights_do_not_start_an_encoder_with_a_decoder(tmp_path: Path, source: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_weights(with_decoder(1), saved(tmp_path, source), ORGANS, transfer=True)
+
+
+def test_slices_pretrain_no_encoder_for_volumes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must hold weights for 3-D images, got some for 2-D ones"):
+        load_weights(with_decoder(1, spatial_dims=3), saved(tmp_path, small_resnet()), ORGANS, transfer=True)
+
+
+def test_weights_of_patches_are_not_of_whole_images(tmp_path: Path) -> None:
+    path = saved(tmp_path, segresnet(0), patch_size=[32, 32, 32])
+    assert read_settings(path)["patch_size"] == [32, 32, 32]
+    with pytest.raises(ValueError, match=r"must be of whole images, got weights of patches of volumes, as model\.json"):
+        read_settings(path, patches=False)

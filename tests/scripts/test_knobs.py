@@ -40,7 +40,7 @@ def test_a_meaning_of_no_knob_is_named(written: dict[str, dict[str, str]]) -> No
         ("pretrain_vq_ssl/train", "max_epochs", ("| `300` | `20` |", "a whole number of at least 1")),
         ("pretrain_vq_ssl/train", "fusion", ("| `replace` |  |", "one of attention, add, concat, replace")),
         ("pretrain_vq_ssl/paper", "objective", ("| `byol` |",)),
-        ("pretrain_vq_ssl/volumes", "encoder", ("| refused |",)),
+        ("pretrain_vq_ssl/volumes", "image_size", ("| refused |",)),
         ("cxr_classify/evaluate", "image_size", ("| that of the weights |",)),
         ("cxr_classify/inference", "dataset_dir", ("| `None` |", "a single file")),  # not what it means in training
         ("seg_finetune_btcv/train", "init_filters", ("| that of `pretrained`, else `16` | `8` |",)),
