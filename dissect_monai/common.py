@@ -14,6 +14,7 @@ Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 T = TypeVar("T")
 NO_FINDING = "No finding"
+PICTURE = "picture"  # in the metadata of a picture that is read as a slice: its whitest value, 0 if none is known
 SALT = ".salt"  # file in a data folder: the key of the pseudonyms of its subjects
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 BTCV_ORGANS = (  # in the order of their values
