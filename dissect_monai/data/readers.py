@@ -30,6 +30,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = dicom.DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
+IMAGE_SUFFIX = re.compile(f"({'|'.join(map(re.escape, PICTURE_SUFFIXES + VOLUME_SUFFIXES))})$", re.IGNORECASE)
 _UNITS = {1: 1000.0, 3: 0.001}  # mm in the metres and microns of a NIfTI, by their code
 _TURNED = 274  # Exif's orientation; over 4, width and height change places
 # ITU-R 601, as pillow's mode "L".
@@ -118,8 +119,8 @@ class ImageFileReader(ImageReader):
     Args:
         spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse other images; None takes
             images as they are. With 3, a DICOM file of one slice stands for the series in its folder.
-        channels: with 3, reads pictures, too, as volumes of one slice (x, y, 1): 1 of luminance, or 3 of RGB, where grey
-            is repeated. Their affine has the pixel spacing of DICOM, or 1 where there is none. None refuses pictures.
+        channels: with 3, reads pictures, too, as volumes of one slice (x, y, 1), of luminance (1) or RGB (3, grey
+            repeated), whose affine has the pixel spacing of DICOM, or 1 where there is none. None refuses pictures.
 
     Raises:
         ValueError: if a file is corrupt, has another number of spatial dimensions or, with 2, one value everywhere;
@@ -187,9 +188,7 @@ class ImageFileReader(ImageReader):
         return _read_nifti(path) if kind == "nifti" else _from_itk(sitk.ReadImage(fspath(path)))
 
 
-def _as_slice(
-    array: NDArray[Any], spacing: tuple[float, float], channels: int
-) -> tuple[NDArray[Any], dict[str, Any]]:
+def _as_slice(array: NDArray[Any], spacing: tuple[float, float], channels: int) -> tuple[NDArray[Any], dict[str, Any]]:
     """A picture (x, y) or (x, y, 3) as a volume of one slice, whose channels come last."""
     if array.ndim == 2 and channels == 3:
         array = np.stack([array] * 3, -1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isnan, nan
@@ -17,17 +16,17 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from PIL import Image
 from torch import Tensor, nn
 
-from dissect_monai.common import NO_FINDING, InputError
+from dissect_monai.common import NO_FINDING, PICTURE, InputError
 from dissect_monai.data.datasets import ReadableLoader
-from dissect_monai.data.readers import VOLUME_SUFFIXES
+from dissect_monai.data.readers import IMAGE_SUFFIX
 from dissect_monai.networks.codes import DiscreteCodes
 from dissect_monai.visualize.classifier import overlay_png, saliency_maps
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
-_SUFFIX = re.compile(f"({'|'.join(map(re.escape, VOLUME_SUFFIXES))})$", re.IGNORECASE)
 
 
 class Saver(ABC):
@@ -175,18 +174,32 @@ class LabelMapSaver(Saver):
     sub/scan_seg.nii.gz and sub/scan_seg.json, which holds the path of the image, the name of each value, and the volume
     of each structure in ml. label_maps.csv lists all images with their label maps, or why they could not be read.
 
+    Those of pictures are PNG masks of the same size, with values or colours as in the masks of training, and their JSON
+    has the area of each structure in pixels, or in mm² if the picture has a spacing.
+
     The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
         class_names: structures of the values 1, 2, ..., at most 255.
         output_dir: folder to write to.
+        mask_values: what each structure is in the mask of a picture: a value, or a colour [red, green, blue]. What is
+            not there has the value of its class.
     """
 
-    def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        output_dir: str | Path,
+        mask_values: Mapping[str, int | Sequence[int]] | None = None,
+    ) -> None:
         if len(class_names) > 255:
             raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
+        of_masks = {"background": 0, **(mask_values or {})}
+        self.of_classes = [of_masks.get(name, value) for value, name in enumerate(["background", *class_names])]
+        in_colour = any(isinstance(each, Sequence) for each in self.of_classes)
+        self.of_classes = [[each] * 3 if in_colour and isinstance(each, int) else each for each in self.of_classes]
 
     def _start(self, engine: Any) -> None:
         super()._start(engine)
@@ -197,13 +210,25 @@ class LabelMapSaver(Saver):
 
     def _save(self, index: int, label_map: MetaTensor) -> Path:
         path = self.path.parent / f"{self.names[index]}_seg.nii.gz"
-        save_label_map(label_map, path)
-        voxel_ml = float(np.prod(label_map.pixdim.numpy())) / 1000
-        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(self.class_names) + 1)[1:]
-        volumes = {name: round(int(count) * voxel_ml, 3) for name, count in zip(self.class_names, counts, strict=True)}
-        labels = dict(enumerate(["background", *self.class_names]))
-        content = {"image": self.images[index], "label_map": path.name, "labels": labels, "volumes_ml": volumes}
-        with written_atomically(path.with_name(path.name.removesuffix(".nii.gz") + ".json")) as file:
+        names = ["background", *self.class_names]
+        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(names))[1:]
+        content: dict[str, Any] = {"image": self.images[index]}
+        if PICTURE in label_map.meta:
+            path = path.with_name(path.name.replace("_seg.nii.gz", "_seg.png"))
+            save_mask(label_map, path, self.of_classes)
+            in_colour = isinstance(self.of_classes[0], list)
+            means = zip(names, self.of_classes, strict=True) if in_colour else zip(self.of_classes, names, strict=True)
+            content |= {"label_map": path.name, "colours" if in_colour else "labels": dict(means)}
+            size = float(np.prod(label_map.pixdim.numpy()[:2]))
+            key, parts = ("areas_pixels", 1) if size == 1 else ("areas_mm2", size)
+        else:
+            save_label_map(label_map, path)
+            content |= {"label_map": path.name, "labels": dict(enumerate(names))}
+            key, parts = "volumes_ml", float(np.prod(label_map.pixdim.numpy())) / 1000
+        content[key] = {
+            name: round(int(count) * parts, 3) for name, count in zip(self.class_names, counts, strict=True)
+        }
+        with written_atomically(path.with_name(IMAGE_SUFFIX.sub("", path.name) + ".json")) as file:
             file.write((json.dumps(content, indent=4) + "\n").encode(errors="replace"))
         return path
 
@@ -222,6 +247,14 @@ def save_label_map(label_map: MetaTensor, path: str | Path) -> None:
         compressed.write(image.to_bytes())
 
 
+def save_mask(label_map: MetaTensor, path: str | Path, of_classes: Sequence[int | Sequence[int]]) -> None:
+    """Write a label map of shape (1, X, Y, 1) as PNG, with a value or a colour [red, green, blue] for each class."""
+    lookup = np.array(of_classes)
+    values = lookup[np.asarray(label_map.cpu())[0, :, :, 0].T]
+    with written_atomically(path) as file:
+        Image.fromarray(values.astype(np.uint8 if lookup.max() < 256 else np.uint16)).save(file, "PNG")
+
+
 def relative_names(images: Sequence[str]) -> list[str]:
     """A different name for each image, from its path below the folder that all share, without suffix.
 
@@ -231,7 +264,7 @@ def relative_names(images: Sequence[str]) -> list[str]:
     """
     folder = os.path.commonpath([os.path.dirname(image) for image in images]) if images else ""
     relative = [os.path.relpath(image, folder) for image in images]
-    short = [_SUFFIX.sub("", name) for name in relative]
+    short = [IMAGE_SUFFIX.sub("", name) for name in relative]
     names = [name if short.count(brief) > 1 else brief for name, brief in zip(relative, short, strict=True)]
     # a.mha, a.nrrd and a.mha.nii would give a.mha twice.
     return names if len({*names}) == len({*relative}) else relative

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Spacing
+from monai.transforms import MapTransform, Resize, Spacing
 from monai.utils import MetaKeys
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
 from torch import Tensor
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import PICTURE, Array, InputError
 
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
@@ -76,8 +76,19 @@ def refuse_other_grid(label: MetaTensor, image: MetaTensor, where: str) -> None:
     """Refuse a label map (C, X, Y, Z), as its file has it, on another grid than the file of its image, see `same_grid`.
 
     `image` may have been resampled or cropped since, or be a prediction from it. A label map of the same shape on
-    another grid has most often lost its affine, and would lie beside what it shows.
+    another grid has most often lost its affine, and would lie beside what it shows. The mask of a picture, which has no
+    place of its own, must have its size alone, and gets its affine.
     """
+    if PICTURE in image.meta:
+        size, other_size = (tuple(map(int, each)) for each in (label.shape[1:], image.meta[MetaKeys.SPATIAL_SHAPE]))
+        if size != other_size:
+            sizes = " and ".join(" x ".join(map(str, each[:2])) for each in (size, other_size))
+            raise InputError(
+                f"{where} must have the size of its picture, got {sizes} pixels: save it anew from the picture as it "
+                "is shown (turned as its Exif says)."
+            )
+        label.affine = torch.as_tensor(image.meta[MetaKeys.ORIGINAL_AFFINE], dtype=torch.float64)
+        return
     own = tuple(label.shape[1:]), _affine("affine", label.affine)
     shape, affine = image.meta.get(MetaKeys.SPATIAL_SHAPE), image.meta.get(MetaKeys.ORIGINAL_AFFINE)
     shape = image.shape[1:] if shape is None else shape
@@ -164,10 +175,19 @@ class AdaptiveSpacingd(MapTransform):
         keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
         pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
         spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
+        image_size: pixels that the longer side of a picture gets, whatever its spacing; None leaves pictures as they
+            are.
     """
 
-    def __init__(self, keys: KeysCollection, pixdim: Sequence[float], spatial_size: Sequence[int]) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        pixdim: Sequence[float],
+        spatial_size: Sequence[int],
+        image_size: int | None = None,
+    ) -> None:
         super().__init__(keys)
+        self.image_size = image_size
         self.pixdim = np.array(pixdim, dtype=float)
         self.spatial_size = np.array(spatial_size)
 
@@ -177,6 +197,9 @@ class AdaptiveSpacingd(MapTransform):
         counted = (self.pixdim > 0) & (self.spatial_size > 1)
         for key in self.key_iterator(item):
             image = item[key]
+            if PICTURE in image.meta:
+                item[key] = image if self.image_size is None else _resized(image, self.image_size)
+                continue
             # From the centre of the first voxel to that of the last, which is what resampling keeps.
             extent = (np.array(image.shape[1:]) - 1) * image.pixdim.numpy()
             filled = (extent / np.maximum((self.spatial_size - 1) * self.pixdim, 1e-6))[counted]  # parts of the sides
@@ -185,3 +208,12 @@ class AdaptiveSpacingd(MapTransform):
             spacing = Spacing(np.where(counted, self.pixdim * factor, self.pixdim), mode="bilinear", dtype=np.float32)
             item[key] = spacing(image)
         return item
+
+
+def _resized(picture: MetaTensor, image_size: int) -> MetaTensor:
+    """A picture (C, X, Y, 1) whose longer side has `image_size` pixels, without aliasing."""
+    sides = np.array(picture.shape[1:3])
+    size = np.maximum(1, np.rint(sides * image_size / sides.max())).astype(int)
+    mode = "area" if image_size < sides.max() else "trilinear"
+    resized: MetaTensor = Resize((*size.tolist(), 1), mode=mode)(picture)
+    return resized
