@@ -237,35 +237,30 @@ def _label_folder(folder: Path) -> Path | None:
 
 def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None:
     """Give each item the label map of the same name, or else of the same name without suffix."""
-
-    def stem(path: str, folder: Path) -> str:
-        return IMAGE_SUFFIX.sub("", os.path.relpath(path, folder))
-
-    files = [str(path) for _, paths in walk(label_folder) for path in paths if image_format(path)]
-    by_name = {os.path.relpath(path, label_folder): path for path in files}
-    by_stem: dict[str, list[str]] = {}
-    for path in files:
-        by_stem.setdefault(stem(path, label_folder), []).append(path)
+    by_name: dict[str, list[str]] = {}
+    for path in (str(path) for _, paths in walk(label_folder) for path in paths if image_format(path)):
+        name = os.path.relpath(path, label_folder)
+        for each in {name, IMAGE_SUFFIX.sub("", name)}:
+            by_name.setdefault(each, []).append(path)
+    of_label: dict[str, str] = {}
     for item in items:
-        found = by_stem.get(stem(item["image"], images), [])
-        exact = by_name.get(os.path.relpath(item["image"], images))
-        if exact is None and len(found) > 1:
-            raise InputError(f"{item['image']} must have one label map, got {shorten(found)}: remove the others.")
-        item |= {"label": exact or found[0]} if exact or found else {}
-    of_image: dict[str, str] = {}
-    for item in (item for item in items if "label" in item):
-        other = of_image.setdefault(item["label"], item["image"])
-        if other != item["image"]:
-            raise InputError(f"{item['label']} is the label map of {other} and {item['image']}: name each differently.")
+        name = os.path.relpath(item["image"], images)
+        found = by_name.get(name) or by_name.get(IMAGE_SUFFIX.sub("", name), [])
+        if len(found) > 1 or of_label.keys() & {*found}:
+            raise InputError(
+                f"{item['image']} must have a label map of its own, got {shorten(found)}, which is that of "
+                f"{of_label.get(found[0], 'the same name')}, too: rename them, or list both in a dataset.json."
+            )
+        item |= {"label": found[0]} if found else {}
+        of_label |= dict.fromkeys(found, item["image"])
     without = [item["image"] for item in items if "label" not in item]
-    unused = sorted({*files} - {*of_image})
-    if not of_image:
-        got = f"{without[0]} and {unused[0] if unused else 'no label map'}"
+    unused = sorted({path for paths in by_name.values() for path in paths} - {*of_label})
+    if items and not of_label:
         raise InputError(
-            f"{label_folder} must hold label maps with the names of the images, but for the suffix, got {got}: rename "
-            "them, or list both in a dataset.json."
+            f"{label_folder} must hold label maps with the names of the images, but for the suffix, got {without[0]} "
+            f"and {shorten(unused, 1) or 'no label map'}: rename them, or list both in a dataset.json."
         )
-    logger.info("Found %d images in %s, %d with a label map in %s.", len(items), images, len(of_image), label_folder)
+    logger.info("Found %d images in %s, %d with a label map in %s.", len(items), images, len(of_label), label_folder)
     for files, what in ((without, "Images without a label map"), (unused, "Label maps without an image")):
         if files:
             logger.warning("%s: %d (%s).", what, len(files), shorten(files, 3))

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
-from os import fspath
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import Dataset, MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ImageMetaKey
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from dissect_monai.common import PICTURE, InputError, Item, shorten
+from dissect_monai.common import InputError, Item, shorten
+from dissect_monai.data.datasets import read_all
 from dissect_monai.data.readers import ImageFileReader, explained, image_format, refuse_odd_file
 
+logger = logging.getLogger(__name__)
 WHITE = 255  # of masks in black and white
-_MAX_UNNAMED = 32  # values of masks that are taken for classes without being named
+_MAX_UNNAMED = 32  # different values of masks that are taken for classes without being named
+_OF_LABELS = ("labels", "ignored", "colours")  # what an item says of its label map
 
 
 class LoadLabeld(MapTransform):
-    """Loads label maps, see `load_label`; items may lack them, and give the colours of their masks as `colours`."""
+    """Loads the label maps (1, X, Y, Z) of items, which may lack them, see `load_label`."""
 
     def __init__(self, keys: KeysCollection) -> None:
         super().__init__(keys, allow_missing_keys=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the paths of an item by label maps (1, X, Y, Z)."""
+        """Replace the paths of an item."""
         item = dict(data)
         for key in self.key_iterator(item):
-            item[key] = load_label(item[key], {str(name): item.get(name) for name in ("labels", "ignored", "colours")})
+            item[key] = load_label(item[key], {name: item.get(name) for name in _OF_LABELS})
         return item
 
 
@@ -49,33 +53,22 @@ def load_label(path: str, item: Item) -> MetaTensor:
     """
     kind = image_format(path)
     if kind != "picture":
-        reader = ImageFileReader(spatial_dims=3, channels=1 if kind == "nifti" else None)
-        loaded: MetaTensor = LoadImage(reader, image_only=True, dtype=None, ensure_channel_first=True)(path)
+        loaded: MetaTensor = _loader(1 if kind == "nifti" else None)(path)
         return loaded
-    values = _read_mask(Path(path), _coded_colours(item) if item.get("colours") else None)
-    wide = np.ascontiguousarray(values.T, np.float64 if values.dtype.kind == "f" else np.int32)
-    array = wide.astype(np.uint8) if values.dtype.itemsize == 1 else wide
-    return MetaTensor(
-        torch.as_tensor(array)[None, ..., None], meta={ImageMetaKey.FILENAME_OR_OBJ: path, PICTURE: WHITE}
+    values = _read_mask(Path(path), item)
+    values = values.astype(
+        np.uint8 if values.dtype.itemsize == 1 else np.float32 if values.dtype.kind == "f" else np.int32
     )
+    return MetaTensor(torch.tensor(values.T)[None, ..., None], meta={ImageMetaKey.FILENAME_OR_OBJ: path})
 
 
-def _coded_colours(item: Item) -> dict[int, int]:
-    """The value of each colour, which is one number."""
-    values = {"background": [0], **item["labels"]}  # what is in neither is ignored
-    named = {
-        _code(np.array(colour)).item(): values.get(name, item.get("ignored"))[0]
-        for name, colour in item["colours"].items()
-    }
-    return {0: 0, **named}
+@cache
+def _loader(channels: int | None) -> LoadImage:
+    reader = ImageFileReader(spatial_dims=3, channels=channels)  # in 2-D, NIfTI may have two axes
+    return LoadImage(reader, image_only=True, dtype=None, ensure_channel_first=True)
 
 
-def _code(rgb: NDArray[Any]) -> NDArray[np.int64]:
-    coded: NDArray[np.int64] = rgb.astype(np.int64) @ np.array([2**16, 2**8, 1])
-    return coded
-
-
-def _read_mask(path: Path, colours: Mapping[int, int] | None) -> NDArray[Any]:
+def _read_mask(path: Path, item: Item) -> NDArray[Any]:
     """Values (rows, columns)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Correct the path or remove it from the data list.")
@@ -85,87 +78,110 @@ def _read_mask(path: Path, colours: Mapping[int, int] | None) -> NDArray[Any]:
             raise InputError(f"{path} is JPEG, which changes the values of a mask near every edge: save it as PNG.")
         if getattr(image, "n_frames", 1) > 1:
             raise InputError(f"{path} must be a mask of one page, got {image.n_frames}: write one with all structures.")
-        negative = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode not in ("L", "1")
         if image.format == "TIFF":
             image.filename = ""  # see `_read_picture`
         upright = ImageOps.exif_transpose(image)
-        has_values = upright.mode in ("1", "L", "F", "P") or upright.mode[0] == "I"
-        if has_values and not (colours and upright.mode == "P"):
-            values = np.asarray(upright)
-            values = np.iinfo(values.dtype).max - values if negative and values.dtype.kind == "u" else values
-            rgb = None if colours is None else np.stack([values * (WHITE if values.dtype.kind == "b" else 1)] * 3, -1)
-        else:
-            rgb = np.asarray(upright.convert("RGB"))
-    if colours is not None:
-        return _values_of_colours(path, rgb, colours)
-    if rgb is None:
-        return values
-    other = rgb[(rgb != rgb[..., :1]).any(-1)]
-    if len(other):
+        if upright.mode in ("1", "L", "F", "P") or upright.mode[0] == "I":
+            if not item.get("colours"):
+                return np.asarray(upright)
+            upright = upright if upright.mode == "P" else upright.convert("L")
+        rgb = np.asarray(upright.convert("RGB"))
+    if item.get("colours"):
+        return _values_of_colours(path, rgb, item)
+    other = rgb[(rgb != rgb[..., :1]).any(-1)][:1].tolist()
+    if other:
         raise InputError(
-            f'{path} has colours, such as {other[0].tolist()}, that nothing names: write `colours`, such as {{"polyp": '
-            f"{other[0].tolist()}}}, into dataset.json, or save the mask with a value for each structure."
+            f'{path} has colours, such as {other[0]}, that nothing names: write `colours`, such as {{"polyp": '
+            f"{other[0]}}}, into dataset.json, or save the mask with a value for each structure."
         )
     return rgb[..., 0]
 
 
-def _values_of_colours(path: Path, rgb: NDArray[Any], colours: Mapping[int, int]) -> NDArray[np.uint8]:
-    found, places, counts = np.unique(_code(rgb), return_inverse=True, return_counts=True)
-    unknown = [
-        f"[{code >> 16}, {code >> 8 & 255}, {code & 255}] in {count} pixels"
-        for code, count in sorted(zip(found.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1])
-        if code not in colours
-    ]
+def _values_of_colours(path: Path, rgb: NDArray[np.uint8], item: Item) -> NDArray[np.int64]:
+    values = {"background": [0], **item["labels"]}  # what is in neither is ignored
+    known = {tuple(colour): values.get(name, item.get("ignored"))[0] for name, colour in item["colours"].items()}
+    known = {(0, 0, 0): 0, **known}
+    code = rgb.astype(np.int64) @ (2**16, 2**8, 1)
+    _, first, places, counts = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
+    found = [tuple(colour) for colour in rgb.reshape(-1, 3)[first].tolist()]
+    unknown = sorted(
+        ((count, colour) for count, colour in zip(counts, found, strict=True) if colour not in known), reverse=True
+    )
     if unknown:
         raise InputError(
             f"{path} must have the `colours` of its dataset.json alone, got {len(unknown)} others: "
-            f"{shorten(unknown, 3)}. Name them there, or save the mask without smoothing its edges."
+            f"{shorten([f'{[*colour]} in {count} pixels' for count, colour in unknown], 3)}. Name them there, or save "
+            "the mask without smoothing its edges."
         )
-    values = np.array([colours[code] for code in found.tolist()])
-    return values[places].reshape(rgb.shape[:2]).astype(np.uint8 if values.max() < 256 else np.int32)
+    return np.array([known[colour] for colour in found])[places].reshape(code.shape)
 
 
-def mask_colours(given: Any, where: str) -> dict[str, list[int]]:
-    """The `colours` of a dataset.json, which must be different triples of 0 to 255 by name."""
-    colours = {}
-    for name, colour in given.items() if isinstance(given, Mapping) else [("", given)]:
-        is_triple = isinstance(colour, Sequence) and len(colour) == 3
-        if not (is_triple and all(type(part) is int and 0 <= part <= WHITE for part in colour)):
-            raise InputError(
-                f'the `colours` of {where} must be red, green and blue by name, such as {{"polyp": [255, 0, 0]}}, '
-                f"got {name or 'the value'} {colour!r}."
-            )
-        colours[str(name)] = list(colour)
-    if len({*map(tuple, colours.values())}) < len(colours):
-        raise InputError(f"the `colours` of {where} must differ, got one for two names: {colours}.")
-    return colours
+def with_colours(item: Item, labels: Mapping[str, Sequence[int]], where: str) -> Item:
+    """An item with `colours`, and with `labels`, the values of its structures: 1, 2, ... if dataset.json gives none."""
+    given = item["colours"] if isinstance(item["colours"], Mapping) else {}
+    names = [name for name in given if name != "background"]
+    colours = {tuple(each) for each in given.values() if isinstance(each, list) and len(each) == 3}
+    of_bytes = all(type(part) is int and 0 <= part <= WHITE for colour in colours for part in colour)
+    if not names or len(colours) < len(given) or not of_bytes or (labels and {*labels} != {*names}):
+        raise InputError(
+            f"the `colours` of {where} must be one for each structure of its `labels`, such as "
+            f'{{"polyp": [255, 0, 0]}}, got {item["colours"]!r}: correct its dataset.json.'
+        )
+    return {**item, "labels": labels or {name: [value] for value, name in enumerate(names, start=1)}}
 
 
-def values_in(path: str, item: Item) -> list[int]:
-    """The values of a label map over 0; those of files that hold floats must be whole numbers."""
-    array = load_label(path, item).numpy()
-    values = np.unique(array)
-    if (values != np.rint(values)).any():
-        raise InputError(f"label map {path} must hold integers, got {shorten(values[values != np.rint(values)], 3)}.")
-    return [int(value) for value in values if value > 0]
+def name_values(items: Sequence[Item]) -> None:
+    """Name the values of label maps that no dataset.json names, in place.
 
-
-def unnamed_classes(found: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Names of the values in label maps, by path, that no dataset.json names: `foreground`, or `class_1` and so on.
-
-    Masks with nothing but 1, or nothing but 255, are of one structure. Other values than 1, 2, ... must be named, as
-    they are most often what smoothing makes of an edge.
+    Masks with nothing but 1, or nothing but 255, are of one structure, `foreground`; values 1, 2, ... are `class_1`,
+    `class_2`, ... Others must be named, as they are most often what smoothing makes of an edge. Masks of one structure
+    that is called 1 or 255 may have either.
     """
+    unnamed = [item for item in items if not item.get("labels")]
+    found = dict(zip((item["label"] for item in unnamed), _values_in(unnamed), strict=True))
     values = sorted({value for each in found.values() for value in each})
-    if not values:
-        raise InputError(f"masks must show something, got {len(found)} that are empty: are they the right files?")
-    if {*values} <= {1, WHITE} and all(len(each) < 2 for each in found.values()):
-        return {"foreground": values}
-    if values[-1] >= WHITE or len(values) > _MAX_UNNAMED:
+    if unnamed and not values:
+        raise InputError(f"masks must show something, got {len(found)} that are empty, such as {unnamed[0]['label']}.")
+    labels = {f"class_{value}": [value] for value in values}
+    if {*values} <= {1, WHITE} and all(len(each) == 1 for each in found.values() if each):
+        labels = {"foreground": values}
+    elif values[-1] >= WHITE or len(values) > _MAX_UNNAMED:
         path = max(found, key=lambda name: len(found[name]))
         raise InputError(
-            f"{fspath(path)} has the values {shorten(found[path])}, which nothing names: if they are structures, write "
-            '`labels`, such as {"128": "disc", "255": "cup"}, into a dataset.json; if its edges were smoothed or '
-            "resampled, write the mask anew with 0 and 255 alone."
+            f"{path} has the values {shorten(found[path])}, which nothing names: if they are structures, write "
+            '`labels`, such as {"disc": 128, "cup": 255}, into a dataset.json; if its edges were smoothed, write the '
+            "mask anew with 0 and 255 alone."
         )
-    return {f"class_{value}": [value] for value in values}
+    if unnamed:
+        empty = sum(not each for each in found.values())
+        logger.info("Classes of %d label maps, %d of them empty, by their values: %s.", len(found), empty, labels)
+    for item in items:
+        item["labels"] = item.get("labels") or labels
+        given = {value for each in item["labels"].values() for value in each}
+        if len(item["labels"]) == 1 and given <= {1, WHITE} and image_format(item["label"]) == "picture":
+            both = [value for value in (1, WHITE) if value not in item.get("ignored", ())]
+            item["labels"] = dict.fromkeys(item["labels"], both)
+
+
+def mask_values(items: Sequence[Item], class_names: Sequence[str]) -> dict[str, int | list[int]]:
+    """What each class is in masks of pictures, a colour or a value, as in the first that shows something."""
+    masks = [item for item in items if image_format(item["label"]) == "picture"]
+    if not masks:
+        return {}
+    labels: Mapping[str, list[int]] = masks[0]["labels"]
+    values = {name: labels[name][0] for name in class_names}
+    if len(labels) == 1 and WHITE in labels[class_names[0]] and not masks[0].get("colours"):
+        values[class_names[0]] = next((_values_in([mask])[0][-1] for mask in masks if _values_in([mask])[0]), WHITE)
+    return {**values, **masks[0].get("colours", {})}
+
+
+def _values_in(items: Sequence[Item]) -> list[list[int]]:
+    """Those over 0 in the label map of each item."""
+
+    def read(item: Item) -> list[int]:
+        values = np.unique(load_label(item["label"], item).numpy())
+        if (values != np.rint(values)).any():
+            raise InputError(f"label map {item['label']} must hold integers, got {shorten(values, 5)}.")
+        return [int(value) for value in values if value > 0]
+
+    return read_all(Dataset(items, read), num_workers=8)[0]

@@ -161,6 +161,8 @@ class ImageFileReader(ImageReader):
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
+        if self.channels and array.ndim == 2:
+            array = array[..., None]
         while array.ndim > self.spatial_dims and array.shape[-1] == 1:
             array = array[..., 0]
         if array.ndim != self.spatial_dims:
@@ -245,8 +247,11 @@ def _read_film(path: Path, tags: dicom.Tags, colour: bool = False) -> NDArray[An
 
 def _film_spacing(tags: dicom.Tags) -> tuple[float, float]:
     """In mm along x and y; 1 if there is none."""
-    found = dicom.numbers(tags, "PixelSpacing", 2)
-    return (1.0, 1.0) if found is None or found.min() <= 0 else (float(found[1]), float(found[0]))
+    for name in ("PixelSpacing", "ImagerPixelSpacing"):
+        found = dicom.numbers(tags, name, 2)
+        if found is not None and found.min() > 0:
+            return float(found[1]), float(found[0])
+    return 1.0, 1.0
 
 
 def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:

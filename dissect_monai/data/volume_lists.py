@@ -15,7 +15,7 @@ from monai.utils import ensure_tuple
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder, refuse_leaks
 from dissect_monai.data.datasets import read_all
-from dissect_monai.data.masks import WHITE, mask_colours, unnamed_classes, values_in
+from dissect_monai.data.masks import mask_values, name_values, with_colours
 from dissect_monai.data.readers import VolumeHeader, image_format, read_grid, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, with_test_split
 
@@ -102,7 +102,7 @@ def read_segmentation(
 
     In 2-D they may be pictures with masks (see `load_label`), too, and without dataset.json those of the folders
     `images` and `labels`. `colours` of dataset.json names structures by their colour. If there is one structure, of the
-    value 1 or 255, masks may have either. Values that nothing names are classes as `unnamed_classes` calls them.
+    value 1 or 255, masks may have either. Values that nothing names are classes as `name_values` calls them.
 
     Args:
         dataset_dir: the folder or folders.
@@ -144,7 +144,7 @@ def read_segmentation(
             item.setdefault("task", folder.name)
     merged = _with_label_maps(merge_datalists(datalists, folders))
     if spatial_dims == 2:
-        _name_values(merged.items())
+        name_values(merged.items())
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     refuse_leaks(datalist)  # links may give one image to two subjects
     trained_on = datalist.training or datalist.items()
@@ -157,7 +157,7 @@ def read_segmentation(
     return datalist._replace(
         label_names=(),
         class_names=class_names,
-        mask_values=_mask_values(trained_on, class_names),
+        mask_values=mask_values(trained_on, class_names),
         modality=common if all(item["modality"] == common for item in trained_on) else None,
         in_channels=in_channels,
     )
@@ -214,10 +214,11 @@ def _read(
                 modality = "picture"  # whose greys say what they are
             item |= {key: value for key, value in own.items() if value is not None} | {"modality": modality}
             item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
-            if check and item.get("colours"):
-                item |= _coloured(item, folder)
             if check and isinstance(item.get("labels"), Mapping):
                 item["labels"] = _named_values(item["labels"], folder)
+            if check and item.get("colours"):
+                item |= with_colours(item, item.get("labels") or {}, str(folder))
+            if check and isinstance(item.get("labels"), Mapping):
                 ignored = [name for name in item["labels"] if name.lower() == "ignore"]
                 if ignored:
                     item["ignored"] = [value for name in ignored for value in item["labels"].pop(name)]
@@ -270,52 +271,6 @@ def _named_values(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int
             ) from None
         structures.setdefault(name, []).extend(value for value in values if value != 0)
     return {name: values for name, values in structures.items() if values}
-
-
-def _coloured(item: Item, folder: Path) -> Item:
-    """The colours of an item, and the value of each name, of which dataset.json may say other than 1, 2, ..."""
-    colours = mask_colours(item["colours"], str(folder))
-    structures = [name for name in colours if name != "background"]
-    labels = item.get("labels") or {name: value for value, name in enumerate(structures, start=1)}
-    if (named := {*_named_values(labels, folder)} - {"background"}) != {*structures}:
-        raise InputError(
-            f"the `colours` of {folder} must have the names in its `labels`, {shorten(sorted(named))}, got "
-            f"{shorten(structures)}: correct its dataset.json, or leave `labels` out."
-        )
-    return {"colours": colours, "labels": labels}
-
-
-def _name_values(items: Sequence[Item]) -> None:
-    """Name the values of label maps for which no dataset.json does it; of masks of one structure, 1 and 255 are one."""
-    unnamed = [item for item in items if not item.get("labels")]
-    if unnamed:
-        files = Dataset([{"image": item["label"]} for item in unnamed], lambda each: values_in(each["image"], {}))
-        found, _ = read_all(files, num_workers=8)
-        labels = unnamed_classes({item["label"]: values for item, values in zip(unnamed, found, strict=True)})
-        empty = sum(not values for values in found)
-        logger.info(
-            "Classes by the values of %d label maps, %d of them empty: %s.", len(unnamed), empty,
-            ", ".join(f"{name} ({shorten(values)})" for name, values in labels.items()),
-        )  # fmt: skip
-        for item in unnamed:
-            item["labels"] = dict(labels)
-    for item in items:
-        given = [value for values in item["labels"].values() for value in values]
-        if {*given} <= {1, WHITE} and len(item["labels"]) == 1 and image_format(item["label"]) == "picture":
-            both = [value for value in (1, WHITE) if value not in item.get("ignored", ())]
-            item["labels"] = dict.fromkeys(item["labels"], both)
-
-
-def _mask_values(items: Sequence[Item], class_names: Sequence[str]) -> dict[str, Any]:
-    """What each class is in the masks of the first picture that has one: a colour, or a value."""
-    masks = [item for item in items if image_format(item["label"]) == "picture"]
-    if not masks:
-        return {}
-    labels: Mapping[str, list[int]] = masks[0]["labels"]
-    values = {name: labels[name][0] for name in class_names}
-    if WHITE in labels[class_names[0]] and len(labels) == 1:
-        values[class_names[0]] = max(next(filter(None, (values_in(each["label"], each) for each in masks)), [WHITE]))
-    return {**values, **masks[0].get("colours", {})}
 
 
 def _channels(items: Sequence[Item]) -> int:

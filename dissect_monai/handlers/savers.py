@@ -190,16 +190,16 @@ class LabelMapSaver(Saver):
         self,
         class_names: Sequence[str],
         output_dir: str | Path,
-        mask_values: Mapping[str, int | Sequence[int]] | None = None,
+        mask_values: Mapping[str, int | list[int]] | None = None,
     ) -> None:
         if len(class_names) > 255:
             raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
         of_masks = {"background": 0, **(mask_values or {})}
-        self.of_classes = [of_masks.get(name, value) for value, name in enumerate(["background", *class_names])]
-        in_colour = any(isinstance(each, Sequence) for each in self.of_classes)
-        self.of_classes = [[each] * 3 if in_colour and isinstance(each, int) else each for each in self.of_classes]
+        given = [of_masks.get(name, value) for value, name in enumerate(["background", *class_names])]
+        in_colour = any(isinstance(each, list) for each in given)
+        self.of_classes = [[each] * 3 if in_colour and isinstance(each, int) else each for each in given]
 
     def _start(self, engine: Any) -> None:
         super()._start(engine)
@@ -209,25 +209,22 @@ class LabelMapSaver(Saver):
         return [self._save(index, each["pred"]) for index, each in zip(indices, engine.state.output, strict=True)]
 
     def _save(self, index: int, label_map: MetaTensor) -> Path:
-        path = self.path.parent / f"{self.names[index]}_seg.nii.gz"
+        is_picture = PICTURE in label_map.meta
+        path = self.path.parent / f"{self.names[index]}_seg{'.png' if is_picture else '.nii.gz'}"
         names = ["background", *self.class_names]
-        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(names))[1:]
-        content: dict[str, Any] = {"image": self.images[index]}
-        if PICTURE in label_map.meta:
-            path = path.with_name(path.name.replace("_seg.nii.gz", "_seg.png"))
+        labels: dict[Any, Any] = dict(enumerate(names))
+        size, key = float(np.prod(label_map.pixdim.numpy())) / 1000, "volumes_ml"
+        if is_picture:
             save_mask(label_map, path, self.of_classes)
             in_colour = isinstance(self.of_classes[0], list)
-            means = zip(names, self.of_classes, strict=True) if in_colour else zip(self.of_classes, names, strict=True)
-            content |= {"label_map": path.name, "colours" if in_colour else "labels": dict(means)}
+            labels = dict(zip(*((names, self.of_classes) if in_colour else (self.of_classes, names)), strict=True))
             size = float(np.prod(label_map.pixdim.numpy()[:2]))
-            key, parts = ("areas_pixels", 1) if size == 1 else ("areas_mm2", size)
+            key = "areas_pixels" if size == 1 else "areas_mm2"
         else:
             save_label_map(label_map, path)
-            content |= {"label_map": path.name, "labels": dict(enumerate(names))}
-            key, parts = "volumes_ml", float(np.prod(label_map.pixdim.numpy())) / 1000
-        content[key] = {
-            name: round(int(count) * parts, 3) for name, count in zip(self.class_names, counts, strict=True)
-        }
+        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(names))[1:]
+        sizes = {name: round(int(count) * size, 3) for name, count in zip(self.class_names, counts, strict=True)}
+        content = {"image": self.images[index], "label_map": path.name, "labels": labels, key: sizes}
         with written_atomically(path.with_name(IMAGE_SUFFIX.sub("", path.name) + ".json")) as file:
             file.write((json.dumps(content, indent=4) + "\n").encode(errors="replace"))
         return path
@@ -247,7 +244,7 @@ def save_label_map(label_map: MetaTensor, path: str | Path) -> None:
         compressed.write(image.to_bytes())
 
 
-def save_mask(label_map: MetaTensor, path: str | Path, of_classes: Sequence[int | Sequence[int]]) -> None:
+def save_mask(label_map: MetaTensor, path: str | Path, of_classes: Sequence[int | list[int]]) -> None:
     """Write a label map of shape (1, X, Y, 1) as PNG, with a value or a colour [red, green, blue] for each class."""
     lookup = np.array(of_classes)
     values = lookup[np.asarray(label_map.cpu())[0, :, :, 0].T]

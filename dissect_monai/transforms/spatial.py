@@ -80,12 +80,12 @@ def refuse_other_grid(label: MetaTensor, image: MetaTensor, where: str) -> None:
     place of its own, must have its size alone, and gets its affine.
     """
     if PICTURE in image.meta:
-        size, other_size = (tuple(map(int, each)) for each in (label.shape[1:], image.meta[MetaKeys.SPATIAL_SHAPE]))
-        if size != other_size:
-            sizes = " and ".join(" x ".join(map(str, each[:2])) for each in (size, other_size))
+        sizes = [tuple(map(int, each)) for each in (label.shape[1:], image.meta[MetaKeys.SPATIAL_SHAPE])]
+        if sizes[0] != sizes[1]:
+            own, other = (f"{width} x {height}" for width, height, *_ in sizes)
             raise InputError(
-                f"{where} must have the size of its picture, got {sizes} pixels: save it anew from the picture as it "
-                "is shown (turned as its Exif says)."
+                f"{where} must have the size of its picture, as Exif turns it, got {own} and {other} pixels: save it "
+                "anew from the picture."
             )
         label.affine = torch.as_tensor(image.meta[MetaKeys.ORIGINAL_AFFINE], dtype=torch.float64)
         return
@@ -175,8 +175,7 @@ class AdaptiveSpacingd(MapTransform):
         keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
         pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
         spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
-        image_size: pixels that the longer side of a picture gets, whatever its spacing; None leaves pictures as they
-            are.
+        image_size: pixels that the longer side of a picture gets, whatever its spacing.
     """
 
     def __init__(
@@ -184,12 +183,11 @@ class AdaptiveSpacingd(MapTransform):
         keys: KeysCollection,
         pixdim: Sequence[float],
         spatial_size: Sequence[int],
-        image_size: int | None = None,
+        image_size: int = 256,
     ) -> None:
         super().__init__(keys)
-        self.image_size = image_size
         self.pixdim = np.array(pixdim, dtype=float)
-        self.spatial_size = np.array(spatial_size)
+        self.spatial_size, self.image_size = np.array(spatial_size), image_size
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the images of an item."""
@@ -198,7 +196,10 @@ class AdaptiveSpacingd(MapTransform):
         for key in self.key_iterator(item):
             image = item[key]
             if PICTURE in image.meta:
-                item[key] = image if self.image_size is None else _resized(image, self.image_size)
+                sides = np.array(image.shape[1:3])
+                size = np.rint(sides * self.image_size / sides.max()).clip(1).astype(int)
+                mode = "area" if self.image_size < sides.max() else "trilinear"  # without aliasing
+                item[key] = Resize((*size.tolist(), 1), mode=mode)(image)
                 continue
             # From the centre of the first voxel to that of the last, which is what resampling keeps.
             extent = (np.array(image.shape[1:]) - 1) * image.pixdim.numpy()
@@ -208,12 +209,3 @@ class AdaptiveSpacingd(MapTransform):
             spacing = Spacing(np.where(counted, self.pixdim * factor, self.pixdim), mode="bilinear", dtype=np.float32)
             item[key] = spacing(image)
         return item
-
-
-def _resized(picture: MetaTensor, image_size: int) -> MetaTensor:
-    """A picture (C, X, Y, 1) whose longer side has `image_size` pixels, without aliasing."""
-    sides = np.array(picture.shape[1:3])
-    size = np.maximum(1, np.rint(sides * image_size / sides.max())).astype(int)
-    mode = "area" if image_size < sides.max() else "trilinear"
-    resized: MetaTensor = Resize((*size.tolist(), 1), mode=mode)(picture)
-    return resized
