@@ -66,7 +66,7 @@ def aggregate(
     folders, datalists = _read(dataset_dirs, {"task": task, "group": group, "modality": modality}, pictures=pictures)
     for folder, datalist in zip(folders, datalists, strict=True):
         _refuse_without_domain(datalist, folder)
-        refuse_other_channels(datalist.items(), 1)
+        refuse_other_channels(datalist.items(), in_channels or 1, spatial_dims=spatial_dims)
     merged = merge_datalists(hold_out(datalists, validation_fraction, seed), folders)
     _warn_of_unknown(merged.items())
     every_image = [{"image": image} for image in sorted({item["image"] for item in merged.items()})]

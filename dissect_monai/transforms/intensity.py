@@ -141,8 +141,9 @@ def _to_box(mask: NDArray[np.bool_], axes: Sequence[int]) -> Array:
 class RandForegroundCropd(RandCropByPosNegLabeld):
     """Cuts patches around random voxels that are not air, as `ForegroundIndicesd` has found them, and says their place.
 
-    A patch gets "place", float32 (3,) in [0, 1], NaN for pictures: where its centre lies in the foreground of the volume, from left to
-    right, back to front and foot to head. Along an axis that is whole in the patch, it is about 0.5.
+    A patch gets "place", float32 (3,) in [0, 1]: where its centre lies in the foreground of the volume, from left to
+    right, back to front and foot to head. Along an axis that is whole in the patch, it is about 0.5. Of pictures it is
+    NaN.
 
     Args:
         keys: keys of the image (C, X, Y, Z), then of what is cut in the same way.
