@@ -158,7 +158,8 @@ def name_values(items: Sequence[Item]) -> None:
     for item in items:
         item["labels"] = item.get("labels") or labels
         given = {value for each in item["labels"].values() for value in each}
-        if len(item["labels"]) == 1 and given <= {1, WHITE} and image_format(item["label"]) == "picture":
+        is_white = given <= {1, WHITE} and image_format(item["label"]) == "picture" and not item.get("colours")
+        if len(item["labels"]) == 1 and is_white:
             both = [value for value in (1, WHITE) if value not in item.get("ignored", ())]
             item["labels"] = dict.fromkeys(item["labels"], both)
 
@@ -170,7 +171,7 @@ def mask_values(items: Sequence[Item], class_names: Sequence[str]) -> dict[str, 
         return {}
     labels: Mapping[str, list[int]] = masks[0]["labels"]
     values = {name: labels[name][0] for name in class_names}
-    if len(labels) == 1 and WHITE in labels[class_names[0]] and not masks[0].get("colours"):
+    if len(labels) == 1 and WHITE in labels[class_names[0]]:
         values[class_names[0]] = next((_values_in([mask])[0][-1] for mask in masks if _values_in([mask])[0]), WHITE)
     return {**values, **masks[0].get("colours", {})}
 

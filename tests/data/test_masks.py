@@ -313,7 +313,9 @@ def test_a_picture_of_dicom_has_its_spacing_and_its_mask_too(tmp_path: Path) -> 
     (tmp_path / "images").mkdir()
     for index in range(2):  # of one series, without a place
         image = sitk.GetImageFromArray(RNG.integers(0, 4000, (1, 9, 12), dtype=np.int16))
-        image.SetMetaData("0028|0030" if index else "0018|1164", "0.5\\0.25")
+        image.SetSpacing((0.25, 0.5, 1))
+        for tag, value in (("0008|0060", "DX"), ("0008|0016", "1.2.840.10008.5.1.4.1.1.2"))[: 1 + index]:  # then CT's
+            image.SetMetaData(tag, value)
         path = tmp_path / f"images/{index}.dcm"
         sitk.WriteImage(image, path, imageIO="GDCMImageIO")
         path.write_bytes(path.read_bytes().replace(b"\x20\x00\x32\x00DS", b"\x20\x00\x33\x00DS"))
