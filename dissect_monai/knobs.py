@@ -161,6 +161,8 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
      "`pixdim` must have {1} values, as many as `spatial_dims`, got {0}."),
     ("patch_size spatial_dims", lambda size, dims: len(size) == dims,
      "`patch_size` must have {1} values, as many as `spatial_dims`, got {0}."),
+    ("slice_axis spatial_dims", lambda plane, dims: plane == "auto" or dims == 2,
+     "`slice_axis` has a meaning with `spatial_dims` 2 alone, got {0} and {1}: give that, too, or leave it out."),
     ("a_min a_max", lambda low, high: low < high, "`a_min` must be below `a_max`, got {0} and {1}."),
     ("patch_size blocks_down",
      lambda size, blocks: not any(each % 2 ** (len(blocks) - 1) for each in size),

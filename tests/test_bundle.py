@@ -172,6 +172,7 @@ TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
         ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
         ({"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4}, "multiples of 2 .* 12, 8"),
         ({"patch_size": [16, 16, 8], "spatial_dims": 2}, r"`patch_size` must have 2 values, .*, got \[16, 16, 8\]"),
+        ({"slice_axis": "coronal", "spatial_dims": 3}, "`slice_axis` has a meaning with `spatial_dims` 2 alone, got"),
         ({"pixdim": [1, 1], "spatial_dims": 3}, r"`pixdim` must have 3 values, as many as .*, got \[1, 1\]"),
         (
             {"pretraining": {"spatial_dims": 2}, "spatial_dims": 3, "pixdim": [1, 1]},

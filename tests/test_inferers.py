@@ -41,9 +41,8 @@ def test_a_2d_network_sees_slice_by_slice_as_monais_slice_inferer(
     monkeypatch.setattr("dissect_monai.inferers.MAX_VOXELS", max_voxels)
     monai = SliceInferer(spatial_dim=2, roi_size=(6, 6), sw_batch_size=1, overlap=0.5, mode="gaussian")
     affine = torch.diag(torch.tensor([2.0, 3, 5, 1], dtype=torch.float64))
-    image = MetaTensor(
-        torch.cat([volume(*shape), volume(*shape).flip(2)]), affine=affine, meta={"filename_or_obj": "a"}
-    )
+    both = torch.cat([volume(*shape), volume(*shape).flip(2)])
+    image = MetaTensor(both, affine=affine, meta={"filename_or_obj": "a"})
     result = WindowInferer((6, 6))(image, network_2d())
     torch.testing.assert_close(result.as_tensor(), monai(image.as_tensor(), network_2d()))
     np.testing.assert_allclose(result.affine, affine)

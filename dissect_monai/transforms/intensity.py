@@ -160,8 +160,10 @@ class RandForegroundCropd(RandCropByPosNegLabeld):
         allow_missing_keys: bool = False,
     ) -> None:
         image = ensure_tuple(keys)[0]
-        found = {f"{name}_indices_key": f"{image}_{name}_indices" for name in ("fg", "bg")}
-        super().__init__(keys, image, spatial_size, 1, 0, num_samples, allow_missing_keys=allow_missing_keys, **found)
+        super().__init__(
+            keys, image, spatial_size, neg=0, num_samples=num_samples, fg_indices_key=f"{image}_fg_indices",
+            bg_indices_key=f"{image}_bg_indices", allow_missing_keys=allow_missing_keys,
+        )  # fmt: skip
         self.size = np.array(spatial_size)
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> list[dict[Hashable, Any]]:
@@ -169,7 +171,7 @@ class RandForegroundCropd(RandCropByPosNegLabeld):
         item = dict(data)
         to_place = np.asarray(item.pop(f"{self.label_key}_to_place"))
         patches: list[dict[Hashable, Any]] = super().__call__(item, lazy)
-        for patch, center in zip(patches, self.cropper.centers, strict=True):
+        for patch, center in zip(patches, self.cropper.centers or (), strict=True):
             middle = np.array(center) - self.size // 2 + self.size / 2  # from side to side, not between voxels
             place = to_place[:, :3] @ middle + to_place[:, 3]
             patch["place"] = torch.as_tensor(place, dtype=torch.float32).clamp(0, 1)

@@ -21,9 +21,7 @@ from dissect_monai.common import PICTURE, PLANES, Array, InputError
 
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
-_APART = (
-    1.5  # slices are farther from each other than their pixels by this factor, else volumes have no plane of their own
-)
+_APART = 1.5  # least spacing of slices as a multiple of that of their pixels
 
 
 class SliceOrientationd(MapTransform):
