@@ -219,7 +219,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     for image in images:
         if not image.isascii() and image != image.encode(errors="replace").decode():
             raise InputError(f"{folder} must hold files with names in UTF-8, got {image!a}. Rename it.")
-    if label_folder is not None:
+    if label_folder is not None and check:
         _add_labels(items, folder / "images", label_folder)
     return Datalist(items, [], [])
 

@@ -51,27 +51,22 @@ def load_label(path: str, item: Item) -> MetaTensor:
     Raises:
         ValueError: if it cannot be read, is a JPEG, has several pages, or colours that nothing names.
     """
-    kind = image_format(path)
-    if kind != "picture":
-        loaded: MetaTensor = _loader(1 if kind == "nifti" else None)(path)
+    if not _is_picture(path):
+        loaded: MetaTensor = _loader(1 if image_format(path) == "nifti" else None)(path)
         return loaded
     values = _read_mask(Path(path), item)
-    values = values.astype(
-        np.uint8 if values.dtype.itemsize == 1 else np.float32 if values.dtype.kind == "f" else np.int32
-    )
-    return MetaTensor(torch.tensor(values.T)[None, ..., None], meta={ImageMetaKey.FILENAME_OR_OBJ: path})
+    kind = np.uint8 if values.dtype.itemsize == 1 else np.float32 if values.dtype.kind == "f" else np.int32
+    return MetaTensor(torch.tensor(values.T.astype(kind))[None, ..., None], meta={ImageMetaKey.FILENAME_OR_OBJ: path})
 
 
 @cache
 def _loader(channels: int | None) -> LoadImage:
-    reader = ImageFileReader(spatial_dims=3, channels=channels)  # in 2-D, NIfTI may have two axes
+    reader = ImageFileReader(spatial_dims=3, channels=channels)  # with channels, NIfTI may have two axes
     return LoadImage(reader, image_only=True, dtype=None, ensure_channel_first=True)
 
 
 def _read_mask(path: Path, item: Item) -> NDArray[Any]:
     """Values (rows, columns)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Correct the path or remove it from the data list.")
     refuse_odd_file(path)
     with explained(path), Image.open(path) as image:
         if "JPEG" in (image.format or "") or "jpeg" in str(image.info.get("compression")):
@@ -99,14 +94,12 @@ def _read_mask(path: Path, item: Item) -> NDArray[Any]:
 
 def _values_of_colours(path: Path, rgb: NDArray[np.uint8], item: Item) -> NDArray[np.int64]:
     values = {"background": [0], **item["labels"]}  # what is in neither is ignored
-    known = {tuple(colour): values.get(name, item.get("ignored"))[0] for name, colour in item["colours"].items()}
-    known = {(0, 0, 0): 0, **known}
+    named = {tuple(colour): values.get(name, item.get("ignored"))[0] for name, colour in item["colours"].items()}
+    known = {(0, 0, 0): 0, **named}
     code = rgb.astype(np.int64) @ (2**16, 2**8, 1)
     _, first, places, counts = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
     found = [tuple(colour) for colour in rgb.reshape(-1, 3)[first].tolist()]
-    unknown = sorted(
-        ((count, colour) for count, colour in zip(counts, found, strict=True) if colour not in known), reverse=True
-    )
+    unknown = sorted((pair for pair in zip(counts, found, strict=True) if pair[1] not in known), reverse=True)
     if unknown:
         raise InputError(
             f"{path} must have the `colours` of its dataset.json alone, got {len(unknown)} others: "
@@ -116,35 +109,48 @@ def _values_of_colours(path: Path, rgb: NDArray[np.uint8], item: Item) -> NDArra
     return np.array([known[colour] for colour in found])[places].reshape(code.shape)
 
 
-def with_colours(item: Item, labels: Mapping[str, Sequence[int]], where: str) -> Item:
-    """An item with `colours`, and with `labels`, the values of its structures: 1, 2, ... if dataset.json gives none."""
-    given = item["colours"] if isinstance(item["colours"], Mapping) else {}
-    names = [name for name in given if name != "background"]
-    colours = {tuple(each) for each in given.values() if isinstance(each, list) and len(each) == 3}
-    of_bytes = all(type(part) is int and 0 <= part <= WHITE for colour in colours for part in colour)
-    if not names or len(colours) < len(given) or not of_bytes or (labels and {*labels} != {*names}):
-        raise InputError(
-            f"the `colours` of {where} must be one for each structure of its `labels`, such as "
-            f'{{"polyp": [255, 0, 0]}}, got {item["colours"]!r}: correct its dataset.json.'
-        )
-    return {**item, "labels": labels or {name: [value] for value, name in enumerate(names, start=1)}}
+def settle_labels(item: Item, where: str) -> None:
+    """Bring the `labels` {name: values} of an item in line with its `colours`, or with masks in black and white.
+
+    With colours, values are 1, 2, ... if there are no labels. Masks of one structure, called 1 or 255, may have either.
+    """
+    labels: Any = item.get("labels") or {}
+    if item.get("colours"):
+        given = item["colours"] if isinstance(item["colours"], Mapping) else {}
+        names = [name for name in given if name != "background"]
+        triples = [tuple(each) for each in given.values() if isinstance(each, list) and len(each) == 3]
+        colours = {each for each in triples if all(type(part) is int and 0 <= part <= WHITE for part in each)}
+        if not names or len(colours) < len(given) or (labels and {*labels} != {*names}):
+            raise InputError(
+                f"the `colours` of {where} must be one for each structure of its `labels`, such as "
+                f'{{"polyp": [255, 0, 0]}}, got {item["colours"]!r}: correct its dataset.json.'
+            )
+        item["labels"] = labels or {name: [value] for value, name in enumerate(names, start=1)}
+    elif isinstance(labels, Mapping) and len(labels) == 1 and _is_picture(item.get("label")):
+        ((name, values),) = labels.items()
+        item["labels"] = {name: [1, WHITE] if {*values} <= {1, WHITE} else values}
+
+
+def _is_picture(label: Any) -> bool:
+    return isinstance(label, str) and image_format(label) == "picture"
 
 
 def name_values(items: Sequence[Item]) -> None:
     """Name the values of label maps that no dataset.json names, in place.
 
     Masks with nothing but 1, or nothing but 255, are of one structure, `foreground`; values 1, 2, ... are `class_1`,
-    `class_2`, ... Others must be named, as they are most often what smoothing makes of an edge. Masks of one structure
-    that is called 1 or 255 may have either.
+    `class_2`, ... Others must be named, as they are most often what smoothing makes of an edge.
     """
     unnamed = [item for item in items if not item.get("labels")]
+    if not unnamed:
+        return
     found = dict(zip((item["label"] for item in unnamed), _values_in(unnamed), strict=True))
     values = sorted({value for each in found.values() for value in each})
-    if unnamed and not values:
+    if not values:
         raise InputError(f"masks must show something, got {len(found)} that are empty, such as {unnamed[0]['label']}.")
     labels = {f"class_{value}": [value] for value in values}
-    if {*values} <= {1, WHITE} and all(len(each) == 1 for each in found.values() if each):
-        labels = {"foreground": values}
+    if {*values} <= {1, WHITE} and all(len(each) < 2 for each in found.values()):
+        labels = {"foreground": [1, WHITE]}
     elif values[-1] >= WHITE or len(values) > _MAX_UNNAMED:
         path = max(found, key=lambda name: len(found[name]))
         raise InputError(
@@ -152,21 +158,15 @@ def name_values(items: Sequence[Item]) -> None:
             '`labels`, such as {"disc": 128, "cup": 255}, into a dataset.json; if its edges were smoothed, write the '
             "mask anew with 0 and 255 alone."
         )
-    if unnamed:
-        empty = sum(not each for each in found.values())
-        logger.info("Classes of %d label maps, %d of them empty, by their values: %s.", len(found), empty, labels)
-    for item in items:
-        item["labels"] = item.get("labels") or labels
-        given = {value for each in item["labels"].values() for value in each}
-        is_white = given <= {1, WHITE} and image_format(item["label"]) == "picture" and not item.get("colours")
-        if len(item["labels"]) == 1 and is_white:
-            both = [value for value in (1, WHITE) if value not in item.get("ignored", ())]
-            item["labels"] = dict.fromkeys(item["labels"], both)
+    empty = sum(not each for each in found.values())
+    logger.info("Classes of %d label maps, %d of them empty, by their values: %s.", len(found), empty, labels)
+    for item in unnamed:
+        item["labels"] = labels
 
 
 def mask_values(items: Sequence[Item], class_names: Sequence[str]) -> dict[str, int | list[int]]:
     """What each class is in masks of pictures, a colour or a value, as in the first that shows something."""
-    masks = [item for item in items if image_format(item["label"]) == "picture"]
+    masks = [item for item in items if _is_picture(item["label"])]
     if not masks:
         return {}
     labels: Mapping[str, list[int]] = masks[0]["labels"]

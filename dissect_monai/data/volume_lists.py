@@ -15,7 +15,7 @@ from monai.utils import ensure_tuple
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder, refuse_leaks
 from dissect_monai.data.datasets import read_all
-from dissect_monai.data.masks import mask_values, name_values, with_colours
+from dissect_monai.data.masks import mask_values, name_values, settle_labels
 from dissect_monai.data.readers import VolumeHeader, image_format, read_grid, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, with_test_split
 
@@ -101,8 +101,8 @@ def read_segmentation(
     must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
 
     In 2-D they may be pictures with masks (see `load_label`), too, and without dataset.json those of the folders
-    `images` and `labels`. `colours` of dataset.json names structures by their colour. If there is one structure, of the
-    value 1 or 255, masks may have either. Values that nothing names are classes as `name_values` calls them.
+    `images` and `labels`. `colours` of dataset.json names structures by their colour, see `settle_labels`. Values that
+    nothing names are classes as `name_values` calls them.
 
     Args:
         dataset_dir: the folder or folders.
@@ -216,8 +216,8 @@ def _read(
             item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
             if check and isinstance(item.get("labels"), Mapping):
                 item["labels"] = _named_values(item["labels"], folder)
-            if check and item.get("colours"):
-                item |= with_colours(item, item.get("labels") or {}, str(folder))
+            if check and pictures:
+                settle_labels(item, str(folder))
             if check and isinstance(item.get("labels"), Mapping):
                 ignored = [name for name in item["labels"] if name.lower() == "ignore"]
                 if ignored:
