@@ -71,8 +71,8 @@ def _read_mask(path: Path, item: Item) -> NDArray[Any]:
     with explained(path), Image.open(path) as image:
         if "JPEG" in (image.format or "") or "jpeg" in str(image.info.get("compression")):
             raise InputError(f"{path} is JPEG, which changes the values of a mask near every edge: save it as PNG.")
-        if getattr(image, "n_frames", 1) > 1:
-            raise InputError(f"{path} must be a mask of one page, got {image.n_frames}: write one with all structures.")
+        if (pages := getattr(image, "n_frames", 1)) > 1:
+            raise InputError(f"{path} must be a mask of one page, got {pages}: write one with all structures.")
         if image.format == "TIFF":
             image.filename = ""  # see `_read_picture`
         upright = ImageOps.exif_transpose(image)
@@ -93,8 +93,9 @@ def _read_mask(path: Path, item: Item) -> NDArray[Any]:
 
 
 def _values_of_colours(path: Path, rgb: NDArray[np.uint8], item: Item) -> NDArray[np.int64]:
-    values = {"background": [0], **item["labels"]}  # what is in neither is ignored
-    named = {tuple(colour): values.get(name, item.get("ignored"))[0] for name, colour in item["colours"].items()}
+    values: dict[str, list[int]] = {"background": [0], **item["labels"]}
+    ignored = item.get("ignored") or [0]  # what is in neither
+    named = {tuple(colour): values.get(name, ignored)[0] for name, colour in item["colours"].items()}
     known = {(0, 0, 0): 0, **named}
     code = rgb.astype(np.int64) @ (2**16, 2**8, 1)
     _, first, places, counts = np.unique(code, return_index=True, return_inverse=True, return_counts=True)

@@ -393,7 +393,8 @@ def read_grid(path: str | PathLike[str], pictures: bool = False) -> Grid:
     """
     path = Path(path)
     kind = "dicom" if path.is_dir() else image_format(path)
-    readers = {"dicom": partial(_dicom_grid, pictures=pictures), "itk": _itk_grid, "nifti": _nifti_grid}
+    readers: dict[str | None, Callable[[Path], Grid]] = {"itk": _itk_grid, "nifti": _nifti_grid}
+    readers["dicom"] = partial(_dicom_grid, pictures=pictures)
     if pictures:
         readers["picture"] = _picture_grid
     if kind not in readers:

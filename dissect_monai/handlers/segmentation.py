@@ -171,7 +171,7 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
     if item.get("ignored"):
         label_map, pred_map = (np.where(np.isin(values, item["ignored"]), 0, each) for each in (label_map, pred_map))
     spacing = [float(each) for each in label.pixdim]
-    return CaseMaps(label_map, pred_map, label.affine.numpy(), spacing, PICTURE in pred.meta)
+    return CaseMaps(label_map, pred_map, label.affine.numpy(), spacing, PICTURE in getattr(pred, "meta", {}))
 
 
 def score_case(item: Item, maps: CaseMaps, class_names: Sequence[str], tolerance: float = 2.0) -> CaseScores:
@@ -179,8 +179,9 @@ def score_case(item: Item, maps: CaseMaps, class_names: Sequence[str], tolerance
     classes = scored_classes(item, class_names)
     scores = score_structures(maps.label, maps.pred, classes, maps.spacing, tolerance)
     # The table has the values of the file, and a picture no volume.
-    flat = {"label_ml": NAN, "pred_ml": NAN} if maps.is_picture else {}
-    scores = [each._replace(values=tuple(map(int, item["labels"][each.structure])), **flat) for each in scores]
+    scores = [each._replace(values=tuple(map(int, item["labels"][each.structure]))) for each in scores]
+    if maps.is_picture:
+        scores = [each._replace(label_ml=NAN, pred_ml=NAN) for each in scores]
     in_pixels = maps.is_picture and np.allclose(maps.spacing, 1)
     return CaseScores(item["image"], str(item.get("subject", item["image"])), scores, in_pixels=in_pixels)
 

@@ -134,10 +134,10 @@ def refuse_other_grid(label: MetaTensor, image: MetaTensor, where: str) -> None:
     if PICTURE in image.meta:
         sizes = [tuple(map(int, each)) for each in (label.shape[1:], image.meta[MetaKeys.SPATIAL_SHAPE])]
         if sizes[0] != sizes[1]:
-            own, other = (f"{width} x {height}" for width, height, *_ in sizes)
+            got = " and ".join(f"{width} x {height}" for width, height, *_ in sizes)
             raise InputError(
-                f"{where} must have the size of its picture, as Exif turns it, got {own} and {other} pixels: save it "
-                "anew from the picture."
+                f"{where} must have the size of its picture, as Exif turns it, got {got} pixels: save it anew from the "
+                "picture."
             )
         label.affine = torch.as_tensor(image.meta[MetaKeys.ORIGINAL_AFFINE], dtype=torch.float64)
         return

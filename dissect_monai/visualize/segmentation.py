@@ -92,7 +92,8 @@ def picture_overlay(
     for title, axes in zip(("Picture", "Prediction and label"), figure.subplots(1, 2), strict=True):
         axes.imshow(picture.transpose(2, 1, 0), interpolation="bilinear")
         for value in range(1, len(class_names) + 1) if title != "Picture" else ():
-            _draw(axes, organ_color(value), *(value == each.T for each in (label, pred)))
+            own, found = (np.equal(each.T, value) for each in (label, pred))
+            _draw(axes, organ_color(value), own, found)
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set(xticks=[], yticks=[], xlim=(-0.5, across - 0.5), ylim=(down - 0.5, -0.5))
         axes.spines[:].set_visible(False)
