@@ -1,4 +1,4 @@
-"""Small things that several rooms share: version, text of a list, rank and world size, shared names."""
+"""Small things that several rooms share: version, text of a list, what processes tell each other, shared names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 __version__ = "0.2.0"
 Array = NDArray[np.floating[Any]]
@@ -73,3 +75,38 @@ def of_first_process(step: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return found
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, complete: bool) -> Tensor:
+        ctx.own, ctx.complete = slice(rank() * len(rows), (rank() + 1) * len(rows)), complete
+        return gather(rows) if world_size() > 1 else rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.complete:
+            return grad[ctx.own] * world_size(), None  # over which the gradients of the parameters will be averaged
+        if world_size() > 1:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad)
+        return grad[ctx.own], None
+
+
+def gather_rows(rows: Tensor, complete: bool = True) -> Tensor:
+    """Rows (N, D) of all processes, (world_size·N, D), for a loss of the joined batch, which all of them compute.
+
+    Its gradient becomes that of the joined batch when `DistributedDataParallel` averages the parameters' gradients.
+    `complete` says that each process finds all of the gradient of its own rows; else the parts of all are summed.
+    """
+    gathered: Tensor = _GatherRows.apply(rows, complete)
+    return gathered
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The same without a gradient."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

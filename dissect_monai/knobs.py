@@ -97,7 +97,7 @@ EMBEDDINGS = Rule(
 _RULES: list[tuple[Rule, str, str]] = [
     (SWITCH, "amp shard", "baselines codes compile on_device report temperature_scaling"),
     (_number("", lambda value: True), "a_max a_min", ""),
-    (_whole(0), "deep_supervision freeze_epochs seed split_seed warmup_epochs", "num_workers patches_seed"),
+    (_whole(0), "deep_supervision dense_level freeze_epochs seed split_seed warmup_epochs", "num_workers patches_seed"),
     (_whole(1), "batch_size embedding_dim hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
     (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
     (EMBEDDINGS, "num_embeddings", ""),
@@ -108,7 +108,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_optional(_whole(0)), "fold", ""),
     (AT_LEAST_0, "ce_weight classification_weight commitment_weight continuous_weight cross_weight dense_weight", ""),
     (AT_LEAST_0, "discrete_weight group_weight image_weight reconstruction_weight task_weight weight_decay", ""),
-    (AT_LEAST_0, "", "tolerance"),
+    (AT_LEAST_0, "position_weight", "tolerance"),
     (FROM_0_TO_1, "mask_fraction sampling_temperature", ""),
     (_optional(FROM_0_TO_1), "momentum", ""),
     (_number(" over 0", lambda value: value > 0), "learning_rate temperature", ""),

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dissect_monai.common import LEVELS, InputError, rank, world_size
+from dissect_monai.common import LEVELS, InputError, gather, gather_rows, rank, world_size
 
 # Similarities of one block of rows: on CPU they stay in the second-level cache, on GPU they bound the memory.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
@@ -50,6 +49,34 @@ def hierarchical_contrast(
     return losses
 
 
+def position_contrast(
+    embeddings: Tensor, task: Tensor, place: Tensor, temperature: float = 0.1, num_bins: int = 8
+) -> Tensor:
+    """Supervised contrast of places: what lies at the same part of its volume in the same task attracts each other.
+
+    The mean of two contrasts, whose positives share one of `num_bins` equal parts of their volumes, or one of those
+    that are shifted by half a part: so no border keeps neighbours apart. An item without a place has its views alone.
+
+    Args:
+        embeddings: of V views of each of B items, shape (V·B, D): all first views, then all second ones, and so on.
+        task: integer task of each item, shape (B,).
+        place: of each item in its volume, in [0, 1], or NaN, shape (B,).
+        temperature: as in `supervised_contrast`.
+        num_bins: parts of a volume.
+
+    Reference:
+        Zeng et al., Positional contrastive learning, MICCAI 2021, Sec. 2.2: positives by the place of slices. Chaitanya
+        et al., Contrastive learning of global and local features, NeurIPS 2020, Sec. 3.1: parts of volumes. Departure:
+        two sets of parts.
+    """
+    unknown = -1 - torch.arange(len(task), device=task.device) - len(task) * rank()
+    labels = []
+    for shift in (0, 0.5):
+        part = task * (num_bins + 1) + (place.nan_to_num() * num_bins + shift).long().clamp_max(num_bins)
+        labels.append(part.where(place.isfinite(), unknown).repeat(len(embeddings) // len(task)))
+    return torch.stack(supervised_contrast(embeddings, labels, temperature)).mean()
+
+
 def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperature: float = 0.1) -> list[Tensor]:
     """Mean over anchors i of −1/|P(i)| Σ_p∈P(i) log( exp(z_i·z_p / τ) / Σ_a≠i exp(z_i·z_a / τ) ), for each labelling.
 
@@ -74,7 +101,7 @@ def supervised_contrast(embeddings: Tensor, labels: Sequence[Tensor], temperatur
     with torch.autocast(embeddings.device.type, enabled=False):
         rows = gather_rows(normalised(embeddings))
         denominators = _LogDenominators.apply(rows, 1 / temperature)
-        return [_contrast(rows, denominators, _gather(each), temperature) for each in labels]
+        return [_contrast(rows, denominators, gather(each), temperature) for each in labels]
 
 
 @torch.no_grad()
@@ -118,7 +145,7 @@ class _LogDenominators(torch.autograd.Function):
             largest = logits.amax(1)
             sums = logits.sub_(largest[:, None]).exp_().sum(1)
             result[block.start - ctx.start : block.stop - ctx.start] = sums.log_().add_(largest)
-        result = _gather(result)
+        result = gather(result)
         ctx.save_for_backward(rows, result)
         return result
 
@@ -147,36 +174,6 @@ def _similarities(rows: Tensor, start: int, stop: int, scale: float = 1.0) -> It
         torch.addmm(part, rows[block], rows.t(), beta=0, alpha=scale, out=part)
         part.diagonal(first).fill_(-torch.inf)
         yield block, part
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all processes. Each differentiates the same joined loss, so its own part of the gradient is complete."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.own = slice(rank() * len(rows), (rank() + 1) * len(rows))
-        return _gather(rows) if world_size() > 1 else rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad[ctx.own] * world_size()  # over which the gradients of the parameters will be averaged
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (N, D) of all processes, (world_size·N, D), for a loss that all of them compute of the joined batch.
-
-    Its gradient becomes that of the joined batch when `DistributedDataParallel` averages the parameters' gradients.
-    """
-    gathered: Tensor = _Gather.apply(rows)
-    return gathered
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    if world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
 
 
 def normalised(embeddings: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dissect_monai.common import InputError, rank
-from dissect_monai.losses.contrastive import gather_rows, supervised_contrast
+from dissect_monai.common import InputError, gather_rows, rank
+from dissect_monai.losses.contrastive import supervised_contrast
 
 OBJECTIVES = ("nt_xent", "vicreg", "byol")
 

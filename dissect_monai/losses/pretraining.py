@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect_monai.common import InputError
-from dissect_monai.losses.contrastive import hierarchical_contrast
+from dissect_monai.losses.contrastive import hierarchical_contrast, position_contrast
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.losses.joint_embedding import OBJECTIVES, nt_xent, regression_loss, vicreg
 from dissect_monai.networks.hssl import HSSLOutput
@@ -154,7 +154,7 @@ class VQSSLLoss(_WeightedTerms):
 
 
 class HSSLLoss(_WeightedTerms):
-    """Weighted sum of the image, task, group, classification, reconstruction and dense terms.
+    """Weighted sum of the image, task, group, classification, reconstruction, position and dense terms.
 
     A level whose labels are all the same teaches nothing but to collapse: with a single task or group its contrast is
     left out, whatever its weight, and the log says so.
@@ -166,6 +166,7 @@ class HSSLLoss(_WeightedTerms):
         classification_weight: mean of the cross-entropies of task and group.
         reconstruction_weight: share of the uncorrupted view's variance that the reconstruction leaves unexplained:
             the mean of that over the masked voxels and that over all, or, without a mask, over all.
+        position_weight: contrast that draws what lies at one place of its volume together, see `position_contrast`.
         dense_weight: contrast of the places within an image, see `dense_contrast`.
         temperature: of all contrasts, positive.
         num_tasks: None for several.
@@ -186,6 +187,7 @@ class HSSLLoss(_WeightedTerms):
         group_weight: float = 1.0,
         classification_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
+        position_weight: float = 0.0,
         dense_weight: float = 0.0,
         temperature: float = 0.1,
         num_tasks: int | None = None,
@@ -202,6 +204,7 @@ class HSSLLoss(_WeightedTerms):
             group=0.0 if num_groups == 1 else group_weight,
             classification=classification_weight,
             reconstruction=reconstruction_weight,
+            position=position_weight,
             dense=dense_weight,
         )
         self.temperature = temperature
@@ -221,8 +224,12 @@ class HSSLLoss(_WeightedTerms):
         regions = [None] if target.masked is None else [target.masked, None]
         errors = [unexplained_variance(output.reconstruction, target.views, region) for region in regions]
         terms["reconstruction"] = torch.stack(errors).mean()
+        if output.position is not None and target.place is not None:
+            terms["position"] = position_contrast(output.position, target.task, target.place, self.temperature)
+        elif self.weights["position"]:
+            raise InputError("`position_weight` is positive but the network has no head for it: set `position`.")
         if output.dense is not None and target.placement is not None:
             terms["dense"] = dense_contrast(output.dense, target.placement, self.temperature)
         elif self.weights["dense"]:
-            raise InputError("`dense_weight` is positive but the network has no head for it: set `dense`.")
+            raise InputError("`dense_weight` is positive but the network has no head for it: set `dense_level`.")
         return terms

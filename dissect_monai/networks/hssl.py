@@ -10,8 +10,9 @@ from monai.networks.layers.factories import Conv
 from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
-from dissect_monai.common import LEVELS, InputError
+from dissect_monai.common import LEVELS, InputError, gather_rows, rank, world_size
 from dissect_monai.networks.encoders import pool
+from dissect_monai.networks.segmentation import decoder_maps
 
 
 class HSSLOutput(NamedTuple):
@@ -22,7 +23,24 @@ class HSSLOutput(NamedTuple):
     task_logits: Tensor  # (V·B, num_tasks)
     group_logits: Tensor  # (V·B, num_groups)
     reconstruction: Tensor  # (V·B, in_channels, *spatial), float32
-    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride) of the bottleneck; None without its head
+    position: Tensor | None = None  # (V·B, out_dim), for the contrast of the places of slices; None without its head
+    dense: Tensor | None = None  # (V·B, out_dim, *spatial / stride) of a map of the decoder; None without its head
+
+
+class JointBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of vectors (N, C) by the statistics of all processes, on any device.
+
+    The pooled features of a `SegResNet` share most of their direction. Without this, contrasts of them stand still for
+    hundreds of steps.
+    """
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Normalise rows, in float32."""
+        rows = rows.float()
+        if not self.training or world_size() == 1:
+            return super().forward(rows)
+        joined = super().forward(gather_rows(rows, complete=False))
+        return joined[rank() * len(rows) : (rank() + 1) * len(rows)]
 
 
 class HSSLNet(nn.Module):
@@ -39,16 +57,17 @@ class HSSLNet(nn.Module):
         num_groups: of the second.
         hidden_dim: width of the hidden layer of the projection heads.
         out_dim: width of the embeddings.
-        dense: whether to build the head of the dense contrast.
+        position: whether to build the head of the contrast of places.
+        dense_level: the map that the head of the dense contrast sees: 0 the bottleneck, 1 the first map of the decoder,
+            twice as fine, and so on; None builds none.
 
     Raises:
-        ValueError: if `segresnet` cannot reconstruct its input.
+        ValueError: if `segresnet` cannot reconstruct its input, or has no map `dense_level`.
 
     Reference:
         Zheng et al., Hierarchical Self-Supervised Learning, MICCAI 2021 (arXiv 2107.04886). Independent implementation
-        from the abstract; the width of the embeddings is that of Chen et al., SimCLR, ICML 2020, Sec. 2.1, and the
-        heads are theirs, without batch normalisation: no embedding depends on the rest of the batch, so that several
-        processes compute what one does.
+        from the abstract; the width of the embeddings is that of Chen et al., SimCLR, ICML 2020, Sec. 2.1, and so are
+        the heads. Departure: features are normalised over the batch before them, see `JointBatchNorm`.
     """
 
     def __init__(
@@ -58,7 +77,8 @@ class HSSLNet(nn.Module):
         num_groups: int,
         hidden_dim: int = 512,
         out_dim: int = 128,
-        dense: bool = False,
+        position: bool = False,
+        dense_level: int | None = None,
     ) -> None:
         super().__init__()
         out_channels = segresnet.conv_final[-1].out_channels
@@ -72,23 +92,33 @@ class HSSLNet(nn.Module):
         # A random layer draws something of twenty times the variance of an image, to be unlearnt in a hundred steps.
         for parameter in segresnet.conv_final[-1].parameters():
             parameter.data.mul_(0.1)
+        self.norm = JointBatchNorm(width, affine=False)
         self.projectors = nn.ModuleDict({level: _mlp(nn.Linear, width, hidden_dim, out_dim) for level in LEVELS})
+        self.position_projector = _mlp(nn.Linear, width, hidden_dim, out_dim) if position else None
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)
-        conv = partial(Conv[Conv.CONV, segresnet.spatial_dims], kernel_size=1)
-        self.dense_projector = _mlp(conv, width, hidden_dim, out_dim) if dense else None
+        self.dense_level, self.dense_projector = dense_level, None
+        if dense_level is not None:
+            finest = len(segresnet.up_layers)
+            if not 0 <= dense_level <= finest:
+                raise InputError(f"`dense_level` must be from 0 to {finest}, a map of the decoder, got {dense_level}.")
+            conv = partial(Conv[Conv.CONV, segresnet.spatial_dims], kernel_size=1)
+            self.dense_projector = _mlp(conv, width // 2**dense_level, hidden_dim, out_dim)
 
     def forward(self, images: Tensor) -> HSSLOutput:
         """Embed, classify and reconstruct views, (V·B, in_channels, *spatial) in [0, 1], of multiples of the stride."""
         features, maps = self.segresnet.encode(images)
         pooled = pool(features)
+        normalised = self.norm(pooled)
+        decoded = [features, *decoder_maps(self.segresnet, features, maps)]
         return HSSLOutput(
             embedding=pooled.detach(),
-            embeddings=tuple(projector(pooled) for projector in self.projectors.values()),
-            task_logits=self.task_classifier(pooled),
-            group_logits=self.group_classifier(pooled),
-            reconstruction=self.segresnet.decode(features, maps[::-1]).float(),
-            dense=None if self.dense_projector is None else self.dense_projector(features),
+            embeddings=tuple(projector(normalised) for projector in self.projectors.values()),
+            task_logits=self.task_classifier(normalised),
+            group_logits=self.group_classifier(normalised),
+            reconstruction=self.segresnet.conv_final(decoded[-1]).float(),
+            position=None if self.position_projector is None else self.position_projector(normalised),
+            dense=None if self.dense_projector is None else self.dense_projector(decoded[self.dense_level]),
         )
 
 

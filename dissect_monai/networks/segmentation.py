@@ -34,6 +34,15 @@ def _start_rare(biases: Tensor) -> None:
         biases[0] = 0
 
 
+def decoder_maps(segresnet: SegResNet, features: Tensor, maps: list[Tensor]) -> list[Tensor]:
+    """What the decoder of a `SegResNet` makes of what its `encode` returns, coarse to fine, each twice as fine."""
+    decoded = []
+    for upsample, layer, skip in zip(segresnet.up_samples, segresnet.up_layers, maps[-2::-1], strict=False):
+        features = layer(upsample(features) + skip)
+        decoded.append(features)
+    return decoded
+
+
 class DeepSupervisionNet(nn.Module):
     """A `SegResNet` that, while it trains, segments at coarser levels of its decoder, too.
 
@@ -69,12 +78,6 @@ class DeepSupervisionNet(nn.Module):
         """Logits (B, classes, *spatial); in training a list with those of coarser levels behind, each half as fine."""
         if not self.training:
             return self.segresnet(images)
-        features, maps = self.segresnet.encode(images)
-        skips = maps[::-1][1:]
-        decoded = []
-        for upsample, layer, skip in zip(self.segresnet.up_samples, self.segresnet.up_layers, skips, strict=False):
-            features = layer(upsample(features) + skip)
-            decoded.append(features)
-        finest, *coarser = decoded[::-1]
+        finest, *coarser = decoder_maps(self.segresnet, *self.segresnet.encode(images))[::-1]
         others = [head(each) for head, each in zip(self.heads, coarser, strict=False)]
         return [self.segresnet.conv_final(finest), *others]

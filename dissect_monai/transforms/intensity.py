@@ -14,7 +14,7 @@ from monai.transforms import MapTransform, RandCropByPosNegLabeld, ScaleIntensit
 from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
 from numpy.typing import NDArray
 
-from dissect_monai.common import PICTURE, PLANES, Array, InputError
+from dissect_monai.common import PICTURE, InputError
 
 logger = logging.getLogger(__name__)
 _AIR = 0.05  # part of the range from the darkest voxel to the upper percentile, noise included
@@ -112,8 +112,7 @@ class ForegroundIndicesd(MapTransform):
         """Add `image_fg_indices` for an `image`, flat places of voxels, int64 of shape (N,), and `image_bg_indices`.
 
         MONAI's crop takes them only together, and without places in either it would not draw by the other: so both
-        hold the same. `image_to_place` (3, 4) takes positions in voxels to those in the box around all voxels over 0,
-        from 0 to 1 from left to right, back to front and foot to head; axes are those that `SliceOrientationd` leaves.
+        hold the same. `image_range` is where voxels over 0 begin and end along the last axis, across slices.
         """
         item = dict(data)
         for key in self.key_iterator(item):
@@ -123,27 +122,17 @@ class ForegroundIndicesd(MapTransform):
                 raise InputError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
             chosen = np.linspace(0, len(places) - 1, min(_MAX_INDICES, len(places))).round().astype(int)
             item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
-            plane = item.get("slice_axis", "axial")
-            item[f"{key}_to_place"] = np.full((3, 4), np.nan) if plane == PICTURE else _to_box(mask, PLANES[plane])
+            across = np.flatnonzero(mask.any((0, 1)))
+            is_picture = item.get("slice_axis") == PICTURE
+            item[f"{key}_range"] = (np.nan, np.nan) if is_picture else (across[0], across[-1] + 1)
         return item
-
-
-def _to_box(mask: NDArray[np.bool_], axes: Sequence[int]) -> Array:
-    """From voxels to parts of the box around those of `mask`; `axes` are those of the patient, see `PLANES`."""
-    matrix = np.zeros((3, 4))
-    for axis, of_patient in enumerate(axes):
-        found = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
-        size = found[-1] + 1 - found[0]
-        matrix[of_patient, [axis, 3]] = 1 / size, -found[0] / size
-    return matrix
 
 
 class RandForegroundCropd(RandCropByPosNegLabeld):
     """Cuts patches around random voxels that are not air, as `ForegroundIndicesd` has found them, and says their place.
 
-    A patch gets "place", float32 (3,) in [0, 1]: where its centre lies in the foreground of the volume, from left to
-    right, back to front and foot to head. Along an axis that is whole in the patch, it is about 0.5. Of pictures it is
-    NaN.
+    A patch gets "place", a float32 in [0, 1]: where its centre lies in the foreground along the last axis; NaN if it is
+    of a picture.
 
     Args:
         keys: keys of the image (C, X, Y, Z), then of what is cut in the same way.
@@ -164,17 +153,16 @@ class RandForegroundCropd(RandCropByPosNegLabeld):
             keys, image, spatial_size, neg=0, num_samples=num_samples, fg_indices_key=f"{image}_fg_indices",
             bg_indices_key=f"{image}_bg_indices", allow_missing_keys=allow_missing_keys,
         )  # fmt: skip
-        self.size = np.array(spatial_size)
+        self.size = spatial_size[-1]
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> list[dict[Hashable, Any]]:
         """The patches of a volume."""
         item = dict(data)
-        to_place = np.asarray(item.pop(f"{self.label_key}_to_place"))
+        first, end = item.pop(f"{self.label_key}_range")
         patches: list[dict[Hashable, Any]] = super().__call__(item, lazy)
         for patch, center in zip(patches, self.cropper.centers or (), strict=True):
-            middle = np.array(center) - self.size // 2 + self.size / 2  # from side to side, not between voxels
-            place = to_place[:, :3] @ middle + to_place[:, 3]
-            patch["place"] = torch.as_tensor(place, dtype=torch.float32).clamp(0, 1)
+            middle = center[-1] - self.size // 2 + self.size / 2  # from side to side, not between voxels
+            patch["place"] = torch.tensor((middle - first) / (end - first), dtype=torch.float32).clamp(0, 1)
         return patches
 
 

@@ -85,6 +85,7 @@ class HierarchyTarget(NamedTuple):
     masked: Tensor | None  # (V·B, 1, *spatial), True where the network sees nothing; None without corruption
     task: Tensor  # (B,), int64, place in `tasks`
     group: Tensor  # (B,), int64, place in `groups`
+    place: Tensor | None = None  # (B,), in [0, 1] across the slices of the volume, NaN for pictures
     placement: Placement | None = None  # of the V·B views in their images, which the dense contrast needs
 
 
@@ -123,7 +124,7 @@ class HierarchyViews(Views):
     def __call__(
         self, batchdata: Mapping[str, Any], device: Device = None, non_blocking: bool = False, **kwargs: Any
     ) -> ViewBatch:
-        """Views of the "image" of `batchdata`, shape (B, C, *spatial), and its B `task` and `group` as numbers."""
+        """Views of the "image" of `batchdata`, (B, C, *spatial), its `task` and `group` as numbers, and its `place`."""
         views, placement = self._augmented(batchdata["image"], device=device, non_blocking=non_blocking, **kwargs)
         images = views
         masked: Tensor | None = None
@@ -133,4 +134,7 @@ class HierarchyViews(Views):
             torch.tensor([numbers[name] for name in batchdata[key]]).to(device, non_blocking=non_blocking)
             for key, numbers in self.numbers.items()
         )
-        return ViewBatch(images, HierarchyTarget(views, masked, task, group, placement))
+        place = batchdata.get("place")
+        if place is not None:
+            place = place.to(device, non_blocking=non_blocking)
+        return ViewBatch(images, HierarchyTarget(views, masked, task, group, place, placement))

@@ -144,7 +144,7 @@ def test_patches_of_a_batch_have_a_place(folders: Folders, shape: dict[str, Any]
     parser.update({**TINY, **shape, "dataset_dir": folders})
     batch = next(iter(parser.get_parsed_content("train#dataloader")))
     assert batch["image"].shape == (4, 1, *parser.get_parsed_content("patch_size"))
-    assert batch["place"].shape == (4, 3)
+    assert batch["place"].shape == (4,)
     assert 0 <= batch["place"].min() < batch["place"].max() <= 1
 
 

@@ -112,13 +112,16 @@ def test_the_loss_of_pretraining_is_alike(objective: str, device: torch.device) 
 def test_the_loss_of_hierarchical_pretraining_is_alike(device: torch.device) -> None:
     torch.manual_seed(0)
     segresnet = SegResNet(3, out_channels=1, init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1))
-    network, found = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=32, dense=True), []
+    network, found = HSSLNet(segresnet, len(TASKS), len(GROUPS), hidden_dim=32, position=True, dense_level=1), []
     copy = deepcopy(network).to(device)
     batch = {"image": torch.rand(4, 1, 16, 16, 16), "task": [*TASKS, "spleen"], "group": [GROUPS[0]] * 3 + [GROUPS[1]]}
+    batch["place"] = torch.rand(4)
     for net, where in ((network, torch.device("cpu")), (copy, device)):
         torch.manual_seed(1)
         images, target = HierarchyViews(BatchAugment(3), TASKS, GROUPS)(batch, where)
-        found.append(losses_of(net, HSSLLoss(num_tasks=3, num_groups=2, dense_weight=1), images, target))
+        found.append(
+            losses_of(net, HSSLLoss(num_tasks=3, num_groups=2, position_weight=1, dense_weight=1), images, target)
+        )
     close(found[1][0], found[0][0], 1e-3)
     assert torch.nn.functional.cosine_similarity(found[1][1].cpu().flatten(), found[0][1].flatten(), dim=0) > 0.99
 

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect_monai.common import LEVELS
-from dissect_monai.losses.contrastive import BLOCK_BYTES, hierarchical_contrast, retrieval_accuracy, supervised_contrast
+from dissect_monai.losses.contrastive import (
+    BLOCK_BYTES,
+    hierarchical_contrast,
+    position_contrast,
+    retrieval_accuracy,
+    supervised_contrast,
+)
 from dissect_monai.losses.dense import dense_contrast
 from dissect_monai.transforms.augment import BatchAugment, Placement
 
@@ -151,6 +157,18 @@ def test_a_step_never_waits_for_the_gpu(device: torch.device) -> None:
         with context:
             sum(hierarchical_contrast([embeddings] * 3, task, group).values()).backward()
     assert embeddings.grad is not None
+
+
+def test_what_lies_at_one_place_of_a_task_attracts_each_other_and_what_has_no_place_only_itself() -> None:
+    embeddings = random_embeddings(16, dtype=torch.float32)
+    place = torch.tensor([0.0, 0.1, 0.45, 0.55, 1.0, 0.5, float("nan"), float("nan")])
+    # Of 4 parts, then of those shifted by half a part; tasks are 3, 3, 8, 8, 8, 1, −4, −4.
+    expected = [
+        naive_contrast(embeddings, torch.tensor(labels).repeat(2), 0.2)
+        for labels in ([0, 0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 2, 3, 4, 5])
+    ]
+    actual = position_contrast(embeddings, TASK, place, 0.2, num_bins=4)
+    torch.testing.assert_close(actual, torch.stack(expected).mean())
 
 
 @pytest.mark.parametrize("num", [8, 15, 4])

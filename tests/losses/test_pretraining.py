@@ -54,8 +54,8 @@ def test_rejects_reconstruction_without_a_decoder() -> None:
         VQSSLLoss(reconstruction_weight=1)(net(views), views)
 
 
-def make_net(spatial_dims: int = 2, dense: bool = False) -> HSSLNet:
-    return HSSLNet(small_segresnet(spatial_dims, out_channels=1), 3, 2, hidden_dim=16, out_dim=8, dense=dense)
+def make_net(spatial_dims: int = 2, **heads: Any) -> HSSLNet:
+    return HSSLNet(small_segresnet(spatial_dims, out_channels=1), 3, 2, hidden_dim=16, out_dim=8, **heads)
 
 
 def make_batch(spatial_dims: int = 2, size: int = 8) -> ViewBatch:
@@ -72,17 +72,28 @@ def only(name: str) -> HSSLLoss:
     return HSSLLoss(**{f"{term}_weight": float(term == name) for term in TERMS})
 
 
-def test_the_dense_term_is_a_switch_of_network_and_loss() -> None:
+@pytest.mark.parametrize(
+    ("name", "head", "shape"),
+    [
+        ("dense", {"dense_level": 0}, (8, 8, 2, 2)),
+        ("dense", {"dense_level": 2}, (8, 8, 8, 8)),
+        ("position", {"position": True}, (8, 8)),
+    ],
+)
+def test_further_contrasts_are_switches_of_network_and_loss(name: str, head: Any, shape: tuple[int, ...]) -> None:
     images, target = make_batch()
-    target = target._replace(placement=Placement(torch.eye(2).expand(8, -1, -1), torch.zeros(8, 2)))
-    output = make_net(dense=True)(images)
-    assert output.dense.shape == (8, 8, 2, 2)
-    terms = HSSLLoss(dense_weight=3).terms(output, target)
-    assert list(terms) == [*TERMS, "dense"]
-    without = HSSLLoss()(output, target)
-    torch.testing.assert_close(HSSLLoss(dense_weight=3)(output, target), without + 3 * terms["dense"])
-    with pytest.raises(ValueError, match="`dense_weight` is positive but the network has no head for it: set `dense`"):
-        HSSLLoss(dense_weight=1)(make_net()(images), target)
+    place = torch.tensor([0.1, 0.15, 0.8, float("nan")])
+    target = target._replace(placement=Placement(torch.eye(2).repeat(8, 1, 1), torch.zeros(8, 2)), place=place)
+    output = make_net(**head)(images)
+    assert getattr(output, name).shape == shape
+    loss = HSSLLoss(**{f"{name}_weight": 3})
+    terms = loss.terms(output, target)
+    assert list(terms) == [*TERMS, name]
+    torch.testing.assert_close(loss(output, target), HSSLLoss()(output, target) + 3 * terms[name])
+    with pytest.raises(
+        ValueError, match=f"`{name}_weight` is positive but the network has no head for it: set `{name}"
+    ):
+        loss(make_net()(images), target)
 
 
 @pytest.mark.parametrize(("counts", "left_out"), [((1, 1), ["task", "group"]), ((3, 1), ["group"]), ((3, 2), [])])
@@ -91,7 +102,9 @@ def test_a_level_needs_two_labels(
 ) -> None:
     caplog.set_level("INFO")
     loss = HSSLLoss(num_tasks=counts[0], num_groups=counts[1])
-    assert [name for name, weight in loss.weights.items() if not weight and name != "dense"] == left_out
+    assert [
+        name for name, weight in loss.weights.items() if not weight and name not in ("position", "dense")
+    ] == left_out
     assert all(f"single {name}" in caplog.text for name in left_out)
     assert ("single" in caplog.text) == bool(left_out)
 
@@ -176,7 +189,10 @@ def test_half_precision_is_finite_and_close(spatial_dims: int) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "names"),
-    [(HSSLLoss, [*TERMS, "dense"]), (VQSSLLoss, ["continuous", "discrete", "commitment", "reconstruction"])],
+    [
+        (HSSLLoss, [*TERMS, "position", "dense"]),
+        (VQSSLLoss, ["continuous", "discrete", "commitment", "reconstruction"]),
+    ],
 )
 def test_rejects_a_loss_of_nothing(loss: Any, names: list[str]) -> None:
     with pytest.raises(ValueError, match="one of the loss weights must be positive, got 0 for all of them"):

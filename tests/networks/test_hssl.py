@@ -30,8 +30,8 @@ def test_embeds_classifies_and_reconstructs_every_view(spatial_dims: int, in_cha
     torch.testing.assert_close(output.reconstruction, net.segresnet(images))
 
 
-def test_an_embedding_does_not_depend_on_the_rest_of_the_batch() -> None:
-    net, images = make_net(), make_images()
+def test_once_trained_an_embedding_does_not_depend_on_the_rest_of_the_batch() -> None:
+    net, images = make_net().eval(), make_images()
     together, alone = net(images), net(images[:1])
     for level, own in zip(together.embeddings, alone.embeddings, strict=True):
         torch.testing.assert_close(level[:1], own)
@@ -49,3 +49,8 @@ def test_weights_load_key_for_key_but_for_the_last_convolution(spatial_dims: int
 def test_rejects_a_segresnet_that_does_not_reconstruct() -> None:
     with pytest.raises(ValueError, match="as many output as input channels, got 2 and 1; set `out_channels`"):
         HSSLNet(small_segresnet(out_channels=2), 3, 2)
+
+
+def test_a_map_of_the_decoder_must_be_there() -> None:
+    with pytest.raises(ValueError, match="`dense_level` must be from 0 to 2, a map of the decoder, got 3"):
+        HSSLNet(small_segresnet(out_channels=1), 3, 2, dense_level=3)
