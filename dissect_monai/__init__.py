@@ -18,6 +18,7 @@ from dissect_monai.data.datasets import DeviceLoader as DeviceLoader
 from dissect_monai.data.datasets import ReadableLoader as ReadableLoader
 from dissect_monai.data.datasets import cached_dataset as cached_dataset
 from dissect_monai.data.datasets import readable_items as readable_items
+from dissect_monai.data.masks import LoadLabeld as LoadLabeld
 from dissect_monai.data.patches import patch_dataset as patch_dataset
 from dissect_monai.data.readers import ImageFileReader as ImageFileReader
 from dissect_monai.data.sampling import DomainSampler as DomainSampler

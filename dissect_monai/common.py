@@ -16,6 +16,7 @@ Array = NDArray[np.floating[Any]]
 Item = dict[str, Any]
 T = TypeVar("T")
 NO_FINDING = "No finding"
+PICTURE = "picture"  # in the metadata of a picture that is read as a slice: its whitest value, 0 if none is known
 SALT = ".salt"  # file in a data folder: the key of the pseudonyms of its subjects
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
 # Of slices: the patient's axes (0 left to right, 1 back to front, 2 foot to head) in their order, the one across last.

@@ -103,6 +103,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
     (EMBEDDINGS, "num_embeddings", ""),
     (_whole(16), "image_size", ""),
+    (_optional(_whole(1)), "in_channels", ""),
     (Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0), "init_filters", ""),
     (Rule("0 (off) or a whole number of at least 3", lambda v: v == 0 or _whole(3).holds(v)), "num_folds", ""),
     (_optional(_whole(0)), "fold", ""),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
 from dissect_monai.data import dicom
 from dissect_monai.data.readers import (
+    IMAGE_SUFFIX,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
@@ -44,8 +45,9 @@ class Datalist(NamedTuple):
     """The items of a data set in three splits, and what they have in common.
 
     Items have an "image", an absolute path. They may have a "label", floats 1, 0 or NaN (unknown) or the path of a
-    label map; "labels", the structures of the label map, {name: its values}; "subject", "task" and "group", texts; and
-    "modality", a text, or a list with one for each channel. "origin" is their data folder and their subject there.
+    label map; "labels", the structures of the label map, {name: its values}; "colours", those of masks, {name: [red,
+    green, blue]}; "subject", "task" and "group", texts; and "modality", a text, or a list with one for each channel.
+    "origin" is their data folder and their subject there.
     """
 
     training: list[Item]
@@ -58,6 +60,7 @@ class Datalist(NamedTuple):
     class_names: Sequence[str] = ()  # structures of the classes 1, 2, ..., of `read_segmentation`
     modality: str | list[str] | None = None  # of all training volumes of `read_segmentation`; None if they differ
     in_channels: int = 1
+    mask_values: Mapping[str, int | list[int]] = {}  # of each class in masks of pictures, of `read_segmentation`
 
     def items(self) -> list[Item]:
         """Those of all splits."""
@@ -183,9 +186,13 @@ def label_matrix(
     return np.stack([columns.get(name, unknown) for name in findings], axis=1)
 
 
-def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist:
-    """Data list of one folder, see `read_datalist`, without checking what its splits share."""
-    datalist = _read_folder(folder, spatial_dims, check)
+def read_folder(folder: Path, spatial_dims: int, check: bool = True, pictures: bool = False) -> Datalist:
+    """Data list of one folder, see `read_datalist`, without checking what its splits share.
+
+    With 3 dimensions and `pictures`, these are found beside volumes, and in a folder without dataset.json but with
+    `images` and one folder that is called like label maps, each image has the label map of the same name or stem.
+    """
+    datalist = _read_folder(folder, spatial_dims, check, pictures)
     own = str(folder if folder.is_dir() else folder.parent)
     alone = (own, None)  # one for all, as there may be millions
     for item in datalist.items():
@@ -193,37 +200,82 @@ def read_folder(folder: Path, spatial_dims: int, check: bool = True) -> Datalist
     return datalist
 
 
-def _read_folder(folder: Path, spatial_dims: int, check: bool) -> Datalist:
+def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = False) -> Datalist:
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
     if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
         return _read_json(folder / "dataset.json", check)
+    label_folder = _label_folder(folder) if pictures and folder.is_dir() else None
     if folder.is_dir():
-        images = _find_images(folder, spatial_dims)
+        images = _find_images(folder / "images" if label_folder else folder, spatial_dims, pictures)
     elif image_format(folder) is not None:
         images = [str(folder)]
     else:
         raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
     items = _with_patients(images)
     if not items:
-        suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 else ()) + VOLUME_SUFFIXES)
+        suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 or pictures else ()) + VOLUME_SUFFIXES)
         raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.")
     for image in images:
         if not image.isascii() and image != image.encode(errors="replace").decode():
             raise InputError(f"{folder} must hold files with names in UTF-8, got {image!a}. Rename it.")
+    if label_folder is not None and check:
+        _add_labels(items, folder / "images", label_folder)
     return Datalist(items, [], [])
 
 
-def _find_images(folder: Path, spatial_dims: int) -> list[str]:
+def _label_folder(folder: Path) -> Path | None:
+    """The folder of label maps beside `images`, if there is one."""
+    found = sorted(each for each in folder.iterdir() if each.is_dir() and _LABELS.fullmatch(each.name))
+    if not found or not (folder / "images").is_dir():
+        return None
+    if len(found) > 1:
+        names = shorten([each.name for each in found])
+        raise InputError(f"{folder} must have one folder of label maps beside images, got {names}: move the others.")
+    return found[0]
+
+
+def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None:
+    """Give each item the label map of the same name, or else of the same name without suffix."""
+    by_name: dict[str, list[str]] = {}
+    for path in (str(path) for _, paths in walk(label_folder) for path in paths if image_format(path)):
+        name = os.path.relpath(path, label_folder)
+        for each in {name, IMAGE_SUFFIX.sub("", name)}:
+            by_name.setdefault(each, []).append(path)
+    of_label: dict[str, str] = {}
+    for item in items:
+        name = os.path.relpath(item["image"], images)
+        found = by_name.get(name) or by_name.get(IMAGE_SUFFIX.sub("", name), [])
+        if len(found) > 1 or of_label.keys() & {*found}:
+            raise InputError(
+                f"{item['image']} must have a label map of its own, got {shorten(found)}, which is that of "
+                f"{of_label.get(found[0], 'the same name')}, too: rename them, or list both in a dataset.json."
+            )
+        item |= {"label": found[0]} if found else {}
+        of_label.update(dict.fromkeys(found, item["image"]))
+    without = [item["image"] for item in items if "label" not in item]
+    unused = sorted({path for paths in by_name.values() for path in paths} - {*of_label})
+    if items and not of_label:
+        raise InputError(
+            f"{label_folder} must hold label maps with the names of the images, but for the suffix, got {without[0]} "
+            f"and {shorten(unused, 1) or 'no label map'}: rename them, or list both in a dataset.json."
+        )
+    logger.info("Found %d images in %s, %d with a label map in %s.", len(items), images, len(of_label), label_folder)
+    for files, what in ((without, "Images without a label map"), (unused, "Label maps without an image")):
+        if files:
+            logger.warning("%s: %d (%s).", what, len(files), shorten(files, 3))
+
+
+def _find_images(folder: Path, spatial_dims: int, pictures: bool = False) -> list[str]:
     found: list[Path] = []
     for parent, paths in walk(folder):
         formats = {path: image_format(path) for path in paths}
         if spatial_dims == 2:
             found += [path for path in paths if formats[path]]
         else:
-            found += [path for path in paths if formats[path] in ("itk", "nifti")]
+            found += [path for path in paths if formats[path] in ("itk", "nifti", "picture")[: 2 + pictures]]
             if "dicom" in formats.values():
-                found += dicom.find_volumes(parent)
+                found += dicom.find_volumes(parent, pictures)
     return [str(path) for path in without_labels(sorted(found), folder)]
 
 
@@ -315,7 +367,8 @@ def _read_json(path: Path, check: bool) -> Datalist:
     for key in spec.keys() - {*SPLITS, "label_names"}:
         if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
             raise InputError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
-    shared = {key: spec[key] for key in ("task", "group", "modality") if key in spec}
+    shared = {key: spec[key] for key in ("task", "group", "modality", "colours") if key in spec}
+    shared |= {"colours": spec["colors"]} if "colors" in spec else {}
     channels = spec.get("channel_names")
     if channels and "modality" not in shared:  # as nnU-Net calls it
         names = [*channels.values()] if isinstance(channels, dict) else [*ensure_tuple(channels)]

@@ -29,7 +29,8 @@ _KEYWORDS = {
     0x00080032: "AcquisitionTime", 0x0008103E: "SeriesDescription", 0x00100020: "PatientID",
     0x00180010: "ContrastBolusAgent", 0x00180060: "KVP", 0x00180081: "EchoTime",
     0x00180082: "InversionTime", 0x00180086: "EchoNumbers", 0x00180088: "SpacingBetweenSlices",
-    0x00181060: "TriggerTime", 0x00181210: "ConvolutionKernel", 0x00181314: "FlipAngle",
+    0x00181060: "TriggerTime", 0x00181164: "ImagerPixelSpacing", 0x00181210: "ConvolutionKernel",
+    0x00181314: "FlipAngle",
     0x00189082: "EffectiveEchoTime", 0x00189087: "DiffusionBValue", 0x00189114: "MREchoSequence",
     0x00189117: "MRDiffusionSequence",
     0x0020000E: "SeriesInstanceUID", 0x00200012: "AcquisitionNumber", 0x00200032: "ImagePositionPatient",
@@ -245,6 +246,12 @@ class Series(NamedTuple):
         """Whether it has more than one slice."""
         return len(self.files) > 1 or num_frames(self.tags[0]) > 1
 
+    @property
+    def is_picture(self) -> bool:
+        """Whether each of its files is a picture: it has no other slice, or does not say where it lies."""
+        placed = any(numbers(tags, "ImagePositionPatient", 3) is not None for tags in self.tags)
+        return not self.is_volume or (num_frames(self.tags[0]) == 1 and not placed)
+
 
 def find_series(folder: Path) -> list[Series]:
     """The DICOM series in a folder, by their first file; objects without pixels are left out with a warning.
@@ -286,12 +293,14 @@ def _parsed(folder: Path, files: Sequence[tuple[Any, ...]]) -> list[Series]:
     return [Series(each.files + lost.files, each.tags + lost.tags) for each in found.values() or [lost] if any(each)]
 
 
-def find_volumes(folder: Path) -> list[Path]:
+def find_volumes(folder: Path, pictures: bool = False) -> list[Path]:
     """What stands for each DICOM volume in a folder: the folder if it holds but one series, else the first file of it.
 
-    Single slices, such as scouts, are left out with a warning.
+    Single slices, such as scouts, are left out with a warning; with `pictures`, each is one.
     """
     series = find_series(folder)
+    if pictures and any(each.is_picture for each in series):
+        return [file for each in series for file in (each.files if each.is_picture else each.files[:1])]
     single = [each for each in series if not each.is_volume and "fault" not in each.tags[0]]
     if single:
         warn_once(f"{folder}: left out, as they are single slices: {shorten([each.files[0].name for each in single])}.")

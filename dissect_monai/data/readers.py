@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from os import PathLike, fspath
 from pathlib import Path
@@ -20,7 +21,7 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from dissect_monai.common import InputError
+from dissect_monai.common import PICTURE, InputError
 from dissect_monai.data import dicom
 from dissect_monai.writing import temporary_folder
 
@@ -29,7 +30,9 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = dicom.DICOM_SUFFIXES + ITK_SUFFIXES + NIFTI_SUFFIXES
+IMAGE_SUFFIX = re.compile(f"({'|'.join(map(re.escape, PICTURE_SUFFIXES + VOLUME_SUFFIXES))})$", re.IGNORECASE)
 _UNITS = {1: 1000.0, 3: 0.001}  # mm in the metres and microns of a NIfTI, by their code
+_TURNED = 274  # Exif's orientation; over 4, width and height change places
 # ITU-R 601, as pillow's mode "L".
 LUMINANCE = (0.299, 0.587, 0.114)
 _ZERO_SPACING = re.compile(rb"(\x18\0\x88\0(?:DS)?[\x02-\x10]\0(?:\0\0)?)([-+0. ]+)")
@@ -116,14 +119,16 @@ class ImageFileReader(ImageReader):
     Args:
         spatial_dims: 2 or 3: drop trailing axes of length 1 down to this number, and refuse other images; None takes
             images as they are. With 3, a DICOM file of one slice stands for the series in its folder.
+        channels: with 3, reads pictures, too, as volumes of one slice (x, y, 1), of luminance (1) or RGB (3, grey
+            repeated), whose affine has the pixel spacing of DICOM, or 1 where there is none. None refuses pictures.
 
     Raises:
         ValueError: if a file is corrupt, has another number of spatial dimensions or, with 2, one value everywhere;
             names the file.
     """
 
-    def __init__(self, spatial_dims: int | None = None) -> None:
-        self.spatial_dims = spatial_dims
+    def __init__(self, spatial_dims: int | None = None, channels: int | None = None) -> None:
+        self.spatial_dims, self.channels = spatial_dims, channels
 
     def verify_suffix(self, filename: Sequence[str | PathLike[str]] | str | PathLike[str]) -> bool:
         """Always true; MONAI asks it of readers that it chooses itself."""
@@ -151,9 +156,13 @@ class ImageFileReader(ImageReader):
             raise InputError(f"{img} must hold finite values, got NaN or infinity. Repair or remove it.")
         if self.spatial_dims != 2 and MetaKeys.AFFINE in meta:
             _with_spacing(img, np.asarray(meta[MetaKeys.AFFINE]))
+        if PICTURE in meta and array.min() == array.max():
+            raise InputError(f"{img} must show something, got the value {array.flat[0]:g} everywhere. Remove it.")
         has_channels = array.ndim > len(meta[MetaKeys.SPATIAL_SHAPE])
         if self.spatial_dims is None or has_channels:
             return array, meta
+        if self.channels and array.ndim == 2:
+            array = array[..., None]
         while array.ndim > self.spatial_dims and array.shape[-1] == 1:
             array = array[..., 0]
         if array.ndim != self.spatial_dims:
@@ -167,17 +176,30 @@ class ImageFileReader(ImageReader):
         if kind == "dicom":
             alone = path.is_file() and self.spatial_dims != 3
             series = dicom.Series([path], [dicom.read_tags(path)]) if alone else dicom.series_of(path)
+            if self.channels and path.is_file() and series.is_picture:
+                tags = series.tags[series.files.index(path)]
+                return _as_slice(_read_film(path, tags, self.channels == 3), _film_spacing(tags), self.channels)
             if not series.is_volume and self.spatial_dims != 3:
-                return _read_film(series)
+                return _with_meta(_read_film(series.files[0], series.tags[0]))
             if self.spatial_dims == 2:
                 raise InputError(f"{path} must have `spatial_dims` = 2 axes, got several slices or frames.")
             return _read_slices(path, series)
         if kind == "picture":
-            return _with_meta(_read_picture(path))
+            picture = _read_picture(path, self.channels == 3)
+            return _as_slice(picture, (1.0, 1.0), self.channels) if self.channels else _with_meta(picture)
         return _read_nifti(path) if kind == "nifti" else _from_itk(sitk.ReadImage(fspath(path)))
 
 
-def _read_picture(path: Path) -> NDArray[Any]:
+def _as_slice(array: NDArray[Any], spacing: tuple[float, float], channels: int) -> tuple[NDArray[Any], dict[str, Any]]:
+    """A picture (x, y) or (x, y, 3) as a volume of one slice, whose channels come last."""
+    if array.ndim == 2 and channels == 3:
+        array = np.stack([array] * 3, -1)
+    volume, meta = _with_meta(array[:, :, None], np.diag([*spacing, 1.0, 1.0]))
+    meta |= {MetaKeys.SPATIAL_SHAPE: np.array(volume.shape[:3]), PICTURE: 255 if array.dtype == np.uint8 else 0}
+    return volume, {**meta, MetaKeys.ORIGINAL_CHANNEL_DIM: -1} if channels == 3 else meta
+
+
+def _read_picture(path: Path, colour: bool = False) -> NDArray[Any]:
     with Image.open(path) as image:
         # Pillow inverts white-is-zero of 8 bits alone (tag 262 of TIFF).
         negative = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode not in ("L", "1")
@@ -186,10 +208,10 @@ def _read_picture(path: Path) -> NDArray[Any]:
         upright = ImageOps.exif_transpose(image)
         # Pillow would clip 16-bit and float pictures to 255 on converting them to "L".
         is_grey = upright.mode in ("L", "I", "F") or upright.mode.startswith("I;")
-        array = np.asarray(upright if is_grey else upright.convert("L"))
+        array = np.asarray(upright if is_grey else upright.convert("RGB" if colour else "L"))
     if negative:
         array = np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else -array
-    return array.astype(array.dtype.newbyteorder("="), copy=False).T
+    return array.astype(array.dtype.newbyteorder("="), copy=False).swapaxes(0, 1)
 
 
 def _read_slices(path: Path, series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
@@ -215,13 +237,21 @@ def _repaired(path: Path, copy: Path) -> str:
     return fspath(copy)
 
 
-def _read_film(series: dicom.Series) -> tuple[NDArray[Any], dict[str, Any]]:
+def _read_film(path: Path, tags: dicom.Tags, colour: bool = False) -> NDArray[Any]:
     """A picture in one DICOM file, as a viewer shows it: see `_displayed`."""
-    (path,), (tags,) = series
     dicom.refuse_unreadable(path, tags)
-    array, _ = _from_itk(sitk.ReadImage(fspath(path), imageIO="GDCMImageIO"))
-    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    return _with_meta(_displayed(array, tags) if tags.get("SamplesPerPixel", 1) == 1 else array)
+    array, _ = _from_itk(sitk.ReadImage(fspath(path), imageIO="GDCMImageIO"), colour)
+    array = array[:, :, 0] if array.ndim > 2 and array.shape[2] == 1 else array
+    return _displayed(array, tags) if tags.get("SamplesPerPixel", 1) == 1 and array.ndim == 2 else array
+
+
+def _film_spacing(tags: dicom.Tags) -> tuple[float, float]:
+    """In mm along x and y; 1 if there is none."""
+    for name in ("PixelSpacing", "ImagerPixelSpacing"):
+        found = dicom.numbers(tags, name, 2)
+        if found is not None and found.min() > 0:
+            return float(found[1]), float(found[0])
+    return 1.0, 1.0
 
 
 def _displayed(array: NDArray[Any], tags: dicom.Tags) -> NDArray[Any]:
@@ -303,9 +333,11 @@ def _window(values: NDArray[Any], tags: dicom.Tags, padding: NDArray[np.bool_]) 
     return None if seen.min() == seen.max() else shown
 
 
-def _from_itk(image: Any) -> tuple[NDArray[Any], dict[str, Any]]:
+def _from_itk(image: Any, colour: bool = False) -> tuple[NDArray[Any], dict[str, Any]]:
     array = sitk.GetArrayFromImage(image)
     components = image.GetNumberOfComponentsPerPixel()
+    if components in (3, 4) and array.dtype == np.uint8 and colour:
+        return _with_meta(np.moveaxis(array[..., :3], -1, 0).T)
     if components in (3, 4) and array.dtype == np.uint8:
         array = np.rint(array[..., :3] @ np.array(LUMINANCE)).astype(np.uint8)
     elif components != 1:
@@ -345,22 +377,26 @@ class Grid(NamedTuple):
     channels: int = 1  # values of a voxel
 
 
-def read_header(path: str | PathLike[str]) -> VolumeHeader:
+def read_header(path: str | PathLike[str], pictures: bool = False) -> VolumeHeader:
     """Read the header of a volume, see `read_grid`."""
-    shape, affine, _ = read_grid(path)
+    shape, affine, _ = read_grid(path, pictures)
     x, y, z = np.argsort(nibabel.io_orientation(affine)[:, 0])
     spacing = voxel_sizes(affine).tolist()
     return VolumeHeader((shape[x], shape[y], shape[z]), (spacing[x], spacing[y], spacing[z]))
 
 
-def read_grid(path: str | PathLike[str]) -> Grid:
+def read_grid(path: str | PathLike[str], pictures: bool = False) -> Grid:
     """Read the grid of a NIfTI, MHA or NRRD volume, or of a DICOM series in a folder, from its header.
 
-    A header that cannot be read, or is not that of one volume with a spacing, is a `ValueError` that names the file.
+    With `pictures`, that of a picture, too, as `ImageFileReader` reads it as a slice: 1 channel if it is grey, or 3. A
+    header that cannot be read, or is not that of one volume with a spacing, is a `ValueError` that names the file.
     """
     path = Path(path)
     kind = "dicom" if path.is_dir() else image_format(path)
-    readers = {"dicom": _dicom_grid, "itk": _itk_grid, "nifti": _nifti_grid}
+    readers: dict[str | None, Callable[[Path], Grid]] = {"itk": _itk_grid, "nifti": _nifti_grid}
+    readers["dicom"] = partial(_dicom_grid, pictures=pictures)
+    if pictures:
+        readers["picture"] = _picture_grid
     if kind not in readers:
         raise InputError(f"{path} must be a volume (NIfTI, MHA, NRRD, DICOM): remove it from the data list.")
     refuse_odd_file(path)
@@ -440,8 +476,22 @@ def _read_nifti(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
     return array, {**meta, MetaKeys.AFFINE: affine, MetaKeys.ORIGINAL_AFFINE: affine.copy()}
 
 
-def _dicom_grid(path: Path) -> Grid:
-    volume = dicom.read_volume(path, dicom.series_of(path))
+def _picture_grid(path: Path) -> Grid:
+    with Image.open(path) as image:
+        size = image.size[:: -1 if image.getexif().get(_TURNED, 1) > 4 else 1]
+        palette = np.reshape(image.getpalette() or [], (-1, 3)) if image.mode == "P" else np.eye(3)
+        is_grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode[0] == "I" or not np.ptp(palette, 1).any()
+    return Grid((*size, 1), np.eye(4), 1 if is_grey else 3)
+
+
+def _dicom_grid(path: Path, pictures: bool = False) -> Grid:
+    series = dicom.series_of(path)
+    if pictures and path.is_file() and series.is_picture:
+        tags = series.tags[series.files.index(path)]
+        is_grey = (tags.get("SamplesPerPixel") or 1) == 1 and "PALETTE" not in tags.get("PhotometricInterpretation", "")
+        shape = (tags.get("Columns", 0), tags.get("Rows", 0), 1)
+        return Grid(shape, np.diag([*_film_spacing(tags), 1.0, 1.0]), 1 if is_grey else 3)
+    volume = dicom.read_volume(path, series)
     return Grid(volume.shape, volume.affine, volume.slices[0].get("SamplesPerPixel") or 1)
 
 

@@ -157,7 +157,8 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
             f"`{name}` must hold volumes with label maps to be scored, got none: list some in dataset.json, hold "
             "some out by `validation_fraction` or `fold`, or set `split` to all to score all of a new set."
         )
-    refuse_other_channels(items, settings.get("in_channels", 1))
+    channels, modality, dims = (settings.get(name) for name in ("in_channels", "modality", "spatial_dims"))
+    refuse_other_channels(items, channels or 1, modality, dims or 3)
     notes = []
     if settings.get("select") == "best" and settings.get("validation_data") == datalist_digest(items, "modality"):
         notes.append(
@@ -184,11 +185,20 @@ def refuse_trained(items: Sequence[Item], split: str, settings: Mapping[str, Any
         )
 
 
-def refuse_other_channels(items: Sequence[Item], in_channels: int) -> None:
-    """Refuse volumes with more or fewer modalities than channels; the `ValueError` names the first."""
+def refuse_other_channels(
+    items: Sequence[Item],
+    in_channels: int,
+    modality: str | Sequence[str] | None = None,
+    spatial_dims: int = 3,
+) -> None:
+    """Refuse volumes with more or fewer modalities than channels; the `ValueError` names the first.
+
+    A network for 2-D images of one `modality`, or several in turn (None), may have 3 channels, for colours.
+    """
+    in_colour = in_channels == 3 and spatial_dims == 2 and (modality is None or isinstance(modality, str))
     for item in items:
         modalities = ensure_tuple(item["modality"])
-        if len(modalities) != in_channels:
+        if len(modalities) != (1 if in_colour else in_channels):
             raise InputError(
                 f"every volume must have {in_channels} channel(s), got {', '.join(modalities)} for {item['image']}: "
                 "correct `modality`, make a data folder of each channel, or take weights for these channels."

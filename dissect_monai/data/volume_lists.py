@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from monai.utils import ensure_tuple
 from dissect_monai.common import InputError, Item, shorten
 from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder, refuse_leaks
 from dissect_monai.data.datasets import read_all
-from dissect_monai.data.readers import VolumeHeader, read_header
+from dissect_monai.data.masks import mask_values, name_values, settle_labels
+from dissect_monai.data.readers import VolumeHeader, image_format, read_grid, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, with_test_split
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,10 @@ def aggregate(
     seed: int = 0,
     on_corrupt: str = "raise",
     test_seed: int | None = None,
+    spatial_dims: int = 3,
+    in_channels: int | None = None,
 ) -> Datalist:
-    """Merge data folders of 3-D volumes, each with a task and a group, and read the headers of all their files.
+    """Merge data folders of volumes, each with a task and a group, and read the headers of all their files.
 
     The folders are those of `read_datalist`. `task`, `group` and `modality` ("CT", or {"0": "CT"}) of dataset.json
     count unless given here. Folders may share a task. Unknown modalities are logged, and are not CT. `labels` of
@@ -50,26 +54,30 @@ def aggregate(
         seed: draws other subjects for it.
         on_corrupt: "raise" refuses volumes whose header cannot be read or is not 3-D; "skip" logs and leaves them out.
         test_seed: for an evaluation: draws the subjects of `with_test_split`; None leaves the splits as they are.
+        spatial_dims: 2 takes pictures, too, see `read_segmentation`.
+        in_channels: see `read_segmentation`.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
         ValueError: if a folder has no task or group, or names values of label maps that are no integers; a task has two
             groups or fewer than two training subjects; splits share a subject; or volumes cannot be used.
     """
-    folders, datalists = _read(dataset_dirs, {"task": task, "group": group, "modality": modality})
+    pictures = spatial_dims == 2
+    folders, datalists = _read(dataset_dirs, {"task": task, "group": group, "modality": modality}, pictures=pictures)
     for folder, datalist in zip(folders, datalists, strict=True):
         _refuse_without_domain(datalist, folder)
-        refuse_other_channels(datalist.items(), 1)
+        refuse_other_channels(datalist.items(), in_channels or 1, spatial_dims=spatial_dims)
     merged = merge_datalists(hold_out(datalists, validation_fraction, seed), folders)
     _warn_of_unknown(merged.items())
     every_image = [{"image": image} for image in sorted({item["image"] for item in merged.items()})]
-    files = Dataset(every_image, lambda item: read_header(item["image"]))
+    files = Dataset(every_image, lambda item: read_header(item["image"], pictures))
     found, readable = read_all(files, on_corrupt, num_workers=8)  # headers, of which MONAI makes plain tuples
     headers = {item["image"]: VolumeHeader(*header) for item, header in zip(readable, found, strict=True)}
     merged = merged.with_items(lambda items: [item for item in items if item["image"] in headers])
     _refuse_odd_tasks(merged)
     task_names, group_names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
-    datalist = merged._replace(headers=headers, task_names=task_names, group_names=group_names)
+    in_channels = in_channels or _channels(merged.training if pictures else [])
+    datalist = merged._replace(headers=headers, task_names=task_names, group_names=group_names, in_channels=in_channels)
     return datalist if test_seed is None else with_test_split(datalist, seed=test_seed)
 
 
@@ -84,11 +92,17 @@ def read_segmentation(
     default_modality: str | Sequence[str] | None = None,
     given: tuple[list[Item], list[Item]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    spatial_dims: int = 3,
+    in_channels: int | None = None,
 ) -> Datalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
     The classes are the structures that `labels` of dataset.json names, in the order of their values; several folders
     must name the same. Volumes without label map are left out, such as the test split of the Decathlon.
+
+    In 2-D they may be pictures with masks (see `load_label`), too, and without dataset.json those of the folders
+    `images` and `labels`. `colours` of dataset.json names structures by their colour, see `settle_labels`. Values that
+    nothing names are classes as `name_values` calls them.
 
     Args:
         dataset_dir: the folder or folders.
@@ -103,6 +117,9 @@ def read_segmentation(
         given: items for training and for validation that a caller lists itself, such as MONAI Label, in place of
             folders, see `Datalist.complete`; needed if `dataset_dir` is None.
         settings: of the weights to go on from, whose structures and channels those items have.
+        spatial_dims: 2 takes pictures, too.
+        in_channels: of the network in 2-D, where images have one modality: 1 makes luminance of colour, 3 repeats grey.
+            None takes 3 if any picture for training has colours.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
@@ -121,21 +138,26 @@ def read_segmentation(
         return datalist._replace(training=training, validation=validation)
     if fold is not None and not 0 <= fold < num_folds:
         raise InputError(f"`fold` must be in [0, {num_folds}), got {fold}.")
-    folders, datalists = _read(dataset_dir, {"modality": modality}, default_modality)
+    folders, datalists = _read(dataset_dir, {"modality": modality}, default_modality, pictures=spatial_dims == 2)
     for datalist, folder in zip(datalists, folders, strict=True):
         for item in datalist.items():
             item.setdefault("task", folder.name)
     merged = _with_label_maps(merge_datalists(datalists, folders))
+    if spatial_dims == 2:
+        name_values(merged.items())
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     refuse_leaks(datalist)  # links may give one image to two subjects
     trained_on = datalist.training or datalist.items()
     common = trained_on[0]["modality"]
-    in_channels = len(ensure_tuple(common))
-    refuse_other_channels(trained_on, in_channels)
+    own = _channels(trained_on) if spatial_dims == 2 and isinstance(common, str) else len(ensure_tuple(common))
+    in_channels = in_channels or own
+    refuse_other_channels(trained_on, in_channels, common, spatial_dims)
     _warn_of_unknown(datalist.training)
+    class_names = _class_names(merged.items(), structures)
     return datalist._replace(
         label_names=(),
-        class_names=_class_names(merged.items(), structures),
+        class_names=class_names,
+        mask_values=mask_values(trained_on, class_names),
         modality=common if all(item["modality"] == common for item in trained_on) else None,
         in_channels=in_channels,
     )
@@ -146,6 +168,7 @@ def read_volumes(
     modality: PerFolder = None,
     default_modality: str | Sequence[str] | None = None,
     in_channels: int = 1,
+    spatial_dims: int = 3,
 ) -> list[Item]:
     """The volumes to embed or to segment; files may be missing, as predictions report what cannot be read.
 
@@ -154,14 +177,16 @@ def read_volumes(
         modality: see `aggregate`; with several channels, one for each channel. None takes that of dataset.json.
         default_modality: of volumes whose modality neither says.
         in_channels: channels that the network takes.
+        spatial_dims: 2 takes pictures, too, see `read_segmentation`.
 
     Raises:
         FileNotFoundError: if a folder does not exist or holds no volumes.
         ValueError: if a dataset.json is malformed, or a volume has other channels.
     """
-    folders, datalists = _read(dataset_dir, {"modality": modality}, default_modality, check=False)
+    pictures = spatial_dims == 2
+    folders, datalists = _read(dataset_dir, {"modality": modality}, default_modality, check=False, pictures=pictures)
     items = merge_datalists(datalists, folders, check=False).items()
-    refuse_other_channels(items, in_channels)
+    refuse_other_channels(items, in_channels, default_modality, spatial_dims)
     _warn_of_unknown(items)
     return items
 
@@ -171,6 +196,7 @@ def _read(
     given: Mapping[str, PerFolder],
     default_modality: str | Sequence[str] | None = None,
     check: bool = True,
+    pictures: bool = False,
 ) -> tuple[list[Path], list[Datalist]]:
     """The folders and their data lists; each item has a subject, a modality, and what else is given for it."""
     folders = data_folders(dataset_dirs)
@@ -179,15 +205,20 @@ def _read(
         unknown = [str(name) for name in value if name not in names] if isinstance(value, Mapping) else []
         if unknown:
             raise InputError(f"`{key}` must name folders among {', '.join(names)}, got {', '.join(unknown)}.")
-    datalists = [read_folder(folder, spatial_dims=3, check=check) for folder in folders]
+    datalists = [read_folder(folder, 3, check, pictures) for folder in folders]
     for folder, datalist in zip(folders, datalists, strict=True):
         own = {key: value.get(folder.name) if isinstance(value, Mapping) else value for key, value in given.items()}
         for item in datalist.items():
             modality = _modality(own["modality"], item.get("modality"), default_modality)
+            if modality == "unknown" and pictures and image_format(item["image"]) == "picture":
+                modality = "picture"  # whose greys say what they are
             item |= {key: value for key, value in own.items() if value is not None} | {"modality": modality}
             item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
             if check and isinstance(item.get("labels"), Mapping):
                 item["labels"] = _named_values(item["labels"], folder)
+            if check and pictures:
+                settle_labels(item, str(folder))
+            if check and isinstance(item.get("labels"), Mapping):
                 ignored = [name for name in item["labels"] if name.lower() == "ignore"]
                 if ignored:
                     item["ignored"] = [value for name in ignored for value in item["labels"].pop(name)]
@@ -240,6 +271,17 @@ def _named_values(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int
             ) from None
         structures.setdefault(name, []).extend(value for value in values if value != 0)
     return {name: values for name, values in structures.items() if values}
+
+
+def _channels(items: Sequence[Item]) -> int:
+    """3 if any picture has colours, else 1; a file that cannot be read is left to what reads the images."""
+    for item in items:
+        with suppress(InputError):
+            if image_format(item["image"]) in ("picture", "dicom"):
+                grid = read_grid(item["image"], pictures=True)
+                if grid.channels == 3 and grid.shape[2] == 1:
+                    return 3
+    return 1
 
 
 def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:

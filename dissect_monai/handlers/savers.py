@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isnan, nan
@@ -17,17 +16,17 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from PIL import Image
 from torch import Tensor, nn
 
-from dissect_monai.common import NO_FINDING, InputError
+from dissect_monai.common import NO_FINDING, PICTURE, InputError
 from dissect_monai.data.datasets import ReadableLoader
-from dissect_monai.data.readers import VOLUME_SUFFIXES
+from dissect_monai.data.readers import IMAGE_SUFFIX
 from dissect_monai.networks.codes import DiscreteCodes
 from dissect_monai.visualize.classifier import overlay, saliency_maps, whole_image
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
-_SUFFIX = re.compile(f"({'|'.join(map(re.escape, VOLUME_SUFFIXES))})$", re.IGNORECASE)
 
 
 class Saver(ABC):
@@ -177,18 +176,32 @@ class LabelMapSaver(Saver):
     sub/scan_seg.nii.gz and sub/scan_seg.json, which holds the path of the image, the name of each value, and the volume
     of each structure in ml. label_maps.csv lists all images with their label maps, or why they could not be read.
 
+    Those of pictures are PNG masks of the same size, with values or colours as in the masks of training, and their JSON
+    has the area of each structure in pixels, or in mm² if the picture has a spacing.
+
     The evaluator's `pred` must be label maps on the grid of their images, as `OriginalGridd` leaves them, decollated.
 
     Args:
         class_names: structures of the values 1, 2, ..., at most 255.
         output_dir: folder to write to.
+        mask_values: what each structure is in the mask of a picture: a value, or a colour [red, green, blue]. What is
+            not there has the value of its class.
     """
 
-    def __init__(self, class_names: Sequence[str], output_dir: str | Path) -> None:
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        output_dir: str | Path,
+        mask_values: Mapping[str, int | list[int]] | None = None,
+    ) -> None:
         if len(class_names) > 255:
             raise InputError(f"`class_names` must be at most 255, which uint8 can number, got {len(class_names)}.")
         super().__init__(Path(output_dir, "label_maps.csv"))
         self.class_names = list(class_names)
+        of_masks = {"background": 0, **(mask_values or {})}
+        given = [of_masks.get(name, value) for value, name in enumerate(["background", *class_names])]
+        in_colour = any(isinstance(each, list) for each in given)
+        self.of_classes = [[each] * 3 if in_colour and isinstance(each, int) else each for each in given]
 
     def _start(self, engine: Any) -> None:
         super()._start(engine)
@@ -198,14 +211,23 @@ class LabelMapSaver(Saver):
         return [self._save(index, each["pred"]) for index, each in zip(indices, engine.state.output, strict=True)]
 
     def _save(self, index: int, label_map: MetaTensor) -> Path:
-        path = self.path.parent / f"{self.names[index]}_seg.nii.gz"
-        save_label_map(label_map, path)
-        voxel_ml = float(np.prod(label_map.pixdim.numpy())) / 1000
-        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(self.class_names) + 1)[1:]
-        volumes = {name: round(int(count) * voxel_ml, 3) for name, count in zip(self.class_names, counts, strict=True)}
-        labels = dict(enumerate(["background", *self.class_names]))
-        content = {"image": self.images[index], "label_map": path.name, "labels": labels, "volumes_ml": volumes}
-        with written_atomically(path.with_name(path.name.removesuffix(".nii.gz") + ".json")) as file:
+        is_picture = PICTURE in label_map.meta
+        path = self.path.parent / f"{self.names[index]}_seg{'.png' if is_picture else '.nii.gz'}"
+        names = ["background", *self.class_names]
+        labels: dict[Any, Any] = dict(enumerate(names))
+        size, key = float(np.prod(label_map.pixdim.numpy())) / 1000, "volumes_ml"
+        if is_picture:
+            save_mask(label_map, path, self.of_classes)
+            in_colour = isinstance(self.of_classes[0], list)
+            labels = dict(zip(*((names, self.of_classes) if in_colour else (self.of_classes, names)), strict=True))
+            size = float(np.prod(label_map.pixdim.numpy()[:2]))
+            key = "areas_pixels" if size == 1 else "areas_mm2"
+        else:
+            save_label_map(label_map, path)
+        counts = np.bincount(np.asarray(label_map.cpu()).ravel(), minlength=len(names))[1:]
+        sizes = {name: round(int(count) * size, 3) for name, count in zip(self.class_names, counts, strict=True)}
+        content = {"image": self.images[index], "label_map": path.name, "labels": labels, key: sizes}
+        with written_atomically(path.with_name(IMAGE_SUFFIX.sub("", path.name) + ".json")) as file:
             file.write((json.dumps(content, indent=4) + "\n").encode(errors="replace"))
         return path
 
@@ -224,6 +246,14 @@ def save_label_map(label_map: MetaTensor, path: str | Path) -> None:
         compressed.write(image.to_bytes())
 
 
+def save_mask(label_map: MetaTensor, path: str | Path, of_classes: Sequence[int | list[int]]) -> None:
+    """Write a label map of shape (1, X, Y, 1) as PNG, with a value or a colour [red, green, blue] for each class."""
+    lookup = np.array(of_classes)
+    values = lookup[np.asarray(label_map.cpu())[0, :, :, 0].T]
+    with written_atomically(path) as file:
+        Image.fromarray(values.astype(np.uint8 if lookup.max() < 256 else np.uint16)).save(file, "PNG")
+
+
 def relative_names(images: Sequence[str]) -> list[str]:
     """A different name for each image, from its path below the folder that all share, without suffix.
 
@@ -233,7 +263,7 @@ def relative_names(images: Sequence[str]) -> list[str]:
     """
     folder = os.path.commonpath([os.path.dirname(image) for image in images]) if images else ""
     relative = [os.path.relpath(image, folder) for image in images]
-    short = [_SUFFIX.sub("", name) for name in relative]
+    short = [IMAGE_SUFFIX.sub("", name) for name in relative]
     names = [name if short.count(brief) > 1 else brief for name, brief in zip(relative, short, strict=True)]
     # a.mha, a.nrrd and a.mha.nii would give a.mha twice.
     return names if len({*names}) == len({*relative}) else relative

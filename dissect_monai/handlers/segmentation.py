@@ -17,22 +17,22 @@ from monai.utils import ImageMetaKey
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dissect_monai.common import InputError, Item, of_all_processes
+from dissect_monai.common import PICTURE, InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
+from dissect_monai.data.masks import load_label
 from dissect_monai.handlers.ending import Result, with_interval
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
     CaseScores,
     case_figure,
-    load_volume,
     representative_cases,
     summarize,
     summary_metrics,
     write_segmentation_report,
     write_tables,
 )
-from dissect_monai.metrics.segmentation import score_structures
+from dissect_monai.metrics.segmentation import NAN, score_structures
 from dissect_monai.transforms.labels import chosen_structures, integer_map, largest_components, values_to_classes
 from dissect_monai.transforms.spatial import refuse_other_grid, to_original_grid
 from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
@@ -48,8 +48,9 @@ class SegmentationEvaluation:
     The evaluator's `pred` must be logits or label maps of volumes, `MetaTensor`s that know the file of their image, in
     batches or decollated; an image that comes twice counts once. It leaves `dice_mean`, `hd95_mean`,
     `surface_dice_mean` (with `_low` and `_high`), `dice_<structure>`, `missed` and `false_positives` in the engine's
-    metrics. Structures that no label has, or no prediction can have, are named in the log. The processes of a
-    distributed run score a part of the cases each, and all of them have the metrics of all cases.
+    metrics. Distances in pictures without a spacing are in pixels. Structures that no label has, or no prediction can
+    have, are named in the log. The processes of a distributed run score a part of the cases each, and all of them have
+    the metrics of all cases.
 
     Raises:
         ValueError: during the run, as `read_maps` says, or if a prediction is of no item of the evaluator's data set.
@@ -57,7 +58,7 @@ class SegmentationEvaluation:
 
     class_names: Sequence[str]  # structures of the classes 1, 2, ...
     output_dir: str | Path | None = None  # for cases.csv, summary.csv and report.html; None writes nothing
-    tolerance: float = 2.0  # of the surface Dice in mm
+    tolerance: float = 2.0  # of the surface Dice in mm, in pixels of pictures without a spacing
     largest_only: str | Sequence[str] = ()  # whose largest connected part alone counts, see `chosen_structures`
     num_samples: int = 1000  # bootstrap resamples
     seed: int = 0  # of the resamples
@@ -153,19 +154,19 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
             another number of classes or is no `MetaTensor`, two classes share a value, or item and classes share no
             structure.
     """
-    label, where = load_volume(item["label"]), f"label map {item['label']}"
+    label, where = load_label(item["label"], item), f"label map {item['label']}"
     classes = scored_classes(item, class_names)
     if not classes:
         raise InputError(
             f"`class_names` must share a structure with the `labels` of {item['image']}, "
             f"got {class_names} and {list(item['labels'])}."
         )
+    values = integer_map(where, (label[0] if len(label) == 1 else label).numpy())
+    refuse_other_grid(label, pred, where)
     pred_map = integer_map("pred", to_original_grid(pred, label.shape[1:], label.affine)[0].cpu().numpy())
     num_classes = len(pred) - 1 or int(pred_map.max())
     if num_classes > len(class_names) or 1 < len(pred) <= len(class_names):
         raise InputError(f"`class_names` must name the {num_classes} classes of the prediction, got {class_names}.")
-    values = integer_map(where, (label[0] if len(label) == 1 else label).numpy())
-    refuse_other_grid(label, pred, where)
     label_map, unknown = values_to_classes(values, item["labels"], class_names, where, item.get("ignored", ()))
     if unknown:
         logger.warning(
@@ -175,16 +176,20 @@ def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only
     pred_map = largest_components(pred_map, [value for name, (value,) in classes.items() if name in largest_only])
     if item.get("ignored"):
         label_map, pred_map = (np.where(np.isin(values, item["ignored"]), 0, each) for each in (label_map, pred_map))
-    return CaseMaps(label_map, pred_map, label.affine.numpy(), [float(each) for each in label.pixdim])
+    spacing = [float(each) for each in label.pixdim]
+    return CaseMaps(label_map, pred_map, label.affine.numpy(), spacing, PICTURE in getattr(pred, "meta", {}))
 
 
 def score_case(item: Item, maps: CaseMaps, class_names: Sequence[str], tolerance: float = 2.0) -> CaseScores:
     """Score the structures that an item and the classes share, see `score_structures`; without "subject", by image."""
     classes = scored_classes(item, class_names)
     scores = score_structures(maps.label, maps.pred, classes, maps.spacing, tolerance)
-    # The table has the values of the file.
+    # The table has the values of the file, and a picture no volume.
     scores = [each._replace(values=tuple(map(int, item["labels"][each.structure]))) for each in scores]
-    return CaseScores(item["image"], str(item.get("subject", item["image"])), scores)
+    if maps.is_picture:
+        scores = [each._replace(label_ml=NAN, pred_ml=NAN) for each in scores]
+    in_pixels = maps.is_picture and np.allclose(maps.spacing, 1)
+    return CaseScores(item["image"], str(item.get("subject", item["image"])), scores, in_pixels=in_pixels)
 
 
 def scored_classes(item: Item, class_names: Sequence[str]) -> dict[str, list[int]]:

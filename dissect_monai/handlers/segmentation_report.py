@@ -16,14 +16,14 @@ from monai.transforms import LoadImage, SpatialResample
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from dissect_monai.common import Array, Interval, Item
+from dissect_monai.common import PICTURE, Array, Interval, Item
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.metrics.intervals import bootstrap
 from dissect_monai.metrics.segmentation import NAN, Overlap, StructureScore
-from dissect_monai.transforms.intensity import is_ct
+from dissect_monai.transforms.intensity import is_ct, sample_voxels
 from dissect_monai.transforms.labels import LabelMap
 from dissect_monai.visualize.page import LIMITS, Case, colored, item_name, write_report
-from dissect_monai.visualize.segmentation import organ_color, segmentation_overlay
+from dissect_monai.visualize.segmentation import organ_color, picture_overlay, segmentation_overlay
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 METRICS = Overlap._fields
 PLANES = "Three planes of the image: predictions filled, labels outlined, in the colours of the table."
 MEAN = "mean"  # what the line of the mean over structures is called
-HEADINGS = ("Structure", "Subjects", "Dice", "HD95 (mm)", "Surface Dice", "Missed", "False positives")
+HEADINGS = ("Structure", "Subjects", "Dice", "HD95", "Surface Dice", "Missed", "False positives")
 SEGMENTATION_LIMITS = (
     *LIMITS,
     "Missed: cases whose label has the structure and whose prediction does not; they count as Dice 0 and have no HD95. "
@@ -51,6 +51,7 @@ class CaseScores(NamedTuple):
     subject: str
     structures: list[StructureScore]
     pseudonym: str = ""  # if there is one, this is written instead of the subject
+    in_pixels: bool = False  # a picture without a spacing
 
 
 class StructureSummary(NamedTuple):
@@ -60,7 +61,7 @@ class StructureSummary(NamedTuple):
     n: int  # subjects that have the structure in a label
     dice: Interval
     dice_std: float  # over subjects, as are the others
-    hd95: Interval  # mm
+    hd95: Interval  # mm, or pixels
     hd95_std: float
     surface_dice: Interval
     surface_dice_std: float
@@ -148,23 +149,28 @@ class CaseMaps(NamedTuple):
     pred: LabelMap  # (X, Y, Z)
     affine: Array  # (4, 4), from voxels to mm in RAS
     spacing: Sequence[float]  # mm
+    is_picture: bool = False
 
 
 def load_volume(path: str, dtype: torch.dtype | None = None) -> MetaTensor:
-    """A volume as its file has it, of shape (C, X, Y, Z), in its own dtype or another."""
-    load = LoadImage(ImageFileReader(spatial_dims=3), image_only=True, dtype=dtype, ensure_channel_first=True)
-    return load(path)
+    """A volume as its file has it, of shape (C, X, Y, Z), in its own dtype or another; a picture is (3, X, Y, 1)."""
+    reader = ImageFileReader(spatial_dims=3, channels=3)
+    return LoadImage(reader, image_only=True, dtype=dtype, ensure_channel_first=True)(path)
 
 
 def case_figure(
     item: Item, maps: CaseMaps, class_names: Sequence[str], window: tuple[float, float] | None = None
 ) -> Figure:
-    """Draw a prediction and its label over the image of a case, see `segmentation_overlay`.
+    """Draw a prediction and its label over the image of a case, see `segmentation_overlay` and `picture_overlay`.
 
     All three are brought to RAS without interpolation. Only an image on another grid than its label is resampled to it;
     of several channels, the first is drawn. The window, in HU, is for CT or an unknown modality.
     """
     image, grid = load_volume(item["image"], torch.float32), maps.label.shape
+    if maps.is_picture:
+        top = image.meta[PICTURE] or np.percentile(sample_voxels(image), 99.5)
+        shown = (image[..., 0] / max(float(top), 1e-6)).clamp(0, 1).numpy()
+        return picture_overlay(shown, maps.label[..., 0], maps.pred[..., 0], class_names)
     if image.shape[1:] != grid or not np.allclose(image.affine.numpy(), maps.affine, atol=1e-3):
         image = SpatialResample(mode="bilinear")(image, dst_affine=torch.as_tensor(maps.affine), spatial_size=grid)
     turn = io_orientation(maps.affine)
@@ -215,7 +221,12 @@ def write_segmentation_report(
         )
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
-    write_report(path, title, facts, HEADINGS, rows, {}, shown, heading, notes, SEGMENTATION_LIMITS)
+    units = " or ".join(sorted({"pixels" if case.in_pixels else "mm" for case in cases}))
+    headings = [f"{each} ({units})" if each == "HD95" else each for each in HEADINGS]
+    limits = SEGMENTATION_LIMITS[: -1 if units == "pixels" else None]  # without planes
+    if "pixels" in units:
+        notes = [*notes, "HD95 of pictures without a spacing is in pixels, and so is the tolerance of surface Dice."]
+    write_report(path, title, facts, headings, rows, {}, shown, heading, notes, limits)
 
 
 def _mean_dice(case: CaseScores) -> float:

@@ -8,7 +8,10 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from monai.metrics.utils import create_table_neighbour_code_to_surface_area
+from monai.metrics.utils import (
+    create_table_neighbour_code_to_contour_length,
+    create_table_neighbour_code_to_surface_area,
+)
 from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.spatial import cKDTree
@@ -60,6 +63,8 @@ def score_structures(
     NaN is left out of every mean. A structure that the label lacks is no zero, for it may never have been contoured. A
     missed structure lowers both kinds of Dice, but has no distance: read a mean HD95 beside the number of missed.
 
+    A map of one slice along its last axis has edges and contours in the plane alone.
+
     Args:
         label: label map of shape (X, Y, Z), integers of any dtype.
         pred: the same of the prediction, with the same values.
@@ -76,13 +81,15 @@ def score_structures(
         box = box_around(found, values)
         masks = np.isin(label_map[box], values), np.isin(pred_map[box], values)
         label_ml, pred_ml = (float(mask.sum()) * voxel_ml for mask in masks)
-        outcome, overlap = _outcome(*masks, spacing, tolerance)
+        if label_map.shape[2] == 1:
+            masks = masks[0].reshape(masks[0].shape[:2]), masks[1].reshape(masks[1].shape[:2])
+        outcome, overlap = _outcome(*masks, spacing[: masks[0].ndim], tolerance)
         scores.append(StructureScore(name, values, *overlap, label_ml, pred_ml, outcome))
     return scores
 
 
 def mask_overlap(label: Mask, pred: Mask, spacing: Sequence[float], tolerance: float = 2.0) -> Overlap:
-    """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z), neither of them empty.
+    """Dice, HD95 and surface Dice of two masks of the same shape (X, Y, Z) or (X, Y), neither of them empty.
 
     They equal MONAI's, in half of the time or less; spacing and tolerance are those of `score_structures`. Beyond the
     border of the array there is background, so that a structure cut off there has a surface there.
@@ -123,17 +130,19 @@ def _surface(mask: Mask, spacing: Sequence[float]) -> tuple[Array, Array]:
     """Corners in mm between voxels of which some are inside, (N, 3), and the area in mm² of the surface at each."""
     padded = np.pad(mask, 1).view(np.uint8)
     codes = np.zeros([size - 1 for size in padded.shape], np.uint8)
-    for bit, (x, y, z) in enumerate(product((0, 1), repeat=3)):
-        shifted = padded[x : len(codes) + x, y : codes.shape[1] + y, z : codes.shape[2] + z]
-        codes |= shifted << np.uint8(7 - bit)
-    places = np.nonzero((codes > 0) & (codes < 255))
+    last = 2**mask.ndim - 1
+    for bit, corner in enumerate(product((0, 1), repeat=mask.ndim)):
+        shifted = padded[tuple(slice(first, first + size) for first, size in zip(corner, codes.shape, strict=True))]
+        codes |= shifted << np.uint8(last - bit)
+    places = np.nonzero((codes > 0) & (codes < 2 ** (last + 1) - 1))
     return np.stack(places, 1) * np.asarray(spacing, dtype=float), _corner_areas(tuple(spacing))[codes[places]]
 
 
 @cache
 def _corner_areas(spacing: tuple[float, ...]) -> Array:
-    """Area in mm² that marching cubes gives to each of the 256 kinds of corners."""
-    table, _ = create_table_neighbour_code_to_surface_area(spacing)
+    """Area in mm² that marching cubes gives to each of the 256 kinds of corners; in 2-D, length in mm to 16 kinds."""
+    tables = {2: create_table_neighbour_code_to_contour_length, 3: create_table_neighbour_code_to_surface_area}
+    table, _ = tables[len(spacing)](spacing)
     return np.asarray(table, dtype=float)
 
 

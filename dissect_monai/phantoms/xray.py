@@ -27,6 +27,7 @@ class Phantom(NamedTuple):
 
     image: NDArray[np.float32]  # (1, H, W) in [0, 1], bright where dense
     view: str  # one of XRAY_VIEWS
+    lungs: NDArray[np.bool_]  # (H, W), where neither heart nor mediastinum covers them
 
 
 # What stays the same in every image of a subject, and the range it is drawn from; lengths in half image widths.
@@ -59,9 +60,10 @@ def xray_phantom(seed: int, image_size: int, *, subject_seed: int, label: ArrayL
     subject_rng, rng = np.random.default_rng([0, subject_seed]), np.random.default_rng([1, seed])
     anatomy = dict(zip(_ANATOMY, subject_rng.uniform(*np.transpose([*_ANATOMY.values()])), strict=True))
     view = XRAY_VIEWS[rng.integers(2)]
-    image = _expose(_attenuation(anatomy, view, np.asarray(label), image_size, rng), rng)
+    attenuation, lungs = _attenuation(anatomy, view, np.asarray(label), image_size, rng)
+    image = _expose(attenuation, rng)
     _stamp_marker(image, view, rng)
-    return Phantom(image.astype(np.float32)[None], view)
+    return Phantom(image.astype(np.float32)[None], view, lungs > 0.5)
 
 
 def write_xray_phantoms(
@@ -71,11 +73,13 @@ def write_xray_phantoms(
     num_test: int = 64,
     image_size: int = 64,
     seed: int = 0,
+    masks: bool = False,
 ) -> Path:
     """Write a data set of X-ray phantoms: 8-bit PNG images and a Decathlon-style dataset.json.
 
     Each item is {"image", "label", "subject", "view"}, with one to three images a subject and no subject in two splits;
-    within a split of two or more subjects every finding has a positive and a negative.
+    within a split of two or more subjects every finding has a positive and a negative. With `masks`, for segmentation,
+    labels are PNG masks of the lungs (255) instead of findings.
 
     The folder is created and returned, see `write_once`; numbers are of images, whose height and width is `image_size`
     pixels, 16 or more.
@@ -83,12 +87,14 @@ def write_xray_phantoms(
     counts = dict(zip(SPLITS, (num_training, num_validation, num_test), strict=True))
     spec = {"version": _VERSION, **counts, "image_size": image_size, "seed": seed}
     head: dict[str, Any] = {"name": "xray_phantoms", "description": "generated chest X-ray phantoms"}
-    head |= {"modality": {"0": "CR"}, "label_names": XRAY_FINDINGS}
+    head |= {"modality": {"0": "CR"}, **({"labels": {"255": "lungs"}} if masks else {"label_names": XRAY_FINDINGS})}
+    spec |= {"masks": True} if masks else {}
     return write_once(output_dir, spec, head, partial(_write_files, spec=spec))
 
 
 def _write_files(folder: Path, spec: dict[str, int]) -> Splits:
-    (folder / "images").mkdir()
+    for name in ("images", "labels")[: 1 + spec.get("masks", False)]:
+        (folder / name).mkdir()
     rng = np.random.default_rng(spec["seed"])
     splits: Splits = {}
     num_subjects = 0
@@ -104,6 +110,9 @@ def _write_files(folder: Path, spec: dict[str, int]) -> Splits:
             name = f"images/{split}_{index:05d}.png"
             Image.fromarray((phantom.image[0] * 255).round().astype(np.uint8)).save(folder / name)
             item = {"image": name, "label": labels[subject].astype(int).tolist()}
+            if spec.get("masks"):
+                item["label"] = name.replace("images", "labels")
+                Image.fromarray(phantom.lungs.astype(np.uint8) * 255).save(folder / item["label"])
             splits[split].append(item | {"subject": f"{num_subjects + subject:05d}", "view": phantom.view})
         num_subjects += len(labels)
     return splits
@@ -116,8 +125,10 @@ def _balanced_labels(num_subjects: int, rng: np.random.Generator) -> NDArray[np.
     return ranks < num_positive
 
 
-def _attenuation(anatomy: _Anatomy, view: str, label: Array, image_size: int, rng: np.random.Generator) -> Array:
-    """Attenuation along each ray, (H, W): tissue, less the air in the lungs, plus bone."""
+def _attenuation(
+    anatomy: _Anatomy, view: str, label: Array, image_size: int, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Attenuation along each ray, (H, W): tissue, less the air in the lungs, plus bone; and how much lung is seen."""
     # Findings draw from a stream of their own, so that the rest of the image is the same without them.
     (finding_rng,) = rng.spawn(1)
     ap = view == "AP"
@@ -137,7 +148,7 @@ def _attenuation(anatomy: _Anatomy, view: str, label: Array, image_size: int, rn
     air = visible * np.clip(1 - opacity, 0, 1)
     half_width = 0.93 * anatomy["width"] - 0.62 * _inside(y + 0.86, 0.14)  # shoulders, and the neck above them
     body = _inside(np.abs(x) - half_width, 0.05)
-    return anatomy["thickness"] * body * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y))
+    return anatomy["thickness"] * body * (0.62 - 0.44 * air + 0.1 * centre + _bones(anatomy, x, y)), visible
 
 
 def _pose(image_size: int, magnification: float, rng: np.random.Generator) -> tuple[Array, Array]:

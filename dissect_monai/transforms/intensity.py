@@ -14,7 +14,7 @@ from monai.transforms import MapTransform, RandCropByPosNegLabeld, ScaleIntensit
 from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
 from numpy.typing import NDArray
 
-from dissect_monai.common import InputError
+from dissect_monai.common import PICTURE, InputError
 
 logger = logging.getLogger(__name__)
 _AIR = 0.05  # part of the range from the darkest voxel to the upper percentile, noise included
@@ -30,7 +30,8 @@ class NormalizeModalityd(MapTransform):
     unit, so each volume is scaled from the 0.5 to the 99.5 percentile of its voxels that are not air. Air, up to 5 % of
     the way from the darkest voxel to the 99.5 percentile of all, thereby becomes 0. Everything is clipped.
 
-    A CT whose values are none in HU is refused, see `refuse_other_units`.
+    A CT whose values are none in HU is refused, see `refuse_other_units`. Pictures of 8 bits are scaled from 0 to 255,
+    deeper ones by percentiles over all their channels, whatever their modality.
 
     Args:
         keys: keys of the images, of shape (C, *spatial). A `modality` of the item that begins with CT, in either case,
@@ -39,6 +40,7 @@ class NormalizeModalityd(MapTransform):
         a_max: upper end of the CT window in HU.
         b_max: upper end of the result, 255 for a cache in uint8.
         modality: of items that say none.
+        in_channels: of the network. If it is 3, an image of one modality that is grey is repeated.
 
     Raises:
         ValueError: if a volume has but one value after scaling, or another number of channels than modalities, or a CT
@@ -52,16 +54,22 @@ class NormalizeModalityd(MapTransform):
         a_max: float = 275.0,
         b_max: float = 1.0,
         modality: str | Sequence[str] | None = None,
+        in_channels: int | None = None,
     ) -> None:
         super().__init__(keys)
         self.window = (a_min, a_max)
-        self.b_max, self.modality = b_max, modality
+        self.b_max, self.modality, self.in_channels = b_max, modality, in_channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the images of an item."""
         item = dict(data)
         for key in self.key_iterator(item):
             image, modalities = item[key], ensure_tuple(item.get("modality", self.modality))
+            top = getattr(image, "meta", {}).get(PICTURE)
+            if top is not None and len(modalities) == 1:
+                low, high = (0.0, float(top)) if top else self._range(image)
+                item[key] = ScaleIntensityRange(low, high, 0.0, self.b_max, clip=True)(image)
+                continue
             if len(modalities) != len(image):
                 raise InputError(
                     f"a volume must have a channel for each of the modalities {', '.join(map(str, modalities))}, "
@@ -72,6 +80,7 @@ class NormalizeModalityd(MapTransform):
                 if is_ct(name):
                     refuse_other_units(channel, where)
             channels = [self._scaled(channel, name) for channel, name in zip(image, modalities, strict=True)]
+            channels *= 3 if self.in_channels == 3 and len(modalities) == 1 else 1
             item[key] = convert_to_dst_type(torch.stack(channels), image, dtype=channels[0].dtype)[0]
         return item
 
@@ -114,14 +123,16 @@ class ForegroundIndicesd(MapTransform):
             chosen = np.linspace(0, len(places) - 1, min(_MAX_INDICES, len(places))).round().astype(int)
             item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
             across = np.flatnonzero(mask.any((0, 1)))
-            item[f"{key}_range"] = across[0], across[-1] + 1
+            is_picture = item.get("slice_axis") == PICTURE
+            item[f"{key}_range"] = (np.nan, np.nan) if is_picture else (across[0], across[-1] + 1)
         return item
 
 
 class RandForegroundCropd(RandCropByPosNegLabeld):
     """Cuts patches around random voxels that are not air, as `ForegroundIndicesd` has found them, and says their place.
 
-    A patch gets "place", a float32 in [0, 1]: where its centre lies in the foreground along the last axis.
+    A patch gets "place", a float32 in [0, 1]: where its centre lies in the foreground along the last axis; NaN if it is
+    of a picture.
 
     Args:
         keys: keys of the image (C, X, Y, Z), then of what is cut in the same way.

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation, Spacing
+from monai.transforms import MapTransform, Orientation, Resize, Spacing
 from monai.utils import MetaKeys
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
 from torch import Tensor
 
-from dissect_monai.common import PLANES, Array, InputError
+from dissect_monai.common import PICTURE, PLANES, Array, InputError
 
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
@@ -47,9 +47,12 @@ class SliceOrientationd(MapTransform):
         self.spatial_dims, self.slice_axis = spatial_dims, slice_axis
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the images of an item, and in 2-D add the plane of the slices as `slice_axis`."""
+        """Replace the images of an item, and in 2-D add the plane of the slices as `slice_axis`; pictures stay."""
         item = dict(data)
         for key in self.key_iterator(item):
+            if PICTURE in item[key].meta:
+                item["slice_axis"] = PICTURE
+                continue
             image = Orientation("RAS", labels=None)(item[key])
             if self.spatial_dims == 2:
                 plane = self.slice_axis
@@ -125,8 +128,19 @@ def refuse_other_grid(label: MetaTensor, image: MetaTensor, where: str) -> None:
     """Refuse a label map (C, X, Y, Z), as its file has it, on another grid than the file of its image, see `same_grid`.
 
     `image` may have been resampled or cropped since, or be a prediction from it. A label map of the same shape on
-    another grid has most often lost its affine, and would lie beside what it shows.
+    another grid has most often lost its affine, and would lie beside what it shows. The mask of a picture, which has no
+    place of its own, must have its size alone, and gets its affine.
     """
+    if PICTURE in image.meta:
+        sizes = [tuple(map(int, each)) for each in (label.shape[1:], image.meta[MetaKeys.SPATIAL_SHAPE])]
+        if sizes[0] != sizes[1]:
+            got = " and ".join(f"{width} x {height}" for width, height, *_ in sizes)
+            raise InputError(
+                f"{where} must have the size of its picture, as Exif turns it, got {got} pixels: save it anew from the "
+                "picture."
+            )
+        label.affine = torch.as_tensor(image.meta[MetaKeys.ORIGINAL_AFFINE], dtype=torch.float64)
+        return
     own = tuple(label.shape[1:]), _affine("affine", label.affine)
     shape, affine = image.meta.get(MetaKeys.SPATIAL_SHAPE), image.meta.get(MetaKeys.ORIGINAL_AFFINE)
     shape = image.shape[1:] if shape is None else shape
@@ -213,12 +227,19 @@ class AdaptiveSpacingd(MapTransform):
         keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
         pixdim: spacing in mm along the three axes; one that is not positive leaves the axis as it is.
         spatial_size: voxels of the patch along the three axes; one of 1 (a slice) is no reason to shrink, nor shrunk.
+        image_size: pixels that the longer side of a picture gets, whatever its spacing.
     """
 
-    def __init__(self, keys: KeysCollection, pixdim: Sequence[float], spatial_size: Sequence[int]) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        pixdim: Sequence[float],
+        spatial_size: Sequence[int],
+        image_size: int = 256,
+    ) -> None:
         super().__init__(keys)
         self.pixdim = np.array(pixdim, dtype=float)
-        self.spatial_size = np.array(spatial_size)
+        self.spatial_size, self.image_size = np.array(spatial_size), image_size
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the images of an item."""
@@ -226,6 +247,12 @@ class AdaptiveSpacingd(MapTransform):
         counted = (self.pixdim > 0) & (self.spatial_size > 1)
         for key in self.key_iterator(item):
             image = item[key]
+            if PICTURE in image.meta:
+                sides = np.array(image.shape[1:3])
+                size = np.rint(sides * self.image_size / sides.max()).clip(1).astype(int)
+                mode = "area" if self.image_size < sides.max() else "trilinear"  # without aliasing
+                item[key] = Resize((*size.tolist(), 1), mode=mode)(image)
+                continue
             # From the centre of the first voxel to that of the last, which is what resampling keeps.
             extent = (np.array(image.shape[1:]) - 1) * image.pixdim.numpy()
             filled = (extent / np.maximum((self.spatial_size - 1) * self.pixdim, 1e-6))[counted]  # parts of the sides

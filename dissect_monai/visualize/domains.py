@@ -72,7 +72,7 @@ def _row(task: str, datalist: Datalist) -> DomainRow:
 
 def _intensities(items: Sequence[Item]) -> tuple[float, float, float, float]:
     """Minimum, 1 %, 99 % and maximum over volumes that are evenly spaced in the list."""
-    reader = ImageFileReader(spatial_dims=3)
+    reader = ImageFileReader(spatial_dims=3, channels=1)
     chosen = np.linspace(0, len(items) - 1, min(NUM_VOLUMES, len(items))).round().astype(int)
     values: list[Array] = [np.full(1, np.nan)]
     for index in chosen:

@@ -77,6 +77,31 @@ def segmentation_overlay(
     return figure
 
 
+def picture_overlay(
+    picture: NDArray[Any],
+    label: LabelMap,
+    pred: LabelMap,
+    class_names: Sequence[str],
+) -> Figure:
+    """A picture (3, X, Y) of RGB in [0, 1], and beside it the same with prediction and label (X, Y) drawn over it."""
+    from matplotlib.figure import Figure
+
+    across, down = label.shape
+    height = 5 * down / across + 0.5 + 0.2 * (2 + len(class_names)) / _LEGEND_COLUMNS
+    figure = Figure(figsize=(10, min(12.0, height)), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
+    for title, axes in zip(("Picture", "Prediction and label"), figure.subplots(1, 2), strict=True):
+        axes.imshow(picture.transpose(2, 1, 0), interpolation="bilinear")
+        for value in range(1, len(class_names) + 1) if title != "Picture" else ():
+            own, found = (np.equal(each.T, value) for each in (label, pred))
+            _draw(axes, organ_color(value), own, found)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, across - 0.5), ylim=(down - 0.5, -0.5))
+        axes.spines[:].set_visible(False)
+    _legend(figure, class_names, (label, pred))
+    return figure
+
+
 def organ_color(value: int) -> str:
     """Colour of the class 1, 2, ... in pictures and tables."""
     return ORGAN_COLORS[(value - 1) % len(ORGAN_COLORS)]

@@ -25,6 +25,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
+from dissect_monai.common import PICTURE
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.handlers.savers import (
@@ -268,6 +269,7 @@ def test_every_value_of_uint8_can_be_stored(tmp_path: Path) -> None:
         (["/data/scan.nii.gz", "/data/scan.nrrd"], ["scan.nii.gz", "scan.nrrd"]),
         (["/data/1.2.840.113", "/data/1.2.840.114"], ["1.2.840.113", "1.2.840.114"]),
         (["/data/a.mha", "/data/a.nrrd", "/data/a.mha.nii"], ["a.mha", "a.nrrd", "a.mha.nii"]),
+        (["/data/a.png", "/data/b.JPG", "/data/b.tif"], ["a", "b.JPG", "b.tif"]),
     ],
 )
 def test_every_image_has_a_name_of_its_own(images: list[str], names: list[str]) -> None:
@@ -322,3 +324,30 @@ def test_label_maps_lie_as_their_images_do_with_names_beside_them(tmp_path: Path
     assert [row["image"] for row in rows] == paths
     assert [row["label_map"] for row in rows] == [str(tmp_path / "out" / f"{stem}_seg.nii.gz") for stem in stems]
     assert not any(row["error"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("mask_values", "expected"),
+    [
+        (None, [0, 1, 2]),
+        ({"spleen": 255}, [0, 255, 2]),
+        ({"spleen": 85, "liver": 300}, [0, 85, 300]),
+        ({"spleen": [255, 0, 0], "liver": [0, 0, 9]}, [[0] * 3, [255, 0, 0], [0, 0, 9]]),
+        ({"spleen": [255, 0, 0], "liver": [0, 0, 9], "background": [7, 7, 7]}, [[7] * 3, [255, 0, 0], [0, 0, 9]]),
+    ],
+)
+def test_masks_of_pictures_have_the_values_or_colours_of_training(
+    tmp_path: Path, mask_values: Any, expected: Any
+) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (5, 7))  # rows and columns
+    for spacing, key in ((1.0, "areas_pixels"), (0.5, "areas_mm2")):
+        saver = LabelMapSaver(CLASSES, tmp_path, mask_values)
+        picture = MetaTensor(classes.T[None, ..., None], affine=np.diag([spacing, spacing, 1, 1]), meta={PICTURE: 255})
+        saver.loader = SimpleNamespace(dataset=Dataset([{"image": "/data/a.jpg"}]))  # type: ignore[assignment]
+        saver.names = ["a"]
+        path = saver._save(0, picture)
+        assert path == tmp_path / "a_seg.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.array(expected)[classes])
+        said = read(tmp_path / "a_seg.json")
+        assert said[key] == {name: (classes == index).sum() * spacing**2 for index, name in enumerate(CLASSES, 1)}
+        assert len(said["labels"]) == 3

@@ -58,6 +58,15 @@ def test_agrees_with_monai_on_blobs(seed: int, spacing: tuple[float, ...]) -> No
         assert_as_monai(label, pred, spacing, tolerance)
 
 
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.6, 1.7)])
+def test_one_slice_is_scored_in_its_plane_as_monai_scores_pictures(spacing: tuple[float, ...]) -> None:
+    label, pred = blobs(0)[..., 5], blobs(1)[..., 5]
+    assert_as_monai(label, pred, spacing, 1.0)
+    (scored,) = score(label[..., None] * 1, pred[..., None] * 1, {"disc": [1]}, spacing=(*spacing, 9), tolerance=1.0)
+    assert scored[2:5] == mask_overlap(label, pred, spacing, 1.0)
+    assert scored.label_ml == pytest.approx(label.sum() * np.prod(spacing) * 9 / 1000)
+
+
 @every_spacing
 def test_agrees_with_monai_on_scattered_voxels(spacing: tuple[float, ...]) -> None:
     rng = np.random.default_rng(0)

@@ -89,3 +89,16 @@ def test_set_follows_its_seed_and_is_not_written_twice(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in sets[0].rglob("*")}
     write_xray_phantoms(str(sets[0]), 2, 2, 0, 16, 0)
     assert times == {path: path.stat().st_mtime_ns for path in sets[0].rglob("*")}
+
+
+def test_masks_show_both_lungs_darker_than_the_rest_and_change_no_image(tmp_path: Path) -> None:
+    plain = write_xray_phantoms(tmp_path / "plain", 2, 1, 1, 32)
+    folder = write_xray_phantoms(tmp_path / "masks", 2, 1, 1, 32, masks=True)
+    dataset = content(folder)
+    assert dataset["labels"] == {"255": "lungs"}
+    for item in (item for split in SPLITS for item in dataset[split]):
+        image, mask = (np.asarray(Image.open(folder / item[key])) for key in ("image", "label"))
+        np.testing.assert_array_equal(image, np.asarray(Image.open(plain / item["image"])))
+        assert np.unique(mask).tolist() == [0, 255]
+        assert (mask > 0).any(0)[[8, 24]].all()
+        assert image[mask > 0].mean() < image[mask == 0].mean()

@@ -6,6 +6,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import RandCropByPosNegLabeld
 
+from dissect_monai.common import PICTURE
 from dissect_monai.transforms.intensity import (
     ForegroundIndicesd,
     NormalizeModalityd,
@@ -234,3 +235,26 @@ def test_ct_in_other_units_is_refused_or_told(caplog: pytest.LogCaptureFixture) 
             normalized(image, "CT")
     normalized(((CHEST + 160) / 400 * 255).clip(0, 255).round(), "CT")
     assert "a volume is listed as CT and has values from 0 to 255, as greys do: are they HU?" in caplog.text
+
+
+@pytest.mark.parametrize("modality", ["picture", "CT", "MR"])
+def test_pictures_of_8_bits_keep_their_values_and_deeper_ones_their_colours(modality: str) -> None:
+    values = torch.arange(256.0).view(1, 16, 16, 1)
+    shallow = MetaTensor(values, meta={PICTURE: 255})
+    assert torch.equal(normalized(shallow, modality, b_max=255).as_tensor(), values)
+    torch.testing.assert_close(normalized(shallow, modality).as_tensor(), values / 255)
+    deep = MetaTensor(torch.cat([values * 200, values * 100]), meta={PICTURE: 0})
+    red, green = normalized(deep, modality)
+    middle = (red > 0.05) & (red < 0.95)
+    assert float((red[middle] / green[middle]).median()) == pytest.approx(2, abs=0.3)
+
+
+def test_grey_volumes_are_repeated_for_networks_of_colours_and_channels_are_not() -> None:
+    torch.testing.assert_close(normalized(body(), "MR", in_channels=3), normalized(body(), "MR").repeat(3, 1, 1, 1))
+    torch.testing.assert_close(normalized(body(), "MR", in_channels=1), normalized(body(), "MR"))
+
+
+def test_pictures_have_no_place() -> None:
+    item = ForegroundIndicesd("image")({**body_in_air(), "slice_axis": PICTURE})
+    (patch,) = RandForegroundCropd("image", (4, 4, 1))(item)
+    assert patch["place"].isnan()

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Invertd, LoadImaged, Orientationd, Spacingd, SpatialPadd
 from torch import Tensor
 
-from dissect_monai.common import PLANES
+from dissect_monai.common import PICTURE, PLANES
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms import spatial
 from dissect_monai.transforms.labels import ValuesToClassesd
@@ -21,6 +21,7 @@ from dissect_monai.transforms.spatial import (
     OriginalGridd,
     SliceOrientationd,
     acquired_plane,
+    refuse_other_grid,
     same_grid,
     to_original_grid,
 )
@@ -339,3 +340,31 @@ def test_a_label_map_on_another_grid_than_the_file_of_its_image_is_refused(tmp_p
         with pytest.raises(RuntimeError) as raised:
             steps({**item, "label": str(tmp_path / f"{name}.nii")})
         assert re.search(rf"label map .*{name}\.nii`? {message}", str(raised.value.__cause__))
+
+
+@pytest.mark.parametrize(("shape", "image_size", "size"), [((40, 30), 20, (20, 15)), ((9, 33), 66, (18, 66))])
+@pytest.mark.parametrize("spacing", [1.0, 0.2])
+def test_the_longer_side_of_a_picture_gets_its_size_and_comes_back(
+    shape: tuple[int, int], image_size: int, size: tuple[int, int], spacing: float
+) -> None:
+    affine = np.diag([spacing, spacing, 1, 1])
+    ramp = torch.arange(shape[0], dtype=torch.float32).view(1, -1, 1, 1).expand(1, *shape, 1)
+    picture = MetaTensor(ramp.clone(), affine=affine, meta={PICTURE: 255})
+    turned = SliceOrientationd("image", 2, "coronal")({"image": picture})
+    assert turned["slice_axis"] == PICTURE
+    small = AdaptiveSpacingd("image", [7, 7, 0], [1, 1, 1], image_size)(turned)["image"]
+    assert small.shape == (1, *size, 1)
+    middle = (size[0] // 2 + 0.5) * shape[0] / size[0] - 0.5  # of a pixel, in those of the file
+    assert float(small[0, size[0] // 2, 0, 0]) == pytest.approx(middle, abs=1e-4)
+    back = to_original_grid((small > shape[0] / 2).float(), (*shape, 1), affine)
+    assert (back != (picture > shape[0] / 2)).float().mean() < 0.06
+
+
+def test_the_mask_of_a_picture_needs_its_size_alone() -> None:
+    meta = {PICTURE: 255, "spatial_shape": np.array([6, 4, 1]), "original_affine": np.diag([0.2, 0.3, 1, 1])}
+    image = MetaTensor(torch.zeros(3, 12, 8, 1), meta=meta)
+    label = MetaTensor(torch.zeros(1, 6, 4, 1), affine=np.diag([-1, -1, 1, 1]))
+    refuse_other_grid(label, image, "mask a.png")
+    np.testing.assert_allclose(label.affine, meta["original_affine"])
+    with pytest.raises(ValueError, match=r"mask a.png must have the size of its picture.* got 4 x 6 and 6 x 4 pixels"):
+        refuse_other_grid(MetaTensor(torch.zeros(1, 4, 6, 1)), image, "mask a.png")
