@@ -290,10 +290,11 @@ def test_a_log_shows_the_trace_of_our_own_faults_alone() -> None:
         assert bool(record.exc_info) is shown
 
 
-def test_a_log_of_a_handler_of_monai_shows_no_trace_of_bad_input_either(tiny_bundle: Path) -> None:
+def test_what_ends_an_engine_is_told_once(tiny_bundle: Path) -> None:
     handler = "__import__('monai.handlers').handlers.StatsHandler()"  # whose logger has an output of its own
     result = run_in_a_process(tiny_bundle, f"{handler}.exception_raised(None, bundle.InputError('bad'))")
-    assert "Exception: bad" in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: bad"
+    assert "Exception: bad" not in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
@@ -470,23 +471,74 @@ def test_the_loss_is_read_otherwise_where_monai_reads_it_as_it_did() -> None:
     assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
 
 
-@pytest.mark.parametrize(
-    "words", [["--dataset_dir", "site#2"], ["--output_dir=exp#2"], ["--dataset_dir", "['a#1','b']"]]
-)
-def test_a_value_with_a_hash_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    given = ["main", "run", "--config_file", "train.json", "--train#augment#rotation", "5", "--key", "$@train#dataset"]
-    monkeypatch.setattr(sys, "argv", given)
-    assert run_arguments() == ("train.json", {"train#augment#rotation": 5, "key": "$@train#dataset"})
-    monkeypatch.setattr(sys, "argv", [*given, *words])
-    with pytest.raises(InputError, match=r"a value must have no #, .* got .*: rename it"):
-        run_arguments()
+# ---- words of the command line -----------------------------------------------------------------------------------
 
 
-def test_a_path_with_a_comma_is_refused_and_a_list_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What the words of a command line are read as."""
     monkeypatch.chdir(tmp_path)
-    given = ["main", "run", "--config_file", "train.json", "--dataset_dir", "a,b"]
-    monkeypatch.setattr(sys, "argv", given)
-    assert run_arguments() == ("train.json", {"dataset_dir": ("a", "b")})
+
+    def read(*words: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["main", "run", *words, "--config_file", "my#bundle/train.json"])
+        config_file, overrides = run_arguments()
+        assert config_file == "my#bundle/train.json"
+        return overrides
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("site#2", "site#2"), ("/data/site#2", "/data/site#2"), ("5#2", "5#2"), ("['a#1','b']", ["a#1", "b"]),
+        ("me@host#2", "me@host#2"), ("(site)", "(site)"), ("'a#1'", "a#1"), ("{'a#1':'CT'}", {"a#1": "CT"}),
+        ("$@train#dataset", "$@train#dataset"), ("[1, 2]", [1, 2]), ("a,b", ("a", "b")), ("None", None), ("-125", -125),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_was_typed(typed: Any, value: str, meant: Any) -> None:
+    assert typed("--key", value, "--train#augment#rotation", "5") == {"key": meant, "train#augment#rotation": 5}
+    assert typed(f"--train#key={value}") == {"train#key": meant}
+
+
+def test_a_path_with_a_comma_is_one_path_if_it_exists(typed: Any) -> None:
     Path("a,b").mkdir()
-    with pytest.raises(InputError, match=r"a path must have no comma, .* got a,b: rename it"):
-        run_arguments()
+    assert typed("--dataset_dir", "a,b") == {"dataset_dir": "a,b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--pixdim", "[4,", "4,", "4]"], '--pixdim "[4, 4, 4]".'),
+        (["--dataset_dir=A", "B"], """--dataset_dir "A B", or as a list: --dataset_dir "['A', 'B']"."""),
+        (["--task", "{'A':", "'x'}", "--seed", "1"], """--task "{'A': 'x'}"."""),
+    ],
+)
+def test_a_value_of_several_words_is_refused_with_how_to_quote_it(typed: Any, words: list[str], remedy: str) -> None:
+    name = words[0].partition("=")[0]
+    with pytest.raises(
+        InputError, match=f"^`{name}` must be one word, got .*: put it into quotation marks, "
+    ) as raised:
+        typed(*words)
+    assert str(raised.value).endswith(remedy)
+
+
+def test_an_id_to_run_may_stand_before_the_first_option(typed: Any) -> None:
+    assert typed("running", "--seed", "1") == {"seed": 1}
+
+
+@pytest.mark.parametrize("value", ["site#2", "/data/a,b#2", "['a#1','me@host#b']"])
+def test_no_part_of_a_value_with_a_hash_is_lost_in_a_run(tiny_bundle: Path, value: str) -> None:
+    config = {**TINY_BUNDLE, "dataset_dir": None, "dir": "$@dataset_dir", "run": ["$Path('ran').write_text(str(@dir))"]}
+    train = write(tiny_bundle / "configs" / "train.json", config)
+    result = command_line(train, cwd=Path(), dataset_dir=value)
+    assert result.returncode == 0, result.stderr
+    assert Path("ran").read_text() == (str(ast.literal_eval(value)) if value[0] == "[" else value)
+
+
+def test_two_folders_in_two_words_end_with_one_line(tiny_bundle: Path) -> None:
+    config = {**TINY_BUNDLE, "dataset_dir": None}
+    result = command_line(write(tiny_bundle / "configs" / "train.json", config), Path(), after=["B"], dataset_dir="A")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: `--dataset_dir` must be one word, got A B: put it into")
+    assert "Traceback" not in result.stderr

@@ -24,6 +24,7 @@ from dissect_monai.data.readers import (
     VOLUME_SUFFIXES,
     VolumeHeader,
     image_format,
+    is_volume,
     refuse_odd_file,
 )
 
@@ -126,10 +127,28 @@ def read_datalist(
 
     Raises:
         FileNotFoundError: if a folder or (with `check`) a listed file does not exist, or a folder holds no images.
-        ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image.
+        ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image, or 2-D images
+            are volumes.
     """
     folders = data_folders(dataset_dir)
-    return merge_datalists([read_folder(folder, spatial_dims, check) for folder in folders], folders, check)
+    parts = [read_folder(folder, spatial_dims, check) for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
+        first = [Path(item["image"]) for item in part.training[:2]]
+        if check and spatial_dims == 2 and (any(map(is_volume, first)) or _are_slices(folder, first)):
+            raise InputError(
+                f"`dataset_dir` must hold 2-D images, got volumes in {folder}: pretrain on them by pretrain_vq_ssl "
+                "with configs/volumes.json after train.json, or by hssl_multidomain; segment them by seg_finetune_btcv."
+            )
+    return merge_datalists(parts, folders, check)
+
+
+def _are_slices(folder: Path, images: Sequence[Path]) -> bool:
+    """Whether files that nobody has listed are slices of one scan."""
+    if (folder / "dataset.json").exists() or [*map(image_format, images)] != ["dicom"] * 2:
+        return False
+    tags = map(dicom.read_tags, images)
+    first, second = ([each.get(name) for name in ("Modality", "SeriesInstanceUID")] for each in tags)
+    return first == second and first[0] in ("CT", "MR", "PT")
 
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
