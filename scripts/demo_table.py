@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
+from fire.decorators import SetParseFn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from dissect_monai.writing import read_csv
@@ -87,4 +88,4 @@ def show(*lines: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"gain": gain, "chain": chain})
+    fire.Fire({each.__name__: SetParseFn(str)(each) for each in (gain, chain)})  # paths, as they are typed

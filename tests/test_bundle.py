@@ -36,6 +36,7 @@ from dissect_monai.bundle import (
     process_device,
     refuse_phantoms,
     run_arguments,
+    trained_weights,
 )
 from dissect_monai.common import InputError
 from dissect_monai.knobs import check_knobs
@@ -162,6 +163,30 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
     assert [parser.get_parsed_content(name) for name in ("amp", "compile", "shard", "on")] == [False, True, True, True]
 
 
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"hidden_dim": 10**12}, "of at least 1, and at most 1000000, got 1000000000000"),
+        ({"patch_size": [16, 16, 10**12]}, "of at least 8, and at most 4096, got"),
+        ({"mode": "probe"}, "finetune, linear_probe, .*got 'probe'; did you mean linear_probe[?]"),
+        ({"max_epochs": "$1 / 0"}, "got '[$]1 / 0', which cannot be evaluated: division by zero"),
+        ({"settings": "$1 / 0", "pretrained": [1], "seed": "$@settings"}, "`pretrained` must be a path"),
+        ({"resume_from": 5}, "`resume_from` must be a path"),
+        ({"learning_rate": 10**400}, "`learning_rate` must be a number over 0"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_what_is_near(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_knobs(ConfigParser(knobs))
+
+
+@pytest.mark.parametrize("device", [0, True, None, [], "meta", "cuda:99", "gpu"])
+def test_a_device_is_one_that_computes(device: Any) -> None:
+    with pytest.raises(InputError, match="`device` must be a device that this machine has"):
+        check_knobs(ConfigParser({"device": device}))
+    check_knobs(ConfigParser({"device": torch.device("cpu")}))
+
+
 TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
 
 
@@ -231,6 +256,27 @@ def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "TypeError" in result.stderr
+
+
+def test_too_little_memory_is_one_line_with_the_knobs_that_set_sizes(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "__import__('torch').empty(10**15)")
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert re.match("error: there is not enough memory: .*allocate.* Lower what sets sizes: `--batch_size` 4[.]", line)
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_refused_run_leaves_no_empty_folder_and_a_file_stays(tiny_bundle: Path) -> None:
+    (tiny_bundle / "eval").mkdir()
+    (tiny_bundle / "eval" / "kept").touch()
+    late = "$bundle.refuse_small([], 4)"
+    config = {**TINY_BUNDLE, "run": ["$bundle.check_training(False, 'images', @output_dir, None)", late]}
+    for output_dir in (tiny_bundle, tiny_bundle / "new" / "out"):
+        train = write(tiny_bundle / "configs" / "train.json", {**config, "output_dir": str(output_dir)})
+        with refused("`--training` holds no images|`training` holds no images"):
+            run_config(train)
+    assert sorted(path.name for path in tiny_bundle.iterdir()) == ["configs", "eval"]
+    assert [path.name for path in (tiny_bundle / "eval").iterdir()] == ["kept"]
 
 
 def test_only_refusals_and_the_file_system_are_bad_input() -> None:
@@ -374,6 +420,23 @@ def test_weights_of_other_images_are_for_no_phantoms(tmp_path: Path, said: dict[
     refuse_phantoms(False, tmp_path, model)
     write(model.with_suffix(".json"), {"phantoms": True})
     refuse_phantoms(True, tmp_path, model)
+
+
+def test_weights_are_those_of_the_output_folder_else_those_of_the_bundle(tmp_path: Path) -> None:
+    out, bundle = (tmp_path / name / "models" / "model.pt" for name in ("out", "bundle"))
+    found = [trained_weights(tmp_path / "out", tmp_path / "bundle")]
+    for path in (bundle, out):
+        write(path, {})
+        found.append(trained_weights(tmp_path / "out", tmp_path / "bundle"))
+    assert found == [str(out), str(bundle), str(out)]
+
+
+def test_a_smoke_run_says_which_weights_it_replaces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_training(True, "phantoms", tmp_path, None)
+    assert "take the place" not in caplog.text
+    write(tmp_path / "models" / "model.pt", {})
+    check_training(True, "phantoms", tmp_path, None)
+    assert f"take the place of those of the smoke run before it, {tmp_path}/models/model.pt." in caplog.text
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:

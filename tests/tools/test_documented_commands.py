@@ -17,12 +17,12 @@ PAGES = [
 ]
 ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"make ": "makes an environment over the network; .ci/run calls these targets",
-    r"source |export |SITE=|cp |ln |cd dist |cd DIR|sha256sum |unzip |mkdir |rm -r ": "prepares another command of its page",
+    r"source |export |SITE=|cp |ln |cd dist |cd DIR|sha256sum |unzip |mkdir |rm -r ": "prepares another command",
     r"(\.\S*/)?python3? (-m venv|ci/|-m monailabel)|pip |git clone": "needs the network, or MONAI Label (make label)",
     r"docker ": "needs Docker",
     r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
     r"sbatch |ID=": "needs Slurm (make slurm)",
-    r"python3? scripts/(run_experiments|judge_encoders|make_datalist)|(\S*/)?python3? scripts/gpu/": "needs the data of a study; "
+    r"(\S*/)?python3? scripts/(run_experiments|judge_encoders|make_datalist|gpu/)": "needs the data of a study; "
     "tests/scripts run it on generated data",
     r"python benchmarks/": "needs a GPU",
     r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
@@ -122,7 +122,9 @@ def test_a_documented_command_runs(command: Command, recipe_of: Recipes, tmp_pat
     result = started(["monai.bundle", *words], bundle)
     assert result.returncode == 0, result.stderr[-3000:]
     if command.is_training:
-        assert (bundle / ("OUT" if "OUT" in words else ".") / "models" / "model.pt").is_file() or "volumes.json" in words[2]
+        assert (
+            bundle / ("OUT" if "OUT" in words else ".") / "models" / "model.pt"
+        ).is_file() or "volumes.json" in words[2]
 
 
 def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: Path) -> list[str]:
