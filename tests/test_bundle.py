@@ -168,7 +168,7 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
     [
         ({"hidden_dim": 10**12}, "of at least 1, and at most 1000000, got 1000000000000"),
         ({"patch_size": [16, 16, 10**12]}, "of at least 8, and at most 4096, got"),
-        ({"mode": "probe"}, "finetune, linear_probe, .*got 'probe'; did you mean linear_probe[?]"),
+        ({"mode": "probe"}, "one of .*got 'probe'; did you mean linear_probe[?]"),
         ({"max_epochs": "$1 / 0"}, "got '[$]1 / 0', which cannot be evaluated: division by zero"),
         ({"settings": "$1 / 0", "pretrained": [1], "seed": "$@settings"}, "`pretrained` must be a path"),
         ({"resume_from": 5}, "`resume_from` must be a path"),

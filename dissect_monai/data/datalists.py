@@ -146,9 +146,9 @@ def _are_slices(folder: Path, images: Sequence[Path]) -> bool:
     """Whether files that nobody has listed are slices of one scan."""
     if (folder / "dataset.json").exists() or [*map(image_format, images)] != ["dicom"] * 2:
         return False
-    tags = map(dicom.read_tags, images)
-    first, second = ([each.get(name) for name in ("Modality", "SeriesInstanceUID")] for each in tags)
-    return first == second and first[0] in ("CT", "MR", "PT")
+    first, second = map(dicom.read_tags, images)
+    same = first.get("SeriesInstanceUID") == second.get("SeriesInstanceUID")
+    return same and "ImagePositionPatient" in first  # a film has none
 
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:

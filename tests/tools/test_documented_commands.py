@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from helpers import ROOT, Recipe, Recipes, edited, read, started, tiny_knobs
 
@@ -126,6 +127,10 @@ def test_a_documented_command_runs(command: Command, recipe_of: Recipes, tmp_pat
     if command.is_training:
         folder = "OUT" if "OUT" in words else "volumes" if "volumes.json" in command.config else "."
         assert (bundle / folder / "models" / "model.pt").is_file()
+    if command.words[0] == "onnx_export" and "image_size" in recipe.knobs:
+        session = pytest.importorskip("onnxruntime").InferenceSession(bundle / "model.onnx")
+        for size in (32, 64):  # any, although nobody has named one
+            assert session.run(None, {session.get_inputs()[0].name: np.zeros((1, 1, size, size), np.float32)})
 
 
 def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: Path) -> list[str]:
