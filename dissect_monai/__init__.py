@@ -62,7 +62,6 @@ from dissect_monai.networks.encoders import SegResNetEncoder as SegResNetEncoder
 from dissect_monai.networks.encoders import place_network as place_network
 from dissect_monai.networks.hssl import HSSLNet as HSSLNet
 from dissect_monai.networks.optimizers import adamw as adamw
-from dissect_monai.networks.quantizers import MultiScaleQuantizer as MultiScaleQuantizer
 from dissect_monai.networks.segmentation import DeepSupervisionNet as DeepSupervisionNet
 from dissect_monai.networks.segmentation import init_class_prior as init_class_prior
 from dissect_monai.networks.vqssl import VQSSLNet as VQSSLNet

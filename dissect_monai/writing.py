@@ -295,6 +295,14 @@ def _cells(value: Any, nan: str) -> list[Any]:
     return [f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value]
 
 
+def aligned(lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """Lines of cells in columns, two blanks apart; with `numbers`, all but the first column to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
+    padded = ([side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
 def columns(row: type) -> list[str]:
     """Columns of a table of such `NamedTuple`s; an `Interval` has three: `dice`, `dice_low`, `dice_high`."""
     kinds = get_type_hints(row)

@@ -16,7 +16,7 @@ import fire
 from fire.decorators import SetParseFn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from dissect_monai.writing import read_csv
+from dissect_monai.writing import aligned, read_csv
 
 
 class Measure(NamedTuple):
@@ -68,23 +68,17 @@ def gain(folder: str) -> None:
     rows = read_csv(Path(folder, "eval", "findings.csv"))
     probes = {tuple(row.values())[:5]: f"{float(row['auroc']):.3f}" for row in rows}
     linear = [probes[source, "stages", "linear", "findings", "macro"] for source in ("random", "pretrained")]
-    show(
+    lines = [
         ("AUROC of frozen features, all stages", "random weights", "pretrained"),
         ("k-NN, all labels (validation)", *first_and_last(Path(folder), "knn_auroc_stages")),
         ("linear probe, a quarter of the labels (test)", *linear),
-    )
+    ]
+    print(aligned(lines))
 
 
 def chain(folder: str) -> None:
     """Print the table of a folder that `make demo-all` has filled."""
-    show(("bundle", "weights of", "measure", "first", "last", "pictures"), *rows(Path(folder)))
-
-
-def show(*lines: tuple[str, ...]) -> None:
-    """Print lines in columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned([("bundle", "weights of", "measure", "first", "last", "pictures"), *rows(Path(folder))]))
 
 
 if __name__ == "__main__":

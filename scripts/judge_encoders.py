@@ -179,7 +179,7 @@ def rows(arms: Mapping[str, list[Arm]], of: Films, select: bool) -> Iterator[tup
     """Lines of the table."""
     subjects = [item["subject"] for item in of.scored]
     features = {name: [features_of(arm, of) for arm in seeds] for name, seeds in arms.items()}
-    fractions = FRACTIONS[3:] if select else FRACTIONS if len(of.splits) == 3 else FRACTIONS[2:]
+    fractions = FRACTIONS[-1:] if select else FRACTIONS if len(of.splits) == 3 else FRACTIONS[-2:]
     for question, fraction in product(of.questions, fractions):
         labels = of.questions[question]
         draws = 1 if select or (len(of.splits) == 3 and fraction == 1) else NUM_DRAWS

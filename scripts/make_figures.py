@@ -8,7 +8,6 @@ python scripts/make_figures.py report PAGE PICTURE  # a report as a picture, by 
 
 from __future__ import annotations
 
-import csv
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ import torch
 from fire.decorators import SetParseFn
 from numpy.typing import NDArray
 from PIL import Image
-from render_results import FILMS, film_panels
+from render_results import FILMS, draw_lines, film_panels
 
 from dissect_monai import BTCV_ORGANS, load_codes, read_settings, write_volume_phantoms, write_xray_phantoms
 from dissect_monai.visualize.segmentation import organ_color
 from dissect_monai.visualize.training import code_colors
+from dissect_monai.writing import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -93,9 +93,7 @@ def code_maps(run: Path, data: Path, chosen: Sequence[int], decoded: bool = Fals
 
 def segmented(folder: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     """The axial slice of a volume that shows most organs, grey, and the same with the organs that were found."""
-    table = folder / SEGMENTED / "eval" / "label_maps" / "label_maps.csv"
-    with open(table, newline="", encoding="utf-8") as file:
-        row = next(csv.DictReader(file))
+    row = read_csv(folder / SEGMENTED / "eval" / "label_maps" / "label_maps.csv")[0]
     maps = [nib.as_closest_canonical(nib.load(path)) for path in (row["image"], row["label_map"])]
     volume, labels = (np.asarray(each.dataobj) for each in maps)
     best = max(range(labels.shape[2]), key=lambda z: len(np.unique(labels[..., z])))
@@ -128,23 +126,9 @@ def show(axes: Any, picture: NDArray[Any], title: str) -> None:
 def gain(axes: Any) -> None:
     """What a probe tells at each share of the labels, of pretrained, untrained and no encoders."""
     titles = {"VQ with NT-Xent": "pretrained", "random": "random weights", "pixels": "pixels"}
-    lines = film_panels(ROOT / "results" / "cxr_films.csv")["all stages"]
-    for (recipe, title), marker in zip(titles.items(), "osD", strict=True):
-        sizes, values, lows, highs = np.transpose(lines[recipe])
-        axes.errorbar(
-            sizes, values, [values - lows, highs - values], label=title, marker=marker, markersize=4, capsize=2
-        )
-    axes.set_xscale("log")
-    axes.set_xticks(
-        ticks := sorted({size for size, *_ in lines["random"]}), [FILMS.tick.format(tick) for tick in ticks]
-    )
-    axes.minorticks_off()
-    axes.set_xlabel("share of the training labels", fontsize=9)
-    axes.set_ylabel("AUROC, viral or bacterial", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    found = film_panels(ROOT / "results" / "cxr_films.csv")["all stages"]
+    draw_lines(axes, {title: found[recipe] for recipe, title in titles.items()}, FILMS)
+    axes.set_ylabel("AUROC, viral or bacterial")
 
 
 def save(figure: Any, path: Path) -> None:

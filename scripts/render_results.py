@@ -8,7 +8,6 @@ results/claims.json. All goes between the markers of a page; what stands around 
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from run_experiments import Study, read_study
 from study_statistics import StudyError
 
 from dissect_monai.visualize.classifier import COLORS
+from dissect_monai.writing import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (scripts/render_results.py) -->\n", "<!-- results: end -->"
@@ -80,11 +80,10 @@ def read_blocks() -> list[Block]:
     """The blocks of results/results.csv, in its order; the file is only appended to, and the latest row counts."""
     studies = [read_study(path) for path in sorted((ROOT / "scripts" / "experiments").glob("*.json"))]
     found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
-    with open(ROOT / "results" / "results.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            # Pixels and intensities have one kind of features, shown in the columns of the last stage.
-            metric = row["metric"].replace("/pca/", "/last/").replace("/histogram/", "/last/")
-            found.setdefault((row["bundle"], row["dataset"]), {})[row["recipe"], metric] = row
+    for row in read_csv(ROOT / "results" / "results.csv"):
+        # Pixels and intensities have one kind of features, shown in the columns of the last stage.
+        metric = row["metric"].replace("/pca/", "/last/").replace("/histogram/", "/last/")
+        found.setdefault((row["bundle"], row["dataset"]), {})[row["recipe"], metric] = row
     return [
         block(*name, rows, [study for study in studies if (study.bundle, study.dataset) == name])
         for name, rows in found.items()
@@ -169,12 +168,11 @@ def panels(figure: Figure, blocks: Sequence[Block]) -> dict[str, Lines]:
 def film_panels(table: Path) -> dict[str, Lines]:
     """What a probe tells at each share of the labels, by the features that it sees, of a table of judge_encoders.py."""
     found: dict[str, Lines] = {"last stage": {}, "all stages": {}}
-    with open(table, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["question"] == "viral against bacterial" and not row["less"]:
-                lines = found["last stage" if row["features"] == "last" else "all stages"]
-                size, value, low, high = (float(row[name]) for name in ("fraction", "auroc", "low", "high"))
-                lines.setdefault(row["recipe"], []).append((size, value, low, high))
+    for row in read_csv(table):
+        if row["question"] == "viral against bacterial" and not row["less"]:
+            lines = found["last stage" if row["features"] == "last" else "all stages"]
+            size, value, low, high = (float(row[name]) for name in ("fraction", "auroc", "low", "high"))
+            lines.setdefault(row["recipe"], []).append((size, value, low, high))
     return found
 
 
@@ -188,29 +186,35 @@ def curves(block: Block, metric: str) -> Iterator[tuple[str, list[tuple[float, f
 
 
 def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
-    """Write a figure: a panel per data set and metric, a line per recipe with its bars, one beside the other."""
+    """Write a figure: a panel per data set and metric."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(1 + 4 * len(panels), 3.8), layout="constrained")
     axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     axes[0].set_ylabel(figure.ylabel)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
-        ticks = sorted({size for points in lines.values() for size, *_ in points})
-        step = (ticks[-1] / ticks[0]) ** 0.012  # the axis is logarithmic
-        for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
-            sizes, values, lows, highs = np.transpose(lines[recipe])
-            moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
-            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
-            ax.errorbar(moved, values, [values - lows, highs - values], label=recipe, **style)
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
-        ax.minorticks_off()
-        ax.set(xlabel=figure.xlabel, title=title)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
+        draw_lines(ax, lines, figure)
+        ax.set_title(title)
     path.parent.mkdir(exist_ok=True)
     canvas.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_lines(ax: Any, lines: Lines, figure: Figure) -> None:
+    """Draw a line for each recipe with its bars, one beside the other."""
+    ticks = sorted({size for points in lines.values() for size, *_ in points})
+    step = (ticks[-1] / ticks[0]) ** 0.012  # the axis is logarithmic
+    for index, (color, marker, recipe) in enumerate(zip(cycle(COLORS), cycle("o^sD"), lines, strict=False)):
+        sizes, values, lows, highs = np.transpose(lines[recipe])
+        moved = [size * step ** (index - (len(lines) - 1) / 2) for size in sizes]
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1}
+        ax.errorbar(moved, values, [values - lows, highs - values], label=recipe, **style)
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [figure.tick.format(tick) for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel(figure.xlabel)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
 
 
 def effect(row: Row, sign: float = 1) -> tuple[float, float, float]:
@@ -228,8 +232,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
     """
     lines = ["| does pretraining help? | against | effect | 95 % interval | |", "|---|---|---|---|---|"]
     for claim in claims:
-        with open(ROOT / "results" / claim["table"], newline="", encoding="utf-8") as file:
-            found = [row for row in csv.DictReader(file) if claim["row"].items() <= row.items()]
+        found = [row for row in read_csv(ROOT / "results" / claim["table"]) if claim["row"].items() <= row.items()]
         # results.csv is only appended to, and the latest row counts.
         if len(found) != 1 and not (found and claim["table"] == "results.csv"):
             raise SystemExit(f"error: {len(found)} rows of results/{claim['table']} are {claim['row']}: one must be.")
@@ -242,8 +245,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
 
 def film_table(table: Path) -> str:
     """Markdown of a table of judge_encoders.py: by question and share of the labels, last stage / all stages."""
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = {tuple(row[name] for name in FILM_KEYS): row for row in csv.DictReader(file)}
+    rows = {tuple(row[name] for name in FILM_KEYS): row for row in read_csv(table)}
     titles = [*FILM_RECIPES.values(), "VQ - random", "VQ - without VQ"]
     lines = [f"| set, question | labels | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name, question, share in dict.fromkeys(key[:3] for key in rows):

@@ -119,6 +119,8 @@ class Recipe:
 
 
 Recipes = Callable[[str], Recipe]  # by name
+OTHERS = multiprocessing.get_context("forkserver")  # processes that have imported what the tests import
+OTHERS.set_forkserver_preload(["monai.bundle", "monai.engines", "torch.utils.tensorboard", "dissect_monai"])
 
 
 def run_config(config: Any = None, **knobs: Any) -> None:
@@ -343,14 +345,21 @@ def git(repository: Path, *arguments: str) -> None:
 
 def committed_copy(root: Path) -> Path:
     """All bundles and the package, without what runs have left in them, as a repository of their own."""
+    return Path(shutil.copytree(_committed().name, root))
+
+
+@cache
+def _committed() -> TemporaryDirectory[str]:
+    folder = TemporaryDirectory()
+    root = Path(folder.name)
     outputs = {"bundles": ("models", "eval", "checkpoints", "phantoms"), "dissect_monai": ("__pycache__",)}
-    for folder, left_out in outputs.items():
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns(*left_out))
+    for name, left_out in outputs.items():
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(*left_out))
     shutil.copy(ROOT / ".gitignore", root)
     git(root, "init", "--quiet")
     git(root, "add", ".")
     git(root, "commit", "--quiet", "--message", "all")
-    return root
+    return folder
 
 
 def write_images(folder: Path, count: int) -> list[str]:
@@ -360,6 +369,32 @@ def write_images(folder: Path, count: int) -> list[str]:
         pixels = np.random.default_rng(index).integers(0, 256, (10, 12), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
     return names
+
+
+def write_films(folder: Path, labelled: Sequence[str], counts: Sequence[int]) -> None:
+    """Labelled sets as judge_encoders.py has them, and cxr_adult without labels: the brightness tells the first."""
+    from judge_encoders import CLASSES, NIH_FINDINGS, PAEDIATRIC
+
+    rng = np.random.default_rng(0)
+    for name in (*labelled, "cxr_adult"):
+        names = CLASSES if name == PAEDIATRIC else list(NIH_FINDINGS[:-1])  # of these, two are of no film
+        splits: dict[str, Any] = {}
+        (folder / name).mkdir()
+        for split, count in zip(SPLITS, counts, strict=True):
+            splits[split] = []
+            for index in range(count):
+                pixels = np.clip(rng.normal(60 + 60 * (index % 3), 20, (36, 32)), 0, 255)
+                pixels[:4, :4], pixels[-4:, -4:] = 0, 255  # so that scaling the intensities keeps the brightness
+                pixels, path = pixels.astype(np.uint8), f"{split}{index}.png"
+                Image.fromarray(pixels.astype(np.uint16) * 256 if index % 2 else pixels).save(folder / name / path)
+                item = {"image": path, "subject": f"{split}{index // 2}", "view": ("AP", "PA")[index % 2]}
+                item |= (
+                    {"source": ("rsna", "covid")[index % 2]}
+                    if name == "cxr_adult"
+                    else {"label": [int(index % 3 == column) for column in range(len(names))]}
+                )
+                splits[split].append(item)
+        write(folder / name / "dataset.json", {"label_names": names, "licence": "none", **splits})
 
 
 class Writer:
@@ -449,7 +484,7 @@ def subjects(items: list[dict[str, Any]]) -> set[str]:
 
 def in_two_processes(step: Callable[[int, Path, Any], None], folder: Path, parts: Sequence[Any]) -> None:
     """Call a function in two processes of one group, each with its rank, the folder and its part."""
-    other = multiprocessing.get_context("spawn").Process(target=_in_group, args=(1, step, folder, parts))
+    other = OTHERS.Process(target=_in_group, args=(1, step, folder, parts))
     other.start()
     _in_group(0, step, folder, parts)
     other.join()
@@ -473,7 +508,7 @@ def volume() -> sitk.Image:
     return image
 
 
-def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
+def write_series(folder: Path, image: sitk.Image) -> Path:
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -482,13 +517,13 @@ def write_series(folder: Path, image: sitk.Image, series: str = "1") -> Path:
         piece = image[:, :, index]
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
         values = {
-            "0008|0060": "CT", "0020|000e": f"1.2.3.{series}", "0020|0032": "\\".join(map(str, position)),
+            "0008|0060": "CT", "0020|000e": "1.2.3.1", "0020|0032": "\\".join(map(str, position)),
             "0020|0037": "\\".join(str(value) for value in direction.T[:2].ravel()),
             "0018|0050": str(image.GetSpacing()[2]), "0028|1050": "0", "0028|1051": "10",
         }  # fmt: skip
         for tag, value in values.items():
             piece.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{series}_{9 - index}.dcm"))  # names against the order of the slices
+        writer.SetFileName(str(folder / f"1_{9 - index}.dcm"))  # names against the order of the slices
         writer.Execute(piece)
     return folder
 

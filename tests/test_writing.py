@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import OTHERS
 
 from dissect_monai import writing
 from dissect_monai.common import InputError, Interval
@@ -114,7 +115,11 @@ def test_damage_of_any_kind_is_one_refusal(tmp_path: Path) -> None:
 
 # ---- the lock ----------------------------------------------------------------------------------------------------
 
-HOLDER = "from dissect_monai.writing import hold; hold({!r}); print('held', flush=True); input()"
+
+def hold_until_told(folder: Path, pipe: Any) -> None:
+    hold(folder)
+    pipe.send("held")
+    pipe.recv()
 
 
 @pytest.fixture
@@ -132,12 +137,14 @@ def lock_of(folder: Path, **facts: object) -> Path:
 
 @pytest.mark.usefixtures("_released")
 def test_a_folder_is_of_one_living_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER.format(str(tmp_path))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"  # type: ignore[union-attr]
-        with pytest.raises(InputError, match=f"is in use by process {other.pid} on .*: wait .* another `output_dir`"):
-            hold(tmp_path)
-        other.kill()
+    ours, theirs = OTHERS.Pipe()
+    other = OTHERS.Process(target=hold_until_told, args=(tmp_path, theirs))
+    other.start()
+    assert ours.recv() == "held"
+    with pytest.raises(InputError, match=f"is in use by process {other.pid} on .*: wait .* another `output_dir`"):
+        hold(tmp_path)
+    other.kill()
+    other.join()
     assert (tmp_path / ".lock").exists()
     hold(tmp_path)
     hold(tmp_path)

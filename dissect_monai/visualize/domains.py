@@ -13,7 +13,7 @@ from dissect_monai.common import Array, Item, rank
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms.intensity import is_ct, sample_voxels
-from dissect_monai.writing import write_csv
+from dissect_monai.writing import aligned, write_csv
 
 logger = logging.getLogger(__name__)
 NUM_VOLUMES = 4  # of a task, that are read for their intensities
@@ -45,7 +45,8 @@ def report_domains(datalist: Datalist, path: str | Path) -> list[DomainRow]:
     if rank():
         return []
     rows = [_row(name, datalist) for name in datalist.task_names]
-    logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), _aligned(rows))
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    logger.info("Aggregated %d volumes:\n%s", len(datalist.headers), aligned([DomainRow._fields, *cells]))
     for task in (row.task for row in rows if is_ct(row.modality) and row.minimum >= 0):
         logger.warning("The CT of task %s has no value below 0, so it hardly is in HU, as its window expects.", task)
     write_csv(path, DomainRow._fields, rows, nan="nan")
@@ -81,10 +82,3 @@ def _intensities(items: Sequence[Item]) -> tuple[float, float, float, float]:
             logger.warning("Not in the table of intensities: %s", error)
     low, first, last, high = np.nanpercentile(np.concatenate(values), [0, 1, 99, 100]).tolist()
     return low, first, last, high
-
-
-def _aligned(rows: Sequence[DomainRow]) -> str:
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    table = [list(DomainRow._fields), *cells]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)

@@ -20,6 +20,7 @@ from datalists.source import SPLITS, Record, Source
 from datalists.volume_pairs import check_grids, check_values
 from dissect_monai import ImageFileReader, read_datalist
 from dissect_monai.data.identity import salt_of
+from dissect_monai.writing import aligned
 
 Splits = Mapping[str, Sequence[Record]]
 WORKERS = 8  # more than cores, since they wait for the disk
@@ -171,9 +172,7 @@ def print_counts(source: Source, splits: Splits) -> None:
             {record.group(source.folder) for record in records if value in record.values} for records in splits.values()
         ]
         lines.append([name, *(str(len(subjects)) for subjects in shown)])
-    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
-    for name, *cells in lines:
-        print(name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), sep="  ")
+    print(aligned(lines, numbers=True))
     if source.label_names:
         print("(images: positive / negative / unknown)")
     if source.labels:

@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
+def write(path: Path, content: Any) -> None:
+    """Write a JSON file, whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.tmp")
+    half.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    half.replace(path)
+
+
 class Rows:
     """Rows of a JSON file, whole after each."""
 
@@ -18,9 +26,7 @@ class Rows:
     def add(self, what: str, value: Any, holds: bool | None = None, **more: Any) -> None:
         """Write a row: what was measured, its value, and whether a limit that it has is kept."""
         self.rows.append({"what": what, "value": value, "holds": holds, **more})
-        half = self.path.with_name(f".{self.path.name}.tmp")
-        half.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
-        half.replace(self.path)
+        write(self.path, self.rows)
 
 
 def pytest_configure(config: Any) -> None:

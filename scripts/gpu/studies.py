@@ -33,7 +33,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import CacheDataset
-from rows import Rows
+from rows import Rows, write
 from threadpoolctl import threadpool_limits
 
 from dissect_monai import read_datalist
@@ -104,14 +104,6 @@ def wait_for(paths: Iterable[Path], until: float) -> list[Path]:
             time.sleep(0.1)
         found += [path] if path.exists() else []
     return found
-
-
-def write(path: Path, content: Any) -> None:
-    """Write a file that others wait for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}")
-    half.write_text(json.dumps(content), encoding="utf-8")
-    half.rename(path)
 
 
 def read_films(folder: Path, store: Path, size: int, cores: int) -> None:

@@ -112,7 +112,7 @@ def test_random_transforms_stay_random(tmp_path: Path, cache_dir: Path | None) -
     assert not torch.equal(dataset[0]["image"], dataset[0]["image"])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])  # by pickle, as with spawn
 def test_workers_can_load_it(tmp_path: Path, cache_dir: Path | None, context: str) -> None:
     dataset = cached_dataset(make_items(tmp_path), preprocessing(), cache_dir)
     batch = next(iter(DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context=context)))

@@ -405,17 +405,22 @@ WINDOWS = [
 INVERSE = [{}, {"PhotometricInterpretation": "MONOCHROME1"}, {"PresentationLUTShape": "INVERSE"}]
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("inverse", [*INVERSE, {key: value for each in INVERSE for key, value in each.items()}])
 @pytest.mark.parametrize("tags", WINDOWS, ids=lambda tags: " ".join(tags))
-def test_a_film_is_what_pydicom_makes_of_it(tmp_path: Path, tags: dict[str, Any], inverse: dict[str, str]) -> None:
-    ds = write(tmp_path / "a.dcm", FILM, 12, **tags, **inverse)
-    expected = apply_voi_lut(apply_modality_lut(FILM, ds), ds).T.astype(float)
+def test_a_film_is_what_pydicom_makes_of_it(
+    tmp_path: Path, tags: dict[str, Any], inverse: dict[str, str], signed: bool
+) -> None:
+    film = FILM.astype(np.int16) - 1000 if signed else FILM
+    ds = write(tmp_path / "a.dcm", film, 16 if signed else 12, **tags, **inverse)
+    expected = apply_voi_lut(apply_modality_lut(film, ds), ds).T.astype(float)
     expected = -expected if inverse else expected
     found = load(tmp_path / "a.dcm", 2)[0].astype(float)
     # Equal but for the units, which a viewer does not show.
     scale, shift = np.polyfit(found.ravel(), expected.ravel(), 1)
     assert scale > 0
     np.testing.assert_allclose(found * scale + shift, expected, atol=1e-3 * np.ptp(expected))
+    np.testing.assert_array_equal(load(tmp_path, None)[0], found)  # a series of one file, too
 
 
 @pytest.mark.parametrize("inverse", INVERSE[:2])

@@ -103,13 +103,13 @@ def test_what_would_hang_is_refused_unopened(tmp_path: Path, name: str, make: Ma
             read(path)
 
 
-@pytest.mark.parametrize("value", [0, np.nan, np.inf])
-def test_an_affine_without_spacing_is_refused_by_header_and_reader_alike(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("sform", [[0] * 12, [np.nan] * 12, [np.inf] * 12, [1, *[0] * 9, 1, 0]])
+def test_an_affine_without_spacing_is_refused_by_header_and_reader_alike(tmp_path: Path, sform: list[float]) -> None:
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "a.nii")
     content = bytearray((tmp_path / "a.nii").read_bytes())
     struct.pack_into("<hh", content, 252, 0, 1)  # codes of qform and sform
-    struct.pack_into("<3f", content, 80, *[value] * 3)  # spacing
-    struct.pack_into("<12f", content, 280, *[value] * 12)  # sform
+    struct.pack_into("<3f", content, 80, *[sform[0]] * 3)  # spacing
+    struct.pack_into("<12f", content, 280, *sform)
     (tmp_path / "a.nii").write_bytes(content)
     for read in (read_grid, ImageFileReader(3).get_data):
         with refused("a.nii must have a spacing along three axes"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from helpers import volume, write_series
-from monai.transforms import Compose, LoadImage, Orientation
+from monai.transforms import LoadImage, Orientation
 from monai.utils import optional_import
 from PIL import Image
 
@@ -26,17 +26,10 @@ def load(path: Path, **kwargs: object) -> np.ndarray:
     return reader.get_data(reader.read(path))[0]
 
 
-def write_dicom(path: Path, pixels: np.ndarray, **tags: str) -> Path:
-    """`tags` such as t0028_1050; MONOCHROME1 is patched in, since GDCM writes MONOCHROME2 whatever it is told."""
-    photometric = tags.pop("photometric", "MONOCHROME2")
+def write_dicom(path: Path, pixels: np.ndarray) -> Path:
     image = sitk.GetImageFromArray(pixels[None], isVector=pixels.ndim == 3)
-    for tag, value in tags.items():
-        image.SetMetaData(tag[1:].replace("_", "|"), value)
     sitk.WriteImage(image, path.with_suffix(".dcm"), imageIO="GDCMImageIO")
-    data = path.with_suffix(".dcm").read_bytes()
-    path.with_suffix(".dcm").unlink()
-    path.write_bytes(data.replace(b"MONOCHROME2", photometric.encode()))
-    return path
+    return path.with_suffix(".dcm").rename(path)
 
 
 @pytest.mark.parametrize(("suffix", "scale"), [("png", 1), ("tif", 1), ("bmp", 1), ("png", 200), ("tif", 200)])
@@ -69,48 +62,23 @@ def test_dicom_equals_the_png_of_the_same_picture(tmp_path: Path, name: str) -> 
     np.testing.assert_array_equal(LoadImage(reader=ImageFileReader())(path), PICTURE.T)
 
 
-def test_signed_monochrome1_with_rescale_stays_in_its_range(tmp_path: Path) -> None:
-    tags = {"t0028_1052": "-1000", "t0028_1053": "2"}
-    pixels = PICTURE.astype(np.int16) * 2 - 1000
-    plain = load(write_dicom(tmp_path / "a.dcm", pixels, **tags))
-    inverted = load(write_dicom(tmp_path / "b.dcm", pixels, photometric="MONOCHROME1", **tags))
-    np.testing.assert_array_equal(plain, pixels.T)
-    np.testing.assert_array_equal(inverted, -1 * 2 + 2 * -1000 - pixels.T)
-
-
-def test_first_window_clips_a_single_file(tmp_path: Path) -> None:
-    path = write_dicom(tmp_path / "a.dcm", PICTURE, t0028_1050="100\\3", t0028_1051="51\\7")
-    np.testing.assert_array_equal(load(path), PICTURE.T.clip(74.5, 124.5))
-    np.testing.assert_array_equal(load(tmp_path), PICTURE.T.clip(74.5, 124.5))  # a series of one file, too
-
-
-@pytest.mark.parametrize("bits", [12, 16])
-def test_the_window_of_monochrome1_is_of_the_values_in_the_file(tmp_path: Path, bits: int) -> None:
-    tags = {"photometric": "MONOCHROME1", "t0028_1050": "1000", "t0028_1051": "1001"}
-    stored = PICTURE.astype(np.uint16) * 16
-    path = write_dicom(tmp_path / "a.dcm", stored, **tags)
-    for tag, written in ((b"\x28\x00\x01\x01", 16), (b"\x28\x00\x02\x01", 15)):  # bits stored and the highest bit
-        element = tag + b"\x02\x00\x00\x00"
-        old, new = element + bytes([written]), element + bytes([written + bits - 16])
-        assert old in path.read_bytes()
-        path.write_bytes(path.read_bytes().replace(old, new))
-    expected = 2**bits - 1 - stored.T.clip(499.5, 1499.5)
-    np.testing.assert_array_equal(load(path), expected)
-
-
 @pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd", "nii", "nii.gz", "series"])
-def test_volumes_agree_with_the_nifti_that_monai_reads(tmp_path: Path, suffix: str) -> None:
+def test_volumes_and_their_headers_agree_with_the_nifti_that_monai_reads(tmp_path: Path, suffix: str) -> None:
     image, path = volume(), tmp_path / f"v.{suffix}"
     sitk.WriteImage(image, tmp_path / "reference.nii")
     if suffix == "series":
         write_series(path, image)
     else:
         sitk.WriteImage(image, path)
-    expected = LoadImage()(tmp_path / "reference.nii")
-    result = LoadImage(reader=ImageFileReader(spatial_dims=3))(path)
-    assert result.shape == (6, 5, 4)
+    expected = LoadImage(ensure_channel_first=True)(tmp_path / "reference.nii")
+    result = LoadImage(reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)(path)
+    assert result.shape == (1, 6, 5, 4)
     np.testing.assert_array_equal(result, expected)
     np.testing.assert_allclose(result.affine, expected.affine, atol=1e-4)
+    header, turned = read_header(path), Orientation("RAS", labels=None)(expected)
+    assert header.shape == tuple(turned.shape[1:]) == (5, 6, 4)
+    np.testing.assert_allclose(header.spacing, turned.pixdim, rtol=1e-5)
+    assert read_grid(path).channels == 1
 
 
 def test_trailing_axes_of_length_one_are_dropped_and_others_refused(tmp_path: Path) -> None:
@@ -151,10 +119,6 @@ def test_what_holds_no_image_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.array([[1, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"a\.tif must hold finite values, got NaN or infinity"):
         load(tmp_path / "a.tif")
-    for series in "12":
-        write_series(tmp_path / "v", volume(), series)
-    with pytest.raises(ValueError, match="one DICOM series, got 2"):
-        load(tmp_path / "v")
 
 
 BLOCKS = np.kron(PICTURE, np.ones((8, 8), np.uint8))  # which JPEG keeps
@@ -280,21 +244,6 @@ def test_what_its_name_or_its_voxels_are_not_is_said(tmp_path: Path) -> None:
 # --- headers
 
 
-@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.mhd", "a.nrrd", "series"])
-def test_shape_and_spacing_are_those_of_the_volume_in_patient_axes(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name == "series":
-        write_series(path, volume())
-    else:
-        sitk.WriteImage(volume(), str(path))
-    header = read_header(path)
-    load = Compose([LoadImage(reader=ImageFileReader(spatial_dims=3), ensure_channel_first=True)])
-    expected = Orientation("RAS", labels=None)(load(path))
-    assert header.shape == tuple(expected.shape[1:]) == (5, 6, 4)
-    np.testing.assert_allclose(header.spacing, expected.pixdim, rtol=1e-5)
-    assert read_grid(path).channels == 1
-
-
 def test_values_of_a_voxel_are_counted_and_axes_of_length_one_are_not(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.Compose([volume()] * 3), str(tmp_path / "a.mha"))
     assert read_grid(tmp_path / "a.mha").channels == 3
@@ -327,15 +276,6 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             read_header(tmp_path / name)
     with pytest.raises(ValueError, match=r"a\.png must be a volume"):
         read_header(tmp_path / "a.png")
-
-
-def test_a_volume_without_spacing_is_refused(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), None)
-    image.header["pixdim"][1:4] = 1
-    image.set_sform(np.diag([1, 0, 1, 1]), code=1)
-    nib.save(image, tmp_path / "a.nii")
-    with pytest.raises(ValueError, match=r"a\.nii must have a spacing along three axes"):
-        read_header(tmp_path / "a.nii")
 
 
 def test_what_needs_no_simpleitk_is_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

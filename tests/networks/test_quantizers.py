@@ -186,19 +186,6 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path
     torch.testing.assert_close(first, dict(codebook.state_dict()))
 
 
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_multi_scale_quantises_every_stage(spatial_dims: int) -> None:
-    quantizer = MultiScaleQuantizer(spatial_dims, in_channels=[4, 6], num_embeddings=[16, 32], embedding_dim=8)
-    features = [torch.randn(2, channels, *[side] * spatial_dims) for channels, side in [(4, 4), (6, 2)]]
-    outputs = quantizer(features)
-    assert [tuple(output.features.shape) for output in outputs] == [
-        (2, 8, *[4] * spatial_dims),
-        (2, 8, *[2] * spatial_dims),
-    ]
-    assert all(output.indices.max() < num for output, num in zip(outputs, (16, 32), strict=True))
-    torch.testing.assert_close(outputs[1].projected, quantizer.projections[1](features[1]))
-
-
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

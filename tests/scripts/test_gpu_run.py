@@ -11,8 +11,8 @@ import numpy as np
 import pack
 import pytest
 import run
-from helpers import read, write
-from judge_encoders import CLASSES, LABELLED, NIH_FINDINGS, PAEDIATRIC
+from helpers import read, write_films
+from judge_encoders import LABELLED
 from PIL import Image
 
 from dissect_monai import read_datalist, read_segmentation
@@ -24,22 +24,8 @@ SIZE = 32
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """X-rays of 16 bits and of 8, one set without labels, and volumes."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name in (*LABELLED, "cxr_adult"):
-        names = CLASSES if name == PAEDIATRIC else list(NIH_FINDINGS[:-1])
-        splits: dict[str, Any] = {}
-        (folder / name).mkdir()
-        for split, count in (("training", 32), ("validation", 16), ("test", 16)):
-            splits[split] = []
-            for index in range(count):
-                pixels = rng.integers(0, 2**16, (40, 36), dtype=np.uint16)
-                path = f"{split}{index}.png"
-                Image.fromarray(pixels if index % 2 else (pixels >> 8).astype(np.uint8)).save(folder / name / path)
-                label = {"label": [int(index % 3 == i) if name == PAEDIATRIC else index % 2 for i in range(len(names))]}
-                source = {"source": ["rsna", "covid"][index % 2]} if name == "cxr_adult" else {}
-                label = {} if source else label
-                splits[split].append({"image": path, "subject": f"{split}{index}", "view": "AP", **source, **label})
-        write(folder / name / "dataset.json", {"label_names": names, "licence": "none", **splits})
+    folder = tmp_path_factory.mktemp("data")
+    write_films(folder, LABELLED, (32, 16, 16))
     (ct,) = write_volume_phantoms(folder, 4, 2, 0, image_size=24, tasks=["abdomen_ct"])
     ct.rename(folder / "ct_btcv")
     return folder

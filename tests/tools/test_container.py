@@ -1,4 +1,4 @@
-"""The Dockerfile: its steps, in a fresh virtual environment in place of a container."""
+"""The Dockerfile: its steps, in a fresh virtual environment in place of a container, and the wheel."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_base_is_an_argument_and_the_command_no_roots() -> None:
 
 
 @pytest.mark.slow
-def test_its_steps_install_the_wheel_and_its_command_trains(recipe_of: Recipes, tmp_path: Path) -> None:
+def test_its_steps_install_the_whole_wheel_and_its_command_trains(recipe_of: Recipes, tmp_path: Path) -> None:
     source, home, venv = committed_copy(tmp_path / "source"), tmp_path / "home", tmp_path / "venv"
     places = {
         "/tmp/": f"{tmp_path}/in/",
@@ -51,6 +52,10 @@ def test_its_steps_install_the_wheel_and_its_command_trains(recipe_of: Recipes, 
     for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, source)
     run(f"{sys.executable} -m pip --quiet wheel . --no-build-isolation --wheel-dir dist", source)
+    (wheel,) = (source / "dist").iterdir()
+    files = {str(path.relative_to(source)) for path in (source / "dissect_monai").rglob("*.*") if path.is_file()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if name.startswith("dissect_monai/")} == files
     for copied in map(placed, steps("COPY")):
         files, _, target = copied.rpartition(" ")
         run(f"cp -r {files} {home / target}", source)  # an absolute target stays as it is

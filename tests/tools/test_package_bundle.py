@@ -1,10 +1,9 @@
-"""Archives of bundles and the wheel: what they hold, what they refuse, and that nothing else is needed to run them."""
+"""Archives of bundles: what they hold, what they refuse, and that nothing else is needed to run them."""
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -129,39 +128,6 @@ def test_outside_a_repository_git_says_why(tmp_path: Path) -> None:
 def test_a_misspelt_bundle_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"there is no bundle cxr_clasify; did you mean cxr_classify\?"):
         main("cxr_clasify", output_dir=tmp_path / "dist")
-
-
-def command(*arguments: str, cwd: Path, packages: Path | None = None) -> str:
-    """A command with the installed packages and those of a folder, but nothing of this repository on the path."""
-    path = os.pathsep.join([*([str(packages)] if packages else []), sysconfig.get_paths()["purelib"]])
-    result = subprocess.run(
-        [sys.executable, "-S", *arguments],  # without `site`, which would add an editable install
-        cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def test_the_wheel_trains_a_copy_of_a_bundle(recipe_of: Recipes, tmp_path: Path) -> None:
-    source = committed_copy(tmp_path / "source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    # Without isolation, setuptools is the installed one, and nothing is downloaded.
-    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
-    build = ("--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path))
-    command(*pip, "wheel", str(source), *build, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    files = {str(path.relative_to(source)) for path in (source / "dissect_monai").rglob("*.*") if path.is_file()}
-    with zipfile.ZipFile(wheel) as archive:
-        assert {name for name in archive.namelist() if name.startswith("dissect_monai/")} == files
-    packages, bundle = tmp_path / "packages", tmp_path / "empty" / "bundle"
-    command(*pip, "install", "--no-deps", "--no-index", "--target", str(packages), str(wheel), cwd=tmp_path)
-    shutil.copytree(source / "bundles" / "pretrain_vq_ssl", bundle)
-    knobs = [part for name, value in recipe_of("pretrain_vq_ssl").knobs.items() for part in (f"--{name}", str(value))]
-    run = ("-m", "monai.bundle", "run", "--config_file", "configs/train.json")
-    command(*run, *knobs, cwd=bundle, packages=packages)
-    assert (bundle / "models" / "model.pt").is_file()
 
 
 # ---- ready to be published ---------------------------------------------------------------------------------------
@@ -299,6 +265,17 @@ def unpacked(request: pytest.FixtureRequest, recipe_of: Recipes, tmp_path_factor
     archive = package(repository / "bundles" / recipe.name, recipe.finished, work / "dist")
     download(recipe.name, url=archive.as_uri(), bundle_dir=str(work / "empty"), progress=False)
     return Unpacked(work / "empty" / recipe.name, recipe)
+
+
+def command(*arguments: str, cwd: Path) -> str:
+    """A command with the installed packages, but nothing of this repository on the path."""
+    result = subprocess.run(
+        [sys.executable, "-S", *arguments],  # without `site`, which would add an editable install
+        cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sysconfig.get_paths()["purelib"]},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.mark.slow
