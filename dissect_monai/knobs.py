@@ -201,9 +201,9 @@ def check_knobs(parser: ConfigParser) -> None:
         InputError: naming the knob, what it must be and what it is.
     """
     switches = {}
-    names = [name for name in RULES if name in parser and not _is_component(parser[name])]
+    knobs = [name for name in RULES if name in parser and not _is_component(parser[name])]
     # First those that are given as they are, on which others depend.
-    for name in sorted(names, key=lambda name: str(parser[name])[:1] in ("$", "@")):
+    for name in sorted(knobs, key=lambda name: str(parser[name])[:1] in ("$", "@")):
         rule = RULES[name]
         if is_disabled(parser[name]):
             continue
