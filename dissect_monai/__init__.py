@@ -72,10 +72,12 @@ from dissect_monai.phantoms.xray import write_xray_phantoms as write_xray_phanto
 from dissect_monai.transforms.augment import BatchAugment as BatchAugment
 from dissect_monai.transforms.intensity import ForegroundIndicesd as ForegroundIndicesd
 from dissect_monai.transforms.intensity import NormalizeModalityd as NormalizeModalityd
+from dissect_monai.transforms.intensity import RandForegroundCropd as RandForegroundCropd
 from dissect_monai.transforms.labels import LargestComponentsd as LargestComponentsd
 from dissect_monai.transforms.labels import ValuesToClassesd as ValuesToClassesd
 from dissect_monai.transforms.spatial import AdaptiveSpacingd as AdaptiveSpacingd
 from dissect_monai.transforms.spatial import OriginalGridd as OriginalGridd
+from dissect_monai.transforms.spatial import SliceOrientationd as SliceOrientationd
 from dissect_monai.transforms.views import HierarchyViews as HierarchyViews
 from dissect_monai.transforms.views import Views as Views
 from dissect_monai.transforms.views import prepare_images as prepare_images

@@ -17,6 +17,8 @@ T = TypeVar("T")
 NO_FINDING = "No finding"
 SALT = ".salt"  # file in a data folder: the key of the pseudonyms of its subjects
 LEVELS = ("image", "task", "group")  # of the hierarchical contrast
+# Of slices: the patient's axes (0 left to right, 1 back to front, 2 foot to head) in their order, the one across last.
+PLANES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}
 BTCV_ORGANS = (  # in the order of their values
     "spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
     "inferior_vena_cava", "portal_and_splenic_veins", "pancreas", "right_adrenal_gland", "left_adrenal_gland",

@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
-from dissect_monai.common import InputError, bad_input, root_cause
+from dissect_monai.common import PLANES, InputError, bad_input, root_cause
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
@@ -63,12 +63,13 @@ def _optional(rule: Rule) -> Rule:
     return rule._replace(says=f"{rule.says}, or None", holds=lambda value: value is None or rule.holds(value))
 
 
-def _list_of(rule: Rule, length: int | None = None) -> Rule:
+def _list_of(rule: Rule, *lengths: int) -> Rule:
     def holds(value: Any) -> bool:
-        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and (length is None or len(value) == length)
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and (not lengths or len(value) in lengths)
         return is_list and all(map(rule.holds, value))
 
-    return Rule(f"a list{'' if length is None else f' of {length}'}, each value {rule.says}", holds, rule.most)
+    size = f" of {' or '.join(map(str, lengths))}" if lengths else ""
+    return Rule(f"a list{size}, each value {rule.says}", holds, rule.most)
 
 
 def _is_per_folder(value: Any) -> bool:
@@ -135,8 +136,8 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_number(" over 0 and at most 1", lambda value: 0 < value <= 1), "label_fraction layer_decay", ""),
     (FRACTION, "decay validation_fraction", "overlap"),
     (_list_of(_whole(1)), "blocks_down blocks_up stages", ""),
-    (_list_of(_whole(8, 4096), 3), "patch_size", ""),
-    (_list_of(_number(" over 0", lambda value: value > 0), 3), "pixdim", ""),
+    (_list_of(_whole(8, 4096), 2, 3), "patch_size", ""),
+    (_list_of(_number(" over 0", lambda value: value > 0), 2, 3), "pixdim", ""),
     (PATH, "", "bundle_root output_dir"),
     (_optional(PATH), "", "cache_dir calibration pretrained resume_from"),
     (_optional(PATHS), "", "dataset_dir"),
@@ -145,6 +146,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_optional(TEXTS), "findings structures", ""),
     (_optional(PER_FOLDER), "group modality task", ""),
     (_one_of(2, 3), "spatial_dims", ""),
+    (_one_of("auto", *PLANES), "slice_axis", ""),
     (_one_of(*BALANCES), "class_balance", ""),
     (_one_of(*ENCODERS), "encoder", ""),
     (_one_of(*FUSIONS), "fusion", ""),
@@ -179,13 +181,22 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
      lambda epochs, interval, select: select != "best" or interval <= epochs,
      "`val_interval` must be at most `max_epochs` where `select` is best, got {1} and {0}: no weights would ever be "
      "chosen."),
+    ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) == dims,
+     "`pretrained` must be weights for {1}-D images, got some for {0[spatial_dims]}-D ones: set `spatial_dims` to "
+     "{0[spatial_dims]}, or give other weights."),
+    ("pixdim spatial_dims", lambda pixdim, dims: len(pixdim) == dims,
+     "`pixdim` must have {1} values, as many as `spatial_dims`, got {0}."),
+    ("patch_size spatial_dims", lambda size, dims: len(size) == dims,
+     "`patch_size` must have {1} values, as many as `spatial_dims`, got {0}."),
+    ("slice_axis spatial_dims", lambda plane, dims: plane == "auto" or dims == 2,
+     "`slice_axis` has a meaning with `spatial_dims` 2 alone, got {0} and {1}: give that, too, or leave it out."),
     ("a_min a_max", lambda low, high: low < high, "`a_min` must be below `a_max`, got {0} and {1}."),
-    ("patch_size spatial_dims blocks_down",
-     lambda size, dims, blocks: not any(each % 2 ** (len(blocks) - 1) for each in size[:dims]),
-     "`patch_size` must be multiples of 2 for each level of `blocks_down` but the first, got {0} for {2}."),
+    ("patch_size blocks_down",
+     lambda size, blocks: not any(each % 2 ** (len(blocks) - 1) for each in size),
+     "`patch_size` must be multiples of 2 for each level of `blocks_down` but the first, got {0} for {1}."),
     ("blocks_down blocks_up", lambda down, up: len(up) == len(down) - 1,
      "`blocks_up` must have one value fewer than `blocks_down`, got {1} and {0}."),
-    ("mask_size patch_size spatial_dims", lambda mask, size, dims: mask < min(size[:dims]),
+    ("mask_size patch_size", lambda mask, size: mask < min(size),
      "`mask_size` must be smaller than the sides of `patch_size`, else all is masked or nothing, got {0} for {1}."),
     ("batch_size sampling_temperature", lambda batch_size, _: batch_size % 2 == 0,
      "`batch_size` must be even, as two volumes of a task are drawn together, got {0}."),

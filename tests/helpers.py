@@ -532,7 +532,8 @@ def patch_transform(spatial_dims: int = 3, pixdim: float = 1.0, size: int = 8, n
     """The whole chain, as the evaluation of a bundle has it."""
     parser = ConfigParser()
     parser.read_config(str(ROOT / "bundles" / "hssl_multidomain" / "configs" / "evaluate.json"))
-    shape = {"spatial_dims": spatial_dims, "pixdim": [pixdim] * 3, "patch_size": [size] * 3}
+    shape: dict[str, Any] = {"spatial_dims": spatial_dims, "pixdim": [pixdim] * spatial_dims}
+    shape["patch_size"] = [size] * spatial_dims
     parser.update({**shape, "a_min": -125, "a_max": 275, "patches_per_volume": num_samples})
     return Compose([parser.get_parsed_content(name) for name in ("preprocessing", "patches")])
 

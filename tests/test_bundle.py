@@ -133,15 +133,16 @@ BAD = {
     "device": ["gpu", "cuda:99", 1.5], "num_folds": [1, -2, "five"], "num_embeddings": [1, [1, 2], [], "many"],
     "amp": ["yes", 1, None], "momentum": [1.1, "high"], "fusion": ["sum", ["add"], {"a": 1}], "findings": [3, [], [1]],
     "max_epochs": [0, "1e3", True], "task": ["", [3], {"a": 1}, 7], "validation_fraction": [1, -0.1, "half"],
-    "pixdim": [1.5, [1, 1], [1, 1, 0], ["1", 1, 1]], "patch_size": [96, [96, 96], [96, 96, 4], [96, 96, 9.5]],
+    "pixdim": [1.5, [1], [1, 1, 0], ["1", 1]], "patch_size": [96, [96] * 4, [96, 96, 4], [96, 96, 9.5]],
     "a_min": ["low", None, float("nan")], "init_filters": [4, 12, 8.0], "blocks_down": [[], [0, 1], 4],
     "resume": ["maybe", 3], "sampling_temperature": [2, -0.5], "structures": [6, []], "fold": [-1, "first"],
-    "largest_only": [3],
+    "largest_only": [3], "slice_axis": ["z", 2, None],
 }  # fmt: skip
 GOOD = {
     "stages": [[2, 3, 4], [4], (1,)], "dataset_dir": [None, "a", ["a", "b"]], "num_folds": [0, 5],
     "amp": [True, "false", "True"], "findings": [None, "Mass", ["Mass", "No finding"]],
-    "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}], "pixdim": [[1.5, 1.5, 2], (1, 1, 1)],
+    "task": [None, "abdomen", ["abdomen", None], {"ct": "abdomen"}], "pixdim": [[1.5, 1.5, 2], (1, 1)],
+    "slice_axis": ["auto", "sagittal"],
 }  # fmt: skip
 
 
@@ -195,6 +196,13 @@ TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
     [
         ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
         ({"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4}, "multiples of 2 .* 12, 8"),
+        ({"patch_size": [16, 16, 8], "spatial_dims": 2}, r"`patch_size` must have 2 values, .*, got \[16, 16, 8\]"),
+        ({"slice_axis": "coronal", "spatial_dims": 3}, "`slice_axis` has a meaning with `spatial_dims` 2 alone, got"),
+        ({"pixdim": [1, 1], "spatial_dims": 3}, r"`pixdim` must have 3 values, as many as .*, got \[1, 1\]"),
+        (
+            {"pretraining": {"spatial_dims": 2}, "spatial_dims": 3, "pixdim": [1, 1]},
+            "must be weights for 3-D images, got some for 2-D ones: set `spatial_dims` to 2, or give other weights",
+        ),
         ({"blocks_down": [1, 1, 1], "blocks_up": [1, 1, 1]}, r"one value fewer than .*, got \[1, 1, 1\]"),
         ({"batch_size": 7, "sampling_temperature": 0.5}, "`batch_size` must be even, .*, got 7"),
         ({**TRAINED, "schedule_epochs": 1, "warmup_epochs": 0}, "`schedule_epochs` must be at least"),
@@ -213,7 +221,8 @@ def test_knobs_that_do_not_fit_each_other_are_refused(knobs: dict[str, Any], mes
     "knobs",
     [
         *({name: value} for name, values in GOOD.items() for value in values),
-        {"patch_size": [16, 8, 9], "spatial_dims": 2, "blocks_down": [1] * 4},  # of slices the third side is not used
+        {"patch_size": [16, 8], "pixdim": [1, 1], "spatial_dims": 2, "blocks_down": [1] * 4},
+        {"pretraining": {}, "spatial_dims": 2},
         {"batch_size": 7},
         {"a_min": 5},
         {"encoder": {"_disabled_": True}},

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.inferers import sliding_window_inference
+from monai.inferers import SliceInferer, sliding_window_inference
 from torch import Tensor, nn
 
 from dissect_monai.inferers import AutocastInferer, WindowInferer
@@ -26,6 +26,28 @@ def test_it_is_monais_sliding_window_whatever_the_layout_of_the_network(shape: t
     inferer, laid_out = WindowInferer((6, 6, 6), overlap=overlap), network().to(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(inferer(volume(*shape), network()), expected)
     torch.testing.assert_close(inferer(volume(*shape), laid_out), inferer(volume(*shape), network()), rtol=0, atol=0)
+
+
+def network_2d() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Conv2d(1, 3, 3, padding=1).requires_grad_(False)
+
+
+@pytest.mark.parametrize("max_voxels", [1, 2**25])
+@pytest.mark.parametrize("shape", [(8, 8, 20), (11, 9, 6), (3, 8, 1)])
+def test_a_2d_network_sees_slice_by_slice_as_monais_slice_inferer(
+    shape: tuple[int, ...], max_voxels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dissect_monai.inferers.MAX_VOXELS", max_voxels)
+    monai = SliceInferer(spatial_dim=2, roi_size=(6, 6), sw_batch_size=1, overlap=0.5, mode="gaussian")
+    affine = torch.diag(torch.tensor([2.0, 3, 5, 1], dtype=torch.float64))
+    both = torch.cat([volume(*shape), volume(*shape).flip(2)])
+    image = MetaTensor(both, affine=affine, meta={"filename_or_obj": "a"})
+    result = WindowInferer((6, 6))(image, network_2d())
+    torch.testing.assert_close(result.as_tensor(), monai(image.as_tensor(), network_2d()))
+    np.testing.assert_allclose(result.affine, affine)
+    assert result.meta["filename_or_obj"] == "a"
+    assert type(WindowInferer((6, 6))(image.as_tensor(), network_2d())) is Tensor
 
 
 @pytest.mark.parametrize("max_voxels", [1, 2**25])

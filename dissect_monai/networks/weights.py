@@ -21,6 +21,7 @@ HEAD_KEYS = {"fc.weight", "fc.bias"}  # of a MONAI ResNet that classifies
 ENCODERS = tuple(f"resnet{depth}" for depth in (10, 18, 34, 50, 101, 152, 200) if hasattr(nets, f"resnet{depth}"))
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
 SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
+FIRST_KERNEL = "convInit.conv.weight"
 LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
 SEGRESNET_REMEDY = (
     "Is it a SegResNet of the same spatial_dims, init_filters, blocks, input and output channels, as the JSON beside "
@@ -113,10 +114,11 @@ def load_weights(
     if names is not None and not transfer:
         _refuse_other_names(network, path, settings, names)
     if isinstance(network, SegResNet):
-        dims = settings.get("spatial_dims", network.spatial_dims)
-        if dims != network.spatial_dims:
+        dims = getattr(state.get(FIRST_KERNEL), "ndim", 0) - 2
+        if dims in (2, 3) and dims != network.spatial_dims:
             raise InputError(
-                f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones."
+                f"{path} must hold weights for {network.spatial_dims}-D images, got some for {dims}-D ones: set "
+                f"`spatial_dims` to {dims}, or give other weights."
             )
         if _is_encoder(state) and (names is None or transfer):
             left = SEGRESNET_DECODER

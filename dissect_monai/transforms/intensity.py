@@ -1,4 +1,4 @@
-"""Volumes of any modality and resolution in one range of intensities and one spacing."""
+"""Volumes of any modality in one range of intensities, where they are not air, and patches from there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, ScaleIntensityRange
+from monai.transforms import MapTransform, RandCropByPosNegLabeld, ScaleIntensityRange
 from monai.utils import ImageMetaKey, convert_to_dst_type, ensure_tuple
 from numpy.typing import NDArray
 
-from dissect_monai.common import InputError
+from dissect_monai.common import PLANES, Array, InputError
 
 logger = logging.getLogger(__name__)
 _AIR = 0.05  # part of the range from the darkest voxel to the upper percentile, noise included
@@ -93,7 +93,7 @@ class NormalizeModalityd(MapTransform):
 
 
 class ForegroundIndicesd(MapTransform):
-    """Remembers where a volume is not air, so that patches are drawn there: for MONAI's `RandCropByPosNegLabeld`.
+    """Remembers where a volume is not air, so that patches are drawn there: for `RandForegroundCropd`.
 
     MONAI's `FgBgToIndicesd` keeps eight bytes for every voxel, eight times a volume in uint8. Here at most 4096 voxels
     over 0, evenly spread over the volume (C, *spatial), are kept; a volume without one is a `ValueError`.
@@ -103,16 +103,68 @@ class ForegroundIndicesd(MapTransform):
         """Add `image_fg_indices` for an `image`, flat places of voxels, int64 of shape (N,), and `image_bg_indices`.
 
         MONAI's crop takes them only together, and without places in either it would not draw by the other: so both
-        hold the same. Give it `neg` = 0.
+        hold the same. `image_to_place` (3, 4) takes positions in voxels to those in the box around all voxels over 0,
+        from 0 to 1 from left to right, back to front and foot to head; axes are those that `SliceOrientationd` leaves.
         """
         item = dict(data)
         for key in self.key_iterator(item):
-            places = np.flatnonzero(np.asarray(item[key]).max(0) > 0)
+            mask = np.asarray(item[key]).max(0) > 0
+            places = np.flatnonzero(mask)
             if not len(places):
                 raise InputError("a volume must have voxels above 0 after scaling, got none: correct its modality.")
             chosen = np.linspace(0, len(places) - 1, min(_MAX_INDICES, len(places))).round().astype(int)
             item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
+            item[f"{key}_to_place"] = _to_box(mask, PLANES[item.get("slice_axis", "axial")])
         return item
+
+
+def _to_box(mask: NDArray[np.bool_], axes: Sequence[int]) -> Array:
+    """From voxels to parts of the box around those of `mask`; `axes` are those of the patient, see `PLANES`."""
+    matrix = np.zeros((3, 4))
+    for axis, of_patient in enumerate(axes):
+        found = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
+        size = found[-1] + 1 - found[0]
+        matrix[of_patient, [axis, 3]] = 1 / size, -found[0] / size
+    return matrix
+
+
+class RandForegroundCropd(RandCropByPosNegLabeld):
+    """Cuts patches around random voxels that are not air, as `ForegroundIndicesd` has found them, and says their place.
+
+    A patch gets "place", float32 (3,) in [0, 1]: where its centre lies in the foreground of the volume, from left to
+    right, back to front and foot to head. Along an axis that is whole in the patch, it is about 0.5.
+
+    Args:
+        keys: keys of the image (C, X, Y, Z), then of what is cut in the same way.
+        spatial_size: voxels of a patch along the axes of the array; a volume must not be smaller.
+        num_samples: patches of a volume.
+        allow_missing_keys: whether items may lack some of the keys.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spatial_size: Sequence[int],
+        num_samples: int = 1,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        image = ensure_tuple(keys)[0]
+        super().__init__(
+            keys, image, spatial_size, neg=0, num_samples=num_samples, fg_indices_key=f"{image}_fg_indices",
+            bg_indices_key=f"{image}_bg_indices", allow_missing_keys=allow_missing_keys,
+        )  # fmt: skip
+        self.size = np.array(spatial_size)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> list[dict[Hashable, Any]]:
+        """The patches of a volume."""
+        item = dict(data)
+        to_place = np.asarray(item.pop(f"{self.label_key}_to_place"))
+        patches: list[dict[Hashable, Any]] = super().__call__(item, lazy)
+        for patch, center in zip(patches, self.cropper.centers or (), strict=True):
+            middle = np.array(center) - self.size // 2 + self.size / 2  # from side to side, not between voxels
+            place = to_place[:, :3] @ middle + to_place[:, 3]
+            patch["place"] = torch.as_tensor(place, dtype=torch.float32).clamp(0, 1)
+        return patches
 
 
 def refuse_other_units(image: torch.Tensor | NDArray[Any], where: str) -> None:

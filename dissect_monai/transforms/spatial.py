@@ -11,16 +11,65 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Spacing
+from monai.transforms import MapTransform, Orientation, Spacing
 from monai.utils import MetaKeys
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
 from torch import Tensor
 
-from dissect_monai.common import Array, InputError
+from dissect_monai.common import PLANES, Array, InputError
 
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
+_APART = 1.5  # least spacing of slices as a multiple of that of their pixels
+
+
+class SliceOrientationd(MapTransform):
+    """Turns volumes to RAS, or for a 2-D network so that the axis across their slices is the last one.
+
+    Axial slices then are (x, y), coronal ones (x, z) and sagittal ones (y, z): right, front and top are at the end of
+    their axis. Nothing is resampled, and the affine says what was turned.
+
+    Args:
+        keys: keys of the images: `MetaTensor`s of shape (C, X, Y, Z), as `LoadImaged` gives them.
+        spatial_dims: of the network, 2 or 3.
+        slice_axis: plane of the slices, "axial", "coronal" or "sagittal"; "auto" takes for every volume that in which
+            it was acquired, see `acquired_plane`. With 3 dimensions it says nothing.
+
+    Raises:
+        ValueError: if `slice_axis` is none of these.
+    """
+
+    def __init__(self, keys: KeysCollection, spatial_dims: int = 3, slice_axis: str = "auto") -> None:
+        super().__init__(keys)
+        if slice_axis not in ("auto", *PLANES):
+            raise InputError(f"`slice_axis` must be auto or one of {', '.join(PLANES)}, got {slice_axis!r}.")
+        self.spatial_dims, self.slice_axis = spatial_dims, slice_axis
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the images of an item, and in 2-D add the plane of the slices as `slice_axis`."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            image = Orientation("RAS", labels=None)(item[key])
+            if self.spatial_dims == 2:
+                plane = self.slice_axis
+                if plane == "auto":
+                    plane = acquired_plane(image.shape[1:], voxel_sizes(image.affine.numpy()))
+                image = Orientation("".join("RAS"[axis] for axis in PLANES[plane]), labels=None)(image)
+                item["slice_axis"] = plane
+            item[key] = image
+        return item
+
+
+def acquired_plane(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    """Plane in which a volume in RAS was acquired: that of its only slice, or across its coarsest axis, or axial.
+
+    The coarsest axis counts if its spacing is at least 1.5 times that of each other one.
+    """
+    coarse = sorted(spacing)
+    single, across = list(shape).count(1) == 1, coarse[2] >= _APART * coarse[1]
+    axis = list(shape).index(1) if single else int(np.argmax(spacing)) if across else 2
+    return next(plane for plane, axes in PLANES.items() if axes[2] == axis)
 
 
 class OriginalGridd(MapTransform):

@@ -192,8 +192,7 @@ def test_a_cache_serves_training_validation_and_evaluation_twice(
     [
         ("pretrain_vq_ssl", {"fusion": "concat", "metric": "euclidean"}),
         ("pretrain_vq_ssl", {"stages": [4], "amp": "true", "device": "cpu"}),  # as the command line gives them
-        # Across, a slice need not be a multiple of the stride.
-        ("pretrain_vq_ssl_volumes", {"spatial_dims": 2, "patch_size": [16, 16, 9]}),
+        ("pretrain_vq_ssl_volumes", {"spatial_dims": 2, "pixdim": [12, 12], "patch_size": [16, 16]}),
         ("pretrain_vq_ssl_volumes", {"blocks_down": [1, 1], "stages": [1, 2], "fusion": "attention"}),
         ("pretrain_vq_ssl_volumes", {"blocks_down": [1] * 5, "stages": [5], "discrete_weight": 0}),
         ("hssl_multidomain", {"dense_weight": 1.0, "mask_fraction": 0}),

@@ -113,10 +113,13 @@ def test_pretrained_weights_start_the_network(trained: Path, folders: Folders, t
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
 
-def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: Folders, tmp_path: Path) -> None:
-    # Slices no larger than a patch, so that each is one window.
-    train(folders, tmp_path, spatial_dims=2, pixdim=[30, 30, 12], patch_size=[16, 16, 8])
+def test_slices_are_judged_and_embedded_as_the_mean_over_slices(folders: Folders, tmp_path: Path) -> None:
+    # Coronal slices no larger than a patch, so that each is one window.
+    train(folders, tmp_path, spatial_dims=2, slice_axis="coronal", pixdim=[30, 30], patch_size=[16, 16])
     assert weights(tmp_path)["convInit.conv.weight"].ndim == 4
+    assert {name: settings(tmp_path)[name] for name in ("spatial_dims", "slice_axis")} == {
+        "spatial_dims": 2, "slice_axis": "coronal",
+    }  # fmt: skip
     evaluate(folders, tmp_path, baselines=False)
     assert {row["question"] for row in table(tmp_path / "eval" / "findings.csv")} >= {"structures", "domains"}
     row = embed(folders, tmp_path)[0]
@@ -130,6 +133,19 @@ def test_slices_are_judged_and_embedded_as_the_mean_over_axial_slices(folders: F
     with torch.no_grad():
         bottleneck = network.encode(torch.as_tensor(volume).movedim(3, 0))[0]
     np.testing.assert_allclose(values(row), bottleneck.mean((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-4)
+    with refused(r"model\.pt must hold weights for 3-D images, got some for 2-D ones: set `spatial_dims` to 2"):
+        train(folders, tmp_path / "volumes", pretrained=tmp_path / "models" / "model.pt")
+
+
+@pytest.mark.parametrize("shape", [{}, {"spatial_dims": 2, "pixdim": [12, 12], "patch_size": [16, 16]}], ids=str)
+def test_patches_of_a_batch_have_a_place(folders: Folders, shape: dict[str, Any]) -> None:
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "train.json"))
+    parser.update({**TINY, **shape, "dataset_dir": folders})
+    batch = next(iter(parser.get_parsed_content("train#dataloader")))
+    assert batch["image"].shape == (4, 1, *parser.get_parsed_content("patch_size"))
+    assert batch["place"].shape == (4, 3)
+    assert 0 <= batch["place"].min() < batch["place"].max() <= 1
 
 
 def test_refuses_to_go_on_with_other_data_and_unknown_folders(trained: Path, folders: Folders, tmp_path: Path) -> None:

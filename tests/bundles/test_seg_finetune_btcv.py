@@ -117,9 +117,10 @@ def box_volume(seed: int, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(volumes, -1).astype(np.int16).squeeze(), label
 
 
-def write_set(folder: Path, count: int = 4, channels: int = 1, **spec: Any) -> Path:
+def write_set(folder: Path, count: int = 4, channels: int = 1, axes: Any = None, **spec: Any) -> Path:
     """A data set of `box_volume`s, 3 mm between voxels; `spec` is what dataset.json says beside the items."""
     affine = np.diag([-3.0, 3.0, 3.0, 1.0])
+    affine[:3, :3] = affine[:3, :3] if axes is None else axes
     affine[:3, 3] = 30, -25, 400
     items = []
     for index in range(count):
@@ -298,6 +299,85 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
     assert not any(torch.equal(first[key], second[key]) for key in part(first, "convInit."))
 
 
+# ---- slices ------------------------------------------------------------------------------------------------------
+
+SAGITTAL = [[0, 0, -7], [3, 0, 0], [0, -3, 0]]  # array axes to the front, to the feet, to the left
+SLICES = {
+    "spatial_dims": 2, "pixdim": [3, 3], "patch_size": [16, 16], "max_epochs": 3, "iterations_per_epoch": 16,
+    "batch_size": 8, "learning_rate": 0.004, "select": "last", "deep_supervision": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sagittal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six subjects with two structures in sagittal slices, 7 mm apart."""
+    return write_set(tmp_path_factory.mktemp("sagittal") / "sagittal", 6, axes=SAGITTAL)
+
+
+@pytest.fixture(scope="session")
+def on_slices(sagittal: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a run on slices that sees both structures."""
+    output_dir = tmp_path_factory.mktemp("on_slices")
+    train(sagittal, output_dir, **SLICES)
+    return output_dir
+
+
+def test_a_2d_network_segments_volumes_slice_by_slice_on_their_own_grid(
+    on_slices: Path, sagittal: Path, tmp_path: Path
+) -> None:
+    assert weights(on_slices)["convInit.conv.weight"].ndim == 4
+    assert {name: settings(on_slices)[name] for name in ("spatial_dims", "slice_axis", "pixdim", "patch_size")} == {
+        "spatial_dims": 2, "slice_axis": "auto", "pixdim": [3, 3], "patch_size": [16, 16],
+    }  # fmt: skip
+    cases = evaluate(sagittal, tmp_path, pretrained=model(on_slices))
+    assert (tmp_path / "eval" / "report.html").is_file()
+    assert len(cases) == 2 * len(read_segmentation(sagittal).validation)
+    maps = segment(sagittal, tmp_path, pretrained=model(on_slices))
+    expected = scores_by_hand(sagittal, maps, ["dim", "bright"])
+    for row in cases:
+        assert float(row["dice"]) == pytest.approx(expected[row["case"], row["structure"]], abs=1e-4)
+    assert max(float(row["dice"]) for row in cases) > 0.2  # else it says little
+    image, label_map = nib.load(sagittal / "images" / "0.nii.gz"), nib.load(maps / "0_seg.nii.gz")
+    assert label_map.shape == image.shape
+    np.testing.assert_allclose(label_map.affine, image.affine)
+
+
+def test_a_run_on_slices_goes_on_bit_for_bit(on_slices: Path, sagittal: Path, tmp_path: Path) -> None:
+    train(sagittal, tmp_path, **{**SLICES, "max_epochs": 2, "schedule_epochs": 3})
+    train(sagittal, tmp_path, **SLICES, resume=True)
+    assert same(weights(tmp_path), weights(on_slices))
+
+
+def test_training_sees_slices_of_the_plane_of_the_header(sagittal: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "train.json"))
+    parser.update({**TINY, **SLICES, "pixdim": [3, 3], "dataset_dir": str(sagittal), "patch_size": [16, 24]})
+    item = {"image": str(sagittal / "images" / "0.nii.gz"), "modality": "CT"}
+    seen = parser.get_parsed_content("train#preprocessing")(item)["image"]
+    image, _ = box_volume(0)
+    body = image[2:-2, 2:-2, 1:-1][:, ::-1, ::-1]  # upright: front and top last, and so is the right
+    assert seen.shape == (1, 16, 24, 14)  # of the 14 slices, one that shows the body each
+    expected = np.pad(np.clip((body + 125) / 400, 0, 1) * 255, ((0, 0), (5, 5), (0, 0)))
+    np.testing.assert_allclose(seen[0], expected, atol=1)
+    batch = next(iter(parser.get_parsed_content("train#dataloader")))
+    assert batch["image"].shape == batch["label"].shape == (8, 1, 16, 24)
+    assert {*batch["label"].unique().tolist()} == {0, 1, 2}
+
+
+def test_weights_of_slices_bring_dimensions_and_plane_along(organs: Path, recipe_of: Recipes, tmp_path: Path) -> None:
+    shape = {"spatial_dims": 2, "slice_axis": "coronal", "pixdim": [11, 12], "patch_size": [16, 8]}
+    recipe_of("hssl_multidomain").train(tmp_path / "hssl", dataset_dir=organs, **shape)
+    finetune(organs, tmp_path / "out", model(tmp_path / "hssl"), **FROZEN)
+    said, state = settings(tmp_path / "out"), weights(tmp_path / "out")
+    assert {name: said[name] for name in shape} == shape
+    key = "convInit.conv.weight"
+    torch.testing.assert_close(state[key], weights(tmp_path / "hssl")[key], rtol=0, atol=1e-6)
+    assert len(evaluate(organs, tmp_path / "out")) == 26
+    with refused("`--pretrained` must be weights for 3-D images, got some for 2-D ones: set `--spatial_dims` to 2"):
+        finetune(organs, tmp_path / "volumes", model(tmp_path / "hssl"), spatial_dims=3)
+    assert not (tmp_path / "volumes").exists()
+
+
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
@@ -416,21 +496,24 @@ def test_all_formats_give_one_label_map_on_the_grid_of_the_file(on_blocks: Path,
             np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
-def test_the_label_map_is_the_same_without_a_bundle_run(on_blocks: Path, blocks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", ["on_blocks", "on_slices"])
+def test_the_label_map_is_the_same_without_a_bundle_run(
+    run: str, blocks: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     # As MONAI Label and Deploy call them.
-    image = blocks / "images" / "0.nii.gz"
+    image, trained = blocks / "images" / "0.nii.gz", request.getfixturevalue(run)
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "inference.json"))
-    parser["pretrained"] = str(model(on_blocks))
+    parser["pretrained"] = str(model(trained))
     parser["device"] = "cpu"
     names = ("preprocessing", "network_def", "inferer", "postprocessing")
     preprocessing, network, inferer, postprocessing = (parser.get_parsed_content(name) for name in names)
-    network.load_state_dict(weights(on_blocks))
+    network.load_state_dict(weights(trained))
     item = preprocessing({"image": str(image)})
     with torch.no_grad():
         pred = inferer(item["image"][None], network.eval())[0]
     label_map = postprocessing({"image": item["image"], "pred": pred})["pred"]
-    maps = segment(image, tmp_path, pretrained=model(on_blocks))
+    maps = segment(image, tmp_path, pretrained=model(trained))
     assert np.array_equal(label_map[0].numpy(), values_of(maps / "0_seg.nii.gz"))
 
 
@@ -485,6 +568,13 @@ def test_lists_of_a_server_train_the_served_weights_on(organs: Path, trained: Pa
     assert {*after["trained_on"]} > {*before["trained_on"]}
     served(organs, trained, tmp_path)  # again, over what the first has left
     assert not same(weights(tmp_path), weights(trained))
+
+
+def test_lists_of_a_server_train_a_2d_network_on(sagittal: Path, on_slices: Path, tmp_path: Path) -> None:
+    served(sagittal, on_slices, tmp_path, **FROZEN)
+    assert settings(tmp_path)["spatial_dims"] == 2
+    for key, value in weights(tmp_path).items():
+        torch.testing.assert_close(value, weights(on_slices)[key])
 
 
 def test_without_a_list_for_validation_the_last_weights_are_kept(organs: Path, trained: Path, tmp_path: Path) -> None:

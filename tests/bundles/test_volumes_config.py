@@ -21,8 +21,8 @@ HSSL = ROOT / "bundles" / "hssl_multidomain" / "configs" / "train.json"
 TINY = tiny_knobs("pretrain_vq_ssl_volumes")
 SAME_KNOBS = {
     *("task", "group", "modality", "validation_fraction", "cache_dir", "on_corrupt", "num_workers", "seed"),
-    *("spatial_dims", "pixdim", "patch_size", "a_min", "a_max", "init_filters", "blocks_down", "hidden_dim"),
-    *("sampling_temperature", "max_epochs", "iterations_per_epoch", "batch_size"),
+    *("spatial_dims", "slice_axis", "pixdim", "patch_size", "a_min", "a_max", "init_filters", "blocks_down"),
+    *("hidden_dim", "sampling_temperature", "max_epochs", "iterations_per_epoch", "batch_size"),
 }
 
 

@@ -219,9 +219,11 @@ def test_what_does_not_fit_changes_nothing(
     assert all(torch.equal(value, untouched[key]) for key, value in network.state_dict().items())
 
 
-def test_weights_for_slices_cannot_start_a_segmentation_of_volumes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.pt must hold weights for 3-D images, got some for 2-D ones"):
-        load_weights(segresnet(1, spatial_dims=3), saved(tmp_path, segresnet(0)), ORGANS, transfer=True)
+@pytest.mark.parametrize("names", [None, ORGANS])
+def test_weights_for_slices_cannot_start_a_network_of_volumes(tmp_path: Path, names: list[str] | None) -> None:
+    message = r"model\.pt must hold weights for 3-D images, got some for 2-D ones: set `spatial_dims` to 2, or"
+    with pytest.raises(ValueError, match=message):
+        load_weights(segresnet(1, spatial_dims=3), saved(tmp_path, segresnet(0)), names, transfer=bool(names))
 
 
 @pytest.mark.parametrize(

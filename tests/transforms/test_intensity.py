@@ -6,7 +6,14 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import RandCropByPosNegLabeld
 
-from dissect_monai.transforms.intensity import ForegroundIndicesd, NormalizeModalityd, is_ct, sample_voxels
+from dissect_monai.common import PLANES
+from dissect_monai.transforms.intensity import (
+    ForegroundIndicesd,
+    NormalizeModalityd,
+    RandForegroundCropd,
+    is_ct,
+    sample_voxels,
+)
 
 
 def normalized(image: Any, modality: str | None = "MR", **arguments: Any) -> torch.Tensor:
@@ -121,23 +128,55 @@ def test_items_that_say_no_modality_have_the_one_that_is_given() -> None:
     torch.testing.assert_close(own, normalized(body(), "MR"))
 
 
-def test_patches_are_centred_where_a_volume_is_not_air(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dissect_monai.transforms.intensity._MAX_INDICES", 17)
+def body_in_air() -> dict[str, Any]:
     image = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
     image[:, 4:9, 6:12, 3:5] = 7
-    item = ForegroundIndicesd("image")({"image": image, "other": 3})
-    places = item["image_fg_indices"]
+    return {"image": image}
+
+
+def test_patches_are_centred_where_a_volume_is_not_air(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dissect_monai.transforms.intensity._MAX_INDICES", 17)
+    item = ForegroundIndicesd("image")({**body_in_air(), "other": 3})
+    places, image = item["image_fg_indices"], item["image"]
     assert (len(places), item["other"]) == (17, 3)
     assert (image.flatten()[places] == 7).all()
     columns = np.unravel_index(places, (20, 20, 20))
     assert [len(np.unique(axis)) for axis in columns] == [5, 6, 2]
-    keys = {"fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices"}
-    crop = RandCropByPosNegLabeld("image", "image", (1, 1, 1), neg=0, **keys).set_random_state(0)
+    crop = RandForegroundCropd("image", (1, 1, 1)).set_random_state(0)
     assert all((crop(dict(item))[0]["image"] == 7).all() for _ in range(20))
     single = {**item, "image_fg_indices": places[:1], "image_bg_indices": places[:1]}
     marked = image.clone()
     marked.flatten()[places[0]] = 9
     assert crop({**single, "image": marked})[0]["image"] == 9
+
+
+def test_patches_are_those_of_monais_crop() -> None:
+    item = {"image": torch.arange(9 * 8 * 7).view(1, 9, 8, 7) % 251}
+    item = ForegroundIndicesd("image")(item)
+    plain = {key: value for key, value in item.items() if key != "image_to_place"}
+    keys = {"fg_indices_key": "image_fg_indices", "bg_indices_key": "image_bg_indices"}
+    theirs = RandCropByPosNegLabeld("image", "image", (4, 3, 2), neg=0, num_samples=3, **keys).set_random_state(0)
+    ours = RandForegroundCropd("image", (4, 3, 2), 3).set_random_state(0)
+    for found, expected in zip(ours(item), theirs(plain), strict=True):
+        assert torch.equal(found["image"], expected["image"])
+        assert {*found} == {"image", "place"}
+
+
+@pytest.mark.parametrize("slice_axis", [None, *PLANES])
+@pytest.mark.parametrize("size", [(4, 3, 2), (5, 20, 1), (1, 1, 1)])
+def test_the_place_of_a_patch_is_that_of_its_centre_in_the_foreground(slice_axis: str | None, size: Any) -> None:
+    axes = PLANES[slice_axis or "axial"]
+    low, high = np.array([4, 6, 3]), np.array([9, 12, 5])  # of the body, from side to side
+    item = {**body_in_air(), "position": torch.stack(torch.meshgrid([torch.arange(20.0)] * 3, indexing="ij"))}
+    item |= {"slice_axis": slice_axis} if slice_axis else {}
+    crop = RandForegroundCropd(["image", "position"], size, 30)
+    patches = crop.set_random_state(0)(ForegroundIndicesd("image")(item))
+    for patch in patches:
+        middle = patch["position"].flatten(1).mean(1).numpy() + 0.5
+        place = np.clip((middle - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(patch["place"][list(axes)], place, atol=1e-6)
+        assert patch["place"].dtype == torch.float32
+    assert len({tuple(patch["place"].tolist()) for patch in patches}) > 5
 
 
 def test_every_place_of_a_small_volume_is_kept_and_one_of_air_refused() -> None:

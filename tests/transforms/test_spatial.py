@@ -12,10 +12,18 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Invertd, LoadImaged, Orientationd, Spacingd, SpatialPadd
 from torch import Tensor
 
+from dissect_monai.common import PLANES
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms import spatial
 from dissect_monai.transforms.labels import ValuesToClassesd
-from dissect_monai.transforms.spatial import AdaptiveSpacingd, OriginalGridd, same_grid, to_original_grid
+from dissect_monai.transforms.spatial import (
+    AdaptiveSpacingd,
+    OriginalGridd,
+    SliceOrientationd,
+    acquired_plane,
+    same_grid,
+    to_original_grid,
+)
 
 SHAPE, SPACING = (22, 17, 13), (1.0, 1.4, 2.5)
 ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
@@ -221,6 +229,66 @@ def test_a_volume_smaller_than_a_patch_is_magnified_to_its_sides(
     image = spaced(volume(shape, spacing), pixdim, patch)
     assert image.shape == (1, *expected)
     np.testing.assert_allclose(image.pixdim, found, rtol=1e-5)
+
+
+# --- slices
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "plane"),
+    [
+        ((64, 64, 20), (1, 1, 5), "axial"),
+        ((64, 20, 64), (1, 5, 1), "coronal"),
+        ((20, 64, 64), (5, 1, 1), "sagittal"),
+        ((64, 64, 64), (1, 1, 1), "axial"),
+        ((64, 64, 64), (1.2, 1, 1), "axial"),  # as good as isotropic
+        ((64, 64, 64), (1.5, 1, 0.5), "sagittal"),
+        ((64, 64, 64), (5, 5, 1), "axial"),  # two coarse axes have no plane between them
+        ((64, 1, 64), (1, 1, 1), "coronal"),  # a single slice, whatever its thickness
+        ((64, 1, 64), (1, 1, 5), "coronal"),
+        ((1, 1, 64), (1, 1, 5), "axial"),
+    ],
+)
+def test_the_plane_is_across_the_coarsest_axis_or_that_of_the_only_slice(shape: Any, spacing: Any, plane: str) -> None:
+    assert acquired_plane(shape, spacing) == plane
+
+
+def places(axes: Any, signs: Any, spacing: Any = SPACING) -> MetaTensor:
+    """A volume whose channels say where a voxel lies in mm, to the right, the front and the top."""
+    affine = torch.as_tensor(affine_of(axes, signs, spacing))
+    steps = torch.meshgrid([torch.arange(size, dtype=torch.float64) for size in SHAPE], indexing="ij")
+    where = torch.einsum("ij,jxyz->ixyz", affine[:3, :3], torch.stack(steps)) + affine[:3, 3, None, None, None]
+    return MetaTensor(where, affine=affine)
+
+
+@every_orientation
+def test_slices_are_upright_and_across_the_last_axis_whatever_the_order_of_the_file(axes: Any, signs: Any) -> None:
+    image = places(axes, signs)
+    acquired = {2: "axial", 1: "coronal", 0: "sagittal"}[axes[2]]  # the third axis of `SPACING` is the coarsest
+    for plane in (*PLANES, "auto"):
+        item = SliceOrientationd("image", 2, plane)({"image": image})
+        expected = acquired if plane == "auto" else plane
+        assert item["slice_axis"] == expected
+        for along, of_patient in enumerate(PLANES[expected]):
+            steps = item["image"].as_tensor().diff(dim=1 + along)
+            assert (steps[of_patient] > 0).all()  # right, front and top come last
+            assert steps.abs().sum() == pytest.approx(float(steps[of_patient].sum()))
+        back = to_original_grid(item["image"][:1], SHAPE, image.affine)
+        np.testing.assert_allclose(back, image[:1], atol=1e-4)
+
+
+def test_a_3d_network_sees_ras() -> None:
+    item = {"image": places((2, 0, 1), (1, -1, 1))}
+    found = SliceOrientationd("image", 3, "sagittal")(item)
+    expected = Orientationd("image", axcodes="RAS", labels=None)(item)["image"]
+    assert {*found} == {"image"}
+    torch.testing.assert_close(found["image"].as_tensor(), expected.as_tensor(), rtol=0, atol=0)
+    np.testing.assert_array_equal(found["image"].affine, expected.affine)
+
+
+def test_an_unknown_plane_is_refused() -> None:
+    with pytest.raises(ValueError, match="`slice_axis` must be auto or one of axial, coronal, sagittal, got 'z'"):
+        SliceOrientationd("image", 2, "z")
 
 
 # --- one grid
