@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 BUNDLE = bundles/pretrain_vq_ssl
 RUN = $(BIN)/python -m monai.bundle run --config_file
 
-.PHONY: demo demo-all test label browser slurm dist package release docs figures lint type bench gpu results clean
+.PHONY: demo demo-all test long label browser slurm dist package release docs figures lint type bench gpu results clean
 
 $(BIN)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python >= 3.10 is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
@@ -41,6 +41,9 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 
 test: $(BIN)/.dev  ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+long: $(BIN)/.dev  ## every kind of value for every knob, and the documented exports: half an hour
+	$(BIN)/python -m pytest -m long tests/tools
 
 LABEL = .venv-label
 $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/label/no_dependencies.txt scripts/label/torchvision_without_cuda.py

@@ -11,6 +11,7 @@ from dissect_monai.bundle import given_items as given_items
 from dissect_monai.bundle import process_device as process_device
 from dissect_monai.bundle import refuse_phantoms as refuse_phantoms
 from dissect_monai.bundle import run_settings as run_settings
+from dissect_monai.bundle import trained_weights as trained_weights
 from dissect_monai.common import BTCV_ORGANS as BTCV_ORGANS
 from dissect_monai.common import __version__ as __version__
 from dissect_monai.data.datalists import read_datalist as read_datalist

@@ -31,7 +31,17 @@ from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from dissect_monai.common import InputError, Item, __version__, of_all_processes, of_first_process, rank, world_size
+from dissect_monai.common import (
+    InputError,
+    Item,
+    __version__,
+    bad_input,
+    memory_fault,
+    of_all_processes,
+    of_first_process,
+    rank,
+    world_size,
+)
 from dissect_monai.data.datalists import SPLITS, Datalist
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import content_digest, datalist_digest, training_record
@@ -47,7 +57,7 @@ from dissect_monai.handlers.checkpoints import (
 )
 from dissect_monai.handlers.ending import last_lines
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
-from dissect_monai.knobs import RULES, SETTINGS, check_knobs, is_disabled
+from dissect_monai.knobs import RULES, SETTINGS, SIZES, check_knobs, is_disabled
 from dissect_monai.networks.weights import read_settings
 from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, release, remove_halves
 
@@ -59,7 +69,12 @@ EXEMPT = {
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
     "finalize", "is_not_rank0", "_desc_",
 }  # fmt: skip
+UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the process
+    "Engine run resuming from iteration 0,", "Current run is terminating due to exception:",
+    "Engine run is terminating due to exception:", "Exception: ",
+)  # fmt: skip
 HEADER = 200  # bytes; a smaller event file holds nothing
+_made: list[Path] = []  # folders of the run, of which those that are empty when it ends are removed
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
@@ -89,7 +104,9 @@ def begin(seed: int | None = None) -> None:
         workflow.run = partial(_run, workflow, workflow.run, before)
         _complete_tracking(workflow.parser)
         if _is_command_line():
-            refuse_unknown_overrides(*run_arguments())
+            config_file, overrides = run_arguments()
+            refuse_unknown_overrides(config_file, overrides)
+            _keep_as_typed(workflow.parser, overrides)
         check_knobs(workflow.parser)
     if seed is not None:
         torch.manual_seed(seed)
@@ -101,22 +118,24 @@ def _is_command_line() -> bool:
 
 
 def run_arguments() -> tuple[Any, dict[str, Any]]:
-    """Config files and overrides of the command line and of its `--args_file`, as fire reads them.
+    """Config files and overrides of the command line and of its `--args_file`, as they were typed.
 
-    A value with a # is refused: fire takes it for a comment, and MONAI for a reference. Ids and expressions have it.
-    So is a path with a comma, which fire takes for a list.
+    Raises:
+        InputError: if a value has come as several words.
     """
-    for word in sys.argv[2:]:
-        value = word.partition("=")[2] if word.startswith("--") else word
-        if "#" in value and not set("@$%") & set(value):
-            raise InputError(
-                f"a value must have no #, which starts a comment on this command line, got {value}: rename it."
-            )
-        if "," in value and os.path.exists(value):
-            raise InputError(
-                f"a path must have no comma, which parts a list on this command line, got {value}: rename it."
-            )
-    given: dict[str, Any] = fire.Fire(lambda *_, **named: named, command=sys.argv[2:], serialize=lambda _: None)
+    words = sys.argv[2:]
+    flags = [index for index, word in enumerate(words) if _is_flag(word)]
+    for flag, end in zip(flags, [*flags[1:], len(words)], strict=True):
+        name, _, value = words[flag].partition("=")
+        value, *others = [value] * ("=" in words[flag]) + words[flag + 1 : end] or [""]
+        if others:
+            whole, several = " ".join([value, *others]), f'"{[value, *others]}"'
+            is_container = value[:1] in ("[", "(", "{")
+            quoted = f'{name} "{whole}"' + ("" if is_container else f", or as a list: {name} {several}")
+            raise InputError(f"`{name}` must be one word, got {whole}: put it into quotation marks, {quoted}.")
+    given: dict[str, Any] = fire.Fire(
+        lambda *_, **named: named, command=[*map(_word_for_fire, words)], serialize=lambda _: None
+    )
     if given.get("args_file"):
         given = {**ConfigParser.load_config_file(given["args_file"]), **given}
     options = {
@@ -126,6 +145,35 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
     }
     options |= {*TRACKING_OPTIONS} if given.get("tracking") else set()
     return given["config_file"], {name: value for name, value in given.items() if name not in options}
+
+
+def _is_flag(word: str) -> bool:
+    return re.match(r"--|-[a-zA-Z](=|$)", word) is not None
+
+
+def _word_for_fire(word: str) -> str:
+    """A word in quotation marks where fire would make another text of it: cut it at a #, or part a path at a comma."""
+    flag, _, value = word.partition("=") if _is_flag(word) else ("", "", word)
+    read = fire.parser.DefaultParseValue(value)
+    is_other_text = isinstance(read, str) and read != value and value[:1] not in ("'", '"')
+    is_path = isinstance(read, tuple) and os.path.exists(value)
+    if is_other_text or is_path or ("#" in value and "#" not in str(read)):
+        value = repr(value)
+    return f"{flag}={value}" if flag and "=" in word else flag or value
+
+
+def _keep_as_typed(parser: ConfigParser, overrides: Mapping[str, Any]) -> None:
+    """Give a config the values that were typed: MONAI has had fire's, and takes a # in any text for part of an id."""
+    typed = {}
+    for name, value in overrides.items():
+        text = repr(value)
+        if "#" in text and not re.search(r"(^|[\[({ ])['\"][@%$]", text):  # it is no reference, macro or expression
+            typed[name] = "$" + re.sub("[#@%]", lambda match: f"\\x{ord(match[0]):x}", text)
+        elif "#" not in text and value != parser.get(name):
+            typed[name] = value
+    if typed:
+        parser.update(typed)
+        parser.parse(reset=True)
 
 
 def running_workflow() -> ConfigWorkflow | None:
@@ -196,18 +244,34 @@ def _explain(
     trace: TracebackType | None,
     workflow: ConfigWorkflow | None = None,
 ) -> None:
-    cause = disk_fault(error) or bad_input(error)
+    cause = disk_fault(error) or bad_input(error) or _without_memory(error, workflow)
     if cause is None:
         sys.__excepthook__(kind, error, trace)
         return
     kept = f" Free the disk; {_kept(workflow)}" if isinstance(cause, OSError) and disk_fault(cause) else ""
     where = "" if not kept or getattr(cause, "filename", None) else f" in {_output_dir(workflow)}"
-    sys.stderr.write(f"error: {with_dashes(str(cause))}{where}{'.' if kept else ''}{kept}\n")
+    message = " ".join(map(str.strip, with_dashes(str(cause)).splitlines()))
+    sys.stderr.write(f"error: {message}{where}{'.' if kept else ''}{kept}\n")
+
+
+def _without_memory(error: BaseException, workflow: ConfigWorkflow | None) -> InputError | None:
+    """What to say if memory did not suffice, or not even the numbers that count it, with the knobs that set sizes."""
+    if (fault := memory_fault(error)) is None:
+        return None
+    parser = ConfigParser() if workflow is None else workflow.parser
+    known = [name for name in SIZES if name in parser and not is_disabled(parser[name])]
+    sizes = [f"`{name}` {parser.get_parsed_content(name)}" for name in known]
+    return InputError(f"there is not enough memory: {fault}. Lower what sets sizes: {', '.join(sizes)}.")
 
 
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault."""
+    """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault.
+
+    What an engine says of its end, and that it resumes from iteration 0 when it begins, no handler takes.
+    """
     record = logging.LogRecord(*args, **kwargs)
+    if str(record.msg).startswith(UNSAID):
+        record.levelno = -1
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, SystemExit) or disk_fault(error) or bad_input(error):
         record.exc_info = None
@@ -240,7 +304,7 @@ def _output_dir(workflow: ConfigWorkflow | None) -> str:
 
 
 def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[signal.Signals, Any]) -> Any:
-    """Run, and give back lock and signals; of a run that fails before it logs anything, no event file is left."""
+    """Run, and give back lock and signals; of a run that fails before it logs anything, nothing empty is left."""
     try:
         done = steps()
         if before and rank() == 0:
@@ -256,15 +320,11 @@ def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[sig
         raise
     finally:
         release()
+        while _made:
+            with suppress(OSError):
+                _made.pop().rmdir()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def bad_input(error: BaseException | None) -> BaseException | None:
-    """The error in a chain of causes that says what was wrong with the input, or None: MONAI wraps it several times."""
-    while error is not None and not isinstance(error, (InputError, OSError)):
-        error = error.__cause__
-    return error
 
 
 def with_dashes(message: str) -> str:
@@ -405,6 +465,15 @@ def bundle_root(name: str) -> str:
     raise FileNotFoundError(f"cannot find the bundle {name} from {Path.cwd()}: add --bundle_root <its folder>.")
 
 
+def trained_weights(output_dir: str | Path, bundle_root: str | Path) -> str:
+    """Path of the weights to judge or to use: those that a training has left in `output_dir`, else the bundle's own.
+
+    Where neither has any it is that in `output_dir`.
+    """
+    places = [Path(folder, "models", "model.pt") for folder in (output_dir, bundle_root)]
+    return str(next(filter(Path.is_file, places), places[0]))
+
+
 def given_items() -> tuple[list[Any], list[Any]] | None:
     """The items for training and validation that a server gives the running workflow, as MONAI Label does, or None.
 
@@ -453,7 +522,7 @@ def check_training(
     From then on no other training writes there.
 
     Args:
-        smoke: whether it runs on generated phantoms, and may write over an earlier run.
+        smoke: whether it runs on generated phantoms, and may write over an earlier run, as it says.
         data_dir: folder or folders of the images; None if the caller of the run lists them.
         output_dir: where the run is to write, in `checkpoints`, `eval` and `models`.
         resume_from: checkpoint from which it goes on, or None.
@@ -484,6 +553,9 @@ def check_training(
     if resume_from is not None and running_workflow() is not None:
         of_first_process(partial(_refuse_other_run, resume_from))
     _make_folders(smoke, data_dir, output_dir, "checkpoints", "eval", "models")
+    model = Path(output_dir, "models", "model.pt")
+    if smoke and resume_from is None and model.is_file():
+        logger.warning("Its weights will take the place of those of the smoke run before it, %s.", model)
 
 
 def _refuse_other_run(checkpoint: str) -> None:
@@ -527,6 +599,9 @@ def check_output(
         for split in needed:
             refuse_trained(getattr(datalist, split), split, settings)
     _make_folders(smoke, data_dir, output_dir, "eval")
+    workflow = running_workflow()
+    if workflow is not None and (weights := workflow.parser.get_parsed_content("pretrained", default=None)):
+        logger.info("Using the weights %s.", weights)
 
 
 def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folders: str) -> None:
@@ -540,9 +615,11 @@ def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folder
 
 def _take(output_dir: Path, *folders: str) -> None:
     try:
-        for folder in folders:
-            Path(output_dir, folder).mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=Path(output_dir, folder)).close()
+        for path in (output_dir / folder for folder in folders):
+            made = [each for each in (path, *path.parents) if not each.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            _made.extend(made[::-1])
+            TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
     workflow = running_workflow()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +28,12 @@ BTCV_ORGANS = (  # in the order of their values
 )  # fmt: skip
 
 
+NO_MEMORY = re.compile(  # of torch, NumPy, SimpleITK
+    r"MemoryError|(can't|not|Failed to|Unable to) allocate|out of memory|enough memory|calculation overflowed|"
+    r"multiplication overflow|array is too (big|large)|Maximum allowed (dimension|size)|bad_alloc"
+)
+
+
 class InputError(ValueError):
     """Bad input: the message names it, says what it must be and what to do, and is all that a user needs to see."""
 
@@ -37,6 +44,29 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def bad_input(error: BaseException | None) -> BaseException | None:
+    """The error in a chain of causes that says what was wrong with the input, or None: MONAI wraps it several times."""
+    while error is not None and not isinstance(error, (InputError, OSError)):
+        error = error.__cause__
+    return error
+
+
+def memory_fault(error: BaseException | None) -> BaseException | None:
+    """The error in a chain of causes, or behind it, that says that memory does not suffice, or None."""
+    while error is not None and not isinstance(error, (MemoryError, OverflowError)):
+        if isinstance(error, (RuntimeError, ValueError)) and NO_MEMORY.search(str(error)):
+            break
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def shorten(values: Sequence[Any], count: int = 8) -> str:

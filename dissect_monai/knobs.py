@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite
+from difflib import get_close_matches
+from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
-from dissect_monai.common import PLANES, InputError
+from dissect_monai.common import PLANES, InputError, bad_input, root_cause
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
@@ -19,16 +21,27 @@ from dissect_monai.networks.optimizers import MODES
 from dissect_monai.networks.vqssl import FUSIONS
 from dissect_monai.networks.weights import refuse_bad_mode
 
+MOST = 1e300  # so large a number is not meant, and an integer may be too large to be a float
+
 
 class Rule(NamedTuple):
     """What the value of a knob must be."""
 
     says: str
     holds: Callable[[Any], bool]
+    most: float = inf  # of each number; said only of one that is larger
+    values: tuple[Any, ...] = ()  # that are allowed, of which the nearest is named
+
+    def refusal(self, value: Any) -> str:
+        """What it must be, and what was got."""
+        numbers = [each for each in ensure_tuple(value) if _is_number(each)]
+        bound = f", and at most {self.most}" if max(numbers, default=0) > self.most else ""
+        near = get_close_matches(str(value), [each for each in self.values if isinstance(each, str)], n=1, cutoff=0.5)
+        return f"{self.says}{bound}, got {value!r}" + (f"; did you mean {near[0]}?" if near else ".")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def _is_text(value: Any) -> bool:
@@ -39,16 +52,16 @@ def _number(says: str, holds: Callable[[float], bool]) -> Rule:
     return Rule(f"a number{says}", lambda value: _is_number(value) and holds(value))
 
 
-def _whole(low: int) -> Rule:
-    return Rule(f"a whole number of at least {low}", lambda value: type(value) is int and value >= low)
+def _whole(low: int, high: int = 10**6) -> Rule:
+    return Rule(f"a whole number of at least {low}", lambda value: type(value) is int and low <= value <= high, high)
 
 
 def _one_of(*values: Any) -> Rule:
-    return Rule(f"one of {', '.join(map(str, values))}", lambda value: value in values)
+    return Rule(f"one of {', '.join(map(str, values))}", lambda value: value in values, values=values)
 
 
 def _optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.says}, or None", lambda value: value is None or rule.holds(value))
+    return rule._replace(says=f"{rule.says}, or None", holds=lambda value: value is None or rule.holds(value))
 
 
 def _list_of(rule: Rule, *lengths: int) -> Rule:
@@ -57,7 +70,7 @@ def _list_of(rule: Rule, *lengths: int) -> Rule:
         return is_list and all(map(rule.holds, value))
 
     size = f" of {' or '.join(map(str, lengths))}" if lengths else ""
-    return Rule(f"a list{size}, each value {rule.says}", holds)
+    return Rule(f"a list{size}, each value {rule.says}", holds, rule.most)
 
 
 def _is_per_folder(value: Any) -> bool:
@@ -67,19 +80,25 @@ def _is_per_folder(value: Any) -> bool:
 
 def _is_device(value: Any) -> bool:
     try:
-        torch.empty(0, device=value)
-    except (TypeError, RuntimeError, AssertionError):
+        return isinstance(value, (str, torch.device)) and torch.zeros(1, device=value).tolist() == [0]
+    except (RuntimeError, AssertionError):  # NotImplementedError of `meta` is one
         return False
-    return True
+
+
+def _is_texts(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_text, value)))
+
+
+def _is_path(value: Any) -> bool:
+    return (_is_text(value) or isinstance(value, Path)) and "\0" not in str(value)
 
 
 TEXT = Rule("a text", _is_text)
-PATH = Rule("a path (a name of digits needs ./ before it)", _is_text)
+PATH = Rule("a path (a name of digits needs ./ before it)", _is_path)
 PATHS = Rule(
-    "a path (a name of digits needs ./ before it) or a list of them",
-    lambda value: len(ensure_tuple(value)) > 0 and all(map(_is_text, ensure_tuple(value))),
+    "a path (a name of digits needs ./ before it) or a list of them", lambda value: _is_path(value) or _is_texts(value)
 )
-TEXTS = Rule("a text or a list of them", PATHS.holds)
+TEXTS = Rule("a text or a list of them", _is_texts)
 SWITCH = Rule("true or false", lambda value: str(value).lower() in ("true", "false"))
 PER_FOLDER = Rule(
     "a text, a list with one for each channel, or a mapping of folders to texts, such as \"{'NAME': 'abdomen'}\"",
@@ -91,6 +110,7 @@ FRACTION = _number(" of at least 0 and below 1", lambda value: 0 <= value < 1)
 EMBEDDINGS = Rule(
     f"{_whole(2).says}, or a list with one for each stage",
     lambda value: _whole(2).holds(value) or _list_of(_whole(2)).holds(value),
+    _whole(2).most,
 )
 
 # Names that all bundles use; a config is held to the rules of the knobs that it has. First those on which the weights
@@ -98,14 +118,16 @@ EMBEDDINGS = Rule(
 _RULES: list[tuple[Rule, str, str]] = [
     (SWITCH, "amp shard", "baselines codes compile on_device report temperature_scaling"),
     (_number("", lambda value: True), "a_max a_min", ""),
-    (_whole(0), "deep_supervision dense_level freeze_epochs seed split_seed warmup_epochs", "num_workers patches_seed"),
+    (_whole(0), "deep_supervision dense_level freeze_epochs warmup_epochs", ""),
+    (_whole(0, 2**32 - 1), "seed split_seed", "patches_seed"),
+    (_whole(0, 1024), "", "num_workers"),
     (_whole(1), "batch_size embedding_dim hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
     (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
     (EMBEDDINGS, "num_embeddings", ""),
-    (_whole(16), "image_size", ""),
-    (_optional(_whole(1)), "in_channels", ""),
-    (Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0), "init_filters", ""),
-    (Rule("0 (off) or a whole number of at least 3", lambda v: v == 0 or _whole(3).holds(v)), "num_folds", ""),
+    (_whole(16, 4096), "image_size", ""),
+    (_optional(_whole(1, 1024)), "in_channels", ""),
+    (Rule("a multiple of 8", lambda value: _whole(8).holds(value) and value % 8 == 0, 10**6), "init_filters", ""),
+    (Rule("0 (off) or a whole number of at least 3", lambda v: v == 0 or _whole(3).holds(v), 10**6), "num_folds", ""),
     (_optional(_whole(0)), "fold", ""),
     (AT_LEAST_0, "ce_weight classification_weight commitment_weight continuous_weight cross_weight dense_weight", ""),
     (AT_LEAST_0, "discrete_weight group_weight image_weight reconstruction_weight task_weight weight_decay", ""),
@@ -116,10 +138,10 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_number(" over 0 and at most 1", lambda value: 0 < value <= 1), "label_fraction layer_decay", ""),
     (FRACTION, "decay validation_fraction", "overlap"),
     (_list_of(_whole(1)), "blocks_down blocks_up stages", ""),
-    (_list_of(_whole(8), 2, 3), "patch_size", ""),
+    (_list_of(_whole(8, 4096), 2, 3), "patch_size", ""),
     (_list_of(_number(" over 0", lambda value: value > 0), 2, 3), "pixdim", ""),
-    (PATH, "", "output_dir"),
-    (_optional(PATH), "", "cache_dir calibration pretrained"),
+    (PATH, "", "bundle_root output_dir"),
+    (_optional(PATH), "", "cache_dir calibration pretrained resume_from"),
     (_optional(PATHS), "", "dataset_dir"),
     (_optional(TEXT), "", "shortcut"),
     (TEXTS, "", "largest_only"),
@@ -143,6 +165,12 @@ _RULES: list[tuple[Rule, str, str]] = [
 ]
 RULES = {name: rule for rule, settings, others in _RULES for name in f"{settings} {others}".split()}
 SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
+
+# What decides how much memory a run takes.
+SIZES = (
+    "batch_size", "image_size", "patch_size", "pixdim", "hidden_dim", "embedding_dim", "num_embeddings", "init_filters",
+    "blocks_down", "iterations_per_epoch", "patches_per_volume", "num_samples",
+)  # fmt: skip
 
 # Knobs, what must hold of them in a config that has them all, and what is said if it does not.
 _FITS: list[tuple[str, Callable[..., bool], str]] = [
@@ -192,12 +220,21 @@ def check_knobs(parser: ConfigParser) -> None:
         InputError: naming the knob, what it must be and what it is.
     """
     switches = {}
-    for name, rule in RULES.items():
-        if name not in parser or is_disabled(parser[name]):
+    knobs = [name for name in RULES if name in parser and not _is_component(parser[name])]
+    # First those that are given as they are, on which others depend.
+    for name in sorted(knobs, key=lambda name: str(parser[name])[:1] in ("$", "@")):
+        rule = RULES[name]
+        if is_disabled(parser[name]):
             continue
-        value = parser.get_parsed_content(name)
+        try:
+            value = parser.get_parsed_content(name)
+        except Exception as error:
+            if bad_input(error):
+                raise
+            why = f"{parser[name]!r}, which cannot be evaluated: {root_cause(error)}"
+            raise InputError(f"`{name}` must be {rule.says}, got {why}.") from error
         if not rule.holds(value):
-            raise InputError(f"`{name}` must be {rule.says}, got {value!r}.")
+            raise InputError(f"`{name}` must be {rule.refusal(value)}")
         if rule is SWITCH and isinstance(value, str):
             switches[name] = value.lower() == "true"
     for names, holds, says in _FITS:
@@ -210,6 +247,11 @@ def check_knobs(parser: ConfigParser) -> None:
     if switches:
         parser.update(switches)
         parser.parse(reset=True)
+
+
+def _is_component(knob: Any) -> bool:
+    """Whether a knob is found by a component of the config, which is asked when it is needed."""
+    return isinstance(knob, Mapping) and "_target_" in knob
 
 
 def is_disabled(knob: Any) -> bool:

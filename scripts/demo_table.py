@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
+from fire.decorators import SetParseFn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from dissect_monai.writing import aligned
@@ -66,4 +67,4 @@ def chain(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(chain)
+    fire.Fire({"chain": SetParseFn(str)(chain)})  # a path, as it is typed

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import fire
 import numpy as np
 import torch
+from fire.decorators import SetParseFn
 from monai.bundle import ConfigParser
 from monai.data import Dataset
 from numpy.typing import NDArray
@@ -237,4 +238,4 @@ def main(runs: str, data: str, table: str | None = None, select: bool = False) -
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire(SetParseFn(str, "runs", "data", "table")(main))  # as they are typed

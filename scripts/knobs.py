@@ -22,8 +22,7 @@ from dissect_monai.knobs import RULES, is_disabled
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD = ("train", "evaluate", "inference")
-# Without a rule, since it is found by one that has: `resume`.
-KNOBS = {**{name: rule.says for name, rule in RULES.items()}, "resume_from": "a path"}
+KNOBS = {name: rule.says for name, rule in RULES.items()}
 HEAD = "| knob | default | on phantoms | may be | meaning |\n|---|---|---|---|---|"
 
 
@@ -97,7 +96,7 @@ def defaults(files: list[Path], knob: str, section: str) -> tuple[str, str]:
         parser = ConfigParser()
         parser.read_config([str(file) for file in files])
         raw = parser[knob]
-        if isinstance(raw, str) and raw[:1] in "@$":
+        if isinstance(raw, dict) or (isinstance(raw, str) and raw[:1] in "@$"):
             texts = meanings()["defaults"]
             text = texts.get(f"{section}:{knob}", texts.get(knob))
             if text is not None:

@@ -19,6 +19,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
+from fire.decorators import SetParseFn
 from numpy.typing import NDArray
 from PIL import Image
 from render_results import FILMS, draw_lines, film_panels
@@ -168,4 +169,5 @@ def report(page: str, picture: str, width: int = 1000, height: int = 1250) -> No
 
 
 if __name__ == "__main__":
-    fire.Fire({"images": images, "overview": overview, "demo": demo, "report": report})
+    paths = SetParseFn(str, "folder", "page", "picture")  # as they are typed
+    fire.Fire({each.__name__: paths(each) for each in (images, overview, demo, report)})

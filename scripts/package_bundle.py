@@ -23,6 +23,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import fire
+from fire.decorators import SetParseFn
 
 from dissect_monai import __version__
 from dissect_monai.data.identity import DIGITS
@@ -246,4 +247,4 @@ def commands(name: str, version: str, archive: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire(SetParseFn(str, "weights", "output_dir")(main))  # as they are typed

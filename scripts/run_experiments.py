@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fire
+from fire.decorators import SetParseFn
 from study_statistics import StudyError, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,4 +303,4 @@ def main(study_file: str, data: str, runs: str | None = None, jobs: int = 1, onl
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire(SetParseFn(str, "study_file", "data", "runs")(main))  # as they are typed

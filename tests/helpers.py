@@ -156,10 +156,12 @@ def fork_server() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment)
 
 
-def command_line(config: str | Path | Sequence[Path], cwd: Path = ROOT, **knobs: Any) -> Ended:
-    """`monai.bundle run` in a process of its own."""
+def command_line(
+    config: str | Path | Sequence[Path], cwd: Path = ROOT, after: Sequence[str] = (), **knobs: Any
+) -> Ended:
+    """`monai.bundle run` in a process of its own, `after` being words behind all others."""
     files = str(config) if isinstance(config, str | Path) else str([str(each) for each in config])
-    return forked(files, cwd, [{}], **knobs)
+    return forked(files, cwd, [{}], after=after, **knobs)
 
 
 def two_processes(*configs: Path, cwd: Path, meanwhile: Any = None, **knobs: Any) -> Ended:
@@ -169,9 +171,23 @@ def two_processes(*configs: Path, cwd: Path, meanwhile: Any = None, **knobs: Any
     return forked(str([str(config) for config in configs]), cwd, environments, meanwhile, **knobs)
 
 
-def forked(files: str, cwd: Path, environments: list[dict[str, str]], meanwhile: Any = None, **knobs: Any) -> Ended:
+def forked(
+    files: str,
+    cwd: Path,
+    environments: list[dict[str, str]],
+    meanwhile: Any = None,
+    after: Sequence[str] = (),
+    **knobs: Any,
+) -> Ended:
     """`monai.bundle run` in a process for each environment."""
-    arguments = ["monai.bundle", "run", *_arguments({"config_file": files, **knobs})]
+    arguments = ["monai.bundle", "run", *_arguments({"config_file": files, **knobs}), *after]
+    return started(arguments, cwd, environments, meanwhile)
+
+
+def started(
+    arguments: list[str], cwd: Path, environments: Sequence[dict[str, str]] = ({},), meanwhile: Any = None
+) -> Ended:
+    """A command of `monai.bundle` in a process for each environment."""
     shared, server = {"arguments": arguments, "cwd": str(cwd.resolve())}, fork_server()
     with TemporaryDirectory() as folder:
         logs = [(f"{folder}/stdout{index}", f"{folder}/stderr{index}") for index in range(len(environments))]

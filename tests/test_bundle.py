@@ -36,6 +36,7 @@ from dissect_monai.bundle import (
     process_device,
     refuse_phantoms,
     run_arguments,
+    trained_weights,
 )
 from dissect_monai.common import InputError
 from dissect_monai.knobs import check_knobs
@@ -163,6 +164,30 @@ def test_a_switch_given_as_a_text_becomes_true_or_false() -> None:
     assert [parser.get_parsed_content(name) for name in ("amp", "compile", "shard", "on")] == [False, True, True, True]
 
 
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"hidden_dim": 10**12}, "of at least 1, and at most 1000000, got 1000000000000"),
+        ({"patch_size": [16, 16, 10**12]}, "of at least 8, and at most 4096, got"),
+        ({"mode": "probe"}, "one of .*got 'probe'; did you mean linear_probe[?]"),
+        ({"max_epochs": "$1 / 0"}, "got '[$]1 / 0', which cannot be evaluated: division by zero"),
+        ({"settings": "$1 / 0", "pretrained": [1], "seed": "$@settings"}, "`pretrained` must be a path"),
+        ({"resume_from": 5}, "`resume_from` must be a path"),
+        ({"learning_rate": 10**400}, "`learning_rate` must be a number over 0"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_what_is_near(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_knobs(ConfigParser(knobs))
+
+
+@pytest.mark.parametrize("device", [0, True, None, [], "meta", "cuda:99", "gpu"])
+def test_a_device_is_one_that_computes(device: Any) -> None:
+    with pytest.raises(InputError, match="`device` must be a device that this machine has"):
+        check_knobs(ConfigParser({"device": device}))
+    check_knobs(ConfigParser({"device": torch.device("cpu")}))
+
+
 TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
 
 
@@ -242,6 +267,27 @@ def test_a_fault_of_ours_keeps_its_traceback(tiny_bundle: Path) -> None:
     assert "TypeError" in result.stderr
 
 
+def test_too_little_memory_is_one_line_with_the_knobs_that_set_sizes(tiny_bundle: Path) -> None:
+    result = run_in_a_process(tiny_bundle, "__import__('torch').empty(10**15)")
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert re.match("error: there is not enough memory: .*allocate.* Lower what sets sizes: `--batch_size` 4[.]", line)
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_refused_run_leaves_no_empty_folder_and_a_file_stays(tiny_bundle: Path) -> None:
+    (tiny_bundle / "eval").mkdir()
+    (tiny_bundle / "eval" / "kept").touch()
+    late = "$bundle.refuse_small([], 4)"
+    config = {**TINY_BUNDLE, "run": ["$bundle.check_training(False, 'images', @output_dir, None)", late]}
+    for output_dir in (tiny_bundle, tiny_bundle / "new" / "out"):
+        train = write(tiny_bundle / "configs" / "train.json", {**config, "output_dir": str(output_dir)})
+        with refused("`--training` holds no images|`training` holds no images"):
+            run_config(train)
+    assert sorted(path.name for path in tiny_bundle.iterdir()) == ["configs", "eval"]
+    assert [path.name for path in (tiny_bundle / "eval").iterdir()] == ["kept"]
+
+
 def test_only_refusals_and_the_file_system_are_bad_input() -> None:
     wrapped = RuntimeError("applying transform")
     wrapped.__cause__ = InputError("`seed` must be an integer, got x.")
@@ -299,10 +345,11 @@ def test_a_log_shows_the_trace_of_our_own_faults_alone() -> None:
         assert bool(record.exc_info) is shown
 
 
-def test_a_log_of_a_handler_of_monai_shows_no_trace_of_bad_input_either(tiny_bundle: Path) -> None:
+def test_what_ends_an_engine_is_told_once(tiny_bundle: Path) -> None:
     handler = "__import__('monai.handlers').handlers.StatsHandler()"  # whose logger has an output of its own
     result = run_in_a_process(tiny_bundle, f"{handler}.exception_raised(None, bundle.InputError('bad'))")
-    assert "Exception: bad" in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: bad"
+    assert "Exception: bad" not in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
@@ -382,6 +429,23 @@ def test_weights_of_other_images_are_for_no_phantoms(tmp_path: Path, said: dict[
     refuse_phantoms(False, tmp_path, model)
     write(model.with_suffix(".json"), {"phantoms": True})
     refuse_phantoms(True, tmp_path, model)
+
+
+def test_weights_are_those_of_the_output_folder_else_those_of_the_bundle(tmp_path: Path) -> None:
+    out, bundle = (tmp_path / name / "models" / "model.pt" for name in ("out", "bundle"))
+    found = [trained_weights(tmp_path / "out", tmp_path / "bundle")]
+    for path in (bundle, out):
+        write(path, {})
+        found.append(trained_weights(tmp_path / "out", tmp_path / "bundle"))
+    assert found == [str(out), str(bundle), str(out)]
+
+
+def test_a_smoke_run_says_which_weights_it_replaces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_training(True, "phantoms", tmp_path, None)
+    assert "take the place" not in caplog.text
+    write(tmp_path / "models" / "model.pt", {})
+    check_training(True, "phantoms", tmp_path, None)
+    assert f"take the place of those of the smoke run before it, {tmp_path}/models/model.pt." in caplog.text
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
@@ -479,23 +543,74 @@ def test_the_loss_is_read_otherwise_where_monai_reads_it_as_it_did() -> None:
     assert {*TRACKING_OPTIONS} <= {*DEFAULT_MLFLOW_SETTINGS["configs"]}
 
 
-@pytest.mark.parametrize(
-    "words", [["--dataset_dir", "site#2"], ["--output_dir=exp#2"], ["--dataset_dir", "['a#1','b']"]]
-)
-def test_a_value_with_a_hash_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    given = ["main", "run", "--config_file", "train.json", "--train#augment#rotation", "5", "--key", "$@train#dataset"]
-    monkeypatch.setattr(sys, "argv", given)
-    assert run_arguments() == ("train.json", {"train#augment#rotation": 5, "key": "$@train#dataset"})
-    monkeypatch.setattr(sys, "argv", [*given, *words])
-    with pytest.raises(InputError, match=r"a value must have no #, .* got .*: rename it"):
-        run_arguments()
+# ---- words of the command line -----------------------------------------------------------------------------------
 
 
-def test_a_path_with_a_comma_is_refused_and_a_list_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What the words of a command line are read as."""
     monkeypatch.chdir(tmp_path)
-    given = ["main", "run", "--config_file", "train.json", "--dataset_dir", "a,b"]
-    monkeypatch.setattr(sys, "argv", given)
-    assert run_arguments() == ("train.json", {"dataset_dir": ("a", "b")})
+
+    def read(*words: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["main", "run", *words, "--config_file", "my#bundle/train.json"])
+        config_file, overrides = run_arguments()
+        assert config_file == "my#bundle/train.json"
+        return overrides
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("site#2", "site#2"), ("/data/site#2", "/data/site#2"), ("5#2", "5#2"), ("['a#1','b']", ["a#1", "b"]),
+        ("me@host#2", "me@host#2"), ("(site)", "(site)"), ("'a#1'", "a#1"), ("{'a#1':'CT'}", {"a#1": "CT"}),
+        ("$@train#dataset", "$@train#dataset"), ("[1, 2]", [1, 2]), ("a,b", ("a", "b")), ("None", None), ("-125", -125),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_was_typed(typed: Any, value: str, meant: Any) -> None:
+    assert typed("--key", value, "--train#augment#rotation", "5") == {"key": meant, "train#augment#rotation": 5}
+    assert typed(f"--train#key={value}") == {"train#key": meant}
+
+
+def test_a_path_with_a_comma_is_one_path_if_it_exists(typed: Any) -> None:
     Path("a,b").mkdir()
-    with pytest.raises(InputError, match=r"a path must have no comma, .* got a,b: rename it"):
-        run_arguments()
+    assert typed("--dataset_dir", "a,b") == {"dataset_dir": "a,b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--pixdim", "[4,", "4,", "4]"], '--pixdim "[4, 4, 4]".'),
+        (["--dataset_dir=A", "B"], """--dataset_dir "A B", or as a list: --dataset_dir "['A', 'B']"."""),
+        (["--task", "{'A':", "'x'}", "--seed", "1"], """--task "{'A': 'x'}"."""),
+    ],
+)
+def test_a_value_of_several_words_is_refused_with_how_to_quote_it(typed: Any, words: list[str], remedy: str) -> None:
+    name = words[0].partition("=")[0]
+    with pytest.raises(
+        InputError, match=f"^`{name}` must be one word, got .*: put it into quotation marks, "
+    ) as raised:
+        typed(*words)
+    assert str(raised.value).endswith(remedy)
+
+
+def test_an_id_to_run_may_stand_before_the_first_option(typed: Any) -> None:
+    assert typed("running", "--seed", "1") == {"seed": 1}
+
+
+@pytest.mark.parametrize("value", ["site#2", "/data/a,b#2", "['a#1','me@host#b']"])
+def test_no_part_of_a_value_with_a_hash_is_lost_in_a_run(tiny_bundle: Path, value: str) -> None:
+    config = {**TINY_BUNDLE, "dataset_dir": None, "dir": "$@dataset_dir", "run": ["$Path('ran').write_text(str(@dir))"]}
+    train = write(tiny_bundle / "configs" / "train.json", config)
+    result = command_line(train, cwd=Path(), dataset_dir=value)
+    assert result.returncode == 0, result.stderr
+    assert Path("ran").read_text() == (str(ast.literal_eval(value)) if value[0] == "[" else value)
+
+
+def test_two_folders_in_two_words_end_with_one_line(tiny_bundle: Path) -> None:
+    config = {**TINY_BUNDLE, "dataset_dir": None}
+    result = command_line(write(tiny_bundle / "configs" / "train.json", config), Path(), after=["B"], dataset_dir="A")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: `--dataset_dir` must be one word, got A B: put it into")
+    assert "Traceback" not in result.stderr

@@ -25,6 +25,7 @@ from dissect_monai.data.readers import (
     VOLUME_SUFFIXES,
     VolumeHeader,
     image_format,
+    is_volume,
     refuse_odd_file,
 )
 
@@ -129,10 +130,28 @@ def read_datalist(
 
     Raises:
         FileNotFoundError: if a folder or (with `check`) a listed file does not exist, or a folder holds no images.
-        ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image.
+        ValueError: if dataset.json is malformed, or (with `check`) splits share a subject or an image, or 2-D images
+            are volumes.
     """
     folders = data_folders(dataset_dir)
-    return merge_datalists([read_folder(folder, spatial_dims, check) for folder in folders], folders, check)
+    parts = [read_folder(folder, spatial_dims, check) for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
+        first = [Path(item["image"]) for item in part.training[:2]]
+        if check and spatial_dims == 2 and (any(map(is_volume, first)) or _are_slices(folder, first)):
+            raise InputError(
+                f"`dataset_dir` must hold 2-D images, got volumes in {folder}: pretrain on them by pretrain_vq_ssl "
+                "with configs/volumes.json after train.json, or by hssl_multidomain; segment them by seg_finetune_btcv."
+            )
+    return merge_datalists(parts, folders, check)
+
+
+def _are_slices(folder: Path, images: Sequence[Path]) -> bool:
+    """Whether files that nobody has listed are slices of one scan."""
+    if (folder / "dataset.json").exists() or [*map(image_format, images)] != ["dicom"] * 2:
+        return False
+    first, second = map(dicom.read_tags, images)
+    same = first.get("SeriesInstanceUID") == second.get("SeriesInstanceUID")
+    return same and "ImagePositionPatient" in first  # a film has none
 
 
 def data_folders(dataset_dir: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -252,7 +271,7 @@ def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None
                 f"{of_label.get(found[0], 'the same name')}, too: rename them, or list both in a dataset.json."
             )
         item |= {"label": found[0]} if found else {}
-        of_label.update(dict.fromkeys(found, item["image"]))
+        of_label |= dict.fromkeys(found, item["image"])
     without = [item["image"] for item in items if "label" not in item]
     unused = sorted({path for paths in by_name.values() for path in paths} - {*of_label})
     if items and not of_label:

@@ -22,7 +22,7 @@ from torch.utils import data as torch_data
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dissect_monai.common import InputError, Item, of_all_processes, rank, shorten, world_size
+from dissect_monai.common import NO_MEMORY, InputError, Item, of_all_processes, rank, shorten, world_size
 from dissect_monai.data.datalists import labelled
 from dissect_monai.data.sampling import SeededDataset
 from dissect_monai.data.splits import select_fraction
@@ -267,6 +267,8 @@ def read_all(
         else:
             image = str(item["image"])
             bad.append(error if image in error else f"{image}: {error}")
+    if not good and bad and all(NO_MEMORY.search(error) for error in bad):
+        raise MemoryError(bad[0])  # which is no fault of the images
     if bad and (on_corrupt != "skip" or not good):
         raise InputError(
             f"`data` must hold images that can be read, got {len(bad)} of {len(attempts)} that cannot:\n  "

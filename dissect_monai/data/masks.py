@@ -94,7 +94,7 @@ def _read_mask(path: Path, item: Item) -> NDArray[Any]:
 
 def _values_of_colours(path: Path, rgb: NDArray[np.uint8], item: Item) -> NDArray[np.int64]:
     values: dict[str, list[int]] = {"background": [0], **item["labels"]}
-    ignored = item.get("ignored") or [0]  # what is in neither
+    ignored: list[int] = item.get("ignored") or [0]  # what is in neither
     named = {tuple(colour): values.get(name, ignored)[0] for name, colour in item["colours"].items()}
     known = {(0, 0, 0): 0, **named}
     code = rgb.astype(np.int64) @ (2**16, 2**8, 1)

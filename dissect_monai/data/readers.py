@@ -411,6 +411,14 @@ def read_grid(path: str | PathLike[str], pictures: bool = False) -> Grid:
     return grid._replace(shape=tuple(map(int, grid.shape[:3])), affine=_with_spacing(path, grid.affine))
 
 
+def is_volume(path: str | PathLike[str]) -> bool:
+    """Whether a NIfTI, MHA or NRRD file, or a folder of DICOM slices, has three axes longer than 1 by its header."""
+    try:
+        return (os.path.isdir(path) or image_format(path) in ("itk", "nifti")) and min(read_grid(path).shape) > 1
+    except (ValueError, OSError):  # whatever it is
+        return False
+
+
 def _with_spacing(path: Path, affine: NDArray[Any]) -> NDArray[Any]:
     if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")

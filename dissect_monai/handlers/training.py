@@ -87,7 +87,7 @@ class EpochSeedHandler:
 class ProgressHandler:
     """One progress bar over the whole run, in the first process: epoch, loss if there is one, time gone and left."""
 
-    interval: int = 10  # iterations between updates of the loss; reading it waits for the device
+    interval: int = 10  # iterations between updates of the loss, as at the end of an epoch; each waits for the device
     description: str = "pretraining"
     bar: tqdm[Any] | None = field(default=None, init=False)
 
@@ -104,7 +104,8 @@ class ProgressHandler:
             return
         self.bar.update()
         state = engine.state
-        if state.iteration % self.interval == 0 and isinstance(state.output, Mapping) and "loss" in state.output:
+        is_due = state.iteration % self.interval == 0 or state.iteration % (state.epoch_length or self.interval) == 0
+        if is_due and isinstance(state.output, Mapping) and "loss" in state.output:
             self.bar.set_postfix_str(f"epoch {state.epoch}/{state.max_epochs}, loss {state.output['loss'].item():.3f}")
 
     def _open(self, engine: Engine) -> None:

@@ -97,7 +97,7 @@ class HSSLNet(nn.Module):
         self.position_projector = _mlp(nn.Linear, width, hidden_dim, out_dim) if position else None
         self.task_classifier = nn.Linear(width, num_tasks)
         self.group_classifier = nn.Linear(width, num_groups)
-        self.dense_level, self.dense_projector = dense_level, None
+        self.dense_level, self.dense_projector = dense_level or 0, None
         if dense_level is not None:
             finest = len(segresnet.up_layers)
             if not 0 <= dense_level <= finest:

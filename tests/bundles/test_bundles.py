@@ -352,6 +352,19 @@ def test_what_cannot_be_written_or_found_ends_with_one_line_and_a_status(recipe:
     assert names(tmp_path) == ["file"]
 
 
+@every_bundle
+def test_nothing_is_said_of_images_and_nothing_left_before_an_error(
+    bundle: Path, recipe_of: Recipes, tmp_path: Path
+) -> None:
+    shutil.copytree(recipe_of(bundle.name).model.parent, tmp_path / "models")
+    knobs = {"dataset_dir": tmp_path / "nowhere", "output_dir": tmp_path}
+    result = command_line(bundle / "configs" / "inference.json", **knobs)
+    assert result.returncode == 1
+    assert "Using the images" not in result.stdout
+    assert re.findall("^error: .*", result.stderr, re.MULTILINE) == result.stderr.splitlines()[-1:]
+    assert names(tmp_path) == ["models"]
+
+
 def copied_data(recipe: Recipe, folder: Path) -> tuple[list[str], Path]:
     """A copy of the data, in which an image for training is cut off."""
     given = recipe.knobs["dataset_dir"]
@@ -398,6 +411,7 @@ def test_an_epoch_of_the_first_command_runs_with_the_default_network_and_voxels(
     result = command_line(config, output_dir=tmp_path, max_epochs=1, val_interval=1, **short)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
+    assert "resuming from iteration 0" not in result.stdout
     assert (tmp_path / "models" / "model.pt").is_file()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import images, write_images
+from helpers import images, sitk, volume, write_images, write_series
 
 from dissect_monai.data.datalists import label_matrix, labelled, read_datalist
 
@@ -25,6 +25,26 @@ def labels(items: list[dict[str, Any]]) -> list[Any]:
 
 
 # --- reading
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_volumes_are_no_x_rays_and_the_refusal_says_which_bundle_takes_them(tmp_path: Path, listed: bool) -> None:
+    sitk.WriteImage(volume(), str(tmp_path / "a.nii.gz"))
+    if listed:
+        (tmp_path / "dataset.json").write_text(json.dumps({"training": ["a.nii.gz"]}))
+    with pytest.raises(ValueError, match=r"must hold 2-D images, got volumes in .*: pretrain .*volumes\.json"):
+        read_datalist(tmp_path)
+    assert len(read_datalist(tmp_path, spatial_dims=3).training) == 1
+    assert len(read_datalist(tmp_path, check=False).training) == 1  # whose reader names each that it refuses
+
+
+def test_slices_of_a_ct_that_nobody_has_listed_are_a_volume(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "ct", volume())
+    with pytest.raises(ValueError, match="must hold 2-D images, got volumes in"):
+        read_datalist(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "dataset.json").write_text(json.dumps({"training": names}))
+    assert len(read_datalist(folder).training) == len(names)
 
 
 def test_reads_splits_with_absolute_paths_and_keeps_other_keys(tmp_path: Path) -> None:

@@ -101,6 +101,16 @@ def test_progress_starts_where_the_run_resumes_and_shows_epoch_and_loss(capsys: 
     assert "epoch 4/4, loss 1.000" in shown.err
 
 
+def test_progress_shows_the_loss_of_an_epoch_that_is_shorter_than_its_interval(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = counting_engine()
+    handler = ProgressHandler(interval=10)
+    handler.attach(engine)
+    engine.run(range(3), max_epochs=1)
+    assert "epoch 1/1, loss 1.000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("output", [None, [{"pred": 1}], {"pred": 1}])
 def test_progress_without_a_loss_counts(output: Any, capsys: pytest.CaptureFixture[str]) -> None:
     engine = Engine(lambda engine, batch: output)

@@ -1,0 +1,163 @@
+"""Every command of every README and page of the docs runs, found by parsing: on small data, with small sizes."""
+
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from helpers import ROOT, Recipe, Recipes, edited, read, started, tiny_knobs
+
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/**/*.md", "bundles/*/docs/*.md", "benchmarks/*.md")
+    for page in sorted(ROOT.glob(pattern))
+    if "_build" not in page.parts
+]
+ELSEWHERE = {  # commands that do not run here, by how they begin, and why
+    r"make ": "makes an environment over the network; .ci/run calls these targets",
+    r"source |export |SITE=|cp |ln |cd dist |cd DIR|sha256sum |unzip |mkdir |rm -r ": "prepares another command",
+    r"(\.\S*/)?python3? (-m venv|ci/|-m monailabel)|pip |git clone": "needs the network, or MONAI Label (make label)",
+    r"docker ": "needs Docker",
+    r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
+    r"sbatch |ID=": "needs Slurm (make slurm)",
+    r"(\S*/)?python3? scripts/(run_experiments|judge_encoders|make_datalist|gpu/)": "needs the data of a study; "
+    "tests/scripts run it on generated data",
+    r"python benchmarks/": "needs a GPU",
+    r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
+    r"--task ": "shows a part of a command",
+    r"python -m monai\.bundle download": "is run with an archive by tests/tools/test_package_bundle.py",
+    r"python3 -m monai\.bundle run .*on_device": "needs a GPU; the page of the bundle has it for any device",
+}
+RUNS = "python -m monai.bundle "
+DATA = {"cxr_classify": "pretrain_vq_ssl", "seg_finetune_btcv": "hssl_multidomain"}  # whose weights it starts from
+QUICK = {"num_samples": 5, "num_workers": 0, "patches_per_volume": 1}
+
+
+class Command(NamedTuple):
+    """A command of `monai.bundle`, its folders called as on all pages."""
+
+    words: tuple[str, ...]
+    bundle: str
+    trained: bool  # whether a training of its page has written to its output folder
+
+    @property
+    def config(self) -> str:
+        return self.words[self.words.index("--config_file") + 1]
+
+    @property
+    def is_training(self) -> bool:
+        return "train.json" in self.config
+
+
+@cache
+def lines() -> dict[str, list[Path]]:
+    """All lines of all blocks of bash, and their pages."""
+    found: dict[str, list[Path]] = {}
+    for page in PAGES:
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if text := re.sub(r"\s+#.*", "", line).strip():
+                    found.setdefault(" ".join(text.split()), []).append(page)
+    return found
+
+
+def commands() -> list[Command]:
+    found = {}
+    for line, pages in lines().items():
+        if line.startswith(RUNS) and not any(re.match(rule, line) for rule in ELSEWHERE):
+            for page in pages:
+                command = command_of(line, page)
+                found[command] = None
+    return [*found]
+
+
+def command_of(line: str, page: Path) -> Command:
+    words = shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", line))[3:]  # what may be left out is there
+    configs = re.findall(r"(?:bundles/(\w+)/)?configs/(\w+\.json)", words[words.index("--config_file") + 1])
+    of_page = [bundle.parent.name for bundle in ROOT.glob("bundles/*/docs") if bundle.parent.name in str(page)]
+    having = [each.name for each in sorted(ROOT.glob("bundles/*")) if (each / "configs" / configs[-1][1]).is_file()]
+    bundle = next(name for name in (configs[0][0], *of_page, *having) if name in having)
+    trains = [other for other in lines() if "train.json" in other and page in lines()[other]]
+    if "--output_dir" in words:
+        out = words.index("--output_dir") + 1
+        trained = any(f"--output_dir {words[out]}" in other for other in trains)
+        words[out] = "OUT"
+    else:
+        trained = False
+    words = [re.sub(r"^\w+/models/model.pt", "PRE/models/model.pt", word) for word in words]
+    words = [re.sub(r"bundles/\w+/configs", "configs", word) for word in words]
+    return Command(tuple(words), bundle, trained)
+
+
+def test_every_command_runs_or_is_known_to_run_elsewhere() -> None:
+    unknown = [line for line in lines() if not line.startswith(RUNS)]
+    assert [line for line in unknown if not any(re.match(rule, line) for rule in ELSEWHERE)] == []
+    unused = [rule for rule in ELSEWHERE if not any(re.match(rule, line) for line in lines())]
+    assert unused == []
+    assert len(commands()) > 30
+
+
+def is_export(command: Command) -> bool:
+    return command.words[0].endswith("_export")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(each, marks=[pytest.mark.long] * is_export(each), id=f"{each.bundle}: {' '.join(each.words)}")
+        for each in commands()
+    ],
+)
+def test_a_documented_command_runs(command: Command, recipe_of: Recipes, tmp_path: Path) -> None:
+    recipe = recipe_of(command.bundle + "_volumes" * ("volumes.json" in command.config))
+    bundle = tmp_path / command.bundle
+    shutil.copytree(recipe.bundle / "configs", bundle / "configs")
+    resumes = "--resume" in command.words
+    if command.trained and (resumes or not command.is_training):
+        shutil.copytree(recipe.finished, bundle / "OUT")
+    elif not command.is_training:  # an archive brings its weights along
+        shutil.copytree(recipe.finished, bundle, dirs_exist_ok=True)
+    words = [*with_folders(command, recipe, recipe_of, bundle), *smaller(command, recipe, resumes)]
+    result = started(["monai.bundle", *words], bundle)
+    assert result.returncode == 0, result.stderr[-3000:]
+    if command.is_training:
+        folder = "OUT" if "OUT" in words else "volumes" if "volumes.json" in command.config else "."
+        assert (bundle / folder / "models" / "model.pt").is_file()
+    if command.words[0] == "onnx_export" and "image_size" in recipe.knobs:
+        session = pytest.importorskip("onnxruntime").InferenceSession(bundle / "model.onnx")
+        for size in (32, 64):  # any, although nobody has named one
+            assert session.run(None, {session.get_inputs()[0].name: np.zeros((1, 1, size, size), np.float32)})
+
+
+def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: Path) -> list[str]:
+    """The words with folders that exist, where they name those of a reader."""
+    volumes = [Path(each) for each in recipe_of("hssl_multidomain").knobs["dataset_dir"]]
+    if "'A'" in " ".join(command.words):
+        own = dict.fromkeys(("task", "group", "modality")) if "--task" in command.words else {}
+        for name, folder in zip("ABC", volumes, strict=True):
+            shutil.copytree(edited(folder, bundle, **own), bundle / name)
+    data = recipe.knobs["dataset_dir"]
+    data = data[0] if isinstance(data, list) else data
+    places = {"DIR": data, "FOLDER_OR_FILE": f"{data}/images", "0.05": "0.5"}  # of few subjects
+    if "--pretrained" in command.words:
+        places["PRE/models/model.pt"] = str(recipe_of(DATA[command.bundle]).model)
+    return [places.get(word, word) for word in command.words]
+
+
+def smaller(command: Command, recipe: Recipe, resumes: bool) -> list[str]:
+    """Knobs for a run of a second, of those that the config has and the command does not give."""
+    files = re.findall(r"configs/(\w+\.json)", command.config)
+    known = {name: value for file in files for name, value in read(recipe.bundle / "configs" / file).items()}
+    knobs: dict[str, Any] = {}
+    if command.is_training:
+        knobs |= tiny_knobs(recipe.name) | ({"max_epochs": 2} if resumes else {})
+        if "--dataset_dir" not in command.words:
+            knobs["data_dir"] = recipe.knobs["dataset_dir"]  # else phantoms, larger ones
+    elif not is_export(command):
+        knobs |= QUICK
+    given = {word.removeprefix("--") for word in command.words}
+    return [f"--{name}={value}" for name, value in knobs.items() if name in known and name not in given]
