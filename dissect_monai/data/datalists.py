@@ -271,7 +271,7 @@ def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None
                 f"{of_label.get(found[0], 'the same name')}, too: rename them, or list both in a dataset.json."
             )
         item |= {"label": found[0]} if found else {}
-        of_label |= dict.fromkeys(found, item["image"])
+        of_label |= dict.fromkeys(found, str(item["image"]))
     without = [item["image"] for item in items if "label" not in item]
     unused = sorted({path for paths in by_name.values() for path in paths} - {*of_label})
     if items and not of_label:
