@@ -308,7 +308,10 @@ def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[sig
     try:
         done = steps()
         if before and rank() == 0:
-            sys.stdout.write(last_lines(workflow.parser, *run_arguments()))
+            try:
+                sys.stdout.write(last_lines(workflow.parser, *run_arguments()))
+            except Exception:  # the run is done, and must not end in an error
+                logger.warning("The last lines, which say what the run has left, could not be made.", exc_info=True)
         return done
     except Exception:
         if writer := workflow.parser.ref_resolver.resolved_content.get("writer"):
@@ -429,6 +432,8 @@ def refuse_phantoms(smoke: bool, output_dir: str | Path, pretrained: str | Path 
     """
     folder, model = Path(output_dir, "phantoms"), Path(output_dir, "models", "model.pt")
     if not smoke:
+        if pretrained and Path(pretrained).is_file() and read_settings(pretrained).get("phantoms"):
+            logger.warning("%s were trained on phantoms alone: on real images they show nothing.", pretrained)
         return
     remedy = "give `dataset_dir`, the images to use, or for a trial on phantoms another `output_dir`"
     said = {path: read_settings(path).get("phantoms") for path in (model, pretrained) if path and Path(path).is_file()}

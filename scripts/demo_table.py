@@ -67,4 +67,4 @@ def chain(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"chain": SetParseFn(str)(chain)})  # a path, as it is typed
+    fire.Fire(SetParseFn(str)(chain))  # a path, as it is typed

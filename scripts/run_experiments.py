@@ -93,7 +93,10 @@ def read_study(path: str | Path) -> Study:
     recipes, number, trains = study.recipes.keys(), study.training_subjects, study.variants_change == "training"
     rules = [
         (trains or study.variants_change == "evaluation", "`variants_change` must be training or evaluation"),
-        (len({*study.seeds}) == len(study.seeds) > 1, "`seeds` must hold two different numbers or more"),
+        (
+            len({*study.seeds}) == len(study.seeds) > bool(study.variants),
+            "`seeds` must hold different numbers, two or more of what is evaluated",
+        ),
         (
             recipes and "/" not in "".join([*recipes, *study.variants]),
             "`recipes` and `variants` must hold names of folders, without a slash",

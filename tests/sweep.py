@@ -96,7 +96,7 @@ class Sweep:
 
     def knobs(self, recipe: str, config: str) -> dict[str, Any]:
         own = knobs_of(recipe, config)
-        data = self.xrays if "image_size" in own else [str(each) for each in self.volumes]
+        data = self.xrays if "modality" not in own else [str(each) for each in self.volumes]
         if recipe.startswith("seg"):
             data = self.volumes[0]
         quick = tiny_knobs(recipe) if config == "train" else QUICK

@@ -233,8 +233,10 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
         raise InputError(f"`dataset_dir` must be a folder or an image, got the file {folder}. Name the folder.")
     items = _with_patients(images)
     if not items:
-        suffixes = " ".join((PICTURE_SUFFIXES if spatial_dims == 2 or pictures else ()) + VOLUME_SUFFIXES)
-        raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.")
+        with_pictures = spatial_dims == 2 or pictures
+        suffixes = " ".join((PICTURE_SUFFIXES if with_pictures else ()) + VOLUME_SUFFIXES)
+        hint = "" if with_pictures or not _find_images(folder, 2) else " For pictures set `spatial_dims` to 2."
+        raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.{hint}")
     for image in images:
         if not image.isascii() and image != image.encode(errors="replace").decode():
             raise InputError(f"{folder} must hold files with names in UTF-8, got {image!a}. Rename it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from dissect_monai.data.readers import ImageFileReader, explained, image_format,
 logger = logging.getLogger(__name__)
 WHITE = 255  # of masks in black and white
 _MAX_UNNAMED = 32  # different values of masks that are taken for classes without being named
-_OF_LABELS = ("labels", "ignored", "colours")  # what an item says of its label map
+_OF_LABELS = ("labels", "ignored", "colours", "either")  # what an item says of its label map
 
 
 class LoadLabeld(MapTransform):
@@ -49,12 +50,18 @@ def load_label(path: str, item: Item) -> MetaTensor:
     background unless it is named, and its values become those that `labels` gives the names.
 
     Raises:
-        ValueError: if it cannot be read, is a JPEG, has several pages, or colours that nothing names.
+        ValueError: if it cannot be read, is a JPEG, has several pages, colours that nothing names, its shape in the
+            alpha channel, or both 1 and 255 where `labels` names one of them.
     """
     if not _is_picture(path):
         loaded: MetaTensor = _loader(1 if image_format(path) == "nifti" else None)(path)
         return loaded
     values = _read_mask(Path(path), item)
+    if item.get("either") and np.isin((1, WHITE), values).all():
+        raise InputError(
+            f"{path} must hold 1 or 255 for its structure, got both, and `labels` names one: list the other as "
+            "`ignore` in the `labels` of dataset.json, or repaint it."
+        )
     kind = np.uint8 if values.dtype.itemsize == 1 else np.float32 if values.dtype.kind == "f" else np.int32
     return MetaTensor(torch.tensor(values.T.astype(kind))[None, ..., None], meta={ImageMetaKey.FILENAME_OR_OBJ: path})
 
@@ -81,6 +88,11 @@ def _read_mask(path: Path, item: Item) -> NDArray[Any]:
                 return np.asarray(upright)
             upright = upright if upright.mode == "P" else upright.convert("L")
         rgb = np.asarray(upright.convert("RGB"))
+        alpha = np.asarray(upright.getchannel("A")) if upright.mode in ("LA", "PA", "RGBA") else np.zeros(1)
+        if np.ptp(alpha) and not np.ptp(rgb, (0, 1)).any():
+            raise InputError(
+                f"{path} must be a mask in grey or colours, got its shape in the alpha channel: save it as grey."
+            )
     if item.get("colours"):
         return _values_of_colours(path, rgb, item)
     other = rgb[(rgb != rgb[..., :1]).any(-1)][:1].tolist()
@@ -113,7 +125,8 @@ def _values_of_colours(path: Path, rgb: NDArray[np.uint8], item: Item) -> NDArra
 def settle_labels(item: Item, where: str) -> None:
     """Bring the `labels` {name: values} of an item in line with its `colours`, or with masks in black and white.
 
-    With colours, values are 1, 2, ... if there are no labels. Masks of one structure, called 1 or 255, may have either.
+    With colours, values are 1, 2, ... if there are no labels. Masks of one structure, called 1 or 255, may have either,
+    but not both.
     """
     labels: Any = item.get("labels") or {}
     if item.get("colours"):
@@ -129,23 +142,25 @@ def settle_labels(item: Item, where: str) -> None:
         item["labels"] = labels or {name: [value] for value, name in enumerate(names, start=1)}
     elif isinstance(labels, Mapping) and len(labels) == 1 and _is_picture(item.get("label")):
         ((name, values),) = labels.items()
-        item["labels"] = {name: [1, WHITE] if {*values} <= {1, WHITE} else values}
+        if {*values} <= {1, WHITE}:
+            item |= {"labels": {name: [1, WHITE]}, "either": len({*values}) == 1}
 
 
 def _is_picture(label: Any) -> bool:
     return isinstance(label, str) and image_format(label) == "picture"
 
 
-def name_values(items: Sequence[Item]) -> None:
+def name_values(items: Sequence[Item], on_corrupt: str = "raise") -> None:
     """Name the values of label maps that no dataset.json names, in place.
 
     Masks with nothing but 1, or nothing but 255, are of one structure, `foreground`; values 1, 2, ... are `class_1`,
-    `class_2`, ... Others must be named, as they are most often what smoothing makes of an edge.
+    `class_2`, ... Others must be named, as they are most often what smoothing makes of an edge. Masks that cannot be
+    read are refused, or, with `on_corrupt` "skip", logged and looked at no further.
     """
     unnamed = [item for item in items if not item.get("labels")]
     if not unnamed:
         return
-    found = dict(zip((item["label"] for item in unnamed), _values_in(unnamed), strict=True))
+    found = _values_in(unnamed, on_corrupt)
     values = sorted({value for each in found.values() for value in each})
     if not values:
         raise InputError(f"masks must show something, got {len(found)} that are empty, such as {unnamed[0]['label']}.")
@@ -165,7 +180,9 @@ def name_values(items: Sequence[Item]) -> None:
         item["labels"] = labels
 
 
-def mask_values(items: Sequence[Item], class_names: Sequence[str]) -> dict[str, int | list[int]]:
+def mask_values(
+    items: Sequence[Item], class_names: Sequence[str], on_corrupt: str = "raise"
+) -> dict[str, int | list[int]]:
     """What each class is in masks of pictures, a colour or a value, as in the first that shows something."""
     masks = [item for item in items if _is_picture(item["label"])]
     if not masks:
@@ -173,17 +190,35 @@ def mask_values(items: Sequence[Item], class_names: Sequence[str]) -> dict[str, 
     labels: Mapping[str, list[int]] = masks[0]["labels"]
     values = {name: labels[name][0] for name in class_names}
     if len(labels) == 1 and WHITE in labels[class_names[0]]:
-        values[class_names[0]] = next((_values_in([mask])[0][-1] for mask in masks if _values_in([mask])[0]), WHITE)
+        values[class_names[0]] = WHITE
+        for mask in masks:
+            with suppress(*[InputError] * (on_corrupt == "skip")):
+                if found := _values_in([mask])[mask["label"]]:
+                    values[class_names[0]] = found[-1]
+                    break
     return {**values, **masks[0].get("colours", {})}
 
 
-def _values_in(items: Sequence[Item]) -> list[list[int]]:
-    """Those over 0 in the label map of each item."""
+def _values_in(items: Sequence[Item], on_corrupt: str = "raise") -> dict[str, list[int]]:
+    """Those over 0 in the label map of each item, by its path."""
 
-    def read(item: Item) -> list[int]:
-        values = np.unique(load_label(item["label"], item).numpy())
+    def read(item: Item) -> list[int] | str:
+        try:
+            values = np.unique(load_label(item["label"], item).numpy())
+        except InputError as error:
+            return str(error)
         if (values != np.rint(values)).any():
-            raise InputError(f"label map {item['label']} must hold integers, got {shorten(values, 5)}.")
+            return f"label map {item['label']} must hold integers, got {shorten(values, 5)}."
         return [int(value) for value in values if value > 0]
 
-    return read_all(Dataset(items, read), num_workers=8)[0]
+    found = read_all(Dataset(items, read), num_workers=8)[0]
+    bad = [each for each in found if isinstance(each, str)]
+    if bad and (on_corrupt != "skip" or len(bad) == len(found)):
+        others = f" (and {len(bad) - 1} others)" if len(bad) > 1 else ""
+        raise InputError(
+            f"masks must be such that they can be read, got {len(bad)} of {len(found)} that cannot: {bad[0]}{others} "
+            "Repair them, remove them from the data list, or leave them out by setting `on_corrupt` to skip."
+        )
+    for line in bad:
+        logger.warning("Skipped: %s", line)
+    return {item["label"]: each for item, each in zip(items, found, strict=True) if not isinstance(each, str)}

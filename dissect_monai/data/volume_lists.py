@@ -94,6 +94,7 @@ def read_segmentation(
     settings: Mapping[str, Any] | None = None,
     spatial_dims: int = 3,
     in_channels: int | None = None,
+    on_corrupt: str = "raise",
 ) -> Datalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
@@ -120,6 +121,7 @@ def read_segmentation(
         spatial_dims: 2 takes pictures, too.
         in_channels: of the network in 2-D, where images have one modality: 1 makes luminance of colour, 3 repeats grey.
             None takes 3 if any picture for training has colours.
+        on_corrupt: "raise" refuses masks that cannot be read, where their values are looked at; "skip" logs them.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
@@ -144,7 +146,7 @@ def read_segmentation(
             item.setdefault("task", folder.name)
     merged = _with_label_maps(merge_datalists(datalists, folders))
     if spatial_dims == 2:
-        name_values(merged.items())
+        name_values(merged.items(), on_corrupt)
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     refuse_leaks(datalist)  # links may give one image to two subjects
     trained_on = datalist.training or datalist.items()
@@ -157,7 +159,7 @@ def read_segmentation(
     return datalist._replace(
         label_names=(),
         class_names=class_names,
-        mask_values=mask_values(trained_on, class_names),
+        mask_values=mask_values(trained_on, class_names, on_corrupt),
         modality=common if all(item["modality"] == common for item in trained_on) else None,
         in_channels=in_channels,
     )

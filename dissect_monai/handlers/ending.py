@@ -62,12 +62,13 @@ def last_lines(parser: ConfigParser, config_file: Any, typed: Mapping[str, Any])
     text, names = results[0] if results else Result("nothing was validated")
     weights = Path(parser.get_parsed_content("model_path" if trained else "pretrained"))
     log_dir = Path(parser.get_parsed_content("log_dir", default=weights.parent.parent / "eval"))
-    root = parser.get_parsed_content("bundle_root", default="")
+    moved = {"bundle_root", "output_dir"} & typed.keys()
+    root = "" if moved else parser.get_parsed_content("bundle_root", default="")
     folder, python = os.path.dirname(ensure_tuple(config_file)[0]), quote(sys.orig_argv[0])
 
     def shown(path: Path) -> str:
         """As it was typed; what is in the bundle's folder by default is said from where that was typed."""
-        if path.is_absolute() and path.is_relative_to(root) and not {"bundle_root", "output_dir"} & typed.keys():
+        if not moved and path.is_absolute() and path.is_relative_to(root):
             return quote(os.path.normpath(Path(folder, "..", path.relative_to(root))))
         return quote(str(path))
 
@@ -93,14 +94,15 @@ def _next(
     given = {name: typed[name] for name in REPEATED if typed.get(name) is not None}
     knobs = {name: quote(value if isinstance(value, str) else json.dumps(value)) for name, value in given.items()}
     other, config = "", "inference"
-    if trained and settings.get("encoder") == "SegResNet":  # of volumes, which are judged like those of HSSL
+    segments = "class_names" in settings
+    if trained and settings.get("encoder") == "SegResNet" and not segments:  # which is judged like that of HSSL
         other, config = "hssl_multidomain", "evaluate"
     elif trained and (all(data.labelled()[:3]) if images else data.validation or data.test):
         config = "evaluate"
-    elif not trained and not {"label_names", "class_names"} & settings.keys():
+    elif not trained and not segments and "label_names" not in settings:
         other, config = "cxr_classify" if images else "seg_finetune_btcv", "train"
     file = os.path.normpath(Path(folder, "..", "..", other, "configs", f"{config}.json"))
-    mapped = [item["origin"][0] for item in data.training if isinstance(item.get("label"), str)]
+    mapped = [item["origin"][0] for item in data.training if isinstance(item.get("label"), str) and "origin" in item]
     if other and os.path.isfile(file) and (images or config == "evaluate" or mapped):
         if config == "train":  # of one folder, and with its own names of modalities
             knobs.pop("modality", None)

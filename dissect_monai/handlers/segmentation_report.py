@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 METRICS = Overlap._fields
 PLANES = "Three planes of the image: predictions filled, labels outlined, in the colours of the table."
+SIDE_BY_SIDE = PLANES.replace("Three planes of the image", "The picture, and with its structures")
 MEAN = "mean"  # what the line of the mean over structures is called
 HEADINGS = ("Structure", "Subjects", "Dice", "HD95", "Surface Dice", "Missed", "False positives")
 SEGMENTATION_LIMITS = (
@@ -215,7 +216,8 @@ def write_segmentation_report(
         index = cases.index(case)
         first = 2 + sum(len(each.structures) for each in cases[:index])
         place = {"lines of cases.csv": f"{first}–{first + len(case.structures) - 1}"}
-        picture = {PLANES: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
+        caption = SIDE_BY_SIDE if all(isnan(each.label_ml) for each in case.structures) else PLANES
+        picture = {caption: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
         shown.append(
             Case(f"{rank.capitalize()}: {item_name(index, subjects, 'volume')}", picture, {**place, **_facts(case)})
         )

@@ -68,6 +68,8 @@ class NormalizeModalityd(MapTransform):
             top = getattr(image, "meta", {}).get(PICTURE)
             if top is not None and len(modalities) == 1:
                 low, high = (0.0, float(top)) if top else self._range(image)
+                if not low < high:  # nearly all of it is of one value
+                    low, high = float(image.min()), max(float(image.max()), float(image.min()) + 1e-6)
                 item[key] = ScaleIntensityRange(low, high, 0.0, self.b_max, clip=True)(image)
                 continue
             if len(modalities) != len(image):
@@ -112,7 +114,8 @@ class ForegroundIndicesd(MapTransform):
         """Add `image_fg_indices` for an `image`, flat places of voxels, int64 of shape (N,), and `image_bg_indices`.
 
         MONAI's crop takes them only together, and without places in either it would not draw by the other: so both
-        hold the same. `image_range` is where voxels over 0 begin and end along the last axis, across slices.
+        hold the same. `image_range` is where voxels over 0 begin and end along the last axis, across slices; NaN if
+        that is a single slice, or a picture.
         """
         item = dict(data)
         for key in self.key_iterator(item):
@@ -123,8 +126,8 @@ class ForegroundIndicesd(MapTransform):
             chosen = np.linspace(0, len(places) - 1, min(_MAX_INDICES, len(places))).round().astype(int)
             item[f"{key}_fg_indices"] = item[f"{key}_bg_indices"] = places[chosen]
             across = np.flatnonzero(mask.any((0, 1)))
-            is_picture = item.get("slice_axis") == PICTURE
-            item[f"{key}_range"] = (np.nan, np.nan) if is_picture else (across[0], across[-1] + 1)
+            placeless = item.get("slice_axis") == PICTURE or across[0] == across[-1]
+            item[f"{key}_range"] = (np.nan, np.nan) if placeless else (int(across[0]), int(across[-1]) + 1)
         return item
 
 
@@ -132,7 +135,7 @@ class RandForegroundCropd(RandCropByPosNegLabeld):
     """Cuts patches around random voxels that are not air, as `ForegroundIndicesd` has found them, and says their place.
 
     A patch gets "place", a float32 in [0, 1]: where its centre lies in the foreground along the last axis; NaN if it is
-    of a picture.
+    of a picture, or the foreground lies in one slice.
 
     Args:
         keys: keys of the image (C, X, Y, Z), then of what is cut in the same way.

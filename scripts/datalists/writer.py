@@ -188,7 +188,7 @@ def write(header: Mapping[str, Any], splits: Splits, output: Path) -> None:
             items = {split: [as_item(record, start) for record in records] for split, records in splits.items()}
             staged.write_text(json.dumps({**header, **items}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             if start == staged.parent:
-                read_datalist(start)
+                read_datalist(start, spatial_dims=3 if "task" in header else 2)
         staged.replace(output)
     salt_of(output.parent)  # now, while the folder can be written, for all copies of it
     print(f"wrote {output}")

@@ -102,7 +102,7 @@ def test_a_single_task_has_its_views_alone_to_tell_apart(folders: Folders, tmp_p
     train(folders[:1], tmp_path)
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
     scalars = set(events_of(tmp_path).Tags()["scalars"])
-    assert "retrieval_image" in scalars
+    assert "retrieval/image" in scalars
     assert not {name for name in scalars if name.startswith("shortcut")}
     assert events_of(tmp_path).Scalars("loss/classification")[-1].value == 0
 

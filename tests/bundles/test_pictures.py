@@ -68,7 +68,7 @@ def test_pictures_in_colour_are_pretrained_on_segmented_scored_and_written_in_co
     with open(tmp_path / "seg/eval/cases.csv") as file:
         (row,) = csv.DictReader(file)
     assert (row["structure"], row["values"], row["label_ml"]) == ("lungs", "1", "")
-    assert "HD95 (pixels)" in (tmp_path / "seg/eval/report.html").read_text()
+    assert "HD95 (pixels)" in (tmp_path / "seg/eval/report.html").read_text(encoding="utf-8")
     assert 0 <= metrics_of(tmp_path / "seg")["dice_mean"] <= 1
 
     run(SEG / "inference.json", [str(grey), str(colour)], tmp_path / "seg")

@@ -94,7 +94,9 @@ def test_a_network_takes_colours_if_any_picture_has_them(tmp_path: Path) -> None
 
 def test_volumes_leave_pictures_out(tmp_path: Path) -> None:
     folder = pairs(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"must hold a dataset.json or images"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold a dataset.json or images.*pictures set `spatial_dims` to 2"
+    ):
         read_segmentation(folder)
     with pytest.raises(ValueError, match=r"must be a volume|Replace it|axes"):
         aggregate(listed(folder), task="t", group="g")
@@ -260,6 +262,50 @@ def test_jpeg_and_pages_are_no_masks(tmp_path: Path) -> None:
     for name, message in (("a.jpg", "is JPEG"), ("b.tif", "one page, got 2"), ("c.tif", "is JPEG")):
         with pytest.raises(ValueError, match=message):
             load_label(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_mask_with_1_and_255_is_refused_where_one_is_named(tmp_path: Path, value: int) -> None:
+    folder = listed(pairs(tmp_path, 1, (0, 1, 255)), labels={"polyp": value})
+    with pytest.raises(ValueError, match=r"0.png must hold 1 or 255 .* got both.*list the other as `ignore`"):
+        classes(folder)
+    listed(folder, labels={"polyp": value, "ignore": 256 - value})
+    assert np.unique(classes(folder)[0]).tolist() == [0, 1, 255]
+    listed(folder, labels={"polyp": [1, 255]})
+    assert np.unique(classes(folder)[0]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_a_mask_whose_shape_is_in_the_alpha_channel_is_refused(tmp_path: Path, mode: str) -> None:
+    rows = mask(tmp_path / "a.png")
+    image = Image.new(mode, (12, 9), "white")
+    image.putalpha(Image.fromarray(rows.astype(np.uint8)))
+    image.save(tmp_path / "a.png")
+    for item in ({}, {"labels": {"a": [1]}, "colours": {"a": [255] * 3}}):
+        with pytest.raises(ValueError, match=r"a.png must be .* its shape in the alpha channel: save it as grey"):
+            load_label(str(tmp_path / "a.png"), item)
+
+
+@pytest.mark.parametrize("head", [None, {"labels": {"polyp": 1}}])
+def test_masks_that_cannot_be_read_are_counted_or_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: dict[str, Any] | None
+) -> None:
+    folder = pairs(tmp_path, 4)
+    for index in (0, 1):
+        (folder / f"labels/{index}.png").write_bytes(b"PNG")
+    if head is not None:
+        listed(folder, **head)
+    found = r"masks must .* got 2 of 4 that cannot: .*0.png must be an intact image .* \(and 1 others\) Repair"
+    with pytest.raises(ValueError, match=found if head is None else "got 1 of 1 that cannot: .*0.png"):
+        read_segmentation(folder, spatial_dims=2, validation_fraction=0)
+    datalist = read_segmentation(folder, spatial_dims=2, validation_fraction=0, on_corrupt="skip")
+    assert [*datalist.mask_values.values()] == [255]
+    if head is None:
+        assert "Skipped: " in caplog.text
+        for path in (folder / "labels").iterdir():
+            path.write_bytes(b"PNG")
+        with pytest.raises(ValueError, match="got 4 of 4 that cannot"):
+            read_segmentation(folder, spatial_dims=2, on_corrupt="skip")
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------

@@ -86,9 +86,9 @@ PRE, CLS, HSSL, SEG = (
          f"{SEG}/train.json --dataset_dir B --output_dir O/seg_finetune_btcv --pretrained O/models/model.pt"),
         (f"{HSSL}/evaluate.json", VOLUMES, Datalist([{"image": "i"}], [], []), {"dataset_dir": "D", "output_dir": "O"},
          f"{HSSL}/inference.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
-        (f"{SEG}/train.json", VOLUMES | {"class_names": ["liver"]}, MAPS, {"dataset_dir": "D", "output_dir": "O"},
+        (f"{SEG}/train.json", VOLUMES | {"class_names": ["liver"], "encoder": "SegResNet"}, MAPS, {"dataset_dir": "D", "output_dir": "O"},
          f"{SEG}/evaluate.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
-        (f"{SEG}/evaluate.json", VOLUMES | {"class_names": ["liver"]}, MAPS, {"dataset_dir": "D", "output_dir": "O"},
+        (f"{SEG}/evaluate.json", VOLUMES | {"class_names": ["liver"], "encoder": "SegResNet"}, MAPS, {"dataset_dir": "D", "output_dir": "O"},
          f"{SEG}/inference.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from dissect_monai.handlers import segmentation_report
 from dissect_monai.handlers.segmentation_report import (
     PLANES,
+    SIDE_BY_SIDE,
     CaseMaps,
     CaseScores,
     case_figure,
@@ -227,3 +228,12 @@ def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -
     limits = " ".join(page.of("p"))
     assert "not a medical device" in limits
     assert "Missed" in limits
+
+
+def test_pictures_have_a_caption_of_their_own(tmp_path: Path) -> None:
+    pixels = [found("liver", 0.9)._replace(label_ml=NAN, pred_ml=NAN)]
+    cases = [CaseScores(f"{name}.png", name, pixels) for name in "ab"]
+    pictures = {case.case: b"png" for case in cases}
+    write_segmentation_report(tmp_path / "report.html", cases, summarize(cases, 20), pictures, ["liver"], {})
+    assert Page(tmp_path / "report.html").values("alt") == [SIDE_BY_SIDE] * 2
+    assert "planes" not in SIDE_BY_SIDE

@@ -25,7 +25,7 @@ SIZE = 32
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """X-rays of 16 bits and of 8, one set without labels, and volumes."""
     folder = tmp_path_factory.mktemp("data")
-    write_films(folder, LABELLED, (32, 16, 16))
+    write_films(folder, LABELLED, (48, 24, 24))
     (ct,) = write_volume_phantoms(folder, 4, 2, 0, image_size=24, tasks=["abdomen_ct"])
     ct.rename(folder / "ct_btcv")
     return folder
@@ -118,7 +118,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(
     shown = [line.rpartition(",")[0] for line in said if line[0] != " "]
     assert shown == ["tests: exit status 1", "benches: stopped after 1 s", "pretraining: ok"]
     assert sum("speed" in line and "2.5 holds" in line for line in said) == 2
-    assert "RuntimeError: broken" in (tmp_path / "out" / "log.txt").read_text()
+    assert "RuntimeError: broken" in (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
     monkeypatch.setitem(SCRIPTS, "tests", "pass")
     assert run_small(tmp_path, packed, "pretraining", "tests") == 0
     monkeypatch.setitem(SCRIPTS, "benches", "pass")
@@ -141,7 +141,7 @@ def test_the_rehearsal_trains_judges_and_segments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status = run_small(tmp_path, packed, "pretraining", "segmentation")
-    assert status == 0, (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    assert status == 0, (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")[-3000:]
     rows = {part: read(tmp_path / "out" / f"{part}.json") for part in ("pretraining", "segmentation")}
     arms = ["VQ", "without_VQ", "BYOL", "VQ_without_RSNA"]
     trained = [row["what"] for row in rows["pretraining"][:5]]

@@ -146,7 +146,7 @@ def test_a_study_may_only_train(
     ("change", "message"),
     [
         ({"recipies": {}}, "unexpected keyword argument 'recipies'. Its keys are bundle, dataset"),
-        ({"seeds": [0, 1, 1]}, "`seeds` must hold two different numbers or more"),
+        ({"seeds": [0, 1, 1]}, "`seeds` must hold different numbers, two or more of what is evaluated"),
         ({"variants_change": "labels"}, "`variants_change` must be training or evaluation"),
         ({"recipes": {"a/b": {}}, "compare": []}, "without a slash"),
         ({"bundle": "pretrain"}, "pretrain/configs/train.json, by `bundle` or `configs`, must be a file"),
@@ -194,9 +194,9 @@ def test_every_study_names_knobs_that_its_bundle_has_and_weights_that_another_tr
             assert set(study.seeds if found[3] == "{seed}" else [int(found[3])]) <= set(other.seeds)
 
 
-@pytest.mark.parametrize("name", ["btcv", "chaos", "hippocampus"])
+@pytest.mark.parametrize("name", [path.stem for path in STUDIES if 'subjects": {' in path.read_text("utf-8")])
 def test_the_variants_of_a_study_are_named_for_their_number_of_subjects(name: str) -> None:
-    study = run_experiments.read_study(EXPERIMENTS / f"segmentation_{name}.json")
+    study = run_experiments.read_study(EXPERIMENTS / f"{name}.json")
     assert render_results.sizes_of(study) == {name: int(name.split()[0]) for name in study.variants}
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from helpers import ROOT, Recipe, Recipes, edited, read, started, tiny_knobs
 
+from dissect_monai import write_xray_phantoms
+
 PAGES = [
     page
     for pattern in ("*.md", "docs/**/*.md", "bundles/*/docs/*.md", "benchmarks/*.md")
@@ -29,6 +31,7 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"python benchmarks/": "needs a GPU",
     r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
     r"--task ": "shows a part of a command",
+    r"python -c .*write_xray_phantoms": "makes the data of the next command, and so does the test of that",
     r"python -m monai\.bundle download": "is run with an archive by tests/tools/test_package_bundle.py",
     r"python3 -m monai\.bundle run .*on_device": "needs a GPU; the page of the bundle has it for any device",
 }
@@ -142,7 +145,14 @@ def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: P
             shutil.copytree(edited(folder, bundle, **own), bundle / name)
     data = recipe.knobs["dataset_dir"]
     data = data[0] if isinstance(data, list) else data
-    places = {"DIR": data, "FOLDER_OR_FILE": f"{data}/images", "0.05": "0.5"}  # of few subjects
+    if "/tmp/lungs" in command.words:
+        write_xray_phantoms(bundle / "lungs", 32, 8, 4, masks=True)
+    places = {
+        "/tmp/lungs": str(bundle / "lungs"),
+        "DIR": data,
+        "FOLDER_OR_FILE": f"{data}/images",
+        "0.05": "0.5",
+    }  # of few subjects
     if "--pretrained" in command.words:
         places["PRE/models/model.pt"] = str(recipe_of(DATA[command.bundle]).model)
     return [places.get(word, word) for word in command.words]
@@ -159,5 +169,7 @@ def smaller(command: Command, recipe: Recipe, resumes: bool) -> list[str]:
             knobs["data_dir"] = recipe.knobs["dataset_dir"]  # else phantoms, larger ones
     elif not is_export(command):
         knobs |= QUICK
+    if "--spatial_dims" in command.words:
+        knobs |= {name: knobs[name][:2] for name in ("pixdim", "patch_size") if name in knobs}
     given = {word.removeprefix("--") for word in command.words}
     return [f"--{name}={value}" for name, value in knobs.items() if name in known and name not in given]

@@ -249,6 +249,14 @@ def test_pictures_of_8_bits_keep_their_values_and_deeper_ones_their_colours(moda
     assert float((red[middle] / green[middle]).median()) == pytest.approx(2, abs=0.3)
 
 
+@pytest.mark.parametrize("bright", [0.0, 900.0])
+def test_deep_pictures_of_one_value_or_nearly_are_scaled_from_their_least(bright: float) -> None:
+    image = torch.full((1, 40, 40, 1), 500.0)
+    image[0, 0, 0] += bright
+    expected = (image > 500).float()
+    assert torch.equal(normalized(MetaTensor(image, meta={PICTURE: 0})).as_tensor(), expected)
+
+
 def test_grey_volumes_are_repeated_for_networks_of_colours_and_channels_are_not() -> None:
     torch.testing.assert_close(normalized(body(), "MR", in_channels=3), normalized(body(), "MR").repeat(3, 1, 1, 1))
     torch.testing.assert_close(normalized(body(), "MR", in_channels=1), normalized(body(), "MR"))
@@ -257,4 +265,11 @@ def test_grey_volumes_are_repeated_for_networks_of_colours_and_channels_are_not(
 def test_pictures_have_no_place() -> None:
     item = ForegroundIndicesd("image")({**body_in_air(), "slice_axis": PICTURE})
     (patch,) = RandForegroundCropd("image", (4, 4, 1))(item)
+    assert patch["place"].isnan()
+
+
+def test_a_foreground_of_one_slice_has_no_place() -> None:
+    item = body_in_air()
+    item["image"][..., 4:] = 0
+    (patch,) = RandForegroundCropd("image", (4, 4, 1))(ForegroundIndicesd("image")(item))
     assert patch["place"].isnan()
