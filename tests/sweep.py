@@ -192,9 +192,8 @@ def main() -> None:
         sweep = Sweep(Path(folder))
         for case in chosen:
             fault = sweep.fault(case)
-            counts[
-                "training" if case.config == "train" else "evaluation and inference", fault and "bad", sweep.outcome
-            ] += 1
+            part = "training" if case.config == "train" else "evaluation and inference"
+            counts[f"{part}, {'bad' if fault else sweep.outcome}"] += 1
             if fault:
                 faults[str(case)] = fault
                 print(f"{case}: {fault}", flush=True)

@@ -41,7 +41,7 @@ def packed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pack_gives_back_small_data_sets(data: Path, packed: Path, tmp_path: Path) -> None:
     manifest = run.read_pack(packed)
     assert manifest is not None
-    assert manifest["files"]["films.zip"]["images"] == dict.fromkeys(sorted([*LABELLED, "cxr_adult"]), 64)
+    assert manifest["files"]["films.zip"]["images"] == dict.fromkeys(sorted([*LABELLED, "cxr_adult"]), 96)
     assert manifest["left_out"] == {"mr_acdc": f"it is not in {data}"}
     for _ in range(2):  # the second time it is there already
         run.unpack(packed, tmp_path)
