@@ -67,7 +67,7 @@ EXEMPT = {
     "bundle_root", "ckpt_dir", "data_dir", "log_dir", "model_path", "phantoms", "resume_from", "smoke", "start_from",
     "device", "on_cuda", "rank", "backend", "network", "compile_kwargs", "loader_class", "loader_workers",
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
-    "finalize", "is_not_rank0", "_desc_",
+    "finalize", "is_not_rank0", "_desc_",  # the last but one is of MONAI's tracking
 }  # fmt: skip
 UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the process
     "Engine run resuming from iteration 0,", "Current run is terminating due to exception:",
@@ -433,7 +433,9 @@ def refuse_phantoms(smoke: bool, output_dir: str | Path, pretrained: str | Path 
     folder, model = Path(output_dir, "phantoms"), Path(output_dir, "models", "model.pt")
     if not smoke:
         if pretrained and Path(pretrained).is_file() and read_settings(pretrained).get("phantoms"):
-            logger.warning("%s were trained on phantoms alone: on real images they show nothing.", pretrained)
+            logger.warning(
+                "The weights %s were trained on phantoms alone: what they say of real images means nothing.", pretrained
+            )
         return
     remedy = "give `dataset_dir`, the images to use, or for a trial on phantoms another `output_dir`"
     said = {path: read_settings(path).get("phantoms") for path in (model, pretrained) if path and Path(path).is_file()}
@@ -560,7 +562,7 @@ def check_training(
     _make_folders(smoke, data_dir, output_dir, "checkpoints", "eval", "models")
     model = Path(output_dir, "models", "model.pt")
     if smoke and resume_from is None and model.is_file():
-        logger.warning("Its weights will take the place of those of the smoke run before it, %s.", model)
+        logger.warning("This trial on phantoms will replace the weights of the one before it: %s.", model)
 
 
 def _refuse_other_run(checkpoint: str) -> None:

@@ -169,7 +169,7 @@ SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 # What decides how much memory a run takes.
 SIZES = (
     "batch_size", "image_size", "patch_size", "pixdim", "hidden_dim", "embedding_dim", "num_embeddings", "init_filters",
-    "blocks_down", "iterations_per_epoch", "patches_per_volume", "num_samples",
+    "blocks_down", "dense_level", "iterations_per_epoch", "patches_per_volume", "num_samples",
 )  # fmt: skip
 
 # Knobs, what must hold of them in a config that has them all, and what is said if it does not.
@@ -191,7 +191,7 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
     ("patch_size spatial_dims", lambda size, dims: len(size) == dims,
      "`patch_size` must have {1} values, as many as `spatial_dims`, got {0}."),
     ("slice_axis spatial_dims", lambda plane, dims: plane == "auto" or dims == 2,
-     "`slice_axis` has a meaning with `spatial_dims` 2 alone, got {0} and {1}: give that, too, or leave it out."),
+     "`slice_axis` needs `spatial_dims` 2, got {0} and {1}: set `spatial_dims` to 2, or leave `slice_axis` out."),
     ("a_min a_max", lambda low, high: low < high, "`a_min` must be below `a_max`, got {0} and {1}."),
     ("patch_size blocks_down",
      lambda size, blocks: not any(each % 2 ** (len(blocks) - 1) for each in size),

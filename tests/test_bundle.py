@@ -197,7 +197,7 @@ TRAINED = {"train": {"trainer": {"max_epochs": 2}}}
         ({"a_min": 5, "a_max": 5}, "`a_min` must be below `a_max`, got 5 and 5"),
         ({"patch_size": [16, 12, 8], "spatial_dims": 3, "blocks_down": [1] * 4}, "multiples of 2 .* 12, 8"),
         ({"patch_size": [16, 16, 8], "spatial_dims": 2}, r"`patch_size` must have 2 values, .*, got \[16, 16, 8\]"),
-        ({"slice_axis": "coronal", "spatial_dims": 3}, "`slice_axis` has a meaning with `spatial_dims` 2 alone, got"),
+        ({"slice_axis": "coronal", "spatial_dims": 3}, "`slice_axis` needs `spatial_dims` 2, got"),
         ({"pixdim": [1, 1], "spatial_dims": 3}, r"`pixdim` must have 3 values, as many as .*, got \[1, 1\]"),
         (
             {"pretraining": {"spatial_dims": 2}, "spatial_dims": 3, "pixdim": [1, 1]},
@@ -445,7 +445,7 @@ def test_a_smoke_run_says_which_weights_it_replaces(tmp_path: Path, caplog: pyte
     assert "take the place" not in caplog.text
     write(tmp_path / "models" / "model.pt", {})
     check_training(True, "phantoms", tmp_path, None)
-    assert f"take the place of those of the smoke run before it, {tmp_path}/models/model.pt." in caplog.text
+    assert f"replace the weights of the one before it: {tmp_path}/models/model.pt." in caplog.text
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:

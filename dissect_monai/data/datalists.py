@@ -268,9 +268,10 @@ def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None
         name = os.path.relpath(item["image"], images)
         found = by_name.get(name) or by_name.get(IMAGE_SUFFIX.sub("", name), [])
         if len(found) > 1 or of_label.keys() & {*found}:
+            other = f", which is also that of {of_label[found[0]]}" if found[0] in of_label else ""
             raise InputError(
-                f"{item['image']} must have a label map of its own, got {shorten(found)}, which is that of "
-                f"{of_label.get(found[0], 'the same name')}, too: rename them, or list both in a dataset.json."
+                f"{item['image']} must have one label map of its own, got {shorten(found)}{other}: rename them, or "
+                "list both in a dataset.json."
             )
         item |= {"label": found[0]} if found else {}
         of_label |= dict.fromkeys(found, str(item["image"]))

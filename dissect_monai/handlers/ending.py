@@ -17,22 +17,13 @@ from monai.utils import ensure_tuple
 
 from dissect_monai.common import Interval
 from dissect_monai.data.datalists import Datalist
+from dissect_monai.networks.encoders import SEGRESNET
 from dissect_monai.networks.weights import read_settings
 
 NOT_SCORED = "nothing could be scored, for lack of positives or negatives"
-# What the next command repeats, and of it what another bundle does not take.
-REPEATED = (
-    "dataset_dir",
-    "output_dir",
-    "bundle_root",
-    "task",
-    "group",
-    "modality",
-    "on_corrupt",
-    "num_workers",
-    "device",
-)
-OWN = {"bundle_root": "", "modality": ""}
+REPEATED = (  # by the next command
+    "dataset_dir", "output_dir", "bundle_root", "task", "group", "modality", "on_corrupt", "num_workers", "device",
+)  # fmt: skip
 
 
 class Result(NamedTuple):
@@ -95,7 +86,7 @@ def _next(
     knobs = {name: quote(value if isinstance(value, str) else json.dumps(value)) for name, value in given.items()}
     other, config = "", "inference"
     segments = "class_names" in settings
-    if trained and settings.get("encoder") == "SegResNet" and not segments:  # which is judged like that of HSSL
+    if trained and settings.get("encoder") == SEGRESNET and not segments:  # which is judged like that of HSSL
         other, config = "hssl_multidomain", "evaluate"
     elif trained and (all(data.labelled()[:3]) if images else data.validation or data.test):
         config = "evaluate"

@@ -133,7 +133,7 @@ class SSLMonitor(Monitor):
             figure = view_figure([seen[first], output.reconstruction[first]], captions)
             writer.add_image("reconstruction", figure, epoch)
         stages, indices, books = zip(*self._scales(output), strict=True)
-        captions = ["first view", *(f"codes of stage {stage}, alike codes in like colours" for stage in stages)]
+        captions = ["first view", *(f"codes of stage {stage}, similar codes in similar colours" for stage in stages)]
         figure = code_figure(seen[first], [scale[first] for scale in indices], books, captions)
         writer.add_image(f"codes_of_stages_{'_'.join(map(str, self.network.stages))}", figure, epoch)
 

@@ -85,7 +85,7 @@ class HierarchyTarget(NamedTuple):
     masked: Tensor | None  # (V·B, 1, *spatial), True where the network sees nothing; None without corruption
     task: Tensor  # (B,), int64, place in `tasks`
     group: Tensor  # (B,), int64, place in `groups`
-    place: Tensor | None = None  # (B,), in [0, 1] across the slices of the volume, NaN for pictures
+    place: Tensor | None = None  # (B,), in [0, 1] across the slices of the volume, NaN without a place
     placement: Placement | None = None  # of the V·B views in their images, which the dense contrast needs
 
 

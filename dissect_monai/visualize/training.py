@@ -43,7 +43,7 @@ def code_figure(
 def view_figure(columns: Sequence[Tensor], captions: Sequence[str] = (), slices: bool = False) -> Tensor:
     """A picture (3, rows, columns) in [0, 1] of batches (B, C, *spatial) in [0, 1] side by side, one row an image.
 
-    Above each column is its caption, if there are some, and below all, what a row is.
+    With `captions`, each column has its own above it, and the last line says what a row is.
 
     Small images are enlarged. Three channels are colours, else the first is shown; of volumes the middle slice. With
     `slices`, 2-D images are axial slices, which a radiologist sees from below.

@@ -339,10 +339,10 @@ def test_names_that_fit_two_files_or_none_are_refused(tmp_path: Path) -> None:
     folder = pairs(tmp_path, 2)
     picture(folder / "images/0.png")
     mask(folder / "labels/0.tif")
-    with pytest.raises(ValueError, match=r"images/0.* must have a label map of its own, got .*labels/0"):
+    with pytest.raises(ValueError, match=r"images/0.* must have one label map of its own, got .*labels/0"):
         read_segmentation(folder, spatial_dims=2)
     (folder / "labels/0.tif").unlink()
-    with pytest.raises(ValueError, match=r"images/0.* must have a label map of its own, got .*labels/0"):
+    with pytest.raises(ValueError, match=r"images/0.* must have one label map of its own, got .*labels/0"):
         read_segmentation(folder, spatial_dims=2)
     other = pairs(tmp_path / "other", 1)
     (other / "labels/0.png").rename(other / "labels/z.png")
