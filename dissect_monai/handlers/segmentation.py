@@ -119,10 +119,13 @@ class SegmentationEvaluation:
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= summary_metrics(summaries)
-        text = f"{with_interval('mean Dice', summaries[0].dice)} of {len(summaries) - 1 - len(unlabelled)} structures"
-        where = f"{summaries[0].n} subjects" if self.output_dir else f"on validation, epoch {engine.state.epoch}"
+        count, scored_names = summaries[0].n, len(summaries) - 1 - len(unlabelled)
+        text = f"{with_interval('mean Dice', summaries[0].dice)} of {scored_names} structures in {count} subjects"
+        text += "" if count > 1 else ", too few for an interval"
+        text += "" if self.output_dir else f", on validation, epoch {engine.state.epoch}"
         report = [] if self.facts is None else ["report.html"]
-        engine.state.result = Result(f"{text}, {where}", [*report, "summary.csv", "cases.csv"])
+        nothing = "nothing could be scored, since no label map has a structure"
+        engine.state.result = Result(text if count else nothing, [*report, "summary.csv", "cases.csv"])
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)
