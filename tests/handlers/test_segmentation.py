@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import Oracle, Writer, table
+from helpers import Oracle, Page, Writer, table
 from helpers import evaluated as run
 from matplotlib.figure import Figure
 from monai.data import DataLoader, Dataset, MetaTensor
@@ -133,7 +133,11 @@ def test_pictures_show_the_prediction_on_the_grid_of_the_file(tmp_path: Path, mo
     evaluated([item, item], handler, lost=(1,))
     assert list(writer.images) == [f"overlays/1_{pseudonyms([item])[0]}"]
     assert said == [f"Subject {pseudonyms([item])[0]}, epoch 1"] * 2
-    assert (tmp_path / "report.html").exists()
+    page = Page(tmp_path / "report.html")
+    names = page.of("dt")[: len(page.of("dt")) - 4]  # without those of the case
+    assert names == ["Mean Dice", "Weights", "Tolerance of surface Dice", "Largest part only", "Weights' SHA-256",
+                     "Bootstrap resamples", "Date", "Software"]
+    assert "HD95 the distance" in " ".join(page.of("li"))
     label = np.asarray(nib.load(item["image"]).dataobj)
     assert len(drawn) == 3  # twice in TensorBoard, and in the report from what was stored
     for given, maps, class_names, window in drawn:
