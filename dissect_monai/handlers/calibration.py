@@ -64,7 +64,7 @@ def provenance(facts: Mapping[str, Any], network: nn.Module, num_samples: int) -
     named = dict(facts)
     if named.get("data"):
         named["data"] = ", ".join(folder.name for folder in data_folders(named["data"]))
-    for name in ({"weights", "started from"} & named.keys()):
+    for name in {"weights", "started from"} & named.keys():
         named[name] = named[name] and "/".join(Path(named[name]).parts[-3:])
     sha = {"weights' SHA-256": fingerprint(network)[:12], "bootstrap resamples": num_samples}
     return {**named, **sha, "date": date.today().isoformat(), "software": f"dissect_monai {__version__}"}

@@ -188,8 +188,8 @@ class BestWeights:
 
     It writes atomically, stops all processes of a distributed run together although one of them validates, and goes on
     where it was: `best_metric`, `best_epoch`, `best_weights`, `best_result` and `num_worse` are part of the trainer's
-    state, and the best weights are written once more at the end. As long as the metric is NaN, since validation cannot judge any
-    finding, the latest weights are the best.
+    state, and the best weights are written once more at the end. As long as the metric is NaN, since validation cannot
+    judge any finding, the latest weights are the best.
 
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.

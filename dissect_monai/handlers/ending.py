@@ -98,6 +98,7 @@ def _next(
     if other and os.path.isfile(file) and (images or config == "evaluate" or mapped):
         if config == "train":  # of one folder, and with its own names of modalities
             knobs.pop("modality", None)
+            knobs |= {"spatial_dims": "3"} if images and settings.get("spatial_dims") == 3 else {}
             knobs |= {"dataset_dir": quote(mapped[0])} if len(ensure_tuple(typed.get("dataset_dir"))) > 1 else {}
         knobs.pop("bundle_root", None)
         knobs |= {"output_dir": quote(os.path.join(typed["output_dir"], other))} if "output_dir" in knobs else {}

@@ -103,7 +103,9 @@ class SegmentationEvaluation:
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
                 name = f"overlays/{len(self.cases)}_{self.pseudonyms[image]}"
                 figure = case_figure(item, maps, self.class_names, self.window)
-                figure.suptitle(f"Subject {self.pseudonyms[image]}, epoch {engine.state.epoch}", fontsize=10, color="white")
+                figure.suptitle(
+                    f"Subject {self.pseudonyms[image]}, epoch {engine.state.epoch}", fontsize=10, color="white"
+                )
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
@@ -126,10 +128,10 @@ class SegmentationEvaluation:
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= summary_metrics(summaries)
-        count, scored_names = summaries[0].n, len(summaries) - 1 - len(unlabelled)
-        text = f"{with_interval('mean Dice', summaries[0].dice)} of {scored_names} structures in {count} subjects"
-        text += "" if count > 1 else ", too few for an interval"
-        text += "" if self.output_dir else f", on validation, epoch {engine.state.epoch}"
+        count = summaries[0].n
+        subjects = f"{count} subjects" if count > 1 else "1 subject, too few for an interval"
+        text = f"{with_interval('mean Dice', summaries[0].dice)} of {len(summaries) - 1 - len(unlabelled)} structures"
+        text += f" in {subjects}" + ("" if self.output_dir else f", on validation, epoch {engine.state.epoch}")
         report = [] if self.facts is None else ["report.html"]
         nothing = "nothing could be scored, since no label map has a structure"
         engine.state.result = Result(text if count else nothing, [*report, "summary.csv", "cases.csv"])

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from monai.transforms import LoadImage, Resize, ScaleIntensityRangePercentiles
 from monai.visualize import GradCAM
 from numpy.typing import NDArray
-from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve

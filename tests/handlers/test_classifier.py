@@ -77,7 +77,11 @@ class Evaluated:
     ) -> None:
         self.network = Quadrants(scale)
         self.test, self.validation = test or Set(60, 1, rare=False), validation or Set(50, 0, rare=True)
-        arguments = {"num_samples": 50, "facts": {"data": "/home/me/made up", "weights": "/home/me/run/models/model.pt"}, **kwargs}
+        arguments = {
+            "num_samples": 50,
+            "facts": {"data": "/home/me/made up", "weights": "/home/me/run/models/model.pt"},
+            **kwargs,
+        }
         for item, image in zip(self.test.data, self.test.images, strict=True):
             item["image"] = str(folder / item["image"])
             Path(item["image"]).parent.mkdir(parents=True, exist_ok=True)
@@ -183,9 +187,10 @@ def test_the_report_shows_curves_facts_and_the_worst_cases(evaluated: Evaluated)
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     assert "<td>60</td><td>0</td>" in page
     assert len(re.findall('<svg role="img" aria-label="(ROC on the test split|Reliability)', page)) == 2
-    assert [len(re.findall(f'<td class="text">{start}{name}</td>', page)) for start, name in zip(
-        ("<svg .*?</svg>", "<svg .*?</svg>", ""), NAMES, strict=True
-    )] == [1, 1, 1]  # the last has no curve
+    assert [
+        len(re.findall(f'<td class="text">{start}{name}</td>', page))
+        for start, name in zip(("<svg .*?</svg>", "<svg .*?</svg>", ""), NAMES, strict=True)
+    ] == [1, 1, 1]  # the last has no curve
     assert page.count("data:image/jpeg;base64,") == 2 * 4
     wrong = evaluated.logits(evaluated.test)[:, :2].copy()
     labels = evaluated.test.labels.numpy()[:, :2]
