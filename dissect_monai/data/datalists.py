@@ -109,7 +109,8 @@ def read_datalist(
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
     training item. Its subject is the PatientID of DICOM; without one, it counts as a subject of its own. See `walk` and
-    `without_labels` for what is left out.
+    `without_labels` for what is left out. `subject_pattern` of dataset.json finds the subject in the name of a file that
+    is listed without one, see `subject_of`.
 
     Several folders are merged: label names are united, labels that a set does not have are unknown (NaN), and subjects
     become "<folder name>/<subject>".
@@ -217,7 +218,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
         return _read_json(folder / "dataset.json", check, pictures)
     if pictures and folder.is_dir() and (folders := label_folders(folder)):
-        return _paired(folders, check, pictures)
+        return _paired(folder, folders, check, pictures)
     if folder.is_dir():
         images = _find_images(folder, spatial_dims, pictures)
     elif image_format(folder) is not None:
@@ -233,7 +234,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     return Datalist(items, [], [])
 
 
-def _paired(folders: Folders, check: bool, pictures: bool) -> Datalist:
+def _paired(folder: Path, folders: Folders, check: bool, pictures: bool) -> Datalist:
     """The images of folders with their label maps; those of one folder below are of one subject, called like it."""
     splits: dict[str, list[Item]] = {}
     for split, (images, labels) in folders.items():
@@ -245,14 +246,14 @@ def _paired(folders: Folders, check: bool, pictures: bool) -> Datalist:
         if check and labels is not None:
             _add_labels(items, images, labels)
     if not any(splits.values()):
-        raise FileNotFoundError(f"{images} must hold images, got none that can be used here.")
+        raise FileNotFoundError(f"{images} must hold images, got none.")
     subjects = [item["subject"] for items in splits.values() for item in items if "subject" in item]
     if names := sorted({*subjects}) if len({*subjects}) < len(subjects) else ():
-        dicom.warn_once(
-            f"{images.parent}: {len(subjects)} images are of {len(names)} subjects ({shorten(names, 3)}), as their "
-            "folders or PatientIDs say. If these are no patients, write `subject_pattern`, a regular expression whose "
-            "group is the subject in a file name, into a dataset.json."
-        )
+        logger.info(
+            "%s: %d images are of %d subjects (%s), as their folders or PatientIDs say. If these are no patients, write "
+            "`subject_pattern`, a regular expression whose group is the subject in a file name, into a dataset.json.",
+            folder, len(subjects), len(names), shorten(names, 3),
+        )  # fmt: skip
     return Datalist(*(splits.get(split, []) for split in SPLITS))
 
 
@@ -387,7 +388,7 @@ def _read_json(path: Path, check: bool, pictures: bool = False) -> Datalist:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
     if isinstance(spec, dict) and spec.keys().isdisjoint(SPLITS) and (folders := label_folders(path.parent)):
-        found = _paired(folders, check, pictures)
+        found = _paired(path.parent, folders, check, pictures)
         if "subject_pattern" in spec:  # which counts more than folders
             found = found.with_items(lambda items: [{**item, "subject": None} for item in items])
         spec |= dict(zip(SPLITS, found, strict=False))

@@ -46,8 +46,8 @@ def label_folders(folder: Path) -> Folders:
         if len([name for name in names if name[0]]) == 1 and len(splits) < 2:
             found.setdefault((*kinds, "".join(splits)), []).append(path)
     labelled = {split for kind, split in found if kind == "labels" and ("images", split) in found}
-    splits = {split for kind, split in found if kind == "images" and bool(split) == any(labelled)} if labelled else ()
-    for kind, split in ((kind, split) for split in sorted(splits) for kind in ("images", "labels")):
+    splits = sorted({split for kind, split in found if kind == "images" and labelled and bool(split) == any(labelled)})
+    for kind, split in ((kind, split) for split in splits for kind in ("images", "labels")):
         if len(paths := found.get((kind, split), [])) > 1:
             what = "images" if kind == "images" else "label maps beside images"
             names = shorten([os.path.relpath(path, folder) for path in paths])

@@ -421,7 +421,7 @@ def _with_label_maps(datalist: Datalist) -> Datalist:
     if not kept.items():
         raise InputError(
             f"dataset.json must list volumes with the path of a label map (`label`), got {without} without: write it "
-            "there for each volume."
+            "there for each volume, or put pictures and masks of the same names into folders `images` and `labels`."
         )
     if without:
         logger.warning("%d volumes have no label map and are left out.", without)
