@@ -109,8 +109,8 @@ def read_datalist(
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
     training item. Its subject is the PatientID of DICOM; without one, it counts as a subject of its own. See `walk` and
-    `without_labels` for what is left out. `subject_pattern` of dataset.json finds the subject in the name of a file that
-    is listed without one, see `subject_of`.
+    `without_labels` for what is left out. `subject_pattern` of dataset.json finds the subject in the name of a file
+    that is listed without one, see `subject_of`.
 
     Several folders are merged: label names are united, labels that a set does not have are unknown (NaN), and subjects
     become "<folder name>/<subject>".
@@ -250,8 +250,8 @@ def _paired(folder: Path, folders: Folders, check: bool, pictures: bool) -> Data
     subjects = [item["subject"] for items in splits.values() for item in items if "subject" in item]
     if names := sorted({*subjects}) if len({*subjects}) < len(subjects) else ():
         logger.info(
-            "%s: %d images are of %d subjects (%s), as their folders or PatientIDs say. If these are no patients, write "
-            "`subject_pattern`, a regular expression whose group is the subject in a file name, into a dataset.json.",
+            "%s: %d images are of %d subjects (%s), as their folders or PatientIDs say. If these are no patients, "
+            "write `subject_pattern`, a regular expression whose group is the subject in a name, into a dataset.json.",
             folder, len(subjects), len(names), shorten(names, 3),
         )  # fmt: skip
     return Datalist(*(splits.get(split, []) for split in SPLITS))

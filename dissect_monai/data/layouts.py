@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from dissect_monai.common import InputError, shorten
@@ -41,10 +40,11 @@ def label_folders(folder: Path) -> Folders:
         ValueError: if there are several folders of one kind.
     """
     found: dict[tuple[str, str], list[Path]] = {}
-    for path, names in _named_folders(folder):
-        kinds, splits = ({name[at] for name in names if name[at]} for at in (0, 1))
-        if len([name for name in names if name[0]]) == 1 and len(splits) < 2:
-            found.setdefault((*kinds, "".join(splits)), []).append(path)
+    for path in (*sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))):
+        said = [_said(name) for name in path.relative_to(folder).parts]
+        kinds, splits = ({each[at] for each in said if each and each[at]} for at in (0, 1))
+        if None not in said and len(kinds) == 1 and len(splits) < 2:
+            found.setdefault(("".join(kinds), "".join(splits)), []).append(path)
     labelled = {split for kind, split in found if kind == "labels" and ("images", split) in found}
     splits = sorted({split for kind, split in found if kind == "images" and labelled and bool(split) == any(labelled)})
     for kind, split in ((kind, split) for split in splits for kind in ("images", "labels")):
@@ -57,18 +57,11 @@ def label_folders(folder: Path) -> Folders:
     return {split or "training": (found["images", split][0], *found.get(("labels", split), [None])) for split in splits}
 
 
-def _named_folders(folder: Path, above: Sequence[tuple[str, str]] = ()) -> list[tuple[Path, list[tuple[str, str]]]]:
-    """Folders in a folder, and in those, whose names say a kind ("images", "labels") or a split, with what they say."""
-    found = []
-    with os.scandir(folder) as entries:
-        paths = sorted(Path(each) for each in entries if each.is_dir() and each.name[0] != ".")
-    for path in paths:
-        first, what, last, camel = _FOLDER.fullmatch(path.name).groups("")  # type: ignore[union-attr]
-        kind = "images" if _IMAGES.fullmatch(what) else "labels" if LABELS.fullmatch(what) else ""
-        if kind or not what:
-            names = [*above, (kind, _SPLITS[(first or last or camel).lower()[:2]])]
-            found += [(path, names), *(_named_folders(path, names) if not above else ())]
-    return found
+def _said(name: str) -> tuple[str, str] | None:
+    """Kind ("images", "labels" or "") and split (or "") that the name of a folder says; None if it says neither."""
+    first, what, last, camel = _FOLDER.fullmatch(name).groups("")  # type: ignore[union-attr]
+    kind = "images" if _IMAGES.fullmatch(what) else "labels" if LABELS.fullmatch(what) else ""
+    return (kind, _SPLITS[(first or last or camel).lower()[:2]]) if (kind or not what) and name[0] != "." else None
 
 
 def _has_pairs(folder: Path) -> bool:

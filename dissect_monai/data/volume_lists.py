@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.data import Dataset
 from monai.utils import ensure_tuple
 
@@ -312,14 +313,11 @@ def _channels(items: Sequence[Item]) -> int:
         with suppress(InputError):
             if image_format(item["image"]) in ("picture", "dicom"):
                 grid = read_grid(item["image"], pictures=True)
-                if grid.channels == 3 and grid.shape[2] == 1 and _has_colours(item["image"]):
-                    return 3
+                if grid.channels == 3 and grid.shape[2] == 1:
+                    rgb, _ = ImageFileReader(spatial_dims=3, channels=3).get_data(Path(item["image"]))
+                    if np.ptp(rgb, -1).max() > _GREY:
+                        return 3
     return 1
-
-
-def _has_colours(path: str) -> bool:
-    rgb = ImageFileReader(spatial_dims=3, channels=3).get_data(Path(path))[0]
-    return bool((rgb.max(-1) - rgb.min(-1) > _GREY).any())
 
 
 def _warn_of_planes(

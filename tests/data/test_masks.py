@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -427,6 +428,7 @@ def test_splits_are_those_of_the_folders_and_subjects_those_below(
                 picture(tmp_path / split / f"images/{name}/{index}.png")
                 mask(tmp_path / split / f"masks/{name}/{index}.png")
     picture(tmp_path / "images/left.png")  # which no split has
+    caplog.set_level(logging.INFO)
     datalist = read_segmentation(tmp_path, spatial_dims=2)
     assert [sorted({item["subject"] for item in part}) for part in datalist[:3]] == [["a", "b", "c"], ["d"], ["e"]]
     assert "10 images are of 5 subjects (a, b, c, ...)" in caplog.text
