@@ -88,10 +88,13 @@ class Datalist(NamedTuple):
     def complete(self, items: Sequence[Item]) -> list[Item]:
         """Add what items lack that give nothing but "image" and "label", as MONAI Label lists them.
 
-        Their label maps must hold the classes themselves, 1, 2, ... in the order of `class_names`, and each image is a
-        subject of its own. What an item gives stays.
+        Their label maps must hold the classes themselves, 1, 2, ... in the order of `class_names`, or the larger values
+        of `mask_values`, such as 255, and each image is a subject of its own. What an item gives stays.
         """
         labels = {name: [value] for value, name in enumerate(self.class_names, start=1)}
+        for name, value in self.mask_values.items():
+            if name in labels and isinstance(value, int) and value > len(labels):
+                labels[name].append(value)
         common = {"task": "given", "modality": self.modality or "unknown", "labels": labels}
         return [{**common, "subject": Path(item["image"]).name, **item} for item in items]
 

@@ -24,7 +24,7 @@ from dissect_monai.data.splits import hold_out, refuse_other_channels, split_tra
 logger = logging.getLogger(__name__)
 PerFolder = str | Sequence[str] | Mapping[str, str] | None  # a value for all folders, or one by the name of a folder
 _GREY = 8  # of 255, by which the channels of a grey picture that is stored in RGB may differ
-_OF_WEIGHTS = ("class_names", "modality", "in_channels")  # what their settings say of a segmentation
+_OF_WEIGHTS = ("class_names", "modality", "in_channels", "mask_values")  # what their settings say of a segmentation
 
 
 def aggregate(
@@ -87,7 +87,7 @@ def aggregate(
     for name in task_names if pictures else ():
         items = [item for item in merged.items() if item["task"] == name]
         if slice_axis == "auto":
-            _warn_of_planes(items, headers, f"task {name!r}", position)
+            _warn_of_planes(items, f"task {name!r}", position)
         if test_seed is not None:
             name_values(items, on_corrupt)
     datalist = merged._replace(headers=headers, task_names=task_names, group_names=group_names, in_channels=in_channels)
@@ -165,10 +165,7 @@ def read_segmentation(
     if spatial_dims == 2:
         name_values(merged.items(), on_corrupt, weights)
         if slice_axis == "auto":
-            found = read_all(Dataset(merged.items(), _header_or_none), num_workers=8)[0]
-            images = [item["image"] for item in merged.items()]
-            headers = {image: VolumeHeader(*each) for image, each in zip(images, found, strict=True) if each}
-            _warn_of_planes(merged.items(), headers, "the data")
+            _warn_of_planes(merged.items(), "the data")
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     refuse_leaks(datalist)  # links may give one image to two subjects
     trained_on = datalist.training or datalist.items()
@@ -320,31 +317,20 @@ def _channels(items: Sequence[Item]) -> int:
     return 1
 
 
-def _warn_of_planes(
-    items: Sequence[Item], headers: Mapping[str, VolumeHeader], what: str, refuse: bool = False
-) -> None:
+def _warn_of_planes(items: Sequence[Item], what: str, refuse: bool = False) -> None:
     planes: dict[str, list[str]] = {}
-    for image in (item["image"] for item in items if item["image"] in headers):
-        kind, shape = image_format(image), headers[image].shape
-        if kind != "picture" and not (kind == "dicom" and 1 in shape):  # which is one, too
-            planes.setdefault(acquired_plane(*headers[image]), []).append(image)
-    if len(planes) < 2:
-        return
+    for image in (item["image"] for item in items):
+        with suppress(ValueError, OSError):  # pictures, and what is left to what reads the images
+            planes.setdefault(acquired_plane(*read_header(image)), []).append(image)
     found = ", ".join(f"{len(images)} {plane} (such as {images[0]})" for plane, images in sorted(planes.items()))
     remedy = "choose one for all by `slice_axis`, or make a data folder of each"
-    if refuse:
+    if len(planes) > 1 and refuse:
         raise InputError(
             f"the slices of {what} must be of one plane for a contrast of places, got {found}: {remedy}, or set "
             "`position_weight` to 0."
         )
-    logger.warning("The volumes of %s were acquired in several planes, %s: %s.", what, found, remedy)
-
-
-def _header_or_none(item: Item) -> VolumeHeader | None:
-    """That of a volume; what has none that can be read is left to what reads the images."""
-    with suppress(ValueError, OSError):
-        return read_header(item["image"])
-    return None
+    if len(planes) > 1:
+        logger.warning("The volumes of %s were acquired in several planes, %s: %s.", what, found, remedy)
 
 
 def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:

@@ -343,6 +343,20 @@ def test_weights_name_the_values_that_a_folder_to_be_scored_does_not(
         read_segmentation(other, spatial_dims=2, weights=weights)
 
 
+def test_masks_that_a_server_lists_have_classes_or_the_values_of_training(tmp_path: Path) -> None:
+    image, label = picture(tmp_path / "a.png"), tmp_path / "b.png"
+    settings = {"class_names": ["disc", "cup"], "mask_values": {"disc": 2, "cup": 255}, "in_channels": 1}
+    items = [{"image": str(image), "label": str(label)}]
+    datalist = read_segmentation(None, given=(items, []), settings=settings, spatial_dims=2)
+    assert datalist.training[0]["labels"] == {"disc": [1], "cup": [2, 255]}
+    assert datalist.mask_values == settings["mask_values"]
+
+
+def test_two_channels_are_none_of_a_picture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 channel\(s\), got picture for .*: set `in_channels` to 1 or 3"):
+        read_segmentation(pairs(tmp_path), spatial_dims=2, in_channels=2)
+
+
 def test_weights_without_values_ask_for_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'do not know those of liver: write `labels`, such as {"liver": 1}'):
         read_segmentation(pairs(tmp_path), spatial_dims=2, weights={"class_names": ["liver"]})
