@@ -24,7 +24,7 @@ _FOLDER = re.compile(rf"(?:({_SPLIT})(?:[-_ ]|$))?(.*?)(?:[-_ ]({_SPLIT})|(Tr|Ts
 _SPLITS = {"": "", "tr": "training", "va": "validation", "ts": "test", "te": "test"}  # by their first two letters
 # Of names that are else those of images: x_mask.png, x_segmentation.png, mask_1.png beside image_1.png.
 _KIND = "images?|imgs?|labels?|masks?|segs?|segmentations?|annotations?|gts?|ground[-_ ]?truth"
-_AFFIX = re.compile(rf"^({_KIND})[-_. ]+(?=.)|[-_. ]+({_KIND})$", re.IGNORECASE)
+_AFFIX = re.compile(rf"^({_KIND})[-_. ]+(?=.)|[-_. ]+({_KIND})([-_ ]?\d+)?$", re.IGNORECASE)
 _CHANNEL = re.compile(r"_\d{4}$")  # of a file of nnU-Net
 Folders = dict[str, tuple[Path, "Path | None"]]  # of images and of their label maps, by split
 

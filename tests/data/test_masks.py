@@ -488,6 +488,16 @@ def test_several_channels_of_nnunet_are_refused(tmp_path: Path) -> None:
         read_segmentation(tmp_path, spatial_dims=2)
 
 
+def test_two_masks_of_one_picture_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "benign/a (1).png")
+    for name in ("a (1)_mask.png", "a (1)_mask_1.png"):
+        mask(tmp_path / "benign" / name)
+    with pytest.raises(
+        ValueError, match=r"a \(1\).png must have one label map of its own, got .*_mask.png, .*_mask_1.png"
+    ):
+        read_segmentation(tmp_path, spatial_dims=2)
+
+
 def test_two_folders_of_one_kind_or_none_of_images_are_refused(tmp_path: Path) -> None:
     folder = pairs(tmp_path)
     picture(folder / "imgs/0.png")
