@@ -40,10 +40,10 @@ def label_folders(folder: Path) -> Folders:
         ValueError: if there are several folders of one kind.
     """
     found: dict[tuple[str, str], list[Path]] = {}
-    for path in (*sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))):
+    for path in (*_named(folder), *(below for each in _named(folder) for below in _named(each))):
         said = [_said(name) for name in path.relative_to(folder).parts]
         kinds, splits = ({each[at] for each in said if each and each[at]} for at in (0, 1))
-        if None not in said and len(kinds) == 1 and len(splits) < 2:
+        if len(kinds) == 1 and len(splits) < 2:
             found.setdefault(("".join(kinds), "".join(splits)), []).append(path)
     labelled = {split for kind, split in found if kind == "labels" and ("images", split) in found}
     splits = sorted({split for kind, split in found if kind == "images" and labelled and bool(split) == any(labelled)})
@@ -55,6 +55,10 @@ def label_folders(folder: Path) -> Folders:
     if not splits and _has_pairs(folder):
         return {"training": (folder, folder)}
     return {split or "training": (found["images", split][0], *found.get(("labels", split), [None])) for split in splits}
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if _said(each.name) and each.is_dir())
 
 
 def _said(name: str) -> tuple[str, str] | None:
