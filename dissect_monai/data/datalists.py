@@ -257,7 +257,8 @@ def _paired(folder: Path, folders: Folders, check: bool, pictures: bool) -> Data
             "write `subject_pattern`, a regular expression whose group is the subject in a name, into a dataset.json.",
             folder, len(subjects), len(names), shorten(names, 3),
         )  # fmt: skip
-    return Datalist(*(splits.get(split, []) for split in SPLITS))
+    training, validation, test = (splits.get(split, []) for split in SPLITS)
+    return Datalist(training, validation, test)
 
 
 def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None:
@@ -421,7 +422,9 @@ def _read_json(path: Path, check: bool, pictures: bool = False) -> Datalist:
     items = [item for split in splits for item in split]
     for item in items if "subject_pattern" in spec else ():
         if "subject" not in item:
-            item["subject"] = subject_of(item["image"], spec["subject_pattern"], f"`subject_pattern` of {path}")
+            item["subject"] = subject_of(
+                Path(item["image"]).name, spec["subject_pattern"], f"`subject_pattern` of {path}"
+            )
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
     both = sorted(

@@ -46,15 +46,15 @@ def label_folders(folder: Path) -> Folders:
         if len(kinds) == 1 and len(splits) < 2:
             found.setdefault(("".join(kinds), "".join(splits)), []).append(path)
     labelled = {split for kind, split in found if kind == "labels" and ("images", split) in found}
-    splits = sorted({split for kind, split in found if kind == "images" and labelled and bool(split) == any(labelled)})
-    for kind, split in ((kind, split) for split in splits for kind in ("images", "labels")):
+    chosen = sorted({split for kind, split in found if kind == "images" and labelled and bool(split) == any(labelled)})
+    for kind, split in ((kind, split) for split in chosen for kind in ("images", "labels")):
         if len(paths := found.get((kind, split), [])) > 1:
             what = "images" if kind == "images" else "label maps beside images"
             names = shorten([os.path.relpath(path, folder) for path in paths])
             raise InputError(f"{folder} must have one folder of {what}, got {names}: move the others.")
-    if not splits and _has_pairs(folder):
+    if not chosen and _has_pairs(folder):
         return {"training": (folder, folder)}
-    return {split or "training": (found["images", split][0], *found.get(("labels", split), [None])) for split in splits}
+    return {split or "training": (found["images", split][0], *found.get(("labels", split), [None])) for split in chosen}
 
 
 def _named(folder: Path) -> list[Path]:
@@ -102,9 +102,8 @@ def names_of(name: str) -> tuple[str, str]:
     return os.path.join(folder, stem), os.path.join(folder, _AFFIX.sub("", stem, count=1))
 
 
-def subject_of(image: str, pattern: str, where: str) -> str:
+def subject_of(name: str, pattern: str, where: str) -> str:
     """The subject in the name of an image: what the one group of a regular expression finds there."""
-    name = Path(image).name
     try:
         found = re.search(pattern, name)
     except (re.error, TypeError) as error:
