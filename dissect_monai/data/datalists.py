@@ -221,7 +221,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
         return _read_json(folder / "dataset.json", check, pictures)
     if pictures and folder.is_dir() and (folders := label_folders(folder)):
-        return _paired(folder, folders, check, pictures)
+        return _paired(folders, check, pictures)
     if folder.is_dir():
         images = _find_images(folder, spatial_dims, pictures)
     elif image_format(folder) is not None:
@@ -237,7 +237,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     return Datalist(items, [], [])
 
 
-def _paired(folder: Path, folders: Folders, check: bool, pictures: bool) -> Datalist:
+def _paired(folders: Folders, check: bool, pictures: bool) -> Datalist:
     """The images of folders with their label maps; those of one folder below are of one subject, called like it."""
     splits: dict[str, list[Item]] = {}
     for split, (images, labels) in folders.items():
@@ -250,13 +250,6 @@ def _paired(folder: Path, folders: Folders, check: bool, pictures: bool) -> Data
             _add_labels(items, images, labels)
     if not any(splits.values()):
         raise FileNotFoundError(f"{images} must hold images, got none.")
-    subjects = [item["subject"] for items in splits.values() for item in items if "subject" in item]
-    if names := sorted({*subjects}) if len({*subjects}) < len(subjects) else ():
-        logger.info(
-            "%s: %d images are of %d subjects (%s), as their folders or PatientIDs say. If these are no patients, "
-            "write `subject_pattern`, a regular expression whose group is the subject in a name, into a dataset.json.",
-            folder, len(subjects), len(names), shorten(names, 3),
-        )  # fmt: skip
     training, validation, test = (splits.get(split, []) for split in SPLITS)
     return Datalist(training, validation, test)
 
@@ -287,7 +280,9 @@ def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None
             f"{label_folder} must hold label maps with the names of the images, but for the suffix, got {without[0]} "
             f"and {shorten(unused, 1) or 'no label map'}: rename them, or list both in a dataset.json."
         )
-    logger.info("Found %d images in %s, %d with a label map in %s.", len(items), images, len(of_label), label_folder)
+    subjects = len({item.get("subject", item["image"]) for item in items})
+    what = f"{len(items)} images of {subjects} subjects"
+    logger.info("Found %s in %s, %d with a label map in %s.", what, images, len(of_label), label_folder)
     for files, what in ((without, "Images without a label map"), (unused, "Label maps without an image")):
         if files:
             logger.warning("%s: %d (%s).", what, len(files), shorten(files, 3))
@@ -392,7 +387,7 @@ def _read_json(path: Path, check: bool, pictures: bool = False) -> Datalist:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
     if isinstance(spec, dict) and spec.keys().isdisjoint(SPLITS) and (folders := label_folders(path.parent)):
-        found = _paired(path.parent, folders, check, pictures)
+        found = _paired(folders, check, pictures)
         if "subject_pattern" in spec:  # which counts more than folders
             found = found.with_items(lambda items: [{**item, "subject": None} for item in items])
         spec |= dict(zip(SPLITS, found, strict=False))
