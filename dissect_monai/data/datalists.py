@@ -106,9 +106,9 @@ def read_datalist(
 
     dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...} or of image
     paths, relative to its folder; only `training` and "image" are required. A label is a list of 0, 1 or null
-    (unknown), a mapping of names to such values, or the path of a label map. `label_names` names the values, else they
-    are called finding_0, finding_1, ... `task`, `group`, `modality` and `labels` (the names of the values of label
-    maps) of the whole set are copied to its items.
+    (unknown), a mapping of names to such values, or the path of a label map. `label_names` names the values, else
+    they are called finding_0, finding_1, ... `task`, `group`, `modality` and `labels` (the names of the values of label
+    maps; else `label_names` names 1, 2, ...) of the whole set are copied to its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
     training item. Its subject is the PatientID of DICOM; without one, it counts as a subject of its own. See `walk` and
@@ -437,6 +437,10 @@ def _read_json(path: Path, check: bool, pictures: bool = False) -> Datalist:
         names = [*named] or [f"finding_{index}" for index in range(len(ensure_tuple(labels[0])))]
     for item in with_findings:
         item["label"] = _read_label(item["label"], names, f"{path}: the label of {item['image']}")
+    of_values = {name: value for value, name in enumerate(names, start=str(names[:1]).lower() != "['background']")}
+    for item in items if of_values else ():
+        if isinstance(item.get("label"), str) and "colours" not in item:
+            item.setdefault("labels", of_values)
     training, validation, test = splits
     return Datalist(training, validation, test, names if with_findings else [])
 

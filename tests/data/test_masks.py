@@ -471,6 +471,15 @@ def test_a_list_without_lists_names_what_lies_in_the_folders(tmp_path: Path, dim
             read_segmentation(tmp_path, spatial_dims=dims)
 
 
+@pytest.mark.parametrize("names", [["disc", "cup"], ["background", "disc", "cup"]])
+def test_names_of_labels_are_those_of_values_in_order(tmp_path: Path, names: list[str]) -> None:
+    folder = pairs(tmp_path, 2, (0, 2, 1))
+    (folder / "dataset.json").write_text(json.dumps({"label_names": names}))
+    datalist = read_segmentation(folder, spatial_dims=2)
+    assert datalist.class_names == ["disc", "cup"]
+    assert datalist.mask_values == {"disc": 1, "cup": 2}
+
+
 def test_a_list_of_colours_alone_is_enough_beside_folders(tmp_path: Path) -> None:
     folder = pairs(tmp_path, 2, ([0] * 3, RED, GREEN))
     (folder / "dataset.json").write_text(json.dumps({"colours": {"polyp": RED, "tool": GREEN}}))
