@@ -219,7 +219,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
     if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
-        return _read_json(folder / "dataset.json", check, pictures)
+        return _read_json(folder / "dataset.json", check, pictures or spatial_dims == 2)
     if pictures and folder.is_dir() and (folders := label_folders(folder)):
         return _paired(folders, check, pictures)
     if folder.is_dir():

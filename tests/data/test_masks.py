@@ -11,6 +11,7 @@ import SimpleITK as sitk  # noqa: N813
 from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
+from dissect_monai.data.datalists import read_datalist
 from dissect_monai.data.masks import LoadLabeld, load_label
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
@@ -484,6 +485,7 @@ def test_a_list_of_colours_alone_is_enough_beside_folders(tmp_path: Path) -> Non
     folder = pairs(tmp_path, 2, ([0] * 3, RED, GREEN))
     (folder / "dataset.json").write_text(json.dumps({"colours": {"polyp": RED, "tool": GREEN}}))
     assert read_segmentation(folder, spatial_dims=2).class_names == ["polyp", "tool"]
+    assert len(read_datalist(folder).training) == 2  # of a bundle for pictures without masks
     (folder / "images").rename(folder / "frames")
     with pytest.raises(ValueError, match=r"list `training`.*without lists, it must lie beside folders called images"):
         read_segmentation(folder, spatial_dims=2)
