@@ -35,7 +35,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LINES: dict[Any, str] = {  # once the colours are used up, for Matplotlib and for SVG
     "-": "none", "--": "6 3", ":": "2 3", "-.": "7 3 2 3", (0, (7, 2, 2, 2, 2, 2)): "7 2 2 2 2 2",
 }  # fmt: skip
-INK, GREY = "#111827", "#6B7280"
+GREY = "#6B7280"  # readable on white and on black
 NUM_BINS = 10  # of the reliability curves; the calibration error has its own, finer ones
 MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
