@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -147,7 +148,8 @@ def codes_dir(weights: str | Path) -> Path:
 
 
 def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
-    shape = {key: settings[key] for key in ("spatial_dims", "init_filters", "blocks_down") if key in settings}
+    names = [name for name in signature(build_encoder).parameters if name in settings and name != "encoder"]
+    shape = {name: settings[name] for name in names}
     try:
         return build_encoder(settings["encoder"], **shape)
     except (KeyError, InputError) as error:
