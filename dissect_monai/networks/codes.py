@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
-from dissect_monai.networks.encoders import PROBE_SIDE, build_encoder, feature_maps, stage_shapes
+from dissect_monai.networks.encoders import PROBE_SIDE, encoder_of, feature_maps, stage_shapes
 from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer
 from dissect_monai.networks.vqssl import Decoder, VQSSLNet
 from dissect_monai.networks.weights import load_torch, load_weights, read_settings
@@ -148,9 +147,7 @@ def codes_dir(weights: str | Path) -> Path:
 
 
 def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
-    names = [name for name in signature(build_encoder).parameters if name in settings and name != "encoder"]
-    shape = {name: settings[name] for name in names}
     try:
-        return build_encoder(settings["encoder"], **shape)
+        return encoder_of(settings)
     except (KeyError, InputError) as error:
         raise InputError(f"{weights} must be of an encoder that was pretrained, got {error}: {REMEDY}.") from error

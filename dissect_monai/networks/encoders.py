@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,6 +67,17 @@ def build_encoder(
     shape = {"init_filters": init_filters, "blocks_down": blocks_down}
     network = _build(encoder, spatial_dims, in_channels or 1, num_classes, shortcuts, shape)
     return normalise_first(network, in_channels or 1, pretrained_norm)
+
+
+def encoder_of(settings: Mapping[str, Any], num_classes: int | None = None) -> nn.Module:
+    """The encoder, untrained, that the settings beside weights describe.
+
+    Raises:
+        KeyError: if they name none.
+        ValueError: if `build_encoder` has none of that name.
+    """
+    known = signature(build_encoder).parameters.keys() & settings.keys() - {"encoder", "num_classes"}
+    return build_encoder(settings["encoder"], **{name: settings[name] for name in known}, num_classes=num_classes)
 
 
 def _build(

@@ -189,6 +189,47 @@ def sum_first_convolution(network: nn.Module, state: dict[str, Tensor]) -> dict[
     return _shifted(network, state | {f"{name}.weight": summed}, _offset(conv, kernel))
 
 
+def layout_of(encoder: nn.Module) -> Layout:
+    """The layout in which an encoder is published: the first, and of a Swin transformer that of a `SwinUNETR`.
+
+    Raises:
+        ValueError: if nobody but MONAI has such a network.
+    """
+    for layout in (*(each for each in LAYOUTS if each.prefix), *LAYOUTS[:-1]):
+        if isinstance(encoder, layout.kinds):
+            return layout
+    raise InputError(f"a {type(encoder).__name__} is of MONAI alone, whose class loads model.pt as it is.")
+
+
+def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Tensor]:
+    """Tensors of an encoder, or of a classifier, by the keys of `layout_of`: the same outputs in their network.
+
+    Biases of shortcuts, which others have not, go into the batch norm behind them. Images are normalised outside, as
+    `channel_norm` says for `in_channels`.
+
+    Args:
+        encoder: of `build_encoder`, in any mode.
+        in_channels: 3 to write a first convolution of one channel for the three equal channels of a grey image; None
+            for as many as it has.
+    """
+    layout, state = layout_of(encoder), dict(encoder.state_dict())
+    for key in [key for key in state if key.endswith("downsample.0.bias")]:
+        mean = key.replace("0.bias", "1.running_mean")
+        state[mean] = state[mean] - state.pop(key)
+    name, conv = first_convolution(encoder)
+    if in_channels == 3 and conv.in_channels == 1:
+        # Shares that add up to the same bits.
+        parts = [
+            conv.weight.data * share * (1 / ratio)
+            for share, ratio in zip((0.25, 0.25, 0.5), _ratios(conv), strict=True)
+        ]
+        kernel = torch.cat(parts, 1)
+        state = _shifted(encoder, state | {f"{name}.weight": kernel}, -_offset(conv, kernel))
+    elif in_channels not in (None, conv.in_channels):
+        raise InputError(f"`in_channels` must be {conv.in_channels}, as the network has, or 3 of 1, got {in_channels}.")
+    return {f"{layout.prefix}{layout.spell(key)}": value.contiguous() for key, value in state.items()}
+
+
 def _ratios(conv: nn.Module) -> list[float]:
     norm = getattr(conv, "norm", "none")
     return [channel_norm(norm, 1)[1][0] / std for std in channel_norm(norm, 3)[1]]
@@ -210,4 +251,6 @@ def _shifted(network: nn.Module, state: dict[str, Tensor], offset: Tensor) -> di
         return state | {bias: (state[bias] + offset).float()}
     if mean in state:
         return state | {mean: (state[mean] - offset).float()}
+    if offset.any():
+        raise InputError(f"the means of three channels need a bias behind {name}: set `in_channels` to 3.")
     return state
