@@ -16,7 +16,7 @@ from dissect_monai.common import PLANES, InputError, bad_input, root_cause
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
-from dissect_monai.networks.encoders import DOWNSAMPLE, ENCODERS, NORMS, RESNETS, SEGRESNET
+from dissect_monai.networks.encoders import ENCODERS, NORMS, RESNETS, SEGRESNET, SHORTCUTS
 from dissect_monai.networks.optimizers import MODES
 from dissect_monai.networks.vqssl import FUSIONS
 from dissect_monai.networks.weights import refuse_bad_mode
@@ -151,7 +151,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_one_of("auto", *PLANES), "slice_axis", ""),
     (_one_of(*BALANCES), "class_balance", ""),
     (_one_of(*ENCODERS), "encoder", ""),
-    (_one_of(*DOWNSAMPLE), "downsample", ""),
+    (_one_of(*SHORTCUTS), "resnet_shortcuts", ""),
     (_one_of(*NORMS), "pretrained_norm", ""),
     (_one_of(*FUSIONS), "fusion", ""),
     (_one_of("cosine", "euclidean"), "metric", ""),

@@ -22,7 +22,7 @@ ENCODERS = (*RESNETS, "densenet121", "efficientnet-b0", "swin", SEGRESNET)
 HEADS = ("fc", "_fc", "class_layers.out")  # of a ResNet and of our own, of an EfficientNet, of a DenseNet
 LAYERS = ("layer1", "layer2", "layer3", "layer4")  # stages of other networks that are built like ResNets
 PROBE_SIDE = 64  # a multiple of every stage's stride
-DOWNSAMPLE: dict[str, dict[str, Any]] = {  # arguments of MONAI's ResNet
+SHORTCUTS: dict[str, dict[str, Any]] = {  # arguments of MONAI's ResNet
     "biased": {}, "unbiased": {"bias_downsample": False}, "padded": {"shortcut_type": "A"},
 }  # fmt: skip
 NORMS = {  # mean and std of each of three channels in [0, 1]
@@ -40,7 +40,7 @@ def build_encoder(
     init_filters: int = 16,
     blocks_down: Sequence[int] = (1, 2, 2, 4),
     pretrained_norm: str = "none",
-    downsample: str = "biased",
+    resnet_shortcuts: str = "biased",
 ) -> nn.Module:
     """A network of MONAI as an encoder or, with `num_classes`, as a classifier, untrained.
 
@@ -55,15 +55,15 @@ def build_encoder(
         init_filters: of a SegResNet.
         blocks_down: of a SegResNet.
         pretrained_norm: a name of `NORMS`: how the network itself normalises images, see `normalise_first`.
-        downsample: shortcuts of a ResNet, a name of `DOWNSAMPLE`. Convolutions of torchvision, timm and MedicalNet are
+        resnet_shortcuts: of a ResNet, a name of `SHORTCUTS`. Convolutions of torchvision, timm and MedicalNet are
             "unbiased"; MedicalNet's ResNet-18 and 34 have none and are "padded" with zeros.
 
     Raises:
         ValueError: if there is no such encoder, or "swin" lacks einops.
     """
-    if downsample not in DOWNSAMPLE:
-        raise InputError(f"`downsample` must be one of {', '.join(DOWNSAMPLE)}, got {downsample!r}.")
-    shortcuts = DOWNSAMPLE[downsample]
+    if resnet_shortcuts not in SHORTCUTS:
+        raise InputError(f"`resnet_shortcuts` must be one of {', '.join(SHORTCUTS)}, got {resnet_shortcuts!r}.")
+    shortcuts = SHORTCUTS[resnet_shortcuts]
     shape = {"init_filters": init_filters, "blocks_down": blocks_down}
     network = _build(encoder, spatial_dims, in_channels or 1, num_classes, shortcuts, shape)
     return normalise_first(network, in_channels or 1, pretrained_norm)
@@ -120,7 +120,7 @@ class _First(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, C, *spatial) of images (B, 1 or in_channels, *spatial) in [0, 1]."""
         if images.shape[1] == 1:
-            images = images.expand([-1, self.in_channels] + [-1] * (images.dim() - 2))
+            images = images.expand([-1, self.in_channels] + [-1] * (images.dim() - 2))  # type: ignore[arg-type]
         return self._conv_forward((images - self.mean) / self.std, self.weight, self.bias)  # type: ignore[operator]
 
 

@@ -134,7 +134,7 @@ def _published(layout: Layout, state: Mapping[str, Tensor], prefix: str, path: o
         if layout.spell("layer2.0.downsample.0.bias") in tensors:
             return None
         has_convolution = layout.spell("layer2.0.downsample.0.weight") in tensors
-        settings["downsample"] = "unbiased" if has_convolution else "padded"
+        settings["resnet_shortcuts"] = "unbiased" if has_convolution else "padded"
         return Published(layout, {"encoder": _resnet(layout, tensors, path), **settings}, tensors, dict(left))
     if not layout.spelling and prefix in OWN_PREFIXES:
         return None

@@ -58,7 +58,7 @@ def build_segmentation(
     blocks_down: Sequence[int] = (1, 2, 2, 4),
     blocks_up: Sequence[int] = (1, 1, 1),
     pretrained_norm: str = "none",
-    downsample: str = "biased",
+    resnet_shortcuts: str = "biased",
 ) -> SegResNet | EncoderDecoder:
     """A network that segments, untrained: MONAI's `SegResNet`, or an `EncoderDecoder` of another encoder.
 
@@ -70,7 +70,9 @@ def build_segmentation(
         )
         normalise_first(segresnet, in_channels, pretrained_norm)
         return segresnet
-    network = build_encoder(encoder, spatial_dims, in_channels, pretrained_norm=pretrained_norm, downsample=downsample)
+    network = build_encoder(
+        encoder, spatial_dims, in_channels, pretrained_norm=pretrained_norm, resnet_shortcuts=resnet_shortcuts
+    )
     return EncoderDecoder(network, spatial_dims, in_channels, out_channels)
 
 

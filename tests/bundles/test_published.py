@@ -13,14 +13,14 @@ from dissect_monai import build_encoder, load_codes, prepare_images
 from dissect_monai.networks.published import publish
 
 pytestmark = pytest.mark.usefixtures("_in_root")
-SAID = {"encoder": "resnet10", "in_channels": 3, "pretrained_norm": "imagenet", "downsample": "unbiased"}
+SAID = {"encoder": "resnet10", "in_channels": 3, "pretrained_norm": "imagenet", "resnet_shortcuts": "unbiased"}
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet in torchvision's layout, as MoCo writes it."""
     torch.manual_seed(0)
-    state = publish(build_encoder("resnet10", in_channels=3, downsample="unbiased"))
+    state = publish(build_encoder("resnet10", in_channels=3, resnet_shortcuts="unbiased"))
     path = tmp_path_factory.mktemp("others") / "moco_r10.pth.tar"
     torch.save({"state_dict": {f"module.encoder_q.{key}": value for key, value in state.items()}, "epoch": 1}, path)
     return path

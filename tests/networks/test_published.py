@@ -293,7 +293,7 @@ def test_weights_of_a_swin_unetr_are_taken_as_monai_takes_them(prefix: str, tmp_
 
 def test_published_weights_start_a_segmentation_with_the_decoder_as_it_was(tmp_path: Path) -> None:
     path = saved(SMALL, tmp_path)
-    network = build_segmentation("resnet10", 2, 1, 3, downsample="unbiased")
+    network = build_segmentation("resnet10", 2, 1, 3, resnet_shortcuts="unbiased")
     before = {key: value.clone() for key, value in network.state_dict().items() if not key.startswith("encoder.")}
     load_weights(network, path, ["a", "b"], transfer=True)
     assert isinstance(network, EncoderDecoder)
@@ -340,7 +340,10 @@ def test_a_file_with_objects_is_refused_with_two_lines_that_convert_it(
     full = {"teacher": under("backbone.", SMALL), "student": under("module.backbone.", OTHER),
             "optimizer": {"param_groups": [{"lr": 0.1}]}, "args": argparse.Namespace(lr=1)}  # fmt: skip
     module = nn.Sequential()
-    for content, name in ((full, "argparse.Namespace"), (build_encoder("resnet10", downsample="unbiased"), "monai")):
+    for content, name in (
+        (full, "argparse.Namespace"),
+        (build_encoder("resnet10", resnet_shortcuts="unbiased"), "monai"),
+    ):
         path = saved(content, tmp_path)
         with pytest.raises(ValueError, match=rf"must hold tensors alone, got {name}.*trust") as refused:
             load_weights(module, path)
@@ -415,7 +418,7 @@ def test_a_round_trip_changes_no_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_one_channel_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    network, _ = trained(tmp_path, "resnet18", downsample="unbiased")
+    network, _ = trained(tmp_path, "resnet18", resnet_shortcuts="unbiased")
     back = loaded(saved(publish(network, 3), tmp_path))
     for key, value in network.state_dict().items():
         assert torch.equal(value, back.state_dict()[key]), key
