@@ -93,7 +93,9 @@ def test_slices_are_pretrained_on_and_segmented_from_published_weights(
     shape = ("blocks_down", "blocks_up", "init_filters")
     for recipe in (volumes, seg):
         recipe.knobs = {key: value for key, value in recipe.knobs.items() if key not in shape}
-    volumes.train(tmp_path / "volumes", **start, **sizes)
+    with refused("`--pretrained` must be weights for 3-D images, got some for 2-D ones: set `--spatial_dims` to 2"):
+        volumes.train(tmp_path / "volumes", **start)
+    volumes.train(tmp_path / "volumes", **start, **sizes, spatial_dims=2)
     assert {key: settings(tmp_path / "volumes")[key] for key in SAID} == {**SAID, "in_channels": 1}
     assert settings(tmp_path / "volumes")["spatial_dims"] == 2
     del start["in_channels"]
