@@ -193,6 +193,18 @@ def test_without_norms_that_differ_the_first_convolution_is_the_sum_of_three(tmp
             torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_normalisation_and_repetition_are_part_of_what_is_exported() -> None:
+    network, images = (
+        build_encoder("resnet10", in_channels=3, pretrained_norm="imagenet").eval(),
+        torch.rand(1, 1, 32, 32),
+    )
+    script = torch.jit.script(network)
+    with torch.no_grad():
+        assert torch.equal(script(images), network(images))
+        assert torch.equal(script(images.expand(-1, 3, -1, -1)), network(images))
+    assert {*network.state_dict()} == {*build_encoder("resnet10").state_dict()}
+
+
 def sequential(state: State) -> State:
     """As RadImageNet's files: `backbone` is an nn.Sequential of the children."""
     numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7, "features": 0}
