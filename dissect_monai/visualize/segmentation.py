@@ -94,7 +94,7 @@ def picture_overlay(
         axes.imshow(picture.transpose(2, 1, 0), interpolation="bilinear")
         for value in range(1, len(class_names) + 1) if title != "Picture" else ():
             own, found = (np.equal(each.T, value) for each in (label, pred))
-            _draw(axes, organ_color(value), own, found)
+            _draw(axes, organ_color(value), own, found, edged=True)
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set(xticks=[], yticks=[], xlim=(-0.5, across - 0.5), ylim=(down - 0.5, -0.5))
         axes.spines[:].set_visible(False)
@@ -126,8 +126,9 @@ def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Sequen
     return volume.take(center[axis], axis)[within].T[:, ::-1]
 
 
-def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
+def _draw(axes: Axes, color: str, label: Mask, pred: Mask, edged: bool = False) -> None:
     from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
 
     if pred.any():
         fill = np.zeros((*pred.shape, 4))
@@ -136,7 +137,9 @@ def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
     if label.any():
         # With a border, for outlines to close where a structure is cut off.
         rows, columns = (np.arange(-1, size + 1) for size in label.shape)
-        axes.contour(columns, rows, np.pad(label, 1), levels=[0.5], colors=[color], linewidths=1.3)
+        outline = axes.contour(columns, rows, np.pad(label, 1), levels=[0.5], colors=[color], linewidths=1.3)
+        if edged:  # to be seen on an area of its own colour, and on a picture of any
+            outline.set_path_effects([withStroke(linewidth=3.5, foreground="white")])
 
 
 def _annotate(axes: Axes, letters: str, shape: tuple[int, ...]) -> None:
