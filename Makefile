@@ -57,8 +57,8 @@ $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/labe
 		echo "import torchvision_without_cuda" > $$packages/torchvision_without_cuda.pth
 	touch $@
 
-label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST
-	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/tools/test_monai_label.py
+label: $(BIN)/.dev $(LABEL)/.installed  ## a real MONAI Label server with the packaged bundles, driven over REST; torchvision and timm as oracles
+	LABEL_PYTHON=$(LABEL)/bin/python $(BIN)/python -m pytest -m label tests/tools/test_monai_label.py tests/tools/test_published_oracles.py
 
 browser: docs  ## every report and every page of the site in Chromium (Debian: apt-get install chromium)
 	$(BIN)/python -m pytest -n 0 -m browser tests/tools/test_browser.py

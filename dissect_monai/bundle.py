@@ -69,6 +69,10 @@ EXEMPT = {
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
     "finalize", "is_not_rank0", "_desc_",  # the last but one is of MONAI's tracking
 }  # fmt: skip
+OURS = {
+    "pretrained_norm",
+    "resnet_shortcuts",
+}  # arguments of `build_encoder` that a class of the user's own need not have
 UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the process
     "Engine run resuming from iteration 0,", "Current run is terminating due to exception:",
     "Engine run is terminating due to exception:", "Exception: ",
@@ -107,6 +111,7 @@ def begin(seed: int | None = None) -> None:
             config_file, overrides = run_arguments()
             refuse_unknown_overrides(config_file, overrides)
             _keep_as_typed(workflow.parser, overrides)
+        _drop_unknown_arguments(workflow.parser)
         check_knobs(workflow.parser)
     if seed is not None:
         torch.manual_seed(seed)
@@ -235,6 +240,19 @@ def _arguments(parser: ConfigParser, component: str) -> list[str]:
     return [f"{component}::{name}" for name in ("_disabled_", *names)]
 
 
+def _drop_unknown_arguments(parser: ConfigParser) -> None:
+    """Take what only networks of ours take from a class of the user's own, which was given in their place."""
+    changed = {}
+    for name, config in parser.config.items():
+        given = OURS & config.keys() if isinstance(config, Mapping) and "_target_" in config else set()
+        unknown = {each for each in given if f"{name}::{each}" not in _arguments(parser, name)}
+        if unknown:
+            changed[name] = {key: value for key, value in config.items() if key not in unknown}
+    if changed:
+        parser.update(changed)
+        parser.parse(reset=True)
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +268,7 @@ def _explain(
         return
     kept = f" Free the disk; {_kept(workflow)}" if isinstance(cause, OSError) and disk_fault(cause) else ""
     where = "" if not kept or getattr(cause, "filename", None) else f" in {_output_dir(workflow)}"
-    message = " ".join(map(str.strip, with_dashes(str(cause)).splitlines()))
+    message = re.sub(r"\s*\n(?! {4})\s*", " ", with_dashes(str(cause)).strip())  # lines of code stay
     sys.stderr.write(f"error: {message}{where}{'.' if kept else ''}{kept}\n")
 
 

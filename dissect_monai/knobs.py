@@ -16,7 +16,7 @@ from dissect_monai.common import PLANES, InputError, bad_input, root_cause
 from dissect_monai.handlers.savers import OVERLAYS
 from dissect_monai.losses.joint_embedding import OBJECTIVES
 from dissect_monai.losses.multilabel import BALANCES
-from dissect_monai.networks.encoders import ENCODERS, RESNETS, SEGRESNET
+from dissect_monai.networks.encoders import ENCODERS, NORMS, RESNETS, SEGRESNET, SHORTCUTS
 from dissect_monai.networks.optimizers import MODES
 from dissect_monai.networks.vqssl import FUSIONS
 from dissect_monai.networks.weights import refuse_bad_mode
@@ -151,6 +151,8 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_one_of("auto", *PLANES), "slice_axis", ""),
     (_one_of(*BALANCES), "class_balance", ""),
     (_one_of(*ENCODERS), "encoder", ""),
+    (_one_of(*SHORTCUTS), "resnet_shortcuts", ""),
+    (_one_of(*NORMS), "pretrained_norm", ""),
     (_one_of(*FUSIONS), "fusion", ""),
     (_one_of("cosine", "euclidean"), "metric", ""),
     (_one_of(*MODES), "mode", ""),
@@ -186,6 +188,10 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
     ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) == dims,
      "`pretrained` must be weights for {1}-D images, got some for {0[spatial_dims]}-D ones: set `spatial_dims` to "
      "{0[spatial_dims]}, or give other weights."),
+    ("pretraining pretrained_norm",
+     lambda pretraining, norm: norm == pretraining.get("pretrained_norm", norm if "layout" in pretraining else "none"),
+     "`pretrained_norm` must be none without published weights, and else as in the JSON beside `pretrained`, got {1}: "
+     "leave it out."),
     ("pixdim spatial_dims", lambda pixdim, dims: len(pixdim) == dims,
      "`pixdim` must have {1} values, as many as `spatial_dims`, got {0}."),
     ("patch_size spatial_dims", lambda size, dims: len(size) == dims,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError
-from dissect_monai.networks.encoders import PROBE_SIDE, build_encoder, feature_maps, stage_shapes
+from dissect_monai.networks.encoders import PROBE_SIDE, encoder_of, feature_maps, stage_shapes
 from dissect_monai.networks.quantizers import EMACodebook, MultiScaleQuantizer
 from dissect_monai.networks.vqssl import Decoder, VQSSLNet
 from dissect_monai.networks.weights import load_torch, load_weights, read_settings
@@ -147,8 +147,7 @@ def codes_dir(weights: str | Path) -> Path:
 
 
 def _build_encoder(settings: Mapping[str, Any], weights: Path) -> nn.Module:
-    shape = {key: settings[key] for key in ("spatial_dims", "init_filters", "blocks_down") if key in settings}
     try:
-        return build_encoder(settings["encoder"], **shape)
+        return encoder_of(settings)
     except (KeyError, InputError) as error:
         raise InputError(f"{weights} must be of an encoder that was pretrained, got {error}: {REMEDY}.") from error

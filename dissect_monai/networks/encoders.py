@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,38 +22,78 @@ ENCODERS = (*RESNETS, "densenet121", "efficientnet-b0", "swin", SEGRESNET)
 HEADS = ("fc", "_fc", "class_layers.out")  # of a ResNet and of our own, of an EfficientNet, of a DenseNet
 LAYERS = ("layer1", "layer2", "layer3", "layer4")  # stages of other networks that are built like ResNets
 PROBE_SIDE = 64  # a multiple of every stage's stride
+SHORTCUTS: dict[str, dict[str, Any]] = {  # arguments of MONAI's ResNet
+    "biased": {}, "unbiased": {"bias_downsample": False}, "padded": {"shortcut_type": "A"},
+}  # fmt: skip
+NORMS = {  # mean and std of each of three channels in [0, 1]
+    "none": ([0.0] * 3, [1.0] * 3),
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "radimagenet": ([0.5] * 3, [0.5] * 3),  # Mei et al., RadImageNet, 2022, scale to [-1, 1]
+}
 
 
 def build_encoder(
     encoder: str,
     spatial_dims: int = 2,
-    in_channels: int = 1,
+    in_channels: int | None = 1,
     num_classes: int | None = None,
     init_filters: int = 16,
     blocks_down: Sequence[int] = (1, 2, 2, 4),
+    pretrained_norm: str = "none",
+    resnet_shortcuts: str = "biased",
 ) -> nn.Module:
     """A network of MONAI as an encoder or, with `num_classes`, as a classifier, untrained.
 
-    Of images (B, in_channels, *spatial) it returns pooled features (B, C), or logits (B, num_classes). Its four stages,
-    see `feature_maps`, have strides of 4, 8, 16 and 32; those of a SegResNet start at 1.
+    Of images (B, 1 or in_channels, *spatial) in [0, 1] it returns pooled features (B, C), or logits (B, num_classes).
+    Its four stages, see `feature_maps`, have strides of 4, 8, 16 and 32; those of a SegResNet start at 1.
 
     Args:
         encoder: a name of `ENCODERS`. "swin" is the transformer of a `SwinUNETR` of 48 features, with its keys.
         spatial_dims: 2 or 3.
-        in_channels: channels of the images.
+        in_channels: of the first convolution; for several, an image of one channel is repeated. None is 1.
         num_classes: outputs of the head; None for an encoder without one.
         init_filters: of a SegResNet.
         blocks_down: of a SegResNet.
+        pretrained_norm: a name of `NORMS`: how the network itself normalises images, see `normalise_first`.
+        resnet_shortcuts: of a ResNet, a name of `SHORTCUTS`. Convolutions of torchvision, timm and MedicalNet are
+            "unbiased"; MedicalNet's ResNet-18 and 34 have none and are "padded" with zeros.
 
     Raises:
         ValueError: if there is no such encoder, or "swin" lacks einops.
     """
+    if resnet_shortcuts not in SHORTCUTS:
+        raise InputError(f"`resnet_shortcuts` must be one of {', '.join(SHORTCUTS)}, got {resnet_shortcuts!r}.")
+    shortcuts = SHORTCUTS[resnet_shortcuts]
+    shape = {"init_filters": init_filters, "blocks_down": blocks_down}
+    network = _build(encoder, spatial_dims, in_channels or 1, num_classes, shortcuts, shape)
+    return normalise_first(network, in_channels or 1, pretrained_norm)
+
+
+def encoder_of(settings: Mapping[str, Any], num_classes: int | None = None) -> nn.Module:
+    """The encoder, untrained, that the settings beside weights describe.
+
+    Raises:
+        KeyError: if they name none.
+        ValueError: if `build_encoder` has none of that name.
+    """
+    known = signature(build_encoder).parameters.keys() & settings.keys() - {"encoder", "num_classes"}
+    return build_encoder(settings["encoder"], **{name: settings[name] for name in known}, num_classes=num_classes)
+
+
+def _build(
+    encoder: str,
+    spatial_dims: int,
+    in_channels: int,
+    num_classes: int | None,
+    shortcuts: dict[str, Any],
+    shape: dict[str, Any],
+) -> nn.Module:
     if encoder in RESNETS:
         head: dict[str, Any] = {"feed_forward": False} if num_classes is None else {"num_classes": num_classes}
         network = getattr(nets, encoder)
-        return network(spatial_dims=spatial_dims, n_input_channels=in_channels, conv1_t_stride=2, **head)
+        return network(spatial_dims=spatial_dims, n_input_channels=in_channels, conv1_t_stride=2, **head, **shortcuts)
     if encoder == SEGRESNET:
-        segresnet = SegResNet(spatial_dims, init_filters, in_channels, blocks_down=blocks_down, blocks_up=())
+        segresnet = SegResNet(spatial_dims, in_channels=in_channels, blocks_up=(), **shape)
         return SegResNetEncoder(segresnet, num_classes)
     if encoder == "swin":
         if find_spec("einops") is None:
@@ -71,6 +112,54 @@ def build_encoder(
             efficientnet._fc = nn.Identity()
         return efficientnet
     raise InputError(f"`encoder` must be one of {', '.join(ENCODERS)}, got {encoder!r}.")
+
+
+class _First(nn.Module):
+    """A first convolution that repeats an image of one channel, and normalises, before it pads with zeros."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, C, *spatial) of images (B, 1 or in_channels, *spatial) in [0, 1]."""
+        if images.shape[1] == 1:
+            images = images.expand([-1, self.in_channels] + [-1] * (images.dim() - 2))  # type: ignore[arg-type]
+        return self._conv_forward((images - self.mean) / self.std, self.weight, self.bias)  # type: ignore[operator]
+
+
+class FirstConv2d(_First, nn.Conv2d):
+    """In 2-D."""
+
+
+class FirstConv3d(_First, nn.Conv3d):
+    """In 3-D."""
+
+
+def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
+    """Name and module of the convolution that sees the images."""
+    return next((name, each) for name, each in network.named_modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
+
+
+def channel_norm(norm: str, channels: int) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel; those of networks that see other than three are the average of the three."""
+    if norm not in NORMS:
+        raise InputError(f"`pretrained_norm` must be one of {', '.join(NORMS)}, got {norm!r}.")
+    means, stds = NORMS[norm]
+    return (means, stds) if channels == 3 else ([sum(means) / 3] * channels, [sum(stds) / 3] * channels)
+
+
+def normalise_first(network: nn.Module, in_channels: int, norm: str) -> nn.Module:
+    """Let a network normalise its images, and repeat those of one channel if it sees several; its keys stay.
+
+    So it is the same in training, evaluation and every export, and zeros are padded to normalised images, as where the
+    weights come from.
+    """
+    means, stds = channel_norm(norm, in_channels)
+    if in_channels > 1 or norm != "none":
+        conv: Any = first_convolution(network)[1]
+        conv.__class__ = FirstConv2d if isinstance(conv, nn.Conv2d) else FirstConv3d
+        conv.norm = norm
+        for name, values in (("mean", means), ("std", stds)):
+            shaped = torch.tensor(values).view(1, -1, *[1] * (conv.weight.ndim - 2))
+            conv.register_buffer(name, shaped, persistent=False)
+    return network
 
 
 def stages_of(encoder: Any) -> list[list[nn.Module]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect_monai.common import InputError
-from dissect_monai.networks.encoders import SEGRESNET, build_encoder, stage_shapes, stem_and_stages
+from dissect_monai.networks.encoders import SEGRESNET, build_encoder, normalise_first, stage_shapes, stem_and_stages
 
 PRIOR = 0.01
 STRIDE = 32  # of the last stage of an encoder
@@ -57,16 +57,23 @@ def build_segmentation(
     init_filters: int = 16,
     blocks_down: Sequence[int] = (1, 2, 2, 4),
     blocks_up: Sequence[int] = (1, 1, 1),
+    pretrained_norm: str = "none",
+    resnet_shortcuts: str = "biased",
 ) -> SegResNet | EncoderDecoder:
     """A network that segments, untrained: MONAI's `SegResNet`, or an `EncoderDecoder` of another encoder.
 
     Filters and blocks are those of a SegResNet; the others are described at `build_encoder`.
     """
     if encoder == SEGRESNET:
-        return SegResNet(
+        segresnet = SegResNet(
             spatial_dims, init_filters, in_channels, out_channels, blocks_down=blocks_down, blocks_up=blocks_up
         )
-    return EncoderDecoder(build_encoder(encoder, spatial_dims, in_channels), spatial_dims, in_channels, out_channels)
+        normalise_first(segresnet, in_channels, pretrained_norm)
+        return segresnet
+    network = build_encoder(
+        encoder, spatial_dims, in_channels, pretrained_norm=pretrained_norm, resnet_shortcuts=resnet_shortcuts
+    )
+    return EncoderDecoder(network, spatial_dims, in_channels, out_channels)
 
 
 def init_class_prior(network: SegResNet | EncoderDecoder) -> None:

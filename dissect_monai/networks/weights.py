@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai.networks.nets import SegResNet
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError, shorten
 from dissect_monai.networks.encoders import ENCODERS, HEADS, head_name
+from dissect_monai.networks.published import recognise
 from dissect_monai.networks.segmentation import EncoderDecoder
 from dissect_monai.writing import load_whole, save_atomically, written_atomically
 
 logger = logging.getLogger(__name__)
+CONVERT = (
+    "{path} must hold tensors alone, got {name}: to load it is to run its code. If you trust it, turn it into plain.pt "
+    "by these two lines of Python, where the packages of its code are installed:\n"
+    '    import torch; file = torch.load({path!r}, map_location="cpu", weights_only=False)\n'
+    '    torch.save(file.state_dict() if hasattr(file, "state_dict") else {{k: v for k, v in file.items() if '
+    'torch.is_tensor(v) or isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}}, "plain.pt")'
+)
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = [{f"{head}.weight", f"{head}.bias"} for head in HEADS]  # of a network that classifies
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
@@ -52,19 +63,21 @@ def save_weights(weights: nn.Module | Mapping[str, Any], path: str | Path, setti
 def read_settings(weights_path: str | Path | None, patches: bool = True) -> dict[str, Any]:
     """What the weights at a path depend on, as `TrainingCheckpoint` wrote it beside them; nothing without weights.
 
-    Weights without settings, or with some that are no JSON object or of an unknown encoder, are refused, and without
-    `patches` those of patches of volumes.
+    Of published weights it is their encoder, see `recognise`. Other weights without settings, or with some that are no
+    JSON object or of an unknown encoder, are refused, and without `patches` those of patches of volumes.
     """
     if not weights_path:
         return {}
     path = Path(weights_path).with_suffix(".json")
     if not path.is_file():
-        if Path(weights_path).is_file():
-            raise FileNotFoundError(
-                f"there is no {path.name} beside {weights_path} to say how it was trained: copy it along from where "
-                "it was trained."
-            )
-        return {}
+        if not Path(weights_path).is_file():
+            return {}
+        if published := recognise(load_torch(weights_path, TRAIN_FIRST), weights_path):
+            return published.settings
+        raise FileNotFoundError(
+            f"there is no {path.name} beside {weights_path} to say how it was trained: copy it along from where it was "
+            "trained. Of the published weights that docs/weights.md names it is none."
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -86,14 +99,22 @@ def read_settings(weights_path: str | Path | None, patches: bool = True) -> dict
 
 
 def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
-    """Load a dictionary of plain tensors and values, as `torch.save` wrote it, onto the CPU.
+    """Load a dictionary of plain tensors and values, as `torch.save` or safetensors wrote it, onto the CPU.
 
-    A file that is not there, damaged or of something else is refused; the message ends with `remedy`.
+    A file that is not there, damaged or of something else is refused; the message ends with `remedy`. One that pickles
+    objects is refused with the lines that convert it.
     """
     _refuse_missing(path, remedy)
+    if Path(path).suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged or no file of safetensors ({error}): {remedy}.") from error
     try:
         content = load_whole(path)
     except InputError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error.__cause__)):
+            raise InputError(CONVERT.format(path=str(path), name=found[1])) from error
         raise InputError(f"{error}: {remedy}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
@@ -110,7 +131,8 @@ def load_weights(
 
     Args:
         network: the network to fill.
-        path: a `model.pt`, with its `model.json` if `names` are given; None leaves the network as it is.
+        path: a `model.pt`, with its `model.json` if `names` are given, or published weights; None leaves the network as
+            it is.
         names: of the outputs, which those of the weights must be: the structures of the classes 1, 2, ... of a
             segmentation, or the findings.
         transfer: whether to train for `names` from weights of any other outputs. The head of a classifier keeps its
@@ -127,9 +149,16 @@ def load_weights(
     if not path:
         return network
     state = load_torch(path, TRAIN_FIRST)
-    total = len(state)
+    has_settings = Path(path).with_suffix(".json").is_file()
+    published = None if has_settings else recognise(state, path)
+    total, origin = len(state), ""
+    if published:
+        state = published.weights_for(network.encoder if isinstance(network, EncoderDecoder) else network, path)
+        total = len(published.tensors) + sum(published.left.values())
+        dropped = ", ".join(f"{part} ({number})" for part, number in published.left.items()) or "nothing"
+        origin = f", a {published.layout.name} ({published.settings['encoder']}), without {dropped}"
     left: tuple[str, ...] = ()
-    settings = {} if names is None else read_settings(path)
+    settings = {} if names is None else published.settings if published else read_settings(path)
     if names is not None and not transfer:
         _refuse_other_names(network, path, settings, names)
     if parts := parts_of(network):
@@ -150,7 +179,9 @@ def load_weights(
         left = (f"{head_name(network)}.",)
     _load_state(network, state, path, left)
     parts_left = ", ".join(part.rstrip(".") for part in left) or "none"
-    logger.info("Loaded %d of %d tensors of %s; parts left as they were: %s.", len(state), total, path, parts_left)
+    taken = len(published.tensors) if published else len(state)
+    text = "Loaded %d of %d tensors of %s%s; parts left as they were: %s."
+    logger.info(text, taken, total, path, origin, parts_left)
     return network
 
 
@@ -218,6 +249,8 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
             remedy = "They have no head: train the classifier first."
         elif {str(key).removeprefix("encoder.") for key in problems["unexpected"]} in HEAD_KEYS:
             remedy = "They are of a trained classifier: give the encoder that pretraining has left."
+        if key := next(iter(problems["of another shape"]), None):
+            remedy += f" {key} is {list(shapes[key] or ())} in the file, {list(own[key])} in the network."
         raise InputError(f"the weights in {path} do not fit the {type(network).__name__}: {'; '.join(found)}. {remedy}")
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:

@@ -29,6 +29,7 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"(\S*/)?python3? scripts/(run_experiments|judge_encoders|make_datalist|gpu/)": "needs the data of a study; "
     "tests/scripts run it on generated data",
     r"python benchmarks/": "needs a GPU",
+    r".* --pretrained FILE|python scripts/export_weights": "needs weights; tests/bundles/test_published.py makes some",
     r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
     r"--task ": "shows a part of a command",
     r"python -c .*write_xray_phantoms": "makes the data of the next command, and so does the test of that",
