@@ -355,7 +355,7 @@ def slices(study: Study) -> bool:
             knobs["train#sampler#items_per_draw"] = knobs["batch_size"]
         configs = plan["configs"].get(name, ["bundles/hssl_multidomain/configs/train.json"])
         archive = study.out / f"slices_{re.sub('[^A-Za-z0-9]+', '_', name)}.zip"
-        equal = sorted(plan["recipes"], key=lambda each, own=name: each != own)  # its own first
+        equal = [name, *(each for each in plan["recipes"] if each != name)]
         more = {"archive": str(archive), "keep": ["models/*"], "beside": equal, "equal": equal}
         study.add(name, [str(ROOT / each) for each in configs], knobs, 0.92, **more)
     return study.finish()
