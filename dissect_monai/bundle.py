@@ -17,6 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
+from traceback import extract_tb
 from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import unquote
@@ -25,7 +26,7 @@ import fire
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,7 @@ from dissect_monai.common import (
     of_all_processes,
     of_first_process,
     rank,
+    root_cause,
     world_size,
 )
 from dissect_monai.data.datalists import SPLITS, Datalist
@@ -57,7 +59,7 @@ from dissect_monai.handlers.checkpoints import (
 )
 from dissect_monai.handlers.ending import last_lines
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
-from dissect_monai.knobs import RULES, SETTINGS, SIZES, check_knobs, is_disabled
+from dissect_monai.knobs import DERIVED, RULES, SETTINGS, SIZES, check_knobs, is_disabled, refuse_other_kind
 from dissect_monai.networks.weights import read_settings
 from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, release, remove_halves
 
@@ -75,6 +77,8 @@ UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the proc
 )  # fmt: skip
 HEADER = 200  # bytes; a smaller event file holds nothing
 _made: list[Path] = []  # folders of the run, of which those that are empty when it ends are removed
+_held: list[logging.LogRecord] = []  # what is said when an engine runs
+_unchecked: list[str] = []  # overrides of the command line for which there is no rule
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
@@ -94,6 +98,8 @@ def begin(seed: int | None = None) -> None:
     if _is_command_line():
         sys.excepthook = partial(_explain, workflow=workflow)
         logging.setLogRecordFactory(_without_trace)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_waits)
         stop = partial(_stop, workflow, os.getpid())
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         # Of MONAI, of a reader that nobody asked for, wherever pydicom is installed.
@@ -192,11 +198,12 @@ def running_workflow() -> ConfigWorkflow | None:
 
 
 def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> None:
-    """Refuse an override that names nothing in the config files; MONAI would ignore it.
+    """Refuse an override that names nothing in the config files, which MONAI would ignore, or has another kind of value.
 
     An argument that a component's class takes may be added even if the config does not show it. A knob that is
     {"_disabled_": true} has been taken away by one of the files.
     """
+    _unchecked.clear()
     parser = ConfigParser()
     parser.read_config(ensure_tuple(config_file))
     known = [each for each in _ids(parser.config) if not each.startswith("_")]
@@ -207,13 +214,28 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
             raise InputError(f"--{identifier} has no meaning with {files}: leave it out.")
         arguments = [] if name in parser else _arguments(parser, name.rpartition("::")[0])
         if name not in parser and name not in arguments:
-            near = get_close_matches(name, [*known, *arguments], n=1, cutoff=0)
+            near = [f"; did you mean --{each.replace('::', '#')}?" for each in _near(name, [*known, *arguments])]
             page = Path(ensure_tuple(config_file)[0]).parent.parent / "docs" / "knobs.md"
             explained = f" {page} explains every knob." if page.is_file() else ""
-            raise InputError(
-                f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?{explained}"
-            )
+            raise InputError(f"there is no --{identifier} to override{near[0] if near else '.'}{explained}")
+        refers = isinstance(value, str) and value[:1] in ("@", "$")
+        for other in ReferenceResolver.match_refs_pattern(value) if refers else ():
+            if other not in parser:
+                raise InputError(f"--{identifier} refers to @{other.replace('::', '#')}, which the config does not have.")
+        is_known = name in RULES or name in DERIVED
+        if not is_known and not refuse_other_kind(identifier, parser.get(name), value) and "_target_" not in name:
+            _unchecked.append(f"--{identifier} {value}")
         parser[name] = value
+
+
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    """The id whose last part is most like that of a name, or none: of the same parent, or else the least deep."""
+    parent, _, last = name.rpartition("::")
+    for ids in ([each for each in known if each.rpartition("::")[0] == parent], known):
+        by_last = {each.rpartition("::")[2]: each for each in sorted(ids, key=lambda each: -each.count("::"))}
+        if near := get_close_matches(last, by_last, n=1):
+            return [by_last[near[0]]]
+    return []
 
 
 def _ids(config: Any, prefix: str = "") -> list[str]:
@@ -244,7 +266,7 @@ def _explain(
     trace: TracebackType | None,
     workflow: ConfigWorkflow | None = None,
 ) -> None:
-    cause = disk_fault(error) or bad_input(error) or _without_memory(error, workflow)
+    cause = disk_fault(error) or bad_input(error) or _without_memory(error, workflow) or _of_unchecked(error)
     if cause is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -264,12 +286,46 @@ def _without_memory(error: BaseException, workflow: ConfigWorkflow | None) -> In
     return InputError(f"there is not enough memory: {fault}. Lower what sets sizes: {', '.join(sizes)}.")
 
 
+def _of_unchecked(error: BaseException) -> InputError | None:
+    """What to say of an error that is no known one if an override for which there is no rule may be its cause."""
+    if not _unchecked or not isinstance(error, Exception) or sys.flags.dev_mode:
+        return None
+    cause = root_cause(error)
+    place = extract_tb(cause.__traceback__)[-1]
+    return InputError(
+        f"the run failed with {', '.join(_unchecked)}, which no rule checks: {type(cause).__name__}: {cause} "
+        f"({Path(place.filename).name}, line {place.lineno}). Correct it, or leave it out; `python -X dev` shows the "
+        "traceback."
+    )
+
+
+def _waits(record: logging.LogRecord) -> bool:
+    """A filter that holds back what the package says for information, so that the first line of an error is the error.
+
+    It is said when an engine runs, before which all input has been checked.
+    """
+    if record.levelno >= logging.WARNING or not record.name.startswith("dissect_monai"):
+        return True
+    _held.append(record)
+    return False
+
+
+def _say_held() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.removeFilter(_waits)
+    records, _held[:] = _held[:], []
+    for record in records:
+        logging.getLogger(record.name).handle(record)
+
+
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
     """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault.
 
     What an engine says of its end, and that it resumes from iteration 0 when it begins, no handler takes.
     """
     record = logging.LogRecord(*args, **kwargs)
+    if str(record.msg).startswith("Engine run "):
+        _say_held()
     if str(record.msg).startswith(UNSAID):
         record.levelno = -1
     error = record.exc_info[1] if record.exc_info else None
@@ -598,6 +654,10 @@ def check_output(
     Raises:
         InputError: if the output folder cannot be written, there is nothing to measure, or the weights know subjects.
     """
+    workflow = running_workflow()
+    weights = "" if workflow is None else workflow.parser.get_parsed_content("pretrained", default="")
+    if weights is None:
+        raise InputError("`pretrained` must be the path of the weights to use, got None: leave it out, or name them.")
     if datalist is not None and volumes:
         check_probe_data(datalist, data_dir)
     elif datalist is not None:
@@ -606,8 +666,7 @@ def check_output(
         for split in needed:
             refuse_trained(getattr(datalist, split), split, settings)
     _make_folders(smoke, data_dir, output_dir, "eval")
-    workflow = running_workflow()
-    if workflow is not None and (weights := workflow.parser.get_parsed_content("pretrained", default=None)):
+    if weights:
         logger.info("Using the weights %s.", weights)
 
 

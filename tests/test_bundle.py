@@ -73,7 +73,7 @@ def test_overrides_that_name_something_pass(tiny_bundle: Path, overrides: dict[s
         ("train::trainer::max_epoch", "train#trainer#max_epochs"),
         ("loss#sigmoids", "loss#sigmoid"),
         ("metric_name#reductoin", "metric_name#reduction"),
-        ("loss#alpha", "loss"),  # an argument of another loss
+        ("train#learning_rat", "learning_rate"),
         ("train#handlers#0#iteration_lg", "train#handlers#0#iteration_log"),
     ],
 )
@@ -81,6 +81,12 @@ def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, m
     with refused(f"there is no --{typo} to override; did you mean --{meant}"):
         run_bundle(tiny_bundle, **{typo: 1})
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("typo", ["xqzw", "loss#alpha", "train#trainer#xqzw"])
+def test_a_word_that_is_like_no_id_gets_no_suggestion(tiny_bundle: Path, typo: str) -> None:
+    with refused(f"there is no --{typo} to override[.]$"):
+        run_bundle(tiny_bundle, **{typo: 1})
 
 
 def test_a_misspelt_knob_is_pointed_to_the_page_that_explains_all(tiny_bundle: Path) -> None:
