@@ -177,7 +177,7 @@ _DERIVED: list[tuple[Rule, str]] = [
     (_optional(TEXTS), "default_modality"),
     (PATH, "ckpt_dir log_dir model_path phantoms"),
     (_optional(PATH), "start_from"),
-    (_optional(PATHS), "data_dir"),
+    (PATHS, "data_dir"),
 ]
 DERIVED = {name: rule for rule, names in _DERIVED for name in names.split()}
 
