@@ -198,7 +198,7 @@ def running_workflow() -> ConfigWorkflow | None:
 
 
 def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> None:
-    """Refuse an override that names nothing in the config files, which MONAI would ignore, or has another kind of value.
+    """Refuse overrides that name nothing in the config files, which MONAI would ignore, or have odd values.
 
     An argument that a component's class takes may be added even if the config does not show it. A knob that is
     {"_disabled_": true} has been taken away by one of the files.
@@ -214,28 +214,22 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
             raise InputError(f"--{identifier} has no meaning with {files}: leave it out.")
         arguments = [] if name in parser else _arguments(parser, name.rpartition("::")[0])
         if name not in parser and name not in arguments:
-            near = [f"; did you mean --{each.replace('::', '#')}?" for each in _near(name, [*known, *arguments])]
+            parent, separator, last = name.rpartition("::")
+            beside = [each.rpartition("::")[2] for each in (*known, *arguments) if each.rpartition("::")[0] == parent]
+            near = [f"{parent}{separator}{each}".replace("::", "#") for each in get_close_matches(last, beside, n=1)]
             page = Path(ensure_tuple(config_file)[0]).parent.parent / "docs" / "knobs.md"
             explained = f" {page} explains every knob." if page.is_file() else ""
-            raise InputError(f"there is no --{identifier} to override{near[0] if near else '.'}{explained}")
+            raise InputError(
+                f"there is no --{identifier} to override{f'; did you mean --{near[0]}?' if near else '.'}{explained}"
+            )
         refers = isinstance(value, str) and value[:1] in ("@", "$")
         for other in ReferenceResolver.match_refs_pattern(value) if refers else ():
             if other not in parser:
-                raise InputError(f"--{identifier} refers to @{other.replace('::', '#')}, which the config does not have.")
-        is_known = name in RULES or name in DERIVED
-        if not is_known and not refuse_other_kind(identifier, parser.get(name), value) and "_target_" not in name:
+                raise InputError(f"--{identifier} refers to @{other.replace('::', '#')}, which is not in the config.")
+        is_held = name in RULES or (name not in DERIVED and refuse_other_kind(identifier, parser.get(name), value))
+        if not is_held and "_target_" not in name:
             _unchecked.append(f"--{identifier} {value}")
         parser[name] = value
-
-
-def _near(name: str, known: Sequence[str]) -> list[str]:
-    """The id whose last part is most like that of a name, or none: of the same parent, or else the least deep."""
-    parent, _, last = name.rpartition("::")
-    for ids in ([each for each in known if each.rpartition("::")[0] == parent], known):
-        by_last = {each.rpartition("::")[2]: each for each in sorted(ids, key=lambda each: -each.count("::"))}
-        if near := get_close_matches(last, by_last, n=1):
-            return [by_last[near[0]]]
-    return []
 
 
 def _ids(config: Any, prefix: str = "") -> list[str]:
@@ -292,30 +286,23 @@ def _of_unchecked(error: BaseException) -> InputError | None:
         return None
     cause = root_cause(error)
     place = extract_tb(cause.__traceback__)[-1]
-    return InputError(
-        f"the run failed with {', '.join(_unchecked)}, which no rule checks: {type(cause).__name__}: {cause} "
-        f"({Path(place.filename).name}, line {place.lineno}). Correct it, or leave it out; `python -X dev` shows the "
-        "traceback."
-    )
+    found = f"{type(cause).__name__}: {cause} ({Path(place.filename).name}, line {place.lineno})"
+    given = f"the run failed with {', '.join(_unchecked)}, which no rule checks"
+    return InputError(f"{given}: {found}. Correct it, or leave it out; `python -X dev` shows the traceback.")
 
 
 def _waits(record: logging.LogRecord) -> bool:
-    """A filter that holds back what the package says for information, so that the first line of an error is the error.
-
-    It is said when an engine runs, before which all input has been checked.
-    """
-    if record.levelno >= logging.WARNING or not record.name.startswith("dissect_monai"):
-        return True
-    _held.append(record)
-    return False
+    """Hold back what the package says for information until an engine runs: the first line of an error is the error."""
+    if waits := record.levelno < logging.WARNING and record.name.startswith("dissect_monai"):
+        _held.append(record)
+    return not waits
 
 
 def _say_held() -> None:
     for handler in logging.getLogger().handlers:
         handler.removeFilter(_waits)
-    records, _held[:] = _held[:], []
-    for record in records:
-        logging.getLogger(record.name).handle(record)
+    while _held:
+        logging.getLogger(_held[0].name).handle(_held.pop(0))
 
 
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -363,6 +350,7 @@ def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[sig
     """Run, and give back lock and signals; of a run that fails before it logs anything, nothing empty is left."""
     try:
         done = steps()
+        _say_held()
         if before and rank() == 0:
             try:
                 sys.stdout.write(last_lines(workflow.parser, *run_arguments()))

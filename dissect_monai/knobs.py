@@ -117,7 +117,7 @@ EMBEDDINGS = Rule(
 # depend, then those that a run which goes on may change.
 _RULES: list[tuple[Rule, str, str]] = [
     (SWITCH, "amp shard", "baselines codes compile on_device report temperature_scaling"),
-    (_number("", lambda value: True), "a_max a_min", ""),
+    (_number(" from -100000 to 100000", lambda value: abs(value) <= 1e5), "a_max a_min", ""),
     (_whole(0), "deep_supervision dense_level freeze_epochs warmup_epochs", ""),
     (_whole(0, 2**32 - 1), "seed split_seed", "patches_seed"),
     (_whole(0, 1024), "", "num_workers"),
@@ -134,7 +134,8 @@ _RULES: list[tuple[Rule, str, str]] = [
     (AT_LEAST_0, "position_weight", "tolerance"),
     (FROM_0_TO_1, "mask_fraction sampling_temperature", ""),
     (_optional(FROM_0_TO_1), "momentum", ""),
-    (_number(" over 0", lambda value: value > 0), "learning_rate temperature", ""),
+    (_number(" over 0", lambda value: value > 0), "learning_rate", ""),
+    (_number(" of at least 0.0001", lambda value: value >= 1e-4), "temperature", ""),
     (_number(" over 0 and at most 1", lambda value: 0 < value <= 1), "label_fraction layer_decay", ""),
     (FRACTION, "decay validation_fraction", "overlap"),
     (_list_of(_whole(1)), "blocks_down blocks_up stages", ""),
@@ -237,12 +238,12 @@ def check_knobs(parser: ConfigParser) -> None:
     switches = {}
     config = parser.config or {}  # nobody asks it for a name that is near, as `name in parser` does
     knobs = [name for name in RULES if name in config and not _is_component(config[name])]
-    knobs += [name for name in DERIVED if name in config and not refers(config[name])]
+    knobs += [name for name in DERIVED if name in config and "@" not in str(config[name])]
     # First those that are given as they are, on which others depend.
     for name in sorted(knobs, key=lambda name: str(config[name])[:1] in ("$", "@")):
-        rule, shown = (RULES | DERIVED)[name], f"`{name}`" if name in RULES else f"--{name}"
         if is_disabled(config[name]):
             continue
+        rule, shown = (RULES | DERIVED)[name], f"`{name}`" if name in RULES else f"--{name}"
         try:
             value = parser.get_parsed_content(name)
         except Exception as error:
@@ -271,16 +272,10 @@ def _is_component(knob: Any) -> bool:
     return isinstance(knob, Mapping) and "_target_" in knob
 
 
-def refers(value: Any) -> bool:
-    """Whether a value is found by others of the config: a reference, a component, or an expression of references."""
-    return _is_component(value) or (isinstance(value, str) and value[:1] in ("@", "$", "%") and "@" in value)
-
-
 def refuse_other_kind(name: str, was: Any, value: Any) -> bool:
-    """Refuse a value that is of another kind than what a config has in its place, and say whether a rule knows it.
+    """Refuse a value of another kind than what a config has there, if it is known, and say whether it is.
 
-    Where a reference to a knob stands it is held to the rule of the knob, else to a number, a switch or a component, if
-    there is one. None and expressions may stand anywhere.
+    It is that of the knob to which it refers, a number, a switch or a component; None and expressions may be anywhere.
     """
     if value is None or (isinstance(value, str) and value[:1] in ("@", "$", "%")):
         return False
@@ -293,7 +288,7 @@ def refuse_other_kind(name: str, was: Any, value: Any) -> bool:
         says = "a component, as {'_target_': NAME}, or what gives one, a reference (@NAME) or an expression ($...)"
         rule = Rule(says, lambda value: isinstance(value, Mapping))
     elif isinstance(value, bool):  # which a number may switch off
-        rule = None
+        return False
     if rule is not None and not rule.holds(value):
         raise InputError(f"--{name} must be {rule.refusal(value)}")
     return rule is not None

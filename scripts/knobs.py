@@ -7,7 +7,6 @@ python scripts/knobs.py all [--check]   # writes them to docs/knobs.md of every 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path

@@ -140,25 +140,18 @@ def read_datalist(
     """
     folders = data_folders(dataset_dir)
     parts = [read_folder(folder, spatial_dims, check) for folder in folders]
-    for folder, part in zip(folders, parts, strict=True):
-        refuse_other_dims(part, folder, spatial_dims, check)
     return merge_datalists(parts, folders, check)
 
 
-def refuse_other_dims(datalist: Datalist, folder: Path, spatial_dims: int, check: bool = True) -> None:
-    """Refuse volumes as 2-D images, and the reverse; for predictions (no `check`) only if no image of the first is fit.
-
-    Raises:
-        InputError: naming what they are, and the bundles for them.
-    """
+def _refuse_other_dims(datalist: Datalist, folder: Path, spatial_dims: int, check: bool = True) -> None:
+    """Refuse volumes as 2-D images, and the reverse; for predictions (no `check`) only if both of the first are."""
     first = [Path(item["image"]) for item in datalist.items()[:2]]
     found = [*map(is_volume if spatial_dims == 2 else is_picture, first)]
     are_odd = any(found) if check else bool(found) and all(found)
     if spatial_dims == 2 and (are_odd or _are_slices(folder, first)):
         raise InputError(
             f"`dataset_dir` must hold 2-D images, got volumes in {folder}: pretrain on them by pretrain_vq_ssl with "
-            "configs/volumes.json after train.json, or by hssl_multidomain, which also embeds them; segment them by "
-            "seg_finetune_btcv."
+            "configs/volumes.json after train.json, or by hssl_multidomain; segment them by seg_finetune_btcv."
         )
     if spatial_dims == 3 and are_odd:
         raise InputError(f"`dataset_dir` must hold volumes, got 2-D images in {folder}: {_FOR_PICTURES}")
@@ -231,6 +224,8 @@ def read_folder(folder: Path, spatial_dims: int, check: bool = True, pictures: b
     `images` and one folder that is called like label maps, each image has the label map of the same name or stem.
     """
     datalist = _read_folder(folder, spatial_dims, check, pictures)
+    if not pictures:
+        _refuse_other_dims(datalist, folder, spatial_dims, check)
     own = str(folder if folder.is_dir() else folder.parent)
     alone = (own, None)  # one for all, as there may be millions
     for item in datalist.items():

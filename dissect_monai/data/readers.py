@@ -422,11 +422,13 @@ def is_volume(path: str | PathLike[str]) -> bool:
 def is_picture(path: str | PathLike[str]) -> bool:
     """Whether a file is a PNG, JPEG, TIFF or BMP, or by its header a DICOM picture or any other with two axes."""
     path, kind = Path(path), image_format(path)
-    if kind in (None, "picture") or not path.is_file():
+    grids: dict[str | None, Callable[[Path], Grid]] = {"itk": _itk_grid, "nifti": _nifti_grid}
+    grids["dicom"] = partial(_dicom_grid, pictures=True)
+    if kind not in grids or not path.is_file():
         return kind == "picture"
     try:
         with explained(path):
-            shape = _dicom_grid(path, True).shape if kind == "dicom" else (_itk_grid if kind == "itk" else _nifti_grid)(path).shape
+            shape = grids[kind](path).shape
     except (ValueError, OSError):  # whatever it is
         return False
     return len(shape) == 2 or (kind == "dicom" and shape[2] == 1)

@@ -13,14 +13,7 @@ from monai.data import Dataset
 from monai.utils import ensure_tuple
 
 from dissect_monai.common import InputError, Item, shorten
-from dissect_monai.data.datalists import (
-    Datalist,
-    data_folders,
-    merge_datalists,
-    read_folder,
-    refuse_leaks,
-    refuse_other_dims,
-)
+from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder, refuse_leaks
 from dissect_monai.data.datasets import read_all
 from dissect_monai.data.masks import mask_values, name_values, settle_labels
 from dissect_monai.data.readers import VolumeHeader, image_format, read_grid, read_header
@@ -216,8 +209,6 @@ def _read(
             raise InputError(f"`{key}` must name folders among {', '.join(names)}, got {', '.join(unknown)}.")
     datalists = [read_folder(folder, 3, check, pictures) for folder in folders]
     for folder, datalist in zip(folders, datalists, strict=True):
-        if not pictures:
-            refuse_other_dims(datalist, folder, 3, check)
         own = {key: value.get(folder.name) if isinstance(value, Mapping) else value for key, value in given.items()}
         for item in datalist.items():
             modality = _modality(own["modality"], item.get("modality"), default_modality)

@@ -1,4 +1,4 @@
-"""Every command of every README, page of the docs and Makefile runs, found by parsing: on small data, of small sizes."""
+"""Every command of every README, page of the docs and Makefile runs, found by parsing: on small data."""
 
 import ast
 import re
@@ -31,6 +31,7 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     "generated data",
     r"python benchmarks/|python -m monai\.bundle trt_export": "needs a GPU",
     r"python -m monai\.bundle push_to_hf_hub": "sends something over the network",
+    r"python -X dev -m monai\.bundle run \.\.\.": "shows a part of a command",
     r"python tests/tools/chaos\.py|python -c .import dissect_monai": "takes hours, or shows a version or an import",
     r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
     r"--task ": "shows a part of a command",
@@ -62,14 +63,15 @@ class Command(NamedTuple):
 
 @cache
 def lines() -> dict[str, list[Path]]:
-    """All lines of all blocks of bash, commands in sentences, and lines of the Makefile that run a bundle; their pages."""
+    """All lines of bash, commands in sentences, and lines of the Makefile that run a bundle, with their pages."""
     found: dict[str, list[Path]] = {}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if page.name == "Makefile":
             folders = dict(re.findall(r"^(\w+) \??= (\S+)$", text, re.MULTILINE))
-            texts = re.findall(r"^\t(\$\(RUN\) .*)", text, re.MULTILINE)
-            texts = [re.sub(r"\$\((\w+)\)", lambda name: folders.get(name[1], RUN), each) for each in texts]
+            for name, folder in {**folders, "RUN": RUN}.items():
+                text = text.replace(f"$({name})", folder)
+            texts = re.findall(rf"^\t({RUN} .*)", text, re.MULTILINE)
         else:
             blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
             texts = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
