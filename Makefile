@@ -42,8 +42,8 @@ demo-all: $(BIN)/.runtime  ## the four bundles as a chain on generated images: p
 test: $(BIN)/.dev  ## the whole test suite, on all cores
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-long: $(BIN)/.dev  ## every kind of value for every knob, and the documented exports: half an hour
-	$(BIN)/python -m pytest -m long tests/tools
+long: $(BIN)/.dev  ## every kind of value for every knob, the documented exports, and that of a Swin transformer in 3-D
+	$(BIN)/python -m pytest -m long
 
 LABEL = .venv-label
 $(LABEL)/.installed: constraints.txt scripts/label/requirements.txt scripts/label/no_dependencies.txt scripts/label/torchvision_without_cuda.py

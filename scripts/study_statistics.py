@@ -55,9 +55,10 @@ def summarise(variant: str, folders: Folders, pairs: Pairs, with_ap: bool) -> It
         StudyError: if the evaluations scored different items, or no finding can be scored.
     """
     first = next(iter(folders.values()))[0]
-    if (first / "eval" / "cases.csv").exists():
-        return segmentation_rows(variant, folders, pairs)
-    return classifier_rows(variant, folders, pairs, {"auroc": auroc, **({"ap": average_precision} if with_ap else {})})
+    if (first / "eval" / "scores.npz").exists():
+        measures = {"auroc": auroc, **({"ap": average_precision} if with_ap else {})}
+        return classifier_rows(variant, folders, pairs, measures)
+    return segmentation_rows(variant, folders, pairs)
 
 
 def classifier_rows(

@@ -1,12 +1,13 @@
 """Pack what scripts/gpu/run.py needs on a machine without a network: wheels, small X-rays, small volumes.
 
-    python scripts/gpu/pack.py --data DIR --out runs/gpu_pack [--python 3.12] [--limit_mib 60]
+    python scripts/gpu/pack.py --data DIR --out runs/gpu_pack [--python 3.12] [--limit_mib 60] [--slices]
 
 DIR holds data sets, each a folder with a dataset.json. All sets of pictures go into films.zip, as small square JPEGs;
-ct_btcv is resampled to 3×3×4 mm and mr_acdc keeps its grid, both with 64 grey levels. Unpacked, each is a folder with a
-dataset.json again. The wheels are those of this repository and of the packages that a machine with PyTorch lacks, for
-its Python on x86-64 Linux. manifest.json says what is in the pack, with sizes, SHA-256 digests and versions, and what
-was left out because the limit was passed.
+ct_btcv is resampled to 3×3×4 mm and mr_acdc keeps its grid, both with 64 grey levels. With --slices the pack holds the
+seven sets of volumes of scripts/experiments/slices_pretraining.json instead, with pixels of 2.5 mm in the plane.
+Unpacked, each is a folder with a dataset.json again. The wheels are those of this repository and of the packages that a
+machine with PyTorch lacks, for its Python on x86-64 Linux. manifest.json says what is in the pack, with sizes, SHA-256
+digests and versions, and what was left out because the limit was passed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ PACKAGES = (
     "frozendict", "loguru", "torch-einops-utils", "vector-quantize-pytorch", "kornia", "kornia-rs",
 )  # fmt: skip
 GRIDS = {"ct_btcv": (3.0, 3.0, 4.0), "mr_acdc": (0.0, 0.0, 0.0)}  # mm; 0 keeps an axis
+SLICES = {
+    "ct_btcv": (2.5, 2.5, 5.0), "ct_openkbp": (2.5, 2.5, 0.0), "mr_acdc": (2.5, 2.5, 0.0), "mr_camcan": (2.5, 2.5, 5.0),
+    "mr_chaos": (2.5, 2.5, 0.0), "mr_hippocampus": (0.0, 0.0, 0.0), "mr_lgg": (2.5, 2.5, 0.0),
+}  # fmt: skip
 CT_WINDOW = (-125.0, 275.0)  # HU, of the recipes
 GLIBCS = (39, 35, 34, 31, 28, 27, 24, 17)  # of manylinux tags, which pip takes literally
 NUM_GREYS = 64  # of a volume: 6 HU, under the noise at this spacing; noise does not compress
@@ -151,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit_mib", type=float, default=60)
     parser.add_argument("--image_size", type=int, default=80, help="side of an X-ray in pixels")
     parser.add_argument("--quality", type=int, default=75, help="of the JPEGs")
+    parser.add_argument("--slices", action="store_true", help="sets of volumes for the part `slices`, and no X-rays")
     parser.add_argument("--no_wheels", action="store_true", help="for a machine that has all packages")
     args = parser.parse_args(arguments)
     contents = {path.parent: json.loads(path.read_text("utf-8")) for path in sorted(args.data.glob("*/dataset.json"))}
@@ -160,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: --out must be a new or empty folder, got {args.out}: remove it, or give another.")
     args.out.mkdir(parents=True, exist_ok=True)
     pack, counts = Pack(args.out, args.limit_mib, python=args.python, image_size=args.image_size), {}
+    grids = SLICES if args.slices else GRIDS
     film = partial(small_film, size=args.image_size, quality=args.quality)
     with TemporaryDirectory(dir=args.out) as name:
         folder = Path(name)
@@ -168,18 +175,19 @@ def main(arguments: list[str] | None = None) -> None:
             pack.add_wheels(folder, *download(args.python, folder, *PACKAGES))
         with ZipFile(folder / "films.zip", "w", ZIP_STORED) as archive:
             for each, content in contents.items():
-                if items_of(content, "training")[0]["image"].lower().endswith(PICTURE_SUFFIXES):
+                is_film = items_of(content, "training")[0]["image"].lower().endswith(PICTURE_SUFFIXES)
+                if is_film and not args.slices:
                     counts[each.name] = write_set(archive, each, content, ".jpg", film)
         if counts:
             pack.add(folder / "films.zip", "films.zip", images=counts)
         for each, content in contents.items():
-            if each.name in GRIDS:
+            if each.name in grids:
                 window = CT_WINDOW if "CT" in str(content.get("modality")) else None
                 with ZipFile(folder / "volumes", "w", ZIP_LZMA) as archive:
-                    volume = partial(small_volume, pixdim=GRIDS[each.name], window=window)
+                    volume = partial(small_volume, pixdim=grids[each.name], window=window)
                     write_set(archive, each, content, ".nii", volume)
-                pack.add(folder / "volumes", f"{each.name}.zip", pixdim=GRIDS[each.name])
-        for name in GRIDS.keys() - {each.name for each in contents}:
+                pack.add(folder / "volumes", f"{each.name}.zip", pixdim=grids[each.name])
+        for name in grids.keys() - {each.name for each in contents}:
             pack.leave_out(name, f"it is not in {args.data}")
         if not args.no_wheels:  # last, of 50 MiB: the reader of DICOM, MHA and NRRD, which the pack does not hold
             pack.add_wheels(folder, *download(args.python, folder, "simpleitk"))

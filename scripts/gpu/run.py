@@ -1,6 +1,6 @@
 """Everything that needs a GPU, from one clone and one pack, without a network: tests, benches and real budgets.
 
-    python3 scripts/gpu/run.py [--pack runs/gpu_pack] [--out runs/gpu] [--parts tests,benches,pretraining,segmentation]
+    python3 scripts/gpu/run.py [--pack runs/gpu_pack] [--out runs/gpu] [--parts tests,benches,pretraining,...]
 
 Parts run in the order of their worth, each in a process of its own with a time limit, and write what they find at once
 to OUT/PART.json and OUT/log.txt; one that fails or is stopped leaves the others alone. In the end there is a table, and
@@ -28,7 +28,7 @@ from zipfile import ZipFile
 ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "scripts" / "gpu"
 # Seconds of each part on an H100.
-LIMITS = {"tests": 120, "benches": 130, "pretraining": 155, "segmentation": 125}
+LIMITS = {"tests": 120, "benches": 130, "pretraining": 155, "segmentation": 125, "slices": 540}
 REHEARSAL = 1800  # of each part in the rehearsal
 CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 FACTS = """
@@ -147,15 +147,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the parts and exit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=ROOT / "runs" / "gpu_pack")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="what is worth keeping, 9 files")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="what is worth keeping")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_work", help="all else")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", choices=["full", "small"], default="full")
-    parser.add_argument("--parts", help="PART or PART=SECONDS, ...; all by default, without a pack the first two")
+    parser.add_argument("--parts", help="PART or PART=SECONDS, ...; all but slices, without a pack the first two")
     args = parser.parse_args(arguments)
     has_pack = read_pack(args.pack) is not None
     asked = [each.partition("=") for each in args.parts.split(",")] if args.parts else []
-    parts = [part for part, _, _ in asked] or [*LIMITS][: None if has_pack else 2]
+    parts = [part for part, _, _ in asked] or [*LIMITS][: -1 if has_pack else 2]
     args.limits = dict(LIMITS) if args.budget == "full" else dict.fromkeys(LIMITS, REHEARSAL)
     try:
         args.limits |= {part: float(seconds) for part, _, seconds in asked if seconds}

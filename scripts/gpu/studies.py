@@ -1,4 +1,4 @@
-"""The parts of scripts/gpu/run.py that train: `pretraining` on X-rays, `segmentation` of CT.
+"""The parts of scripts/gpu/run.py that train: `pretraining` on X-rays, `segmentation` of CT, `slices` in 2-D.
 
 Recipes of the bundles train side by side on one device, each in a process of its own. Each is timed for some seconds
 while all others run, too; from that follow the epochs of its schedule, which ends when its time is over. Fine-tunings,
@@ -8,13 +8,16 @@ pretraining: VQ, the same without VQ, BYOL, and VQ without the films of RSNA, on
 then the frozen features of the labelled sets, as scripts/judge_encoders.py takes them, and one probe of each.
 OUT/pretraining_ARM.zip, unpacked into a folder, is what that script judges in full. Every film is read once, by all
 cores, for all arms. segmentation: HSSL on both sets of volumes, and fine-tuning from it and from
-scratch with 2 and with 5 subjects of ct_btcv, several draws, scored on its validation subjects.
+scratch with 2 and with 5 subjects of ct_btcv, several draws, scored on its validation subjects. slices: the
+pretrainings of scripts/experiments/slices_pretraining.json with batches four times as large, at equal steps; the
+weights are in OUT/slices_RECIPE.zip, for the fine-tunings of scripts/experiments/slices_*.json on any machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +42,9 @@ from threadpoolctl import threadpool_limits
 from dissect_monai import read_datalist
 from dissect_monai.metrics.classification import macro_auroc
 
-BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+ROOT = Path(__file__).resolve().parents[2]
+BUNDLES = ROOT / "bundles"
+SLICES = ROOT / "scripts" / "experiments" / "slices_pretraining.json"
 WARMUP = 10  # steps before the clock starts
 PATIENCE = 45  # seconds that a run waits for one that may have failed
 WITHOUT_VQ: dict[str, Any] = {"discrete_weight": 0, "commitment_weight": 0, "reconstruction_weight": 0}
@@ -67,7 +72,7 @@ QUESTIONS = [(*VIRAL, fraction, kind) for fraction in (1.0, 0.2) for kind in ("l
 QUESTIONS += [(name, "findings", 1.0, "stages") for name in ("cxr_nih", "cxr_nih64")]
 SMALL: dict[str, Any] = {
     "batch_size": 8, "hidden_dim": 32, "num_workers": 0, "pixdim": [12, 12, 12], "patch_size": [16, 16, 16],
-    "init_filters": 8, "iterations_per_epoch": 2,
+    "init_filters": 8, "iterations_per_epoch": 2, "warmup_epochs": 0, "train#sampler#items_per_draw": 2,
 }  # fmt: skip
 METRICS = ("dice_mean", "knn_auroc_stages", "reconstruction_error")  # by which a training is known in the table
 
@@ -180,10 +185,10 @@ def do(path: Path) -> None:
     for of in labelled(job["films"]) if job["films"] else []:
         read = partial(kept, store=job["store"])
         judge.features_of(arm_of(path.parent, job["image_size"]), of, job["device"], read)
-    if job["films"] and job["configs"]:
+    if job["configs"] and job["archive"]:
         root = path.parents[2]  # the names in the archive begin with the arm
         with ZipFile(job["archive"], "w") as archive:
-            for file in [*path.parent.glob("features_*.npz"), path.parent / "models" / "model.json"]:
+            for file in [each for pattern in job["keep"] for each in path.parent.glob(pattern)]:
                 archive.write(file, file.relative_to(root))
     write(path.with_name("result.json"), found)
 
@@ -219,11 +224,13 @@ class Study:
     def add(self, name: str, configs: list[str], knobs: dict[str, Any], share: float, **more: Any) -> Path:
         """Plan a job that trains until this share of the time is over; returns its folder."""
         folder, small = self.folder / name / "seed0", {key: SMALL[key] for key in knobs.keys() & SMALL.keys()}
+        small |= {key: each[: len(knobs[key])] for key, each in small.items() if isinstance(each, list)}
         job: dict[str, Any] = {
             "name": name,
             "configs": [str(BUNDLES / config) for config in configs],
             "knobs": knobs,
             "films": None,
+            "archive": None,
         }
         job |= {"device": self.device, "deadline": self.start + share * self.limit, "timing": 5, "most": 10**6}
         job |= {"patience": 0.3 * self.limit}  # of a run that waits for another's weights
@@ -294,8 +301,8 @@ def pretraining(study: Study) -> bool:
     for name, knobs in ARMS.items():
         sets = [without_rsna(each, study.folder) if name == WITHOUT_RSNA else each for each in films]
         knobs = {**shared, **knobs, "dataset_dir": [str(each) for each in sets]}
-        archive = str(study.out / f"pretraining_{name}.zip")
-        folders.append(study.add(name, configs, knobs, 0.7, beside=[*ARMS], archive=archive, **more))
+        own = {"archive": str(study.out / f"pretraining_{name}.zip"), "keep": ["features_*.npz", "models/model.json"]}
+        folders.append(study.add(name, configs, knobs, 0.7, beside=[*ARMS], **own, **more))
     folders.append(study.add(judge.RANDOM, [], {}, 0, **more))
     well = study.finish()
     arms = [arm_of(folder, size) for folder in folders if (folder / "result.json").is_file()]
@@ -336,10 +343,28 @@ def segmentation(study: Study) -> bool:
     return study.finish()
 
 
+def slices(study: Study) -> bool:
+    """The pretrainings of a study file, side by side."""
+    plan = json.loads(SLICES.read_text(encoding="utf-8").replace("{data}", study.data.as_posix()))
+    if lacking := [path for path in plan["training"]["dataset_dir"] if not Path(path).is_dir()]:
+        sys.exit(f"error: the pack must hold {', '.join(Path(path).name for path in lacking)}: make it with --slices.")
+    for name, own in plan["recipes"].items():
+        knobs = {**plan["training"], **own, "num_workers": 2}
+        knobs["batch_size"] *= 4
+        if "train#sampler#items_per_draw" in own:  # a batch of one set
+            knobs["train#sampler#items_per_draw"] = knobs["batch_size"]
+        configs = plan["configs"].get(name, ["bundles/hssl_multidomain/configs/train.json"])
+        archive = study.out / f"slices_{re.sub('[^A-Za-z0-9]+', '_', name)}.zip"
+        equal = sorted(plan["recipes"], key=lambda each, own=name: each != own)  # its own first
+        more = {"archive": str(archive), "keep": ["models/*"], "beside": equal, "equal": equal}
+        study.add(name, [str(ROOT / each) for each in configs], knobs, 0.92, **more)
+    return study.finish()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "jobs":
         for path in sys.argv[2:]:
             do(Path(path))
     else:
         study = Study(**json.loads(sys.argv[1]))
-        sys.exit(not {"pretraining": pretraining, "segmentation": segmentation}[study.part](study))
+        sys.exit(not {"pretraining": pretraining, "segmentation": segmentation, "slices": slices}[study.part](study))

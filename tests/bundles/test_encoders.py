@@ -113,16 +113,20 @@ def test_the_learning_rate_falls_with_the_depth(encoder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("segments", [False, True])
-@every_encoder
-def test_what_is_exported_gives_what_the_network_gives(encoder: str, segments: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "dims", "segments"),
+    [
+        *(pytest.param(encoder, 2, False, id=encoder) for encoder in ("resnet10", *OTHERS)),
+        pytest.param("resnet10", 2, True, id="with a decoder"),
+        pytest.param("swin", 3, False, id="swin in 3-D", marks=pytest.mark.long),
+    ],
+)
+def test_what_is_exported_gives_what_the_network_gives(encoder: str, dims: int, segments: bool, tmp_path: Path) -> None:
     import onnxruntime
 
-    if segments and encoder in OTHERS:
-        pytest.skip("the decoder is that of a ResNet, and a SegResNet is exported by the tests of archives")
     torch.manual_seed(0)
-    network = build_segmentation(encoder, 2, 1, 2) if segments else build_encoder(encoder, num_classes=2)
-    images = torch.rand(1, 1, 32, 32)
+    network = build_segmentation(encoder, dims, 1, 2) if segments else build_encoder(encoder, dims, num_classes=2)
+    images = torch.rand(1, 1, *[32] * dims)
     with torch.no_grad():
         expected = network.eval()(images)
     traced = segments or encoder == "swin"  # TorchScript knows neither our stages nor einops

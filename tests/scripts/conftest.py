@@ -84,6 +84,7 @@ class Stand:
                 writer.writerows(self.change(recipe, seed, variant, lines_of(recipe, seed, variant)))
         else:
             np.savez(folder / "eval" / "scores.npz", **self.scores(folder, knobs))
+            (folder / "eval" / "cases.csv").write_text("image,subject\n", encoding="utf-8")  # a classifier's own
         return 0
 
     def scores(self, folder: Path, knobs: dict[str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import nibabel as nib
 import numpy as np
@@ -129,7 +130,9 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(
 
 
 def test_refuses_a_part_that_it_does_not_have_and_one_without_images(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="error: --parts must be of tests, benches, pretraining, segmentation, got x"):
+    with pytest.raises(
+        SystemExit, match="error: --parts must be of tests, benches, pretraining, segmentation, slices, got x"
+    ):
         run.main(["--pack", str(tmp_path), "--parts", "tests,x"])
     with pytest.raises(SystemExit, match=r"error: pretraining need\(s\) the images of a pack"):
         run.main(["--pack", str(tmp_path), "--parts", "tests,pretraining"])
@@ -159,3 +162,24 @@ def test_the_rehearsal_trains_judges_and_segments(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"pretraining_{arm}.zip" for arm in arms} < names
     assert len(names) <= 9
+
+
+@pytest.mark.slow
+def test_the_rehearsal_leaves_the_weights_of_slices(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in pack.SLICES:
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(data / "ct_btcv")
+    pack.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "pack"), "--no_wheels", "--slices"])
+    monkeypatch.chdir(tmp_path)
+    status = run_small(tmp_path, tmp_path / "pack", "slices")
+    assert status == 0, (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")[-3000:]
+    rows = read(tmp_path / "out" / "slices.json")
+    assert [row["steps"] for row in rows] == [2] * 6
+    for row in rows:
+        recipe = row["what"].split(":")[0]
+        with ZipFile(
+            tmp_path / "out" / f"slices_{recipe.replace(', ', '_').replace(' ', '_').replace('-', '_')}.zip"
+        ) as archive:
+            assert {*archive.namelist()} == {f"{recipe}/seed0/models/model.{end}" for end in ("pt", "json")}
