@@ -175,7 +175,7 @@ _DERIVED: list[tuple[Rule, str]] = [
     (_whole(1, 1024), "num_channels"),
     (_list_of(_whole(1, 4096), 3), "crop_size"),
     (_list_of(TEXT), "class_names group_names label_names task_names"),
-    (_optional(TEXTS), "default_modality"),
+    (_optional(PER_FOLDER), "default_modality"),
     (PATH, "ckpt_dir log_dir model_path phantoms"),
     (_optional(PATH), "start_from"),
     (PATHS, "data_dir"),
@@ -238,7 +238,8 @@ def check_knobs(parser: ConfigParser) -> None:
     switches = {}
     config = parser.config or {}  # nobody asks it for a name that is near, as `name in parser` does
     knobs = [name for name in RULES if name in config and not _is_component(config[name])]
-    knobs += [name for name in DERIVED if name in config and "@" not in str(config[name])]
+    known = {name: str(config[name]) for name in DERIVED if name in config}
+    knobs += [name for name, text in known.items() if "@" not in text or text[1:] in RULES]
     # First those that are given as they are, on which others depend.
     for name in sorted(knobs, key=lambda name: str(config[name])[:1] in ("$", "@")):
         if is_disabled(config[name]):
@@ -291,7 +292,7 @@ def refuse_other_kind(name: str, was: Any, value: Any) -> bool:
         return False
     if rule is not None and not rule.holds(value):
         raise InputError(f"--{name} must be {rule.refusal(value)}")
-    return rule is not None
+    return rule is not None and not isinstance(value, Mapping)
 
 
 def is_disabled(knob: Any) -> bool:
