@@ -28,6 +28,7 @@ BTCV_ORGANS = (  # in the order of their values
 )  # fmt: skip
 
 
+_APART = 1.5  # least spacing of slices as a multiple of that of their pixels
 NO_MEMORY = re.compile(  # of torch, NumPy, SimpleITK
     r"MemoryError|(can't|not|Failed to|Unable to) allocate|out of memory|enough memory|calculation overflowed|"
     r"multiplication overflow|array is too (big|large)|Maximum allowed (dimension|size)|bad_alloc"
@@ -72,6 +73,17 @@ def root_cause(error: BaseException) -> BaseException:
 def shorten(values: Sequence[Any], count: int = 8) -> str:
     """The first values as a text, with dots if there are more."""
     return ", ".join(map(str, values[:count])) + ", ..." * (len(values) > count)
+
+
+def acquired_plane(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    """Plane in which a volume in RAS was acquired: that of its only slice, or across its coarsest axis, or axial.
+
+    The coarsest axis counts if its spacing is at least 1.5 times that of each other one.
+    """
+    coarse = sorted(spacing)
+    single, across = list(shape).count(1) == 1, coarse[2] >= _APART * coarse[1]
+    axis = list(shape).index(1) if single else int(np.argmax(spacing)) if across else 2
+    return next(plane for plane, axes in PLANES.items() if axes[2] == axis)
 
 
 def rank() -> int:

@@ -22,7 +22,7 @@ html_theme = "furo"
 html_title = f"dissect-monai {version}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
-html_js_files = ["keyboard.js"]
+html_js_files = ["keyboard.js", "sort.js"]
 html_theme_options = {"source_directory": "docs/"}
 html_show_sphinx = False
 

@@ -149,7 +149,7 @@ def compress(source: Path, path: Path) -> None:
         pixels.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def report(page: str, picture: str, width: int = 1000, height: int = 1250) -> None:
+def report(page: str, picture: str, width: int = 1000, height: int = 1650) -> None:
     """Write what a browser shows of a page.
 
     Args:

@@ -183,7 +183,14 @@ def test_a_bad_value_is_refused_with_the_name_of_the_knob(name: str, value: Any)
     ("name", "value"),
     [
         *(("log_dir", 5), ("ckpt_dir", ""), ("data_dir", None), ("label_names", "nodules"), ("class_names", [5])),
-        *(("num_channels", None), ("on_cuda", "foo"), ("smoke", 1), ("rank", -1), ("world_size", 0), ("crop_size", [4])),
+        *(
+            ("num_channels", None),
+            ("on_cuda", "foo"),
+            ("smoke", 1),
+            ("rank", -1),
+            ("world_size", 0),
+            ("crop_size", [4]),
+        ),
         ("num_iterations", "$1 / 0"),
     ],
 )

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dissect_monai.common import NO_FINDING, InputError, Item, shorten
 from dissect_monai.data import dicom
+from dissect_monai.data.layouts import LABELS, Folders, label_folders, label_of, names_of, subject_of
 from dissect_monai.data.readers import (
-    IMAGE_SUFFIX,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
@@ -36,14 +36,6 @@ SPLITS = ("training", "validation", "test")
 _FOR_PICTURES = (
     "X-rays are for the bundles pretrain_vq_ssl (without volumes.json) and cxr_classify; for other pictures train with "
     "`spatial_dims` 2."
-)
-# What label maps and their folders are called beside images: labelsTr, x_seg.nii.gz, aparc+aseg.mgz, lungMask-0.nii.
-_LABELS = re.compile(
-    r"(.*[-_.+ ])?(labels?|lbls?|label[-_ ]?maps?|[a-z]*masks?|msks?|[a-z]*segs?|segmentations?|[a-z]*seg[-_ ]?maps?|"
-    r"annot(ation)?s?|annos?|rois?|contours?|delineations?|outlines?|parcellations?|wmparc|aparc|struct(ure)?s?|"
-    r"rt[-_ ]?(structs?|ss)|[gcip]tvs?|oars?|gts?|((ground[-_ ]?)?truths?|gold[-_ ]?standards?))"
-    r"([-_ ]?(tr|ts|val|train|test|manual|final|left|right|(?<=[-_ ])[lr]|rater\d+|[a-z]?\d+(?!\d)))*(\.\w+)?(\.gz)?",
-    re.IGNORECASE,
 )
 
 
@@ -101,10 +93,13 @@ class Datalist(NamedTuple):
     def complete(self, items: Sequence[Item]) -> list[Item]:
         """Add what items lack that give nothing but "image" and "label", as MONAI Label lists them.
 
-        Their label maps must hold the classes themselves, 1, 2, ... in the order of `class_names`, and each image is a
-        subject of its own. What an item gives stays.
+        Their label maps must hold the classes themselves, 1, 2, ... in the order of `class_names`, or the larger values
+        of `mask_values`, such as 255, and each image is a subject of its own. What an item gives stays.
         """
         labels = {name: [value] for value, name in enumerate(self.class_names, start=1)}
+        for name, value in self.mask_values.items():
+            if name in labels and isinstance(value, int) and value > len(labels):
+                labels[name].append(value)
         common = {"task": "given", "modality": self.modality or "unknown", "labels": labels}
         return [{**common, "subject": Path(item["image"]).name, **item} for item in items]
 
@@ -116,13 +111,14 @@ def read_datalist(
 
     dataset.json holds the lists `training`, `validation` and `test` of {"image", "label", "subject", ...} or of image
     paths, relative to its folder; only `training` and "image" are required. A label is a list of 0, 1 or null
-    (unknown), a mapping of names to such values, or the path of a label map. `label_names` names the values, else they
-    are called finding_0, finding_1, ... `task`, `group`, `modality` and `labels` (the names of the values of label
-    maps) of the whole set are copied to its items.
+    (unknown), a mapping of names to such values, or the path of a label map. `label_names` names the values, else
+    they are called finding_0, finding_1, ... `task`, `group`, `modality` and `labels` (the names of the values of label
+    maps; else `label_names` names 1, 2, ...) of the whole set are copied to its items.
 
     Without dataset.json, every image in the folder and below, sorted, or the image given instead of a folder, becomes a
     training item. Its subject is the PatientID of DICOM; without one, it counts as a subject of its own. See `walk` and
-    `without_labels` for what is left out.
+    `without_labels` for what is left out. `subject_pattern` of dataset.json finds the subject in the name of a file
+    that is listed without one, see `subject_of`.
 
     Several folders are merged: label names are united, labels that a set does not have are unknown (NaN), and subjects
     become "<folder name>/<subject>".
@@ -220,8 +216,8 @@ def label_matrix(
 def read_folder(folder: Path, spatial_dims: int, check: bool = True, pictures: bool = False) -> Datalist:
     """Data list of one folder, see `read_datalist`, without checking what its splits share.
 
-    With 3 dimensions and `pictures`, these are found beside volumes, and in a folder without dataset.json but with
-    `images` and one folder that is called like label maps, each image has the label map of the same name or stem.
+    With 3 dimensions and `pictures`, these are found beside volumes, and images of a folder without dataset.json have
+    the label maps of `label_folders`. So they have, also without `pictures`, where dataset.json holds no lists.
     """
     datalist = _read_folder(folder, spatial_dims, check, pictures)
     if not pictures:
@@ -237,10 +233,11 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     if not folder.exists():
         raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
     if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
-        return _read_json(folder / "dataset.json", check)
-    label_folder = _label_folder(folder) if pictures and folder.is_dir() else None
+        return _read_json(folder / "dataset.json", check, pictures or spatial_dims == 2)
+    if pictures and folder.is_dir() and (folders := label_folders(folder)):
+        return _paired(folders, check, pictures)
     if folder.is_dir():
-        images = _find_images(folder / "images" if label_folder else folder, spatial_dims, pictures)
+        images = _find_images(folder, spatial_dims, pictures)
     elif image_format(folder) is not None:
         images = [str(folder)]
     else:
@@ -251,36 +248,37 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
         suffixes = " ".join((PICTURE_SUFFIXES if with_pictures else ()) + VOLUME_SUFFIXES)
         hint = "" if with_pictures or not _find_images(folder, 2) else f" It holds 2-D images: {_FOR_PICTURES}"
         raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.{hint}")
-    for image in images:
-        if not image.isascii() and image != image.encode(errors="replace").decode():
-            raise InputError(f"{folder} must hold files with names in UTF-8, got {image!a}. Rename it.")
-    if label_folder is not None and check:
-        _add_labels(items, folder / "images", label_folder)
     return Datalist(items, [], [])
 
 
-def _label_folder(folder: Path) -> Path | None:
-    """The folder of label maps beside `images`, if there is one."""
-    found = sorted(each for each in folder.iterdir() if each.is_dir() and _LABELS.fullmatch(each.name))
-    if not found or not (folder / "images").is_dir():
-        return None
-    if len(found) > 1:
-        names = shorten([each.name for each in found])
-        raise InputError(f"{folder} must have one folder of label maps beside images, got {names}: move the others.")
-    return found[0]
+def _paired(folders: Folders, check: bool, pictures: bool) -> Datalist:
+    """The images of folders with their label maps; those of one folder below are of one subject, called like it."""
+    splits: dict[str, list[Item]] = {}
+    for split, (images, labels) in folders.items():
+        splits[split] = items = _with_patients(_find_images(images, 3, pictures))
+        for item in items:
+            below = Path(item["image"]).relative_to(images).parts
+            if len(below) > 1:
+                item.setdefault("subject", below[0])
+        if check and labels is not None:
+            _add_labels(items, images, labels)
+    if not any(splits.values()):
+        raise FileNotFoundError(f"{images} must hold images, got none.")
+    training, validation, test = (splits.get(split, []) for split in SPLITS)
+    return Datalist(training, validation, test)
 
 
 def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None:
-    """Give each item the label map of the same name, or else of the same name without suffix."""
+    """Give each item its label map, see `label_of`."""
     by_name: dict[str, list[str]] = {}
+    own = {item["image"] for item in items}
     for path in (str(path) for _, paths in walk(label_folder) for path in paths if image_format(path)):
         name = os.path.relpath(path, label_folder)
-        for each in {name, IMAGE_SUFFIX.sub("", name)}:
+        for each in {name, *names_of(name)} if path not in own else ():
             by_name.setdefault(each, []).append(path)
     of_label: dict[str, str] = {}
     for item in items:
-        name = os.path.relpath(item["image"], images)
-        found = by_name.get(name) or by_name.get(IMAGE_SUFFIX.sub("", name), [])
+        found = label_of(item["image"], images, by_name)
         if len(found) > 1 or of_label.keys() & {*found}:
             other = f", which is also that of {of_label[found[0]]}" if found[0] in of_label else ""
             raise InputError(
@@ -296,7 +294,9 @@ def _add_labels(items: Sequence[Item], images: Path, label_folder: Path) -> None
             f"{label_folder} must hold label maps with the names of the images, but for the suffix, got {without[0]} "
             f"and {shorten(unused, 1) or 'no label map'}: rename them, or list both in a dataset.json."
         )
-    logger.info("Found %d images in %s, %d with a label map in %s.", len(items), images, len(of_label), label_folder)
+    subjects = len({item.get("subject", item["image"]) for item in items})
+    what = f"{len(items)} images of {subjects} subjects"
+    logger.info("Found %s in %s, %d with a label map in %s.", what, images, len(of_label), label_folder)
     for files, what in ((without, "Images without a label map"), (unused, "Label maps without an image")):
         if files:
             logger.warning("%s: %d (%s).", what, len(files), shorten(files, 3))
@@ -312,6 +312,9 @@ def _find_images(folder: Path, spatial_dims: int, pictures: bool = False) -> lis
             found += [path for path in paths if formats[path] in ("itk", "nifti", "picture")[: 2 + pictures]]
             if "dicom" in formats.values():
                 found += dicom.find_volumes(parent, pictures)
+    for image in map(str, found):
+        if not image.isascii() and image != image.encode(errors="replace").decode():
+            raise InputError(f"{folder} must hold files with names in UTF-8, got {image!a}. Rename it.")
     return [str(path) for path in without_labels(sorted(found), folder)]
 
 
@@ -378,7 +381,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 def without_labels(paths: list[Path], folder: Path) -> list[Path]:
     """The paths in a folder that are not called like label maps, unless all are; the others are logged."""
-    labels = [path for path in paths if any(map(_LABELS.fullmatch, path.relative_to(folder).parts))]
+    labels = [path for path in paths if any(map(LABELS.fullmatch, path.relative_to(folder).parts))]
     if not labels or len(labels) == len(paths):
         return paths
     logger.warning(
@@ -388,7 +391,7 @@ def without_labels(paths: list[Path], folder: Path) -> list[Path]:
     return sorted({*paths} - {*labels})
 
 
-def _read_json(path: Path, check: bool) -> Datalist:
+def _read_json(path: Path, check: bool, pictures: bool = False) -> Datalist:
     refuse_odd_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -397,9 +400,17 @@ def _read_json(path: Path, check: bool) -> Datalist:
             json.dumps(spec, ensure_ascii=False).encode()  # which fails on half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON in UTF-8, got: {error}. Correct it there.") from error
+    if isinstance(spec, dict) and spec.keys().isdisjoint(SPLITS) and (folders := label_folders(path.parent)):
+        found = _paired(folders, check, pictures)
+        if "subject_pattern" in spec:  # which counts more than folders
+            found = found.with_items(lambda items: [{**item, "subject": None} for item in items])
+        spec |= dict(zip(SPLITS, found, strict=False))
     if not isinstance(spec, dict) or "training" not in spec:
         got = f"the keys {list(spec)}" if isinstance(spec, dict) else f"a {type(spec).__name__}"
-        raise InputError(f"{path} must be a JSON object with a list `training`, got {got}.")
+        raise InputError(
+            f"{path} must be a JSON object with a list `training`, got {got}; without lists, it must lie beside "
+            "folders called images and labels."
+        )
     for key in spec.keys() - {*SPLITS, "label_names"}:
         if isinstance(spec[key], list) and any(isinstance(item, dict) and "image" in item for item in spec[key]):
             raise InputError(f"{path}: lists of images must be called {', '.join(SPLITS)}, got `{key}`. Rename it.")
@@ -418,6 +429,11 @@ def _read_json(path: Path, check: bool) -> Datalist:
         shared["labels"] = spec["labels"]
     splits = [_read_items(spec.get(split, []), f"{path}: `{split}`", path.parent, shared) for split in SPLITS]
     items = [item for split in splits for item in split]
+    for item in items if "subject_pattern" in spec else ():
+        if "subject" not in item:
+            item["subject"] = subject_of(
+                Path(item["image"]).name, spec["subject_pattern"], f"`subject_pattern` of {path}"
+            )
     if check:
         _refuse_missing([item[key] for item in items for key in PATH_KEYS if isinstance(item.get(key), str)], path)
     both = sorted(
@@ -435,6 +451,10 @@ def _read_json(path: Path, check: bool) -> Datalist:
         names = [*named] or [f"finding_{index}" for index in range(len(ensure_tuple(labels[0])))]
     for item in with_findings:
         item["label"] = _read_label(item["label"], names, f"{path}: the label of {item['image']}")
+    of_values = {name: value for value, name in enumerate(names, start=str(names[:1]).lower() != "['background']")}
+    for item in items if of_values else ():
+        if isinstance(item.get("label"), str) and "colours" not in item:
+            item.setdefault("labels", of_values)
     training, validation, test = splits
     return Datalist(training, validation, test, names if with_findings else [])
 

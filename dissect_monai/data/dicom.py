@@ -26,7 +26,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What is read of a file; all else is skipped. A DICOMDIR has only the class of its media.
 _KEYWORDS = {
     0x00020002: "SOPClassUID", 0x00020010: "TransferSyntaxUID", 0x00080008: "ImageType", 0x00080016: "SOPClassUID",
-    0x00080032: "AcquisitionTime", 0x0008103E: "SeriesDescription", 0x00100020: "PatientID",
+    0x00080032: "AcquisitionTime", 0x00080060: "Modality", 0x0008103E: "SeriesDescription", 0x00100020: "PatientID",
     0x00180010: "ContrastBolusAgent", 0x00180060: "KVP", 0x00180081: "EchoTime",
     0x00180082: "InversionTime", 0x00180086: "EchoNumbers", 0x00180088: "SpacingBetweenSlices",
     0x00181060: "TriggerTime", 0x00181164: "ImagerPixelSpacing", 0x00181210: "ConvolutionKernel",

@@ -24,6 +24,7 @@ from dissect_monai.data.readers import ImageFileReader, explained, image_format,
 
 logger = logging.getLogger(__name__)
 WHITE = 255  # of masks in black and white
+_UNNAMED = {"foreground": WHITE}  # beside class_1, class_2, ...
 _MAX_UNNAMED = 32  # different values of masks that are taken for classes without being named
 _OF_LABELS = ("labels", "ignored", "colours", "either")  # what an item says of its label map
 
@@ -150,17 +151,32 @@ def _is_picture(label: Any) -> bool:
     return isinstance(label, str) and image_format(label) == "picture"
 
 
-def name_values(items: Sequence[Item], on_corrupt: str = "raise") -> None:
+def name_values(items: Sequence[Item], on_corrupt: str = "raise", weights: Mapping[str, Any] | None = None) -> None:
     """Name the values of label maps that no dataset.json names, in place.
 
     Masks with nothing but 1, or nothing but 255, are of one structure, `foreground`; values 1, 2, ... are `class_1`,
     `class_2`, ... Others must be named, as they are most often what smoothing makes of an edge. Masks that cannot be
     read are refused, or, with `on_corrupt` "skip", logged and looked at no further.
+
+    Where `weights` are to be scored, it is their settings that name values and colours, and others are refused.
     """
-    unnamed = [item for item in items if not item.get("labels")]
+    unnamed = [item for item in items if isinstance(item.get("label"), str) and not item.get("labels")]
     if not unnamed:
         return
+    for item in unnamed if weights else ():
+        item |= _of_weights(weights or {}, item["label"])
+        settle_labels(item, "the weights")
+        part_ignored(item)
     found = _values_in(unnamed, on_corrupt)
+    if weights:
+        named = (*unnamed[0]["labels"].values(), unnamed[0].get("ignored", ()))
+        known = {value for values in named for value in values}
+        for path in (path for path, each in found.items() if not {*each} <= known):
+            raise InputError(
+                f"{path} has the values {shorten(found[path])}, of which the weights know {shorten(sorted(known))} "
+                'alone: say what they are by `labels`, such as {"disc": 128}, in a dataset.json.'
+            )
+        return
     values = sorted({value for each in found.values() for value in each})
     if not values:
         raise InputError(f"masks must show something, got {len(found)} that are empty, such as {unnamed[0]['label']}.")
@@ -178,6 +194,29 @@ def name_values(items: Sequence[Item], on_corrupt: str = "raise") -> None:
     logger.info("Classes of %d label maps, %d of them empty, by their values: %s.", len(found), empty, labels)
     for item in unnamed:
         item["labels"] = labels
+
+
+def _of_weights(settings: Mapping[str, Any], label: str) -> Item:
+    """What the settings of weights say of masks without names: `colours`, or `labels`."""
+    values = {**(settings.get("mask_values") or {})}
+    if any(isinstance(each, list) for each in values.values()):
+        return {"colours": values}
+    names = settings.get("class_names", ())
+    values = {name: values.get(name, _UNNAMED.get(name, name.removeprefix("class_"))) for name in names}
+    if not all(str(value).isdecimal() for value in values.values()):
+        raise InputError(
+            f"{label} must come with names of its values, as the weights do not know those of {shorten([*names])}: "
+            f'write `labels`, such as {{"{names[0]}": 1}}, into a dataset.json.'
+        )
+    either = len(names) == 1 and {*values.values()} <= {1, WHITE}
+    return {"labels": {name: [1, WHITE] if either else [int(value)] for name, value in values.items()}}
+
+
+def part_ignored(item: Item) -> None:
+    """Move the values of nnU-Net's "ignore", of what nobody has annotated, from `labels` to `ignored`."""
+    names = [name for name in item["labels"] if name.lower() == "ignore"]
+    if names:
+        item["ignored"] = [value for name in names for value in item["labels"].pop(name)]
 
 
 def mask_values(

@@ -199,9 +199,13 @@ def refuse_other_channels(
     for item in items:
         modalities = ensure_tuple(item["modality"])
         if len(modalities) != (1 if in_colour else in_channels):
+            is_slice = spatial_dims == 2 and len(modalities) == 1
+            remedy = (
+                "set `in_channels` to 1 or 3" if is_slice else "correct `modality`, make a data folder of each channel"
+            )
             raise InputError(
                 f"every volume must have {in_channels} channel(s), got {', '.join(modalities)} for {item['image']}: "
-                "correct `modality`, make a data folder of each channel, or take weights for these channels."
+                f"{remedy}, or take weights for these channels."
             )
 
 

@@ -9,19 +9,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.data import Dataset
 from monai.utils import ensure_tuple
 
-from dissect_monai.common import InputError, Item, shorten
+from dissect_monai.common import PICTURE, InputError, Item, acquired_plane, shorten
+from dissect_monai.data import dicom
 from dissect_monai.data.datalists import Datalist, data_folders, merge_datalists, read_folder, refuse_leaks
 from dissect_monai.data.datasets import read_all
-from dissect_monai.data.masks import mask_values, name_values, settle_labels
-from dissect_monai.data.readers import VolumeHeader, image_format, read_grid, read_header
+from dissect_monai.data.masks import mask_values, name_values, part_ignored, settle_labels
+from dissect_monai.data.readers import ImageFileReader, VolumeHeader, image_format, read_grid, read_header
 from dissect_monai.data.splits import hold_out, refuse_other_channels, split_training, with_test_split
 
 logger = logging.getLogger(__name__)
 PerFolder = str | Sequence[str] | Mapping[str, str] | None  # a value for all folders, or one by the name of a folder
-_OF_WEIGHTS = ("class_names", "modality", "in_channels")  # what their settings say of a segmentation
+_GREY = 8  # of 255, by which the channels of a grey picture that is stored in RGB may differ
+_OF_WEIGHTS = ("class_names", "modality", "in_channels", "mask_values")  # what their settings say of a segmentation
 
 
 def aggregate(
@@ -35,6 +38,8 @@ def aggregate(
     test_seed: int | None = None,
     spatial_dims: int = 3,
     in_channels: int | None = None,
+    slice_axis: str = "auto",
+    position: bool = False,
 ) -> Datalist:
     """Merge data folders of volumes, each with a task and a group, and read the headers of all their files.
 
@@ -56,6 +61,8 @@ def aggregate(
         test_seed: for an evaluation: draws the subjects of `with_test_split`; None leaves the splits as they are.
         spatial_dims: 2 takes pictures, too, see `read_segmentation`.
         in_channels: see `read_segmentation`.
+        slice_axis: of slices in 2-D: with "auto", a task whose volumes were acquired in several planes is logged.
+        position: whether places across slices are compared, so that such a task is refused.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist, or a folder holds no volumes.
@@ -77,6 +84,12 @@ def aggregate(
     _refuse_odd_tasks(merged)
     task_names, group_names = (sorted({item[key] for item in merged.items()}) for key in ("task", "group"))
     in_channels = in_channels or _channels(merged.training if pictures else [])
+    for name in task_names if pictures else ():
+        items = [item for item in merged.items() if item["task"] == name]
+        if slice_axis == "auto":
+            _warn_of_planes(items, f"task {name!r}", position)
+        if test_seed is not None:
+            name_values(items, on_corrupt)
     datalist = merged._replace(headers=headers, task_names=task_names, group_names=group_names, in_channels=in_channels)
     return datalist if test_seed is None else with_test_split(datalist, seed=test_seed)
 
@@ -95,6 +108,8 @@ def read_segmentation(
     spatial_dims: int = 3,
     in_channels: int | None = None,
     on_corrupt: str = "raise",
+    weights: Mapping[str, Any] | None = None,
+    slice_axis: str = "auto",
 ) -> Datalist:
     """Read one or several folders with a Decathlon-style dataset.json of volumes and label maps.
 
@@ -122,6 +137,8 @@ def read_segmentation(
         in_channels: of the network in 2-D, where images have one modality: 1 makes luminance of colour, 3 repeats grey.
             None takes 3 if any picture for training has colours.
         on_corrupt: "raise" refuses masks that cannot be read, where their values are looked at; "skip" logs them.
+        weights: settings of weights to be scored, which name the values that nothing else names.
+        slice_axis: see `aggregate`.
 
     Raises:
         FileNotFoundError: if a folder or a listed file does not exist.
@@ -146,7 +163,9 @@ def read_segmentation(
             item.setdefault("task", folder.name)
     merged = _with_label_maps(merge_datalists(datalists, folders))
     if spatial_dims == 2:
-        name_values(merged.items(), on_corrupt)
+        name_values(merged.items(), on_corrupt, weights)
+        if slice_axis == "auto":
+            _warn_of_planes(merged.items(), "the data")
     datalist = split_training(merged, fold, num_folds, validation_fraction, split_seed)
     refuse_leaks(datalist)  # links may give one image to two subjects
     trained_on = datalist.training or datalist.items()
@@ -212,8 +231,8 @@ def _read(
         own = {key: value.get(folder.name) if isinstance(value, Mapping) else value for key, value in given.items()}
         for item in datalist.items():
             modality = _modality(own["modality"], item.get("modality"), default_modality)
-            if modality == "unknown" and pictures and image_format(item["image"]) == "picture":
-                modality = "picture"  # whose greys say what they are
+            if modality == "unknown" and pictures:
+                modality = _of_picture(Path(item["image"]))
             item |= {key: value for key, value in own.items() if value is not None} | {"modality": modality}
             item.setdefault("subject", os.path.relpath(item["image"], folder if folder.is_dir() else folder.parent))
             if check and isinstance(item.get("labels"), Mapping):
@@ -221,12 +240,19 @@ def _read(
             if check and pictures:
                 settle_labels(item, str(folder))
             if check and isinstance(item.get("labels"), Mapping):
-                ignored = [name for name in item["labels"] if name.lower() == "ignore"]
-                if ignored:
-                    item["ignored"] = [value for name in ignored for value in item["labels"].pop(name)]
+                part_ignored(item)
     if default_modality is not None:
         _warn_of_other_modality([item for each in datalists for item in each.items()], default_modality)
     return folders, datalists
+
+
+def _of_picture(path: Path) -> str:
+    """The modality of a picture, whose greys say what they are, as far as DICOM says it; "unknown" of a volume."""
+    kind = image_format(path)
+    with suppress(ValueError):  # what cannot be read is refused later
+        if kind == "dicom" and path.is_file() and (series := dicom.series_of(path)).is_picture:
+            return series.tags[0].get("Modality") or PICTURE
+    return PICTURE if kind == "picture" else "unknown"
 
 
 def _modality(*choices: Any) -> str | list[str]:
@@ -276,14 +302,35 @@ def _named_values(labels: Mapping[str, Any], folder: Path) -> dict[str, list[int
 
 
 def _channels(items: Sequence[Item]) -> int:
-    """3 if any picture has colours, else 1; a file that cannot be read is left to what reads the images."""
+    """3 if any picture has colours, else 1; a file that cannot be read is left to what reads the images.
+
+    A picture in RGB has none if its channels are nowhere more than 8 of 255 apart, which is what JPEG makes of grey.
+    """
     for item in items:
         with suppress(InputError):
             if image_format(item["image"]) in ("picture", "dicom"):
                 grid = read_grid(item["image"], pictures=True)
                 if grid.channels == 3 and grid.shape[2] == 1:
-                    return 3
+                    rgb, _ = ImageFileReader(spatial_dims=3, channels=3).get_data(Path(item["image"]))
+                    if np.ptp(rgb, -1).max() > _GREY:
+                        return 3
     return 1
+
+
+def _warn_of_planes(items: Sequence[Item], what: str, refuse: bool = False) -> None:
+    planes: dict[str, list[str]] = {}
+    for image in (item["image"] for item in items):
+        with suppress(ValueError, OSError):  # pictures, and what is left to what reads the images
+            planes.setdefault(acquired_plane(*read_header(image)), []).append(image)
+    found = ", ".join(f"{len(images)} {plane} (such as {images[0]})" for plane, images in sorted(planes.items()))
+    remedy = "choose one for all by `slice_axis`, or make a data folder of each"
+    if len(planes) > 1 and refuse:
+        raise InputError(
+            f"the slices of {what} must be of one plane for a contrast of places, got {found}: {remedy}, or set "
+            "`position_weight` to 0."
+        )
+    if len(planes) > 1:
+        logger.warning("The volumes of %s were acquired in several planes, %s: %s.", what, found, remedy)
 
 
 def _refuse_without_domain(datalist: Datalist, folder: Path) -> None:
@@ -358,7 +405,7 @@ def _with_label_maps(datalist: Datalist) -> Datalist:
     if not kept.items():
         raise InputError(
             f"dataset.json must list volumes with the path of a label map (`label`), got {without} without: write it "
-            "there for each volume."
+            "there for each volume, or put pictures and masks of the same names into folders `images` and `labels`."
         )
     if without:
         logger.warning("%d volumes have no label map and are left out.", without)

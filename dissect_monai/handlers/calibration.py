@@ -1,17 +1,19 @@
-"""A classifier's calibration, as an evaluation writes it and predictions read it."""
+"""What an evaluation leaves of the weights it has judged: a classifier's calibration, and the facts of a report."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from math import isnan, nan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from dissect_monai.common import InputError
+from dissect_monai.common import InputError, __version__
+from dissect_monai.data.datalists import data_folders
 
 
 class Calibration(NamedTuple):
@@ -52,6 +54,20 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         what = "weights" if same else f"findings ({', '.join(given)})"
         raise InputError(f"{path} was fitted to other {what}: evaluate these weights, and give their calibration.json.")
     return calibration
+
+
+def provenance(facts: Mapping[str, Any], network: nn.Module, num_samples: int) -> dict[str, Any]:
+    """Facts of a report with what every evaluation knows. Its readers have other disks: paths are names there.
+
+    Data are the names of their folders; weights, and those that they started from, the last three parts of the path.
+    """
+    named = dict(facts)
+    if named.get("data"):
+        named["data"] = ", ".join(folder.name for folder in data_folders(named["data"]))
+    for name in {"weights", "started from"} & named.keys():
+        named[name] = named[name] and "/".join(Path(named[name]).parts[-3:])
+    sha = {"weights' SHA-256": fingerprint(network)[:12], "bootstrap resamples": num_samples}
+    return {**named, **sha, "date": date.today().isoformat(), "software": f"dissect_monai {__version__}"}
 
 
 def fingerprint(network: nn.Module) -> str:

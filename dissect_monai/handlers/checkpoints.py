@@ -140,6 +140,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     state, settings = checkpoint.get("trainer"), checkpoint.setdefault("settings", {})
     if not isinstance(state, dict):
         raise InputError(f"{path} is no checkpoint of a training run: give a checkpoint_epoch=N.pt.")
+    state.setdefault("best_result", "")  # which older ones lack
     counts = [state.get(name) for name in ("iteration", "epoch_length")]
     parts = settings, checkpoint.setdefault("config", {})
     if not all(type(count) is int and count > 0 for count in counts) or not all(isinstance(e, dict) for e in parts):
@@ -186,9 +187,9 @@ class BestWeights:
     """Keeps the weights of the best validation, and ends the run when validation has not improved for long.
 
     It writes atomically, stops all processes of a distributed run together although one of them validates, and goes on
-    where it was: `best_metric`, `best_epoch`, `best_weights` and `num_worse` are part of the trainer's state, and the
-    best weights are written once more at the end. As long as the metric is NaN, since validation cannot judge any
-    finding, the latest weights are the best.
+    where it was: `best_metric`, `best_epoch`, `best_weights`, `best_result` and `num_worse` are part of the trainer's
+    state, and the best weights are written once more at the end. As long as the metric is NaN, since validation cannot
+    judge any finding, the latest weights are the best.
 
     Attach it to the trainer, in every process: after the `ValidationHandler` (which must not run at the start, since a
     resumed run would count that validation twice) and before the `TrainingCheckpoint`.
@@ -204,7 +205,8 @@ class BestWeights:
 
     def attach(self, engine: Engine) -> None:
         """Compare after every validation, stop at the end of the trainer's epoch."""
-        for name, value in {"best_metric": nan, "best_epoch": 0, "num_worse": 0, "best_weights": {}}.items():
+        first = {"best_metric": nan, "best_epoch": 0, "num_worse": 0, "best_weights": {}, "best_result": ""}
+        for name, value in first.items():
             setattr(engine.state, name, value)
             engine.state_dict_user_keys.append(name)
         self.evaluator.add_event_handler(Events.COMPLETED, self, engine)
@@ -220,6 +222,7 @@ class BestWeights:
         score, state = float(evaluator.state.metrics[self.metric]), trainer.state
         if score > state.best_metric or isnan(state.best_metric):
             state.best_metric, state.best_epoch, state.num_worse = score, evaluator.state.epoch, 0
+            state.best_result = getattr(evaluator.state, "result", Result("")).text
             weights = self.weights.state_dict()
             state.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
             self._save(trainer)
@@ -232,9 +235,9 @@ class BestWeights:
             pretrained = str(self.pretrained) if self.pretrained else None
             settings = {**self.settings, "pretrained": pretrained}
             save_weights(trainer.state.best_weights, self.weights_path, settings)
-            name = {"auroc": "AUROC", "dice_mean": "mean Dice"}.get(self.metric, self.metric)
-            epochs = f"of epoch {trainer.state.best_epoch} of {trainer.state.epoch}"
-            trainer.state.result = Result(f"{name} {trainer.state.best_metric:.3f} on validation, the best, {epochs}")
+            best, of = trainer.state.best_metric, f", the best of {trainer.state.epoch}"
+            text = trainer.state.best_result or f"{self.metric} {best:.3f} of epoch {trainer.state.best_epoch}"
+            self.evaluator.state.result = Result(text + of * (not isnan(best)))
 
     def _stop(self, engine: Engine) -> None:
         state = engine.state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
 from itertools import chain, product
 from math import isnan, nan
@@ -20,9 +19,9 @@ from numpy.typing import ArrayLike
 from scipy.special import logit
 from torch import Tensor
 
-from dissect_monai.common import Array, Interval, Item, __version__
+from dissect_monai.common import Array, Interval, Item
 from dissect_monai.data.identity import pseudonyms
-from dissect_monai.handlers.calibration import Calibration, fingerprint, write_calibration
+from dissect_monai.handlers.calibration import Calibration, provenance, write_calibration
 from dissect_monai.handlers.ending import NOT_SCORED, Result, with_interval
 from dissect_monai.handlers.probes import MACRO
 from dissect_monai.handlers.validation import OutputCollector, Outputs
@@ -44,7 +43,14 @@ from dissect_monai.metrics.intervals import (
     wilson_interval,
 )
 from dissect_monai.transforms.views import prepare_images
-from dissect_monai.visualize.classifier import curves_figure, figure_to_png, overlay, saliency_maps, whole_image
+from dissect_monai.visualize.classifier import (
+    curves_figure,
+    named_curve,
+    overlay,
+    panels_as_svg,
+    saliency_maps,
+    whole_image,
+)
 from dissect_monai.visualize.page import LIMITS, Case, item_name, write_report
 from dissect_monai.writing import columns, metric_name, metrics_by_name, write_csv
 
@@ -59,10 +65,11 @@ NOTES = (
 )
 SALIENCY = "Saliency shows what moved the output, not where a finding is or why it was made."
 NO_SALIENCY = "No saliency: nothing raised the output."
-CAPTION = (
-    "Left, ROC on the test split: as the threshold falls, the share of positives that are found against the share of "
-    "negatives that are called positive; the dotted diagonal is guessing. Right, reliability: how often a finding is "
-    "there among the labels that were given about the same probability; on the diagonal, probabilities are frequencies."
+CAPTIONS = (
+    "ROC on the test split, in the lines of the table: as the threshold falls, the share of positives that are found "
+    "against the share of negatives that are called positive; the dotted diagonal is guessing.",
+    "Reliability: how often a finding is there among the labels that were given about the same probability; on the "
+    "diagonal, probabilities are frequencies.",
 )
 
 
@@ -133,25 +140,27 @@ class ClassifierEvaluation:
         engine.state.metrics |= {"temperature": temperature, **finding_metrics(rows)}
         if len(missing) == len(self.label_names):
             engine.state.result = Result(NOT_SCORED, TABLES[1:])
+            Path(folder, TABLES[0]).unlink(missing_ok=True)  # of an earlier evaluation
             return
         text = f"{with_interval('AUROC', rows[0].auroc)} on the test split, a mean over findings (guessing: 0.5)"
         engine.state.result = Result(text, TABLES)
         facts = {
-            **self.facts,
-            "mode": self.mode,
+            "mean AUROC": rows[0].auroc,
             "test images": len(subjects),
             "test subjects": len(set(subjects)),
             "validation images": len(validation.labels),
+            **self.facts,
+            "mode": self.mode,
             "temperature": temperature,
-            "weights' SHA-256": fingerprint(engine.network)[:12],
             "thresholds": "Youden's index on validation",
-            "bootstrap resamples": self.num_samples,
-            "date": date.today().isoformat(),
-            "software": f"dissect_monai {__version__}",
         }
-        figures = {CAPTION: figure_to_png(curves_figure(test.labels, probabilities, self.label_names))}
+        curves = curves_figure(test.labels, probabilities, self.label_names)
+        figures = dict(zip(CAPTIONS, panels_as_svg(curves), strict=True))
+        for index in usable_findings(test.labels, probabilities):
+            rows[1 + index] = rows[1 + index]._replace(finding=named_curve(self.label_names[index], index))
         cases = self._worst_cases(engine, names, test.labels, probabilities, thresholds)
         path, title, limits = folder / "report.html", "Evaluation of the classifier", (*LIMITS, SALIENCY)
+        facts = provenance(facts, engine.network, self.num_samples)
         write_report(path, title, facts, HEADINGS, rows, figures, cases, "Worst cases", NOTES, limits)
 
     def _validate(self, engine: Any) -> Outputs:

@@ -45,12 +45,12 @@ def last_lines(parser: ConfigParser, config_file: Any, typed: Mapping[str, Any])
     The config has run; its file or files and the overrides are as they were typed.
     """
     built = parser.ref_resolver.resolved_content
-    engines = [built.get(name) for name in ("train::trainer", "validate::evaluator", "evaluator")]
+    engines = [built.get(name) for name in ("validate::evaluator", "evaluator", "train::trainer")]
     results = [each.state.result for each in engines if isinstance(each, Engine) and hasattr(each.state, "result")]
-    trained = isinstance(engines[0], Engine)
+    trained = isinstance(engines[2], Engine)
     if not trained and not results:
         return ""
-    text, names = results[0] if results else Result("nothing was validated")
+    text, names = results[0] if results else Result("no epoch was trained")
     weights = Path(parser.get_parsed_content("model_path" if trained else "pretrained"))
     log_dir = Path(parser.get_parsed_content("log_dir", default=weights.parent.parent / "eval"))
     moved = {"bundle_root", "output_dir"} & typed.keys()
@@ -66,10 +66,11 @@ def last_lines(parser: ConfigParser, config_file: Any, typed: Mapping[str, Any])
     files = [shown(log_dir / name) for name in (*names, "domains.csv") if (log_dir / name).is_file()]
     events = [each for each in (log_dir, weights.parent.parent / "eval") if any(each.glob("*tfevents*"))]
     file, knobs = _next(parser, folder, typed, weights, trained, shown)
+    later = "the next command makes them" if file.endswith("evaluate.json") else "none"
     lines = {
         "Result": text,
         "Weights": shown(weights),
-        "Report" if "report.html" in names else "Tables": ", ".join(files) or "the next command makes them",
+        "Report" if "report.html" in names else "Tables": ", ".join(files) or later,
         "TensorBoard": f"{python} -m tensorboard.main --logdir {shown(events[0])}" if events else "no events were left",
         "Next": f"{python} -m monai.bundle run --config_file {quote(file)}{knobs}" if file else "none",
     }
@@ -97,6 +98,7 @@ def _next(
     if other and os.path.isfile(file) and (images or config == "evaluate" or mapped):
         if config == "train":  # of one folder, and with its own names of modalities
             knobs.pop("modality", None)
+            knobs |= {"spatial_dims": "3"} if images and settings.get("spatial_dims") == 3 else {}
             knobs |= {"dataset_dir": quote(mapped[0])} if len(ensure_tuple(typed.get("dataset_dir"))) > 1 else {}
         knobs.pop("bundle_root", None)
         knobs |= {"output_dir": quote(os.path.join(typed["output_dir"], other))} if "output_dir" in knobs else {}

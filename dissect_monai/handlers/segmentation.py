@@ -21,6 +21,7 @@ from dissect_monai.common import PICTURE, InputError, Item, of_all_processes
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
 from dissect_monai.data.masks import load_label
+from dissect_monai.handlers.calibration import provenance
 from dissect_monai.handlers.ending import Result, with_interval
 from dissect_monai.handlers.segmentation_report import (
     CaseMaps,
@@ -39,6 +40,12 @@ from dissect_monai.visualize.classifier import figure_to_png, figure_to_tensor
 
 logger = logging.getLogger(__name__)
 NUM_OVERLAYS = 2
+NOTES = (
+    "A line is the mean over the subjects whose label has the structure; the first is that of each subject's mean over "
+    "its structures, so that subjects count alike. Intervals are percentiles of resamples of the subjects.",
+    "Surface Dice is the share of both surfaces that lies within the tolerance of the other one; HD95 the distance to "
+    "the other surface that 95 % of a surface stay below.",
+)
 
 
 @dataclass(eq=False)
@@ -96,7 +103,9 @@ class SegmentationEvaluation:
             if self.writer is not None and len(self.cases) <= NUM_OVERLAYS:
                 name = f"overlays/{len(self.cases)}_{self.pseudonyms[image]}"
                 figure = case_figure(item, maps, self.class_names, self.window)
-                figure.suptitle(f"Subject {self.pseudonyms[image]}, epoch {engine.state.epoch}", fontsize=10)
+                figure.suptitle(
+                    f"Subject {self.pseudonyms[image]}, epoch {engine.state.epoch}", fontsize=10, color="white"
+                )
                 self.writer.add_image(name, figure_to_tensor(figure), engine.state.epoch)
 
     def _start(self, engine: Any) -> None:
@@ -109,7 +118,7 @@ class SegmentationEvaluation:
         if unknown:
             logger.warning("Not scored, since the network has no class for them: %s.", ", ".join(unknown))
 
-    def _finish(self, engine: Engine) -> None:
+    def _finish(self, engine: Any) -> None:
         gathered = of_all_processes(self.cases)
         scored = {image: case for each in gathered for image, case in each.items()}
         # In the same order in all processes.
@@ -119,10 +128,13 @@ class SegmentationEvaluation:
         if unlabelled:
             logger.warning("Not scored, since no label map has them: %s.", ", ".join(unlabelled))
         engine.state.metrics |= summary_metrics(summaries)
+        count = summaries[0].n
+        subjects = f"{count} subjects" if count > 1 else "1 subject, too few for an interval"
         text = f"{with_interval('mean Dice', summaries[0].dice)} of {len(summaries) - 1 - len(unlabelled)} structures"
-        where = f"{summaries[0].n} subjects" if self.output_dir else f"on validation, epoch {engine.state.epoch}"
+        text += f" in {subjects}" + ("" if self.output_dir else f", on validation, epoch {engine.state.epoch}")
         report = [] if self.facts is None else ["report.html"]
-        engine.state.result = Result(f"{text}, {where}", [*report, "summary.csv", "cases.csv"])
+        nothing = "nothing could be scored, since no label map has a structure"
+        engine.state.result = Result(text if count else nothing, [*report, "summary.csv", "cases.csv"])
         if self.output_dir is None:
             return
         write_tables(self.output_dir, cases, summaries)
@@ -132,8 +144,11 @@ class SegmentationEvaluation:
             for image in (image for image in shown if image in self.stored):  # not those of other processes
                 maps = pickle.loads(zlib.decompress(self.stored[image]))
                 pictures[image] = figure_to_png(case_figure(self.items[image], maps, self.class_names, self.window))
+            largest = ", ".join(self.structures) or "none"
+            facts = {**self.facts, "tolerance of surface Dice": self.tolerance, "largest part only": largest}
+            facts, notes = provenance(facts, engine.network, self.num_samples), (*NOTES, *self.notes)
             path = Path(self.output_dir, "report.html")
-            write_segmentation_report(path, cases, summaries, pictures, self.class_names, self.facts, self.notes)
+            write_segmentation_report(path, cases, summaries, pictures, self.class_names, facts, notes)
 
 
 def read_maps(item: Item, pred: Tensor, class_names: Sequence[str], largest_only: Sequence[str] = ()) -> CaseMaps:

@@ -216,19 +216,25 @@ def write_segmentation_report(
         index = cases.index(case)
         first = 2 + sum(len(each.structures) for each in cases[:index])
         place = {"lines of cases.csv": f"{first}–{first + len(case.structures) - 1}"}
-        caption = SIDE_BY_SIDE if all(isnan(each.label_ml) for each in case.structures) else PLANES
+        caption, kind = (SIDE_BY_SIDE, "picture") if _is_picture(case) else (PLANES, "volume")
         picture = {caption: pictures[case.case]} if case.case in pictures else {}  # another process has predicted it
         shown.append(
-            Case(f"{rank.capitalize()}: {item_name(index, subjects, 'volume')}", picture, {**place, **_facts(case)})
+            Case(f"{rank.capitalize()}: {item_name(index, subjects, kind)}", picture, {**place, **_facts(case)})
         )
+    if only_pictures := all(map(_is_picture, cases)):
+        facts = {"pictures" if name == "volumes" else name: value for name, value in facts.items()}
     facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
     units = " or ".join(sorted({"pixels" if case.in_pixels else "mm" for case in cases}))
     headings = [f"{each} ({units})" if each == "HD95" else each for each in HEADINGS]
-    limits = SEGMENTATION_LIMITS[: -1 if units == "pixels" else None]  # without planes
+    limits = SEGMENTATION_LIMITS[: -1 if only_pictures else None]  # without planes
     if "pixels" in units:
         notes = [*notes, "HD95 of pictures without a spacing is in pixels, and so is the tolerance of surface Dice."]
     write_report(path, title, facts, headings, rows, {}, shown, heading, notes, limits)
+
+
+def _is_picture(case: CaseScores) -> bool:
+    return all(isnan(each.label_ml) for each in case.structures)
 
 
 def _mean_dice(case: CaseScores) -> float:

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from dissect_monai.common import InputError, rank
+from dissect_monai.handlers.ending import Result
 from dissect_monai.networks.vqssl import VQSSLNet
 from dissect_monai.networks.weights import parts_of
 
@@ -85,11 +86,15 @@ class EpochSeedHandler:
 
 @dataclass(eq=False)
 class ProgressHandler:
-    """One progress bar over the whole run, in the first process: epoch, loss if there is one, time gone and left."""
+    """One progress bar over the whole run, in the first process: epoch, loss if there is one, time gone and left.
+
+    The loss, beside the first one, is the result of a training without validation.
+    """
 
     interval: int = 10  # iterations between updates of the loss, as at the end of an epoch; each waits for the device
     description: str = "pretraining"
     bar: tqdm[Any] | None = field(default=None, init=False)
+    first: str = field(default="", init=False)  # loss that was looked at first
 
     def attach(self, engine: Engine) -> None:
         """Follow `engine` from its start, or from where it resumes."""
@@ -104,9 +109,14 @@ class ProgressHandler:
             return
         self.bar.update()
         state = engine.state
-        is_due = state.iteration % self.interval == 0 or state.iteration % (state.epoch_length or self.interval) == 0
+        steps = self.interval, state.epoch_length or self.interval
+        is_due = not self.first or any(state.iteration % each == 0 for each in steps)
         if is_due and isinstance(state.output, Mapping) and "loss" in state.output:
-            self.bar.set_postfix_str(f"epoch {state.epoch}/{state.max_epochs}, loss {state.output['loss'].item():.3f}")
+            loss = f"{state.output['loss'].item():.3f}"
+            self.bar.set_postfix_str(f"epoch {state.epoch}/{state.max_epochs}, loss {loss}")
+            self.first = self.first or f"{loss} in iteration {state.iteration}"
+            text = f"loss {loss} in iteration {state.iteration}, {self.first}; nothing was validated"
+            state.result = Result(text)
 
     def _open(self, engine: Engine) -> None:
         if self.bar is None and rank() == 0:

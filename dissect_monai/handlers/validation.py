@@ -111,6 +111,8 @@ class ClassificationMetrics:
             values = {i: float(function(outputs.labels[:, i], probabilities[:, i])) for i in usable}
             engine.state.metrics[metric] = float(np.mean(list(values.values()))) if values else nan
             engine.state.metrics |= {metric_name(metric, self.label_names[i]): value for i, value in values.items()}
+        means = f"AUROC {engine.state.metrics['auroc']:.3f} (guessing: 0.5), a mean over findings, on validation"
+        engine.state.result = Result(f"{means}, epoch {engine.state.epoch}" if usable else NOT_SCORED)
 
 
 @dataclass(eq=False)
@@ -145,8 +147,8 @@ class KNNHandler:
             if not isnan(value):
                 engine.state.metrics[name] = value
         found, epoch = engine.state.metrics.get("knn_auroc_stages", nan), engine.state.epoch
-        self.before = f"; {found:.3f} before training" if epoch == 0 else self.before
-        text = f"k-NN AUROC of all stages {found:.3f} on validation, epoch {epoch}{self.before}"
+        self.before = f"before training: {found:.3f}, " if epoch == 0 else self.before
+        text = f"k-NN AUROC of all stages {found:.3f} ({self.before}guessing: 0.5) on validation, epoch {epoch}"
         engine.state.result = Result(NOT_SCORED if isnan(found) else text)
         collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
         scores = collapse(embeddings=torch.from_numpy(val.last))
@@ -186,8 +188,10 @@ class HSSLValidation:
         bank, items = (_features(engine, loader) for loader in (self.bank, engine.data_loader))
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         error, task = (engine.state.metrics[name] for name in ("reconstruction_error", "accuracy_task"))
-        text = f"error {error:.3f} of reconstructed masked voxels (their mean alone: 1), task told rightly {task:.3f}"
-        engine.state.result = Result(f"{text}, on validation, epoch {engine.state.epoch}")
+        commonest = max(map(items.task.count, items.task)) / len(items.task)
+        text = f"error {error:.3f} of reconstructed masked voxels (their mean alone: 1), task told rightly {task:.3f} "
+        text += f"(always the commonest: {commonest:.3f}), on validation, epoch {engine.state.epoch}"
+        engine.state.result = Result(text)
 
     def _start(self, engine: Any) -> None:
         self.views: HierarchyViews = engine.prepare_batch

@@ -205,7 +205,14 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
         remedy = (
             "Is it the same `encoder`, with the same spatial_dims and channels, as the JSON beside the weights says?"
         )
-        if isinstance(network, SegResNet):
+        first = next(iter(own), "")  # of the convolution that sees the image
+        mine, theirs = (tuple(each.get(first) or ()) for each in (own, shapes))
+        if mine[1:2] != theirs[1:2] and mine[:1] + mine[2:] == theirs[:1] + theirs[2:]:
+            remedy = (
+                f"They take images of {theirs[1]} channel(s), not {mine[1]}: set `in_channels` to {theirs[1]}, by "
+                "which pictures in colours become grey (1) or grey is repeated (3), or give other weights."
+            )
+        elif isinstance(network, SegResNet):
             remedy = SEGRESNET_REMEDY
         elif {*problems["missing"]} in HEAD_KEYS:
             remedy = "They have no head: train the classifier first."

@@ -17,11 +17,10 @@ from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
 from torch import Tensor
 
-from dissect_monai.common import PICTURE, PLANES, Array, InputError
+from dissect_monai.common import PICTURE, PLANES, Array, InputError, acquired_plane
 
 _MAX_VOXELS, _MAX_VALUES = 2**22, 2**25  # of a slab, the values being those of all classes: 128 MiB
 _ROUNDING = 1e-3  # of a voxel, by which a position may miss the border
-_APART = 1.5  # least spacing of slices as a multiple of that of their pixels
 
 
 class SliceOrientationd(MapTransform):
@@ -62,17 +61,6 @@ class SliceOrientationd(MapTransform):
                 item["slice_axis"] = plane
             item[key] = image
         return item
-
-
-def acquired_plane(shape: Sequence[int], spacing: Sequence[float]) -> str:
-    """Plane in which a volume in RAS was acquired: that of its only slice, or across its coarsest axis, or axial.
-
-    The coarsest axis counts if its spacing is at least 1.5 times that of each other one.
-    """
-    coarse = sorted(spacing)
-    single, across = list(shape).count(1) == 1, coarse[2] >= _APART * coarse[1]
-    axis = list(shape).index(1) if single else int(np.argmax(spacing)) if across else 2
-    return next(plane for plane, axes in PLANES.items() if axes[2] == axis)
 
 
 class OriginalGridd(MapTransform):

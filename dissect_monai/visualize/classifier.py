@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from monai.transforms import LoadImage, Resize, ScaleIntensityRangePercentiles
 from monai.visualize import GradCAM
 from numpy.typing import NDArray
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette for all kinds of colour vision, without the yellow, which is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", ":", "-.")  # once the colours are used up
-INK, GREY = "#111827", "#6B7280"
+LINES: dict[Any, str] = {  # once the colours are used up, for Matplotlib and for SVG
+    "-": "none", "--": "6 3", ":": "2 3", "-.": "7 3 2 3", (0, (7, 2, 2, 2, 2, 2)): "7 2 2 2 2 2",
+}  # fmt: skip
+GREY = "#6B7280"  # readable on white and on black
 NUM_BINS = 10  # of the reliability curves; the calibration error has its own, finer ones
 MIN_PLACES = 4  # along every axis of the feature maps that saliency is taken of
 MAX_OPACITY = 0.45  # of saliency: the anatomy below stays readable
@@ -41,17 +45,17 @@ LEGEND = "Colours: no effect on this output (left) to the strongest in this imag
 def curves_figure(labels: Array, probabilities: Array, names: Sequence[str]) -> Figure:
     """ROC curves on the left, reliability curves on the right, of the `usable_findings`; 1500 pixels wide.
 
-    Labels are (N, C), 1, 0 or NaN (unknown), probabilities (N, C) in [0, 1]; a finding has one colour in both panels.
+    Labels are (N, C), 1, 0 or NaN (unknown), probabilities (N, C) in [0, 1]; a finding has one colour in both panels,
+    that of its `named_curve`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.4 + 0.06 * len(names)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
     roc, reliability = figure.subplots(1, 2)
     for index in usable_findings(labels, probabilities):
         known = ~np.isnan(labels[:, index])
         label, probability = labels[known, index], probabilities[known, index]
-        line = LINES[index // len(COLORS) % len(LINES)]
-        style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "linestyle": line}
+        style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "linestyle": _line(index)}
         false_positives, true_positives, _ = roc_curve(label, probability)
         roc.plot(false_positives, true_positives, label=names[index], **style)
         frequency, confidence = calibration_curve(label, probability, n_bins=NUM_BINS)
@@ -61,8 +65,36 @@ def curves_figure(labels: Array, probabilities: Array, names: Sequence[str]) -> 
     for axes in (roc, reliability):
         axes.axline((0, 0), slope=1, color=GREY, linestyle=":")
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def named_curve(name: str, index: int) -> Markup:
+    """The name of a finding behind its line in the figure, for a page."""
+    color = COLORS[index % len(COLORS)].replace("#000000", "currentColor")
+    line = '<svg viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4h24" stroke="{}" stroke-dasharray="{}"/></svg>{}'
+    return Markup(line).format(color, LINES[_line(index)], name)
+
+
+def panels_as_svg(figure: Figure) -> list[bytes]:
+    """The panels of a figure, each an SVG to stand in a page; what is black has the colour of the text there."""
+    from matplotlib import rc_context
+
+    drawings = []
+    for index, axes in enumerate(figure.axes):
+        for other in figure.axes:
+            other.set_visible(other is axes)
+        buffer = io.StringIO()
+        unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{index}"}):  # texts, and no id twice in a page
+            figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=unsaid)
+        drawing = buffer.getvalue()
+        drawing = re.sub('<g id="[^"]*">', "<g>", drawing[drawing.index("<svg") :]).replace("#000000", "currentColor")
+        drawings.append(drawing.encode())
+    return drawings
+
+
+def _line(index: int) -> Any:
+    return [*LINES][index // len(COLORS) % len(LINES)]
 
 
 def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:

@@ -27,7 +27,7 @@ class Case(NamedTuple):
     """What a report shows of one item; a single picture is as wide as the page."""
 
     title: str
-    pictures: Mapping[str, bytes | str]  # by caption: a PNG or JPEG, or why there is none
+    pictures: Mapping[str, bytes | str]  # by caption: a PNG, JPEG or SVG, or why there is none
     facts: Mapping[str, Any]
 
 
@@ -45,7 +45,7 @@ def write_report(
 ) -> None:
     """Write an evaluation as one HTML file, by the template page.html.j2; all text is escaped, and it loads nothing.
 
-    It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (PNGs by
+    It has headline `facts` by name, a table of `headings` and `rows` with `notes` on how to read it, `figures` (by
     caption), `cases` to look at, and a footer of `limits`. Values are texts, numbers or an `Interval`; those headed
     "(mm)" have one decimal, others three. NaN and None are a dash. The first row, a mean, stays first when sorted.
     """
@@ -74,6 +74,8 @@ def item_name(index: int, subjects: Sequence[str], what: str = "image") -> str:
 def _picture(name: str, content: bytes | str) -> str:
     if isinstance(content, str):
         return content
+    if content.startswith(b"<svg"):
+        return Markup('<svg role="img" aria-label="{}"').format(name) + Markup(content[4:].decode())
     kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
     return Markup('<img src="data:image/{};base64,{}" alt="{}">').format(kind, b64encode(content).decode(), name)
 

@@ -11,7 +11,6 @@ from scipy import ndimage
 
 from dissect_monai.transforms.intensity import sample_voxels
 from dissect_monai.transforms.labels import LabelMap, Mask
-from dissect_monai.visualize.classifier import GREY, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +60,7 @@ def segmentation_overlay(
     low, high = np.percentile(sample_voxels(image[box]), (0.5, 99.5)) if window is None else window
     x, y, z = (size * step for size, step in zip(image[box].shape, spacing, strict=True))
     height = 10 * max(y, z) / (x + x + y) + 0.6 + 0.2 * (2 + len(class_names)) / _LEGEND_COLUMNS
-    figure = Figure(figsize=(10, min(12.0, height)), dpi=150)
+    figure = Figure(figsize=(10, min(12.0, height)), dpi=150, facecolor="black")
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
     panels = figure.subplots(1, 3, width_ratios=[x, x, y], subplot_kw={"anchor": "N"})
     for (title, (axis, letters)), axes in zip(_PLANES.items(), panels, strict=True):
@@ -71,7 +70,7 @@ def segmentation_overlay(
         axes.imshow(picture, "gray", origin="lower", aspect=up / across, interpolation="bilinear", **norm)
         for value in range(1, len(class_names) + 1):
             _draw(axes, organ_color(value), *(each == value for each in cuts))
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_title(title, loc="left", fontsize=10, color="white")
         _annotate(axes, letters, picture.shape)
     _legend(figure, class_names, maps)
     return figure
@@ -88,14 +87,14 @@ def picture_overlay(
 
     across, down = label.shape
     height = 5 * down / across + 0.5 + 0.2 * (2 + len(class_names)) / _LEGEND_COLUMNS
-    figure = Figure(figsize=(10, min(12.0, height)), dpi=150)
+    figure = Figure(figsize=(10, min(12.0, height)), dpi=150, facecolor="black")
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.06)
     for title, axes in zip(("Picture", "Prediction and label"), figure.subplots(1, 2), strict=True):
         axes.imshow(picture.transpose(2, 1, 0), interpolation="bilinear")
         for value in range(1, len(class_names) + 1) if title != "Picture" else ():
             own, found = (np.equal(each.T, value) for each in (label, pred))
-            _draw(axes, organ_color(value), own, found)
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
+            _draw(axes, organ_color(value), own, found, edged=True)
+        axes.set_title(title, loc="left", fontsize=10, color="white")
         axes.set(xticks=[], yticks=[], xlim=(-0.5, across - 0.5), ylim=(down - 0.5, -0.5))
         axes.spines[:].set_visible(False)
     _legend(figure, class_names, (label, pred))
@@ -126,8 +125,9 @@ def _as_seen(volume: NDArray[Any], axis: int, center: Sequence[int], box: Sequen
     return volume.take(center[axis], axis)[within].T[:, ::-1]
 
 
-def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
+def _draw(axes: Axes, color: str, label: Mask, pred: Mask, edged: bool = False) -> None:
     from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
 
     if pred.any():
         fill = np.zeros((*pred.shape, 4))
@@ -136,7 +136,9 @@ def _draw(axes: Axes, color: str, label: Mask, pred: Mask) -> None:
     if label.any():
         # With a border, for outlines to close where a structure is cut off.
         rows, columns = (np.arange(-1, size + 1) for size in label.shape)
-        axes.contour(columns, rows, np.pad(label, 1), levels=[0.5], colors=[color], linewidths=1.3)
+        outline = axes.contour(columns, rows, np.pad(label, 1), levels=[0.5], colors=[color], linewidths=1.3)
+        if edged:  # to be seen on an area of its own colour, and on a picture of any
+            outline.set_path_effects([withStroke(linewidth=3.5, foreground="white")])
 
 
 def _annotate(axes: Axes, letters: str, shape: tuple[int, ...]) -> None:
@@ -155,11 +157,11 @@ def _legend(figure: Figure, class_names: Sequence[str], maps: Sequence[LabelMap]
     """What colours, areas and outlines mean; a structure that only one of the label maps has is called so."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=GREY, alpha=FILL, label="Prediction"), Patch(fc="none", ec=GREY, label="Label")]
+    handles = [Patch(color="white", alpha=FILL, label="Prediction"), Patch(fc="none", ec="white", label="Label")]
     in_label, in_pred = (set(np.unique(each).tolist()) for each in maps)
     for value, name in enumerate(class_names, 1):
         if value in in_label | in_pred:
             only = " (missed)" if value not in in_pred else " (not in the label)" if value not in in_label else ""
             handles.append(Patch(facecolor=organ_color(value), label=f"{name.replace('_', ' ')}{only}"))
     place: dict[str, Any] = {"loc": "outside lower left", "ncols": _LEGEND_COLUMNS, "frameon": False, "fontsize": 9}
-    figure.legend(handles=handles, handlelength=1.4, columnspacing=1.6, **place)
+    figure.legend(handles=handles, handlelength=1.4, columnspacing=1.6, labelcolor="white", **place)

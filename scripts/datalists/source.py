@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dissect_monai.data import layouts
 from dissect_monai.data.dicom import read_tags
 from dissect_monai.data.readers import image_format
 
@@ -59,15 +59,7 @@ def find_file(folder: Path, *names: str) -> Path:
 
 def subject_of(name: str, pattern: str) -> str | None:
     """The subject in a file name; None without a pattern."""
-    if not pattern:
-        return None
-    try:
-        found = re.search(pattern, name)
-    except re.error as error:
-        raise ValueError(f"--subject_pattern must be a regular expression, got {pattern!r}: {error}.") from error
-    if found is None or len(found.groups()) != 1 or not found[1]:
-        raise ValueError(f"--subject_pattern must match every file name, with one group, got {pattern!r} for {name}.")
-    return found[1]
+    return layouts.subject_of(name, pattern, "--subject_pattern") if pattern else None
 
 
 def with_patients(records: Sequence[Record], option: str) -> list[Record]:

@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import SimpleITK as sitk  # noqa: N813
 from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
+from dissect_monai.data.datalists import read_datalist
 from dissect_monai.data.masks import LoadLabeld, load_label
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes
@@ -90,6 +92,12 @@ def test_a_network_takes_colours_if_any_picture_has_them(tmp_path: Path) -> None
     arguments = {"task": "t", "group": "g", "spatial_dims": 2}
     assert aggregate(grey, **arguments).in_channels == 1
     assert aggregate([grey, colour], **arguments).in_channels == 3
+    for suffix in ("png", "jpg"):  # grey that is stored in RGB
+        stored = pairs(tmp_path / suffix)
+        for path in (stored / "images").iterdir():
+            path.unlink()
+            Image.open(grey / "images" / path.name).convert("RGB").save(path.with_suffix(f".{suffix}"))
+        assert read_segmentation(stored, spatial_dims=2).in_channels == 1
 
 
 def test_volumes_leave_pictures_out(tmp_path: Path) -> None:
@@ -308,6 +316,61 @@ def test_masks_that_cannot_be_read_are_counted_or_skipped(
             read_segmentation(folder, spatial_dims=2, on_corrupt="skip")
 
 
+@pytest.mark.parametrize(
+    ("trained", "head", "scored", "expected"),
+    [
+        ((0, 1, 2), None, (0, 1), [0, 1]),  # else a foreground
+        ((0, 1, 2), None, (0, 0), [0]),
+        ((0, 255), None, (0, 1), [0, 1]),
+        ((0, 3, 7), {"labels": {"a": 3, "b": 7}}, (0, 7), [0, 2]),
+        (([0] * 3, RED, GREEN), {"colours": {"a": RED, "b": GREEN}}, ([0] * 3, GREEN), [0, 2]),
+    ],
+)
+def test_weights_name_the_values_that_a_folder_to_be_scored_does_not(
+    tmp_path: Path, trained: Any, head: Any, scored: Any, expected: list[int]
+) -> None:
+    folder = pairs(tmp_path / "trained", 2, trained)
+    known = read_segmentation(listed(folder, **head) if head else folder, spatial_dims=2)
+    weights = {"class_names": known.class_names, "mask_values": known.mask_values}
+    other = pairs(tmp_path / "scored", 2, scored)
+    datalist = read_segmentation(other, spatial_dims=2, weights=weights)
+    assert {*datalist.class_names} == {*known.class_names}
+    steps = Compose([LoadLabeld("label"), ValuesToClassesd("label", known.class_names)])
+    assert np.unique(steps(datalist.items()[0])["label"]).tolist() == expected
+    mask(other / "labels/0.png", (0, 9) if isinstance(trained[0], int) else ([0] * 3, [9] * 3))
+    with pytest.raises(
+        ValueError, match=r"0.png (has the values 9, of which the weights know|must have the `colours`)"
+    ):
+        read_segmentation(other, spatial_dims=2, weights=weights)
+
+
+def test_masks_that_a_server_lists_have_classes_or_the_values_of_training(tmp_path: Path) -> None:
+    image, label = picture(tmp_path / "a.png"), tmp_path / "b.png"
+    settings = {"class_names": ["disc", "cup"], "mask_values": {"disc": 2, "cup": 255}, "in_channels": 1}
+    items = [{"image": str(image), "label": str(label)}]
+    datalist = read_segmentation(None, given=(items, []), settings=settings, spatial_dims=2)
+    assert datalist.training[0]["labels"] == {"disc": [1], "cup": [2, 255]}
+    assert datalist.mask_values == settings["mask_values"]
+
+
+def test_two_channels_are_none_of_a_picture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 channel\(s\), got picture for .*: set `in_channels` to 1 or 3"):
+        read_segmentation(pairs(tmp_path), spatial_dims=2, in_channels=2)
+
+
+def test_weights_without_values_ask_for_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'do not know those of liver: write `labels`, such as {"liver": 1}'):
+        read_segmentation(pairs(tmp_path), spatial_dims=2, weights={"class_names": ["liver"]})
+
+
+def test_an_evaluation_of_pretraining_names_values_task_by_task(tmp_path: Path) -> None:
+    one, two = pairs(tmp_path / "one", 5), pairs(tmp_path / "two", 5, (0, 1, 2))
+    arguments = {"task": {"one": "a", "two": "b"}, "group": "g", "spatial_dims": 2}
+    assert not any("labels" in item for item in aggregate([one, two], **arguments).items())
+    names = {item["task"]: [*item["labels"]] for item in aggregate([one, two], **arguments, test_seed=0).items()}
+    assert names == {"a": ["foreground"], "b": ["class_1", "class_2"]}
+
+
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +396,128 @@ def test_the_folder_of_masks_may_be_called_so(tmp_path: Path) -> None:
     mask(folder / "gt/0.png")
     with pytest.raises(ValueError, match="must have one folder of label maps beside images, got gt, masks"):
         read_segmentation(folder, spatial_dims=2)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "split", "subject"),
+    [
+        ("Images/a.png", "Masks/a.png", "training", None),
+        ("IMG/a.jpg", "Ground Truth/a.tif", "training", None),
+        ("train/images/a.png", "train/masks/a.png", "training", None),
+        ("val/Images/a.png", "val/Labels/a.png", "validation", None),
+        ("images/testing/a.png", "labels/testing/a.png", "test", None),
+        ("valid_images/a.png", "valid_masks/a.png", "validation", None),
+        ("images-test/a.png", "masks-test/a.png", "test", None),
+        ("imagesTr/a_0000.png", "labelsTr/a.png", "training", None),
+        ("imagesTs/a.nii.gz", "labelsTs/a.nii.gz", "test", None),
+        ("images/a.jpg", "masks/a_mask.png", "training", None),
+        ("images/ISIC_1.jpg", "masks/ISIC_1_segmentation.png", "training", None),
+        ("images/image_1.png", "labels/label_1.png", "training", None),
+        ("images/p1/a.png", "labels/p1/a.png", "training", "p1"),
+        ("train/images/p1/b/a.png", "train/masks/p1/b/a.png", "training", "p1"),
+        ("a.png", "a_mask.png", "training", None),
+        ("p1/a (1).png", "p1/a (1)_mask.png", "training", "p1"),
+    ],
+)
+def test_usual_layouts_are_read(tmp_path: Path, image: str, label: str, split: str, subject: str | None) -> None:
+    for name, draw in ((image, picture), (label, mask)):
+        if name.endswith(".nii.gz"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            nib.save(nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4) % 2, np.eye(4)), tmp_path / name)
+        else:
+            draw(tmp_path / name)
+    datalist = read_segmentation(tmp_path, spatial_dims=2, validation_fraction=0)
+    (item,) = datalist.items()
+    assert getattr(datalist, split) == [item]
+    assert (item["image"], item["label"]) == (str(tmp_path / image), str(tmp_path / label))
+    assert item["subject"] == (subject or image)
+    assert [each["image"] for each in read_volumes(tmp_path, spatial_dims=2)] == [item["image"]]
+
+
+def test_splits_are_those_of_the_folders_and_subjects_those_below(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split, subjects in (("train", "abc"), ("val", "d"), ("test", "e")):
+        for name in subjects:
+            for index in range(2):
+                picture(tmp_path / split / f"images/{name}/{index}.png")
+                mask(tmp_path / split / f"masks/{name}/{index}.png")
+    picture(tmp_path / "images/left.png")  # which no split has
+    caplog.set_level(logging.INFO)
+    datalist = read_segmentation(tmp_path, spatial_dims=2)
+    assert [sorted({item["subject"] for item in part}) for part in datalist[:3]] == [["a", "b", "c"], ["d"], ["e"]]
+    assert "Found 6 images of 3 subjects in" in caplog.text
+    folds = [read_segmentation(tmp_path, spatial_dims=2, fold=fold, num_folds=4).validation for fold in range(4)]
+    assert sorted(len(fold) for fold in folds) == [2] * 4
+    (tmp_path / "val/images/d").rename(tmp_path / "val/images/a")
+    (tmp_path / "val/masks/d").rename(tmp_path / "val/masks/a")
+    with pytest.raises(ValueError, match="must share no subject, got 1 in both: a "):
+        read_segmentation(tmp_path, spatial_dims=2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_list_without_lists_names_what_lies_in_the_folders(tmp_path: Path, dims: int) -> None:
+    for index in range(3):
+        for name in (f"imagesTr/s{index // 2}_{index}_0000.nii.gz", f"labelsTr/s{index // 2}_{index}.nii.gz"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4) % 3, np.eye(4)), tmp_path / name)
+    head = {"channel_names": {"0": "T2"}, "labels": {"background": 0, "a": 1, "b": 2}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps({**head, "subject_pattern": r"^(s\d+)_"}))
+    datalist = read_segmentation(tmp_path, spatial_dims=dims, validation_fraction=0)
+    assert (datalist.class_names, datalist.modality) == (["a", "b"], "T2")
+    assert [item["subject"] for item in datalist.training] == ["s0", "s0", "s1"]
+    for pattern, message in (("(", "must be a regular expression"), ("x(.)", "must match every file name"), (3, "reg")):
+        (tmp_path / "dataset.json").write_text(json.dumps({**head, "subject_pattern": pattern}))
+        with pytest.raises(ValueError, match=message):
+            read_segmentation(tmp_path, spatial_dims=dims)
+
+
+@pytest.mark.parametrize("names", [["disc", "cup"], ["background", "disc", "cup"]])
+def test_names_of_labels_are_those_of_values_in_order(tmp_path: Path, names: list[str]) -> None:
+    folder = pairs(tmp_path, 2, (0, 2, 1))
+    (folder / "dataset.json").write_text(json.dumps({"label_names": names}))
+    datalist = read_segmentation(folder, spatial_dims=2)
+    assert datalist.class_names == ["disc", "cup"]
+    assert datalist.mask_values == {"disc": 1, "cup": 2}
+
+
+def test_a_list_of_colours_alone_is_enough_beside_folders(tmp_path: Path) -> None:
+    folder = pairs(tmp_path, 2, ([0] * 3, RED, GREEN))
+    (folder / "dataset.json").write_text(json.dumps({"colours": {"polyp": RED, "tool": GREEN}}))
+    assert read_segmentation(folder, spatial_dims=2).class_names == ["polyp", "tool"]
+    assert len(read_datalist(folder).training) == 2  # of a bundle for pictures without masks
+    (folder / "images").rename(folder / "frames")
+    with pytest.raises(ValueError, match=r"list `training`.*without lists, it must lie beside folders called images"):
+        read_segmentation(folder, spatial_dims=2)
+
+
+def test_several_channels_of_nnunet_are_refused(tmp_path: Path) -> None:
+    for channel in range(2):
+        picture(tmp_path / f"imagesTr/a_000{channel}.png")
+    mask(tmp_path / "labelsTr/a.png")
+    with pytest.raises(ValueError, match=r"a_0001.png must be the only file of its case, got channel 0001"):
+        read_segmentation(tmp_path, spatial_dims=2)
+
+
+def test_two_masks_of_one_picture_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "benign/a (1).png")
+    for name in ("a (1)_mask.png", "a (1)_mask_1.png"):
+        mask(tmp_path / "benign" / name)
+    with pytest.raises(
+        ValueError, match=r"a \(1\).png must have one label map of its own, got .*_mask.png, .*_mask_1.png"
+    ):
+        read_segmentation(tmp_path, spatial_dims=2)
+
+
+def test_two_folders_of_one_kind_or_none_of_images_are_refused(tmp_path: Path) -> None:
+    folder = pairs(tmp_path)
+    picture(folder / "imgs/0.png")
+    with pytest.raises(ValueError, match="must have one folder of images, got images, imgs"):
+        read_segmentation(folder, spatial_dims=2)
+    mask(tmp_path / "other/masks/a.png")
+    (tmp_path / "other/images").mkdir()
+    with pytest.raises(FileNotFoundError, match="images must hold images, got none"):
+        read_segmentation(tmp_path / "other", spatial_dims=2)
 
 
 def test_names_that_fit_two_files_or_none_are_refused(tmp_path: Path) -> None:
@@ -369,6 +554,7 @@ def test_a_picture_of_dicom_has_its_spacing_and_its_mask_too(tmp_path: Path) -> 
     datalist = read_segmentation(tmp_path, spatial_dims=2, validation_fraction=0)
     assert len(datalist.training) == 2
     np.testing.assert_array_equal(classes(tmp_path)[0], rows == 255)
+    assert [item["modality"] for item in datalist.training] == ["DX", "DX"]
     for item in datalist.training:
         loaded = LoadImage(ImageFileReader(3, 1), image_only=True, ensure_channel_first=True)(item["image"])
         np.testing.assert_allclose(loaded.affine.diag(), [0.25, 0.5, 1, 1])

@@ -1,4 +1,5 @@
 import logging
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,29 @@ def test_items_know_their_domain(tmp_path: Path) -> None:
     assert {item["task"] for item in datalist.validation} == {"liver"}
     assert datalist.headers == {item["image"]: ((4, 5, 6), (2, 1, 1)) for item in datalist.items()}
     assert subjects(aggregate(str(folders[1])).training) == {"0", "1"}  # one folder keeps its subjects
+
+
+def test_planes_that_differ_within_a_task_are_told_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_set(tmp_path / "a", 3, task="t", group="g", modality="MR", labels={"1": "x"})
+    for index, spacing in enumerate([(1, 1, 4), (1, 1, 4), (4, 1, 1)]):
+        nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([*spacing, 1])), folder / f"{index}.nii.gz")
+        nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.int16), np.diag([*spacing, 1])), folder / f"l{index}.nii.gz")
+    listed = read(folder / "dataset.json")
+    write(
+        folder / "dataset.json",
+        {**listed, "training": [{**item, "label": f"l{item['image']}"} for item in listed["training"]]},
+    )
+    told = r"several planes, 2 axial \(such as .*0.nii.gz\), 1 sagittal \(such as .*2.nii.gz\): choose one for all by"
+    for read_set in (aggregate, partial(read_segmentation, validation_fraction=0)):
+        caplog.clear()
+        read_set(folder, spatial_dims=2)
+        assert re.search(told, caplog.text)
+        caplog.clear()
+        read_set(folder, spatial_dims=2, slice_axis="axial")
+        read_set(folder)
+        assert "several planes" not in caplog.text
+    with pytest.raises(ValueError, match=r"the slices of task 't' must be of one plane for a contrast of places, got"):
+        aggregate(folder, spatial_dims=2, position=True)
 
 
 def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Path) -> None:

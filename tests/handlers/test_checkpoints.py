@@ -24,6 +24,7 @@ from dissect_monai.handlers.checkpoints import (
     newest_whole,
     read_checkpoint,
 )
+from dissect_monai.handlers.ending import Result
 from dissect_monai.networks.weights import read_settings
 
 NAN = float("nan")
@@ -201,6 +202,7 @@ class Run:
             nn.init.constant_(self.weights.weight, epoch)
             self.evaluator.state.metrics["auroc"] = scores[epoch - 1]
             self.evaluator.state.epoch = epoch
+            self.evaluator.state.result = Result(f"AUROC of epoch {epoch}")
             self.evaluator.fire_event(Events.COMPLETED)
 
         self.path = folder / "models" / "model.pt"
@@ -244,6 +246,33 @@ def test_a_resumed_run_stops_and_keeps_as_an_uninterrupted_one(tmp_path: Path) -
     again = Run(tmp_path, scores, resume=True).run()  # it has stopped, and stays so
     assert again.trainer.state.best_epoch == again.written == 2
     assert Run(tmp_path, scores, resume=True, patience=9).run().written == 5
+
+
+@pytest.mark.parametrize(
+    ("scores", "more", "said"),
+    [
+        ([0.5, 0.7, 0.6], [], "AUROC of epoch 2, the best of 3"),
+        ([0.5, 0.7, 0.6], [0.65], "AUROC of epoch 2, the best of 4"),  # of the run before it went on
+        ([0.5, 0.7, 0.6], [0.8], "AUROC of epoch 4, the best of 4"),
+        ([NAN, NAN], [], "AUROC of epoch 2"),
+    ],
+)
+def test_a_run_ends_with_the_result_of_its_best_weights(
+    tmp_path: Path, scores: list[float], more: list[float], said: str
+) -> None:
+    run = Run(tmp_path, scores, patience=9).run()
+    if more:
+        run = Run(tmp_path, [*scores, *more], patience=9, resume=True).run()
+    assert run.evaluator.state.result.text == said
+
+
+def test_a_checkpoint_that_knows_no_result_has_its_score(tmp_path: Path) -> None:
+    Run(tmp_path, [0.5, 0.7, 0.6]).run()
+    content = torch.load(tmp_path / "checkpoint_epoch=3.pt", weights_only=True)
+    del content["trainer"]["best_result"]
+    torch.save(content, tmp_path / "checkpoint_epoch=3.pt")
+    again = Run(tmp_path, [0.5, 0.7, 0.6], resume=True).run()
+    assert again.evaluator.state.result.text == "auroc 0.700 of epoch 2, the best of 3"
 
 
 def test_the_best_weights_outlive_the_loss_of_their_file(tmp_path: Path) -> None:

@@ -77,7 +77,11 @@ class Evaluated:
     ) -> None:
         self.network = Quadrants(scale)
         self.test, self.validation = test or Set(60, 1, rare=False), validation or Set(50, 0, rare=True)
-        arguments = {"num_samples": 50, "facts": {"data": "made up"}, **kwargs}
+        arguments = {
+            "num_samples": 50,
+            "facts": {"data": "/home/me/made up", "weights": "/home/me/run/models/model.pt"},
+            **kwargs,
+        }
         for item, image in zip(self.test.data, self.test.images, strict=True):
             item["image"] = str(folder / item["image"])
             Path(item["image"]).parent.mkdir(parents=True, exist_ok=True)
@@ -177,11 +181,16 @@ def test_without_a_class_in_validation_there_is_no_threshold(tmp_path: Path) -> 
 def test_the_report_shows_curves_facts_and_the_worst_cases(evaluated: Evaluated) -> None:
     page = (evaluated.folder / "report.html").read_text(encoding="utf-8")
     facts = {"Data": "made up", "Test images": "60", "Validation images": "50", "Bootstrap resamples": "50"}
+    facts |= {"Weights": "run/models/model.pt"}  # of a long path
     facts |= {"Date": date.today().isoformat(), "Software": f"dissect_monai {__version__}"}
     for name, value in facts.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     assert "<td>60</td><td>0</td>" in page
-    assert "<figcaption>Left, ROC on the test split: " in page
+    assert len(re.findall('<svg role="img" aria-label="(ROC on the test split|Reliability)', page)) == 2
+    assert [
+        len(re.findall(f'<td class="text">{start}{name}</td>', page))
+        for start, name in zip(("<svg .*?</svg>", "<svg .*?</svg>", ""), NAMES, strict=True)
+    ] == [1, 1, 1]  # the last has no curve
     assert page.count("data:image/jpeg;base64,") == 2 * 4
     wrong = evaluated.logits(evaluated.test)[:, :2].copy()
     labels = evaluated.test.labels.numpy()[:, :2]
@@ -219,12 +228,13 @@ def test_the_report_says_where_saliency_is_empty(tmp_path: Path) -> None:
 def test_nothing_to_judge_leaves_predictions_and_no_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     test = Set(20, 1, rare=False)
     test.labels[:] = 0
+    (tmp_path / "report.html").touch()
     evaluated = Evaluated(tmp_path, test=test)
     assert f"Left out, for lack of positives or negatives in the test split: {', '.join(NAMES)}." in caplog.messages
     assert {row["auroc"] for row in evaluated.findings} == {""}
     assert "auroc" not in evaluated.metrics
     assert len(evaluated.predictions) == 20
-    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "report.html").exists()  # nor that of the evaluation before
 
 
 def test_a_calibration_survives_its_file_and_no_other_weights_or_findings_may_read_it(tmp_path: Path) -> None:

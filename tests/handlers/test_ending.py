@@ -73,6 +73,9 @@ PRE, CLS, HSSL, SEG = (
          "--pretrained bundles/pretrain_vq_ssl/models/model.pt"),
         (f"{PRE}/evaluate.json", {}, LABELLED, {"dataset_dir": "D", "output_dir": "my O"},
          f"{CLS}/train.json --dataset_dir D --output_dir 'my O/cxr_classify' --pretrained 'my O/models/model.pt'"),
+        (f"{PRE}/evaluate.json", {"spatial_dims": 3}, LABELLED, {"dataset_dir": "D", "output_dir": "my O"},
+         f"{CLS}/train.json --dataset_dir D --output_dir 'my O/cxr_classify' --spatial_dims 3 "
+         "--pretrained 'my O/models/model.pt'"),
         ([f"{PRE}/train.json", f"{PRE}/volumes.json"], VOLUMES | {"encoder": "SegResNet"}, MAPS,
          {"dataset_dir": ["A", "B"], "output_dir": "O", "task": "abdomen"},
          f"""{HSSL}/evaluate.json --dataset_dir '["A", "B"]' --output_dir O/hssl_multidomain --task abdomen"""
@@ -141,6 +144,15 @@ def test_five_lines_say_what_was_found_and_left(standing: Path) -> None:
     assert found["Weights"] == "'my O/models/model.pt'"
     assert found["Report"] == "'my O/eval/report.html', 'my O/eval/findings.csv'"
     assert found["TensorBoard"] == ".venv/bin/python -m tensorboard.main --logdir 'my O/eval'"
+
+
+@pytest.mark.usefixtures("standing")
+@pytest.mark.parametrize(
+    ("settings", "datalist", "said"),
+    [(KNOWS, LABELLED, "the next command makes them"), ({}, Datalist([{"image": "i"}], [], []), "none")],
+)
+def test_only_an_evaluation_makes_tables(settings: dict[str, Any], datalist: Datalist, said: str) -> None:
+    assert ended(f"{CLS if settings else PRE}/train.json", settings, {}, datalist)["Tables"] == said
 
 
 @pytest.mark.usefixtures("standing")

@@ -64,6 +64,7 @@ class Validation:
 
         changer = SimpleNamespace(attach=lambda engine: engine.add_event_handler(Events.ITERATION_COMPLETED, change))
         run = evaluated(self.net, self.validation, changer, self.handler, prepare_batch=self.views)
+        self.said = run.state.result.text
         return run.state.metrics
 
 
@@ -76,6 +77,13 @@ def test_leaves_every_metric_in_its_range_and_the_network_as_it_is(spatial_dims:
     assert np.isfinite(list(metrics.values())).all()
     assert all(0 <= value <= 1 for name, value in metrics.items() if not name.startswith("reconstruction_error"))
     assert all(torch.equal(before[name], value) for name, value in validation.net.state_dict().items())
+
+
+@pytest.mark.parametrize(("tasks", "share"), [(TASKS, "0.333"), (["a", "a", "c"], "0.667"), (["a"], "1.000")])
+def test_the_result_says_what_guessing_reaches(tasks: list[str], share: str) -> None:
+    validation = Validation(tasks)
+    accuracy = validation()["accuracy_task"]
+    assert f"(their mean alone: 1), task told rightly {accuracy:.3f} (always the commonest: {share})" in validation.said
 
 
 def test_with_a_single_task_there_is_no_shortcut() -> None:

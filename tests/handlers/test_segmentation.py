@@ -1,13 +1,15 @@
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import Oracle, Writer, table
+from helpers import Oracle, Page, Writer, table
 from helpers import evaluated as run
+from ignite.engine import Events
 from matplotlib.figure import Figure
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.inferers import SlidingWindowInferer
@@ -48,7 +50,12 @@ def write(folder: Path, name: str, label: np.ndarray, flipped: bool = False) -> 
 
 
 def evaluated(
-    items: list[dict[str, Any]], handler: Any, lost: tuple[int, ...] = (), pixdim: Any = SPACING, **knobs: Any
+    items: list[dict[str, Any]],
+    handler: Any,
+    lost: tuple[int, ...] = (),
+    pixdim: Any = SPACING,
+    others: Sequence[Any] = (),
+    **knobs: Any,
 ) -> dict[str, float]:
     """Metrics of an evaluator that resamples, pads and slides a window, as a bundle's does."""
     steps = [
@@ -60,7 +67,7 @@ def evaluated(
     ]
     loader = DataLoader(Dataset(items, Compose(steps)), batch_size=1)
     inferer = SlidingWindowInferer((16, 16, 16), overlap=0.5)
-    return run(Oracle(4, lost), loader, handler, inferer=inferer, **knobs).state.metrics
+    return run(Oracle(4, lost), loader, handler, *others, inferer=inferer, **knobs).state.metrics
 
 
 @pytest.mark.parametrize("decollate", [True, False])
@@ -100,6 +107,30 @@ def test_a_second_run_starts_anew(tmp_path: Path) -> None:
     assert {row["subject"] for row in table(tmp_path / "cases.csv")} == {pseudonyms(items)[1]}
 
 
+@pytest.mark.parametrize(
+    ("names", "empty", "said"),
+    [
+        ("ab", False, "mean Dice 1.000 (95 % interval 1.000 to 1.000) of 3 structures in 2 subjects"),
+        ("a", False, "mean Dice 1.000 of 3 structures in 1 subject, too few for an interval"),
+        ("ab", True, "nothing could be scored, since no label map has a structure"),
+    ],
+)
+def test_the_result_has_an_interval_or_says_why_not(tmp_path: Path, names: str, empty: bool, said: str) -> None:
+    items = [write(tmp_path, name, label_map() * (not empty)) for name in names]
+    handler = SegmentationEvaluation(CLASSES, tmp_path, num_samples=20, facts={})
+    for each in (handler, SegmentationEvaluation(CLASSES, num_samples=20)):
+        results: list[Any] = []
+        seen = SimpleNamespace(
+            attach=lambda engine, results=results: engine.add_event_handler(
+                Events.COMPLETED, lambda: results.append(engine.state.result.text)
+            )
+        )
+        evaluated(items, each, others=[seen])
+        assert results == [said if empty or each is handler else f"{said}, on validation, epoch 1"]
+    page = Page(tmp_path / "report.html")
+    assert page.of("h3")[:1] == ([] if empty else [f"Best: {pseudonyms(items)[0]}"])
+
+
 def test_structures_that_cannot_be_scored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     item = write(tmp_path, "a", np.where(label_map() == 1, 200, label_map()))
     item["labels"] = {**LABELS, "heart": [9]}
@@ -133,7 +164,19 @@ def test_pictures_show_the_prediction_on_the_grid_of_the_file(tmp_path: Path, mo
     evaluated([item, item], handler, lost=(1,))
     assert list(writer.images) == [f"overlays/1_{pseudonyms([item])[0]}"]
     assert said == [f"Subject {pseudonyms([item])[0]}, epoch 1"] * 2
-    assert (tmp_path / "report.html").exists()
+    page = Page(tmp_path / "report.html")
+    names = page.of("dt")[: len(page.of("dt")) - 4]  # without those of the case
+    assert names == [
+        "Mean Dice",
+        "Weights",
+        "Tolerance of surface Dice",
+        "Largest part only",
+        "Weights' SHA-256",
+        "Bootstrap resamples",
+        "Date",
+        "Software",
+    ]
+    assert "HD95 the distance" in " ".join(page.of("li"))
     label = np.asarray(nib.load(item["image"]).dataobj)
     assert len(drawn) == 3  # twice in TensorBoard, and in the report from what was stored
     for given, maps, class_names, window in drawn:

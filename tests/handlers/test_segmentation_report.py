@@ -1,3 +1,4 @@
+import re
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,10 @@ def test_pictures_have_a_caption_of_their_own(tmp_path: Path) -> None:
     pixels = [found("liver", 0.9)._replace(label_ml=NAN, pred_ml=NAN)]
     cases = [CaseScores(f"{name}.png", name, pixels) for name in "ab"]
     pictures = {case.case: b"png" for case in cases}
-    write_segmentation_report(tmp_path / "report.html", cases, summarize(cases, 20), pictures, ["liver"], {})
+    facts = {"volumes": 2}
+    write_segmentation_report(tmp_path / "report.html", cases, summarize(cases, 20), pictures, ["liver"], facts)
+    assert (
+        "volume" not in re.sub("<style.*?</style>", "", (tmp_path / "report.html").read_text(), flags=re.DOTALL).lower()
+    )
     assert Page(tmp_path / "report.html").values("alt") == [SIDE_BY_SIDE] * 2
     assert "planes" not in SIDE_BY_SIDE

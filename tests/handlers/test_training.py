@@ -111,6 +111,14 @@ def test_progress_shows_the_loss_of_an_epoch_that_is_shorter_than_its_interval(
     assert "epoch 1/1, loss 1.000" in capsys.readouterr().err
 
 
+def test_without_a_validation_the_loss_is_the_result_beside_that_of_the_start() -> None:
+    losses = torch.arange(12, 0, -1).float()
+    engine = Engine(lambda engine, batch: {"loss": losses[engine.state.iteration - 1]})
+    ProgressHandler(interval=5).attach(engine)
+    engine.run(range(6), max_epochs=2)
+    assert engine.state.result.text == "loss 1.000 in iteration 12, 12.000 in iteration 1; nothing was validated"
+
+
 @pytest.mark.parametrize("output", [None, [{"pred": 1}], {"pred": 1}])
 def test_progress_without_a_loss_counts(output: Any, capsys: pytest.CaptureFixture[str]) -> None:
     engine = Engine(lambda engine, batch: output)

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from monai.engines import SupervisedEvaluator
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
+from dissect_monai.handlers.ending import NOT_SCORED
 from dissect_monai.handlers.validation import ClassificationMetrics, KNNHandler, write_scores
 from dissect_monai.metrics.classification import expected_calibration_error
 from dissect_monai.metrics.probes import extract_features, knn_scores
@@ -36,7 +38,8 @@ def validated(logits: torch.Tensor, labels: torch.Tensor, handler: Classificatio
 
 def test_metrics_are_those_of_sklearn_over_the_known_labels() -> None:
     logits, labels = drawn()
-    metrics = validated(logits, labels, ClassificationMetrics(NAMES)).state.metrics
+    state = validated(logits, labels, ClassificationMetrics(NAMES)).state
+    metrics = state.metrics
     found = {"auroc": [], "ap": [], "ece": []}
     for index, name in enumerate(["Opacity", "Pleural_Thickening"]):
         known = ~labels[:, index].isnan()
@@ -49,6 +52,10 @@ def test_metrics_are_those_of_sklearn_over_the_known_labels() -> None:
     for metric, values in found.items():
         assert metrics[metric] == pytest.approx(np.mean(values))
     assert len(metrics) == 9
+    assert (
+        state.result.text
+        == f"AUROC {metrics['auroc']:.3f} (guessing: 0.5), a mean over findings, on validation, epoch 1"
+    )
 
 
 def test_every_validation_starts_afresh_and_names_what_lacks_a_class_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -62,7 +69,9 @@ def test_every_validation_starts_afresh_and_names_what_lacks_a_class_once(caplog
 
 def test_without_any_judged_finding_the_means_are_nan() -> None:
     logits, labels = drawn()
-    metrics = validated(logits, torch.zeros_like(labels), ClassificationMetrics(NAMES)).state.metrics
+    state = validated(logits, torch.zeros_like(labels), ClassificationMetrics(NAMES)).state
+    metrics = state.metrics
+    assert state.result.text == NOT_SCORED
     assert set(metrics) == {"auroc", "ap", "ece"}
     assert all(np.isnan(value) for value in metrics.values())
 
@@ -79,7 +88,12 @@ def test_knn_is_the_mean_over_the_findings_of_what_sklearn_says() -> None:
     network = small_resnet()
     training, validation = (Dataset(labelled_images(seed), lambda item: {"image": item["image"]}) for seed in (0, 1))
     handler = KNNHandler(training, NAMES)
-    metrics = evaluated(network, DataLoader(validation, batch_size=7), handler).state.metrics
+    state = evaluated(network, DataLoader(validation, batch_size=7), handler).state
+    metrics, said = state.metrics, f"k-NN AUROC of all stages {state.metrics['knn_auroc_stages']:.3f}"
+    assert state.result.text == f"{said} (guessing: 0.5) on validation, epoch 1"
+    state.epoch = 0
+    handler(SimpleNamespace(network=network, data_loader=DataLoader(validation, batch_size=7), state=state))
+    assert state.result.text == f"{said} (before training: {said[-5:]}, guessing: 0.5) on validation, epoch 0"
     images = [[{"image": item["image"][None]} for item in labelled_images(seed)] for seed in (0, 1)]
     train, val = (extract_features(network, each, "cpu", feature_maps) for each in images)
     labels = drawn()[1].numpy()

@@ -2,6 +2,7 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import in_two_processes, never_waiting
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect_monai.common import LEVELS
+from dissect_monai.losses import dense
 from dissect_monai.losses.contrastive import (
     BLOCK_BYTES,
     hierarchical_contrast,
@@ -211,6 +213,24 @@ def test_equals_the_naive_loss(spatial_dims: int, rotation: float) -> None:
     expected = naive_dense(features, placement, 0.2)
     assert expected > 0
     torch.testing.assert_close(dense_contrast(features, placement, 0.2), expected)
+
+
+@both_dims
+def test_of_a_large_map_as_many_cells_are_compared_as_the_bound_says(
+    spatial_dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "MAX_CELLS", 9)
+    features = torch.randn(4, 5, *(6, 5, 2)[:spatial_dims], generator=torch.Generator().manual_seed(0))
+    same = Placement(torch.eye(spatial_dims).expand(4, -1, -1), torch.zeros(4, spatial_dims))
+    cells = features.flatten(2)
+    chosen = F.normalize(cells[..., np.linspace(0, cells.shape[2] - 1, 9).astype(int)], dim=1)
+    logits = chosen[:2].transpose(1, 2) @ chosen[2:] / 0.2  # of the same places in both views
+    own = torch.arange(9).expand(2, -1)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.transpose(1, 2), own)) / 2
+    torch.testing.assert_close(dense_contrast(features, same, 0.2), expected)
+    one_cell = same._replace(matrix=same.matrix * torch.tensor([1.0, 1.0, 0.01, 0.01])[:, None, None])
+    found = dense_contrast(features, one_cell, 0.2)  # whose cells are all nearest to a few of the first views
+    assert 0 < found < math.log(9) + 2 / 0.2
 
 
 def test_views_that_do_not_overlap_have_no_loss_and_no_gradient() -> None:

@@ -274,7 +274,7 @@ def test_an_encoder_that_was_pretrained_or_a_segmentation_starts_one(
     ("source", "message"),
     [
         (small_resnet(num_classes=2), r"2 unexpected .*They are of a trained classifier: give the encoder"),
-        (small_resnet(n_input_channels=3), r"1 of another shape \(encoder\.conv1\.weight\)\. Is it the same `encoder`"),
+        (small_resnet(n_input_channels=3), r"take images of 3 channel\(s\), not 1: set `in_channels` to 3"),
         (segresnet(0), r"do not fit the EncoderDecoder: \d+ missing"),
     ],
 )

@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import Browser
 from helpers import ROOT, Recipes
+
+from dissect_monai.common import Interval
+from dissect_monai.visualize.classifier import curves_figure, named_curve, panels_as_svg
+from dissect_monai.visualize.page import Case, write_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("_in_root")]
 SITE = ROOT / "docs" / "_build"
@@ -38,6 +43,56 @@ def test_a_report_is_whole_readable_and_no_wider_than_a_phone(
     assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches") == dark
     page = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", page))) < 80) == dark
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_figures_can_be_read_on_a_phone_and_are_not_white_in_the_dark(
+    browser: Browser, report: Path, dark: bool
+) -> None:
+    browser.open(report, 390, dark=dark)
+    drawn = "[...document.querySelectorAll('.figures svg')]"
+    widths = browser.run(f"{drawn}.map(each => each.getBoundingClientRect().width)")
+    assert len(widths) == (2 if browser.run("document.title").endswith("classifier") else 0)
+    assert all(width > 300 for width in widths)
+    inks = browser.run(f"{drawn}.map(each => getComputedStyle(each.querySelector('text')).fill)")
+    assert all((min(map(int, re.findall(r"\d+", ink))) > 180) == dark for ink in inks)
+    corner = (
+        "(() => { const canvas = document.createElement('canvas'), image = document.querySelector('.pictures img');"
+    )
+    corner += "const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);"
+    corner += "return [...context.getImageData(2, 2, 1, 1).data]; })()"
+    assert browser.run("document.title").endswith("classifier") or browser.run(corner) == [0, 0, 0, 255]
+
+
+LONG = "Pneumonoultramicroscopicsilicovolcanoconiosis_and_more"
+NAMES = [
+    "a < b & c",
+    "Größe_<b>fett</b>",
+    "_hidden",
+    "$x^2$ and $\\frac{1}{0$",
+    LONG,
+    "a long name of several words " * 4,
+]
+
+
+@pytest.mark.parametrize(("width", "dark"), LOOKS)
+def test_odd_and_long_names_leave_room_for_the_numbers(
+    browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    names = [*NAMES, *(f"finding {index}" for index in range(24))]
+    rng = np.random.default_rng(0)
+    labels, score = rng.integers(0, 2, (40, len(names))).astype(float), Interval(0.5, 0.25, 0.75)
+    figures = dict(zip("ab", panels_as_svg(curves_figure(labels, rng.random(labels.shape), names)), strict=True))
+    rows = [("macro", score, score), *((named_curve(name, index), score, score) for index, name in enumerate(names))]
+    cases = [Case(f"{name}, missed: 3f2a", {name: "none"}, {"probability": 0.1}) for name in names]
+    path = tmp_path / "Bericht <ä> #1.html"
+    write_report(path, "<Röntgen> & Co", {"data": LONG * 3}, ["Finding", "AUROC", "AP"], rows, figures, cases, "Worst")
+    assert browser.open(path, width, dark=dark) == []
+    assert browser.audit() == []
+    cells = browser.run("[...document.querySelectorAll('tbody')[1].rows].map(row => row.cells[0].textContent)")
+    assert [each.strip() for each in cells] == [name.strip() for name in names]
+    seen = "[...document.querySelectorAll('td:nth-child(2)')].map(cell => cell.getBoundingClientRect().right)"
+    assert max(browser.run(seen)) <= width
 
 
 def column(browser: Browser, index: int) -> list[str]:
@@ -80,6 +135,16 @@ def test_the_site_is_whole_readable_and_no_wider_than_a_phone(browser: Browser) 
             complaints = [*browser.open(page, width, dark=dark), *browser.audit()]
             problems += [f"{page.relative_to(SITE)}, {width} px, dark {dark}: {each}" for each in complaints]
     assert not problems, "\n".join(problems)
+
+
+def test_long_tables_of_the_site_are_sorted_by_the_keyboard(browser: Browser) -> None:
+    browser.open(SITE / "knobs" / "cxr_classify.html")
+    first = "[...document.querySelector('tbody').rows].map(row => row.cells[0].textContent.trim())"
+    browser.run("document.querySelector('th button').focus()")
+    given = browser.run(first)
+    for sign in (1, -1):
+        browser.press(*ENTER)
+        assert browser.run(first) == sorted(given)[::sign] != given
 
 
 def test_no_link_of_the_site_leads_nowhere(browser: Browser) -> None:

@@ -17,8 +17,8 @@ KNOBS = {
 }  # fmt: skip
 
 
-def client(name: str, dataset_dir: Path, output_dir: Path) -> MonaiAlgo:
-    knobs: dict[str, Any] = {**KNOBS, "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
+def client(name: str, dataset_dir: Path, output_dir: Path, **own: Any) -> MonaiAlgo:
+    knobs: dict[str, Any] = {**KNOBS, **own, "dataset_dir": str(dataset_dir), "output_dir": str(output_dir)}
     algorithm = MonaiAlgo(
         str(ROOT / "bundles" / "seg_finetune_btcv"), send_weight_diff=False, train_kwargs=dict(knobs),
         eval_kwargs=dict(knobs), config_evaluate_filename="configs/train.json",
@@ -44,8 +44,13 @@ def sent_by(algorithm: MonaiAlgo) -> dict[str, Any]:
     return {key: np.array(value) for key, value in algorithm.get_weights().weights.items()}
 
 
-def test_two_rounds_of_two_hospitals_learn_one_network(hospitals: list[Path], tmp_path: Path) -> None:
-    clients = [client(each.name, each, tmp_path / f"output_{each.name}") for each in hospitals]
+@pytest.mark.parametrize(
+    "own", [{}, {"spatial_dims": 2, "pixdim": [12, 12], "patch_size": [16, 16]}], ids=["volumes", "slices"]
+)
+def test_two_rounds_of_two_hospitals_learn_one_network(
+    hospitals: list[Path], tmp_path: Path, own: dict[str, Any]
+) -> None:
+    clients = [client(each.name, each, tmp_path / f"output_{each.name}", **own) for each in hospitals]
     shared = sent_by(clients[0])
     scores = [clients[0].evaluate(ExchangeObject(weights=shared)).metrics["dice_mean"]]
     for _ in range(2):

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Invertd, LoadImaged, Orientationd, Spacingd, SpatialPadd
 from torch import Tensor
 
-from dissect_monai.common import PICTURE, PLANES
+from dissect_monai.common import PICTURE, PLANES, acquired_plane
 from dissect_monai.data.readers import ImageFileReader
 from dissect_monai.transforms import spatial
 from dissect_monai.transforms.labels import ValuesToClassesd
@@ -20,7 +20,6 @@ from dissect_monai.transforms.spatial import (
     AdaptiveSpacingd,
     OriginalGridd,
     SliceOrientationd,
-    acquired_plane,
     refuse_other_grid,
     same_grid,
     to_original_grid,

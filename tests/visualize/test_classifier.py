@@ -1,6 +1,8 @@
 import io
+import re
 from copy import deepcopy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from dissect_monai.visualize.classifier import (
     curves_figure,
     figure_to_png,
     figure_to_tensor,
+    named_curve,
     overlay,
+    panels_as_svg,
     saliency_maps,
     text_strip,
     whole_image,
@@ -33,7 +37,6 @@ def test_curves_are_those_of_sklearn_over_known_labels_in_one_colour_a_finding()
     figure = curves_figure(labels, probabilities, list("abcdefghij"))
     roc, reliability = ([line for line in axes.get_lines() if len(line.get_xdata()) > 2] for axes in figure.axes)
     assert [line.get_label() for line in roc] == list("abfghij")  # the others lack a class or a score
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list("abfghij")
     known = ~np.isnan(labels[:, 1])
     label, probability = labels[known, 1], probabilities[known, 1]
     np.testing.assert_allclose(roc[1].get_data(), roc_curve(label, probability)[:2])
@@ -52,6 +55,26 @@ def test_a_figure_is_1500_pixels_wide_and_the_same_as_png_and_as_tensor(num_find
     assert picture.shape[::2] == (3, 1500)
     pixels = np.array(Image.open(io.BytesIO(png)).convert("RGB"))
     np.testing.assert_array_equal((picture * 255).round().byte().permute(1, 2, 0), pixels)
+
+
+def test_panels_follow_the_colours_of_a_page_and_names_have_the_line_of_their_curve() -> None:
+    rng = np.random.default_rng(0)
+    labels, names = rng.integers(0, 2, (60, 30)).astype(float), [f"<{index}> $x_" for index in range(30)]
+    panels = [each.decode() for each in panels_as_svg(curves_figure(labels, rng.random(labels.shape), names))]
+    drawn = [ElementTree.fromstring(each) for each in panels]
+    texts = [[text for node in each.iter() if (text := (node.text or "").strip())] for each in drawn]
+    assert "True positive rate (sensitivity)" in texts[0]
+    assert "Predicted probability" in texts[1]
+    assert "True positive rate (sensitivity)" not in texts[1]
+    assert all("currentColor" in each and "#000000" not in each and "$x_" not in each for each in panels)
+    ids = [node.get("id") for each in drawn for node in each.iter() if node.get("id")]
+    assert len(ids) == len({*ids})
+    lines = [re.findall('stroke="(.*?)" stroke-dasharray="(.*?)"', named_curve(name, 0)) for name in names[:1]]
+    assert lines == [[(COLORS[0], "none")]]
+    found = [named_curve(name, index) for index, name in enumerate(names)]
+    assert len({each.partition("/>")[0] for each in found}) == 30
+    assert found[6].endswith("</svg>&lt;6&gt; $x_")
+    assert 'stroke="currentColor"' in found[6]  # black
 
 
 class Sees(nn.Module):

@@ -7,7 +7,13 @@ from matplotlib.colors import to_rgb
 
 from dissect_monai.common import BTCV_ORGANS
 from dissect_monai.visualize.classifier import figure_to_tensor
-from dissect_monai.visualize.segmentation import FILL, ORGAN_COLORS, organ_color, segmentation_overlay
+from dissect_monai.visualize.segmentation import (
+    FILL,
+    ORGAN_COLORS,
+    organ_color,
+    picture_overlay,
+    segmentation_overlay,
+)
 
 CLASSES = ["liver", "right_kidney", "heart", "spleen"]
 SHAPE, SPACING = (24, 20, 12), (1.0, 2.0, 5.0)
@@ -165,3 +171,11 @@ def test_outlines_are_read_on_black() -> None:
     for color in ORGAN_COLORS:
         linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in to_rgb(color)]
         assert (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) / 0.05 > 3  # WCAG 1.4.11
+
+
+def test_outlines_on_a_picture_are_seen_on_areas_of_their_own_colour() -> None:
+    label = np.zeros((40, 30), int)
+    label[10:30, 8:22] = 1
+    figure = picture_overlay(np.full((3, 40, 30), 0.4), label, label, ["polyp"])
+    right = figure_to_tensor(figure)[:, :, 800:]
+    assert (right[:, 150:-150, 100:-100] > 0.98).all(0).any()  # a white edge, where all else is darker
