@@ -17,6 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
+from traceback import extract_tb
 from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import unquote
@@ -25,7 +26,7 @@ import fire
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.scripts import run as bundle_run
 from monai.utils import ensure_tuple
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,7 @@ from dissect_monai.common import (
     of_all_processes,
     of_first_process,
     rank,
+    root_cause,
     world_size,
 )
 from dissect_monai.data.datalists import SPLITS, Datalist
@@ -57,7 +59,7 @@ from dissect_monai.handlers.checkpoints import (
 )
 from dissect_monai.handlers.ending import last_lines
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
-from dissect_monai.knobs import RULES, SETTINGS, SIZES, check_knobs, is_disabled
+from dissect_monai.knobs import DERIVED, RULES, SETTINGS, SIZES, check_knobs, is_disabled, refuse_other_kind
 from dissect_monai.networks.weights import read_settings
 from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, release, remove_halves
 
@@ -79,6 +81,8 @@ UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the proc
 )  # fmt: skip
 HEADER = 200  # bytes; a smaller event file holds nothing
 _made: list[Path] = []  # folders of the run, of which those that are empty when it ends are removed
+_held: list[logging.LogRecord] = []  # what is said when an engine runs
+_unchecked: list[str] = []  # overrides of the command line for which there is no rule
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
 
@@ -98,6 +102,8 @@ def begin(seed: int | None = None) -> None:
     if _is_command_line():
         sys.excepthook = partial(_explain, workflow=workflow)
         logging.setLogRecordFactory(_without_trace)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_waits)
         stop = partial(_stop, workflow, os.getpid())
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         # Of MONAI, of a reader that nobody asked for, wherever pydicom is installed.
@@ -197,11 +203,12 @@ def running_workflow() -> ConfigWorkflow | None:
 
 
 def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> None:
-    """Refuse an override that names nothing in the config files; MONAI would ignore it.
+    """Refuse overrides that name nothing in the config files, which MONAI would ignore, or have odd values.
 
     An argument that a component's class takes may be added even if the config does not show it. A knob that is
     {"_disabled_": true} has been taken away by one of the files.
     """
+    _unchecked.clear()
     parser = ConfigParser()
     parser.read_config(ensure_tuple(config_file))
     known = [each for each in _ids(parser.config) if not each.startswith("_")]
@@ -212,12 +219,21 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
             raise InputError(f"--{identifier} has no meaning with {files}: leave it out.")
         arguments = [] if name in parser else _arguments(parser, name.rpartition("::")[0])
         if name not in parser and name not in arguments:
-            near = get_close_matches(name, [*known, *arguments], n=1, cutoff=0)
+            parent, separator, last = name.rpartition("::")
+            beside = [each.rpartition("::")[2] for each in (*known, *arguments) if each.rpartition("::")[0] == parent]
+            near = [f"{parent}{separator}{each}".replace("::", "#") for each in get_close_matches(last, beside, n=1)]
             page = Path(ensure_tuple(config_file)[0]).parent.parent / "docs" / "knobs.md"
             explained = f" {page} explains every knob." if page.is_file() else ""
             raise InputError(
-                f"there is no --{identifier} to override; did you mean --{near[0].replace('::', '#')}?{explained}"
+                f"there is no --{identifier} to override{f'; did you mean --{near[0]}?' if near else '.'}{explained}"
             )
+        refers = isinstance(value, str) and value[:1] in ("@", "$")
+        for other in ReferenceResolver.match_refs_pattern(value) if refers else ():
+            if other not in parser:
+                raise InputError(f"--{identifier} refers to @{other.replace('::', '#')}, which is not in the config.")
+        is_held = name in RULES or (name not in DERIVED and refuse_other_kind(identifier, parser.get(name), value))
+        if not is_held and "_target_" not in name:
+            _unchecked.append(f"--{identifier} {value}")
         parser[name] = value
 
 
@@ -262,7 +278,7 @@ def _explain(
     trace: TracebackType | None,
     workflow: ConfigWorkflow | None = None,
 ) -> None:
-    cause = disk_fault(error) or bad_input(error) or _without_memory(error, workflow)
+    cause = disk_fault(error) or bad_input(error) or _without_memory(error, workflow) or _of_unchecked(error)
     if cause is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -282,12 +298,39 @@ def _without_memory(error: BaseException, workflow: ConfigWorkflow | None) -> In
     return InputError(f"there is not enough memory: {fault}. Lower what sets sizes: {', '.join(sizes)}.")
 
 
+def _of_unchecked(error: BaseException) -> InputError | None:
+    """What to say of an error that is no known one if an override for which there is no rule may be its cause."""
+    if not _unchecked or not isinstance(error, Exception) or sys.flags.dev_mode:
+        return None
+    cause = root_cause(error)
+    place = extract_tb(cause.__traceback__)[-1]
+    found = f"{type(cause).__name__}: {cause} ({Path(place.filename).name}, line {place.lineno})"
+    given = f"the run failed with {', '.join(_unchecked)}, which no rule checks"
+    return InputError(f"{given}: {found}. Correct it, or leave it out; `python -X dev` shows the traceback.")
+
+
+def _waits(record: logging.LogRecord) -> bool:
+    """Hold back what the package says for information until an engine runs: the first line of an error is the error."""
+    if waits := record.levelno < logging.WARNING and record.name.startswith("dissect_monai"):
+        _held.append(record)
+    return not waits
+
+
+def _say_held() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.removeFilter(_waits)
+    while _held:
+        logging.getLogger(_held[0].name).handle(_held.pop(0))
+
+
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
     """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault.
 
     What an engine says of its end, and that it resumes from iteration 0 when it begins, no handler takes.
     """
     record = logging.LogRecord(*args, **kwargs)
+    if str(record.msg).startswith("Engine run "):
+        _say_held()
     if str(record.msg).startswith(UNSAID):
         record.levelno = -1
     error = record.exc_info[1] if record.exc_info else None
@@ -325,6 +368,7 @@ def _run(workflow: ConfigWorkflow, steps: Callable[[], Any], before: Mapping[sig
     """Run, and give back lock and signals; of a run that fails before it logs anything, nothing empty is left."""
     try:
         done = steps()
+        _say_held()
         if before and rank() == 0:
             try:
                 sys.stdout.write(last_lines(workflow.parser, *run_arguments()))
@@ -616,6 +660,10 @@ def check_output(
     Raises:
         InputError: if the output folder cannot be written, there is nothing to measure, or the weights know subjects.
     """
+    workflow = running_workflow()
+    weights = "" if workflow is None else workflow.parser.get_parsed_content("pretrained", default="")
+    if weights is None:
+        raise InputError("`pretrained` must be the path of the weights to use, got None: leave it out, or name them.")
     if datalist is not None and volumes:
         check_probe_data(datalist, data_dir)
     elif datalist is not None:
@@ -624,8 +672,7 @@ def check_output(
         for split in needed:
             refuse_trained(getattr(datalist, split), split, settings)
     _make_folders(smoke, data_dir, output_dir, "eval")
-    workflow = running_workflow()
-    if workflow is not None and (weights := workflow.parser.get_parsed_content("pretrained", default=None)):
+    if weights:
         logger.info("Using the weights %s.", weights)
 
 

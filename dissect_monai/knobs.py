@@ -117,7 +117,7 @@ EMBEDDINGS = Rule(
 # depend, then those that a run which goes on may change.
 _RULES: list[tuple[Rule, str, str]] = [
     (SWITCH, "amp shard", "baselines codes compile on_device report temperature_scaling"),
-    (_number("", lambda value: True), "a_max a_min", ""),
+    (_number(" from -100000 to 100000", lambda value: abs(value) <= 1e5), "a_max a_min", ""),
     (_whole(0), "deep_supervision dense_level freeze_epochs warmup_epochs", ""),
     (_whole(0, 2**32 - 1), "seed split_seed", "patches_seed"),
     (_whole(0, 1024), "", "num_workers"),
@@ -134,7 +134,8 @@ _RULES: list[tuple[Rule, str, str]] = [
     (AT_LEAST_0, "position_weight", "tolerance"),
     (FROM_0_TO_1, "mask_fraction sampling_temperature", ""),
     (_optional(FROM_0_TO_1), "momentum", ""),
-    (_number(" over 0", lambda value: value > 0), "learning_rate temperature", ""),
+    (_number(" over 0", lambda value: value > 0), "learning_rate", ""),
+    (_number(" of at least 0.0001", lambda value: value >= 1e-4), "temperature", ""),
     (_number(" over 0 and at most 1", lambda value: 0 < value <= 1), "label_fraction layer_decay", ""),
     (FRACTION, "decay validation_fraction", "overlap"),
     (_list_of(_whole(1)), "blocks_down blocks_up stages", ""),
@@ -167,6 +168,21 @@ _RULES: list[tuple[Rule, str, str]] = [
 ]
 RULES = {name: rule for rule, settings, others in _RULES for name in f"{settings} {others}".split()}
 SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
+
+# Of keys that a config works out from others, where they are given as they are.
+_DERIVED: list[tuple[Rule, str]] = [
+    (SWITCH, "is_3d is_probe on_cuda smoke"),
+    (_whole(0), "rank"),
+    (_whole(1), "num_classes num_groups num_iterations num_tasks world_size"),
+    (_whole(1, 1024), "num_channels"),
+    (_list_of(_whole(1, 4096), 3), "crop_size"),
+    (_list_of(TEXT), "class_names group_names label_names task_names"),
+    (_optional(PER_FOLDER), "default_modality"),
+    (PATH, "ckpt_dir log_dir model_path phantoms"),
+    (_optional(PATH), "start_from"),
+    (PATHS, "data_dir"),
+]
+DERIVED = {name: rule for rule, names in _DERIVED for name in names.split()}
 
 # What decides how much memory a run takes.
 SIZES = (
@@ -218,7 +234,7 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
 
 
 def check_knobs(parser: ConfigParser) -> None:
-    """Hold every knob of a config for which there is a rule to it, and then those that must fit each other.
+    """Hold every key of a config for which there is a rule to it, and then those that must fit each other.
 
     A switch that the command line gave as a text becomes true or false in the config.
 
@@ -226,21 +242,24 @@ def check_knobs(parser: ConfigParser) -> None:
         InputError: naming the knob, what it must be and what it is.
     """
     switches = {}
-    knobs = [name for name in RULES if name in parser and not _is_component(parser[name])]
+    config = parser.config or {}  # nobody asks it for a name that is near, as `name in parser` does
+    knobs = [name for name in RULES if name in config and not _is_component(config[name])]
+    known = {name: str(config[name]) for name in DERIVED if name in config}
+    knobs += [name for name, text in known.items() if "@" not in text or text[1:] in RULES]
     # First those that are given as they are, on which others depend.
-    for name in sorted(knobs, key=lambda name: str(parser[name])[:1] in ("$", "@")):
-        rule = RULES[name]
-        if is_disabled(parser[name]):
+    for name in sorted(knobs, key=lambda name: str(config[name])[:1] in ("$", "@")):
+        if is_disabled(config[name]):
             continue
+        rule, shown = (RULES | DERIVED)[name], f"`{name}`" if name in RULES else f"--{name}"
         try:
             value = parser.get_parsed_content(name)
         except Exception as error:
             if bad_input(error):
                 raise
-            why = f"{parser[name]!r}, which cannot be evaluated: {root_cause(error)}"
-            raise InputError(f"`{name}` must be {rule.says}, got {why}.") from error
+            why = f"{config[name]!r}, which cannot be evaluated: {root_cause(error)}"
+            raise InputError(f"{shown} must be {rule.says}, got {why}.") from error
         if not rule.holds(value):
-            raise InputError(f"`{name}` must be {rule.refusal(value)}")
+            raise InputError(f"{shown} must be {rule.refusal(value)}")
         if rule is SWITCH and isinstance(value, str):
             switches[name] = value.lower() == "true"
     for names, holds, says in _FITS:
@@ -258,6 +277,28 @@ def check_knobs(parser: ConfigParser) -> None:
 def _is_component(knob: Any) -> bool:
     """Whether a knob is found by a component of the config, which is asked when it is needed."""
     return isinstance(knob, Mapping) and "_target_" in knob
+
+
+def refuse_other_kind(name: str, was: Any, value: Any) -> bool:
+    """Refuse a value of another kind than what a config has there, if it is known, and say whether it is.
+
+    It is that of the knob to which it refers, a number, a switch or a component; None and expressions may be anywhere.
+    """
+    if value is None or (isinstance(value, str) and value[:1] in ("@", "$", "%")):
+        return False
+    rule = RULES.get(was[1:]) if isinstance(was, str) and was[:1] == "@" else None
+    if rule is SWITCH or isinstance(was, bool):
+        rule = Rule("True or False", lambda value: isinstance(value, bool))
+    elif isinstance(was, (int, float)):
+        rule = Rule("a number, or a list of them", lambda value: all(map(_is_number, ensure_tuple(value))))
+    elif _is_component(was):
+        says = "a component, as {'_target_': NAME}, or what gives one, a reference (@NAME) or an expression ($...)"
+        rule = Rule(says, lambda value: isinstance(value, Mapping))
+    elif isinstance(value, bool):  # which a number may switch off
+        return False
+    if rule is not None and not rule.holds(value):
+        raise InputError(f"--{name} must be {rule.refusal(value)}")
+    return rule is not None and not isinstance(value, Mapping)
 
 
 def is_disabled(knob: Any) -> bool:

@@ -7,7 +7,6 @@ python scripts/knobs.py all [--check]   # writes them to docs/knobs.md of every 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -33,7 +32,6 @@ def main(bundle: str, check: bool = False) -> None:
         bundle: its name, or "all".
         check: with "all", change nothing, and fail if a page is out of date or a meaning is missing or left over.
     """
-    warnings.filterwarnings("ignore", "Can't merge entry")  # of volumes.json, which adds some
     try:
         pages = {folder / "docs" / "knobs.md": page(folder) for folder in chosen_bundles(bundle)}
         if bundle == "all":

@@ -1,4 +1,4 @@
-"""Tries every knob of every config of every bundle with values of every kind, each in a process of its own.
+"""Tries every key of every config of every bundle with values of every kind, each in a process of its own.
 
     python tests/sweep.py                 # all of them
     python tests/sweep.py --every 50      # one in 50
@@ -8,6 +8,8 @@ A value may be taken, which ends with status 0 (a training, once it has done a s
 `error: ...`, with a status other than 0, and leave no file and no empty folder. All else is printed, and fails.
 """
 
+import gc
+import inspect
 import json
 import os
 import re
@@ -19,9 +21,10 @@ import sys
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any, NamedTuple
 
 import fire
@@ -32,7 +35,7 @@ import sklearn.linear_model  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 from helpers import BUNDLES, RECIPES, TASKS, read, tiny_knobs
 
-from dissect_monai.knobs import RULES, is_disabled
+from dissect_monai.knobs import DERIVED, RULES, is_disabled
 from dissect_monai.phantoms.volumes import write_volume_phantoms
 from dissect_monai.phantoms.xray import write_xray_phantoms
 
@@ -42,47 +45,61 @@ VALUES = (
     *("[]", "[1]", "[0.5,0.5,0.5]", "[16,16,16]", "[-1,-1,-1]", "[1000000000000]", "[None]", "['a','b']"),
     *("[1000000000000,1000000000000,1000000000000]", "{}", "{'a':'b'}"),
 )
+WORDS = {"nan", "inf", "true", "false", "text", "cpu"}  # the same to a key that takes any word
+STEPS = {"imports", "initialize", "run", "finalize", "checks"}
 LIMIT = 30  # seconds of CPU, after which a run counts as one that works
 MEMORY = 6 * 2**30
 QUICK = {"num_samples": 5, "num_folds": 0, "baselines": False, "patches_per_volume": 1, "report": False}
 
 
 class Case(NamedTuple):
-    """A run with one knob."""
+    """A run with one key."""
 
     recipe: str
     config: str
-    knob: str
+    key: str
     value: str
 
     def __str__(self) -> str:
-        return f"{self.recipe}/{self.config} --{self.knob} {self.value!r}"
+        return f"{self.recipe}/{self.config} --{self.key} {self.value!r}"
 
 
-def knobs_of(recipe: str, config: str) -> dict[str, Any]:
-    """The knobs that have a rule, and what they are."""
+def keys_of(recipe: str, config: str) -> dict[str, Any]:
+    """The keys of a config, and what they are."""
     files = RECIPES[recipe] if config == "train" else [RECIPES[recipe][0].with_name(f"{config}.json")]
     merged = {name.lstrip("+"): value for file in files for name, value in read(file).items()}
-    return {name: value for name, value in merged.items() if name in {*RULES, "resume_from"} and not is_disabled(value)}
+    return {name: value for name, value in merged.items() if not is_disabled(value) and name not in STEPS}
 
 
 def cases() -> Iterator[Case]:
-    """All values that the rule of a knob takes, and of those that it refuses another for each knob."""
-    turn = count()
+    """All kinds of values that the rule of a key takes, one of those that it refuses; one where there is no rule.
+
+    And ids that do not exist.
+    """
+    turns = count()
     for recipe in RECIPES:
         configs = ("train", "evaluate", "inference") if recipe in {bundle.name for bundle in BUNDLES} else ("train",)
         for config in configs:
-            for knob in knobs_of(recipe, config):
-                refused = [value for value in VALUES if not is_taken(knob, value)]
-                chosen = [refused[next(turn) % len(refused)]] if refused else []
-                chosen += [value for value in VALUES if value not in refused]
-                yield from (Case(recipe, config, knob, value) for value in chosen)
+            for key in keys_of(recipe, config):
+                taken = [value for value in VALUES if is_taken(key, value)]
+                refused = [value for value in VALUES if value not in taken]
+                words = [value for value in taken if value in WORDS]
+                if len(words) == len(WORDS):
+                    taken = [value for value in taken if value not in WORDS]
+                    taken.append(words[next(turns) % len(words)])
+                if refused:
+                    taken.append(refused[next(turns) % len(refused)])
+                yield from (Case(recipe, config, key, value) for value in taken)
+            engine = "train#trainer" if config == "train" else "evaluator"
+            for key in ("xqzw", "devise", f"{engine}#xqzw", f"{engine}#max_epoch", "network_def#0"):
+                yield Case(recipe, config, key, VALUES[next(turns) % len(VALUES)])
 
 
-def is_taken(knob: str, value: str) -> bool:
+def is_taken(key: str, value: str) -> bool:
     parsed = fire.parser.DefaultParseValue(value)
+    rule = {**DERIVED, **RULES}.get(key)
     is_expression = isinstance(parsed, str) and parsed[:1] in ("@", "%", "$")
-    return not is_expression and (knob not in RULES or RULES[knob].holds(parsed))
+    return not is_expression and rule is not None and rule.holds(parsed)
 
 
 class Sweep:
@@ -93,9 +110,11 @@ class Sweep:
         self.xrays = write_xray_phantoms(folder / "xrays", 24, 16, 16, image_size=32)
         self.volumes = write_volume_phantoms(folder / "volumes", 4, 2, 2, image_size=32, tasks=TASKS)
         self.weights: dict[str, Path] = {}
+        inspect.stack()  # which reads every module, as MONAI does in each run
+        gc.freeze()  # else each process would copy all that its collector looks at
 
     def knobs(self, recipe: str, config: str) -> dict[str, Any]:
-        own = knobs_of(recipe, config)
+        own = keys_of(recipe, config)
         data = self.xrays if "modality" not in own else [str(each) for each in self.volumes]
         if recipe.startswith("seg"):
             data = self.volumes[0]
@@ -150,7 +169,7 @@ class Sweep:
 
     def fault(self, case: Case) -> str | None:
         """What is wrong with how a case ended, or None; and what it said."""
-        knobs = {**self.knobs(case.recipe, case.config), case.knob: case.value}
+        knobs = {**self.knobs(case.recipe, case.config), case.key: case.value}
         status, said = self.run(case.recipe, case.config, knobs, 1)
         errors = re.findall(r"^error: .*", said, re.MULTILINE)
         left = {str(path.relative_to(self.folder / "cwd")) for path in (self.folder / "cwd").rglob("*")}
@@ -183,15 +202,20 @@ def stop_after_a_step() -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--only", default="", help="part of RECIPE/CONFIG/KNOB")
+    parser.add_argument("--first", type=int, default=0, help="where to begin")
+    parser.add_argument("--only", default="", help="part of RECIPE/CONFIG/KEY")
     parser.add_argument("--report", type=Path, help="JSON of all that is wrong")
     given = parser.parse_args()
-    chosen = [case for case in cases() if given.only in f"{case.recipe}/{case.config}/{case.knob}"][:: given.every]
+    of_name = (case for case in cases() if given.only in f"{case.recipe}/{case.config}/{case.key}")
+    chosen = [*islice(of_name, given.first, None, given.every)]
     counts, faults = Counter[str](), {}
+    seconds: dict[str, float] = dict.fromkeys((f"{case.recipe}/{case.config}" for case in chosen), 0.0)
     with TemporaryDirectory() as folder:
         sweep = Sweep(Path(folder))
         for case in chosen:
+            start = monotonic()
             fault = sweep.fault(case)
+            seconds[f"{case.recipe}/{case.config}"] += monotonic() - start
             part = "training" if case.config == "train" else "evaluation and inference"
             counts[f"{part}, {'bad' if fault else sweep.outcome}"] += 1
             if fault:
@@ -199,6 +223,7 @@ def main() -> None:
                 print(f"{case}: {fault}", flush=True)
     for what, number in sorted(counts.items()):
         print(f"{what}: {number}")
+    print("seconds:", {name: round(value) for name, value in seconds.items()})
     if given.report:
         given.report.write_text(json.dumps(faults, indent=1))
     sys.exit(bool(faults))

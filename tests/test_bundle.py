@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY_BUNDLE, Recipes, command_line, forked, refused, run_bundle, run_config, write
+from helpers import ROOT, TINY_BUNDLE, Recipes, command_line, forked, refused, run_bundle, run_config, started, write
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
@@ -73,7 +74,6 @@ def test_overrides_that_name_something_pass(tiny_bundle: Path, overrides: dict[s
         ("train::trainer::max_epoch", "train#trainer#max_epochs"),
         ("loss#sigmoids", "loss#sigmoid"),
         ("metric_name#reductoin", "metric_name#reduction"),
-        ("loss#alpha", "loss"),  # an argument of another loss
         ("train#handlers#0#iteration_lg", "train#handlers#0#iteration_log"),
     ],
 )
@@ -81,6 +81,33 @@ def test_overrides_that_name_nothing_are_refused(tiny_bundle: Path, typo: str, m
     with refused(f"there is no --{typo} to override; did you mean --{meant}"):
         run_bundle(tiny_bundle, **{typo: 1})
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss#sigmoid", "foo", "must be True or False, got 'foo'"),
+        ("loss#weight", "foo", "must be a number over 0, got 'foo'"),
+        ("train#trainer#max_epochs", "foo", "must be a number, or a list of them, got 'foo'"),
+        ("network", 5, "must be a component, as .*, got 5"),
+        ("train#handlers#0", [1], "must be a component, as"),
+        ("loss_name", "$@nothing + 1", "refers to @nothing, which is not in the config"),
+    ],
+)
+def test_a_value_of_another_kind_than_what_stands_there_is_refused(
+    tiny_bundle: Path, name: str, value: Any, message: str
+) -> None:
+    config = {**TINY_BUNDLE, "loss": {"_target_": "DiceLoss", "sigmoid": True, "weight": "@learning_rate"}}
+    write(tiny_bundle / "configs" / "train.json", config)
+    with refused(f"^--{name} {message}"):
+        run_bundle(tiny_bundle, **{name: value})
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("typo", ["xqzw", "loss#alpha", "train#trainer#xqzw"])
+def test_a_word_that_is_like_no_id_gets_no_suggestion(tiny_bundle: Path, typo: str) -> None:
+    with refused(f"there is no --{typo} to override[.]$"):
+        run_bundle(tiny_bundle, **{typo: 1})
 
 
 def test_a_misspelt_knob_is_pointed_to_the_page_that_explains_all(tiny_bundle: Path) -> None:
@@ -150,6 +177,27 @@ GOOD = {
 def test_a_bad_value_is_refused_with_the_name_of_the_knob(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"`{name}` must be .*, got {re.escape(repr(value))}"):
         check_knobs(ConfigParser({name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("log_dir", 5), ("ckpt_dir", ""), ("data_dir", None), ("label_names", "nodules"), ("class_names", [5])),
+        *(
+            ("num_channels", None),
+            ("on_cuda", "foo"),
+            ("smoke", 1),
+            ("rank", -1),
+            ("world_size", 0),
+            ("crop_size", [4]),
+        ),
+        ("num_iterations", "$1 / 0"),
+    ],
+)
+def test_a_key_that_others_make_is_held_to_a_rule_where_it_is_given(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^--{name} must be .*, got"):
+        check_knobs(ConfigParser({name: value}))
+    check_knobs(ConfigParser({name: "$@seed / 0", "seed": 1}))  # which is worked out when it is needed
 
 
 def test_a_knob_may_be_an_expression() -> None:
@@ -273,6 +321,25 @@ def test_too_little_memory_is_one_line_with_the_knobs_that_set_sizes(tiny_bundle
     line = result.stderr.splitlines()[-1]
     assert re.match("error: there is not enough memory: .*allocate.* Lower what sets sizes: `--batch_size` 4[.]", line)
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_what_a_run_cannot_do_with_an_override_that_no_rule_knows_is_one_line(tiny_bundle: Path) -> None:
+    config = {**TINY_BUNDLE, "names": ["a"], "run": ["$len(@names[0])"]}
+    train = write(tiny_bundle / "configs" / "train.json", config)
+    result = command_line(train, Path(), names=[5])
+    assert result.returncode == 1
+    expected = "error: the run failed with --names [5], which no rule checks: TypeError: object of type 'int' has no"
+    assert result.stderr.splitlines()[-1].startswith(expected)
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_what_is_said_for_information_waits_until_all_input_is_checked(tiny_bundle: Path) -> None:
+    shutil.copy(ROOT / "bundles" / "cxr_classify" / "configs" / "logging.conf", tiny_bundle / "configs")
+    said = "$__import__('logging').getLogger('dissect_monai.data').info('Loaded 5 of 5.')"
+    for last in ("$bundle.refuse_small([], 4)", "$2"):
+        train = write(tiny_bundle / "configs" / "train.json", {**TINY_BUNDLE, "run": [said, last]})
+        result = command_line(train, Path())
+        assert ("Loaded 5 of 5." in result.stdout) == (result.returncode == 0), result
 
 
 def test_a_refused_run_leaves_no_empty_folder_and_a_file_stays(tiny_bundle: Path) -> None:
@@ -606,6 +673,15 @@ def test_no_part_of_a_value_with_a_hash_is_lost_in_a_run(tiny_bundle: Path, valu
     result = command_line(train, cwd=Path(), dataset_dir=value)
     assert result.returncode == 0, result.stderr
     assert Path("ran").read_text() == (str(ast.literal_eval(value)) if value[0] == "[" else value)
+
+
+@pytest.mark.parametrize("words", [["--pixdim", "[4,", "4,", "4]"], ["--train#optimizer#lr", "1"]])
+def test_what_monai_refuses_before_any_step_of_a_config_is_in_the_docs(tiny_bundle: Path, words: list[str]) -> None:
+    config = write(tiny_bundle / "configs" / "train.json", {**TINY_BUNDLE, "pixdim": [1, 1, 1]})
+    result = started(["monai.bundle", "run", "--config_file", str(config), *words], Path())
+    last = result.stderr.splitlines()[-1].partition(": ")[2].strip("'").removesuffix(" in the config file.")
+    assert last.startswith(("run ID", "query key"))
+    assert last in (ROOT / "docs" / "start" / "your_data.md").read_text()
 
 
 def test_two_folders_in_two_words_end_with_one_line(tiny_bundle: Path) -> None:

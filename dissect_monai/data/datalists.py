@@ -25,6 +25,7 @@ from dissect_monai.data.readers import (
     VOLUME_SUFFIXES,
     VolumeHeader,
     image_format,
+    is_picture,
     is_volume,
     refuse_odd_file,
 )
@@ -32,6 +33,10 @@ from dissect_monai.data.readers import (
 logger = logging.getLogger(__name__)
 PATH_KEYS = ("image", "label")  # the label is a path in segmentation
 SPLITS = ("training", "validation", "test")
+_FOR_PICTURES = (
+    "X-rays are for the bundles pretrain_vq_ssl (without volumes.json) and cxr_classify; for other pictures train with "
+    "`spatial_dims` 2."
+)
 
 
 class Datalist(NamedTuple):
@@ -131,14 +136,21 @@ def read_datalist(
     """
     folders = data_folders(dataset_dir)
     parts = [read_folder(folder, spatial_dims, check) for folder in folders]
-    for folder, part in zip(folders, parts, strict=True):
-        first = [Path(item["image"]) for item in part.training[:2]]
-        if check and spatial_dims == 2 and (any(map(is_volume, first)) or _are_slices(folder, first)):
-            raise InputError(
-                f"`dataset_dir` must hold 2-D images, got volumes in {folder}: pretrain on them by pretrain_vq_ssl "
-                "with configs/volumes.json after train.json, or by hssl_multidomain; segment them by seg_finetune_btcv."
-            )
     return merge_datalists(parts, folders, check)
+
+
+def _refuse_other_dims(datalist: Datalist, folder: Path, spatial_dims: int, check: bool = True) -> None:
+    """Refuse volumes as 2-D images, and the reverse; for predictions (no `check`) only if both of the first are."""
+    first = [Path(item["image"]) for item in datalist.items()[:2]]
+    found = [*map(is_volume if spatial_dims == 2 else is_picture, first)]
+    are_odd = any(found) if check else bool(found) and all(found)
+    if spatial_dims == 2 and (are_odd or _are_slices(folder, first)):
+        raise InputError(
+            f"`dataset_dir` must hold 2-D images, got volumes in {folder}: pretrain on them by pretrain_vq_ssl with "
+            "configs/volumes.json after train.json, or by hssl_multidomain; segment them by seg_finetune_btcv."
+        )
+    if spatial_dims == 3 and are_odd:
+        raise InputError(f"`dataset_dir` must hold volumes, got 2-D images in {folder}: {_FOR_PICTURES}")
 
 
 def _are_slices(folder: Path, images: Sequence[Path]) -> bool:
@@ -208,6 +220,8 @@ def read_folder(folder: Path, spatial_dims: int, check: bool = True, pictures: b
     the label maps of `label_folders`. So they have, also without `pictures`, where dataset.json holds no lists.
     """
     datalist = _read_folder(folder, spatial_dims, check, pictures)
+    if not pictures:
+        _refuse_other_dims(datalist, folder, spatial_dims, check)
     own = str(folder if folder.is_dir() else folder.parent)
     alone = (own, None)  # one for all, as there may be millions
     for item in datalist.items():
@@ -232,7 +246,7 @@ def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = 
     if not items:
         with_pictures = spatial_dims == 2 or pictures
         suffixes = " ".join((PICTURE_SUFFIXES if with_pictures else ()) + VOLUME_SUFFIXES)
-        hint = "" if with_pictures or not _find_images(folder, 2) else " For pictures set `spatial_dims` to 2."
+        hint = "" if with_pictures or not _find_images(folder, 2) else f" It holds 2-D images: {_FOR_PICTURES}"
         raise FileNotFoundError(f"{folder} must hold a dataset.json or images ({suffixes}), got neither.{hint}")
     return Datalist(items, [], [])
 

@@ -419,6 +419,21 @@ def is_volume(path: str | PathLike[str]) -> bool:
         return False
 
 
+def is_picture(path: str | PathLike[str]) -> bool:
+    """Whether a file is a PNG, JPEG, TIFF or BMP, or by its header a DICOM picture or any other with two axes."""
+    path, kind = Path(path), image_format(path)
+    grids: dict[str | None, Callable[[Path], Grid]] = {"itk": _itk_grid, "nifti": _nifti_grid}
+    grids["dicom"] = partial(_dicom_grid, pictures=True)
+    if kind not in grids or not path.is_file():
+        return kind == "picture"
+    try:
+        with explained(path):
+            shape = grids[kind](path).shape
+    except (ValueError, OSError):  # whatever it is
+        return False
+    return len(shape) == 2 or (kind == "dicom" and shape[2] == 1)
+
+
 def _with_spacing(path: Path, affine: NDArray[Any]) -> NDArray[Any]:
     if not np.isfinite(affine).all() or np.isnan(nibabel.io_orientation(affine)).any():
         raise InputError(f"{path} must have a spacing along three axes, got the affine {affine.tolist()}: repair it.")

@@ -88,10 +88,10 @@ class NormalizeModalityd(MapTransform):
 
     def _scaled(self, image: torch.Tensor, modality: object) -> torch.Tensor:
         low, high = self.window if is_ct(modality) else self._range(image)
-        if not (low < high and low < image.max() and image.min() < high):
+        if not (low < high and low + (high - low) / 255 < image.max() and image.min() < high):  # of 255 greys, one
             raise InputError(
                 f"a volume must have values between {low:g} and {high:g} ({modality or 'unknown modality'}), "
-                f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality, or remove it."
+                f"got {float(image.min()):g} to {float(image.max()):g}: correct its modality or window, or remove it."
             )
         return ScaleIntensityRange(low, high, 0.0, self.b_max, clip=True)(image)
 

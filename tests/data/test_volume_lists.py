@@ -8,9 +8,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import images, read, subjects, write
+from helpers import images, read, sitk, subjects, write, write_images
 
-from dissect_monai.common import Item
+from dissect_monai.common import InputError, Item
+from dissect_monai.data.datalists import read_datalist
 from dissect_monai.data.volume_lists import aggregate, read_segmentation, read_volumes, refuse_overlap
 
 LABELS = {"0": "background", "1": "spleen", "2": "liver"}
@@ -89,6 +90,23 @@ def test_a_folder_of_volumes_needs_no_list_when_its_domain_is_given(tmp_path: Pa
     assert [item["task"] for item in datalist.training] == ["x", "x", "y", "y"]
     assert datalist.group_names == ["body"]
     assert subjects(datalist.training) == {f"{name}/sub/{index}.nii.gz" for name in "ab" for index in range(2)}
+
+
+@pytest.mark.parametrize("name", ["0.png", "film.mha", "film.nii.gz", "film.dcm"])
+def test_films_are_no_volumes_and_the_refusal_says_which_bundles_take_them(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path, 1)
+    sitk.WriteImage(sitk.GetImageFromArray(np.eye(9, dtype=np.int16)), str(tmp_path / "film.mha"))
+    sitk.WriteImage(sitk.GetImageFromArray(np.eye(9, dtype=np.int16)[None]), str(tmp_path / "film.dcm"))
+    write_volume(tmp_path / "film.nii.gz", (4, 5))
+    write(tmp_path / "dataset.json", {"training": [name]})
+    for read_list in (aggregate, read_segmentation, read_volumes, partial(read_datalist, spatial_dims=3)):
+        with pytest.raises(
+            InputError, match=r"must hold volumes, got 2-D images in .* for the bundles pretrain_vq_ssl"
+        ):
+            read_list(tmp_path)
+    write_volume(tmp_path / "a.nii.gz")
+    write(tmp_path / "dataset.json", {"training": [name, "a.nii.gz"]})
+    assert len(read_volumes(tmp_path)) == 2  # of which predictions name the one that is no volume
 
 
 def test_what_is_given_goes_before_what_the_folder_says(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Every command of every README and page of the docs runs, found by parsing: on small data, with small sizes."""
+"""Every command of every README, page of the docs and Makefile runs, found by parsing: on small data."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from dissect_monai import write_xray_phantoms
 
 PAGES = [
     page
-    for pattern in ("*.md", "docs/**/*.md", "bundles/*/docs/*.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "bundles/*/docs/*.md", "benchmarks/*.md", "Makefile")
     for page in sorted(ROOT.glob(pattern))
     if "_build" not in page.parts
 ]
@@ -26,10 +27,13 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"docker ": "needs Docker",
     r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
     r"sbatch |ID=": "needs Slurm (make slurm)",
-    r"(\S*/)?python3? scripts/(run_experiments|judge_encoders|make_datalist|gpu/)": "needs the data of a study; "
-    "tests/scripts run it on generated data",
-    r"python benchmarks/": "needs a GPU",
-    r".* --pretrained FILE|python scripts/export_weights": "needs weights; tests/bundles/test_published.py makes some",
+    r"(\S*/)?python3? scripts/": "needs the data of a study, or weights; tests/scripts and tests/tools run it on "
+    "generated data",
+    r"python benchmarks/|python -m monai\.bundle trt_export": "needs a GPU",
+    r"python -m monai\.bundle push_to_hf_hub": "sends something over the network",
+    r"python -X dev": "shows a part of a command",
+    r"python tests/tools/chaos\.py|python -c .import dissect_monai": "takes hours, or shows a version or an import",
+    r".* --pretrained FILE": "needs weights; tests/bundles/test_published.py makes some",
     r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
     r"--task ": "shows a part of a command",
     r"python -c .*write_xray_phantoms": "makes the data of the next command, and so does the test of that",
@@ -37,6 +41,7 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"python3 -m monai\.bundle run .*on_device": "needs a GPU; the page of the bundle has it for any device",
 }
 RUNS = "python -m monai.bundle "
+RUN = f"{RUNS}run --config_file"
 DATA = {"cxr_classify": "pretrain_vq_ssl", "seg_finetune_btcv": "hssl_multidomain"}  # whose weights it starts from
 QUICK = {"num_samples": 5, "num_workers": 0, "patches_per_volume": 1}
 
@@ -59,13 +64,23 @@ class Command(NamedTuple):
 
 @cache
 def lines() -> dict[str, list[Path]]:
-    """All lines of all blocks of bash, and their pages."""
+    """All lines of bash, commands in sentences, and lines of the Makefile that run a bundle, with their pages."""
     found: dict[str, list[Path]] = {}
     for page in PAGES:
-        for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-            for line in block.replace("\\\n", " ").splitlines():
-                if text := re.sub(r"\s+#.*", "", line).strip():
-                    found.setdefault(" ".join(text.split()), []).append(page)
+        text = page.read_text(encoding="utf-8")
+        if page.name == "Makefile":
+            folders = dict(re.findall(r"^(\w+) \??= (\S+)$", text, re.MULTILINE))
+            for name, folder in {**folders, "RUN": RUN}.items():
+                text = text.replace(f"$({name})", folder)
+            texts = re.findall(rf"^\t({RUN} .*)", text, re.MULTILINE)
+        else:
+            blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+            texts = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+            outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+            texts += re.findall(r"`((?:python|make) [^`]+)`", outside)
+        for line in texts:
+            if command := re.sub(r"\s+#.*", "", line).strip():
+                found.setdefault(" ".join(command.split()), []).append(page)
     return found
 
 
@@ -92,8 +107,9 @@ def command_of(line: str, page: Path) -> Command:
         words[out] = "OUT"
     else:
         trained = False
-    words = [re.sub(r"^\w+/models/model.pt", "PRE/models/model.pt", word) for word in words]
+    words = [re.sub(r"^[\w/]+/models/model.pt", "PRE/models/model.pt", word) for word in words]
     words = [re.sub(r"bundles/\w+/configs", "configs", word) for word in words]
+    words = [re.sub(r"^runs/\S+/(xrays|abdomen_ct)$", "DIR", word) for word in words]
     return Command(tuple(words), bundle, trained)
 
 
@@ -103,6 +119,25 @@ def test_every_command_runs_or_is_known_to_run_elsewhere() -> None:
     unused = [rule for rule in ELSEWHERE if not any(re.match(rule, line) for line in lines())]
     assert unused == []
     assert len(commands()) > 30
+
+
+def test_every_target_and_every_option_of_a_script_is_there() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in lines():
+        for target in re.findall(r"(?:^|&& )make(?: \w+=\S+)* ([a-z][\w-]*)", line):
+            assert target in targets, line
+        if found := re.match(r"python3? (scripts/\w+\.py)", line):
+            assert {*re.findall(r" --(\w+)", line)} <= {"help"} | options_of(found[1]), line
+
+
+@cache
+def options_of(script: str) -> set[str]:
+    """Names of arguments of its functions, of which fire makes options, and options of argparse."""
+    files = [ROOT / script, *(ROOT / "scripts" / "datalists").glob("*.py")][: None if "datalist" in script else 1]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    named = {text.removeprefix("--") for text in texts if text.startswith("--")}
+    return named | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 def is_export(command: Command) -> bool:
@@ -166,10 +201,11 @@ def smaller(command: Command, recipe: Recipe, resumes: bool) -> list[str]:
     knobs: dict[str, Any] = {}
     if command.is_training:
         knobs |= tiny_knobs(recipe.name) | ({"max_epochs": 2} if resumes else {})
-        if "--dataset_dir" not in command.words:
-            knobs["data_dir"] = recipe.knobs["dataset_dir"]  # else phantoms, larger ones
     elif not is_export(command):
         knobs |= QUICK
+    if "--dataset_dir" not in command.words and not is_export(command):  # else phantoms, larger ones
+        on_phantoms = command.is_training and "--pretrained" not in command.words
+        knobs["data_dir" if on_phantoms else "dataset_dir"] = recipe.knobs["dataset_dir"]
     if "--spatial_dims" in command.words:
         knobs |= {name: knobs[name][:2] for name in ("pixdim", "patch_size") if name in knobs}
     given = {word.removeprefix("--") for word in command.words}

@@ -74,7 +74,7 @@ def test_a_volume_mostly_of_air_keeps_its_contrast() -> None:
     ("values", "modality"), [([[5.0] * 9], "MR"), ([[-1000.0, -125.0]], "CT"), ([[0.0] * 9], None)]
 )
 def test_a_volume_of_one_value_is_refused(values: Any, modality: str | None) -> None:
-    with pytest.raises(ValueError, match=r"must have values between .*: correct its modality, or remove it"):
+    with pytest.raises(ValueError, match=r"must have values between .*: correct its modality or window, or remove it"):
         normalized(values, modality)
 
 
