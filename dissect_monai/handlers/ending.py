@@ -87,11 +87,12 @@ def _next(
     knobs = {name: quote(value if isinstance(value, str) else json.dumps(value)) for name, value in given.items()}
     other, config = "", "inference"
     segments = "class_names" in settings
+    unjudged = not images and not segments and settings.get("encoder", SEGRESNET) != SEGRESNET  # by any evaluation
     if trained and settings.get("encoder") == SEGRESNET and not segments:  # which is judged like that of HSSL
         other, config = "hssl_multidomain", "evaluate"
-    elif trained and (all(data.labelled()[:3]) if images else data.validation or data.test):
+    elif trained and not unjudged and (all(data.labelled()[:3]) if images else data.validation or data.test):
         config = "evaluate"
-    elif not trained and not segments and "label_names" not in settings:
+    elif (unjudged or not trained) and not segments and "label_names" not in settings:
         other, config = "cxr_classify" if images else "seg_finetune_btcv", "train"
     file = os.path.normpath(Path(folder, "..", "..", other, "configs", f"{config}.json"))
     mapped = [item["origin"][0] for item in data.training if isinstance(item.get("label"), str) and "origin" in item]
@@ -103,7 +104,7 @@ def _next(
         knobs.pop("bundle_root", None)
         knobs |= {"output_dir": quote(os.path.join(typed["output_dir"], other))} if "output_dir" in knobs else {}
     else:
-        file = str(Path(folder, "inference.json" if other else f"{config}.json"))
+        file = "" if unjudged else str(Path(folder, "inference.json" if other else f"{config}.json"))
     known = ConfigParser.load_config_file(file) if os.path.isfile(file) else {}
     knobs = {name: word for name, word in {**knobs, "pretrained": shown(weights)}.items() if name in known}
     return file if known else "", "".join(f" --{name} {word}" for name, word in knobs.items())

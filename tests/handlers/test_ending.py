@@ -80,6 +80,9 @@ PRE, CLS, HSSL, SEG = (
          {"dataset_dir": ["A", "B"], "output_dir": "O", "task": "abdomen"},
          f"""{HSSL}/evaluate.json --dataset_dir '["A", "B"]' --output_dir O/hssl_multidomain --task abdomen"""
          " --pretrained O/models/model.pt"),
+        ([f"{PRE}/train.json", f"{PRE}/volumes.json"], VOLUMES | {"encoder": "resnet18"}, MAPS,
+         {"dataset_dir": ["A", "B"], "output_dir": "O"},
+         f"{SEG}/train.json --dataset_dir B --output_dir O/seg_finetune_btcv --pretrained O/models/model.pt"),
         (f"{CLS}/train.json", KNOWS, LABELLED, {},
          f"{CLS}/evaluate.json --pretrained bundles/cxr_classify/models/model.pt"),
         (f"{CLS}/evaluate.json", KNOWS, LABELLED, {"pretrained": "w/m.pt", "dataset_dir": "D", "output_dir": "O"},
