@@ -201,6 +201,8 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
      lambda epochs, interval, select: select != "best" or interval <= epochs,
      "`val_interval` must be at most `max_epochs` where `select` is best, got {1} and {0}: no weights would ever be "
      "chosen."),
+    ("train::trainer::max_epochs val_interval mode", lambda epochs, interval, mode: interval <= epochs,
+     "`val_interval` must be at most `max_epochs`, got {1} and {0}: no weights would ever be chosen."),
     ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) == dims,
      "`pretrained` must be weights for {1}-D images, got some for {0[spatial_dims]}-D ones: set `spatial_dims` to "
      "{0[spatial_dims]}, or give other weights."),

@@ -235,7 +235,7 @@ class BestWeights:
             pretrained = str(self.pretrained) if self.pretrained else None
             settings = {**self.settings, "pretrained": pretrained}
             save_weights(trainer.state.best_weights, self.weights_path, settings)
-            best, of = trainer.state.best_metric, f", the best of {trainer.state.epoch}"
+            best, of = trainer.state.best_metric, f", the best until epoch {trainer.state.epoch}"
             text = trainer.state.best_result or f"{self.metric} {best:.3f} of epoch {trainer.state.best_epoch}"
             self.evaluator.state.result = Result(text + of * (not isnan(best)))
 

@@ -61,15 +61,16 @@ def last_lines(parser: ConfigParser, config_file: Any, typed: Mapping[str, Any])
         """As it was typed; what is in the bundle's folder by default is said from where that was typed."""
         if not moved and path.is_absolute() and path.is_relative_to(root):
             return quote(os.path.normpath(Path(folder, "..", path.relative_to(root))))
-        return quote(str(path))
+        return quote("./" * (str(path)[0] in "$%@-") + str(path))  # as which MONAI and Fire read no path
 
     files = [shown(log_dir / name) for name in (*names, "domains.csv") if (log_dir / name).is_file()]
     events = [each for each in (log_dir, weights.parent.parent / "eval") if any(each.glob("*tfevents*"))]
-    file, knobs = _next(parser, folder, typed, weights, trained, shown)
+    exist = weights.is_file()
+    file, knobs = _next(parser, folder, typed, weights, trained, shown) if exist else ("", "")
     later = "the next command makes them" if file.endswith("evaluate.json") else "none"
     lines = {
         "Result": text,
-        "Weights": shown(weights),
+        "Weights": shown(weights) if exist else "none were written",
         "Report" if "report.html" in names else "Tables": ", ".join(files) or later,
         "TensorBoard": f"{python} -m tensorboard.main --logdir {shown(events[0])}" if events else "no events were left",
         "Next": f"{python} -m monai.bundle run --config_file {quote(file)}{knobs}" if file else "none",
@@ -107,4 +108,5 @@ def _next(
         file = "" if unjudged else str(Path(folder, "inference.json" if other else f"{config}.json"))
     known = ConfigParser.load_config_file(file) if os.path.isfile(file) else {}
     knobs = {name: word for name, word in {**knobs, "pretrained": shown(weights)}.items() if name in known}
-    return file if known else "", "".join(f" --{name} {word}" for name, word in knobs.items())
+    words = (f" --{name}{'=' if word[0] == '-' else ' '}{word}" for name, word in knobs.items())
+    return file if known else "", "".join(words)

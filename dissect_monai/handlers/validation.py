@@ -148,7 +148,8 @@ class KNNHandler:
                 engine.state.metrics[name] = value
         found, epoch = engine.state.metrics.get("knn_auroc_stages", nan), engine.state.epoch
         self.before = f"before training: {found:.3f}, " if epoch == 0 else self.before
-        text = f"k-NN AUROC of all stages {found:.3f} ({self.before}guessing: 0.5) on validation, epoch {epoch}"
+        when = f"on validation, epoch {epoch}" if epoch else "before training; no epoch was validated"
+        text = f"k-NN AUROC of all stages {found:.3f} ({self.before * (epoch > 0)}guessing: 0.5) {when}"
         engine.state.result = Result(NOT_SCORED if isnan(found) else text)
         collapse = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
         scores = collapse(embeddings=torch.from_numpy(val.last))

@@ -251,9 +251,9 @@ def test_a_resumed_run_stops_and_keeps_as_an_uninterrupted_one(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("scores", "more", "said"),
     [
-        ([0.5, 0.7, 0.6], [], "AUROC of epoch 2, the best of 3"),
-        ([0.5, 0.7, 0.6], [0.65], "AUROC of epoch 2, the best of 4"),  # of the run before it went on
-        ([0.5, 0.7, 0.6], [0.8], "AUROC of epoch 4, the best of 4"),
+        ([0.5, 0.7, 0.6], [], "AUROC of epoch 2, the best until epoch 3"),
+        ([0.5, 0.7, 0.6], [0.65], "AUROC of epoch 2, the best until epoch 4"),  # of the run before it went on
+        ([0.5, 0.7, 0.6], [0.8], "AUROC of epoch 4, the best until epoch 4"),
         ([NAN, NAN], [], "AUROC of epoch 2"),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_knows_no_result_has_its_score(tmp_path: Path) -> None
     del content["trainer"]["best_result"]
     torch.save(content, tmp_path / "checkpoint_epoch=3.pt")
     again = Run(tmp_path, [0.5, 0.7, 0.6], resume=True).run()
-    assert again.evaluator.state.result.text == "auroc 0.700 of epoch 2, the best of 3"
+    assert again.evaluator.state.result.text == "auroc 0.700 of epoch 2, the best until epoch 3"
 
 
 def test_the_best_weights_outlive_the_loss_of_their_file(tmp_path: Path) -> None:

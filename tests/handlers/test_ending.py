@@ -42,6 +42,7 @@ def ended(
     values |= dict.fromkeys(("model_path", "pretrained"), f"{out}/models/model.pt")
     values |= {name: value for name, value in typed.items() if name in values}
     write(Path(values["pretrained"]).with_suffix(".json"), settings)
+    Path(values["pretrained"]).touch()
     parser = ConfigParser({name: value for name, value in values.items() if value is not None})
     parser.parse()
     if datalist is not None:
@@ -83,6 +84,8 @@ PRE, CLS, HSSL, SEG = (
         ([f"{PRE}/train.json", f"{PRE}/volumes.json"], VOLUMES | {"encoder": "resnet18"}, MAPS,
          {"dataset_dir": ["A", "B"], "output_dir": "O"},
          f"{SEG}/train.json --dataset_dir B --output_dir O/seg_finetune_btcv --pretrained O/models/model.pt"),
+        (f"{PRE}/train.json", {}, LABELLED, {"dataset_dir": "./$x", "output_dir": "-o"},
+         f"{PRE}/evaluate.json --dataset_dir './$x' --output_dir=-o --pretrained ./-o/models/model.pt"),
         (f"{CLS}/train.json", KNOWS, LABELLED, {},
          f"{CLS}/evaluate.json --pretrained bundles/cxr_classify/models/model.pt"),
         (f"{CLS}/evaluate.json", KNOWS, LABELLED, {"pretrained": "w/m.pt", "dataset_dir": "D", "output_dir": "O"},

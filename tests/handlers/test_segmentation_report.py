@@ -225,7 +225,7 @@ def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -
     assert facts[-1].endswith("right kidney 0.000")
     assert page.of("h2") == ["Results", "Cases by their mean Dice"]
     assert page.of("li") == notes
-    assert page.values("alt") == [PLANES] * 3
+    assert page.values("alt") == [f"{title}: {PLANES}" for title in page.of("h3")]
     limits = " ".join(page.of("p"))
     assert "not a medical device" in limits
     assert "Missed" in limits
@@ -238,7 +238,7 @@ def test_pictures_have_a_caption_of_their_own(tmp_path: Path) -> None:
     facts = {"volumes": 2}
     write_segmentation_report(tmp_path / "report.html", cases, summarize(cases, 20), pictures, ["liver"], facts)
     assert (
-        "volume" not in re.sub("<style.*?</style>", "", (tmp_path / "report.html").read_text(), flags=re.DOTALL).lower()
+        "volume" not in re.sub("<style.*?</style>", "", (tmp_path / "report.html").read_text("utf-8"), flags=re.DOTALL).lower()
     )
-    assert Page(tmp_path / "report.html").values("alt") == [SIDE_BY_SIDE] * 2
+    assert Page(tmp_path / "report.html").values("alt") == [f"{name}: {SIDE_BY_SIDE}" for name in ("Best: a", "Worst: b")]
     assert "planes" not in SIDE_BY_SIDE

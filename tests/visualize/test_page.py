@@ -68,7 +68,7 @@ def test_a_text_may_have_a_colour_and_a_picture_be_missing(tmp_path: Path) -> No
     assert page.of("td") == ["<liver>"]
     assert page.values("style") == ['background: #abc"']
     assert page.of("figure") == ["None: <nothing>"]
-    assert page.values("alt") == ["Image", "Planes"]
+    assert page.values("alt") == ["a: Image", "b: Planes"]
     assert [name for name in page.values("class") if name and name.startswith("pictures")] == [
         "pictures",
         "pictures wide",
@@ -100,7 +100,7 @@ def test_no_text_becomes_an_element_an_attribute_or_part_of_the_template(tmp_pat
     assert not page.values("onerror")
     tags = ("h1", "h2", "h3", "dt", "dd", "th", "td", "figcaption", "li", "p", "figure")
     assert [page.of(tag).count(ATTACK) for tag in tags] == [1, 1, 1, 1, 2, 1, 2, 2, 1, 1, 1]
-    assert page.values("alt") == [ATTACK] * 2
+    assert page.values("alt") == [ATTACK, f"{ATTACK}: {ATTACK}"]
 
 
 def test_file_names_that_are_no_text_are_written(tmp_path: Path) -> None:
