@@ -247,6 +247,7 @@ def check_knobs(parser: ConfigParser) -> None:
     config = parser.config or {}  # nobody asks it for a name that is near, as `name in parser` does
     knobs = [name for name in RULES if name in config and not _is_component(config[name])]
     known = {name: str(config[name]) for name in DERIVED if name in config}
+    known = {name: text for name, text in known.items() if not text.startswith("$dist.")}  # when processes have met
     knobs += [name for name, text in known.items() if "@" not in text or text[1:] in RULES]
     # First those that are given as they are, on which others depend.
     for name in sorted(knobs, key=lambda name: str(config[name])[:1] in ("$", "@")):

@@ -64,6 +64,7 @@ def targets(config: Any) -> Iterator[str]:
 
 @every_config
 def test_names_what_is_public_and_no_absolute_path(config: Path) -> None:
+    assert config.read_bytes().isascii()  # MONAI reads it in the encoding of the machine
     text = config.read_text(encoding="utf-8")
     ours = {name for name in targets(read(config)) if name.startswith("dissect_monai.")}
     for name in ours | set(re.findall(r"dissect_monai\.\w+", text)):

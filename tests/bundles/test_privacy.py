@@ -67,7 +67,7 @@ def test_no_output_holds_a_patient_or_a_digest_that_can_be_guessed(
     knobs = {"dataset_dir": data, "pretrained": out / "models" / "model.pt"}
     recipe.run("evaluate", out, num_samples=5, **knobs)
     recipe.run("inference", out, **knobs, **({"overlays": "top"} if tracked else {}))
-    items = read_datalist(data, spatial_dims=3).items()
+    items = read_datalist(data, spatial_dims=2 if name == "cxr_classify" else 3).items()
     files = [*written(out)]
     assert {"model.json", "report.html", "checkpoint_epoch=1.pt"} <= {path.name for path, _ in files}
     assert any(pseudonyms(items[:1])[0].encode() in content for _, content in files)

@@ -1,12 +1,13 @@
 """Published weights go the whole way: what the file was trained with is stored, and every config builds the same."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import Recipes, metrics_of, refused, run_config, settings, table, weights
+from helpers import Recipe, Recipes, metrics_of, refused, run_config, settings, table, weights
 from monai.bundle import ConfigParser
 
 from dissect_monai import build_encoder, load_codes, prepare_images
@@ -26,6 +27,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def without(recipe: Recipe, *names: str) -> Recipe:
+    """The recipe without some of its knobs, which others share."""
+    own = copy(recipe)
+    own.knobs = {name: value for name, value in recipe.knobs.items() if name not in names}
+    return own
+
+
 def saw(recipe: Any, config: str, model: Path, image: Path) -> torch.Tensor:
     """What the network that a config builds gives, of images as that config makes them."""
     parser = ConfigParser()
@@ -41,8 +49,7 @@ def saw(recipe: Any, config: str, model: Path, image: Path) -> torch.Tensor:
 def test_a_classifier_starts_from_published_weights_and_every_config_builds_it(
     recipe_of: Recipes, published: Path, tmp_path: Path
 ) -> None:
-    cxr = recipe_of("cxr_classify")
-    del cxr.knobs["encoder"]  # left to the file
+    cxr = without(recipe_of("cxr_classify"), "encoder")  # which is left to the file
     start = {"pretrained": published, "in_channels": 3, "pretrained_norm": "imagenet"}
     cxr.train(tmp_path, **start, mode="linear_probe")
     said, model = settings(tmp_path), tmp_path / "models" / "model.pt"
@@ -66,8 +73,7 @@ def test_a_classifier_starts_from_published_weights_and_every_config_builds_it(
 def test_pretraining_goes_on_from_published_weights_and_its_codes_and_probes_see_the_same(
     recipe_of: Recipes, published: Path, tmp_path: Path
 ) -> None:
-    ssl = recipe_of("pretrain_vq_ssl")
-    del ssl.knobs["encoder"]
+    ssl = without(recipe_of("pretrain_vq_ssl"), "encoder")
     start = {"pretrained": published, "in_channels": 3, "pretrained_norm": "imagenet", "learning_rate": 1e-12}
     ssl.train(tmp_path, **start, weight_decay=0)
     model = tmp_path / "models" / "model.pt"
@@ -88,11 +94,9 @@ def test_slices_are_pretrained_on_and_segmented_from_published_weights(
     recipe_of: Recipes, published: Path, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"pixdim": [12, 12], "patch_size": [64, 64], "batch_size": 4}
-    volumes, seg = recipe_of("pretrain_vq_ssl_volumes"), recipe_of("seg_finetune_btcv")
-    start = {"pretrained": published, "pretrained_norm": "imagenet", "in_channels": 1}
     shape = ("blocks_down", "blocks_up", "init_filters")
-    for recipe in (volumes, seg):
-        recipe.knobs = {key: value for key, value in recipe.knobs.items() if key not in shape}
+    volumes, seg = (without(recipe_of(name), *shape) for name in ("pretrain_vq_ssl_volumes", "seg_finetune_btcv"))
+    start = {"pretrained": published, "pretrained_norm": "imagenet", "in_channels": 1}
     with refused("`--pretrained` must be weights for 3-D images, got some for 2-D ones: set `--spatial_dims` to 2"):
         volumes.train(tmp_path / "volumes", **start)
     volumes.train(tmp_path / "volumes", **start, **sizes, spatial_dims=2)

@@ -37,13 +37,16 @@ def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
     run_config([TRAIN, VOLUMES], **{**TINY, **knobs, "dataset_dir": data, "output_dir": output_dir})
 
 
+PICTURES = ("in_channels", "channels", "image_size", "position")  # and the level of places
+
+
 def without_pictures(part: Any) -> Any:
     """A part of the other recipe without what pictures need, which this one does not read."""
     if isinstance(part, list):
         return [without_pictures(each) for each in part]
     if not isinstance(part, dict):
         return part
-    return {key: without_pictures(part[key]) for key in part if key not in ("in_channels", "channels", "image_size")}
+    return {key: without_pictures(part[key]) for key in part if key not in PICTURES}
 
 
 def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
@@ -52,7 +55,7 @@ def test_data_and_knobs_are_those_of_hssl_multidomain() -> None:
     config, other = merged.config, read(HSSL)
     assert {name: config[name] for name in SAME_KNOBS} == {name: other[name] for name in SAME_KNOBS}
     listed = without_pictures(other["datalist"])
-    assert {**config["datalist"], "spatial_dims": "@spatial_dims"} == listed
+    assert config["datalist"] == listed
     assert config["crop_size"] == other["crop_size"]
     for name in ("preprocessing", "patches", "dataset", "sampler", "augment"):
         assert config["train"][name] == without_pictures(other["train"][name]), name

@@ -103,10 +103,10 @@ def test_a_network_takes_colours_if_any_picture_has_them(tmp_path: Path) -> None
 def test_volumes_leave_pictures_out(tmp_path: Path) -> None:
     folder = pairs(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"must hold a dataset.json or images.*pictures set `spatial_dims` to 2"
+        FileNotFoundError, match=r"must hold a dataset.json or images.*for other pictures train with `spatial_dims` 2"
     ):
         read_segmentation(folder)
-    with pytest.raises(ValueError, match=r"must be a volume|Replace it|axes"):
+    with pytest.raises(ValueError, match=r"must hold volumes, got 2-D images"):
         aggregate(listed(folder), task="t", group="g")
 
 

@@ -237,8 +237,9 @@ def test_pictures_have_a_caption_of_their_own(tmp_path: Path) -> None:
     pictures = {case.case: b"png" for case in cases}
     facts = {"volumes": 2}
     write_segmentation_report(tmp_path / "report.html", cases, summarize(cases, 20), pictures, ["liver"], facts)
-    assert (
-        "volume" not in re.sub("<style.*?</style>", "", (tmp_path / "report.html").read_text("utf-8"), flags=re.DOTALL).lower()
-    )
-    assert Page(tmp_path / "report.html").values("alt") == [f"{name}: {SIDE_BY_SIDE}" for name in ("Best: a", "Worst: b")]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "volume" not in re.sub("<style.*?</style>", "", page, flags=re.DOTALL).lower()
+    assert Page(tmp_path / "report.html").values("alt") == [
+        f"{name}: {SIDE_BY_SIDE}" for name in ("Best: a", "Worst: b")
+    ]
     assert "planes" not in SIDE_BY_SIDE
