@@ -140,13 +140,17 @@ def _published(layout: Layout, state: Mapping[str, Tensor], prefix: str, path: o
         return None
     if SegResNet in layout.kinds:
         settings["init_filters"] = len(tensors[layout.marker])
-        blocks = Counter(key.split(".")[1] for key in tensors if re.match(r"down_layers\.\d+\.\d+\.conv1\.", key))
-        settings["blocks_down"] = [*blocks.values()]
+        for name in ("down", "up"):
+            blocks = Counter(
+                key.split(".")[1] for key in tensors if re.match(rf"{name}_layers\.\d+\.\d+\.conv1\.", key)
+            )
+            settings |= {f"blocks_{name}": [*blocks.values()]} if blocks else {}
     encoder = "swin" if SwinTransformer in layout.kinds else "densenet121" if DenseNet in layout.kinds else SEGRESNET
     return Published(layout, {"encoder": encoder, **settings}, tensors, dict(left))
 
 
 def _chosen(prefixes: list[str], path: object) -> str:
+    prefixes = [prefix for prefix in prefixes if "momentum" not in prefix] or prefixes  # slow copies, as MoCo v3 has
     preferred = [prefix for word in PREFERRED for prefix in prefixes if word in prefix]
     if len(prefixes) > 1 and not preferred:
         raise InputError(
