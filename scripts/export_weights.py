@@ -42,12 +42,14 @@ def export(weights: Path, output: Path, in_channels: int | None = None) -> dict[
     if output.suffix not in (".safetensors", ".pt", ".pth"):
         raise InputError(f"`output` must end with .safetensors, .pt or .pth, got {output}.")
     network, settings = encoder_with_weights(weights)
-    layout, dims = layout_of(network), first_convolution(network)[1].weight.ndim - 2
+    layout, conv = layout_of(network), first_convolution(network)[1]
+    dims = conv.weight.ndim - 2
     if in_channels is None and dims == 2 and not layout.prefix and settings.get("in_channels") in (None, 1):
         in_channels = 3
     state = publish(network, in_channels)
-    channels = in_channels or first_convolution(network)[1].in_channels
-    mean, std = channel_norm(settings.get("pretrained_norm", "none"), channels)
+    channels = in_channels or conv.in_channels
+    norm = channel_norm(settings.get("pretrained_norm", "none"), conv.in_channels)
+    mean, std = (values * (channels // conv.in_channels) for values in norm)  # one channel is repeated
     facts = {
         "layout": layout.name, "network": settings["encoder"], "tensors": len(state), "spatial_dims": dims,
         "in_channels": channels, "images": "in [0, 1], then normalised", "mean": mean, "std": std,

@@ -209,7 +209,7 @@ def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Ten
     """Tensors of an encoder, or of a classifier, by the keys of `layout_of`: the same outputs in their network.
 
     Biases of shortcuts, which others have not, go into the batch norm behind them. Images are normalised outside, as
-    `channel_norm` says for `in_channels`.
+    `channel_norm` says for the channels of the encoder; the three of a grey image alike.
 
     Args:
         encoder: of `build_encoder`, in any mode.
@@ -222,13 +222,9 @@ def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Ten
         state[mean] = state[mean] - state.pop(key)
     name, conv = first_convolution(encoder)
     if in_channels == 3 and conv.in_channels == 1:
-        # Shares that add up to the same bits.
-        parts = [
-            conv.weight.data * share * (1 / ratio)
-            for share, ratio in zip((0.25, 0.25, 0.5), _ratios(conv), strict=True)
-        ]
-        kernel = torch.cat(parts, 1)
-        state = _shifted(encoder, state | {f"{name}.weight": kernel}, -_offset(conv, kernel))
+        third = conv.weight.data / 3
+        # The last takes what is left by rounding, so that they add up to the same bits.
+        state[f"{name}.weight"] = torch.cat([third, third, conv.weight.data - 2 * third], 1)
     elif in_channels not in (None, conv.in_channels):
         raise InputError(f"`in_channels` must be {conv.in_channels}, as the network has, or 3 of 1, got {in_channels}.")
     return {f"{layout.prefix}{layout.spell(key)}": value.contiguous() for key, value in state.items()}

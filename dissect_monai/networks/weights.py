@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 CONVERT = (
     "{path} must hold tensors alone, got {name}: to load it is to run its code. If you trust it, turn it into plain.pt "
     "by these two lines of Python, where the packages of its code are installed:\n"
-    '    import torch; file = torch.load({path!r}, map_location="cpu", weights_only=False)\n'
-    '    torch.save(file.state_dict() if hasattr(file, "state_dict") else {{k: v for k, v in file.items() if '
-    'torch.is_tensor(v) or isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}}, "plain.pt")'
+    "    import torch; plain = lambda x: x if torch.is_tensor(x) else plain(x.state_dict()) if "
+    'hasattr(x, "state_dict") else {{k: plain(v) for k, v in x.items()}} if isinstance(x, dict) else {{}}\n'
+    '    torch.save(plain(torch.load({path!r}, map_location="cpu", weights_only=False)), "plain.pt")'
 )
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = [{f"{head}.weight", f"{head}.bias"} for head in HEADS]  # of a network that classifies
