@@ -73,9 +73,20 @@ def encoder_with_weights(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     state, settings = load_torch(weights, TRAIN_FIRST), read_settings(weights)
     if "class_names" in settings:  # of a segmentation
         state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
+    if "encoder" not in settings:
+        raise InputError(
+            f"`weights` must be of an encoder, or of all of a network with one, got those of {weights}, "
+            "whose model.json names none, as of hssl_multidomain: MONAI's SegResNet loads them as they are."
+        )
     network = encoder_of(settings, len(settings["label_names"]) if "label_names" in settings else None)
     layout_of(network)
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{weights} must hold a {settings['encoder']}, as its model.json says, and holds other tensors: weights of "
+            "a class of your own are loaded by that class as they are."
+        ) from error
     return network, settings
 
 
