@@ -42,12 +42,14 @@ def export(weights: Path, output: Path, in_channels: int | None = None) -> dict[
     if output.suffix not in (".safetensors", ".pt", ".pth"):
         raise InputError(f"`output` must end with .safetensors, .pt or .pth, got {output}.")
     network, settings = encoder_with_weights(weights)
-    layout, dims = layout_of(network), first_convolution(network)[1].weight.ndim - 2
+    layout, conv = layout_of(network), first_convolution(network)[1]
+    dims = conv.weight.ndim - 2
     if in_channels is None and dims == 2 and not layout.prefix and settings.get("in_channels") in (None, 1):
         in_channels = 3
     state = publish(network, in_channels)
-    channels = in_channels or first_convolution(network)[1].in_channels
-    mean, std = channel_norm(settings.get("pretrained_norm", "none"), channels)
+    channels = in_channels or conv.in_channels
+    norm = channel_norm(settings.get("pretrained_norm", "none"), conv.in_channels)
+    mean, std = (values * (channels // conv.in_channels) for values in norm)  # one channel is repeated
     facts = {
         "layout": layout.name, "network": settings["encoder"], "tensors": len(state), "spatial_dims": dims,
         "in_channels": channels, "images": "in [0, 1], then normalised", "mean": mean, "std": std,
@@ -71,9 +73,20 @@ def encoder_with_weights(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     state, settings = load_torch(weights, TRAIN_FIRST), read_settings(weights)
     if "class_names" in settings:  # of a segmentation
         state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
+    if "encoder" not in settings:
+        raise InputError(
+            f"`weights` must be of an encoder, or of all of a network with one, got those of {weights}, "
+            "whose model.json names none, as of hssl_multidomain: MONAI's SegResNet loads them as they are."
+        )
     network = encoder_of(settings, len(settings["label_names"]) if "label_names" in settings else None)
     layout_of(network)
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{weights} must hold a {settings['encoder']}, as its model.json says, and holds other tensors: weights of "
+            "a class of your own are loaded by that class as they are."
+        ) from error
     return network, settings
 
 

@@ -45,6 +45,7 @@ from dissect_monai.metrics.intervals import (
 from dissect_monai.transforms.views import prepare_images
 from dissect_monai.visualize.classifier import (
     curves_figure,
+    has_saliency,
     named_curve,
     overlay,
     panels_as_svg,
@@ -65,6 +66,7 @@ NOTES = (
 )
 SALIENCY = "Saliency shows what moved the output, not where a finding is or why it was made."
 NO_SALIENCY = "No saliency: nothing raised the output."
+NO_STAGES = "No saliency: the stages of this network are not known."
 CAPTIONS = (
     "ROC on the test split, in the lines of the table: as the threshold falls, the share of positives that are found "
     "against the share of negatives that are called positive; the dotted diagonal is guessing.",
@@ -195,15 +197,17 @@ class ClassifierEvaluation:
         dataset = engine.data_loader.dataset
         reached, needed = (logit(np.clip(each, 1e-12, 1 - 1e-12)) for each in (probabilities, thresholds))
         excess = np.where(labels == 1, -1, 1) * (reached - needed)
-        cases = []
+        cases, has_stages = [], has_saliency(engine.network)
         for row, column in _largest(excess, labels, -(-self.num_worst // 2)):
             (image,), _ = prepare_images({"image": dataset[row]["image"][None]}, engine.state.device)
-            saliency = saliency_maps(engine.network, image.as_subclass(Tensor)[None], column)[0]
+            image = image.as_subclass(Tensor)[None]
+            saliency = saliency_maps(engine.network, image, column)[0] if has_stages else torch.zeros(1, 1, 1)
+            unseen = NO_SALIENCY if has_stages else NO_STAGES
             whole, finding = whole_image(dataset.data[row]["image"]), self.label_names[column]
             caption = f"{finding}: probability {probabilities[row, column]:.3f}, threshold {thresholds[column]:.3f}"
             pictures: dict[str, bytes | str] = {
                 "Image": overlay(whole, torch.zeros_like(whole), kind="JPEG"),
-                f"{caption}.": overlay(whole, saliency, caption, "JPEG") if saliency.any() else NO_SALIENCY,
+                f"{caption}.": overlay(whole, saliency, caption, "JPEG") if saliency.any() else unseen,
             }
             facts = {
                 "line of cases.csv": row + 2,  # which has the image; the page may leave the house

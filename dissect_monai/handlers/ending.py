@@ -24,6 +24,7 @@ NOT_SCORED = "nothing could be scored, for lack of positives or negatives"
 REPEATED = (  # by the next command
     "dataset_dir", "output_dir", "bundle_root", "task", "group", "modality", "on_corrupt", "num_workers", "device",
 )  # fmt: skip
+OF_PUBLISHED = ("in_channels", "pretrained_norm")  # which no model.json says to the next command
 
 
 class Result(NamedTuple):
@@ -84,7 +85,8 @@ def _next(
     """Config file and knobs of what comes next: of this bundle, or of that which takes the weights if it is there."""
     settings, datalist = read_settings(weights), parser.get_parsed_content("datalist", default=None)
     images, data = "patch_size" not in settings, datalist if isinstance(datalist, Datalist) else Datalist([], [], [])
-    given = {name: typed[name] for name in REPEATED if typed.get(name) is not None}
+    repeated = REPEATED if weights.with_suffix(".json").is_file() else (*REPEATED, *OF_PUBLISHED)
+    given = {name: typed[name] for name in repeated if typed.get(name) is not None}
     knobs = {name: quote(value if isinstance(value, str) else json.dumps(value)) for name, value in given.items()}
     other, config = "", "inference"
     segments = "class_names" in settings

@@ -23,7 +23,7 @@ from dissect_monai.common import NO_FINDING, PICTURE, InputError
 from dissect_monai.data.datasets import ReadableLoader
 from dissect_monai.data.readers import IMAGE_SUFFIX
 from dissect_monai.networks.codes import DiscreteCodes
-from dissect_monai.visualize.classifier import overlay, saliency_maps, whole_image
+from dissect_monai.visualize.classifier import has_saliency, overlay, saliency_maps, whole_image
 from dissect_monai.writing import write_csv, written_atomically
 
 OVERLAYS = ("none", "top", "all")
@@ -119,6 +119,7 @@ class PredictionSaver(Saver):
 
     def _start(self, engine: Any) -> None:
         super()._start(engine)
+        self.overlays = self.overlays if self.overlays == "none" or has_saliency(engine.network) else "none"
         for path in self.path.parent.glob("overlays/[0-9][0-9][0-9][0-9][0-9]*_*.png"):
             path.unlink()
 

@@ -140,13 +140,17 @@ def _published(layout: Layout, state: Mapping[str, Tensor], prefix: str, path: o
         return None
     if SegResNet in layout.kinds:
         settings["init_filters"] = len(tensors[layout.marker])
-        blocks = Counter(key.split(".")[1] for key in tensors if re.match(r"down_layers\.\d+\.\d+\.conv1\.", key))
-        settings["blocks_down"] = [*blocks.values()]
+        for name in ("down", "up"):
+            blocks = Counter(
+                key.split(".")[1] for key in tensors if re.match(rf"{name}_layers\.\d+\.\d+\.conv1\.", key)
+            )
+            settings |= {f"blocks_{name}": [*blocks.values()]} if blocks else {}
     encoder = "swin" if SwinTransformer in layout.kinds else "densenet121" if DenseNet in layout.kinds else SEGRESNET
     return Published(layout, {"encoder": encoder, **settings}, tensors, dict(left))
 
 
 def _chosen(prefixes: list[str], path: object) -> str:
+    prefixes = [prefix for prefix in prefixes if "momentum" not in prefix] or prefixes  # slow copies, as MoCo v3 has
     preferred = [prefix for word in PREFERRED for prefix in prefixes if word in prefix]
     if len(prefixes) > 1 and not preferred:
         raise InputError(
@@ -205,7 +209,7 @@ def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Ten
     """Tensors of an encoder, or of a classifier, by the keys of `layout_of`: the same outputs in their network.
 
     Biases of shortcuts, which others have not, go into the batch norm behind them. Images are normalised outside, as
-    `channel_norm` says for `in_channels`.
+    `channel_norm` says for the channels of the encoder; the three of a grey image alike.
 
     Args:
         encoder: of `build_encoder`, in any mode.
@@ -218,13 +222,9 @@ def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Ten
         state[mean] = state[mean] - state.pop(key)
     name, conv = first_convolution(encoder)
     if in_channels == 3 and conv.in_channels == 1:
-        # Shares that add up to the same bits.
-        parts = [
-            conv.weight.data * share * (1 / ratio)
-            for share, ratio in zip((0.25, 0.25, 0.5), _ratios(conv), strict=True)
-        ]
-        kernel = torch.cat(parts, 1)
-        state = _shifted(encoder, state | {f"{name}.weight": kernel}, -_offset(conv, kernel))
+        third = conv.weight.data / 3
+        # The last takes what is left by rounding, so that they add up to the same bits.
+        state[f"{name}.weight"] = torch.cat([third, third, conv.weight.data - 2 * third], 1)
     elif in_channels not in (None, conv.in_channels):
         raise InputError(f"`in_channels` must be {conv.in_channels}, as the network has, or 3 of 1, got {in_channels}.")
     return {f"{layout.prefix}{layout.spell(key)}": value.contiguous() for key, value in state.items()}

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dissect_monai.common import InputError, shorten
-from dissect_monai.networks.encoders import ENCODERS, HEADS, head_name
-from dissect_monai.networks.published import recognise
+from dissect_monai.networks.encoders import ENCODERS, HEADS, first_convolution, head_name
+from dissect_monai.networks.published import Published, recognise
 from dissect_monai.networks.segmentation import EncoderDecoder
 from dissect_monai.writing import load_whole, save_atomically, written_atomically
 
@@ -24,15 +24,16 @@ logger = logging.getLogger(__name__)
 CONVERT = (
     "{path} must hold tensors alone, got {name}: to load it is to run its code. If you trust it, turn it into plain.pt "
     "by these two lines of Python, where the packages of its code are installed:\n"
-    '    import torch; file = torch.load({path!r}, map_location="cpu", weights_only=False)\n'
-    '    torch.save(file.state_dict() if hasattr(file, "state_dict") else {{k: v for k, v in file.items() if '
-    'torch.is_tensor(v) or isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}}, "plain.pt")'
+    "    import torch; plain = lambda x: x if torch.is_tensor(x) else plain(x.state_dict()) if "
+    'hasattr(x, "state_dict") else {{k: plain(v) for k, v in x.items()}} if isinstance(x, dict) else {{}}\n'
+    '    torch.save(plain(torch.load({path!r}, map_location="cpu", weights_only=False)), "plain.pt")'
 )
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = [{f"{head}.weight", f"{head}.bias"} for head in HEADS]  # of a network that classifies
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
 SEGRESNET_DECODER = ("up_layers.", "up_samples.", "conv_final.")
 LAST_LAYER = "conv_final.2."  # of a SegResNet, whose outputs are classes, or the image itself
+SEGRESNET_SHAPE = ("init_filters", "blocks_down", "blocks_up")
 SEGRESNET_REMEDY = (
     "Is it a SegResNet of the same spatial_dims, init_filters, blocks, input and output channels, as the JSON beside "
     "the weights says, and no checkpoint? Weights of an encoder alone have the keys convInit and down_layers."
@@ -151,12 +152,9 @@ def load_weights(
     state = load_torch(path, TRAIN_FIRST)
     has_settings = Path(path).with_suffix(".json").is_file()
     published = None if has_settings else recognise(state, path)
+    encoder = network.encoder if isinstance(network, EncoderDecoder) else network
+    state = published.weights_for(encoder, path) if published else state
     total, origin = len(state), ""
-    if published:
-        state = published.weights_for(network.encoder if isinstance(network, EncoderDecoder) else network, path)
-        total = len(published.tensors) + sum(published.left.values())
-        dropped = ", ".join(f"{part} ({number})" for part, number in published.left.items()) or "nothing"
-        origin = f", a {published.layout.name} ({published.settings['encoder']}), without {dropped}"
     left: tuple[str, ...] = ()
     settings = {} if names is None else published.settings if published else read_settings(path)
     if names is not None and not transfer:
@@ -177,9 +175,17 @@ def load_weights(
             state = {key: value for key, value in state.items() if not str(key).startswith(left)}
     elif transfer:
         left = (f"{head_name(network)}.",)
-    _load_state(network, state, path, left)
+    _load_state(network, state, path, left, published)
     parts_left = ", ".join(part.rstrip(".") for part in left) or "none"
-    taken = len(published.tensors) if published else len(state)
+    taken = len(state)
+    if published:
+        unused = published.left | ({left[0].rstrip("."): total - taken} if taken < total else {})
+        taken, total = (number - total + len(published.tensors) for number in (taken, total))
+        total += sum(published.left.values())
+        dropped = ", ".join(f"{part} ({number})" for part, number in unused.items()) or "nothing"
+        norm = getattr(first_convolution(encoder)[1], "norm", "none")
+        origin = f", a {published.layout.name} ({published.settings['encoder']}), without {dropped}; images "
+        origin += "not normalised" if norm == "none" else f"normalised as {norm}"
     text = "Loaded %d of %d tensors of %s%s; parts left as they were: %s."
     logger.info(text, taken, total, path, origin, parts_left)
     return network
@@ -221,7 +227,13 @@ def _refuse_other_names(
         )
 
 
-def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, left: tuple[str, ...]) -> None:
+def _load_state(
+    network: nn.Module,
+    state: dict[str, Any],
+    path: str | Path,
+    left: tuple[str, ...],
+    published: Published | None = None,
+) -> None:
     """Fill all of a network but the keys that begin as in `left`, or refuse."""
     kept = {key: value for key, value in network.state_dict().items() if key.startswith(left)}
     own = {key: value.shape for key, value in network.state_dict().items() if key not in kept}
@@ -243,12 +255,18 @@ def _load_state(network: nn.Module, state: dict[str, Any], path: str | Path, lef
                 f"They take images of {theirs[1]} channel(s), not {mine[1]}: set `in_channels` to {theirs[1]}, by "
                 "which pictures in colours become grey (1) or grey is repeated (3), or give other weights."
             )
+        elif published and "blocks_down" in published.settings:
+            shape = {name: value for name, value in published.settings.items() if name in SEGRESNET_SHAPE}
+            knobs = ", ".join(f"`{name}` to {value}" for name, value in shape.items())
+            remedy = f"It is a SegResNet of another shape or number of outputs: set {knobs}, or give other weights."
         elif isinstance(network, SegResNet):
             remedy = SEGRESNET_REMEDY
         elif {*problems["missing"]} in HEAD_KEYS:
             remedy = "They have no head: train the classifier first."
         elif {str(key).removeprefix("encoder.") for key in problems["unexpected"]} in HEAD_KEYS:
             remedy = "They are of a trained classifier: give the encoder that pretraining has left."
+        elif published:
+            remedy = f"The file is cut, or of no plain {published.settings['encoder']}: give other weights."
         if key := next(iter(problems["of another shape"]), None):
             remedy += f" {key} is {list(shapes[key] or ())} in the file, {list(own[key])} in the network."
         raise InputError(f"the weights in {path} do not fit the {type(network).__name__}: {'; '.join(found)}. {remedy}")

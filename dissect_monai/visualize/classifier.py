@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -30,6 +31,7 @@ from dissect_monai.networks.encoders import stage_names
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
 # Okabe & Ito's palette for all kinds of colour vision, without the yellow, which is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: dict[Any, str] = {  # once the colours are used up, for Matplotlib and for SVG
@@ -97,13 +99,22 @@ def _line(index: int) -> Any:
     return [*LINES][index // len(COLORS) % len(LINES)]
 
 
+def has_saliency(network: nn.Module) -> bool:
+    """Whether `saliency_maps` can show what a network looks at; a warning if its stages are not known."""
+    if known := bool(stage_names(network)):
+        return known
+    text = "There is no saliency of %s: its stages are not known, as of a class with layer1 to layer4."
+    logger.warning(text, type(network).__name__)
+    return False
+
+
 def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:
     """How much each place of the images speaks for a finding, by MONAI's Grad-CAM.
 
     Each map is divided by its largest value, so that maps of two images do not say which has more of the finding. The
     maps are those of the last stage that has at least 4 places along every axis: stage 4 from about 100 pixels on,
     stage 2 at 48 (a SegResNet: 4 at 32). Where its map is empty, that of the next coarser stage is taken. The network
-    stays as it is, one of `build_encoder` that returns a logit of each finding.
+    stays as it is, one with stages (`has_saliency`) that returns a logit of each finding.
 
     Of images (B, C, *spatial) the maps are (B, 1, *spatial) in [0, 1]; 0 throughout where nothing speaks for it.
 

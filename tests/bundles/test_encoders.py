@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from export_weights import main as export_weights
 from helpers import Recipes, checkpoint, metrics_of, refused, same, settings, table, weights
 from monai.networks.nets import SwinUNETR
 from monai.networks.utils import convert_to_onnx, convert_to_torchscript
@@ -165,6 +166,33 @@ def test_a_class_of_ones_own_is_named_on_the_command_line_at_every_use(
     assert "own" not in model.with_suffix(".json").read_text()
     with refused(r"do not fit the ResNet: .* missing"):
         ssl.run("inference", tmp_path / "other", pretrained=model)
+
+
+CLASSIFIER = """
+class Classifier(Net):
+    def __init__(self, encoder, spatial_dims, in_channels, num_classes):
+        super().__init__(encoder, spatial_dims, in_channels)
+        self.fc = nn.Linear(8, num_classes)
+    def forward(self, images):
+        return self.fc(super().forward(images))
+"""
+
+
+def test_a_classifier_of_ones_own_is_evaluated_without_saliency(
+    recipe_of: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_classifier.py").write_text(OWN + CLASSIFIER)
+    monkeypatch.syspath_prepend(tmp_path)
+    cxr, own = recipe_of("cxr_classify"), {"network_def#_target_": "own_classifier.Classifier"}
+    cxr.train(tmp_path / "out", **own)
+    model = tmp_path / "out" / "models" / "model.pt"
+    cxr.run("evaluate", tmp_path / "out", pretrained=model, num_samples=5, **own)
+    assert "No saliency: the stages of this network" in (tmp_path / "out" / "eval" / "report.html").read_text()
+    cxr.run("inference", tmp_path / "found", pretrained=model, overlays="all", **own)
+    assert "".join(capfd.readouterr()).count("There is no saliency of Classifier") == 2
+    assert not [*tmp_path.rglob("overlays/*")]
+    with pytest.raises(SystemExit, match=r"error: .*model\.pt must hold a resnet10, .* class of your own"):
+        export_weights(str(model), str(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize(

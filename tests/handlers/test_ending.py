@@ -111,6 +111,18 @@ def test_the_next_command_is_that_of_the_chain(
     assert Path(shlex.split(found["Next"])[5]).is_file()
 
 
+@pytest.mark.usefixtures("standing")
+def test_what_no_model_json_says_of_published_weights_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"in_channels": 3, "pretrained_norm": "imagenet"}
+    typed = {"dataset_dir": "D", "pretrained": "w/resnet.pth", **said}
+    follows = f"{CLS}/train.json --dataset_dir D --pretrained w/resnet.pth"
+    assert ended(f"{PRE}/evaluate.json", said, typed, LABELLED)["Next"].endswith(follows)
+    monkeypatch.setattr("dissect_monai.handlers.ending.read_settings", lambda path: {"encoder": "resnet18"})
+    monkeypatch.setattr(sys.modules[__name__], "write", lambda path, settings: Path(path).unlink())  # no JSON beside
+    follows = follows.replace(" --pretrained", " --in_channels 3 --pretrained_norm imagenet --pretrained")
+    assert ended(f"{PRE}/evaluate.json", {}, typed, LABELLED)["Next"].endswith(follows)
+
+
 @pytest.mark.parametrize(
     ("inside", "config", "next_config"),
     [
