@@ -59,7 +59,17 @@ from dissect_monai.handlers.checkpoints import (
 )
 from dissect_monai.handlers.ending import last_lines
 from dissect_monai.handlers.probes import check_probe_data, refuse_unlabelled
-from dissect_monai.knobs import DERIVED, RULES, SETTINGS, SIZES, check_knobs, is_disabled, refuse_other_kind
+from dissect_monai.knobs import (
+    DERIVED,
+    PATH_KNOBS,
+    RULES,
+    SETTINGS,
+    SIZES,
+    check_knobs,
+    is_disabled,
+    refuse_component,
+    refuse_other_kind,
+)
 from dissect_monai.networks.weights import read_settings
 from dissect_monai.writing import TEMPORARY, disk_fault, hold, read_csv, release, remove_halves
 
@@ -145,7 +155,7 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
             quoted = f'{name} "{whole}"' + ("" if is_container else f", or as a list: {name} {several}")
             raise InputError(f"`{name}` must be one word, got {whole}: put it into quotation marks, {quoted}.")
     given: dict[str, Any] = fire.Fire(
-        lambda *_, **named: named, command=[*map(_word_for_fire, words)], serialize=lambda _: None
+        lambda *_, **named: named, command=[*map(_word_for_fire, words, ["", *words])], serialize=lambda _: None
     )
     if given.get("args_file"):
         given = {**ConfigParser.load_config_file(given["args_file"]), **given}
@@ -162,12 +172,13 @@ def _is_flag(word: str) -> bool:
     return re.match(r"--|-[a-zA-Z](=|$)", word) is not None
 
 
-def _word_for_fire(word: str) -> str:
+def _word_for_fire(word: str, before: str) -> str:
     """A word in quotation marks where fire would make another text of it: cut it at a #, or part a path at a comma."""
     flag, _, value = word.partition("=") if _is_flag(word) else ("", "", word)
     read = fire.parser.DefaultParseValue(value)
     is_other_text = isinstance(read, str) and read != value and value[:1] not in ("'", '"')
-    is_path = isinstance(read, tuple) and os.path.exists(value)
+    is_one = (flag or before).lstrip("-") in PATH_KNOBS and value[:1] not in ("(", "[")
+    is_path = isinstance(read, tuple) and (is_one or os.path.exists(value))
     if is_other_text or is_path or ("#" in value and "#" not in str(read)):
         value = repr(value)
     return f"{flag}={value}" if flag and "=" in word else flag or value
@@ -228,9 +239,13 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
                 f"there is no --{identifier} to override{f'; did you mean --{near[0]}?' if near else '.'}{explained}"
             )
         refers = isinstance(value, str) and value[:1] in ("@", "$")
-        for other in ReferenceResolver.match_refs_pattern(value) if refers else ():
+        others = ReferenceResolver.match_refs_pattern(value) if refers else {}
+        if refers and value[0] == "@" and not others:
+            raise InputError(f"--{identifier} must name an id of the config after the @, got {value!r}.")
+        for other in others:
             if other not in parser:
                 raise InputError(f"--{identifier} refers to @{other.replace('::', '#')}, which is not in the config.")
+        refuse_component(identifier, parser.get(name), value)
         is_held = name in RULES or (name not in DERIVED and refuse_other_kind(identifier, parser.get(name), value))
         if not is_held and "_target_" not in name:
             _unchecked.append(f"--{identifier} {value}")
@@ -686,15 +701,20 @@ def _make_folders(smoke: bool, data_dir: object, output_dir: str | Path, *folder
 
 
 def _take(output_dir: Path, *folders: str) -> None:
-    try:
-        for path in (output_dir / folder for folder in folders):
+    workflow = running_workflow()
+    parser = ConfigParser() if workflow is None else workflow.parser
+    given = {name: parser.get_parsed_content(name, default=None) for name in ("ckpt_dir", "log_dir", "cache_dir")}
+    places = {Path(path): name for name, path in given.items() if isinstance(path, (str, Path))}
+    places |= {output_dir / folder: "output_dir" for folder in folders}
+    for path, name in places.items():
+        try:
             made = [each for each in (path, *path.parents) if not each.exists()]
             path.mkdir(parents=True, exist_ok=True)
             _made.extend(made[::-1])
             TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(f"`output_dir` must be a folder that can be written, got {output_dir}: {error}") from error
-    workflow = running_workflow()
+        except OSError as error:
+            shown, got = ("`output_dir`", output_dir) if name == "output_dir" else (f"--{name}", path)
+            raise InputError(f"{shown} must be a folder that can be written, got {got}: {error}") from error
     if workflow is not None:  # which gives the lock back at its end
         hold(output_dir / folders[0])
         remove_halves(*(output_dir / folder for folder in (*folders, "codes")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from math import inf
@@ -37,7 +38,13 @@ class Rule(NamedTuple):
         numbers = [each for each in ensure_tuple(value) if _is_number(each)]
         bound = f", and at most {self.most}" if max(numbers, default=0) > self.most else ""
         near = get_close_matches(str(value), [each for each in self.values if isinstance(each, str)], n=1, cutoff=0.5)
-        return f"{self.says}{bound}, got {value!r}" + (f"; did you mean {near[0]}?" if near else ".")
+        return f"{self.says}{bound}, got {_shown(value)}" + (f"; did you mean {near[0]}?" if near else ".")
+
+
+def _shown(value: Any) -> str:
+    """A value in one line of at most 100 characters."""
+    text = re.sub(r"\s*\n\s*", " ", str(value).rstrip(".") if isinstance(value, Exception) else repr(value))
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _is_number(value: Any) -> bool:
@@ -98,6 +105,7 @@ PATH = Rule("a path (a name of digits needs ./ before it)", _is_path)
 PATHS = Rule(
     "a path (a name of digits needs ./ before it) or a list of them", lambda value: _is_path(value) or _is_texts(value)
 )
+OPTIONAL_PATH = _optional(PATH)
 TEXTS = Rule("a text or a list of them", _is_texts)
 SWITCH = Rule("true or false", lambda value: str(value).lower() in ("true", "false"))
 PER_FOLDER = Rule(
@@ -142,7 +150,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_list_of(_whole(8, 4096), 2, 3), "patch_size", ""),
     (_list_of(_number(" over 0", lambda value: value > 0), 2, 3), "pixdim", ""),
     (PATH, "", "bundle_root output_dir"),
-    (_optional(PATH), "", "cache_dir calibration pretrained resume_from"),
+    (OPTIONAL_PATH, "", "cache_dir calibration pretrained resume_from"),
     (_optional(PATHS), "", "dataset_dir"),
     (_optional(TEXT), "", "shortcut"),
     (TEXTS, "", "largest_only"),
@@ -179,10 +187,12 @@ _DERIVED: list[tuple[Rule, str]] = [
     (_list_of(TEXT), "class_names group_names label_names task_names"),
     (_optional(PER_FOLDER), "default_modality"),
     (PATH, "ckpt_dir log_dir model_path phantoms"),
-    (_optional(PATH), "start_from"),
+    (OPTIONAL_PATH, "start_from"),
     (PATHS, "data_dir"),
 ]
 DERIVED = {name: rule for rule, names in _DERIVED for name in names.split()}
+
+PATH_KNOBS = {name for name, rule in (RULES | DERIVED).items() if rule in (PATH, OPTIONAL_PATH)}
 
 # What decides how much memory a run takes.
 SIZES = (
@@ -259,7 +269,7 @@ def check_knobs(parser: ConfigParser) -> None:
         except Exception as error:
             if bad_input(error):
                 raise
-            why = f"{config[name]!r}, which cannot be evaluated: {root_cause(error)}"
+            why = f"{_shown(config[name])}, which cannot be evaluated: {_shown(root_cause(error))}"
             raise InputError(f"{shown} must be {rule.says}, got {why}.") from error
         if not rule.holds(value):
             raise InputError(f"{shown} must be {rule.refusal(value)}")
@@ -280,6 +290,13 @@ def check_knobs(parser: ConfigParser) -> None:
 def _is_component(knob: Any) -> bool:
     """Whether a knob is found by a component of the config, which is asked when it is needed."""
     return isinstance(knob, Mapping) and "_target_" in knob
+
+
+def refuse_component(name: str, was: Any, value: Any) -> None:
+    """Refuse a component, or what switches one, as the value of a plain knob: it would be held to no rule."""
+    is_plain = name in RULES.keys() | DERIVED.keys() and not _is_component(was)
+    if is_plain and isinstance(value, Mapping) and any(str(key).startswith("_") for key in value):
+        raise InputError(f"--{name} takes no component, got {_shown(value)}.")
 
 
 def refuse_other_kind(name: str, was: Any, value: Any) -> bool:

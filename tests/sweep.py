@@ -44,6 +44,7 @@ VALUES = (
     *("true", "false", "None", "", "text", "ünï", "cpu", "a file.txt", "/no/such/file.pt", "@nothing", "$1/0"),
     *("[]", "[1]", "[0.5,0.5,0.5]", "[16,16,16]", "[-1,-1,-1]", "[1000000000000]", "[None]", "['a','b']"),
     *("[1000000000000,1000000000000,1000000000000]", "{}", "{'a':'b'}"),
+    *("@", "@itself", "{'_target_':'torch.nn.Linear'}", "{'_disabled_':True}", "{'_mode_':'debug'}"),
 )
 WORDS = {"nan", "inf", "true", "false", "text", "cpu"}  # the same to a key that takes any word
 STEPS = {"imports", "initialize", "run", "finalize", "checks"}
