@@ -206,7 +206,7 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
      "{0[spatial_dims]}, or give other weights."),
     ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) <= dims,
      "`pretrained` must be weights for {1}-D images, got some for volumes: give other weights, or, if the data are "
-     "volumes, three `spatial_dims`."),
+     "volumes, `spatial_dims` 3."),
     ("pretraining pretrained_norm",
      lambda pretraining, norm: norm == pretraining.get("pretrained_norm", norm if "layout" in pretraining else "none"),
      "`pretrained_norm` must be none without published weights, and else as in the JSON beside `pretrained`, got {1}: "

@@ -124,8 +124,7 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
     if odd := [key for key, value in flatten(content) if value.layout != torch.strided or value.is_quantized]:
         raise InputError(
-            f"{path} must hold dense tensors, got {len(odd)} that are sparse or quantized ({shorten(odd, 5)}): save "
-            "them by `to_dense` or `dequantize`."
+            f"{path} must hold dense tensors, got sparse or quantized ones, {shorten(odd, 5)}: save them so."
         )
     return content
 
@@ -260,8 +259,7 @@ def _load_state(
                 "which pictures in colours become grey (1) or grey is repeated (3), or give other weights."
             )
         elif published and "blocks_down" in published.settings:
-            shape = {name: value for name, value in published.settings.items() if name in SEGRESNET_SHAPE}
-            knobs = ", ".join(f"`{name}` to {value}" for name, value in shape.items())
+            knobs = ", ".join(f"`{k}` to {value}" for k, value in published.settings.items() if k in SEGRESNET_SHAPE)
             remedy = f"It is a SegResNet of another shape or number of outputs: set {knobs}, or give other weights."
         elif isinstance(network, SegResNet):
             remedy = SEGRESNET_REMEDY
