@@ -213,9 +213,12 @@ _FITS: list[tuple[str, Callable[..., bool], str]] = [
      "chosen."),
     ("train::trainer::max_epochs val_interval mode", lambda epochs, interval, mode: interval <= epochs,
      "`val_interval` must be at most `max_epochs`, got {1} and {0}: no weights would ever be chosen."),
-    ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) == dims,
+    ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) >= dims,
      "`pretrained` must be weights for {1}-D images, got some for {0[spatial_dims]}-D ones: set `spatial_dims` to "
      "{0[spatial_dims]}, or give other weights."),
+    ("pretraining spatial_dims", lambda pretraining, dims: pretraining.get("spatial_dims", dims) <= dims,
+     "`pretrained` must be weights for {1}-D images, got some for volumes: give other weights, or, if the data are "
+     "volumes, `spatial_dims` 3."),
     ("pretraining pretrained_norm",
      lambda pretraining, norm: norm == pretraining.get("pretrained_norm", norm if "layout" in pretraining else "none"),
      "`pretrained_norm` must be none without published weights, and else as in the JSON beside `pretrained`, got {1}: "

@@ -188,9 +188,14 @@ def sum_first_convolution(network: nn.Module, state: dict[str, Tensor]) -> dict[
     kernel = state.get(f"{name}.weight")
     if kernel is None or kernel.ndim != conv.weight.ndim or (conv.in_channels, kernel.shape[1]) != (1, 3):
         return state
-    weighed = [each * std for each, std in zip(kernel.float().unbind(1), _ratios(conv), strict=True)]
+    norm = getattr(conv, "norm", "none")
+    (mean,), (std,) = channel_norm(norm, 1)
+    sums = kernel.double().flatten(2).sum(2).unbind(1)
+    parts = [*zip(kernel.float().unbind(1), sums, *channel_norm(norm, 3), strict=True)]
+    weighed = [each * (std / own) for each, _, _, own in parts]
     summed = (weighed[0] + weighed[1] + weighed[2]).unsqueeze(1)
-    return _shifted(network, state | {f"{name}.weight": summed}, _offset(conv, kernel))
+    offset = torch.stack([each * (mean - own) / scale for _, each, own, scale in parts]).sum(0)
+    return _shifted(network, state | {f"{name}.weight": summed}, offset)
 
 
 def layout_of(encoder: nn.Module) -> Layout:
@@ -228,19 +233,6 @@ def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Ten
     elif in_channels not in (None, conv.in_channels):
         raise InputError(f"`in_channels` must be {conv.in_channels}, as the network has, or 3 of 1, got {in_channels}.")
     return {f"{layout.prefix}{layout.spell(key)}": value.contiguous() for key, value in state.items()}
-
-
-def _ratios(conv: nn.Module) -> list[float]:
-    norm = getattr(conv, "norm", "none")
-    return [channel_norm(norm, 1)[1][0] / std for std in channel_norm(norm, 3)[1]]
-
-
-def _offset(conv: nn.Module, kernel: Tensor) -> Tensor:
-    """What three kernels give away from the borders beyond their sum: from the difference of the channels' means."""
-    norm = getattr(conv, "norm", "none")
-    (mean,), _ = channel_norm(norm, 1)
-    parts = zip(kernel.double().flatten(2).sum(2).unbind(1), *channel_norm(norm, 3), strict=True)
-    return torch.stack([each * (mean - own) / std for each, own, std in parts]).sum(0)
 
 
 def _shifted(network: nn.Module, state: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from monai.networks.nets import SegResNet
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dissect_monai.common import InputError, shorten
 from dissect_monai.networks.encoders import ENCODERS, HEADS, first_convolution, head_name
-from dissect_monai.networks.published import Published, recognise
+from dissect_monai.networks.published import Published, flatten, recognise
 from dissect_monai.networks.segmentation import EncoderDecoder
 from dissect_monai.writing import load_whole, save_atomically, written_atomically
 
@@ -28,6 +29,7 @@ CONVERT = (
     'hasattr(x, "state_dict") else {{k: plain(v) for k, v in x.items()}} if isinstance(x, dict) else {{}}\n'
     '    torch.save(plain(torch.load({path!r}, map_location="cpu", weights_only=False)), "plain.pt")'
 )
+DAMAGED = "copy it again, or give another"
 TRAIN_FIRST = "train first, or give the right `pretrained`"
 HEAD_KEYS = [{f"{head}.weight", f"{head}.bias"} for head in HEADS]  # of a network that classifies
 SEGRESNET_ENCODER = ("convInit.", "down_layers.")
@@ -102,10 +104,11 @@ def read_settings(weights_path: str | Path | None, patches: bool = True) -> dict
 def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
     """Load a dictionary of plain tensors and values, as `torch.save` or safetensors wrote it, onto the CPU.
 
-    A file that is not there, damaged or of something else is refused; the message ends with `remedy`. One that pickles
-    objects is refused with the lines that convert it.
+    A file that is not there, damaged or of something else is refused; the message ends with `remedy`. So is one of
+    sparse tensors, and one that pickles objects, with the lines that convert it.
     """
     _refuse_missing(path, remedy)
+    remedy = DAMAGED if remedy == TRAIN_FIRST else remedy
     if Path(path).suffix == ".safetensors":
         try:
             return load_file(path)
@@ -119,6 +122,10 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{error}: {remedy}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a dictionary, got a {type(content).__name__}: {remedy}.")
+    if odd := [key for key, value in flatten(content) if value.layout != torch.strided or value.is_quantized]:
+        raise InputError(
+            f"{path} must hold dense tensors, got sparse or quantized ones, {shorten(odd, 5)}: save them so."
+        )
     return content
 
 
@@ -228,11 +235,7 @@ def _refuse_other_names(
 
 
 def _load_state(
-    network: nn.Module,
-    state: dict[str, Any],
-    path: str | Path,
-    left: tuple[str, ...],
-    published: Published | None = None,
+    network: nn.Module, state: dict[str, Any], path: str | Path, left: tuple[str, ...], published: Published | None
 ) -> None:
     """Fill all of a network but the keys that begin as in `left`, or refuse."""
     kept = {key: value for key, value in network.state_dict().items() if key.startswith(left)}
@@ -256,8 +259,7 @@ def _load_state(
                 "which pictures in colours become grey (1) or grey is repeated (3), or give other weights."
             )
         elif published and "blocks_down" in published.settings:
-            shape = {name: value for name, value in published.settings.items() if name in SEGRESNET_SHAPE}
-            knobs = ", ".join(f"`{name}` to {value}" for name, value in shape.items())
+            knobs = ", ".join(f"`{k}` to {value}" for k, value in published.settings.items() if k in SEGRESNET_SHAPE)
             remedy = f"It is a SegResNet of another shape or number of outputs: set {knobs}, or give other weights."
         elif isinstance(network, SegResNet):
             remedy = SEGRESNET_REMEDY

@@ -101,11 +101,9 @@ def _line(index: int) -> Any:
 
 def has_saliency(network: nn.Module) -> bool:
     """Whether `saliency_maps` can show what a network looks at; a warning if its stages are not known."""
-    if known := bool(stage_names(network)):
-        return known
-    text = "There is no saliency of %s: its stages are not known, as of a class with layer1 to layer4."
-    logger.warning(text, type(network).__name__)
-    return False
+    if not (known := stage_names(network)):
+        logger.warning("There is no saliency of %s, whose stages are not known.", type(network).__name__)
+    return bool(known)
 
 
 def saliency_maps(network: nn.Module, images: Tensor, finding: int) -> Tensor:

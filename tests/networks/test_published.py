@@ -347,7 +347,10 @@ def without(state: State, *keys: str) -> State:
     [
         (under("a.", SMALL) | under("b.", SMALL), r"must hold one encoder, got 2, a\., b\."),
         (resnet_file([3, 3, 3, 3]), r"got a ResNet of \[3, 3, 3, 3\] basic blocks"),
-        (SMALL | {"layer1.0.se.fc1.weight": torch.ones(3)}, r"1 unexpected \(layer1\.0\.se\.fc1\.weight\)"),
+        (
+            SMALL | {"layer1.0.se.fc1.weight": torch.ones(3)},
+            r"1 unexpected \(layer1\.0\.se\.fc1\.weight\)\. The file is cut, or",
+        ),
         (without(SMALL, "bn1.running_var", "layer2.0.conv2.weight"), r"2 missing \(bn1\.running_var, layer2"),
         (SMALL | {"conv1.weight": torch.ones(64, 1, 7, 7)}, r"conv1\.weight is \[64, 1, 7, 7\] in the file, \[64, 3,"),
         (SMALL | {"bn1.bias": torch.full((64,), torch.nan)}, r"must be finite, got NaN or infinity in 1 of"),
@@ -392,8 +395,25 @@ def test_a_file_with_objects_is_refused_with_two_lines_that_convert_it(
 def test_a_damaged_file_of_safetensors_is_refused(tmp_path: Path) -> None:
     path = saved(SMALL, tmp_path, "others.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"others\.safetensors is damaged or no file of safetensors"):
+    with pytest.raises(ValueError, match=r"others\.safetensors is damaged or no file of safetensors.*: copy it again"):
         read_settings(path)
+    path = tmp_path / "text.pth"
+    path.write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth cannot be loaded, it is damaged or no file of .*: copy it again"):
+        read_settings(path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.eye(3), 1, 0, torch.qint8),
+    ],
+)
+def test_sparse_and_quantized_tensors_are_refused_by_name(odd: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must hold dense tensors, got sparse or quantized ones, model\.conv1"):
+        read_settings(saved({"model": SMALL | {"conv1.weight": odd}}, tmp_path))
 
 
 def test_weights_and_checkpoints_of_a_bundle_need_their_own_json(tmp_path: Path) -> None:
