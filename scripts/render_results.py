@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import fire
@@ -194,7 +195,7 @@ def draw(figure: Figure, panels: Mapping[str, Lines], path: Path) -> None:
     axes[0].set_ylabel(figure.ylabel)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         draw_lines(ax, lines, figure)
-        ax.set_title(title)
+        ax.set_title(fill(title, 36))
     path.parent.mkdir(exist_ok=True)
     canvas.savefig(path, dpi=150, metadata={"Software": None})
 
