@@ -100,7 +100,9 @@ class Recipe:
 
     def run(self, config: str, output_dir: Path, **knobs: Any) -> None:
         """Another config of the bundle, with the weights of the finished training."""
-        shared = {"dataset_dir": self.knobs["dataset_dir"], "pretrained": self.model, "num_workers": 0}
+        shared = {"dataset_dir": self.knobs["dataset_dir"], "num_workers": 0}
+        if "pretrained" not in knobs:  # for a test may have changed the knobs with which it would be trained
+            shared["pretrained"] = self.model
         run_config(self.bundle / "configs" / f"{config}.json", **{**shared, "output_dir": output_dir, **knobs})
 
     @property
