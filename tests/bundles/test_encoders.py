@@ -187,7 +187,9 @@ def test_a_classifier_of_ones_own_is_evaluated_without_saliency(
     cxr.train(tmp_path / "out", **own)
     model = tmp_path / "out" / "models" / "model.pt"
     cxr.run("evaluate", tmp_path / "out", pretrained=model, num_samples=5, **own)
-    assert "No saliency: the stages of this network" in (tmp_path / "out" / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "No saliency: the stages of this network" in (tmp_path / "out" / "eval" / "report.html").read_text(
+        encoding="utf-8"
+    )
     cxr.run("inference", tmp_path / "found", pretrained=model, overlays="all", **own)
     assert "".join(capfd.readouterr()).count("There is no saliency of Classifier") == 2
     assert not [*tmp_path.rglob("overlays/*")]
