@@ -81,10 +81,7 @@ EXEMPT = {
     "persistent_workers", "pin_memory", "interval", "draw_interval", "imports", "initialize", "run",
     "finalize", "is_not_rank0", "_desc_",  # the last but one is of MONAI's tracking
 }  # fmt: skip
-OURS = {
-    "pretrained_norm",
-    "resnet_shortcuts",
-}  # arguments of `build_encoder` that a class of the user's own need not have
+OURS = {"pretrained_norm", "resnet_shortcuts"}  # arguments that a class of the user's own need not have
 UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the process
     "Engine run resuming from iteration 0,", "Current run is terminating due to exception:",
     "Engine run is terminating due to exception:", "Exception: ",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,20 +162,10 @@ def name_values(items: Sequence[Item], on_corrupt: str = "raise", weights: Mappi
     unnamed = [item for item in items if isinstance(item.get("label"), str) and not item.get("labels")]
     if not unnamed:
         return
-    for item in unnamed if weights else ():
-        item |= _of_weights(weights or {}, item["label"])
-        settle_labels(item, "the weights")
-        part_ignored(item)
-    found = _values_in(unnamed, on_corrupt)
     if weights:
-        named = (*unnamed[0]["labels"].values(), unnamed[0].get("ignored", ()))
-        known = {value for values in named for value in values}
-        for path in (path for path, each in found.items() if not {*each} <= known):
-            raise InputError(
-                f"{path} has the values {shorten(found[path])}, of which the weights know {shorten(sorted(known))} "
-                'alone: say what they are by `labels`, such as {"disc": 128}, in a dataset.json.'
-            )
+        _name_by_weights(unnamed, on_corrupt, weights)
         return
+    found = _values_in(unnamed, on_corrupt)
     values = sorted({value for each in found.values() for value in each})
     if not values:
         raise InputError(f"masks must show something, got {len(found)} that are empty, such as {unnamed[0]['label']}.")
@@ -194,6 +183,21 @@ def name_values(items: Sequence[Item], on_corrupt: str = "raise", weights: Mappi
     logger.info("Classes of %d label maps, %d of them empty, by their values: %s.", len(found), empty, labels)
     for item in unnamed:
         item["labels"] = labels
+
+
+def _name_by_weights(unnamed: Sequence[Item], on_corrupt: str, weights: Mapping[str, Any]) -> None:
+    for item in unnamed:
+        item |= _of_weights(weights, item["label"])
+        settle_labels(item, "the weights")
+        part_ignored(item)
+    named = (*unnamed[0]["labels"].values(), unnamed[0].get("ignored", ()))
+    known = {value for values in named for value in values}
+    for path, values in _values_in(unnamed, on_corrupt).items():
+        if not {*values} <= known:
+            raise InputError(
+                f"{path} has the values {shorten(values)}, of which the weights know {shorten(sorted(known))} "
+                'alone: say what they are by `labels`, such as {"disc": 128}, in a dataset.json.'
+            )
 
 
 def _of_weights(settings: Mapping[str, Any], label: str) -> Item:
@@ -231,10 +235,15 @@ def mask_values(
     if len(labels) == 1 and WHITE in labels[class_names[0]]:
         values[class_names[0]] = WHITE
         for mask in masks:
-            with suppress(*[InputError] * (on_corrupt == "skip")):
-                if found := _values_in([mask])[mask["label"]]:
-                    values[class_names[0]] = found[-1]
-                    break
+            try:
+                found = _values_in([mask])[mask["label"]]
+            except InputError:
+                if on_corrupt != "skip":  # else what reads the masks leaves it out, and says so
+                    raise
+                continue
+            if found:
+                values[class_names[0]] = found[-1]
+                break
     return {**values, **masks[0].get("colours", {})}
 
 
@@ -255,7 +264,7 @@ def _values_in(items: Sequence[Item], on_corrupt: str = "raise") -> dict[str, li
     if bad and (on_corrupt != "skip" or len(bad) == len(found)):
         others = f" (and {len(bad) - 1} others)" if len(bad) > 1 else ""
         raise InputError(
-            f"masks must be such that they can be read, got {len(bad)} of {len(found)} that cannot: {bad[0]}{others} "
+            f"masks must be files that can be read, got {len(bad)} of {len(found)} that cannot: {bad[0]}{others} "
             "Repair them, remove them from the data list, or leave them out by setting `on_corrupt` to skip."
         )
     for line in bad:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from itertools import chain
 from math import isnan
 from pathlib import Path
@@ -223,7 +222,7 @@ def write_segmentation_report(
         )
     if only_pictures := all(map(_is_picture, cases)):
         facts = {"pictures" if name == "volumes" else name: value for name, value in facts.items()}
-    facts = {"mean Dice": summaries[0].dice, **facts, "date": date.today().isoformat()}
+    facts = {"mean Dice": summaries[0].dice, **facts}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
     units = " or ".join(sorted({"pixels" if case.in_pixels else "mm" for case in cases}))
     headings = [f"{each} ({units})" if each == "HD95" else each for each in HEADINGS]

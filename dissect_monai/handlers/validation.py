@@ -190,8 +190,8 @@ class HSSLValidation:
         engine.state.metrics |= self._scored() | shortcut_metrics(bank, items) | collapse_metrics(items)
         error, task = (engine.state.metrics[name] for name in ("reconstruction_error", "accuracy_task"))
         commonest = max(map(items.task.count, items.task)) / len(items.task)
-        text = f"error {error:.3f} of reconstructed masked voxels (their mean alone: 1), task told rightly {task:.3f} "
-        text += f"(always the commonest: {commonest:.3f}), on validation, epoch {engine.state.epoch}"
+        text = f"error {error:.3f} of reconstructed masked voxels (their mean alone: 1), accuracy of the task "
+        text += f"{task:.3f} (always the most frequent: {commonest:.3f}), on validation, epoch {engine.state.epoch}"
         engine.state.result = Result(text)
 
     def _start(self, engine: Any) -> None:

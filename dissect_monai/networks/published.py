@@ -90,8 +90,9 @@ class Published(NamedTuple):
 
 
 def flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dictionaries, with the path to each in dots."""
-    for key, value in content.items() if isinstance(content, Mapping) else ():
+    """The tensors of nested dictionaries and lists, with the path to each in dots."""
+    items = enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, value in content.items() if isinstance(content, Mapping) else items:
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
         else:
@@ -150,7 +151,7 @@ def _published(layout: Layout, state: Mapping[str, Tensor], prefix: str, path: o
 
 
 def _chosen(prefixes: list[str], path: object) -> str:
-    prefixes = [prefix for prefix in prefixes if "momentum" not in prefix] or prefixes  # slow copies, as MoCo v3 has
+    prefixes = [prefix for prefix in prefixes if "momentum" not in prefix] or prefixes  # as of MoCo v3
     preferred = [prefix for word in PREFERRED for prefix in prefixes if word in prefix]
     if len(prefixes) > 1 and not preferred:
         raise InputError(
@@ -195,7 +196,13 @@ def sum_first_convolution(network: nn.Module, state: dict[str, Tensor]) -> dict[
     weighed = [each * (std / own) for each, _, _, own in parts]
     summed = (weighed[0] + weighed[1] + weighed[2]).unsqueeze(1)
     offset = torch.stack([each * (mean - own) / scale for _, each, own, scale in parts]).sum(0)
-    return _shifted(network, state | {f"{name}.weight": summed}, offset)
+    # To its bias, or taken off the mean of the batch norm behind it.
+    bias, mean_behind = f"{name}.bias", f"{name.replace('conv', 'norm' if '.' in name else 'bn')}.running_mean"
+    shifted = {bias: 1, mean_behind: -1}.items()
+    found = {key: (state[key] + sign * offset).float() for key, sign in shifted if key in state}
+    if not found and offset.any():
+        raise InputError(f"the means of three channels need a bias behind {name}: set `in_channels` to 3.")
+    return state | {f"{name}.weight": summed} | found
 
 
 def layout_of(encoder: nn.Module) -> Layout:
@@ -233,16 +240,3 @@ def publish(encoder: nn.Module, in_channels: int | None = None) -> dict[str, Ten
     elif in_channels not in (None, conv.in_channels):
         raise InputError(f"`in_channels` must be {conv.in_channels}, as the network has, or 3 of 1, got {in_channels}.")
     return {f"{layout.prefix}{layout.spell(key)}": value.contiguous() for key, value in state.items()}
-
-
-def _shifted(network: nn.Module, state: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
-    """Add an offset to what the first convolution gives: to its bias, or taken off the mean of its batch norm."""
-    name = first_convolution(network)[0]
-    bias, mean = f"{name}.bias", f"{name.replace('conv', 'norm' if '.' in name else 'bn')}.running_mean"
-    if bias in state:
-        return state | {bias: (state[bias] + offset).float()}
-    if mean in state:
-        return state | {mean: (state[mean] - offset).float()}
-    if offset.any():
-        raise InputError(f"the means of three channels need a bias behind {name}: set `in_channels` to 3.")
-    return state

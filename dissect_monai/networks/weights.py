@@ -161,7 +161,7 @@ def load_weights(
     published = None if has_settings else recognise(state, path)
     encoder = network.encoder if isinstance(network, EncoderDecoder) else network
     state = published.weights_for(encoder, path) if published else state
-    total, origin = len(state), ""
+    total = len(state)
     left: tuple[str, ...] = ()
     settings = {} if names is None else published.settings if published else read_settings(path)
     if names is not None and not transfer:
@@ -183,19 +183,25 @@ def load_weights(
     elif transfer:
         left = (f"{head_name(network)}.",)
     _load_state(network, state, path, left, published)
-    parts_left = ", ".join(part.rstrip(".") for part in left) or "none"
-    taken = len(state)
+    parts_left = [part.rstrip(".") for part in left]
+    counts, origin = f"{len(state)} of {total}", ""
     if published:
-        unused = published.left | ({left[0].rstrip("."): total - taken} if taken < total else {})
-        taken, total = (number - total + len(published.tensors) for number in (taken, total))
-        total += sum(published.left.values())
-        dropped = ", ".join(f"{part} ({number})" for part, number in unused.items()) or "nothing"
-        norm = getattr(first_convolution(encoder)[1], "norm", "none")
-        origin = f", a {published.layout.name} ({published.settings['encoder']}), without {dropped}; images "
-        origin += "not normalised" if norm == "none" else f"normalised as {norm}"
-    text = "Loaded %d of %d tensors of %s%s; parts left as they were: %s."
-    logger.info(text, taken, total, path, origin, parts_left)
+        counts, origin = _said_of(published, encoder, total - len(state), parts_left)
+    text = "Loaded %s tensors of %s%s; parts left as they were: %s."
+    logger.info(text, counts, path, origin, ", ".join(parts_left) or "none")
     return network
+
+
+def _said_of(published: Published, encoder: nn.Module, dropped: int, parts_left: list[str]) -> tuple[str, str]:
+    """How many tensors of a file were taken, and what it is; `dropped` ones are of a part that the network keeps."""
+    taken, unused = len(published.tensors) - dropped, dict(published.left)
+    if dropped:
+        unused[parts_left[0]] = dropped
+    left = ", ".join(f"{part} ({number})" for part, number in unused.items()) or "nothing"
+    norm = getattr(first_convolution(encoder)[1], "norm", "none")
+    images = "not normalised" if norm == "none" else f"normalised as {norm}"
+    origin = f", a {published.layout.name} ({published.settings['encoder']}), without {left}; images {images}"
+    return f"{taken} of {taken + sum(unused.values())}", origin
 
 
 def refuse_bad_mode(mode: str, pretrained: str | None) -> None:

@@ -204,7 +204,8 @@ def test_the_page_has_a_line_for_every_structure_and_the_cases(tmp_path: Path) -
     subjects = zip("abc", "ABA", scores, strict=True)
     cases = [CaseScores(f"/data/{name}.nii.gz", subject, each) for name, subject, each in subjects]
     pictures, path, notes = {case.case: b"png" for case in cases}, tmp_path / "new" / "report.html", ["Within 2 mm."]
-    write_segmentation_report(path, cases, summarize(cases, 20), pictures, CLASSES, {"split": "test"}, notes)
+    given = {"split": "test", "date": "2026-11-28"}
+    write_segmentation_report(path, cases, summarize(cases, 20), pictures, CLASSES, given, notes)
     page = Page(path)
     headings = ["Structure", "Subjects", "Dice", "HD95 (mm)", "Surface Dice", "Missed", "False positives"]
     assert page.of("th") == headings
