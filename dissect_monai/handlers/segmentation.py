@@ -130,7 +130,8 @@ class SegmentationEvaluation:
         engine.state.metrics |= summary_metrics(summaries)
         count = summaries[0].n
         subjects = f"{count} subjects" if count > 1 else "1 subject, too few for an interval"
-        text = f"{with_interval('mean Dice', summaries[0].dice)} of {len(summaries) - 1 - len(unlabelled)} structures"
+        number = len(summaries) - 1 - len(unlabelled)
+        text = f"{with_interval('mean Dice', summaries[0].dice)} of {number} structure{'s' * (number != 1)}"
         text += f" in {subjects}" + ("" if self.output_dir else f", on validation, epoch {engine.state.epoch}")
         report = [] if self.facts is None else ["report.html"]
         nothing = "nothing could be scored, since no label map has a structure"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METRICS = Overlap._fields
 PLANES = "Three planes of the image: predictions filled, labels outlined, in the colours of the table."
-SIDE_BY_SIDE = PLANES.replace("Three planes of the image", "The picture, and with its structures")
+SIDE_BY_SIDE = PLANES.replace("Three planes of the image", "The picture alone, and with its structures")
 MEAN = "mean"  # what the line of the mean over structures is called
 HEADINGS = ("Structure", "Subjects", "Dice", "HD95", "Surface Dice", "Missed", "False positives")
 SEGMENTATION_LIMITS = (
@@ -220,8 +220,8 @@ def write_segmentation_report(
         shown.append(
             Case(f"{rank.capitalize()}: {item_name(index, subjects, kind)}", picture, {**place, **_facts(case)})
         )
-    if only_pictures := all(map(_is_picture, cases)):
-        facts = {"pictures" if name == "volumes" else name: value for name, value in facts.items()}
+    if only_pictures := all(map(_is_picture, cases)):  # which are not resampled to a spacing
+        facts = {"pictures" if name == "volumes" else name: facts[name] for name in facts if name != "pixdim"}
     facts = {"mean Dice": summaries[0].dice, **facts}
     title, heading = "Evaluation of the segmentation", "Cases by their mean Dice"
     units = " or ".join(sorted({"pixels" if case.in_pixels else "mm" for case in cases}))
