@@ -68,7 +68,7 @@ SALIENCY = "Saliency shows what moved the output, not where a finding is or why 
 NO_SALIENCY = "No saliency: nothing raised the output."
 NO_STAGES = "No saliency: the stages of this network are not known."
 CAPTIONS = (
-    "ROC on the test split, in the lines of the table: as the threshold falls, the share of positives that are found "
+    "ROC on the test split, lines as in the table: as the threshold falls, the share of positives that are found "
     "against the share of negatives that are called positive; the dotted diagonal is guessing.",
     "Reliability: how often a finding is there among the labels that were given about the same probability; on the "
     "diagonal, probabilities are frequencies.",
