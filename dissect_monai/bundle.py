@@ -65,6 +65,7 @@ from dissect_monai.knobs import (
     RULES,
     SETTINGS,
     SIZES,
+    WORKED_OUT,
     check_knobs,
     is_disabled,
     refuse_component,
@@ -97,8 +98,10 @@ TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "track
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
-def begin(seed: int | None = None) -> None:
+def begin() -> None:
     """First step of a run: errors and ends in one line, MLflow's handlers completed, every knob checked, torch seeded.
+
+    It takes no argument, since what MONAI evaluates for one fails before this can say so in a line.
 
     What processes that are dead have left in the folder for temporary files is removed.
 
@@ -126,8 +129,8 @@ def begin(seed: int | None = None) -> None:
             _keep_as_typed(workflow.parser, overrides)
         _drop_unknown_arguments(workflow.parser)
         check_knobs(workflow.parser)
-    if seed is not None:
-        torch.manual_seed(seed)
+        if "seed" in workflow.parser:
+            torch.manual_seed(workflow.parser.get_parsed_content("seed"))
 
 
 def _is_command_line() -> bool:
@@ -225,6 +228,11 @@ def refuse_unknown_overrides(config_file: Any, overrides: Mapping[str, Any]) -> 
         if name in parser and is_disabled(parser[name]):
             files = " and ".join(Path(file).name for file in ensure_tuple(config_file))
             raise InputError(f"--{identifier} has no meaning with {files}: leave it out.")
+        if name in WORKED_OUT and str(parser.get(name))[:1] in ("$", "@"):
+            raise InputError(
+                f"--{identifier} follows from the data, the weights and other arguments, and cannot be given: leave it "
+                "out."
+            )
         arguments = [] if name in parser else _arguments(parser, name.rpartition("::")[0])
         if name not in parser and name not in arguments:
             parent, separator, last = name.rpartition("::")

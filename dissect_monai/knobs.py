@@ -129,8 +129,9 @@ _RULES: list[tuple[Rule, str, str]] = [
     (_whole(0), "deep_supervision dense_level freeze_epochs warmup_epochs", ""),
     (_whole(0, 2**32 - 1), "seed split_seed", "patches_seed"),
     (_whole(0, 1024), "", "num_workers"),
-    (_whole(1), "batch_size embedding_dim hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
+    (_whole(1), "batch_size hidden_dim iterations_per_epoch mask_size schedule_epochs", ""),
     (_whole(1), "num_samples patches_per_volume", "ckpt_interval log_interval max_epochs patience val_interval"),
+    (_whole(2), "embedding_dim", ""),
     (EMBEDDINGS, "num_embeddings", ""),
     (_whole(16, 4096), "image_size", ""),
     (_optional(_whole(1, 1024)), "in_channels", ""),
@@ -177,20 +178,14 @@ _RULES: list[tuple[Rule, str, str]] = [
 RULES = {name: rule for rule, settings, others in _RULES for name in f"{settings} {others}".split()}
 SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 
-# Of keys that a config works out from others, where they are given as they are.
-_DERIVED: list[tuple[Rule, str]] = [
-    (SWITCH, "is_3d is_probe on_cuda smoke"),
-    (_whole(0), "rank"),
-    (_whole(1), "num_classes num_groups num_iterations num_tasks world_size"),
-    (_whole(1, 1024), "num_channels"),
-    (_list_of(_whole(1, 4096), 3), "crop_size"),
-    (_list_of(TEXT), "class_names group_names label_names task_names"),
-    (_optional(PER_FOLDER), "default_modality"),
-    (PATH, "ckpt_dir log_dir model_path phantoms"),
-    (OPTIONAL_PATH, "start_from"),
-    (PATHS, "data_dir"),
-]
-DERIVED = {name: rule for rule, names in _DERIVED for name in names.split()}
+# Of paths that a config works out from others, where they are given as they are.
+DERIVED = {**dict.fromkeys(("ckpt_dir", "log_dir", "model_path", "phantoms"), PATH), "data_dir": PATHS}
+
+# What the command line cannot change where a config works it out from the data, the weights or other knobs.
+WORKED_OUT = {
+    "class_names", "crop_size", "default_modality", "group_names", "is_3d", "is_probe", "label_names", "num_channels",
+    "num_classes", "num_groups", "num_iterations", "num_tasks", "on_cuda", "smoke", "start_from", "task_names",
+}  # fmt: skip
 
 PATH_KNOBS = {name for name, rule in (RULES | DERIVED).items() if rule in (PATH, OPTIONAL_PATH)}
 
@@ -260,7 +255,6 @@ def check_knobs(parser: ConfigParser) -> None:
     config = parser.config or {}  # nobody asks it for a name that is near, as `name in parser` does
     knobs = [name for name in RULES if name in config and not _is_component(config[name])]
     known = {name: str(config[name]) for name in DERIVED if name in config}
-    known = {name: text for name, text in known.items() if not text.startswith("$dist.")}  # when processes have met
     knobs += [name for name, text in known.items() if "@" not in text or text[1:] in RULES]
     # First those that are given as they are, on which others depend.
     for name in sorted(knobs, key=lambda name: str(config[name])[:1] in ("$", "@")):
@@ -296,9 +290,12 @@ def _is_component(knob: Any) -> bool:
 
 
 def refuse_component(name: str, was: Any, value: Any) -> None:
-    """Refuse a component, or what switches one, as the value of a plain knob: it would be held to no rule."""
-    is_plain = name in RULES.keys() | DERIVED.keys() and not _is_component(was)
-    if is_plain and isinstance(value, Mapping) and any(str(key).startswith("_") for key in value):
+    """Refuse a component, or what switches one, as the value of a knob: it would be held to no rule.
+
+    A knob that a component finds may get another component.
+    """
+    is_component = isinstance(value, Mapping) and any(str(key).startswith("_") for key in value)
+    if name in RULES.keys() | DERIVED.keys() and is_component and not (_is_component(was) and _is_component(value)):
         raise InputError(f"--{name} takes no component, got {_shown(value)}.")
 
 

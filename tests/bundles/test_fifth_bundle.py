@@ -78,7 +78,7 @@ TRAIN = {
             "val_handlers": [{"_target_": "dissect_monai.ClassificationMetrics", "label_names": "@findings"}],
         },
     },
-    "initialize": ["$dissect_monai.begin(@seed)"],
+    "initialize": ["$dissect_monai.begin()"],
     "run": [
         "$dissect_monai.check_training(False, @dataset_dir, @output_dir, @resume_from, @datalist, @batch_size)",
         "$@train#trainer.run()",
