@@ -178,8 +178,11 @@ _RULES: list[tuple[Rule, str, str]] = [
 RULES = {name: rule for rule, settings, others in _RULES for name in f"{settings} {others}".split()}
 SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 
-# Of paths that a config works out from others, where they are given as they are.
-DERIVED = {**dict.fromkeys(("ckpt_dir", "log_dir", "model_path", "phantoms"), PATH), "data_dir": PATHS}
+# Of keys that a config has in other forms, where they are given as they are.
+DERIVED = {
+    **dict.fromkeys(("ckpt_dir", "log_dir", "model_path", "phantoms"), PATH),
+    "data_dir": PATHS, "rank": _whole(0), "world_size": _whole(1),
+}  # fmt: skip
 
 # What the command line cannot change where a config works it out from the data, the weights or other knobs.
 WORKED_OUT = {
@@ -255,6 +258,7 @@ def check_knobs(parser: ConfigParser) -> None:
     config = parser.config or {}  # nobody asks it for a name that is near, as `name in parser` does
     knobs = [name for name in RULES if name in config and not _is_component(config[name])]
     known = {name: str(config[name]) for name in DERIVED if name in config}
+    known = {name: text for name, text in known.items() if not text.startswith("$dist.")}  # when processes have met
     knobs += [name for name, text in known.items() if "@" not in text or text[1:] in RULES]
     # First those that are given as they are, on which others depend.
     for name in sorted(knobs, key=lambda name: str(config[name])[:1] in ("$", "@")):

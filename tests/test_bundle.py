@@ -197,9 +197,9 @@ def test_a_bad_value_is_refused_with_the_name_of_the_knob(name: str, value: Any)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("log_dir", 5), ("ckpt_dir", ""), ("data_dir", None), ("phantoms", "$1 / 0")]
+    ("name", "value"), [("log_dir", 5), ("ckpt_dir", ""), ("data_dir", None), ("phantoms", "$1 / 0"), ("rank", -1)]
 )
-def test_a_path_that_others_make_is_held_to_a_rule_where_it_is_given(name: str, value: Any) -> None:
+def test_a_key_that_others_make_is_held_to_a_rule_where_it_is_given(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"^--{name} must be .*, got"):
         check_knobs(ConfigParser({name: value}))
     check_knobs(ConfigParser({name: "$@seed / 0", "seed": 1}))  # which is worked out when it is needed
