@@ -149,7 +149,7 @@ _RULES: list[tuple[Rule, str, str]] = [
     (FRACTION, "decay validation_fraction", "overlap"),
     (_list_of(_whole(1)), "blocks_down blocks_up stages", ""),
     (_list_of(_whole(8, 4096), 2, 3), "patch_size", ""),
-    (_list_of(_number(" over 0", lambda value: value > 0), 2, 3), "pixdim", ""),
+    (_list_of(_number(" over 0 and at most 1000", lambda value: 0 < value <= 1000), 2, 3), "pixdim", ""),
     (PATH, "", "bundle_root output_dir"),
     (OPTIONAL_PATH, "", "cache_dir calibration pretrained resume_from"),
     (_optional(PATHS), "", "dataset_dir"),
@@ -181,7 +181,7 @@ SETTINGS = {name for _, settings, _ in _RULES for name in settings.split()}
 # Of keys that a config has in other forms, where they are given as they are.
 DERIVED = {
     **dict.fromkeys(("ckpt_dir", "log_dir", "model_path", "phantoms"), PATH),
-    "data_dir": PATHS, "rank": _whole(0), "world_size": _whole(1),
+    "data_dir": PATHS, "num_channels": _whole(1, 1024), "rank": _whole(0), "world_size": _whole(1),
 }  # fmt: skip
 
 # What the command line cannot change where a config works it out from the data, the weights or other knobs.
