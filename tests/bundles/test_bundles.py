@@ -384,7 +384,7 @@ def test_an_epoch_of_the_first_command_runs_with_the_default_network_and_voxels(
     name: str, recipe_of: Recipes, tmp_path: Path
 ) -> None:
     config, few = ROOT / "bundles" / name / "configs" / "train.json", recipe_of(name).knobs["dataset_dir"]
-    short = {"iterations_per_epoch": 6} if "iterations_per_epoch" in read(config) else {}
+    short = {"iterations_per_epoch": 6} if "iterations_per_epoch" in read(config) else {"batch_size": 8}
     result = command_line(config, output_dir=tmp_path, data_dir=few, max_epochs=1, val_interval=1, **short)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
