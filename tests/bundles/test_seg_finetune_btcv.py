@@ -44,6 +44,9 @@ CONFIGS = ROOT / "bundles" / "seg_finetune_btcv" / "configs"
 TINY = tiny_knobs("seg_finetune_btcv")
 SMALL = {"pixdim": [3, 3, 3]}  # for the volumes of `write_set`
 FROZEN = {"learning_rate": 1e-12, "weight_decay": 0}
+LEARNS = {  # to see two structures; it validates once, as pictures take longer than an epoch
+    "max_epochs": 3, "val_interval": 3, "iterations_per_epoch": 16, "learning_rate": 0.004, "select": "last",
+}  # fmt: skip
 Weights = dict[str, torch.Tensor]
 
 
@@ -69,8 +72,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_blocks(blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run that sees both structures."""
     output_dir = tmp_path_factory.mktemp("on_blocks")
-    knobs = {"max_epochs": 3, "iterations_per_epoch": 16, "batch_size": 4, "learning_rate": 0.004, "select": "last"}
-    train(blocks, output_dir, **SMALL, **knobs)
+    train(blocks, output_dir, **SMALL, **LEARNS, batch_size=4)
     return output_dir
 
 
@@ -289,7 +291,8 @@ def test_weights_of_hssl_start_all_but_the_last_layer(hssl: Path, organs: Path, 
 
 def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: Path, tmp_path: Path) -> None:
     vq_ssl = recipe_of("pretrain_vq_ssl_volumes")  # an encoder alone
-    finetune(organs, tmp_path, vq_ssl.model, freeze_epochs=1, max_epochs=2, weight_decay=0.1, select="last")
+    two = {"freeze_epochs": 1, "max_epochs": 2, "val_interval": 2, "weight_decay": 0.1, "select": "last"}
+    finetune(organs, tmp_path, vq_ssl.model, **two)
     first, second = (checkpoint(tmp_path, epoch)["network"] for epoch in (1, 2))
     assert same(part(first, SEGRESNET_ENCODER), weights(vq_ssl.finished))
     assert not same(part(first, "up_layers."), part(second, "up_layers."))
@@ -298,7 +301,8 @@ def test_the_encoder_is_frozen_for_the_first_epochs(recipe_of: Recipes, organs: 
 
 def test_weights_of_xrays_start_a_segmentation_of_slices(recipe_of: Recipes, organs: Path, tmp_path: Path) -> None:
     model_2d, flat = recipe_of("pretrain_vq_ssl").model, {"pixdim": [12, 12], "patch_size": [16, 16]}
-    out, two = tmp_path / "out", {"freeze_epochs": 1, "max_epochs": 2, "select": "last", "structures": ["liver"]}
+    out, two = tmp_path / "out", {"freeze_epochs": 1, "max_epochs": 2, "val_interval": 2, "select": "last"}
+    two["structures"] = ["liver"]
     finetune(organs, out, model_2d, **flat, **two)
     assert {key: settings(out)[key] for key in ("encoder", "spatial_dims")} == {
         "encoder": "resnet10",
@@ -333,8 +337,7 @@ def test_a_resnet_that_volumes_have_pretrained_starts_a_segmentation(
 
 SAGITTAL = [[0, 0, -7], [3, 0, 0], [0, -3, 0]]  # array axes to the front, to the feet, to the left
 SLICES = {
-    "spatial_dims": 2, "pixdim": [3, 3], "patch_size": [16, 16], "max_epochs": 3, "iterations_per_epoch": 16,
-    "batch_size": 8, "learning_rate": 0.004, "select": "last", "deep_supervision": 1,
+    **LEARNS, "spatial_dims": 2, "pixdim": [3, 3], "patch_size": [16, 16], "batch_size": 8, "deep_supervision": 1,
 }  # fmt: skip
 
 
