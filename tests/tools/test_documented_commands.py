@@ -189,8 +189,10 @@ def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: P
         "/tmp/lungs": str(bundle / "lungs"),
         "DIR": data,
         "FOLDER_OR_FILE": f"{data}/images",
-        "0.05": "0.5",
-    }  # of few subjects
+        "0.05": "0.5",  # of few subjects
+        "128": "32",  # pixels
+        "25": "5",  # iterations
+    }
     if "--pretrained" in command.words:
         places["PRE/models/model.pt"] = str(recipe_of(DATA[command.bundle]).model)
     return [places.get(word, word) for word in command.words]
