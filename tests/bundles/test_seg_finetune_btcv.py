@@ -82,8 +82,8 @@ def train(dataset_dir: Any, output_dir: Path, **knobs: Any) -> None:
 
 
 def evaluate(dataset_dir: Any, output_dir: Path, **knobs: Any) -> list[dict[str, str]]:
-    shared = {"dataset_dir": dataset_dir, "output_dir": output_dir, "num_workers": 0, "num_samples": 20, "amp": False}
-    run_config(CONFIGS / "evaluate.json", **{**shared, **knobs})
+    shared = {"dataset_dir": dataset_dir, "output_dir": output_dir, "num_workers": 0, "amp": False}
+    run_config(CONFIGS / "evaluate.json", **{**shared, "num_samples": 20, "report": False, **knobs})
     return table(output_dir / "eval" / "cases.csv")
 
 
@@ -362,7 +362,7 @@ def test_a_2d_network_segments_volumes_slice_by_slice_on_their_own_grid(
     assert {name: settings(on_slices)[name] for name in ("spatial_dims", "slice_axis", "pixdim", "patch_size")} == {
         "spatial_dims": 2, "slice_axis": "auto", "pixdim": [3, 3], "patch_size": [16, 16],
     }  # fmt: skip
-    cases = evaluate(sagittal, tmp_path, pretrained=model(on_slices))
+    cases = evaluate(sagittal, tmp_path, pretrained=model(on_slices), report=True)
     assert (tmp_path / "eval" / "report.html").is_file()
     assert len(cases) == 2 * len(read_segmentation(sagittal).validation)
     maps = segment(sagittal, tmp_path, pretrained=model(on_slices))
@@ -424,7 +424,7 @@ def scored_subjects(dataset_dir: Path, cases: list[dict[str, str]]) -> list[str]
 def test_evaluation_writes_tables_metrics_and_a_report_and_nothing_else(
     trained: Path, organs: Path, tmp_path: Path
 ) -> None:
-    cases = evaluate(organs, tmp_path, pretrained=model(trained))
+    cases = evaluate(organs, tmp_path, pretrained=model(trained), report=True)
     assert [path.name for path in tmp_path.iterdir()] == ["eval"]
     written = {"cases.csv", "summary.csv", "metrics.csv", "report.html"}
     assert {path.name for path in (tmp_path / "eval").iterdir()} == written
@@ -444,7 +444,7 @@ def test_evaluation_decodes_each_volume_once_but_for_the_pictures(
 ) -> None:
     decoded, decode = [], ImageFileReader.get_data
     monkeypatch.setattr(ImageFileReader, "get_data", lambda self, path: decoded.append(str(path)) or decode(self, path))
-    evaluate(organs, tmp_path, pretrained=model(trained), report=False)
+    evaluate(organs, tmp_path, pretrained=model(trained))
     test = [item["image"] for item in read_segmentation(organs).test]
     assert sorted({*test} & {*decoded}) == sorted(path for path in decoded if path in test) == sorted(test)
 
@@ -474,7 +474,7 @@ def test_scores_are_those_of_the_label_maps(on_blocks: Path, blocks: Path, tmp_p
 
 def test_optimism_is_noted(trained: Path, organs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     untested = edited(organs, tmp_path, test=None)
-    cases = evaluate(untested, tmp_path / "best", pretrained=model(trained))
+    cases = evaluate(untested, tmp_path / "best", pretrained=model(trained), report=True)
     assert {*scored_subjects(untested, cases)} == {f"abdomen_ct_validation_00{index}" for index in (0, 1)}
     note = "The weights were chosen on these very subjects, so that the scores are optimistic"
     assert note in capsys.readouterr().out
@@ -490,9 +490,7 @@ def test_how_label_maps_are_stored_changes_nothing(
         floats = nib.Nifti1Image(np.asarray(label.dataobj).astype(np.float32), label.affine)
         nib.save(floats.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])), path)
     assert same(run_state(folder, tmp_path / "out"), plain)
-    first, second = (
-        evaluate(each, tmp_path / each.name, pretrained=model(on_blocks), report=False) for each in (blocks, folder)
-    )
+    first, second = (evaluate(each, tmp_path / each.name, pretrained=model(on_blocks)) for each in (blocks, folder))
     assert [row["dice"] for row in first] == [row["dice"] for row in second]
 
 
