@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.figure  # noqa: F401
 import monai.bundle  # noqa: F401
 import sklearn.linear_model  # noqa: F401
+import torch._dynamo  # which the optimisers import
 import torch.utils.tensorboard  # noqa: F401
 
 import dissect_monai  # noqa: F401

@@ -32,6 +32,7 @@ import matplotlib.figure  # noqa: F401
 import monai.bundle.__main__
 import monai.engines
 import sklearn.linear_model  # noqa: F401
+import torch._dynamo  # which the optimisers import
 import torch.utils.tensorboard  # noqa: F401
 from helpers import BUNDLES, RECIPES, TASKS, read, tiny_knobs
 

@@ -35,7 +35,7 @@ from helpers import (
     weights,
     write,
 )
-from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, run
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export
 from monai.utils import ensure_tuple
 
 import dissect_monai
@@ -170,26 +170,18 @@ def test_an_epoch_and_one_more_are_bit_for_bit_two(recipe: Recipe, tmp_path: Pat
 
 
 def test_cache_loaders_and_compiler_do_not_change_the_weights(recipe: Recipe, tmp_path: Path) -> None:
-    knobs = {"compile": True, "train#trainer#compile_kwargs": {"backend": "eager"}, "num_workers": 2}
-    recipe.train(tmp_path, max_epochs=1, schedule_epochs=2, cache_dir="$@output_dir + '/cache'", **knobs)
-    assert list((tmp_path / "cache").iterdir())
-    assert same(checkpoint(tmp_path, 1)["network"], checkpoint(recipe.finished, 1)["network"])
-    assert weights(tmp_path).keys() == weights(recipe.finished).keys()
-
-
-@every_bundle
-def test_a_cache_serves_training_validation_and_evaluation_twice(
-    bundle: Path, recipe_of: Recipes, tmp_path: Path
-) -> None:
-    recipe, found = recipe_of(bundle.name), []
-    cache = {"cache_dir": tmp_path / "cache"}
-    for attempt in ("first", "second"):
-        recipe.train(tmp_path / attempt, **cache)
-        if "cache_dir" in read(bundle / "configs" / "evaluate.json"):
-            recipe.run("evaluate", tmp_path / attempt, num_samples=2, **cache)
-        found.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()})
-    assert found[0] == found[1]
-    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    compiled = {"compile": True, "train#trainer#compile_kwargs": {"backend": "eager"}, "num_workers": 2}
+    evaluated = len(recipe.configs) == 1 and "cache_dir" in read(recipe.bundle / "configs" / "evaluate.json")
+    cache, found = tmp_path / "cache", []
+    for name, knobs in (("first", compiled), ("second", {})):
+        out = tmp_path / name
+        recipe.train(out, max_epochs=1, schedule_epochs=2, cache_dir=cache, **knobs)
+        assert same(checkpoint(out, 1)["network"], checkpoint(recipe.finished, 1)["network"])
+        assert weights(out).keys() == weights(recipe.finished).keys()
+        if evaluated:
+            recipe.run("evaluate", out, num_samples=2, cache_dir=cache)
+        found.append({path: path.stat().st_mtime_ns for path in cache.iterdir()})
+    assert found[0] == found[1] != {}  # the second has found all images in the cache
 
 
 @pytest.mark.parametrize(
@@ -222,17 +214,11 @@ def test_refuses_to_go_on_with_another_run(recipe: Recipe, tmp_path: Path) -> No
     shutil.copytree(recipe.finished, tmp_path, dirs_exist_ok=True)
     with refused(r"holds the checkpoints of another run: go on with it \(`--resume` true\)"):
         recipe.train(tmp_path)
-    for knobs, message in (
-        ({"max_epochs": 3}, r"of a run with schedule_epochs 2 \(now 3\)"),
-        ({"max_epochs": 2, "seed": 9, "learning_rate": 0.5}, r"seed 0 \(now 9\).*learning_rate 0\.01 \(now 0\.5\)"),
-    ):
-        with refused(message):
-            recipe.train(tmp_path, resume=True, **knobs)
+    with refused(r"seed 0 \(now 9\).*learning_rate 0\.01 \(now 0\.5\)"):
+        recipe.train(tmp_path, resume=True, max_epochs=2, seed=9, learning_rate=0.5)
     other = {"train#sampler#seed": 5} if "pixdim" in recipe.knobs else {"train#augment#rotation": 77}
     with refused(rf"of a run with {next(iter(other))} .* \(now {next(iter(other.values()))}\)"):
         recipe.train(tmp_path, resume=True, max_epochs=2, **other)
-    with refused(r"of a run with amp False \(now True\)"):
-        recipe.train(tmp_path, resume=True, max_epochs=2, amp=True)
     newest = tmp_path / "checkpoints" / "checkpoint_epoch=2.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     with refused(r"checkpoint_epoch=2\.pt cannot be loaded, .* give an older one as .*resume_from"):
@@ -263,7 +249,8 @@ def test_a_finished_run_is_extended_as_its_refusal_says_and_restores_its_weights
     recipe.train(tmp_path, resume=True, max_epochs=2, num_workers=1, val_interval=2)
     assert same(weights(tmp_path), weights(recipe.finished))
     assert settings(tmp_path) == settings(recipe.finished)
-    with refused(r"To train longer, add --schedule_epochs 3, over which the learning rate is laid out then"):
+    longer = r"To train longer, add --schedule_epochs 3, over which the learning rate is laid out then"
+    with refused(rf"of a run with schedule_epochs 2 \(now 3\): .* {longer}"):
         recipe.train(tmp_path, resume=True, max_epochs=3)
     recipe.train(tmp_path, resume=True, max_epochs=3, schedule_epochs=3)
     assert names(tmp_path / "checkpoints") == [f"checkpoint_epoch={epoch}.pt" for epoch in (2, 3)]
@@ -317,20 +304,14 @@ def test_no_phantom_gets_into_a_folder_with_results_of_real_images(
     shutil.copytree(recipe_of(bundle.name).finished, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for config in ("train", "evaluate", "inference"):
-        path, knobs = str(bundle / "configs" / f"{config}.json"), {"output_dir": str(tmp_path), "num_workers": 0}
-        for start in (run_config, lambda config, **knobs: run(config_file=config, **knobs)):
-            with refused(
-                r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_d"
-            ):
-                start(path, **knobs)
+        with refused(r"model\.pt must be weights that were trained on phantoms .*: give `--dataset_dir`, .*output_d"):
+            run_config(bundle / "configs" / f"{config}.json", output_dir=tmp_path, num_workers=0)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("knob", "message"),
     [
-        ({"train#trainer#max_epoch": 3}, "max_epochs"),
-        ({"resume": True}, "checkpoint"),
         ({"pretrained": "nowhere.pt"}, r"no weights at .*nowhere\.pt"),
         ({"warmup_epochs": 1}, "`--warmup_epochs` must be fewer than the 1 of the schedule, got 1"),
     ],
@@ -342,27 +323,23 @@ def test_refuses_bad_knobs_before_training(recipe: Recipe, tmp_path: Path, knob:
     assert not (tmp_path / "out" / "models").exists()
 
 
-def test_what_cannot_be_written_or_found_ends_with_one_line_and_a_status(recipe: Recipe, tmp_path: Path) -> None:
+def test_what_cannot_be_written_or_found_is_refused_and_leaves_nothing(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with refused("`--output_dir` must be a folder that can be written, got .*file"):
         recipe.train(tmp_path / "file")
-    result = command_line(recipe.configs, dataset_dir=tmp_path / "nowhere", output_dir=tmp_path / "out")
-    assert result.returncode == 1
-    assert re.match("error: .*nowhere", result.stderr.splitlines()[-1])
-    assert "Traceback" not in result.stderr
+    with refused("nowhere"):
+        recipe.train(tmp_path / "out", dataset_dir=tmp_path / "nowhere")
     assert names(tmp_path) == ["file"]
 
 
 @every_bundle
 def test_nothing_is_said_of_images_and_nothing_left_before_an_error(
-    bundle: Path, recipe_of: Recipes, tmp_path: Path
+    bundle: Path, recipe_of: Recipes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(recipe_of(bundle.name).model.parent, tmp_path / "models")
-    knobs = {"dataset_dir": tmp_path / "nowhere", "output_dir": tmp_path}
-    result = command_line(bundle / "configs" / "inference.json", **knobs)
-    assert result.returncode == 1
-    assert "Using the images" not in result.stdout
-    assert re.findall("^error: .*", result.stderr, re.MULTILINE) == result.stderr.splitlines()[-1:]
+    with refused("nowhere"):
+        run_config(bundle / "configs" / "inference.json", dataset_dir=tmp_path / "nowhere", output_dir=tmp_path)
+    assert "Using the images" not in "".join(capfd.readouterr())
     assert names(tmp_path) == ["models"]
 
 
@@ -391,12 +368,9 @@ def test_inference_names_what_it_cannot_read_and_does_the_rest(
 ) -> None:
     recipe = recipe_of(bundle.name)
     (folder, *_), broken = copied_data(recipe, tmp_path / "set")
-    knobs = {"dataset_dir": Path(folder) / "images", "output_dir": tmp_path / "out", "num_workers": 0}
-    result = command_line(bundle / "configs" / "inference.json", pretrained=recipe.model, **knobs)
-    assert result.returncode == 1
     count = len(names(Path(folder) / "images"))
-    assert result.stderr.splitlines()[-1].startswith(f"error: 1 of {count} images could not be read: ")
-    assert "Traceback" not in result.stderr
+    with refused(f"^1 of {count} images could not be read: "):
+        recipe.run("inference", tmp_path / "out", dataset_dir=Path(folder) / "images")
     (path,) = (tmp_path / "out" / "eval").rglob("*.csv")
     rows = table(path)
     assert [row["image"] for row in rows if row["error"]] == [str(broken)]
@@ -406,10 +380,12 @@ def test_inference_names_what_it_cannot_read_and_does_the_rest(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({bundle.name for bundle in BUNDLES} - {"pretrain_vq_ssl"}))  # whose tests do
-def test_an_epoch_of_the_first_command_runs_with_the_default_network_and_voxels(name: str, tmp_path: Path) -> None:
-    config = ROOT / "bundles" / name / "configs" / "train.json"
-    short = {"iterations_per_epoch": 6} if "iterations_per_epoch" in read(config) else {}
-    result = command_line(config, output_dir=tmp_path, max_epochs=1, val_interval=1, **short)
+def test_an_epoch_of_the_first_command_runs_with_the_default_network_and_voxels(
+    name: str, recipe_of: Recipes, tmp_path: Path
+) -> None:
+    config, few = ROOT / "bundles" / name / "configs" / "train.json", recipe_of(name).knobs["dataset_dir"]
+    short = {"iterations_per_epoch": 6} if "iterations_per_epoch" in read(config) else {"batch_size": 8}
+    result = command_line(config, output_dir=tmp_path, data_dir=few, max_epochs=1, val_interval=1, **short)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Smoke run on generated phantoms" in result.stdout + result.stderr
     assert "resuming from iteration 0" not in result.stdout

@@ -1,8 +1,8 @@
 """Every encoder goes the whole way: pretraining, codes, probes, fine-tuning, Grad-CAM, export."""
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -83,17 +83,19 @@ def test_pretrains_resumes_and_is_probed_fine_tuned_and_explained(
     before, probed, tuned = weights(out), weights(tmp_path / "linear_probe"), weights(tmp_path / "finetune")
     assert same({key: probed[key] for key in before}, before)
     assert not same({key: tuned[key] for key in before}, before)
-    found = tmp_path / "finetune" / "models" / "model.pt"
-    cxr.run("inference", tmp_path / "explained", pretrained=found, overlays="top")
-    assert len(list((tmp_path / "explained").rglob("*.png"))) == len(
-        table(tmp_path / "explained" / "eval" / "probabilities.csv")
-    )
+    found, few = tmp_path / "finetune" / "models" / "model.pt", tmp_path / "few"
+    few.mkdir()
+    for path in sorted(Path(cxr.knobs["dataset_dir"], "images").iterdir())[:4]:
+        shutil.copy(path, few)
+    cxr.run("inference", tmp_path / "explained", pretrained=found, dataset_dir=few, overlays="top")
+    rows = table(tmp_path / "explained" / "eval" / "probabilities.csv")
+    assert len(list((tmp_path / "explained").rglob("*.png"))) == len(rows) == 4
 
 
 @pytest.mark.parametrize("encoder", OTHERS)
 def test_grad_cam_finds_what_raises_the_logit(encoder: str) -> None:
     torch.manual_seed(0)
-    network, images = build_encoder(encoder, num_classes=2).eval(), torch.rand(2, 1, 128, 128)
+    network, images = build_encoder(encoder, num_classes=2).eval(), torch.rand(2, 1, 64, 64)
     stock = deepcopy(network.state_dict())
     maps = saliency_maps(network, images, 1)
     assert maps.shape == images.shape
@@ -117,7 +119,7 @@ def test_the_learning_rate_falls_with_the_depth(encoder: str) -> None:
 @pytest.mark.parametrize(
     ("encoder", "dims", "segments"),
     [
-        *(pytest.param(encoder, 2, False, id=encoder) for encoder in ("resnet10", *OTHERS)),
+        *(pytest.param(encoder, 2, False, id=encoder) for encoder in OTHERS),
         pytest.param("resnet10", 2, True, id="with a decoder"),
         pytest.param("swin", 3, False, id="swin in 3-D", marks=pytest.mark.long),
     ],
@@ -197,21 +199,9 @@ def test_a_classifier_of_ones_own_is_evaluated_without_saliency(
         export_weights(str(model), str(tmp_path / "out.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"encoder": "densenet"}, rf"`--encoder` must be one of {', '.join(ENCODERS)}, got 'densenet'"),
-        (
-            {"encoder": "densenet121", "image_size": 24},
-            "`--image_size` must be at least 32 with `--encoder` densenet121",
-        ),
-    ],
-)
-def test_refuses_bad_encoders_in_one_line(
-    recipe_of: Recipes, tmp_path: Path, knobs: dict[str, Any], message: str
-) -> None:
-    with refused(message):
-        recipe_of("pretrain_vq_ssl").train(tmp_path / "out", **knobs)
+def test_an_encoder_that_halves_more_often_than_the_image_can_be_is_refused(recipe_of: Recipes, tmp_path: Path) -> None:
+    with refused("`--image_size` must be at least 32 with `--encoder` densenet121"):
+        recipe_of("pretrain_vq_ssl").train(tmp_path / "out", encoder="densenet121", image_size=24)
     assert not (tmp_path / "out").exists()
 
 
@@ -219,5 +209,5 @@ def test_swin_says_that_it_needs_einops(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("dissect_monai.networks.encoders.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`encoder` swin needs einops: pip install einops"):
         build_encoder("swin")
-    with pytest.raises(ValueError, match=r"`encoder` must be one of resnet10, .* got 'vit'"):
+    with pytest.raises(ValueError, match=rf"`encoder` must be one of {', '.join(ENCODERS)}, got 'vit'"):
         build_encoder("vit")

@@ -22,7 +22,6 @@ from helpers import (
     table,
     tags_of,
     two_processes,
-    weights,
     write,
 )
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -62,11 +61,6 @@ def test_the_form_of_the_paper_is_an_override(bundle: Recipe, tmp_path: Path) ->
     run_config(files, **{**bundle.knobs, "output_dir": tmp_path})
     settings = read(tmp_path / "models" / "model.json")
     assert (settings["objective"], settings["fusion"], settings["reconstruction_weight"]) == ("byol", "attention", 1)
-
-
-def test_pretrained_weights_start_the_encoder(bundle: Recipe, tmp_path: Path) -> None:
-    bundle.train(tmp_path, pretrained=bundle.model, learning_rate=1e-12, weight_decay=0)
-    torch.testing.assert_close(weights(tmp_path)["conv1.weight"], weights(bundle.finished)["conv1.weight"])
 
 
 def test_runs_with_the_overrides_of_monai_label(bundle: Recipe, dataset_dir: Path, tmp_path: Path) -> None:

@@ -113,22 +113,24 @@ def test_volumes_leave_pictures_out(tmp_path: Path) -> None:
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
+MASKS: list[tuple[Any, str | None, Any, list[str]]] = [  # values, mode of the picture, labels and names
+    ((0, 300, 65535), None, {"a": 300, "b": 65535}, ["a", "b"]),
+    ((0, 255), "1", None, ["foreground"]),
+    ((0, 255), None, None, ["foreground"]),
+    ((0, 1), None, None, ["foreground"]),
+    ((0, 255), "RGB", None, ["foreground"]),
+    ((0, 255), "RGBA", {"1": "polyp"}, ["polyp"]),
+    ((0, 255), None, {"background": 0, "polyp": 1}, ["polyp"]),
+    ((0, 255), "1", {"255": "polyp"}, ["polyp"]),
+    ((0, 1, 2), None, None, ["class_1", "class_2"]),
+    ((0, 85, 170, 255), None, {"a": 85, "b": 170, "c": 255}, ["a", "b", "c"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("values", "mode", "labels", "names"),
-    [
-        ((0, 255), None, None, ["foreground"]),
-        ((0, 1), None, None, ["foreground"]),
-        ((0, 255), "1", None, ["foreground"]),
-        ((0, 255), "RGB", None, ["foreground"]),
-        ((0, 255), "RGBA", {"1": "polyp"}, ["polyp"]),
-        ((0, 255), None, {"background": 0, "polyp": 1}, ["polyp"]),
-        ((0, 255), "1", {"255": "polyp"}, ["polyp"]),
-        ((0, 1, 2), None, None, ["class_1", "class_2"]),
-        ((0, 85, 170, 255), None, {"a": 85, "b": 170, "c": 255}, ["a", "b", "c"]),
-        ((0, 300, 65535), None, {"a": 300, "b": 65535}, ["a", "b"]),
-    ],
+    ("values", "mode", "labels", "names", "suffix"),
+    [*((*case, "png") for case in MASKS), *((*case, "tif") for case in MASKS[:3])],
 )
-@pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_values_of_masks_are_classes(
     tmp_path: Path, values: Any, mode: str | None, labels: Any, names: list[str], suffix: str
 ) -> None:
@@ -155,8 +157,10 @@ def test_indices_of_a_palette_are_values_unless_colours_are_named(tmp_path: Path
     np.testing.assert_array_equal(classes(folder)[0], np.array([0, 2, 1])[rows])
 
 
-@pytest.mark.parametrize("key", ["colours", "colors"])
-@pytest.mark.parametrize("labels", [{}, {"labels": {"background": 0, "polyp": 1, "tool": 7}}])
+@pytest.mark.parametrize(
+    ("key", "labels"),
+    [("colours", {}), ("colors", {}), ("colours", {"labels": {"background": 0, "polyp": 1, "tool": 7}})],
+)
 def test_colours_are_classes_by_name(tmp_path: Path, key: str, labels: Any) -> None:
     folder = pairs(tmp_path, 2, ([255, 255, 255], RED, GREEN, [0, 0, 0]))
     listed(folder, **{key: {"background": [255, 255, 255], "polyp": RED, "tool": GREEN}}, **labels)

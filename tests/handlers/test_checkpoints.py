@@ -111,15 +111,6 @@ def test_refuses_a_checkpoint_of_another_version_by_its_name(tmp_path: Path, ver
         go(tmp_path, max_epochs=2, resume=True)
 
 
-def test_a_finished_run_that_goes_on_writes_its_weights(tmp_path: Path) -> None:
-    go(tmp_path, max_epochs=2)
-    model = tmp_path / "models" / "model.pt"
-    expected = torch.load(model)
-    model.unlink()
-    go(tmp_path, max_epochs=2, resume=True)
-    assert all(torch.equal(expected[key], value) for key, value in torch.load(model).items())
-
-
 def flip(path: Path) -> None:
     """A bit of a tensor."""
     content = bytearray(path.read_bytes())

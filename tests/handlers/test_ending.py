@@ -58,7 +58,6 @@ def ended(
 ITEM = {"image": "i", "label": [1.0], "origin": ("A", "s")}
 LABELLED = Datalist([ITEM], [ITEM], [ITEM])
 MAPS = Datalist([{"image": "i", "origin": ("A", "s")}, {"image": "i", "label": "l", "origin": ("B", "s")}], [ITEM], [])
-SEGMENTS = VOLUMES | {"class_names": ["liver"], "encoder": "SegResNet"}
 PRE, CLS, HSSL, SEG = (
     f"bundles/{name}/configs" for name in ("pretrain_vq_ssl", "cxr_classify", "hssl_multidomain", "seg_finetune_btcv")
 )
@@ -90,16 +89,10 @@ PRE, CLS, HSSL, SEG = (
          f"{CLS}/evaluate.json --pretrained bundles/cxr_classify/models/model.pt"),
         (f"{CLS}/evaluate.json", KNOWS, LABELLED, {"pretrained": "w/m.pt", "dataset_dir": "D", "output_dir": "O"},
          f"{CLS}/inference.json --dataset_dir D --output_dir O --pretrained w/m.pt"),
-        (f"{HSSL}/train.json", VOLUMES, MAPS, {"dataset_dir": "D", "output_dir": "O"},
-         f"{HSSL}/evaluate.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
         (f"{HSSL}/evaluate.json", VOLUMES, MAPS, {"dataset_dir": ["A", "B"], "output_dir": "O", "modality": "MR"},
          f"{SEG}/train.json --dataset_dir B --output_dir O/seg_finetune_btcv --pretrained O/models/model.pt"),
         (f"{HSSL}/evaluate.json", VOLUMES, Datalist([{"image": "i"}], [], []), {"dataset_dir": "D", "output_dir": "O"},
          f"{HSSL}/inference.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
-        (f"{SEG}/train.json", SEGMENTS, MAPS, {"dataset_dir": "D", "output_dir": "O"},
-         f"{SEG}/evaluate.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
-        (f"{SEG}/evaluate.json", SEGMENTS, MAPS, {"dataset_dir": "D", "output_dir": "O"},
-         f"{SEG}/inference.json --dataset_dir D --output_dir O --pretrained O/models/model.pt"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("standing")

@@ -2,6 +2,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,7 @@ every_network = pytest.mark.parametrize("name", list(FILES))
 # ---- in ----------------------------------------------------------------------------------------------------------
 
 
-@every_network
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("name", "suffix"), [*((name, ".pth") for name in FILES), ("resnet18", ".safetensors")])
 def test_a_published_network_gives_the_same_features_with_three_channels(
     name: str, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -441,9 +441,10 @@ def trained(folder: Path, name: str, **arguments: Any) -> tuple[nn.Module, Path]
     return network, folder / "model.pt"
 
 
-@pytest.mark.parametrize("norm_of", ["none", "imagenet"])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize(
+    ("name", "channels", "norm_of"),
+    [*product(["resnet18"], [1, 3], ["none", "imagenet"]), ("densenet121", 1, "imagenet")],
+)
 def test_exported_weights_give_the_same_features_elsewhere(
     name: str, channels: int, norm_of: str, tmp_path: Path
 ) -> None:

@@ -243,9 +243,9 @@ def test_other_segmentations_are_refused(tmp_path: Path, state: Any, settings: d
 # ---- encoders with a decoder -------------------------------------------------------------------------------------
 
 
-def with_decoder(seed: int, num_classes: int = CLASSES, spatial_dims: int = 2) -> EncoderDecoder:
+def with_decoder(seed: int) -> EncoderDecoder:
     torch.manual_seed(seed)
-    return EncoderDecoder(small_resnet(seed, spatial_dims=spatial_dims), spatial_dims, 1, num_classes)
+    return EncoderDecoder(small_resnet(seed), 2, 1, CLASSES)
 
 
 def keys_taken(network: nn.Module, other: Mapping[str, Tensor]) -> set[str]:
@@ -281,11 +281,6 @@ def test_an_encoder_that_was_pretrained_or_a_segmentation_starts_one(
 def test_other_weights_do_not_start_an_encoder_with_a_decoder(tmp_path: Path, source: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_weights(with_decoder(1), saved(tmp_path, source), ORGANS, transfer=True)
-
-
-def test_slices_pretrain_no_encoder_for_volumes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold weights for 3-D images, got some for 2-D ones"):
-        load_weights(with_decoder(1, spatial_dims=3), saved(tmp_path, small_resnet()), ORGANS, transfer=True)
 
 
 def test_weights_of_patches_are_not_of_whole_images(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import render_results
 import run_experiments
+import study_statistics
 from helpers import make_list, write
 
 METRICS = ("dice", "hd95", "surface_dice")
@@ -140,6 +141,7 @@ def stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stand:
     monkeypatch.setattr(render_results, "ROOT", tmp_path)
     monkeypatch.setattr(run_experiments, "call", stand)
     monkeypatch.setattr(run_experiments, "code_state", lambda: ("c0ffee00", False))
+    monkeypatch.setattr(study_statistics, "NUM_SAMPLES", 50)
     monkeypatch.setattr(run_experiments, "TABLE", tmp_path / "results" / "results.csv")
     run_experiments.TABLE.write_text(",".join(run_experiments.FIELDS) + "\n", encoding="utf-8")
     return stand

@@ -151,7 +151,6 @@ def test_a_study_may_only_train(
         ({"recipes": {"a/b": {}}, "compare": []}, "without a slash"),
         ({"bundle": "pretrain"}, "pretrain/configs/train.json, by `bundle` or `configs`, must be a file"),
         ({"configs": {"HSSL": []}}, "`configs` must give recipes files"),
-        ({"configs": {"HSSL": ["bundles/a.json"]}}, "bundles/a.json, by `bundle` or `configs`, must be a file"),
         ({"training": {"pretrained": "{dta}/x"}}, r"'{dta}/x' holds {dta}: the templates are data, runs, seed, folder"),
         ({"training": {"dataset_dir": ["{data}/x"]}}, r"`dataset_dir` of .+ is \S+/x, .*give the right --data"),
         ({"training": {"pretrained": "{runs}/../x/model.pt"}}, "run the study that makes it first"),

@@ -48,16 +48,15 @@ def test_rows_hold_mean_and_spread_over_seeds(stand: Any, trained: Study, tmp_pa
 
 
 def test_differences_agree_with_a_naive_bootstrap_of_subjects_and_seeds(
-    stand: Any, evaluated: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stand: Any, evaluated: Study, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(study_statistics, "NUM_SAMPLES", 200)
     rows = stand.run(evaluated)
     name = "scores/pretrained/last/linear/findings"
     labels, subjects = (scores_of(tmp_path, "ours", 0, "labels_100", key) for key in ("labels/findings", "subjects"))
     ours, theirs = ([scores_of(tmp_path, r, s, "labels_100", name) for s in (0, 1)] for r in ("ours", "theirs"))
     rng = np.random.default_rng(0)
-    drawn = rng.multinomial(30, np.full(30, 1 / 30), 200)
-    seeds = rng.multinomial(2, [0.5, 0.5], 200)
+    drawn = rng.multinomial(30, np.full(30, 1 / 30), study_statistics.NUM_SAMPLES)
+    seeds = rng.multinomial(2, [0.5, 0.5], study_statistics.NUM_SAMPLES)
 
     def by_seed(weight: np.ndarray) -> list[float]:
         pairs = zip(ours, theirs, strict=True)
@@ -83,7 +82,7 @@ def test_findings_known_in_one_data_set_each_count_alike() -> None:
     labels = np.where(data_set[:, None] == [0, 1, 2, 2], rng.integers(0, 2, (90, 4)), np.nan)
     labels[data_set == 2, 2] = np.arange(30) == 0  # one positive, which is missing in many a resample
     scores = rng.normal(0, 1, (2, 90, 4)) + np.nan_to_num(labels)
-    weights = study_statistics.resample(np.arange(90) // 3, 2)[0][:150]
+    weights = study_statistics.resample(np.arange(90) // 3, 2)[0][:50]
     found = study_statistics.macro(auroc, labels[:, :3], scores[..., :3], weights)
     expected = [[macro_auroc(labels[:, :3], each, weight) for each in scores[..., :3]] for weight in weights]
     assert found == pytest.approx(np.array(expected))
@@ -152,13 +151,11 @@ def test_rows_hold_the_missed_and_the_dice_of_each_structure_that_a_label_has(st
     assert not any("colon" in metric for _, metric in rows)
 
 
-def test_differences_of_structures_agree_likewise(
-    stand: Any, segmented: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study_statistics, "NUM_SAMPLES", 300)
+def test_differences_of_structures_agree_likewise(stand: Any, segmented: Study) -> None:
     rows = by_key(stand.run(segmented))
     rng = np.random.default_rng(0)
-    drawn, seeds = rng.multinomial(4, [0.25] * 4, 300), rng.multinomial(3, [1 / 3] * 3, 300)
+    num_samples = study_statistics.NUM_SAMPLES
+    drawn, seeds = rng.multinomial(4, [0.25] * 4, num_samples), rng.multinomial(3, [1 / 3] * 3, num_samples)
     for metric in METRICS:
         ours, theirs = (
             [list(naive_subjects(stand.lines_of(recipe, seed, "1 subject"), metric).values()) for seed in (0, 1, 2)]

@@ -85,13 +85,15 @@ def lines() -> dict[str, list[Path]]:
 
 
 def commands() -> list[Command]:
-    found = {}
+    """All that run here, of those that differ in nothing but their output folder the one that names it."""
+    found: dict[tuple[str, ...], Command] = {}
     for line, pages in lines().items():
         if line.startswith(RUNS) and not any(re.match(rule, line) for rule in ELSEWHERE):
             for page in pages:
                 command = command_of(line, page)
-                found[command] = None
-    return [*found]
+                key = (command.bundle, *(word for word in command.words if word not in ("--output_dir", "OUT")))
+                found[key] = max(found.get(key, command), command, key=lambda each: ("OUT" in each.words, each.trained))
+    return [*found.values()]
 
 
 def command_of(line: str, page: Path) -> Command:
@@ -182,13 +184,15 @@ def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: P
     data = recipe.knobs["dataset_dir"]
     data = data[0] if isinstance(data, list) else data
     if "/tmp/lungs" in command.words:
-        write_xray_phantoms(bundle / "lungs", 32, 8, 4, masks=True)
+        write_xray_phantoms(bundle / "lungs", 12, 4, 4, masks=True)
     places = {
         "/tmp/lungs": str(bundle / "lungs"),
         "DIR": data,
         "FOLDER_OR_FILE": f"{data}/images",
-        "0.05": "0.5",
-    }  # of few subjects
+        "0.05": "0.5",  # of few subjects
+        "128": "32",  # pixels
+        "25": "5",  # iterations
+    }
     if "--pretrained" in command.words:
         places["PRE/models/model.pt"] = str(recipe_of(DATA[command.bundle]).model)
     return [places.get(word, word) for word in command.words]
