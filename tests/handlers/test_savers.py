@@ -142,7 +142,7 @@ def test_embeddings_are_written_and_corrupt_files_named(tmp_path: Path, output_f
             assert arrays["unreadable"].tolist() == [images[1], images[4]]
             assert ["intact image" in error for error in arrays["error"]] == [True, True]
             found = arrays["embedding"]
-    np.testing.assert_allclose(found, embeddings, rtol=1e-5)
+    np.testing.assert_allclose(found, embeddings, rtol=1e-4)  # a batch of another size is summed in another order
 
 
 @pytest.mark.parametrize("saver", [PredictionSaver, EmbeddingSaver])
