@@ -149,6 +149,10 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
     for flag, end in zip(flags, [*flags[1:], len(words)], strict=True):
         name, _, value = words[flag].partition("=")
         value, *others = [value] * ("=" in words[flag]) + words[flag + 1 : end] or [""]
+        if odd := next((word for word in others if word.startswith("-") or re.match(r"\w[\w#:]*=", word)), None):
+            raise InputError(f"`{name}` is followed by {odd}, which is no option: options begin with two dashes.")
+        if others and not value:
+            raise InputError(f"`{name}=` is followed by a blank: leave the blank out.")
         if others:
             whole, several = " ".join([value, *others]), f'"{[value, *others]}"'
             is_container = value[:1] in ("[", "(", "{")
@@ -302,6 +306,7 @@ def _explain(
     if cause is None:
         sys.__excepthook__(kind, error, trace)
         return
+    _close_bars()
     kept = f" Free the disk; {_kept(workflow)}" if isinstance(cause, OSError) and disk_fault(cause) else ""
     where = "" if not kept or getattr(cause, "filename", None) else f" in {_output_dir(workflow)}"
     message = re.sub(r"\s*\n(?! {4})\s*", " ", with_dashes(str(cause)).strip())  # lines of code stay
@@ -362,11 +367,16 @@ def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
 def _stop(workflow: ConfigWorkflow | None, pid: int, number: int, frame: FrameType | None) -> None:
     """End the process, with one line of its own unless it is a worker."""
     if os.getpid() == pid:
-        for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()
+        _close_bars()
         sys.stderr.write(f"error: stopped by {signal.Signals(number).name}; {_kept(workflow)}\n")
         signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the end
     raise SystemExit(128 + number)
+
+
+def _close_bars() -> None:
+    """End the lines of the progress bars: an error begins one of its own."""
+    for bar in [*getattr(tqdm, "_instances", ())]:
+        bar.close()
 
 
 def _kept(workflow: ConfigWorkflow | None) -> str:
@@ -710,6 +720,8 @@ def _take(output_dir: Path, *folders: str) -> None:
     parser = ConfigParser() if workflow is None else workflow.parser
     given = {name: parser.get_parsed_content(name, default=None) for name in ("ckpt_dir", "log_dir", "cache_dir")}
     places = {Path(path): name for name, path in given.items() if isinstance(path, (str, Path))}
+    if weights := parser.get_parsed_content("model_path", default=None):  # of a training
+        places[Path(weights).parent] = "model_path"
     places |= {output_dir / folder: "output_dir" for folder in folders}
     for path, name in places.items():
         try:

@@ -38,7 +38,8 @@ class Rule(NamedTuple):
         numbers = [each for each in ensure_tuple(value) if _is_number(each)]
         bound = f", and at most {self.most}" if max(numbers, default=0) > self.most else ""
         near = get_close_matches(str(value), [each for each in self.values if isinstance(each, str)], n=1, cutoff=0.5)
-        return f"{self.says}{bound}, got {_shown(value)}" + (f"; did you mean {near[0]}?" if near else ".")
+        got = "True or no value" if value is True else _shown(value)
+        return f"{self.says}{bound}, got {got}" + (f"; did you mean {near[0]}?" if near else ".")
 
 
 def _shown(value: Any) -> str:

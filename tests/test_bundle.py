@@ -667,6 +667,19 @@ def test_a_value_of_several_words_is_refused_with_how_to_quote_it(typed: Any, wo
     assert str(raised.value).endswith(remedy)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "1", "-max_epochs", "1"], "`--seed` is followed by -max_epochs, which is no option: options begin"),
+        (["--seed", "1", "task=x"], "`--seed` is followed by task=x, which is no option: options begin with two"),
+        (["--dataset_dir=", "A"], "`--dataset_dir=` is followed by a blank: leave the blank out"),
+    ],
+)
+def test_a_lost_dash_or_a_blank_after_the_sign_is_named(typed: Any, words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        typed(*words)
+
+
 def test_an_id_to_run_may_stand_before_the_first_option(typed: Any) -> None:
     assert typed("running", "--seed", "1") == {"seed": 1}
 

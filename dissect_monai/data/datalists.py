@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,7 +209,11 @@ def label_matrix(
         own = next((name for name in label_names if name.lower() == NO_FINDING.lower()), None)  # CheXpert: "No Finding"
         columns[NO_FINDING] = derived if own is None else columns[own]
     if (missing and not allow_missing) or columns.keys().isdisjoint(findings):
-        raise InputError(f"the labels must include {', '.join(missing)}, got {', '.join(label_names)}.")
+        near = get_close_matches(missing[0], label_names, n=1)
+        raise InputError(
+            f"the labels must include the `findings` {', '.join(missing)}, got {', '.join(label_names)}"
+            + (f"; did you mean {near[0]}?" if near else ".")
+        )
     unknown = np.full(len(items), np.nan)
     return np.stack([columns.get(name, unknown) for name in findings], axis=1)
 
@@ -231,7 +236,10 @@ def read_folder(folder: Path, spatial_dims: int, check: bool = True, pictures: b
 
 def _read_folder(folder: Path, spatial_dims: int, check: bool, pictures: bool = False) -> Datalist:
     if not folder.exists():
-        raise FileNotFoundError(f"`dataset_dir` must be an existing folder, got {folder}. Correct the path.")
+        several = " Several folders are a list, \"['A','B']\"." if "," in folder.name else ""
+        raise FileNotFoundError(
+            f"`dataset_dir` must be an existing folder or image, got {folder}. Correct the path.{several}"
+        )
     if os.path.lexists(folder / "dataset.json"):  # also a link to nothing
         return _read_json(folder / "dataset.json", check, pictures or spatial_dims == 2)
     if pictures and folder.is_dir() and (folders := label_folders(folder)):

@@ -147,8 +147,8 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
         settings: of the weights, which say on which subjects they were trained and chosen.
 
     Raises:
-        ValueError: if `split` has no labelled volumes, a subject that the weights were trained on, or volumes of other
-            channels.
+        ValueError: if `split` has no labelled volumes, a subject that the weights were trained on, volumes of other
+            channels, or none of the structures.
     """
     name = ("test" if datalist.test else "validation") if split == "auto" else split
     items: list[Item] = datalist.items() if name == "all" else getattr(datalist, name)
@@ -167,6 +167,14 @@ def scored_subjects(datalist: Datalist, split: str, settings: Mapping[str, Any])
         )
         logger.warning(notes[0])
     refuse_trained(items, name, settings)
+    known = settings.get("class_names", ())
+    for item in items if known else ():
+        if item["labels"].keys().isdisjoint(known):
+            raise InputError(
+                f"`dataset_dir` must hold label maps with a structure of the weights ({', '.join(known)}), got "
+                f"{shorten([*item['labels']])} in {item['label']}: give other images, or other weights by "
+                "`pretrained`."
+            )
     subjects = len({item["subject"] for item in items})
     logger.info("Scoring %d subjects (%s).", subjects, name)
     return Scored(items, {"split": name, "subjects": subjects, "volumes": len(items)}, notes)

@@ -47,8 +47,11 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         given = {name: nan if value is None else float(value) for name, value in content["thresholds"].items()}
         calibration, weights = Calibration(float(content["temperature"]), given), content["weights"]
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise InputError(f"{path} must be the calibration.json of an evaluation, got {error!r}.") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(
+            f"`calibration` must be the calibration.json of an evaluation, got {path} ({error!r}): evaluate first, or "
+            "leave it out."
+        ) from error
     same = list(given) == list(label_names)
     if not same or weights != fingerprint(network):
         what = "weights" if same else f"findings ({', '.join(given)})"

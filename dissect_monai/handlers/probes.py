@@ -18,7 +18,7 @@ from monai.utils import ensure_tuple
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dissect_monai.common import Array, InputError, Interval, Item
+from dissect_monai.common import Array, InputError, Interval, Item, shorten
 from dissect_monai.data.datalists import SPLITS, Datalist, data_folders, label_matrix
 from dissect_monai.data.datasets import items_of
 from dissect_monai.data.identity import pseudonyms
@@ -304,7 +304,8 @@ def check_probe_data(datalist: Datalist, dataset_dirs: str | Path | Sequence[str
 def _shortcut(splits: Sequence[list[Item]], key: str) -> Question:
     values = sorted({str(item[key]) for items in splits for item in items if key in item})
     if len(values) != 2:
-        raise InputError(f"`shortcut` must name a key of the items with two values, got {key!r} with {values}.")
+        got = f"{key!r} with {shorten(values)}" if values else f"{key!r}, which none has"
+        raise InputError(f"`shortcut` must name a key of the items in dataset.json with two values, got {got}.")
     truth = {value: float(value == values[0]) for value in values}
     labels = [np.array([[truth[str(item[key])] if key in item else np.nan] for item in items]) for items in splits]
     return Question("shortcut", [f"{key}={values[0]}"], labels)

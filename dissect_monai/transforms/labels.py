@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -184,5 +185,9 @@ def chosen_structures(names: str | Sequence[str], class_names: Sequence[str]) ->
     chosen = list(ensure_tuple(names))
     unknown = [str(name) for name in chosen if name not in class_names]
     if unknown:
-        raise InputError(f"structures must be none, all, or among {', '.join(class_names)}, got {', '.join(unknown)}.")
+        near = get_close_matches(unknown[0], [*class_names, "none", "all"], n=1)
+        raise InputError(
+            f"`largest_only` must be none, all, or among {', '.join(class_names)}, got {', '.join(unknown)}"
+            + (f"; did you mean {near[0]}?" if near else ".")
+        )
     return chosen

@@ -167,7 +167,7 @@ def test_one_dicom_file_is_enough(bundle: Recipe, tmp_path: Path) -> None:
 
 def test_refuses_bad_knobs_before_training(bundle: Recipe, dataset_dir: Path, tmp_path: Path) -> None:
     for knobs, message in (
-        ({"findings": ["cysts", "mass"]}, "the labels must include mass, got nodules"),
+        ({"findings": ["cysts", "mass"]}, "the labels must include the `findings` mass, got nodules"),
         ({"dataset_dir": dataset_dir / "images"}, "`dataset_dir` must have labels, got none"),
     ):
         with refused(message):

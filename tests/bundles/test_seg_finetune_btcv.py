@@ -617,7 +617,7 @@ def test_a_server_without_labelled_studies_is_told_so(organs: Path, trained: Pat
 @pytest.mark.parametrize(
     ("config", "knob", "message"),
     [
-        ("evaluate", {"largest_only": ["heart"]}, "structures must be none, all, or among"),
+        ("evaluate", {"largest_only": ["heart"]}, "`largest_only` must be none, all, or among"),
         ("inference", {"pretrained": "nowhere.pt"}, r"there are no weights at .*nowhere\.pt"),
     ],
     ids=str,

@@ -160,7 +160,7 @@ def test_findings_that_are_not_labelled_are_refused_or_unknown(tmp_path: Path) -
     datalist = read_datalist(folder)
     np.testing.assert_equal(labels(datalist.with_findings(["z", "x"], allow_missing=True).training), [[NAN, 1]])
     for findings, allow_missing in ((["x", "z"], False), (["z"], True)):
-        with pytest.raises(ValueError, match="the labels must include z, got x, y"):
+        with pytest.raises(ValueError, match="the labels must include the `findings` z, got x, y"):
             datalist.with_findings(findings, allow_missing)
     with pytest.raises(ValueError, match="`findings` must be different, got x, x"):
         datalist.with_findings(["x", "x"])
@@ -205,7 +205,7 @@ def test_malformed_lists_are_explained(tmp_path: Path, spec: Any, message: str) 
 
 def test_wrong_folders_and_broken_json_are_explained(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match=r"existing folder, got .*no"):
+    with pytest.raises(FileNotFoundError, match=r"existing folder or image, got .*no"):
         read_datalist(tmp_path / "no")
     with pytest.raises(ValueError, match=r"must be a folder or an image, got the file .*notes\.txt"):
         read_datalist(tmp_path / "notes.txt")

@@ -156,6 +156,15 @@ def test_all_of_a_set_is_scored_if_it_is_new_to_the_weights(caplog: pytest.LogCa
         scored_subjects(datalist, "all", settings)
 
 
+def test_volumes_without_a_structure_of_the_weights_are_not_scored() -> None:
+    datalist = datalist_of(test=2)
+    for item in datalist.test:
+        item |= {"label": "c.nii", "labels": {"liver": [1], "spleen": [2]}}
+    assert scored_subjects(datalist, "test", {"class_names": ["heart", "spleen"]}).items == datalist.test
+    with pytest.raises(ValueError, match=r"a structure of the weights \(heart\), got liver, spleen in c\.nii"):
+        scored_subjects(datalist, "test", {"class_names": ["heart"]})
+
+
 @pytest.mark.parametrize(
     ("split", "select", "noted"),
     [("validation", "best", 1), ("validation", "last", 0), ("test", "best", 0), ("auto", "best", 0)],

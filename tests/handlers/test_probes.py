@@ -158,8 +158,11 @@ def test_folds_score_every_labelled_image_by_the_linear_probe(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"findings": ["Mass", "Nodule"]}, "the labels must include Mass, got Opacity, Nodule, Rare"),
-        ({"shortcut": "subject"}, "`shortcut` must name a key of the items with two values, got 'subject' with"),
+        ({"findings": ["Mass", "Nodule"]}, "the labels must include the `findings` Mass, got Opacity, Nodule, Rare"),
+        (
+            {"shortcut": "subject"},
+            "`shortcut` must name a key of the items in dataset.json with two values, got 'subject' with",
+        ),
         ({"num_folds": 48}, "`num_folds` must be at most the 47 subjects, got 48"),
     ],
 )

@@ -21,15 +21,16 @@ PAGES = [
     if "_build" not in page.parts
 ]
 ELSEWHERE = {  # commands that do not run here, by how they begin, and why
-    r"make ": "makes an environment over the network; .ci/run calls these targets",
+    r"make ": "makes an environment over the network; .ci/run calls lint, type, docs, test and label, and the bundles' "
+    "lines of the others run here",
     r"source |export |SITE=|cp |ln |cd dist |cd DIR|sha256sum |unzip |mkdir |rm -r ": "prepares another command",
     r"(\.\S*/)?python3? (-m venv|ci/|-m monailabel)|pip |git clone": "needs the network, or MONAI Label (make label)",
     r"docker ": "needs Docker",
     r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
     r"sbatch |ID=": "needs Slurm (make slurm)",
-    r"(\S*/)?python3? scripts/": "needs the data of a study, or weights; tests/scripts and tests/tools run it on "
-    "generated data",
-    r"python benchmarks/|python -m monai\.bundle trt_export": "needs a GPU",
+    r"(\S*/)?python3? scripts/": "most need the data of a study, or weights; tests/scripts and tests/tools run each "
+    "script on generated data, in other words",
+    r"python benchmarks/|python -m monai\.bundle trt_export": "takes long, or needs a GPU",
     r"python -m monai\.bundle push_to_hf_hub": "sends something over the network",
     r"python -X dev": "shows a part of a command",
     r"python tests/tools/chaos\.py|python -c .import dissect_monai": "takes hours, or shows a version or an import",
@@ -128,7 +129,7 @@ def test_every_target_and_every_option_of_a_script_is_there() -> None:
     for line in lines():
         for target in re.findall(r"(?:^|&& )make(?: \w+=\S+)* ([a-z][\w-]*)", line):
             assert target in targets, line
-        if found := re.match(r"python3? (scripts/\w+\.py)", line):
+        if found := re.match(r"(?:\S*/)?python3? (scripts/(?:gpu/)?\w+\.py)", line):
             assert {*re.findall(r" --(\w+)", line)} <= {"help"} | options_of(found[1]), line
 
 
