@@ -5,7 +5,8 @@
     python tests/sweep.py --only train/device
 
 A value may be taken, which ends with status 0 (a training, once it has done a step), or be refused by one line,
-`error: ...`, with a status other than 0, and leave no file and no empty folder. All else is printed, and fails.
+`error: ...`, with a status other than 0, and leave no file and no empty folder, except for the table of the data sets
+where a component that no rule knows fails in the first step. All else is printed, and fails.
 """
 
 import gc
@@ -186,7 +187,8 @@ class Sweep:
             return f"says more after its error: {said.strip().splitlines()[-1]}"
         if {"out/kept", "a file.txt"} - left:
             return "lost a file"
-        if status > 0 and (new := left - {"out", "out/kept", "a file.txt"}):
+        table = {"out/eval", "out/eval/domains.csv"} if "#" in case.key else set()
+        if status > 0 and (new := left - {"out", "out/kept", "a file.txt"} - table):
             return f"was refused, and left {sorted(new)}"
         return None
 

@@ -24,7 +24,8 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"make ": "makes an environment over the network; .ci/run calls lint, type, docs, test and label, and the bundles' "
     "lines of the others run here",
     r"source |export |SITE=|cp |ln |cd dist |cd DIR|sha256sum |unzip |mkdir |rm -r ": "prepares another command",
-    r"(\.\S*/)?python3? (-m venv|ci/|-m monailabel)|pip |git clone": "needs the network, or MONAI Label (make label)",
+    r"(\.\S*/)?python3? (-m venv|ci/|-m monailabel)|pip |git clone|\.venv/bin/pre-commit": "needs the network, or "
+    "MONAI Label (make label)",
     r"docker ": "needs Docker",
     r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
     r"sbatch |ID=": "needs Slurm (make slurm)",
@@ -78,7 +79,7 @@ def lines() -> dict[str, list[Path]]:
             blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
             texts = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
             outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
-            texts += re.findall(r"`((?:python|make) [^`]+)`", outside)
+            texts += re.findall(r"`((?:python|make|pip|tensorboard|\.venv/bin/\S+) [^`]+)`", outside)
         for line in texts:
             if command := re.sub(r"\s+#.*", "", line).strip():
                 found.setdefault(" ".join(command.split()), []).append(page)
