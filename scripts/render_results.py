@@ -97,7 +97,8 @@ def block(bundle: str, dataset: str, rows: dict[tuple[str, str], Row], studies: 
     columns = {metric: title for study in studies for metric, title in study.columns.items()}
     shown = {f"{variant}/{metric}" for variant in variants for metric in columns}
     rows = {key: row for key, row in rows.items() if key[1] in shown}
-    sizes = {name: size for study in studies for name, size in sizes_of(study).items()}
+    scored = {name for name in variants if any(metric.startswith(f"{name}/") for _, metric in rows)}
+    sizes = {name: size for study in studies for name, size in sizes_of(study).items() if name in scored}
     return Block(bundle, dataset, rows, variants, columns, sizes, list(dict.fromkeys(recipe for recipe, _ in rows)))
 
 
