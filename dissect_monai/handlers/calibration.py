@@ -39,7 +39,8 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         network: the network of the predictions, its weights loaded.
 
     Raises:
-        ValueError: if the file is no calibration, or one of other findings or weights.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no calibration, or one of other findings or weights.
     """
     if path is None:
         return Calibration()
@@ -47,11 +48,13 @@ def read_calibration(path: str | Path | None, label_names: Sequence[str], networ
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         given = {name: nan if value is None else float(value) for name, value in content["thresholds"].items()}
         calibration, weights = Calibration(float(content["temperature"]), given), content["weights"]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise InputError(
-            f"`calibration` must be the calibration.json of an evaluation, got {path} ({error!r}): evaluate first, or "
-            "leave it out."
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`calibration` must be the calibration.json of an evaluation, got {path}, which is not there: evaluate "
+            "first, or leave it out."
         ) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{path} must be the calibration.json of an evaluation, got {error!r}.") from error
     same = list(given) == list(label_names)
     if not same or weights != fingerprint(network):
         what = "weights" if same else f"findings ({', '.join(given)})"
