@@ -149,7 +149,7 @@ def run_arguments() -> tuple[Any, dict[str, Any]]:
     for flag, end in zip(flags, [*flags[1:], len(words)], strict=True):
         name, _, value = words[flag].partition("=")
         value, *others = [value] * ("=" in words[flag]) + words[flag + 1 : end] or [""]
-        if odd := next((word for word in others if word.startswith("-") or re.match(r"\w[\w#:]*=", word)), None):
+        if odd := next((word for word in others if re.match(r"-[a-zA-Z]|[a-zA-Z_][\w#:]*=", word)), None):
             raise InputError(f"`{name}` is followed by {odd}, which is no option: options begin with two dashes.")
         if others and not value:
             raise InputError(f"`{name}=` is followed by a blank: leave the blank out.")
@@ -730,7 +730,8 @@ def _take(output_dir: Path, *folders: str) -> None:
             _made.extend(made[::-1])
             TemporaryFile(dir=path).close()
         except OSError as error:
-            shown, got = ("`output_dir`", output_dir) if name == "output_dir" else (f"--{name}", path)
+            of_file = "the folder of " if name == "model_path" else ""
+            shown, got = ("`output_dir`", output_dir) if name == "output_dir" else (f"{of_file}--{name}", path)
             raise InputError(f"{shown} must be a folder that can be written, got {got}: {error}") from error
     if workflow is not None:  # which gives the lock back at its end
         hold(output_dir / folders[0])

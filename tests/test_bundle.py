@@ -653,7 +653,7 @@ def test_a_path_with_a_comma_is_one_path_if_it_exists(typed: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        (["--pixdim", "[4,", "4,", "4]"], '--pixdim "[4, 4, 4]".'),
+        (["--pixdim", "[4,", "4,", "-4]"], '--pixdim "[4, 4, -4]".'),
         (["--dataset_dir=A", "B"], """--dataset_dir "A B", or as a list: --dataset_dir "['A', 'B']"."""),
         (["--task", "{'A':", "'x'}", "--seed", "1"], """--task "{'A': 'x'}"."""),
     ],

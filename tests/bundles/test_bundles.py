@@ -325,7 +325,7 @@ def test_refuses_bad_knobs_before_training(recipe: Recipe, tmp_path: Path, knob:
 
 def test_what_cannot_be_written_or_found_is_refused_and_leaves_nothing(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with refused("--model_path must be a folder that can be written, got .*file"):
+    with refused("the folder of --model_path must be a folder that can be written, got .*file"):
         recipe.train(tmp_path / "out", model_path=tmp_path / "file" / "model.pt")
     with refused("`--output_dir` must be a folder that can be written, got .*file"):
         recipe.train(tmp_path / "file")
