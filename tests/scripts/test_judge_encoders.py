@@ -1,10 +1,13 @@
 """Frozen encoders of a study: the table of AUROCs and differences."""
 
+import shlex
 from pathlib import Path
 
+import fire
 import judge_encoders
 import numpy as np
 import pytest
+from documented import lines
 from helpers import small_resnet, table, write_films
 
 from dissect_monai.networks.weights import save_weights
@@ -19,19 +22,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("select", [False, True])
-def test_judges_recipes_and_baselines_with_paired_differences(
-    select: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", [line for line in lines() if "scripts/judge_encoders.py" in line])
+def test_judges_recipes_and_baselines_with_paired_differences_as_documented(
+    command: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder, _, place, *more = shlex.split(command)[2:]
+    select = "--select" in more
+    monkeypatch.chdir(tmp_path)
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).symlink_to(data)
+    Path("results").mkdir()
     small = {"NUM_DRAWS": 1, "NUM_FOLDS": 3, "NUM_SAMPLES": 20, "MIN_POSITIVES": 5, "FRACTIONS": (1.0,)}
     for name, value in (small | {"LABELLED": SETS}).items():
         monkeypatch.setattr(judge_encoders, name, value)
     monkeypatch.setattr("dissect_monai.metrics.probes.CS", (0.01, 0.1))
     network = small_resnet(widen_factor=1.0)
     settings = {"encoder": "resnet10", "image_size": 32, "spatial_dims": 2}
-    save_weights(network, tmp_path / "ours" / "seed0" / "models" / "model.pt", settings)
-    judge_encoders.main(str(tmp_path), str(data), select=select)
-    rows = table(tmp_path / "frozen_features.csv")
+    save_weights(network, Path(folder, "ours") / "seed0" / "models" / "model.pt", settings)
+    fire.Fire(judge_encoders.main, command=[folder, "--data", place, *more])
+    rows = table(Path(more[1] if "--table" in more else f"{folder}/frozen_features.csv"))
     assert {row["set"] for row in rows} == {*SETS} | (set() if select else {"cxr_adult"})
     assert {row["recipe"] for row in rows} == {"ours", "random", "pixels"}
     by_key = {tuple(row[key] for key in judge_encoders.FIELDS[:6]): row for row in rows}
@@ -41,7 +50,7 @@ def test_judges_recipes_and_baselines_with_paired_differences(
     assert values[0] > (0.5 if select else 0.9)  # the brightness tells them apart; with fewer films, hardly
     assert values[2] == pytest.approx(values[0] - values[1], abs=2e-4)
     assert by_key[(*key, "random", "")]["seeds"] == "3"
-    (path,) = (tmp_path / "ours" / "seed0").glob("features_cxr_kermany_*.npz")
+    (path,) = Path(folder, "ours", "seed0").glob("features_cxr_kermany_*.npz")
     with np.load(path) as kept:
         assert [len(kept[name]) for name in sorted(kept) if "last" in name] == ([72] if select else [48, 24, 24])
 

@@ -1,4 +1,3 @@
-import csv
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,27 +8,12 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from datalists import image_sources
 from helpers import SPLITS, content, make_list, sizes
-from PIL import Image
+from sources import chexpert, classes, nih, table, write_image, write_table
 
 from dissect_monai import read_datalist
 
-NIH_COLUMNS = ["Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position"]
 TABLE_OPTIONS = ("--image", "path", "--labels", "Edema", "Lung Lesion", "--subject", "patient")
 Refused = Callable[..., str]
-
-
-def write_image(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (9, 8), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]], encoding: str = "utf-8") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding=encoding) as file:
-        csv.writer(file).writerows([columns, *rows])
-    return path
 
 
 def subjects(folder: Path) -> list[set[str]]:
@@ -39,59 +23,6 @@ def subjects(folder: Path) -> list[set[str]]:
 def by_name(folder: Path) -> dict[str, dict[str, Any]]:
     """All items, with their split, by file name."""
     return {Path(item["image"]).name: {**item, "split": split} for split in SPLITS for item in content(folder)[split]}
-
-
-def nih(folder: Path, findings: str = "No Finding") -> Path:
-    """Two images of each of twenty patients in two folders; the last five patients are the official test set."""
-    rows: list[list[object]] = []
-    for patient in range(1, 21):
-        for follow_up in range(2):
-            name = f"{patient:08d}_{follow_up:03d}.png"
-            write_image(folder / f"images_00{1 + patient % 2}" / "images" / name)
-            rows.append([name, findings, patient, "058", "F", "PA"])
-    rows[0][1], rows[1][3] = "Cardiomegaly|Hernia", "414"
-    write_table(folder / "Data_Entry_2017.csv", [*NIH_COLUMNS, ""], rows)
-    names = [str(row[0]) for row in rows]
-    (folder / "train_val_list.txt").write_text("\n".join(names[:-10]))
-    (folder / "test_list.txt").write_text("\n".join(names[-10:]) + "\n")
-    return folder
-
-
-def chexpert(folder: Path) -> Path:
-    columns = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *image_sources.CHEXPERT_FINDINGS]
-    for file, patients in {"train": range(10), "valid": range(10, 12)}.items():
-        rows = []
-        for patient in patients:
-            for view, facing in (("frontal", ["Frontal", "AP"]), ("lateral", ["Lateral", ""])):
-                path = f"{file}/patient{patient:05d}/study1/view1_{view}.jpg"
-                write_image(folder / path)
-                labels = ["", "1.0", "0.0", "-1.0" if file == "train" else "0.0", *[""] * 10]
-                rows.append([f"CheXpert-v1.0-small/{path}", "Male", 68, *facing, *labels])
-        write_table(folder / f"{file}.csv", columns, rows)
-    return folder
-
-
-def classes(folder: Path) -> Path:
-    for name in ("covid", "normal"):
-        for index in range(10):
-            write_image(folder / name / f"site{index % 2}" / f"p{index // 2}_{index}.png")
-    return folder
-
-
-def table(folder: Path, **changes: Sequence[object]) -> Path:
-    """Twenty images of ten patients; `changes` replaces whole columns."""
-    cells: dict[str, Sequence[object]] = {
-        "path": [str(Path("images", f"{index}.png")) for index in range(20)],
-        "patient": [f"P{index // 2}" for index in range(20)],
-        "Edema": [1, 0, "", "1.0", "0.0", "nan"] + [0, 1] * 7,
-        "Lung Lesion": [0, 1] * 10,
-        "part": ["train"] * 10 + ["Valid"] * 4 + ["test"] * 6,
-        "view": ["AP", ""] * 10,
-    }
-    for index in range(20):
-        write_image(folder / "images" / f"{index}.png")
-    cells |= changes
-    return write_table(folder / "table.csv", list(cells), list(zip(*cells.values(), strict=True)))
 
 
 def test_nih_reads_findings_views_ages_and_subjects_and_keeps_the_official_test_list(tmp_path: Path) -> None:
@@ -312,9 +243,9 @@ def test_chexpert_is_found_as_the_full_set_is_unpacked(tmp_path: Path, tables: s
         (tmp_path / f"CheXpert-v1.0 {batch}").mkdir(parents=True, exist_ok=True)
         name = f"patient{patient:05d}"
         (tmp_path / ("valid" if patient > 9 else "train") / name).rename(tmp_path / f"CheXpert-v1.0 {batch}" / name)
-    for table in tmp_path.glob("*.csv"):
-        table.write_text(table.read_text().replace("CheXpert-v1.0-small/", "CheXpert-v1.0/"))
-        table.rename(tmp_path / tables / table.name)
+    for path in tmp_path.glob("*.csv"):
+        path.write_text(path.read_text().replace("CheXpert-v1.0-small/", "CheXpert-v1.0/"))
+        path.rename(tmp_path / tables / path.name)
     make_list("chexpert", tmp_path)
     assert sizes(tmp_path) == [9, 1, 2]
     assert subjects(tmp_path)[2] == {"patient00010", "patient00011"}

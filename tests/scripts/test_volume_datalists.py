@@ -1,21 +1,18 @@
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from datalists import volume_pairs
 from datalists.source import Record
 from helpers import SPLITS, content, make_list, sizes, volume, write_series
+from sources import SHAPE, btcv, msd, save_volume, volume_folders, write_label_map, write_volume
 
 from dissect_monai import aggregate, read_datalist
 
-AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
-SHAPE = (4, 5, 3)
 OPTIONS = ("--group", "abdomen", "--modality", "CT")
 LABELS = ("--labels", "liver", "spleen")
 Refused = Callable[..., str]
@@ -23,60 +20,6 @@ Refused = Callable[..., str]
 
 def subjects(folder: Path) -> set[str]:
     return {item["subject"] for split in SPLITS for item in content(folder)[split]}
-
-
-def save(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, affine), path)
-    return path
-
-
-def write_image(path: Path, affine: np.ndarray = AFFINE) -> Path:
-    return save(path, np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE), affine)
-
-
-def write_label(path: Path, values: Sequence[int] = (1, 2), shape: Sequence[int] = SHAPE) -> Path:
-    label = np.zeros(shape, np.uint8)
-    label.flat[1 : 1 + 2 * len(values)] = np.repeat(values, 2)
-    return save(path, label)
-
-
-def btcv(
-    folder: Path,
-    numbers: Sequence[int] = (*range(1, 11), *range(21, 41)),
-    parts: tuple[str, str] = ("img", "label"),
-    names: tuple[str, str] = ("img{:04d}", "label{:04d}"),
-) -> Path:
-    for number in numbers:
-        write_image(folder / parts[0] / f"{names[0].format(number)}.nii.gz")
-        write_label(folder / parts[1] / f"{names[1].format(number)}.nii.gz", [4, 13] if number == 2 else [1, 13])
-    return folder
-
-
-def msd(folder: Path, count: int = 5, **changes: Any) -> tuple[object, ...]:
-    """The command for a task of the Decathlon; `changes` replaces keys of its dataset.json."""
-    names = [f"spleen_{index}.nii.gz" for index in range(count)]
-    for name in names:
-        write_image(folder / "imagesTr" / name)
-        write_label(folder / "labelsTr" / name, [1])
-        (folder / "imagesTr" / f"._{name}").write_bytes(b"of a Mac")
-        (folder / "labelsTr" / f"._{name}").write_bytes(b"of a Mac")
-    write_image(folder / "imagesTs" / "spleen_100.nii.gz")
-    spec = {
-        "name": "Spleen", "description": "Spleen Segmentation", "licence": "CC-BY-SA 4.0", "release": "1.0",
-        "modality": {"0": "CT"}, "labels": {"0": "background", "1": "spleen"}, "numTraining": count, "numTest": 1,
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
-        "test": ["./imagesTs/spleen_100.nii.gz"],
-    }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps({**spec, **changes}))
-    return "msd", folder
-
-
-def folders(folder: Path, count: int = 5) -> Path:
-    for index in range(count):
-        write_image(folder / "images" / f"case_{index}.nii.gz")
-        write_label(folder / "labels" / f"case_{index}.nii.gz")
-    return folder
 
 
 def volumes(folder: Path, *options: object) -> tuple[object, ...]:
@@ -106,7 +49,7 @@ def test_btcv_with_the_original_names_gets_the_split_of_the_literature(tmp_path:
 )
 def test_btcv_is_found_in_every_usual_place(tmp_path: Path, parent: str, parts: tuple[str, str]) -> None:
     btcv(tmp_path / parent, range(34, 42), parts)
-    write_image(tmp_path / parent / "imagesTs" / "img0061.nii.gz")
+    write_volume(tmp_path / parent / "imagesTs" / "img0061.nii.gz")
     make_list("btcv", tmp_path, "--name", "mine")
     assert sizes(tmp_path) == [2, 6, 0]
     assert content(tmp_path)["task"] == "mine"
@@ -201,7 +144,7 @@ def test_msd_refuses_lists_of_another_form(
     "given", [("liver", "left kidney"), ("1=liver", "2=left kidney"), ("left kidney=2", "liver=1")]
 )
 def test_two_folders_are_matched_by_name_and_values_named_as_given(tmp_path: Path, given: Sequence[str]) -> None:
-    make_list(*volumes(folders(tmp_path), "--labels", *given))
+    make_list(*volumes(volume_folders(tmp_path), "--labels", *given))
     spec = content(tmp_path)
     assert spec["labels"] == {"0": "background", "1": "liver", "2": "left kidney"}
     assert (spec["task"], spec["group"], spec["modality"]) == (tmp_path.name, "abdomen", {"0": "CT"})
@@ -212,21 +155,21 @@ def test_two_folders_are_matched_by_name_and_values_named_as_given(tmp_path: Pat
 
 
 def test_channel_suffixes_of_nnunet_are_understood(tmp_path: Path, refused: Refused) -> None:
-    for path in (folders(tmp_path) / "images").iterdir():
+    for path in (volume_folders(tmp_path) / "images").iterdir():
         path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
     make_list(*volumes(tmp_path))
     item = content(tmp_path)["training"][0]
     assert item["image"] == f"images/{item['subject']}_0000.nii.gz"
     assert item["label"] == f"labels/{item['subject']}.nii.gz"
-    write_image(tmp_path / "images" / "case_1_0001.nii.gz")
+    write_volume(tmp_path / "images" / "case_1_0001.nii.gz")
     match = "must have different names, got .+case_1_0000.+ and .+case_1_0001.+ channels"
     refused(match, *volumes(tmp_path), "--overwrite")
 
 
 def test_numbers_at_the_end_of_a_name_are_no_channels(tmp_path: Path) -> None:
     for index in range(3):
-        write_image(tmp_path / "images" / f"case_{index:04d}.nii.gz")
-        write_label(tmp_path / "labels" / f"case_{index:04d}.nii.gz")
+        write_volume(tmp_path / "images" / f"case_{index:04d}.nii.gz")
+        write_label_map(tmp_path / "labels" / f"case_{index:04d}.nii.gz")
     make_list(*volumes(tmp_path), "--seed", 1)
     assert sizes(tmp_path) == [2, 1, 0]
 
@@ -249,9 +192,9 @@ def test_formats_may_differ_and_a_folder_of_slices_is_one_image(tmp_path: Path) 
 
 
 def test_unlabelled_volumes_are_all_training(tmp_path: Path) -> None:
-    write_image(tmp_path / "p1" / "a.nii.gz")
-    write_image(tmp_path / "p1" / "._a.nii.gz")
-    write_image(tmp_path / ".hidden" / "b.nii.gz")
+    write_volume(tmp_path / "p1" / "a.nii.gz")
+    write_volume(tmp_path / "p1" / "._a.nii.gz")
+    write_volume(tmp_path / ".hidden" / "b.nii.gz")
     write_series(tmp_path / "p2", volume())
     make_list("volumes", tmp_path, *OPTIONS)
     spec = content(tmp_path)
@@ -262,7 +205,7 @@ def test_unlabelled_volumes_are_all_training(tmp_path: Path) -> None:
 
 def test_a_pattern_names_the_subject_of_nested_volumes(tmp_path: Path) -> None:
     for index in range(12):
-        write_image(tmp_path / f"p{index // 3}" / f"scan_{index}.nii.gz")
+        write_volume(tmp_path / f"p{index // 3}" / f"scan_{index}.nii.gz")
     make_list(
         "volumes", tmp_path, *OPTIONS, "--subject_pattern", r"^(p\d+)/", "--validation_fraction", 0.25, "--seed", 1
     )
@@ -271,7 +214,7 @@ def test_a_pattern_names_the_subject_of_nested_volumes(tmp_path: Path) -> None:
 
 
 def test_volumes_refuse_what_they_cannot_do_without(tmp_path: Path, refused: Refused) -> None:
-    images = folders(tmp_path) / "images"
+    images = volume_folders(tmp_path) / "images"
     refused("--label_dir and --labels must come together", "volumes", images, *OPTIONS, "--labels", "liver")
     refused("must be a folder with volumes", "volumes", tmp_path / "nowhere", *OPTIONS)
     refused("labels must give whole numbers different names", *volumes(tmp_path, "--labels", "liver", "liver"))
@@ -284,21 +227,21 @@ def test_volumes_refuse_what_they_cannot_do_without(tmp_path: Path, refused: Ref
 
 PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "other affine": (
-        lambda image, label: write_image(image, np.diag([1.0, -1.0, 2.5, 1.0])),
+        lambda image, label: write_volume(image, np.diag([1.0, -1.0, 2.5, 1.0])),
         r".+spacing \[1.0, 1.0, 2.5\], orientation RPS,.+spacing \[1.0, 1.0, 2.0\], orientation LPS",
     ),
     "unknown values": (
-        lambda image, label: write_label(label, [1, 3, 5]),
+        lambda image, label: write_label_map(label, [1, 3, 5]),
         r"\S+labels/case_1.nii.gz has values without a name: 3, 5$",
     ),
     "fractions": (
-        lambda image, label: save(label, np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE)),
+        lambda image, label: save_volume(label, np.linspace(0, 1, 60, dtype=np.float32).reshape(SHAPE)),
         r"`label map \S+labels/case_1.nii.gz` must hold integers, got fractions \(0\.0\d+, ",
     ),
     "no label map": (lambda image, label: label.unlink(), r"\S+images/case_1.nii.gz has no label map$"),
     "no image": (lambda image, label: image.unlink(), r"\S+labels/case_1.nii.gz has no image$"),
     "colour": (
-        lambda image, label: save(label, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        lambda image, label: save_volume(label, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
         r"\S+labels/case_1.nii.gz must have one value a voxel, got 3. Write each channel to a file",
     ),
     "corrupt image": (
@@ -316,7 +259,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 def test_what_does_not_agree_is_named_and_left_out_on_demand(
     tmp_path: Path, damage: Callable[[Path, Path], object], match: str, refused: Refused
 ) -> None:
-    damage(*(folders(tmp_path) / part / "case_1.nii.gz" for part in ("images", "labels")))
+    damage(*(volume_folders(tmp_path) / part / "case_1.nii.gz" for part in ("images", "labels")))
     message = refused(rf"(?m)^error: 1 of 5 images cannot be used:\n  {match}", *volumes(tmp_path))
     assert message.endswith("Correct them, or leave them out with --skip_corrupt.")
     make_list(*volumes(tmp_path), "--skip_corrupt")
@@ -324,8 +267,8 @@ def test_what_does_not_agree_is_named_and_left_out_on_demand(
 
 
 def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_path: Path, refused: Refused) -> None:
-    for path in sorted((folders(tmp_path, 13) / "labels").iterdir()):
-        write_label(path, shape=(4, 5, 2))
+    for path in sorted((volume_folders(tmp_path, 13) / "labels").iterdir()):
+        write_label_map(path, shape=(4, 5, 2))
     lines = refused("13 of 13 images cannot be used", *volumes(tmp_path)).splitlines()
     assert len(lines) == 13
     named = r"  \S+/images/case_0.nii.gz \(shape \(4, 5, 3\), .+\) and \S+/labels/case_0.nii.gz \(shape \(4, 5, 2\), .+"
@@ -335,7 +278,7 @@ def test_only_the_first_of_many_problems_are_named_and_the_others_counted(tmp_pa
 
 def test_the_values_of_a_label_map_are_those_that_numpy_finds(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 9, SHAPE).astype(np.float32)  # whole numbers may be stored as floats
-    path = save(tmp_path / "a.nii.gz", values)
+    path = save_volume(tmp_path / "a.nii.gz", values)
     found = volume_pairs.check_values(Record(path, label_map=path), range(256)).values
     assert found == tuple(value for value in np.unique(values).tolist() if value)
 
@@ -348,9 +291,16 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     make_list("btcv", btcv(tmp_path / "btcv"))
     make_list(*msd(tmp_path / "Task02_Heart"), "--output", tmp_path / "msd")
-    make_list(*volumes(folders(tmp_path / "own")))
+    make_list(*volumes(volume_folders(tmp_path / "own")))
     make_list(
-        "volumes", folders(tmp_path / "raw", 3) / "images", "--group", "head", "--modality", "MR", "--name", "raw"
+        "volumes",
+        volume_folders(tmp_path / "raw", 3) / "images",
+        "--group",
+        "head",
+        "--modality",
+        "MR",
+        "--name",
+        "raw",
     )
     dirs = [tmp_path / "btcv", tmp_path / "msd", tmp_path / "own", tmp_path / "raw" / "images"]
     datalist = aggregate(dirs)

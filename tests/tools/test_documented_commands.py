@@ -10,16 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from documented import RUNS, lines
 from helpers import ROOT, Recipe, Recipes, edited, read, started, tiny_knobs
 
 from dissect_monai import write_xray_phantoms
 
-PAGES = [
-    page
-    for pattern in ("*.md", "docs/**/*.md", "bundles/*/docs/*.md", "benchmarks/*.md", "Makefile")
-    for page in sorted(ROOT.glob(pattern))
-    if "_build" not in page.parts
-]
 ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"make ": "makes an environment over the network; .ci/run calls lint, type, docs, test and label, and the bundles' "
     "lines of the others run here",
@@ -29,8 +24,9 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"docker ": "needs Docker",
     r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
     r"sbatch |ID=": "needs Slurm (make slurm)",
-    r"(\S*/)?python3? scripts/": "most need the data of a study, or weights; tests/scripts and tests/tools run each "
-    "script on generated data, in other words",
+    r"python scripts/(?!package_bundle)": "run by tests/scripts/test_documented_scripts.py",
+    r"\S*python3? scripts/gpu/": "downloads, or takes minutes; tests/scripts/test_gpu_run.py rehearses both",
+    r"python scripts/package_bundle.py": "packs what is committed; tests/tools/test_package_bundle.py does in a copy",
     r"python benchmarks/|python -m monai\.bundle trt_export": "takes long, or needs a GPU",
     r"python -m monai\.bundle push_to_hf_hub": "sends something over the network",
     r"python -X dev": "shows a part of a command",
@@ -42,8 +38,6 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"python -m monai\.bundle download": "is run with an archive by tests/tools/test_package_bundle.py",
     r"python3 -m monai\.bundle run .*on_device": "needs a GPU; the page of the bundle has it for any device",
 }
-RUNS = "python -m monai.bundle "
-RUN = f"{RUNS}run --config_file"
 DATA = {"cxr_classify": "pretrain_vq_ssl", "seg_finetune_btcv": "hssl_multidomain"}  # whose weights it starts from
 QUICK = {"num_samples": 5, "num_workers": 0, "patches_per_volume": 1}
 
@@ -62,28 +56,6 @@ class Command(NamedTuple):
     @property
     def is_training(self) -> bool:
         return "train.json" in self.config
-
-
-@cache
-def lines() -> dict[str, list[Path]]:
-    """All lines of bash, commands in sentences, and lines of the Makefile that run a bundle, with their pages."""
-    found: dict[str, list[Path]] = {}
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        if page.name == "Makefile":
-            folders = dict(re.findall(r"^(\w+) \??= (\S+)$", text, re.MULTILINE))
-            for name, folder in {**folders, "RUN": RUN}.items():
-                text = text.replace(f"$({name})", folder)
-            texts = re.findall(rf"^\t({RUN} .*)", text, re.MULTILINE)
-        else:
-            blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-            texts = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-            outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
-            texts += re.findall(r"`((?:python|make|pip|tensorboard|\.venv/bin/\S+) [^`]+)`", outside)
-        for line in texts:
-            if command := re.sub(r"\s+#.*", "", line).strip():
-                found.setdefault(" ".join(command.split()), []).append(page)
-    return found
 
 
 def commands() -> list[Command]:
