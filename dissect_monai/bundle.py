@@ -90,6 +90,7 @@ UNSAID = (  # of ignite and MONAI; an error is told once, at the end of the proc
 HEADER = 200  # bytes; a smaller event file holds nothing
 _made: list[Path] = []  # folders of the run, of which those that are empty when it ends are removed
 _held: list[logging.LogRecord] = []  # what is said when an engine runs
+_typed: dict[str, Any] = {}  # overrides that MONAI has not had as they were typed
 _unchecked: list[str] = []  # overrides of the command line for which there is no rule
 # What MONAI itself reads beside `--tracking`.
 TRACKING_OPTIONS = ("experiment_name", "run_name", "save_execute_config", "tracking_uri")
@@ -126,6 +127,8 @@ def begin() -> None:
         if _is_command_line():
             config_file, overrides = run_arguments()
             refuse_unknown_overrides(config_file, overrides)
+            if workflow.run_id not in workflow.parser:
+                raise InputError(f"there is no step {workflow.run_id} to run: leave the word out.")
             _keep_as_typed(workflow.parser, overrides)
         _drop_unknown_arguments(workflow.parser)
         check_knobs(workflow.parser)
@@ -191,12 +194,14 @@ def _word_for_fire(word: str, before: str) -> str:
 def _keep_as_typed(parser: ConfigParser, overrides: Mapping[str, Any]) -> None:
     """Give a config the values that were typed: MONAI has had fire's, and takes a # in any text for part of an id."""
     typed = {}
+    _typed.clear()
     for name, value in overrides.items():
         text = repr(value)
         if "#" in text and not re.search(r"(^|[\[({ ])['\"][@%$]", text):  # it is no reference, macro or expression
             typed[name] = "$" + re.sub("[#@%]", lambda match: f"\\x{ord(match[0]):x}", text)
         elif "#" not in text and value != parser.get(name):
             typed[name] = value
+    _typed.update({name: overrides[name] for name in typed})
     if typed:
         parser.update(typed)
         parser.parse(reset=True)
@@ -304,6 +309,7 @@ def _explain(
 ) -> None:
     cause = disk_fault(error) or bad_input(error) or _without_memory(error, workflow) or _of_unchecked(error)
     if cause is None:
+        _say_held()
         sys.__excepthook__(kind, error, trace)
         return
     _close_bars()
@@ -335,8 +341,8 @@ def _of_unchecked(error: BaseException) -> InputError | None:
 
 
 def _waits(record: logging.LogRecord) -> bool:
-    """Hold back what the package says for information until an engine runs: the first line of an error is the error."""
-    if waits := record.levelno < logging.WARNING and record.name.startswith("dissect_monai"):
+    """Hold back what the package says until an engine runs: the first line of an error is the error."""
+    if waits := record.levelno < logging.ERROR and record.name.startswith("dissect_monai"):
         _held.append(record)
     return not waits
 
@@ -351,9 +357,13 @@ def _say_held() -> None:
 def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
     """A record of the log: MONAI logs tracebacks of what ends an engine, by many loggers, also of what is no fault.
 
-    What an engine says of its end, and that it resumes from iteration 0 when it begins, no handler takes.
+    What an engine says of its end, and that it resumes from iteration 0 when it begins, no handler takes. A knob that
+    MONAI has not had as it was typed is shown as it was.
     """
     record = logging.LogRecord(*args, **kwargs)
+    name = str(record.msg).partition(": ")[0].removeprefix("> ")
+    if name in _typed:
+        record.msg = f"> {name}: {_typed[name]!r}"
     if str(record.msg).startswith("Engine run "):
         _say_held()
     if str(record.msg).startswith(UNSAID):

@@ -35,6 +35,6 @@ def lines() -> dict[str, list[Path]]:
             outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
             texts += re.findall(r"`((?:python|make|pip|tensorboard|\.venv/bin/\S+) [^`]+)`", outside)
         for line in texts:
-            if command := re.sub(r"\s+#.*", "", line).strip():
+            if command := re.sub(r"""\s+#[^'"]*$""", "", line).strip():
                 found.setdefault(" ".join(command.split()), []).append(page)
     return found

@@ -381,7 +381,7 @@ def write_films(folder: Path, labelled: Sequence[str], counts: Sequence[int]) ->
     for name in (*labelled, "cxr_adult"):
         names = CLASSES if name == PAEDIATRIC else list(NIH_FINDINGS[:-1])  # of these, two are of no film
         splits: dict[str, Any] = {}
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
         for split, count in zip(SPLITS, counts, strict=True):
             splits[split] = []
             for index in range(count):

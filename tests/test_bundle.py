@@ -338,9 +338,10 @@ def test_what_a_run_cannot_do_with_an_override_that_no_rule_knows_is_one_line(ti
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_what_is_said_for_information_waits_until_all_input_is_checked(tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_what_the_package_says_waits_until_all_input_is_checked(tiny_bundle: Path, level: str) -> None:
     shutil.copy(ROOT / "bundles" / "cxr_classify" / "configs" / "logging.conf", tiny_bundle / "configs")
-    said = "$__import__('logging').getLogger('dissect_monai.data').info('Loaded 5 of 5.')"
+    said = f"$__import__('logging').getLogger('dissect_monai.data').{level}('Loaded 5 of 5.')"
     for last in ("$bundle.refuse_small([], 4)", "$2"):
         train = write(tiny_bundle / "configs" / "train.json", {**TINY_BUNDLE, "run": [said, last]})
         result = command_line(train, Path())
@@ -684,12 +685,23 @@ def test_an_id_to_run_may_stand_before_the_first_option(typed: Any) -> None:
     assert typed("running", "--seed", "1") == {"seed": 1}
 
 
+def test_a_step_that_is_not_there_ends_with_one_line(tiny_bundle: Path) -> None:
+    config = write(tiny_bundle / "configs" / "train.json", TINY_BUNDLE)
+    result = started(["monai.bundle", "run", "evaluate", "--config_file", str(config)], Path())
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: there is no step evaluate to run: leave the word out."
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("value", ["site#2", "/data/a,b#2", "['a#1','me@host#b']"])
 def test_no_part_of_a_value_with_a_hash_is_lost_in_a_run(tiny_bundle: Path, value: str) -> None:
     config = {**TINY_BUNDLE, "dataset_dir": None, "dir": "$@dataset_dir", "run": ["$Path('ran').write_text(str(@dir))"]}
     train = write(tiny_bundle / "configs" / "train.json", config)
+    shutil.copy(ROOT / "bundles" / "cxr_classify" / "configs" / "logging.conf", tiny_bundle / "configs")
     result = command_line(train, cwd=Path(), dataset_dir=value)
     assert result.returncode == 0, result.stderr
+    shown = ast.literal_eval(value) if value[0] == "[" else value
+    assert f"> dataset_dir: {shown!r}\n" in result.stdout
     assert Path("ran").read_text() == (str(ast.literal_eval(value)) if value[0] == "[" else value)
 
 

@@ -227,9 +227,10 @@ class ReadableLoader:
     def refuse_unreadable(self, path: str | Path) -> None:
         """Raise a `ValueError` at the end of a run, when `path` is written, if images could not be read."""
         if self.errors:
+            others = " All others are done." if len(self.errors) < len(self.dataset) else ""
             raise InputError(
-                f"{len(self.errors)} of {len(self.dataset)} images could not be read: {path} names them and says why. "
-                "All others are done."
+                f"{len(self.errors)} of {len(self.dataset)} images could not be read: {path} names them and says why."
+                + others
             )
 
 

@@ -204,7 +204,7 @@ class ClassifierEvaluation:
             saliency = saliency_maps(engine.network, image, column)[0] if has_stages else torch.zeros(1, 1, 1)
             unseen = NO_SALIENCY if has_stages else NO_STAGES
             whole, finding = whole_image(dataset.data[row]["image"]), self.label_names[column]
-            caption = f"{finding}: probability {probabilities[row, column]:.3f}, threshold {thresholds[column]:.3f}"
+            caption = f"{finding}: probability {probabilities[row, column]:.3g}, threshold {thresholds[column]:.3g}"
             pictures: dict[str, bytes | str] = {
                 "Image": overlay(whole, torch.zeros_like(whole), kind="JPEG"),
                 f"{caption}.": overlay(whole, saliency, caption, "JPEG") if saliency.any() else unseen,

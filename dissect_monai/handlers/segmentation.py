@@ -73,6 +73,7 @@ class SegmentationEvaluation:
     facts: Mapping[str, Any] | None = None  # of the report by name, such as the weights; None writes no report
     notes: Sequence[str] = ()  # of the report, on how to read it
     window: tuple[float, float] | None = None  # values that are black and white in pictures of CT
+    split: str = ""  # that is scored, for the last lines of a run
 
     def __post_init__(self) -> None:
         self.structures = chosen_structures(self.largest_only, self.class_names)
@@ -132,7 +133,8 @@ class SegmentationEvaluation:
         subjects = f"{count} subjects" if count > 1 else "1 subject, too few for an interval"
         number = len(summaries) - 1 - len(unlabelled)
         text = f"{with_interval('mean Dice', summaries[0].dice)} of {number} structure{'s' * (number != 1)}"
-        text += f" in {subjects}" + ("" if self.output_dir else f", on validation, epoch {engine.state.epoch}")
+        of = {"": "", "all": " of all splits"}.get(self.split, f" of the {self.split} split")
+        text += f" in {subjects}{of}" + ("" if self.output_dir else f", on validation, epoch {engine.state.epoch}")
         report = [] if self.facts is None else ["report.html"]
         nothing = "nothing could be scored, since no label map has a structure"
         engine.state.result = Result(text if count else nothing, [*report, "summary.csv", "cases.csv"])

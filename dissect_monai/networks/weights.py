@@ -215,6 +215,8 @@ def refuse_bad_mode(mode: str, pretrained: str | None) -> None:
 
 
 def _refuse_missing(path: str | Path, remedy: str) -> None:
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"weights must be a file, got the folder {Path(path).absolute()}: {remedy}.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there are no weights at {Path(path).absolute()}: {remedy}.")
 

@@ -72,13 +72,14 @@ def make_datalist(
 
 def output_path(output: Path, overwrite: bool) -> Path:
     """Where dataset.json goes; refused if it may not."""
-    output = output / "dataset.json" if output.is_dir() else output
-    if output.name != "dataset.json" or not output.parent.is_dir():
-        raise ValueError(f"--output must be an existing folder, with or without /dataset.json, got {output}.")
+    output = output if output.suffix == ".json" and not output.is_dir() else output / "dataset.json"
+    folder = output.parent if output.parent.exists() else output.parent.parent
+    if output.name != "dataset.json" or not folder.is_dir():
+        raise ValueError(f"--output must be a folder, or a new one in a folder that exists, got {output.parent}.")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists. Replace it with --overwrite, or name another folder with --output.")
-    if not os.access(output.parent, os.W_OK):
-        raise ValueError(f"{output.parent} must be writable. Name another folder with --output.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} must be writable. Name another folder with --output.")
     return output
 
 
@@ -181,6 +182,7 @@ def print_counts(source: Source, splits: Splits) -> None:
 
 def write(header: Mapping[str, Any], splits: Splits, output: Path) -> None:
     """Write dataset.json, and read it back, as training does, before it takes the place of another."""
+    output.parent.mkdir(exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=".make_datalist_") as folder:
         staged = Path(folder, "dataset.json")
         # First as it must be to be read from here, then as it must be to be moved.

@@ -26,8 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_judges_recipes_and_baselines_with_paired_differences_as_documented(
     command: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _, place, *more = shlex.split(command)[2:]
-    select = "--select" in more
+    given = shlex.split(command)[2:]
+    folder, place, select = given[0], given[given.index("--data") + 1], "--select" in given
     monkeypatch.chdir(tmp_path)
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     Path(place).symlink_to(data)
@@ -39,8 +39,9 @@ def test_judges_recipes_and_baselines_with_paired_differences_as_documented(
     network = small_resnet(widen_factor=1.0)
     settings = {"encoder": "resnet10", "image_size": 32, "spatial_dims": 2}
     save_weights(network, Path(folder, "ours") / "seed0" / "models" / "model.pt", settings)
-    fire.Fire(judge_encoders.main, command=[folder, "--data", place, *more])
-    rows = table(Path(more[1] if "--table" in more else f"{folder}/frozen_features.csv"))
+    fire.Fire(judge_encoders.main, command=given)
+    written = given[given.index("--table") + 1] if "--table" in given else f"{folder}/frozen_features.csv"
+    rows = table(Path(written))
     assert {row["set"] for row in rows} == {*SETS} | (set() if select else {"cxr_adult"})
     assert {row["recipe"] for row in rows} == {"ours", "random", "pixels"}
     by_key = {tuple(row[key] for key in judge_encoders.FIELDS[:6]): row for row in rows}

@@ -294,7 +294,7 @@ def test_refuses_folders_that_are_no_classes(tmp_path: Path, refused: Refused) -
         (("--subject_pattern", "(p"), "--subject_pattern must be a regular expression"),
         (("--test_fraction", 0.95), "fractions must be 0 or more and sum to less than 1"),
         (("--validation_fraction", -0.1), "fractions must be 0 or more"),
-        (("--output", "nowhere/dataset.json"), "--output must be an existing folder, with or without /dataset.json"),
+        (("--output", "no/where/dataset.json"), "--output must be a folder, or a new one in a folder that exists"),
     ],
 )
 def test_refuses_bad_options(tmp_path: Path, options: Sequence[object], match: str, refused: Refused) -> None:

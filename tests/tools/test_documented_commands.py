@@ -24,7 +24,7 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"docker ": "needs Docker",
     r"torchrun |TRAIN=": "needs several GPUs; tests/bundles run every recipe in two processes",
     r"sbatch |ID=": "needs Slurm (make slurm)",
-    r"python scripts/(?!package_bundle)": "run by tests/scripts/test_documented_scripts.py",
+    r"python scripts/(?!gpu/|package_bundle)": "run by tests/scripts/test_documented_scripts.py",
     r"\S*python3? scripts/gpu/": "downloads, or takes minutes; tests/scripts/test_gpu_run.py rehearses both",
     r"python scripts/package_bundle.py": "packs what is committed; tests/tools/test_package_bundle.py does in a copy",
     r"python benchmarks/|python -m monai\.bundle trt_export": "takes long, or needs a GPU",
