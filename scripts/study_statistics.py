@@ -158,7 +158,7 @@ def segmentation_rows(variant: str, folders: Folders, pairs: Pairs) -> Iterator[
     mean; a metric without any value in one of the seeds has no row. A missed structure has no HD95, so HD95 and its
     differences are to be read beside `missed`.
     """
-    cases = {recipe: [read_cases(folder) for folder in of_seeds] for recipe, of_seeds in folders.items()}
+    cases = {recipe: [by_first_case(read_cases(folder)) for folder in of_seeds] for recipe, of_seeds in folders.items()}
     first = next(iter(cases.values()))
     scored = [  # wherever the data lie
         [(Path(line["case"]).name, *(line[name] for name in SCORED)) for line in lines]
@@ -186,6 +186,12 @@ def segmentation_rows(variant: str, folders: Folders, pairs: Pairs) -> Iterator[
 def read_cases(folder: Path) -> list[Line]:
     """Read eval/cases.csv of an evaluation: a line for every case and structure."""
     return read_csv(folder / "eval" / "cases.csv")
+
+
+def by_first_case(lines: Sequence[Line]) -> list[Line]:
+    """The lines with subjects called like the file of their first case: pseudonyms of two copies of the data differ."""
+    names: dict[str, str] = {}
+    return [{**line, "subject": names.setdefault(line["subject"], Path(line["case"]).name)} for line in lines]
 
 
 def score_matrix(lines: Sequence[Line], metric: str) -> Array:

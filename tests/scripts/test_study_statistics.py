@@ -193,17 +193,27 @@ def test_what_is_undefined_in_a_seed_is_named(stand: Any, segmented: Study, caps
     "change",
     [
         lambda lines: lines[:-1],
-        lambda lines: [{**line, "subject": line["subject"].replace("D", "E")} for line in lines],
+        lambda lines: [{**line, "subject": line["subject"].replace("D", "C")} for line in lines],
         lambda lines: [{**line, "label_ml": "1.0000"} for line in lines],
         lambda lines: lines[::-1],
     ],
-    ids=["a structure less", "another subject", "other labels", "other order"],
+    ids=["a structure less", "two subjects as one", "other labels", "other order"],
 )
 def test_refuses_other_subjects(stand: Any, segmented: Study, change: Callable[[list[Line]], list[Line]]) -> None:
     stand.change = lambda recipe, seed, variant, lines: change(lines) if (recipe, seed) == ("VQ-SSL", 2) else lines
     with pytest.raises(SystemExit, match="the runs of 1 subject scored different subjects, structures or labels"):
         by_key(stand.run(segmented))
     assert len(run_experiments.TABLE.read_text().splitlines()) == 1
+
+
+def test_runs_on_copies_of_the_data_with_other_pseudonyms_are_paired(stand: Any, segmented: Study) -> None:
+    rows = stand.run(segmented)
+    stand.change = lambda recipe, seed, variant, lines: [
+        {**line, "subject": f"{seed}{line['subject']}", "case": f"/copy{seed}{line['case']}"} for line in lines
+    ]
+    again = stand.run(segmented, "again")[len(rows) :]
+    keys = ("recipe", "metric", "mean", "std")
+    assert [[row[key] for key in keys] for row in again] == [[row[key] for key in keys] for row in rows]
 
 
 def test_reads_what_an_evaluation_writes(stand: Any, tmp_path: Path) -> None:
