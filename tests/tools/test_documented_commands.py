@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from documented import RUNS, lines
-from helpers import ROOT, Recipe, Recipes, edited, read, started, tiny_knobs
+from export_weights import main as export_weights
+from helpers import ROOT, Recipe, Recipes, edited, read, small_segresnet, started, tiny_knobs
 
-from dissect_monai import write_xray_phantoms
+from dissect_monai import build_encoder, write_xray_phantoms
+from dissect_monai.networks.weights import save_weights
 
 ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"make ": "makes an environment over the network; .ci/run calls lint, type, docs, test and label, and the bundles' "
@@ -31,7 +34,6 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"python -m monai\.bundle push_to_hf_hub": "sends something over the network",
     r"python -X dev": "shows a part of a command",
     r"python tests/tools/chaos\.py|python -c .import dissect_monai": "takes hours, or shows a version or an import",
-    r".* --pretrained FILE": "needs weights; tests/bundles/test_published.py makes some",
     r"(\.venv/bin/)?(tensorboard|python -m pytest)": "is a server, or part of this suite",
     r"--task ": "shows a part of a command",
     r"python -c .*write_xray_phantoms": "makes the data of the next command, and so does the test of that",
@@ -39,6 +41,7 @@ ELSEWHERE = {  # commands that do not run here, by how they begin, and why
     r"python3 -m monai\.bundle run .*on_device": "needs a GPU; the page of the bundle has it for any device",
 }
 DATA = {"cxr_classify": "pretrain_vq_ssl", "seg_finetune_btcv": "hssl_multidomain"}  # whose weights it starts from
+BLOCKS = ("init_filters", "blocks_down", "blocks_up")
 QUICK = {"num_samples": 5, "num_workers": 0, "patches_per_volume": 1}
 
 
@@ -167,9 +170,24 @@ def with_folders(command: Command, recipe: Recipe, recipe_of: Recipes, bundle: P
         "128": "32",  # pixels
         "25": "5",  # iterations
     }
-    if "--pretrained" in command.words:
+    if "FILE" in command.words:
+        places["FILE"] = str(published_weights(command.bundle, bundle / "published.pth"))
+    elif "--pretrained" in command.words:
         places["PRE/models/model.pt"] = str(recipe_of(DATA[command.bundle]).model)
     return [places.get(word, word) for word in command.words]
+
+
+def published_weights(bundle: str, path: Path) -> Path:
+    """A file as others publish it: a ResNet-18 of torchvision or, for volumes, a SegResNet in a wrapper."""
+    if bundle == "seg_finetune_btcv":
+        network = small_segresnet(3, in_channels=1)
+        torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, path)
+        return path
+    torch.manual_seed(0)
+    network = build_encoder("resnet18", 2)
+    save_weights(network, path.with_name("resnet18.pt"), {"encoder": "resnet18", "spatial_dims": 2})
+    export_weights(str(path.with_name("resnet18.pt")), str(path))
+    return path
 
 
 def smaller(command: Command, recipe: Recipe, resumes: bool) -> list[str]:
@@ -186,5 +204,7 @@ def smaller(command: Command, recipe: Recipe, resumes: bool) -> list[str]:
         knobs["data_dir" if on_phantoms else "dataset_dir"] = recipe.knobs["dataset_dir"]
     if "--spatial_dims" in command.words:
         knobs |= {name: knobs[name][:2] for name in ("pixdim", "patch_size") if name in knobs}
+    if "FILE" in command.words:  # whose shape it is
+        knobs = {name: knob for name, knob in knobs.items() if name not in ("encoder", *BLOCKS)}
     given = {word.removeprefix("--") for word in command.words}
     return [f"--{name}={value}" for name, value in knobs.items() if name in known and name not in given]
