@@ -194,13 +194,13 @@ def _word_for_fire(word: str, before: str) -> str:
 def _keep_as_typed(parser: ConfigParser, overrides: Mapping[str, Any]) -> None:
     """Give a config the values that were typed: MONAI has had fire's, and takes a # in any text for part of an id."""
     typed = {}
-    _typed.clear()
     for name, value in overrides.items():
         text = repr(value)
         if "#" in text and not re.search(r"(^|[\[({ ])['\"][@%$]", text):  # it is no reference, macro or expression
             typed[name] = "$" + re.sub("[#@%]", lambda match: f"\\x{ord(match[0]):x}", text)
         elif "#" not in text and value != parser.get(name):
             typed[name] = value
+    _typed.clear()
     _typed.update({name: overrides[name] for name in typed})
     if typed:
         parser.update(typed)
@@ -361,9 +361,9 @@ def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
     MONAI has not had as it was typed is shown as it was.
     """
     record = logging.LogRecord(*args, **kwargs)
-    name = str(record.msg).partition(": ")[0].removeprefix("> ")
-    if name in _typed:
-        record.msg = f"> {name}: {_typed[name]!r}"
+    listed = re.match("> ([^:]+): ", str(record.msg))
+    if listed and listed[1] in _typed:
+        record.msg = f"> {listed[1]}: {_typed[listed[1]]!r}"
     if str(record.msg).startswith("Engine run "):
         _say_held()
     if str(record.msg).startswith(UNSAID):

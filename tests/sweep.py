@@ -6,8 +6,8 @@
 
 A value may be taken, which ends with status 0 (a training, once it has done a step), or be refused by one line,
 `error: ...`, with a status other than 0, and leave no file and no empty folder, except for the table of the data sets
-where a component that no rule knows fails in the first step. All else is printed, and fails, also an inference that
-could read no image, whose table says why: no value here is such a folder.
+where a component that no rule knows fails in the first step. All else is printed, and fails. (An inference
+that can read no image leaves a table that says why; no value here leads to that.)
 """
 
 import gc

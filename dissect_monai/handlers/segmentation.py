@@ -73,7 +73,7 @@ class SegmentationEvaluation:
     facts: Mapping[str, Any] | None = None  # of the report by name, such as the weights; None writes no report
     notes: Sequence[str] = ()  # of the report, on how to read it
     window: tuple[float, float] | None = None  # values that are black and white in pictures of CT
-    split: str = ""  # that is scored, for the last lines of a run
+    split: str = ""  # that is scored
 
     def __post_init__(self) -> None:
         self.structures = chosen_structures(self.largest_only, self.class_names)
@@ -148,7 +148,12 @@ class SegmentationEvaluation:
                 maps = pickle.loads(zlib.decompress(self.stored[image]))
                 pictures[image] = figure_to_png(case_figure(self.items[image], maps, self.class_names, self.window))
             largest = ", ".join(self.structures) or "none"
-            facts = {**self.facts, "tolerance of surface Dice": self.tolerance, "largest part only": largest}
+            facts = {
+                "split": self.split,
+                **self.facts,
+                "tolerance of surface Dice": self.tolerance,
+                "largest part only": largest,
+            }
             facts, notes = provenance(facts, engine.network, self.num_samples), (*NOTES, *self.notes)
             path = Path(self.output_dir, "report.html")
             write_segmentation_report(path, cases, summaries, pictures, self.class_names, facts, notes)

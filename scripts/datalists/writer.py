@@ -75,7 +75,7 @@ def output_path(output: Path, overwrite: bool) -> Path:
     output = output if output.suffix == ".json" and not output.is_dir() else output / "dataset.json"
     folder = output.parent if output.parent.exists() else output.parent.parent
     if output.name != "dataset.json" or not folder.is_dir():
-        raise ValueError(f"--output must be a folder, or a new one in a folder that exists, got {output.parent}.")
+        raise ValueError(f"--output must be a folder, or a new one in a folder that exists, got {output}.")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists. Replace it with --overwrite, or name another folder with --output.")
     if not os.access(folder, os.W_OK):

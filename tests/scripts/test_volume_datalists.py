@@ -292,16 +292,8 @@ def test_what_is_written_is_what_training_reads(tmp_path: Path) -> None:
     make_list("btcv", btcv(tmp_path / "btcv"))
     make_list(*msd(tmp_path / "Task02_Heart"), "--output", tmp_path / "msd")
     make_list(*volumes(volume_folders(tmp_path / "own")))
-    make_list(
-        "volumes",
-        volume_folders(tmp_path / "raw", 3) / "images",
-        "--group",
-        "head",
-        "--modality",
-        "MR",
-        "--name",
-        "raw",
-    )
+    raw = volume_folders(tmp_path / "raw", 3) / "images"
+    make_list("volumes", raw, "--group", "head", "--modality", "MR", "--name", "raw")
     dirs = [tmp_path / "btcv", tmp_path / "msd", tmp_path / "own", tmp_path / "raw" / "images"]
     datalist = aggregate(dirs)
     assert datalist.task_names == ["Spleen", "btcv", "own", "raw"]
