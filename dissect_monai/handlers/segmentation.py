@@ -148,12 +148,8 @@ class SegmentationEvaluation:
                 maps = pickle.loads(zlib.decompress(self.stored[image]))
                 pictures[image] = figure_to_png(case_figure(self.items[image], maps, self.class_names, self.window))
             largest = ", ".join(self.structures) or "none"
-            facts = {
-                "split": self.split,
-                **self.facts,
-                "tolerance of surface Dice": self.tolerance,
-                "largest part only": largest,
-            }
+            facts: dict[str, Any] = {"split": self.split} if self.split else {}
+            facts |= {**self.facts, "tolerance of surface Dice": self.tolerance, "largest part only": largest}
             facts, notes = provenance(facts, engine.network, self.num_samples), (*NOTES, *self.notes)
             path = Path(self.output_dir, "report.html")
             write_segmentation_report(path, cases, summaries, pictures, self.class_names, facts, notes)
